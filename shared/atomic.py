@@ -1,0 +1,63 @@
+"""Files that exist whole or not at all: temporary file, fsync, rename."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from shared.errors import TideError
+
+_SUFFIX = ".tmp"
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Call `write` on a temporary file beside `path`, sync it to disk, and rename it into place.
+
+    Raises TideError when the disk is full or not writable; then `path` is as it was before.
+    """
+    temporary = path.with_name(path.name + _SUFFIX)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as handle:
+            write(handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TideError(
+                f"the disk is full: {path} could not be written",
+                fix="free some space and run the same command again; all finished files are kept",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+            raise TideError(f"{path} cannot be written: {error.strerror}", fix="choose another folder") from error
+        raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """`write_atomically` for content at hand."""
+
+    def write(handle: BinaryIO) -> None:
+        handle.write(content)
+
+    write_atomically(path, write)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files that a killed process left in `folder`."""
+    for path in folder.rglob(f"*{_SUFFIX}"):
+        path.unlink(missing_ok=True)

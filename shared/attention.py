@@ -1,0 +1,68 @@
+"""Attention masks as explicit boolean tensors: True where a query (row) may look at a key (column).
+
+Explicit, because a model given no mask, or a 2-D padding mask, falls back to causal attention (DESIGN §5). Padding
+hides keys only, never whole rows: a row that sees nothing is NaN on some GPUs.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+Order = Literal["xt_x0", "x0_xt"]
+
+
+def full(valid: Bool[Tensor, "batch length"]) -> Bool[Tensor, "batch 1 length length"]:
+    """Every position sees every real position. `valid` is False at padding."""
+    batch, length = valid.shape
+    return valid[:, None, None, :].expand(batch, 1, length, length)
+
+
+def block_causal(valid: Bool[Tensor, "batch length"], block: int) -> Bool[Tensor, "batch 1 length length"]:
+    """Every position sees its own block of `block` positions and all earlier ones; padding is seen by none.
+
+    A padded position sees itself, so that no row is empty.
+    """
+    length = valid.shape[1]
+    index = torch.arange(length, device=valid.device)
+    seen = (index[:, None] // block >= index[None, :] // block)[None] & valid[:, None, :]
+    return (seen | torch.eye(length, dtype=torch.bool, device=valid.device))[:, None]
+
+
+def block_diffusion(
+    length: int, block: int, order: Order = "xt_x0", device: torch.device | str = "cpu"
+) -> Bool[Tensor, "double double"]:
+    """The block-diffusion mask over [x_t ; x_0] (or [x_0 ; x_t]), each `length` long (DESIGN §3).
+
+    A noised position sees its own noised block and all earlier clean blocks; a clean position sees the clean
+    blocks up to its own. The last block may be shorter than `block`.
+    """
+    blocks = torch.arange(length, device=device) // block
+    noised = torch.zeros(2 * length, dtype=torch.bool, device=device)
+    if order == "xt_x0":
+        noised[:length] = True
+    else:
+        noised[length:] = True
+    block_of = torch.cat([blocks, blocks])
+    q_block, k_block = block_of[:, None], block_of[None, :]
+    q_noised, k_noised = noised[:, None], noised[None, :]
+    own_block = (q_block == k_block) & (q_noised == k_noised)
+    earlier_clean = (q_block > k_block) & ~k_noised
+    return own_block | earlier_clean
+
+
+def block_diffusion_batch(
+    valid: Bool[Tensor, "batch length"], block: int
+) -> Bool[Tensor, "batch 1 double double"]:
+    """`block_diffusion` for a padded batch in the order [x_t ; x_0]: padded keys are hidden, no row is empty."""
+    length = valid.shape[1]
+    mask = block_diffusion(length, block, device=valid.device)[None] & valid.repeat(1, 2)[:, None, :]
+    return (mask | torch.eye(2 * length, dtype=torch.bool, device=valid.device))[:, None]
+
+
+def repeat_positions(length: int, batch: int, device: torch.device | str = "cpu") -> Int[Tensor, "batch double"]:
+    """Position ids of [x_t ; x_0]: 0 … length−1, twice."""
+    return torch.arange(length, device=device).repeat(2).expand(batch, -1)

@@ -1,0 +1,286 @@
+"""Configurations: frozen dataclasses, read from TOML, overridden as `section.key=value` on the command line.
+
+A recipe (a TOML file) holds any part of `TideConfig`; what it leaves out has the defaults below. Variants are
+types: the distillation objective is one of the classes in `shared.objectives`, chosen by its `type` field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from shared.errors import TideError
+from shared.objectives import Distillation, NoDistillation
+
+T = TypeVar("T")
+_STRICT = ConfigDict(extra="forbid")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the chat examples come from (`shared.data`)."""
+
+    __pydantic_config__ = _STRICT
+
+    source: str = "stdlib:train"
+    """A path (.jsonl, .jsonl.zst, .parquet), hf://NAME[:SPLIT], or stdlib:train|heldout|all."""
+    limit: int | None = None
+    """Use the first `limit` examples only."""
+    prompt_field: str | None = None
+    """With `response_field`: rows hold two texts under these names instead of `messages`."""
+    response_field: str | None = None
+    allow_bad_rows: int = 0
+    """Malformed rows that are reported and left out; one more stops the run."""
+
+    def __post_init__(self) -> None:
+        _require(self.limit is None or self.limit > 0, f"data.limit is {self.limit}; it must be positive")
+        _require(
+            (self.prompt_field is None) == (self.response_field is None),
+            "data.prompt_field and data.response_field go together",
+        )
+
+
+@dataclass(frozen=True)
+class LengthConfig:
+    """Lengths in tokens. The reference trains at 512 (student), 1024 (cross) or 768 (shared teacher)."""
+
+    __pydantic_config__ = _STRICT
+
+    student: int = 512
+    teacher: int = 1024
+    block: int = 32
+    """Block of the student's block diffusion; the student's sequences are whole numbers of blocks."""
+
+    def __post_init__(self) -> None:
+        _require(self.block > 0, f"lengths.block is {self.block}; it must be positive")
+        _require(
+            self.student > 0 and self.student % self.block == 0,
+            f"lengths.student is {self.student}; it must be a positive multiple of lengths.block ({self.block})",
+        )
+        _require(self.teacher > 0, f"lengths.teacher is {self.teacher}; it must be positive")
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Draws: one (t, mask, CompDemo split) each (DESIGN §6)."""
+
+    __pydantic_config__ = _STRICT
+
+    seed: int = 0
+    draws: int = 2
+    """Draws of every example; an epoch trains on one. A cache grows by raising this number."""
+    comp_demo: bool = True
+    """Two teacher passes, each revealing the other's part (TIDE §2.2), or one pass with everything masked."""
+    demo_ratio: float = 0.5
+    """Probability of part A, which pass 1 reveals and pass 2 reads."""
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.draws <= 100, f"noise.draws is {self.draws}; it must be between 1 and 100")
+        _require(0 <= self.demo_ratio <= 1, f"noise.demo_ratio is {self.demo_ratio}; it must lie in [0, 1]")
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """What is written of the teacher's knowledge."""
+
+    __pydantic_config__ = _STRICT
+
+    signals: tuple[Literal["topk", "chunks"], ...] = ("topk", "chunks")
+    k: int = 64
+    """Logits kept per position, at most."""
+    mass: float = 1.0
+    """Keep logits until their mass at the largest temperature reaches this (1.0: always k)."""
+    temperatures: tuple[float, ...] = (1.0, 2.0)
+    """Temperatures at which logsumexp is stored; training can use these. 1.0 is always stored."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.signals) > 0, "targets.signals is empty; name topk, chunks or both")
+        _require(self.k > 0, f"targets.k is {self.k}; it must be positive")
+        _require(0 < self.mass <= 1, f"targets.mass is {self.mass}; it must lie in (0, 1]")
+        _require(all(t > 0 for t in self.temperatures), "targets.temperatures must be positive")
+
+    @property
+    def stored_temperatures(self) -> tuple[float, ...]:
+        """Rising, without repetition, with 1.0."""
+        return tuple(sorted({1.0, *self.temperatures}))
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the teacher runs."""
+
+    __pydantic_config__ = _STRICT
+
+    type: Literal["transformers"] = "transformers"
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    tokens_per_batch: int = 16384
+    """Padded tokens in one forward pass, at most (one longer sequence still goes alone)."""
+    head_rows: int = 1024
+    """Rows whose full-vocabulary logits exist at one time."""
+
+    def __post_init__(self) -> None:
+        _require(self.tokens_per_batch > 0, "engine.tokens_per_batch must be positive")
+        _require(self.head_rows > 0, "engine.head_rows must be positive")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Stage one: `tide cache`."""
+
+    __pydantic_config__ = _STRICT
+
+    teacher: str = "tiny-cross"
+    model: str | None = None
+    """Path or hub id of the teacher's weights (default: the registry's)."""
+    student_tokenizer: str | None = None
+    """Path or hub id of the student's tokenizer (default: the registry's partner)."""
+    student_mask_token: str = "<|mask|>"
+    """The student's mask token; where its tokenizer lacks it, it is added at the end of the vocabulary."""
+    teachers_file: Path | None = None
+    """A TOML file with teachers of your own, in the form of registry.toml."""
+    out: Path = Path("caches/default")
+    shard_examples: int = 512
+    data: DataConfig = field(default_factory=DataConfig)
+    lengths: LengthConfig = field(default_factory=LengthConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    targets: TargetConfig = field(default_factory=TargetConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.shard_examples > 0, f"shard_examples is {self.shard_examples}; it must be positive")
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The student: a checkpoint, or a new Qwen3 of this shape with the cache's tokenizer."""
+
+    __pydantic_config__ = _STRICT
+
+    checkpoint: str | None = None
+    """Path or hub id of an `a2d-qwen3` or Qwen3 checkpoint; None starts from random weights."""
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    intermediate_size: int = 384
+    mask_token: str = "<|mask|>"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Stage two: `tide train`."""
+
+    __pydantic_config__ = _STRICT
+
+    cache: Path = Path("caches/default")
+    out: Path = Path("runs/default")
+    student: StudentConfig = field(default_factory=StudentConfig)
+    distillation: Distillation = field(default_factory=NoDistillation)
+    weight: float = 1.0
+    """Weight of the distillation term: loss = CE + weight · distillation (DESIGN §3)."""
+    seed: int = 0
+    epochs: float = 10.0
+    max_steps: int = -1
+    """Optimizer steps; overrides `epochs` where positive."""
+    batch_size: int = 8
+    """Examples per device and forward pass."""
+    accumulation: int = 1
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.1
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
+    max_grad_norm: float = 1.0
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    device: Literal["auto", "cpu"] = "auto"
+    checkpoint_steps: int = 500
+    log_steps: int = 10
+    heldout: DataConfig | None = None
+    """Examples for the held-out masked NLL, scored at fixed masks every `eval_steps` and at the end."""
+    heldout_draws: int = 4
+    eval_steps: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulation", "learning_rate", "checkpoint_steps", "log_steps"):
+            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        _require(
+            self.checkpoint_steps % self.log_steps == 0,
+            f"checkpoint_steps ({self.checkpoint_steps}) must be a multiple of log_steps ({self.log_steps}), "
+            "so that a resumed run logs the same curve",
+        )
+        _require(self.weight >= 0, f"weight is {self.weight}; it must not be negative")
+
+
+def _explain(error: ValidationError, where: str) -> TideError:
+    lines = []
+    for item in error.errors():
+        place = ".".join(str(part) for part in item["loc"]) or "the configuration"
+        reason = "no such setting" if item["type"] == "unexpected_keyword_argument" else item["msg"]
+        lines.append(f"{place}: {reason.removeprefix('Value error, ')}")
+    return TideError(
+        f"{where} does not hold: " + "; ".join(lines), fix="correct the recipe or the --set option named above"
+    )
+
+
+def build(kind: type[T], values: Mapping[str, Any], where: str = "the configuration") -> T:
+    """Make a config of type `kind` from nested dicts. TideError names every setting that is wrong."""
+    try:
+        return TypeAdapter(kind).validate_python(dict(values))
+    except ValidationError as error:
+        raise _explain(error, where) from error
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The file's content; TideError where it is missing or no TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TideError(f"cannot read {path}: {error.strerror}", expected="a TOML recipe") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise TideError(f"{path} is not TOML: {error}", fix="correct the line that it names") from error
+
+
+def set_value(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set `a.b.c` in nested dicts."""
+    *path, last = key.split(".")
+    for part in path:
+        inner = values.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise TideError(f"{key}: {part} is a value, not a section")
+        values = inner
+    values[last] = value
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Apply `section.key=value` texts; the value is TOML, or a bare word taken as text."""
+    for text in overrides:
+        key, equals, raw = text.partition("=")
+        if not equals or not key.strip():
+            raise TideError(f"{text!r} is no setting", expected="section.key=value, such as noise.draws=4")
+        try:
+            value = tomllib.loads(f"v = {raw}")["v"]
+        except tomllib.TOMLDecodeError:
+            value = raw
+        set_value(values, key.strip(), value)
+
+
+def to_plain(config: Any) -> Any:
+    """A config as JSON-able dicts, for manifests and logs; `type` fields name the variants."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, list | tuple):
+        return [to_plain(item) for item in config]
+    if isinstance(config, Path):
+        return str(config)
+    return config

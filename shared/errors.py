@@ -1,0 +1,18 @@
+"""The one exception that reaches a user: it says what came, what was expected and how to mend it."""
+
+from __future__ import annotations
+
+
+class TideError(ValueError):
+    """A problem that the user can mend. The command line prints it without a traceback and exits with 2."""
+
+    def __init__(self, what: str, *, expected: str | None = None, fix: str | None = None) -> None:
+        self.what = what
+        self.expected = expected
+        self.fix = fix
+        parts = [what]
+        if expected is not None:
+            parts.append(f"expected: {expected}")
+        if fix is not None:
+            parts.append(f"fix: {fix}")
+        super().__init__("\n  ".join(parts))

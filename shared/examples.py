@@ -1,0 +1,165 @@
+"""Chat examples as token ids for student and teacher, with the chunks that both share.
+
+The student's sequence is prompt, response, and EOS up to a whole block; those EOS are part of the response and
+carry loss (DESIGN §3). A teacher that shares the student's tokenizer reads that very sequence; another teacher
+reads the conversation in its own template and tokens, and the chunks of the response tie the two together.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Int
+
+from shared.alignment import Chunks, Region, align_tokens, common_prefix
+from shared.config import LengthConfig
+from shared.data import ChatExample
+from shared.errors import TideError
+from shared.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One example, ready for draws.
+
+    `student_ids[prompt_length:]` are maskable. `teacher_ids` is None where the teacher reads the student's ids.
+    `chunks` (teacher_start, teacher_end, student_start, student_end) lie wholly in both responses.
+    """
+
+    id: str
+    student_ids: Int[np.ndarray, " length"]
+    prompt_length: int
+    teacher_ids: Int[np.ndarray, " teacher_length"] | None
+    chunks: Chunks
+
+
+@dataclass
+class PrepareCounts:
+    """What preparation left out, for the manifest and the report."""
+
+    examples: int = 0
+    dropped_long_prompt: int = 0
+    truncated: int = 0
+    unaligned_examples: int = 0
+    unaligned_bytes: int = 0
+    response_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One tokenizer's view of one conversation."""
+
+    prompt: list[int]
+    response: list[int]
+    content: str
+
+
+@dataclass
+class Preparer:
+    """Turns chat examples into `Prepared` ones. `teacher` is None where it shares the student's tokenizer."""
+
+    student: Tokenizer
+    teacher: Tokenizer | None
+    lengths: LengthConfig
+    student_mask_id: int
+    teacher_mask_id: int | None = None
+    counts: PrepareCounts = field(default_factory=PrepareCounts)
+
+    def __call__(self, examples: Sequence[ChatExample]) -> list[Prepared]:
+        """Prepare `examples`; those whose prompt fills the length are dropped and counted.
+
+        Raises TideError where the text contains a mask token: the model could not tell it from noise.
+        """
+        student = _tokenise(self.student, examples)
+        teacher = _tokenise(self.teacher, examples) if self.teacher is not None else [None] * len(examples)
+        prepared = (self._one(e, s, t) for e, s, t in zip(examples, student, teacher, strict=True))
+        return [p for p in prepared if p is not None]
+
+    def _one(self, example: ChatExample, student: _Side, teacher: _Side | None) -> Prepared | None:
+        self.counts.examples += 1
+        limit = self.lengths.student
+        _refuse_mask(example, student, self.student_mask_id, self.student)
+        too_long = len(student.prompt) >= limit
+        if teacher is not None:
+            assert self.teacher is not None and self.teacher_mask_id is not None
+            _refuse_mask(example, teacher, self.teacher_mask_id, self.teacher)
+            too_long = too_long or len(teacher.prompt) >= self.lengths.teacher
+        if too_long:
+            self.counts.dropped_long_prompt += 1
+            return None
+        ids = student.prompt + student.response
+        if len(ids) > limit:
+            self.counts.truncated += 1
+            ids = ids[:limit]
+        else:
+            ids = ids + [self.student.special_id("eos")] * (-len(ids) % self.lengths.block)
+        chunks = np.zeros((0, 4), np.int32)
+        teacher_ids = None
+        if teacher is not None:
+            teacher_ids = np.array((teacher.prompt + teacher.response)[: self.lengths.teacher], np.int32)
+            chunks = self._align(student, teacher)
+            inside = (chunks[:, 1] <= len(teacher_ids)) & (chunks[:, 3] <= len(ids))
+            chunks = chunks[inside]
+        return Prepared(example.id, np.array(ids, np.int32), len(student.prompt), teacher_ids, chunks)
+
+    def _align(self, student: _Side, teacher: _Side) -> Chunks:
+        """Chunks of the response, in positions of the whole sequences.
+
+        A tokenizer may normalise its text (Qwen's applies NFC). Then the chunks cover the bytes up to the first
+        change; what is lost is counted. Where both normalise alike, nothing is.
+        """
+        assert self.teacher is not None
+        if student.content != teacher.content:  # one template altered the content, say by stripping it
+            shared = common_prefix(student.content.encode(), teacher.content.encode())
+        else:
+            shared = len(student.content.encode())
+        s_bytes = b"".join(self.student.token_bytes[i] for i in student.response)
+        t_bytes = b"".join(self.teacher.token_bytes[i] for i in teacher.response)
+        text = student.content.encode()[:shared]
+        length, whole = _common_length(s_bytes, t_bytes, text), len(text)
+        if length < whole:
+            composed = unicodedata.normalize("NFC", student.content).encode()
+            other = _common_length(s_bytes, t_bytes, composed)
+            if other > length:
+                length, whole = other, len(composed)
+        self.counts.response_bytes += whole
+        self.counts.unaligned_bytes += whole - length
+        self.counts.unaligned_examples += length < whole
+        chunks = align_tokens(
+            self.teacher.byte_lengths[teacher.response],
+            self.student.byte_lengths[student.response],
+            [Region(0, 0, length)],
+        )
+        shift = np.array([len(teacher.prompt)] * 2 + [len(student.prompt)] * 2, np.int32)
+        return chunks + shift
+
+
+def _common_length(a: bytes, b: bytes, text: bytes) -> int:
+    """How many bytes of `text` both `a` and `b` start with."""
+    if a.startswith(text) and b.startswith(text):
+        return len(text)
+    return min(common_prefix(a, text), common_prefix(b, text))
+
+
+def _tokenise(tokenizer: Tokenizer, examples: Sequence[ChatExample]) -> list[_Side]:
+    """Prompt and response are tokenised apart, as at inference: no token reaches over their border."""
+    chats = [tokenizer.render(example.messages) for example in examples]
+    ids = tokenizer.encode([t for c in chats for t in (c.text[: c.response_start], c.text[c.response_start :])])
+    sides = []
+    for chat, prompt, response in zip(chats, ids[0::2], ids[1::2], strict=True):
+        span = chat.contents[-1]
+        assert span is not None  # `render` always locates the response
+        sides.append(_Side(prompt, response, chat.text[slice(*span)]))
+    return sides
+
+
+def _refuse_mask(example: ChatExample, side: _Side, mask_id: int, tokenizer: Tokenizer) -> None:
+    if mask_id in side.prompt or mask_id in side.response:
+        raise TideError(
+            f"example {example.id} contains the mask token of {tokenizer.name} ({tokenizer.decode([mask_id])!r})",
+            expected="text without mask tokens: the model cannot tell them from noise",
+            fix="remove the example from the data, or escape the token in its text",
+        )

@@ -1,0 +1,105 @@
+"""The cache's manifest: what it is, and a fingerprint of all that its values depend on (DESIGN §6).
+
+A cache may grow (more draws) but never mix: another fingerprint is refused with a diff of what differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.atomic import write_bytes
+from shared.errors import TideError
+from shared.schema import SCHEMA_VERSION
+from shared.shards import Unit
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`fingerprint` is nested; every leaf takes part in the comparison. The rest describes and may grow."""
+
+    fingerprint: dict[str, Any]
+    draws: int
+    parts: int
+    examples: int
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """Temperatures whose logsumexp is stored, rising."""
+        return tuple(self.fingerprint["targets"]["temperatures"])
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """`topk`, `chunks` or both."""
+        return tuple(self.fingerprint["targets"]["signals"])
+
+    @property
+    def shared_tokenizer(self) -> bool:
+        """Whether the teacher read the student's ids."""
+        return bool(self.fingerprint["teacher"]["student_tokens"])
+
+    @property
+    def digest(self) -> str:
+        """A short hash of the fingerprint."""
+        return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+
+    def units(self) -> list[Unit]:
+        """All units of a finished cache, draw by draw."""
+        return [Unit(draw, part) for draw in range(self.draws) for part in range(self.parts)]
+
+    def save(self, cache: Path) -> None:
+        """Write `manifest.json` atomically."""
+        write_bytes(cache / MANIFEST, (json.dumps(asdict(self), indent=2, sort_keys=True) + "\n").encode())
+
+
+def load_manifest(cache: Path) -> Manifest:
+    """Read a cache's manifest. TideError where there is none, or it is damaged or of another version."""
+    path = cache / MANIFEST
+    try:
+        values = json.loads(path.read_text())
+        manifest = Manifest(**values)
+    except FileNotFoundError as error:
+        raise TideError(
+            f"{cache} is no cache: it has no {MANIFEST}", fix="build one with `tide cache`, or check the path"
+        ) from error
+    except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
+        raise TideError(
+            f"{path} is damaged: {error}",
+            fix=f"delete {path} and run the same `tide cache` command again; finished shards are kept",
+        ) from error
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise TideError(
+            f"{cache} was written in schema version {manifest.schema_version}",
+            expected=f"version {SCHEMA_VERSION}",
+            fix="use the version of this package that wrote it, or build the cache again",
+        )
+    return manifest
+
+
+def differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """Lines `place: old → new` for every leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in sorted({*old, *new}):
+            inner = f"{place}.{key}" if place else str(key)
+            lines += differences(old.get(key, "absent"), new.get(key, "absent"), inner)
+        return lines
+    return [] if old == new else [f"{place}: {json.dumps(old)} → {json.dumps(new)}"]
+
+
+def check_fingerprint(cache: Path, old: Manifest, new: dict[str, Any], purpose: str) -> None:
+    """Raise TideError with a diff where `new` differs from the cache's fingerprint."""
+    normal = json.loads(json.dumps(new))
+    lines = differences(old.fingerprint, normal)
+    if lines:
+        raise TideError(
+            f"{cache} was made with other settings (cache → now):\n    " + "\n    ".join(lines),
+            expected=f"the settings of the cache, to {purpose}",
+            fix="give back the old settings, or choose another folder (--out)",
+        )

@@ -1,0 +1,96 @@
+"""Held-out masked NLL at fixed masks: how well a student denoises text that it was not trained on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shared.config import DataConfig, LengthConfig
+from shared.data import iter_examples, scan
+from shared.errors import TideError
+from shared.examples import Prepared, Preparer
+from shared.noise import token_draw
+from shared.tokenizers import Tokenizer
+from student_train.student import masked_logits
+
+_SEED = 20_260_429  # fixed: the masks are the same for every student of a tokenizer
+_TOKENS_PER_BATCH = 8192
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out examples as batches of tensors, with the bytes of each masked token (0 for special tokens)."""
+
+    batches: list[dict[str, Tensor]]
+    examples: int
+    masked: int
+
+
+def prepare_heldout(
+    data: DataConfig, lengths: LengthConfig, tokenizer: Tokenizer, mask_id: int, draws: int
+) -> HeldOut:
+    """Tokenise and mask the held-out examples. t is stratified over each example's `draws`."""
+    scan(data)
+    prepared = Preparer(tokenizer, None, lengths, mask_id)(list(iter_examples(data)))
+    special = set(tokenizer.backend.all_special_ids)
+    byte_lengths = np.array([0 if i in special else n for i, n in enumerate(tokenizer.byte_lengths)], np.int64)
+    rows = [(e, token_draw(_SEED, e.id, d, e.prompt_length, len(e.student_ids), 0.5).masked)
+            for e in prepared for d in range(draws)]  # fmt: skip
+    rows = sorted((r for r in rows if r[1].size), key=lambda r: len(r[0].student_ids))
+    if not rows:
+        raise TideError(f"no held-out example of {data.source} fits", fix="raise lengths.student or use other data")
+    batches, start = [], 0
+    while start < len(rows):
+        end = start + 1
+        while end < len(rows) and (end - start + 1) * len(rows[end][0].student_ids) <= _TOKENS_PER_BATCH:
+            end += 1
+        batches.append(_batch(rows[start:end], mask_id, byte_lengths))
+        start = end
+    return HeldOut(batches, len(prepared), sum(masked.size for _, masked in rows))
+
+
+def _batch(rows: Sequence[tuple[Prepared, np.ndarray]], mask_id: int, byte_lengths: np.ndarray) -> dict[str, Tensor]:
+    longest = max(len(e.student_ids) for e, _ in rows)
+    clean = torch.zeros((len(rows), longest), dtype=torch.long)
+    valid = torch.zeros((len(rows), longest), dtype=torch.bool)
+    for i, (example, _) in enumerate(rows):
+        clean[i, : len(example.student_ids)] = torch.from_numpy(example.student_ids).long()
+        valid[i, : len(example.student_ids)] = True
+    row = torch.from_numpy(np.repeat(np.arange(len(rows)), [m.size for _, m in rows]))
+    column = torch.from_numpy(np.concatenate([m for _, m in rows])).long()
+    noised = clean.clone()
+    noised[row, column] = mask_id
+    bytes_ = torch.from_numpy(byte_lengths)[clean[row, column]]
+    return {"clean": clean, "noised": noised, "valid": valid, "row": row, "column": column, "bytes": bytes_}
+
+
+@torch.no_grad()
+def masked_nll(model: Any, heldout: HeldOut, block: int) -> dict[str, float]:
+    """`nll`: mean −log p in nats per masked token; `bits_per_byte`: over masked tokens that are text.
+
+    Bits per byte compare students of different tokenizers; nats per token do not.
+    """
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    amount = torch.zeros(2, dtype=torch.float64, device=device)
+    for cpu_batch in heldout.batches:
+        batch = {k: v.to(device) for k, v in cpu_batch.items()}
+        arguments = (batch[k] for k in ("noised", "clean", "valid", "row", "column"))
+        logits = masked_logits(model, *arguments, block=block).float()
+        nll = F.cross_entropy(logits, batch["clean"][batch["row"], batch["column"]], reduction="none").double()
+        text = batch["bytes"] > 0
+        total += torch.stack([nll.sum(), nll[text].sum()])
+        amount += torch.stack([torch.tensor(nll.numel(), device=device), batch["bytes"].sum()])
+    model.train(training)
+    nats, text_nats = total.tolist()
+    tokens, text_bytes = amount.tolist()
+    return {"nll": nats / tokens, "bits_per_byte": text_nats / math.log(2) / max(text_bytes, 1)}

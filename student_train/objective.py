@@ -1,0 +1,135 @@
+"""loss = CE + weight · distillation (DESIGN §3): from logits at masked positions and cached targets to sums.
+
+Everything returned is a sum over the batch beside its own count. The caller adds sums and counts over accumulated
+batches and processes and divides once, so that the gradient is that of one large batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from shared.objectives import KL, Calm, ChunkObjective, Distillation, NoDistillation, ReverseCalm, ReverseKL
+from student_train.losses import calm, denoise, kl, tidal
+from student_train.losses.buckets import student_buckets, teacher_buckets
+from student_train.schedules import strength, timestep_weight
+
+
+@dataclass(frozen=True)
+class TopKTargets:
+    """The teacher at each masked position. `kept` is False at padding, where `ids` repeats a kept id of the row."""
+
+    ids: Int[Tensor, "n k"]
+    logits: Float[Tensor, "n k"]
+    kept: Bool[Tensor, "n k"]
+    logsumexp: Mapping[float, Float[Tensor, " n"]]
+    """By temperature, over all of the teacher's logits."""
+
+
+@dataclass(frozen=True)
+class ChunkTargets:
+    """Active chunks. Token j of the chunks stands at masked row `rows[j]` and belongs to chunk `chunk_of[j]`."""
+
+    rows: Int[Tensor, " tokens"]
+    chunk_of: Int[Tensor, " tokens"]
+    teacher_logp: Float[Tensor, " chunks"]
+    t: Float[Tensor, " chunks"]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """All that the losses need to know about a batch, besides the student's logits at its masked positions."""
+
+    gold: Int[Tensor, " n"]
+    t: Float[Tensor, " n"]
+    topk: TopKTargets | None = None
+    chunks: ChunkTargets | None = None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The denominators: maskable tokens (CE), masked tokens (token objectives), active chunks (chunk objectives)."""
+
+    maskable: Float[Tensor, ""]
+    masked: Float[Tensor, ""]
+    chunks: Float[Tensor, ""]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over the batch, before any division: cross-entropy, distillation."""
+
+    denoise: Float[Tensor, ""]
+    distillation: Float[Tensor, ""]
+
+
+def objective(
+    logits: Float[Tensor, "n vocab"], targets: Targets, distillation: Distillation, progress: float
+) -> Sums:
+    """The two sums for student `logits` (one row per masked position). `progress` is τ = step / max_steps.
+
+    Raises ValueError where the batch lacks what the objective needs.
+    """
+    logits = logits.float()
+    ce = denoise.denoise(logits, targets.gold, targets.t).sum()
+    match distillation:
+        case NoDistillation():
+            extra = torch.zeros((), device=logits.device)
+        case KL() | ReverseKL():
+            extra = _token_term(logits, targets, distillation, progress)
+        case Calm() | ReverseCalm():
+            extra = _chunk_term(logits, targets, distillation, progress)
+    return Sums(ce, extra)
+
+
+def _token_term(
+    logits: Float[Tensor, "n vocab"], targets: Targets, settings: KL | ReverseKL, progress: float
+) -> Float[Tensor, ""]:
+    topk, temperature = targets.topk, settings.temperature
+    if topk is None or temperature not in topk.logsumexp:
+        raise ValueError(f"the batch has no top-k targets at temperature {temperature}")
+    student = student_buckets(logits, topk.ids, topk.kept, temperature)
+    target = teacher_buckets(topk.logits, topk.kept, topk.logsumexp[temperature], temperature, logits.shape[1])
+    # Both sides must agree on which buckets hold anything: the student's tail is empty where its whole
+    # vocabulary is in the list.
+    target = torch.where(student.detach() <= -1e29, student.detach(), target)
+    weight = torch.ones_like(targets.t)
+    if settings.tidal is not None:
+        target = tidal.tidal_distribution(target, student, strength(settings.tidal, progress, targets.t))
+        weight = timestep_weight(settings.tidal.timestep_weight, targets.t)
+    divergence = kl.kl if isinstance(settings, KL) else kl.reverse_kl
+    return temperature**2 * (weight * divergence(target, student)).sum()
+
+
+def _chunk_term(
+    logits: Float[Tensor, "n vocab"], targets: Targets, settings: ChunkObjective, progress: float
+) -> Float[Tensor, ""]:
+    chunks, temperature = targets.chunks, settings.temperature
+    if chunks is None:
+        raise ValueError("the batch has no chunk targets")
+    count = chunks.teacher_logp.shape[0]
+    token_logp = calm.token_log_likelihood(logits, targets.gold)
+    student = calm.chunk_log_likelihood(token_logp, chunks.rows, chunks.chunk_of, count) / temperature
+    target = calm.bound_probability((chunks.teacher_logp.float() / temperature).exp())
+    weight = torch.ones_like(chunks.t)
+    if settings.tidal is not None:
+        target = tidal.tidal_probability(student.exp(), target, strength(settings.tidal, progress, chunks.t))
+        weight = timestep_weight(settings.tidal.timestep_weight, chunks.t)
+    term = calm.calm if isinstance(settings, Calm) else calm.reverse_calm
+    return (weight * term(student, target)).sum()
+
+
+def total(sums: Sums, counts: Counts, distillation: Distillation, weight: float) -> Float[Tensor, ""]:
+    """CE / maskable + weight · distillation / (masked or active chunks). A count of 0 contributes 0."""
+    loss = sums.denoise / counts.maskable.clamp_min(1)
+    match distillation:
+        case NoDistillation():
+            return loss
+        case KL() | ReverseKL():
+            return loss + weight * sums.distillation / counts.masked.clamp_min(1)
+        case Calm() | ReverseCalm():
+            return loss + weight * sums.distillation / counts.chunks.clamp_min(1)

@@ -1,0 +1,230 @@
+"""Stage two: the loop. Hugging Face's Trainer carries it; the loss is `objective`, the data `BatchDataset`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import set_seed
+
+from shared.atomic import write_bytes
+from shared.config import LengthConfig, TrainConfig, build, to_plain
+from shared.errors import TideError
+from shared.manifest import Manifest, differences, load_manifest
+from shared.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL
+from student_train.collate import counts_of, targets_of
+from student_train.evaluate import HeldOut, masked_nll, prepare_heldout
+from student_train.loader import BatchDataset
+from student_train.objective import objective, total
+from student_train.resumable import ResumableTrainer, training_arguments
+from student_train.schedules import training_strength
+from student_train.student import load_student, masked_logits
+
+
+class StudentTrainer(ResumableTrainer):
+    """Trains on whole batches; sums are divided once, by counts over all accumulated batches and processes."""
+
+    def __init__(
+        self, *args: Any, config: TrainConfig, manifest: Manifest, block: int, heldout: HeldOut | None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._config, self._manifest, self._block, self._heldout = config, manifest, block, heldout
+        self._parts = torch.zeros(3, dtype=torch.float64)  # denoise, distillation, steps since the last log
+
+    @property
+    def progress(self) -> float:
+        """τ = step / max_steps."""
+        return self.state.global_step / max(self.state.max_steps, 1)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The batches of one optimizer step, and the denominators over all of them on all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.zeros(3, dtype=torch.float64, device=device)
+        for batch in batches:
+            counts += batch["counts"].to(device)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        return batches, counts
+
+    def compute_loss(  # type: ignore[override]
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The step's share of the loss; gradients of accumulated batches and processes add up to the whole."""
+        logits = masked_logits(
+            self.accelerator.unwrap_model(model) if not self.model.training else model,
+            inputs["noised"],
+            inputs["clean"],
+            inputs["valid"],
+            inputs["row"],
+            inputs["column"],
+            self._block,
+        )
+        settings = self._config.distillation
+        sums = objective(logits, targets_of(inputs, self._manifest.temperatures), settings, self.progress)
+        counts = counts_of(num_items_in_batch)
+        with torch.no_grad():
+            extra = total(sums, counts, settings, 1.0) - sums.denoise / counts.maskable.clamp_min(1)
+            self._parts = self._parts.to(logits.device)
+            self._parts += torch.stack([sums.denoise / counts.maskable.clamp_min(1), extra, torch.ones_like(extra)])
+        processes = self.accelerator.num_processes  # data parallelism averages gradients; the sums need the sum
+        return total(sums, counts, settings, self._config.weight) * processes
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the loss's parts and λ to the training logs."""
+        if "loss" in logs:
+            denoise, distillation, batches = self._parts.tolist()
+            steps = max(batches / self._config.accumulation, 1)
+            logs = {**logs, "denoise": denoise / steps, "distillation": distillation / steps}
+            tidal = getattr(self._config.distillation, "tidal", None)
+            if tidal is not None:
+                logs["tidal_lambda_train"] = training_strength(tidal, self.progress)
+            self._parts.zero_()
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Held-out masked NLL; logged as eval_heldout_nll and eval_heldout_bits_per_byte."""
+        if self._heldout is None:
+            return {}
+        found = masked_nll(self.accelerator.unwrap_model(self.model), self._heldout, self._block)
+        metrics = {f"eval_heldout_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        return metrics
+
+
+def check_objective(settings: Distillation, manifest: Manifest, cache: Path) -> None:
+    """TideError where the cache lacks what the objective needs; one warning where the paper advises against it."""
+    match settings:
+        case NoDistillation():
+            return
+        case KL() | ReverseKL():
+            if "topk" not in manifest.signals or not manifest.shared_tokenizer:
+                raise TideError(
+                    f"{settings.type} compares token distributions, and {cache} has none in the student's vocabulary",
+                    expected="a cache with the signal topk from a teacher that shares the student's tokenizer",
+                    fix="use calm or reverse_calm, or a cache from such a teacher",
+                )
+            if settings.temperature not in manifest.temperatures:
+                raise TideError(
+                    f"the temperature {settings.temperature} is not in the cache {cache}",
+                    expected=f"one of {', '.join(map(str, manifest.temperatures))}",
+                    fix="choose one of these, or build a cache with targets.temperatures that includes it",
+                )
+        case Calm() | ReverseCalm():
+            if "chunks" not in manifest.signals:
+                raise TideError(
+                    f"{settings.type} needs chunk likelihoods, and {cache} has only {', '.join(manifest.signals)}",
+                    fix='build a cache with targets.signals=["topk","chunks"]',
+                )
+    if settings.tidal is not None and isinstance(settings, ReverseKL | ReverseCalm):
+        warnings.warn(
+            f"TIDAL with {settings.type}: the paper advises against TIDAL with a reverse objective", stacklevel=2
+        )
+
+
+def _settle_run_folder(config: TrainConfig, manifest: Manifest) -> None:
+    """Write what this run is, or refuse to go on with another one."""
+    this = json.loads(json.dumps({"config": to_plain(config), "cache": manifest.digest, "draws": manifest.draws}))
+    this["config"].pop("out")
+    path = config.out / "run.json"
+    if path.exists():
+        try:
+            lines = differences(json.loads(path.read_text()), this)
+        except json.JSONDecodeError as error:
+            raise TideError(f"{path} is damaged: {error}", fix="delete the run's folder and train again") from error
+        if lines:
+            raise TideError(
+                f"{config.out} holds a run with other settings (run → now):\n    " + "\n    ".join(lines),
+                fix="give back the old settings, or choose another folder (--out)",
+            )
+    else:
+        write_bytes(path, (json.dumps(this, indent=2) + "\n").encode())
+
+
+def train_student(config: TrainConfig) -> dict[str, float]:
+    """Train (or go on training) a student from a cache; return its final metrics.
+
+    The result is `out/model`, which transformers loads as is, and `out/history.json`, the logged curve.
+    """
+    manifest = load_manifest(config.cache)
+    check_objective(config.distillation, manifest, config.cache)
+    lengths = build(LengthConfig, manifest.fingerprint["lengths"])
+    set_seed(config.seed)
+    model, tokenizer = load_student(config.student, config.cache, manifest)
+    _check_ids(model, manifest)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    share = config.accumulation * world
+    dataset = BatchDataset(
+        config.cache,
+        manifest,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        epochs=config.epochs,
+        total=config.max_steps * share if config.max_steps > 0 else None,
+    )
+    steps = math.ceil(len(dataset) / share)
+    heldout = None
+    if config.heldout is not None:
+        mask_id = manifest.fingerprint["student"]["mask_id"]
+        heldout = prepare_heldout(config.heldout, lengths, tokenizer, mask_id, config.heldout_draws)
+    _settle_run_folder(config, manifest)
+    trainer = StudentTrainer(
+        model=model,
+        args=_arguments(config, steps, heldout is not None),
+        train_dataset=dataset,
+        eval_dataset=dataset if heldout is not None else None,
+        data_collator=_only,
+        config=config,
+        manifest=manifest,
+        block=lengths.block,
+        heldout=heldout,
+    )
+    trainer.train_resuming()
+    metrics = trainer.evaluate()
+    metrics["seconds"] = trainer.seconds_trained
+    if trainer.is_world_process_zero():
+        final = trainer.accelerator.unwrap_model(trainer.model)
+        final.save_pretrained(config.out / "model")
+        tokenizer.backend.save_pretrained(config.out / "model")
+        history = {"steps": trainer.state.log_history, "final": metrics}
+        write_bytes(config.out / "history.json", (json.dumps(history, indent=1) + "\n").encode())
+    return metrics
+
+
+def _only(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The data set's items are whole batches already."""
+    return batches[0]
+
+
+def _check_ids(model: Any, manifest: Manifest) -> None:
+    width = model.get_input_embeddings().weight.shape[0]
+    k = manifest.fingerprint["targets"]["k"]
+    if manifest.shared_tokenizer and k > width:
+        raise TideError(f"the cache keeps {k} logits a position, the student has {width}", fix="use another student")
+
+
+def _arguments(config: TrainConfig, steps: int, evaluates: bool) -> Any:
+    return training_arguments(
+        config.out / "checkpoints",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=config.accumulation,
+        max_steps=steps,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=math.ceil(config.warmup_ratio * steps),
+        lr_scheduler_type=config.schedule,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.precision == "bfloat16",
+        seed=config.seed,
+        save_steps=config.checkpoint_steps,
+        logging_steps=config.log_steps,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=config.eval_steps,
+        report_to=["tensorboard"],
+        **({"use_cpu": True} if config.device == "cpu" else {}),
+    )

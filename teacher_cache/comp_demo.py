@@ -1,0 +1,76 @@
+"""CompDemo (TIDE §2.2): what the teacher sees and what is read from it.
+
+The masked units are split into A and B. Pass 1 masks B, reveals A and reads B; pass 2 the reverse. So the teacher
+answers with half of the answer at hand, while the student sees all of it masked. Off: one pass, everything masked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from shared.config import NoiseConfig
+from shared.examples import Prepared
+from shared.noise import Draw, chunk_draw, token_draw
+
+
+@dataclass(frozen=True)
+class Request:
+    """One forward pass of one example: ids with masks in place, positions to read, the gold ids there."""
+
+    ids: Int[np.ndarray, " length"]
+    read: Int[np.ndarray, " read"]
+    gold: Int[np.ndarray, " read"]
+
+
+@dataclass(frozen=True)
+class TeacherView:
+    """The masked teacher positions (rising), the CompDemo part of each (True: A), and each one's active chunk.
+
+    For a shared tokenizer `chunk_of` numbers the positions themselves: every masked token is a chunk of its own.
+    """
+
+    ids: Int[np.ndarray, " length"]
+    positions: Int[np.ndarray, " masked"]
+    in_a: Bool[np.ndarray, " masked"]
+    chunk_of: Int[np.ndarray, " masked"]
+
+
+def draw_for(example: Prepared, noise: NoiseConfig, draw: int) -> Draw:
+    """The draw of an example: token masks for a shared tokenizer, chunk-consistent ones across tokenizers."""
+    first, length = example.prompt_length, len(example.student_ids)
+    if example.teacher_ids is None:
+        return token_draw(noise.seed, example.id, draw, first, length, noise.demo_ratio)
+    spans = example.chunks[:, 2:]
+    return chunk_draw(noise.seed, example.id, draw, first, length, spans, noise.demo_ratio)
+
+
+def teacher_view(example: Prepared, draw: Draw) -> TeacherView:
+    """Where the teacher's sequence is masked under `draw`."""
+    if example.teacher_ids is None:
+        return TeacherView(example.student_ids, draw.masked, draw.split, np.arange(draw.masked.size))
+    spans = example.chunks[draw.chunks, :2]
+    lengths = spans[:, 1] - spans[:, 0]
+    chunk_of = np.repeat(np.arange(len(spans)), lengths)
+    offsets = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    positions = (spans[chunk_of, 0] + offsets).astype(np.int32)
+    return TeacherView(example.teacher_ids, positions, draw.split[chunk_of], chunk_of)
+
+
+def passes(view: TeacherView, mask_id: int, comp_demo: bool) -> list[tuple[Request, Int[np.ndarray, " read"]]]:
+    """The forward passes that read every masked position once, each with the indices (into `view`) that it reads.
+
+    A pass with nothing to read is left out.
+    """
+    parts = [~view.in_a, view.in_a] if comp_demo else [np.ones(view.positions.size, bool)]
+    result = []
+    for part in parts:
+        rows = np.flatnonzero(part)
+        if rows.size:
+            read = view.positions[rows]
+            ids = view.ids.copy()
+            ids[read] = mask_id
+            result.append((Request(ids, read, view.ids[read]), rows))
+    return result

@@ -1,0 +1,29 @@
+"""What every engine offers: scores for requests, in the order of the requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from teacher_cache.comp_demo import Request
+from teacher_cache.targets import Scores
+
+
+class Engine(Protocol):
+    """Runs the teacher. Values do not depend on which requests are scored together."""
+
+    def score(self, requests: Sequence[Request]) -> list[Scores]:
+        """Scores of each request, in order; the LM head runs at the requests' read positions only."""
+        ...
+
+
+def token_budget_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices in batches of like length, longest first, each at most `budget` padded tokens (or one request)."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

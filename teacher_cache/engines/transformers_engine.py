@@ -1,0 +1,102 @@
+"""The reference engine: a stock transformers model in length-bucketed batches (DESIGN §7)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from shared.attention import block_causal, full
+from teacher_cache.comp_demo import Request
+from teacher_cache.engines.base import token_budget_batches
+from teacher_cache.targets import Scores, TargetSpec, extract
+from teacher_cache.teachers.registry import Attention, BlockCausal, Full
+
+
+def attention_mask(attention: Attention, valid: Bool[Tensor, "batch length"]) -> Bool[Tensor, "batch 1 length length"]:
+    """The explicit mask of an attention mode for a padded batch."""
+    match attention:
+        case Full():
+            return full(valid)
+        case BlockCausal(block=block):
+            return block_causal(valid, block)
+
+
+class TransformersEngine:
+    """Scores requests with `model`. `shift`: row i of the model predicts token i + 1 (Dream)."""
+
+    def __init__(
+        self,
+        model: Any,
+        attention: Attention,
+        spec: TargetSpec,
+        *,
+        shift: bool = False,
+        tokens_per_batch: int = 16384,
+        head_rows: int = 1024,
+    ) -> None:
+        self._model = model.eval()
+        self._attention = attention
+        self._spec = spec
+        self._shift = int(shift)
+        self._tokens_per_batch = tokens_per_batch
+        self._head_rows = head_rows
+        self.forward_rows = 0
+        """Rows for which the LM head ran, for the benchmark."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs go."""
+        return self._model.get_input_embeddings().weight.device
+
+    @torch.inference_mode()
+    def score(self, requests: Sequence[Request]) -> list[Scores]:
+        """Scores of each request, in order (see `Engine`)."""
+        results: list[Scores | None] = [None] * len(requests)
+        for batch in token_budget_batches([len(r.ids) for r in requests], self._tokens_per_batch):
+            for i, scores in zip(batch, self._score_batch([requests[i] for i in batch]), strict=True):
+                results[i] = scores
+        return [scores for scores in results if scores is not None]
+
+    def _score_batch(self, requests: Sequence[Request]) -> list[Scores]:
+        ids, valid = pad([r.ids for r in requests])
+        ids, valid = ids.to(self.device), valid.to(self.device)
+        positions = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
+        output = self._model.model(
+            input_ids=ids,
+            attention_mask=attention_mask(self._attention, valid),
+            position_ids=positions,
+            use_cache=False,
+        )
+        sizes = [len(r.read) for r in requests]
+        row = torch.from_numpy(np.repeat(np.arange(len(requests)), sizes)).to(self.device)
+        column = torch.from_numpy(np.concatenate([r.read for r in requests]) - self._shift).to(self.device)
+        gold = torch.from_numpy(np.concatenate([r.gold for r in requests])).long().to(self.device)
+        hidden = output.last_hidden_state[row, column.long()]
+        parts = [
+            extract(self._model.lm_head(hidden[i : i + self._head_rows]), gold[i : i + self._head_rows], self._spec)
+            for i in range(0, len(gold), self._head_rows)
+        ]
+        self.forward_rows += len(gold)
+        columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
+        return [self._pack(*cells) for cells in zip(*(np.split(c, np.cumsum(sizes)[:-1]) for c in columns), strict=True)]
+
+    def _pack(self, gold: np.ndarray, lse: np.ndarray, sizes: np.ndarray, ids: np.ndarray, top: np.ndarray) -> Scores:
+        if not self._spec.k:
+            return Scores(gold, lse, None, None, None)
+        return Scores(gold, lse, sizes.astype(np.int32), ids.astype(np.int32), top)
+
+
+def pad(sequences: Sequence[Int[np.ndarray, " length"]]) -> tuple[Int[Tensor, "b l"], Bool[Tensor, "b l"]]:
+    """Right-padded ids and the mask of real positions. The pad value is 0: its keys are hidden, its rows unread."""
+    longest = max(len(s) for s in sequences)
+    ids = torch.zeros((len(sequences), longest), dtype=torch.long)
+    valid = torch.zeros((len(sequences), longest), dtype=torch.bool)
+    for i, sequence in enumerate(sequences):
+        ids[i, : len(sequence)] = torch.from_numpy(sequence)
+        valid[i, : len(sequence)] = True
+    return ids, valid

@@ -1,0 +1,168 @@
+"""Everything that can go wrong before the teacher is loaded: checked here, with what came and what was expected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from shared.config import CacheConfig, to_plain
+from shared.data import DataSummary, scan
+from shared.errors import TideError
+from shared.examples import Preparer
+from shared.manifest import MANIFEST, Manifest, check_fingerprint, load_manifest
+from shared.schema import SCHEMA_VERSION
+from shared.shards import Unit, finished_units
+from shared.tokenizers import Tokenizer
+from teacher_cache.targets import TargetSpec
+from teacher_cache.teachers.loading import Checkpoint, open_checkpoint
+from teacher_cache.teachers.registry import TeacherEntry, find_teacher, resolve
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """A checked stage-one run: what to compute, with what."""
+
+    config: CacheConfig
+    entry: TeacherEntry
+    checkpoint: Checkpoint
+    student: Tokenizer
+    teacher: Tokenizer
+    data: DataSummary
+    manifest: Manifest
+
+    @property
+    def missing(self) -> list[Unit]:
+        """Units whose shards are not there yet."""
+        done = set(finished_units(self.config.out))
+        return [unit for unit in self.manifest.units() if unit not in done]
+
+    def preparer(self) -> Preparer:
+        """A fresh preparer, with counts of its own."""
+        student_mask = self.manifest.fingerprint["student"]["mask_id"]
+        if self.entry.student_tokens:
+            return Preparer(self.student, None, self.config.lengths, student_mask)
+        return Preparer(self.student, self.teacher, self.config.lengths, student_mask, self.entry.mask_id)
+
+    def target_spec(self) -> TargetSpec:
+        """What to take of the logits."""
+        targets = self.config.targets
+        return TargetSpec(targets.k if "topk" in targets.signals else 0, targets.mass, targets.stored_temperatures)
+
+
+def make_plan(config: CacheConfig) -> CachePlan:
+    """Check everything and write (or compare) the manifest. TideError names the first thing that is wrong."""
+    entry = find_teacher(config.teacher, config.teachers_file)
+    checkpoint = open_checkpoint(resolve(config.model or entry.model))
+    teacher = Tokenizer.load(checkpoint.folder)
+    student = Tokenizer.load(resolve(config.student_tokenizer or entry.student))
+    _check_teacher(config, entry, checkpoint, teacher)
+    student_mask = _student_mask(student, config.student_mask_token)
+    if entry.student_tokens:
+        _check_shared(student, teacher, config)
+    data = scan(config.data)
+    fingerprint = _fingerprint(config, entry, checkpoint, student, teacher, student_mask, data)
+    parts = -(-data.examples // config.shard_examples)
+    manifest = Manifest(fingerprint, config.noise.draws, parts, data.examples)
+    if (config.out / MANIFEST).exists():
+        old = load_manifest(config.out)
+        check_fingerprint(config.out, old, fingerprint, "go on with it")
+        manifest = Manifest(fingerprint, max(old.draws, manifest.draws), parts, data.examples)
+    elif finished_units(config.out):
+        raise TideError(
+            f"{config.out} holds shards but no {MANIFEST}",
+            expected="a cache with its manifest, or a new folder",
+            fix="choose another folder (--out), or put the manifest back",
+        )
+    student.backend.save_pretrained(config.out / "student_tokenizer")
+    manifest.save(config.out)
+    return CachePlan(config, entry, checkpoint, student, teacher, data, manifest)
+
+
+def _check_teacher(config: CacheConfig, entry: TeacherEntry, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    vocabulary = int(checkpoint.config.get("embedding_size") or checkpoint.config["vocab_size"])
+    if "topk" in config.targets.signals and config.targets.k > vocabulary:
+        raise TideError(
+            f"targets.k is {config.targets.k}, but the teacher {config.teacher} has {vocabulary} logits",
+            expected=f"k between 1 and {vocabulary}",
+            fix="lower it: --set targets.k=64",
+        )
+    if len(tokenizer) > vocabulary:
+        raise TideError(
+            f"the teacher's tokenizer has {len(tokenizer)} tokens, its embedding {vocabulary}",
+            expected="a tokenizer that fits the checkpoint",
+            fix="check that tokenizer and weights belong together",
+        )
+    stored = checkpoint.config.get("mask_token_id", entry.mask_id)
+    if stored != entry.mask_id or not 0 <= entry.mask_id < vocabulary:
+        raise TideError(
+            f"the checkpoint {checkpoint.folder} has mask id {stored}, the entry {config.teacher} says {entry.mask_id}",
+            expected=f"one and the same id below {vocabulary}",
+            fix="choose the teacher that this checkpoint belongs to, or correct mask_id in your entry",
+        )
+    limit = int(checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("max_sequence_length") or 0)
+    needed = config.lengths.student if entry.student_tokens else config.lengths.teacher
+    if limit and needed > limit:
+        raise TideError(
+            f"the teacher would read {needed} tokens, but knows {limit} positions",
+            fix=f"lower lengths.{'student' if entry.student_tokens else 'teacher'} to {limit} or less",
+        )
+
+
+def _student_mask(student: Tokenizer, mask_token: str) -> int:
+    """Id of the student's mask token; one past the vocabulary where the token is still to be added at training."""
+    if mask_token in student.backend.get_vocab():
+        return student.special_id("mask", mask_token)
+    return len(student)
+
+
+def _check_shared(student: Tokenizer, teacher: Tokenizer, config: CacheConfig) -> None:
+    a, b = student.token_bytes, teacher.token_bytes
+    different = sum(x != y for x, y in zip(a, b, strict=False)) + abs(len(a) - len(b))
+    if different:
+        raise TideError(
+            f"the tokenizers of teacher {config.teacher} and student {student.name} differ in {different} tokens",
+            expected="one and the same vocabulary: this teacher reads the student's ids",
+            fix="give the student that shares the teacher's tokenizer, or use a cross-tokenizer teacher",
+        )
+
+
+def _fingerprint(
+    config: CacheConfig,
+    entry: TeacherEntry,
+    checkpoint: Checkpoint,
+    student: Tokenizer,
+    teacher: Tokenizer,
+    student_mask: int,
+    data: DataSummary,
+) -> dict[str, Any]:
+    noise = to_plain(config.noise)
+    noise.pop("draws")  # a cache may grow
+    targets = to_plain(config.targets)
+    targets["temperatures"] = list(config.targets.stored_temperatures)
+    if "topk" not in config.targets.signals:
+        targets |= {"k": 0, "mass": 1.0}
+    return {
+        "schema": SCHEMA_VERSION,
+        "teacher": {
+            "name": config.teacher,
+            "architecture": entry.architecture,
+            "attention": to_plain(entry.attention),
+            "shift": entry.shift,
+            "student_tokens": entry.student_tokens,
+            "mask_id": entry.mask_id,
+            "weights": checkpoint.fingerprint(),
+            "tokenizer": teacher.fingerprint,
+            "template": teacher.template.source,
+        },
+        "student": {
+            "tokenizer": student.fingerprint,
+            "template": student.template.source,
+            "mask_id": student_mask,
+            "mask_token": config.student_mask_token,
+        },
+        "data": {"content": data.content_hash, "examples": data.examples, "shard_examples": config.shard_examples},
+        "lengths": to_plain(config.lengths),
+        "noise": noise,
+        "targets": targets,
+        "engine": {"type": config.engine.type, "dtype": config.engine.dtype},
+    }

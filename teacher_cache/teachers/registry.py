@@ -1,0 +1,110 @@
+"""The teachers: one small declarative entry each, in `registry.toml` or in a file of the user's.
+
+An entry names a known architecture (`architectures`) and what differs between checkpoints of it; the code has no
+teacher's name in it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from shared.config import build, read_toml
+from shared.errors import TideError
+
+_STRICT = ConfigDict(extra="forbid")
+_EMBEDDED = "embedded:"
+
+
+@dataclass(frozen=True)
+class Full:
+    """Every position sees every other."""
+
+    __pydantic_config__ = _STRICT
+    type: Literal["full"] = "full"
+
+
+@dataclass(frozen=True)
+class BlockCausal:
+    """Every position sees its own block and the earlier ones."""
+
+    __pydantic_config__ = _STRICT
+    block: int
+    type: Literal["block_causal"] = "block_causal"
+
+    def __post_init__(self) -> None:
+        if self.block <= 0:
+            raise ValueError(f"attention.block is {self.block}; it must be positive")
+
+
+Attention = Annotated[Full | BlockCausal, Field(discriminator="type")]
+
+
+@dataclass(frozen=True)
+class TeacherEntry:
+    """What must be known of a teacher beside its checkpoint (DESIGN §5)."""
+
+    __pydantic_config__ = _STRICT
+
+    model: str
+    """Hub id, path, or `embedded:NAME` for weights that ship with the package."""
+    architecture: str
+    """A name of `architectures.ARCHITECTURES`."""
+    mask_id: int
+    student_tokens: bool
+    """True: the teacher shares the student's tokenizer and reads its very ids."""
+    length: int
+    """Reference length in tokens."""
+    student: str
+    """Hub id or path whose tokenizer the student uses by default."""
+    attention: Attention = field(default_factory=Full)
+    shift: bool = False
+    """Row i of the model predicts token i + 1."""
+    about: str = ""
+
+
+def parse_entries(values: dict[str, Any], where: str) -> dict[str, TeacherEntry]:
+    """Entries of a TOML document, one table a teacher. TideError names what is wrong."""
+    entries = {}
+    for name, table in values.items():
+        if not isinstance(table, dict):
+            raise TideError(f"{where}: {name} is a value", expected="one table a teacher, such as [my-teacher]")
+        entries[name] = build(TeacherEntry, table, f"teacher {name} in {where}")
+    return entries
+
+
+def all_teachers(extra: Path | None = None) -> dict[str, TeacherEntry]:
+    """The built-in entries and those of `extra` (a TOML file), which may replace built-in ones."""
+    text = resources.files("teacher_cache.teachers").joinpath("registry.toml").read_text(encoding="utf-8")
+    entries = parse_entries(tomllib.loads(text), "registry.toml")
+    if extra is not None:
+        entries |= parse_entries(read_toml(extra), str(extra))
+    return entries
+
+
+def find_teacher(name: str, extra: Path | None = None) -> TeacherEntry:
+    """The entry `name`; TideError with the nearest names where there is none."""
+    entries = all_teachers(extra)
+    if name not in entries:
+        close = difflib.get_close_matches(name, entries, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see `tide teachers`"
+        raise TideError(
+            f"unknown teacher {name!r}",
+            expected=f"one of {', '.join(sorted(entries))}",
+            fix=f"{hint} A teacher of your own goes into a TOML file (--teachers FILE)",
+        )
+    return entries[name]
+
+
+def resolve(location: str) -> str:
+    """A path or hub id as it is; `embedded:NAME` as the folder inside the package."""
+    if not location.startswith(_EMBEDDED):
+        return location
+    package, _, name = location.removeprefix(_EMBEDDED).partition("/")
+    return str(Path(str(resources.files(package))) / name)
