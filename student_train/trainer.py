@@ -28,14 +28,15 @@ from student_train.student import load_student, masked_logits
 
 
 class StudentTrainer(ResumableTrainer):
-    """Trains on whole batches; sums are divided once, by counts over all accumulated batches and processes."""
+    """Trains on whole batches; sums are divided once, by counts over all accumulated batches."""
 
     def __init__(
         self, *args: Any, config: TrainConfig, manifest: Manifest, block: int, heldout: HeldOut | None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
         self._config, self._manifest, self._block, self._heldout = config, manifest, block, heldout
-        self._parts = torch.zeros(3, dtype=torch.float64)  # denoise, distillation, steps since the last log
+        self._parts = torch.zeros(3, dtype=torch.float64)  # denoise, distillation, batches since the last log
+        self._evaluated: tuple[int, dict[str, float]] | None = None
 
     @property
     def progress(self) -> float:
@@ -43,21 +44,19 @@ class StudentTrainer(ResumableTrainer):
         return self.state.global_step / max(self.state.max_steps, 1)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """The batches of one optimizer step, and the denominators over all of them on all processes."""
+        """The batches of one optimizer step, and the denominators over all of them."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.zeros(3, dtype=torch.float64, device=device)
         for batch in batches:
             counts += batch["counts"].to(device)
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(counts, reduction="sum")
         return batches, counts
 
     def compute_loss(  # type: ignore[override]
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """The step's share of the loss; gradients of accumulated batches and processes add up to the whole."""
+        """The step's share of the loss; gradients of accumulated batches add up to the whole."""
         logits = masked_logits(
-            self.accelerator.unwrap_model(model) if not self.model.training else model,
+            model,
             inputs["noised"],
             inputs["clean"],
             inputs["valid"],
@@ -72,8 +71,7 @@ class StudentTrainer(ResumableTrainer):
             extra = total(sums, counts, settings, 1.0) - sums.denoise / counts.maskable.clamp_min(1)
             self._parts = self._parts.to(logits.device)
             self._parts += torch.stack([sums.denoise / counts.maskable.clamp_min(1), extra, torch.ones_like(extra)])
-        processes = self.accelerator.num_processes  # data parallelism averages gradients; the sums need the sum
-        return total(sums, counts, settings, self._config.weight) * processes
+        return total(sums, counts, settings, self._config.weight)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the loss's parts and λ to the training logs."""
@@ -86,14 +84,19 @@ class StudentTrainer(ResumableTrainer):
                 logs["tidal_lambda_train"] = training_strength(tidal, self.progress)
             self._parts.zero_()
         super().log(logs, *args, **kwargs)
+        progress = {"step": self.state.global_step, "max_steps": self.state.max_steps, **logs}
+        write_bytes(self._config.out / "progress.json", (json.dumps(progress) + "\n").encode())
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out masked NLL; logged as eval_heldout_nll and eval_heldout_bits_per_byte."""
         if self._heldout is None:
             return {}
+        if self._evaluated is not None and self._evaluated[0] == self.state.global_step:
+            return self._evaluated[1]
         found = masked_nll(self.accelerator.unwrap_model(self.model), self._heldout, self._block)
         metrics = {f"eval_heldout_{name}": value for name, value in found.items()}
         self.log(metrics)
+        self._evaluated = (self.state.global_step, metrics)
         return metrics
 
 
@@ -157,17 +160,17 @@ def train_student(config: TrainConfig) -> dict[str, float]:
     set_seed(config.seed)
     model, tokenizer = load_student(config.student, config.cache, manifest)
     _check_ids(model, manifest)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    share = config.accumulation * world
+    if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise TideError(f"training was started in {world} processes", expected="one", fix="start it without torchrun")
     dataset = BatchDataset(
         config.cache,
         manifest,
         batch_size=config.batch_size,
         seed=config.seed,
         epochs=config.epochs,
-        total=config.max_steps * share if config.max_steps > 0 else None,
+        total=config.max_steps * config.accumulation if config.max_steps > 0 else None,
     )
-    steps = math.ceil(len(dataset) / share)
+    steps = math.ceil(len(dataset) / config.accumulation)
     heldout = None
     if config.heldout is not None:
         mask_id = manifest.fingerprint["student"]["mask_id"]
@@ -185,8 +188,7 @@ def train_student(config: TrainConfig) -> dict[str, float]:
         heldout=heldout,
     )
     trainer.train_resuming()
-    metrics = trainer.evaluate()
-    metrics["seconds"] = trainer.seconds_trained
+    metrics = {**trainer.evaluate(), "seconds": trainer.seconds_trained}
     if trainer.is_world_process_zero():
         final = trainer.accelerator.unwrap_model(trainer.model)
         final.save_pretrained(config.out / "model")

@@ -1,0 +1,55 @@
+# `make` alone lists the targets. Each one that needs Python builds .venv first, and again when pyproject.toml changes.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TEACHER ?= tiny-cross
+ARGS ?=
+
+.PHONY: help demo test test-all check bench cache train report tiny-teacher conformance clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.ready: pyproject.toml
+	@echo "setting up $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.ready  ## cache the embedded teacher, train distilled and undistilled students, report
+	$(BIN)/tide demo $(ARGS)
+
+test: $(VENV)/.ready  ## the tests, without the slow ones
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.ready  ## all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.ready  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(VENV)/.ready  ## ratios of speed, side by side in one run
+	$(BIN)/tide bench $(ARGS)
+
+cache: $(VENV)/.ready  ## stage one: make cache TEACHER=llada-8b ARGS="--model PATH --data FILE"
+	$(BIN)/tide cache --teacher $(TEACHER) $(ARGS)
+
+train: $(VENV)/.ready  ## stage two: make train TEACHER=llada-8b ARGS="--set batch_size=16"
+	$(BIN)/tide train --teacher $(TEACHER) $(ARGS)
+
+report: $(VENV)/.ready  ## gather the runs below runs/ into runs/report.md
+	$(BIN)/tide report runs $(ARGS)
+
+tiny-teacher: $(VENV)/.ready  ## train the embedded teacher again (about an hour)
+	$(BIN)/tide tiny-teacher $(ARGS)
+
+conformance: $(VENV)/.ready  ## recompute the reference numbers: make conformance ARGS=../shared/golden
+	$(BIN)/tide conformance $(ARGS)
+
+clean:  ## remove .venv, caches/, runs/ and what the tools leave
+	rm -rf $(VENV) caches runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,51 @@
+"""One group of cases: how many held, and by how much the worst one missed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from shared.errors import TideError
+
+
+@dataclass
+class Group:
+    """A line of the report. `worst` is the largest relative (or, for logits, absolute) difference."""
+
+    name: str
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    worst: float = 0.0
+    note: str = ""
+
+    def add(self, difference: float, tolerance: float) -> None:
+        """Count one case; a difference that is no number fails."""
+        good = difference <= tolerance
+        self.passed += good
+        self.failed += not good
+        self.worst = max(self.worst, difference) if difference == difference else float("nan")
+
+    def line(self) -> str:
+        """The group as one line."""
+        state = "FAILED" if self.failed else "skipped" if self.skipped and not self.passed else "ok"
+        count = f"{self.passed}/{self.passed + self.failed}"
+        text = f"{self.name:<38} {state:<8} {count:>9}   worst {self.worst:.1e}"
+        return text + (f"   {self.note}" if self.note else "")
+
+
+def absent(name: str) -> list[Group]:
+    """The groups of a part whose file is not in the folder."""
+    return [Group(name, skipped=1, note="not in this folder")]
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file; TideError where it cannot be read."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise TideError(f"{path} is no whole safetensors file: {error}", fix="copy the folder again") from error

@@ -1,0 +1,162 @@
+"""`make demo`: the main job at the size of a laptop. Two caches, four students, several seeds, one report.
+
+Every student of a tokenizer takes the same number of steps over the same data in the same order; only the
+distillation term differs. The undistilled student trains on the same cache and ignores what it says of the teacher.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from pipelines.recipes import cache_config, packaged_recipe
+from pipelines.report import Run, find_runs, write_report
+from shared.attention import full
+from shared.config import DataConfig, LengthConfig
+from shared.errors import TideError
+from shared.tokenizers import Tokenizer
+from student_train.evaluate import prepare_heldout
+from teacher_cache.build import build_cache
+from teacher_cache.teachers.loading import load_model, open_checkpoint
+from teacher_cache.teachers.registry import find_teacher, resolve
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A student of the demo: `distilled` False trains with CE alone."""
+
+    name: str
+    teacher: str
+    distilled: bool
+
+
+VARIANTS = (
+    Variant("undistilled-cross", "tiny-cross", False),
+    Variant("TIDE-Cross", "tiny-cross", True),
+    Variant("undistilled-shared", "tiny-shared", False),
+    Variant("TIDE-Shared", "tiny-shared", True),
+)
+
+
+def run_demo(out: Path, seeds: int) -> Path:
+    """Caches, students, report. Interrupted and run again, it goes on where it stopped."""
+    if seeds < 1:
+        raise TideError(f"seeds is {seeds}", expected="at least 1")
+    started = time.monotonic()
+    for teacher in ("tiny-cross", "tiny-shared"):
+        build_cache(cache_config(teacher, None, [], out=out / "caches" / teacher))
+    cached = time.monotonic() - started
+    jobs = [(variant, seed) for seed in range(seeds) for variant in VARIANTS]
+    _train_all(out, jobs)
+    runs = find_runs(out)
+    teacher_nll, teacher_bits = score_teacher("tiny-shared", DataConfig("stdlib:heldout", limit=64), 256)
+    minutes = (time.monotonic() - started) / 60
+    tail = (
+        f"The embedded teacher itself, on the masks of the tiny-shared students: {teacher_nll:.3f} nats a token, "
+        f"{teacher_bits:.3f} bits per byte.\n\n{verdicts(runs)}\n\n"
+        f"Made by `make demo` in {minutes:.1f} minutes ({cached:.0f} s for the caches, if they were not there). "
+        "Nats a token compare students of one cache; bits per byte also compare tokenizers.\n"
+    )
+    head = "# Demo: students of the embedded teacher\n\nHeld-out masked NLL at fixed masks, mean ± spread over seeds.\n"
+    return write_report(out, head, tail)
+
+
+def _train_all(out: Path, jobs: list[tuple[Variant, int]]) -> None:
+    """Train the students, as many at a time as there are cores, one thread each, under one progress bar."""
+    waiting = list(jobs)
+    running: dict[subprocess.Popen[bytes], Path] = {}
+    folders = [out / f"{variant.name}-seed{seed}" for variant, seed in jobs]
+    with tqdm(total=None, unit="step", desc=f"train {len(jobs)} students", smoothing=0.05) as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < (os.cpu_count() or 1):
+                    variant, seed = waiting.pop(0)
+                    folder = out / f"{variant.name}-seed{seed}"
+                    if not (folder / "history.json").exists():
+                        running[_start(out, variant, seed, folder)] = folder
+                time.sleep(0.5)
+                _update(bar, folders)
+                for process in [p for p in running if p.poll() is not None]:
+                    folder = running.pop(process)
+                    if process.returncode != 0:
+                        log = (folder / "log.txt").read_text(errors="replace")[-2000:]
+                        raise TideError(f"training {folder.name} failed (exit {process.returncode}):\n{log}")
+        finally:
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.wait()
+
+
+def _start(out: Path, variant: Variant, seed: int, folder: Path) -> subprocess.Popen[bytes]:
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pipelines.cli", "train", "--config", str(packaged_recipe(variant.teacher))]
+    command += ["--cache", str(out / "caches" / variant.teacher), "--out", str(folder), "--seed", str(seed)]
+    if not variant.distilled:
+        command += ["--set", 'distillation={type="none"}']
+    with (folder / "log.txt").open("wb") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+
+
+def _update(bar: Any, folders: list[Path]) -> None:
+    done, longest = 0, 0
+    for folder in folders:
+        try:
+            state = json.loads((folder / "progress.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            continue
+        done, longest = done + state["step"], max(longest, state["max_steps"])
+    bar.total = longest * len(folders) or None
+    bar.update(done - bar.n)
+
+
+def verdicts(runs: list[Run]) -> str:
+    """One sentence a pair: did distillation help, by how much against the spread over seeds?"""
+    lines = []
+    for distilled in (v for v in VARIANTS if v.distilled):
+        plain = next(v for v in VARIANTS if v.teacher == distilled.teacher and not v.distilled)
+        a = {r.seed: r.final["eval_heldout_nll"] for r in runs if r.variant == plain.name}
+        b = {r.seed: r.final["eval_heldout_nll"] for r in runs if r.variant == distilled.name}
+        gains = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+        if not gains:
+            continue
+        mean = statistics.mean(gains)
+        word = "helped" if min(gains) > 0 else "did not help" if max(gains) <= 0 else "helped for some seeds only"
+        lines.append(
+            f"* **{distilled.name}** {word}: held-out NLL {mean:+.3f} nats a token lower than undistilled on average "
+            f"({', '.join(f'{g:+.3f}' for g in gains)} by seed)."
+        )
+    return "\n".join(lines)
+
+
+@torch.inference_mode()
+def score_teacher(name: str, data: DataConfig, length: int) -> tuple[float, float]:
+    """Held-out masked NLL (nats a token) and bits per byte of a teacher under full attention."""
+    entry = find_teacher(name)
+    checkpoint = open_checkpoint(resolve(entry.model))
+    model: Any = load_model(checkpoint, entry.architecture, torch.float32)
+    tokenizer = Tokenizer.load(checkpoint.folder)
+    heldout = prepare_heldout(data, LengthConfig(length, length), tokenizer, entry.mask_id, 4)
+    nats = text_nats = text_bytes = tokens = 0.0
+    for batch in heldout.batches:
+        hidden = model.model(input_ids=batch["noised"], attention_mask=full(batch["valid"]), use_cache=False)
+        logits = model.lm_head(hidden.last_hidden_state[batch["row"], batch["column"]]).float()
+        nll = F.cross_entropy(logits, batch["clean"][batch["row"], batch["column"]], reduction="none").double()
+        nats, tokens = nats + float(nll.sum()), tokens + nll.numel()
+        text_nats += float(nll[batch["bytes"] > 0].sum())
+        text_bytes += float(batch["bytes"].sum())
+    return nats / tokens, text_nats / math.log(2) / text_bytes
