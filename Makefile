@@ -50,6 +50,6 @@ tiny-teacher: $(VENV)/.ready  ## train the embedded teacher again (about an hour
 conformance: $(VENV)/.ready  ## recompute the reference numbers: make conformance ARGS=../shared/golden
 	$(BIN)/tide conformance $(ARGS)
 
-clean:  ## remove .venv, caches/, runs/ and what the tools leave
-	rm -rf $(VENV) caches runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+clean:  ## remove .venv and what the tools leave; caches/ and runs/ stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

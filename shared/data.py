@@ -91,9 +91,10 @@ def _parse(row: Any, config: DataConfig) -> ChatExample | str:
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        with path.open("rb") as raw:
-            stream = zstandard.ZstdDecompressor().stream_reader(raw) if path.suffix == ".zst" else raw
-            for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape"), 1):
+        raw = path.open("rb")
+        stream = zstandard.ZstdDecompressor().stream_reader(raw, closefd=True) if path.suffix == ".zst" else raw
+        with io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape") as text:
+            for number, line in enumerate(text, 1):
                 if not line.strip():
                     continue
                 try:

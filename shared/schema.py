@@ -80,7 +80,7 @@ def _list_column(values: list[np.ndarray | None], kind: pa.ListType) -> pa.Array
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]).astype(np.int32)
     flat = [v.reshape(-1) for v in values if v is not None]
     content = pa.array(np.concatenate(flat) if flat else np.zeros(0, np.int32)).cast(kind.value_type)
-    missing = pa.array([v is None for v in values])
+    missing = pa.array([v is None for v in values], pa.bool_())
     return pa.ListArray.from_arrays(pa.array(offsets), content, type=kind, mask=missing)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shared.objectives import KL, Calm, ChunkObjective, Distillation, NoDistillation, ReverseCalm, ReverseKL
 from student_train.losses import calm, denoise, kl, tidal
-from student_train.losses.buckets import student_buckets, teacher_buckets
+from student_train.losses.buckets import at_least_float32, student_buckets, teacher_buckets
 from student_train.schedules import strength, timestep_weight
 
 
@@ -74,7 +74,7 @@ def objective(
 
     Raises ValueError where the batch lacks what the objective needs.
     """
-    logits = logits.float()
+    logits = at_least_float32(logits)
     ce = denoise.denoise(logits, targets.gold, targets.t).sum()
     match distillation:
         case NoDistillation():
@@ -114,7 +114,7 @@ def _chunk_term(
     count = chunks.teacher_logp.shape[0]
     token_logp = calm.token_log_likelihood(logits, targets.gold)
     student = calm.chunk_log_likelihood(token_logp, chunks.rows, chunks.chunk_of, count) / temperature
-    target = calm.bound_probability((chunks.teacher_logp.float() / temperature).exp())
+    target = calm.bound_probability((chunks.teacher_logp.to(logits.dtype) / temperature).exp())
     weight = torch.ones_like(chunks.t)
     if settings.tidal is not None:
         target = tidal.tidal_probability(student.exp(), target, strength(settings.tidal, progress, chunks.t))

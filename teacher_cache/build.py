@@ -200,7 +200,7 @@ def _row(
         masked=masked,
         teacher_ids=example.teacher_ids,
         teacher_masked=view.positions if cross else None,
-        split=view.in_a,
+        split=view.in_a if plan.config.noise.comp_demo else np.zeros_like(view.in_a),
         gold_logit=scores.gold_logit,
         logsumexp=scores.logsumexp,
         topk_sizes=scores.topk_sizes,

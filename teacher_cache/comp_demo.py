@@ -59,7 +59,7 @@ def teacher_view(example: Prepared, draw: Draw) -> TeacherView:
     return TeacherView(example.teacher_ids, positions, draw.split[chunk_of], chunk_of)
 
 
-def passes(view: TeacherView, mask_id: int, comp_demo: bool) -> list[tuple[Request, Int[np.ndarray, " read"]]]:
+def passes(view: TeacherView, mask_id: int, comp_demo: bool) -> list[tuple[Request, Int[np.ndarray, " _"]]]:
     """The forward passes that read every masked position once, each with the indices (into `view`) that it reads.
 
     A pass with nothing to read is left out.

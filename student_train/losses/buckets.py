@@ -17,6 +17,11 @@ _SMALLEST_TAIL = -16.1
 """Log of 1e-7, the resolution of float32 near 1: a smaller teacher tail cannot be told from it."""
 
 
+def at_least_float32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Half-precision tensors widened to float32; float32 and float64 as they are."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def log1mexp(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """log(1 − exp(x)) for x < 0, accurate at both ends. An x that rounding left at 0 or above counts as −1e-38."""
     x = torch.where(x < 0, x, -torch.finfo(x.dtype).tiny)
@@ -39,7 +44,7 @@ def student_buckets(
     `kept` is False at the padding of a shorter top-k list; there the id must repeat a kept one of its row.
     The result has k + 1 columns; padded columns, and a tail that holds no token, are EMPTY.
     """
-    scaled = logits.float() / temperature
+    scaled = at_least_float32(logits) / temperature
     whole = torch.logsumexp(scaled, dim=1, keepdim=True)
     top = torch.where(kept, scaled.gather(1, ids) - whole, EMPTY)
     tail = (complement_logsumexp(scaled, ids)[:, None] - whole).clamp_min(EMPTY)
@@ -58,7 +63,7 @@ def teacher_buckets(
     `logsumexp` is over all logits at `temperature`, as cached. The tail is EMPTY where the top-k is the whole
     vocabulary of `vocabulary` tokens; elsewhere it is at least 1e-7, the resolution of float32.
     """
-    top = torch.where(kept, topk_logits.float() / temperature - logsumexp.float()[:, None], EMPTY)
+    top = torch.where(kept, at_least_float32(topk_logits) / temperature - at_least_float32(logsumexp)[:, None], EMPTY)
     tail = log1mexp(torch.logsumexp(top, dim=1)).clamp_min(_SMALLEST_TAIL)
     tail = torch.where(kept.sum(dim=1) < vocabulary, tail, EMPTY)
     return torch.cat([top, tail[:, None]], dim=1)

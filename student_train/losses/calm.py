@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from student_train.losses.buckets import complement_logsumexp, log1mexp
+from student_train.losses.buckets import at_least_float32, complement_logsumexp, log1mexp
 
 TEACHER_BOUND = 1e-7
 
@@ -21,7 +21,7 @@ def token_log_likelihood(logits: Float[Tensor, "n vocab"], gold: Int[Tensor, " n
 
     log p = −softplus(logsumexp of the others − gold logit); log_softmax would round to 0 there and lose 1 − p.
     """
-    logits = logits.float()
+    logits = at_least_float32(logits)
     ids = gold[:, None]
     return -F.softplus(complement_logsumexp(logits, ids) - logits.gather(1, ids).squeeze(1), threshold=80.0)
 

@@ -6,6 +6,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from student_train.losses.buckets import at_least_float32
+
 
 def denoise(
     logits: Float[Tensor, "n vocab"], gold: Int[Tensor, " n"], t: Float[Tensor, " n"]
@@ -14,4 +16,4 @@ def denoise(
 
     The caller sums and divides by the number of maskable tokens of the batch.
     """
-    return F.cross_entropy(logits.float(), gold, reduction="none") / t
+    return F.cross_entropy(at_least_float32(logits), gold, reduction="none") / t

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from teacher_cache.comp_demo import Request
 from teacher_cache.targets import Scores
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Runs the teacher. Values do not depend on which requests are scored together."""
 

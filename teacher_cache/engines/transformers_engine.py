@@ -91,7 +91,9 @@ class TransformersEngine:
         return Scores(gold, lse, sizes.astype(np.int32), ids.astype(np.int32), top)
 
 
-def pad(sequences: Sequence[Int[np.ndarray, " length"]]) -> tuple[Int[Tensor, "b l"], Bool[Tensor, "b l"]]:
+def pad(
+    sequences: Sequence[Int[np.ndarray, " _"]],
+) -> tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
     """Right-padded ids and the mask of real positions. The pad value is 0: its keys are hidden, its rows unread."""
     longest = max(len(s) for s in sequences)
     ids = torch.zeros((len(sequences), longest), dtype=torch.long)

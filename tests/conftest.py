@@ -1,0 +1,108 @@
+"""Shapes and types in signatures are enforced in every test; small checkpoints and caches are made here."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import shutil
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from jaxtyping import install_import_hook
+
+with install_import_hook(["shared", "teacher_cache", "student_train"], "beartype.beartype"):
+    import shared.attention
+    import shared.examples
+    import student_train.trainer
+    import teacher_cache.build  # noqa: F401
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from shared.config import CacheConfig, DataConfig, build
+from shared.data import iter_examples
+from teacher_cache.build import build_cache
+from teacher_cache.teachers.registry import resolve
+
+settings.register_profile("tide", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.load_profile("tide")
+
+GOLDEN = Path(os.environ.get("TIDE_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
+TEACHER_TOKENIZER = Path(resolve("embedded:teacher_cache.teachers/tiny"))
+STUDENT_TOKENIZER = Path(resolve("embedded:student_train/tiny_tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The reference numbers; tests that need them skip where they are absent."""
+    if not GOLDEN.is_dir():
+        pytest.skip(f"no golden data at {GOLDEN} (set TIDE_GOLDEN)")
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def random_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama in float32 with the embedded teacher's tokenizer."""
+    folder = tmp_path_factory.mktemp("random-teacher")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=4091,
+        mask_token_id=4095,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for file in TEACHER_TOKENIZER.iterdir():
+        if file.name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(file, folder / file.name)
+    return folder
+
+
+@lru_cache
+def chats_file() -> Path:
+    """Held-out functions of the standard library as a JSONL file: 24 to cache, 12 more behind them."""
+    folder = Path(tempfile.mkdtemp(prefix="tide-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    rows = [{"messages": list(e.messages)} for e in iter_examples(DataConfig("stdlib:heldout", limit=36))]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "chats.jsonl"
+
+
+def small_cache_config(teacher: str, model: Path, out: Path, **changes: object) -> CacheConfig:
+    """Settings of a cache of 24 standard-library functions in three shards and two draws."""
+    values = {
+        "teacher": teacher,
+        "model": str(model),
+        "out": out,
+        "shard_examples": 8,
+        "data": {"source": str(chats_file()), "limit": 24},
+        "lengths": {"student": 128, "teacher": 128, "block": 32},
+        "targets": {"k": 8},
+        "engine": {"dtype": "float32", "device": "cpu"},
+        **changes,
+    }
+    return build(CacheConfig, values)
+
+
+@pytest.fixture(scope="session")
+def caches(random_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Finished small caches by teacher name. Read only: copy one before changing it."""
+    folder = tmp_path_factory.mktemp("caches")
+    for teacher in ("tiny-cross", "tiny-shared"):
+        build_cache(small_cache_config(teacher, random_teacher, folder / teacher))
+    return {teacher: folder / teacher for teacher in ("tiny-cross", "tiny-shared")}

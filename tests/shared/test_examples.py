@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers.normalizers import NFC
+
+from shared.config import LengthConfig
+from shared.data import ChatExample
+from shared.errors import TideError
+from shared.examples import Prepared, Preparer
+from shared.tokenizers import Tokenizer
+from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
+
+TEACHER, STUDENT = Tokenizer.load(TEACHER_TOKENIZER), Tokenizer.load(STUDENT_TOKENIZER)
+LENGTHS = LengthConfig(student=256, teacher=256, block=32)
+
+
+def chat(response: str, request: str = "do it") -> ChatExample:
+    return ChatExample("e", ({"role": "user", "content": request}, {"role": "assistant", "content": response}))
+
+
+def cross(student: Tokenizer = STUDENT, teacher: Tokenizer = TEACHER, lengths: LengthConfig = LENGTHS) -> Preparer:
+    return Preparer(student, teacher, lengths, student.special_id("mask"), teacher.special_id("mask"))
+
+
+def bytes_of(tokenizer: Tokenizer, ids: np.ndarray) -> bytes:
+    return b"".join(tokenizer.token_bytes[i] for i in ids)
+
+
+def check_chunks(p: Prepared, text: str, student: Tokenizer = STUDENT, teacher: Tokenizer = TEACHER) -> bytes:
+    """Every chunk has the same bytes on both sides; together they are a stretch of the response. Returns it."""
+    assert p.teacher_ids is not None
+    parts = []
+    for t0, t1, s0, s1 in p.chunks:
+        assert bytes_of(teacher, p.teacher_ids[t0:t1]) == bytes_of(student, p.student_ids[s0:s1])
+        parts.append(bytes_of(student, p.student_ids[s0:s1]))
+        assert s0 >= p.prompt_length
+    assert b"".join(parts) in text.encode()
+    return b"".join(parts)
+
+
+TEXTS = {
+    "plain": "def add(a, b):\n    return a + b\n",
+    "control bytes": "a\x00b\x01\x1f\x7fc",
+    "crlf": "one\r\ntwo\r\n\r\nthree",
+    "zwj emoji": "ok \U0001f469\u200d\U0001f4bb and \U0001f468\u200d\U0001f469\u200d\U0001f467 done",
+    "chinese": "你好，世界！这是一个测试。",
+    "white space": "  \t\t  x   \n\n\n   \t y ",
+    "decomposed": "Cafe\u0301 nai\u0308ve",
+    "digits": "3.14159 and 1234567890",
+    "one letter": "a",
+    "only blanks": "   ",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+def test_the_whole_response_is_aligned(text: str) -> None:
+    preparer = cross()
+    (p,) = preparer([chat(text)])
+    assert check_chunks(p, text) == text.encode()
+    assert preparer.counts.unaligned_bytes == 0
+    assert preparer.counts.response_bytes == len(text.encode())
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+def test_any_text_is_aligned_from_end_to_end(text: str) -> None:
+    try:
+        (p,) = cross()([chat(text)])
+    except TideError:
+        assert "<|mask|>" in text
+        return
+    assert check_chunks(p, text) == text.encode()
+
+
+def test_an_empty_response_has_no_chunk_but_its_end_is_learnt() -> None:
+    (p,) = cross()([chat("")])
+    assert p.chunks.shape == (0, 4)
+    assert STUDENT.decode(p.student_ids[p.prompt_length :].tolist()).startswith("<|im_end|>")
+
+
+def test_the_last_block_is_filled_with_eos() -> None:
+    (p,) = cross()([chat("x = 1")])
+    assert len(p.student_ids) % 32 == 0
+    used = len(STUDENT.encode(["x = 1<|im_end|>\n"])[0])
+    fill = p.student_ids[p.prompt_length + used :]
+    assert len(fill) > 0
+    assert (fill == STUDENT.special_id("eos")).all()
+
+
+def test_a_content_that_occurs_twice_or_equals_the_template_is_found_in_its_place() -> None:
+    for text in ("do it", "assistant", "user\ndo it", "<|im_start|>"):
+        (p,) = cross()([chat(text, request=text)])
+        assert p.teacher_ids is not None
+        assert p.chunks.shape[0] > 0
+        prompt = STUDENT.decode(p.student_ids[: p.prompt_length].tolist())
+        assert prompt == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+        assert p.chunks[0, 2] == p.prompt_length
+        assert check_chunks(p, text) == text.encode()
+
+
+def nfc_copy(source: Path, folder: Path) -> Tokenizer:
+    """The same tokenizer with Qwen's normaliser."""
+    shutil.copytree(source, folder)
+    raw = RawTokenizer.from_file(str(folder / "tokenizer.json"))
+    raw.normalizer = NFC()  # type: ignore[attr-defined]
+    raw.save(str(folder / "tokenizer.json"))
+    return Tokenizer.load(folder)
+
+
+def test_text_that_one_side_normalises_is_aligned_up_to_the_change_and_the_loss_is_counted(tmp_path: Path) -> None:
+    student = nfc_copy(STUDENT_TOKENIZER, tmp_path / "nfc")
+    preparer = cross(student)
+    text = "x = 1  # Cafe\u0301 and more text behind it"
+    (p,) = preparer([chat(text)])
+    aligned = check_chunks(p, text, student)
+    assert b"x = 1  #" in aligned
+    assert aligned == text.encode()[: len(aligned)]
+    before = len("x = 1  # Caf".encode())
+    assert len(aligned) <= before
+    assert preparer.counts.unaligned_examples == 1
+    assert preparer.counts.unaligned_bytes == len(text.encode()) - before
+
+
+def test_text_that_both_sides_normalise_alike_is_aligned_whole(tmp_path: Path) -> None:
+    student, teacher = nfc_copy(STUDENT_TOKENIZER, tmp_path / "s"), nfc_copy(TEACHER_TOKENIZER, tmp_path / "t")
+    preparer = cross(student, teacher)
+    (p,) = preparer([chat("Cafe\u0301!")])
+    assert check_chunks(p, "Caf\u00e9!", student, teacher) == "Caf\u00e9!".encode()
+    assert preparer.counts.unaligned_bytes == 0
+
+
+def test_a_mask_token_in_the_text_is_refused() -> None:
+    for example in (chat("say <|mask|> now"), chat("fine", request="what is <|mask|>?")):
+        with pytest.raises(TideError, match="example e contains the mask token"):
+            cross()([example])
+
+
+def test_prompts_that_fill_the_length_are_dropped_and_counted_and_long_responses_cut() -> None:
+    preparer = cross(lengths=LengthConfig(student=64, teacher=64, block=32))
+    kept = preparer([chat("x = 1"), chat("x", request="word " * 200), chat("y = 2; " * 100)])
+    assert [len(p.student_ids) for p in kept] == [32, 64]
+    assert preparer.counts.dropped_long_prompt == 1
+    assert preparer.counts.truncated == 1
+    cut = kept[1]
+    assert cut.teacher_ids is not None
+    assert len(cut.teacher_ids) == 64
+    assert cut.chunks[:, 1].max() <= 64
+    assert cut.chunks[:, 3].max() <= 64
+
+
+def test_a_shared_tokenizer_needs_no_second_tokenisation() -> None:
+    (p,) = Preparer(TEACHER, None, LENGTHS, TEACHER.special_id("mask"))([chat("x = 1")])
+    assert p.teacher_ids is None
+    assert p.chunks.shape == (0, 4)
+
+
+def test_the_result_does_not_depend_on_the_batch() -> None:
+    examples = [chat(text) for text in TEXTS.values()]
+    together = cross()(examples)
+    for example, expected in zip(examples, together, strict=True):
+        (alone,) = cross()([example])
+        assert np.array_equal(alone.student_ids, expected.student_ids)
+        assert np.array_equal(alone.chunks, expected.chunks)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from teacher_cache.comp_demo import Request
+from teacher_cache.engines.base import token_budget_batches
+from teacher_cache.engines.transformers_engine import TransformersEngine
+from teacher_cache.targets import TargetSpec
+from teacher_cache.teachers.loading import load_model, open_checkpoint
+from teacher_cache.teachers.registry import BlockCausal, Full
+
+SPEC = TargetSpec(8, 1.0, (1.0, 2.0))
+
+
+def requests(count: int, seed: int = 0) -> list[Request]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        length = int(rng.integers(4, 60))
+        ids = rng.integers(0, 4090, length).astype(np.int32)
+        read = np.flatnonzero(rng.random(length) < 0.4).astype(np.int32)
+        read = read[read > 0] if (read > 0).any() else np.array([1], np.int32)
+        gold = ids[read].copy()
+        ids[read] = 4095
+        made.append(Request(ids, read, gold))
+    return made
+
+
+@given(st.lists(st.integers(1, 100), max_size=40), st.integers(1, 300))
+def test_batches_hold_everything_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    batches = token_budget_batches(lengths, budget)
+    assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= budget
+
+
+@pytest.mark.parametrize("attention", [Full(), BlockCausal(8)], ids=["full", "block_causal"])
+@pytest.mark.parametrize("shift", [False, True])
+def test_alone_and_in_a_batch_are_equal(random_teacher: Path, attention: Full | BlockCausal, shift: bool) -> None:
+    model = load_model(open_checkpoint(str(random_teacher)), "llama", torch.float32)
+    asked = requests(9)
+    together = TransformersEngine(model, attention, SPEC, shift=shift).score(asked)
+    single = TransformersEngine(model, attention, SPEC, shift=shift, tokens_per_batch=1, head_rows=3)
+    for request, expected in zip(asked, together, strict=True):
+        (alone,) = single.score([request])
+        for name in ("gold_logit", "logsumexp", "topk_logits"):
+            np.testing.assert_allclose(getattr(alone, name), getattr(expected, name), rtol=1e-6, atol=1e-6)
+
+
+def test_scores_are_those_of_the_plain_model(random_teacher: Path) -> None:
+    """Against a full forward pass with full-vocabulary logits, one sequence at a time."""
+    model = load_model(open_checkpoint(str(random_teacher)), "llama", torch.float32)
+    asked = requests(4, seed=1)
+    for shift in (0, 1):
+        for request, scores in zip(
+            asked, TransformersEngine(model, Full(), SPEC, shift=bool(shift)).score(asked), strict=True
+        ):
+            ids = torch.from_numpy(request.ids).long()[None]
+            with torch.no_grad():
+                mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
+                logits = model(input_ids=ids, attention_mask=mask).logits[0].double()
+            rows = logits[torch.from_numpy(request.read).long() - shift]
+            np.testing.assert_allclose(scores.logsumexp[:, 1], torch.logsumexp(rows / 2, 1), rtol=1e-5)
+            np.testing.assert_allclose(scores.topk_logits, rows.topk(8).values, rtol=1e-4, atol=1e-5)
+            gold = rows.gather(1, torch.from_numpy(request.gold).long()[:, None])[:, 0]
+            np.testing.assert_allclose(scores.gold_logit, gold, rtol=1e-4, atol=1e-5)
+
+
+def test_the_head_runs_at_the_rows_that_are_read_and_no_other(random_teacher: Path) -> None:
+    model = load_model(open_checkpoint(str(random_teacher)), "llama", torch.float32)
+    rows: list[int] = []
+    model.lm_head.register_forward_hook(lambda _m, inputs, _o: rows.append(inputs[0].shape[0]))
+    asked = requests(7, seed=2)
+    TransformersEngine(model, Full(), SPEC, head_rows=10).score(asked)
+    assert sum(rows) == sum(len(r.read) for r in asked)
+    assert max(rows) <= 10
+
+
+def test_no_requests_no_scores(random_teacher: Path) -> None:
+    model = load_model(open_checkpoint(str(random_teacher)), "llama", torch.float32)
+    assert TransformersEngine(model, Full(), SPEC).score([]) == []

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from shared.errors import TideError
+from teacher_cache.teachers.loading import load_model, open_checkpoint
+from teacher_cache.teachers.registry import all_teachers, find_teacher
+
+
+@pytest.fixture
+def copy(random_teacher: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(random_teacher, tmp_path / "model"))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def load(folder: Path) -> Any:
+    return load_model(open_checkpoint(str(folder)), "llama", torch.float32)
+
+
+def test_the_weights_arrive_as_they_are(random_teacher: Path) -> None:
+    model, stored = load(random_teacher), load_file(random_teacher / "model.safetensors")
+    loaded = dict(model.named_parameters())
+    assert loaded.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert torch.equal(loaded[name], tensor)
+    assert not model.training
+
+
+def test_shards_are_read_through_their_index_and_a_missing_one_is_named(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    expected = load(copy).state_dict()
+    names = sorted(tensors)
+    parts = {"a-1.safetensors": names[::2], "a-2.safetensors": names[1::2]}
+    for file, keys in parts.items():
+        save_file({k: tensors[k] for k in keys}, copy / file, {"format": "pt"})
+    index = {"weight_map": {k: f for f, keys in parts.items() for k in keys}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    (copy / "model.safetensors").unlink()
+    assert all(torch.equal(v, expected[k]) for k, v in load(copy).state_dict().items())
+    (copy / "a-2.safetensors").unlink()
+    with pytest.raises(TideError, match=r"lacks 1 of 2 weight files: a-2.safetensors"):
+        load(copy)
+
+
+def test_a_truncated_file(copy: Path) -> None:
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(TideError, match="no whole safetensors file"):
+        load(copy)
+
+
+def test_pickled_weights_are_refused(copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(TideError, match=r"only pickled ones[\s\S]*never loaded"):
+        load(copy)
+
+
+def test_a_config_of_another_architecture(copy: Path) -> None:
+    edit_config(copy, model_type="gpt2")
+    with pytest.raises(TideError, match="model_type 'gpt2'"):
+        load(copy)
+
+
+def test_left_over_missing_and_misshapen_tensors_are_named(copy: Path) -> None:
+    path = copy / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "extra.weight": torch.zeros(1)}, path, {"format": "pt"})
+    with pytest.raises(TideError, match=r"1 tensors without a place \['extra.weight'\]"):
+        load(copy)
+    less = {k: v for k, v in tensors.items() if k != "model.norm.weight"}
+    save_file(less, path, {"format": "pt"})
+    with pytest.raises(TideError, match=r"1 parameters unfilled \['model.norm.weight'\]"):
+        load(copy)
+    save_file({**tensors, "model.norm.weight": torch.zeros(31)}, path, {"format": "pt"})
+    with pytest.raises(TideError, match=r"model.norm.weight has the shape \(31,\)"):
+        load(copy)
+
+
+def test_tied_weights_that_disagree_are_refused(golden: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(golden / "a2d_qwen3", tmp_path / "m"))
+    (folder / "model.safetensors").chmod(0o644)
+    folder.chmod(0o755)
+    tensors = load_file(folder / "model.safetensors")
+    assert load_model(open_checkpoint(str(folder)), "qwen3", torch.float32) is not None
+    save_file({**tensors, "lm_head.weight": tensors["lm_head.weight"] + 1}, folder / "new.safetensors", {"format": "pt"})
+    (folder / "new.safetensors").rename(folder / "model.safetensors")
+    with pytest.raises(TideError, match="to which config.json ties it"):
+        load_model(open_checkpoint(str(folder)), "qwen3", torch.float32)
+
+
+def test_places_that_hold_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(TideError, match="there is no folder"):
+        open_checkpoint(str(tmp_path / "none"))
+    with pytest.raises(TideError, match=r"no readable config.json"):
+        open_checkpoint(str(tmp_path))
+    with pytest.raises(TideError, match="could not be fetched from the hub"):
+        open_checkpoint("nobody/nothing")
+
+
+def test_the_fingerprint_follows_config_and_weights(copy: Path) -> None:
+    first = open_checkpoint(str(copy)).fingerprint()
+    edit_config(copy, rms_norm_eps=1e-3)
+    second = open_checkpoint(str(copy)).fingerprint()
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(data)
+    assert len({first, second, open_checkpoint(str(copy)).fingerprint()}) == 3
+
+
+def test_the_registry_takes_a_users_teacher_and_explains_mistakes(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    fields = 'model = "/m"\narchitecture = "llama"\nmask_id = 5\nstudent_tokens = false\nlength = 9\nstudent = "/s"\n'
+    file.write_text(f'[mine]\n{fields}attention = {{ type = "block_causal", block = 4 }}\n')
+    assert find_teacher("mine", file).mask_id == 5
+    assert "llada-8b" in all_teachers(file)
+    with pytest.raises(TideError, match="did you mean llada-8b"):
+        find_teacher("llada-8")
+    file.write_text(f"[mine]\n{fields}maskid = 3\n")
+    with pytest.raises(TideError, match="maskid: no such setting"):
+        find_teacher("mine", file)
+    file.write_text("mine = 3\n")
+    with pytest.raises(TideError, match="mine is a value"):
+        find_teacher("mine", file)
