@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TEACHER ?= tiny-cross
 ARGS ?=
 
-.PHONY: help demo test test-all check bench cache train report tiny-teacher conformance clean
+.PHONY: help demo test test-slow check bench cache train report tiny-teacher conformance clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,8 +24,8 @@ demo: $(VENV)/.ready  ## cache the embedded teacher, train distilled and undisti
 test: $(VENV)/.ready  ## the tests, without the slow ones
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-all: $(VENV)/.ready  ## all tests
-	$(BIN)/python -m pytest $(ARGS)
+test-slow: $(VENV)/.ready  ## the slow tests alone
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 check: $(VENV)/.ready  ## ruff and pyright
 	$(BIN)/ruff check .

@@ -58,6 +58,8 @@ def load_student(settings: StudentConfig, cache: Path, manifest: Manifest) -> tu
             fix="resize the checkpoint's embedding before training",
         )
     model.config.mask_token_id = mask_id
+    if model.config.tie_word_embeddings:
+        model._keys_to_ignore_on_save = {"lm_head.weight"}  # no alarm about it when a checkpoint is resumed
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model, tokenizer

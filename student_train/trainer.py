@@ -36,7 +36,6 @@ class StudentTrainer(ResumableTrainer):
         super().__init__(*args, **kwargs)
         self._config, self._manifest, self._block, self._heldout = config, manifest, block, heldout
         self._parts = torch.zeros(3, dtype=torch.float64)  # denoise, distillation, batches since the last log
-        self._evaluated: tuple[int, dict[str, float]] | None = None
 
     @property
     def progress(self) -> float:
@@ -91,12 +90,12 @@ class StudentTrainer(ResumableTrainer):
         """Held-out masked NLL; logged as eval_heldout_nll and eval_heldout_bits_per_byte."""
         if self._heldout is None:
             return {}
-        if self._evaluated is not None and self._evaluated[0] == self.state.global_step:
-            return self._evaluated[1]
+        for entry in self.state.log_history:  # this step is scored already, perhaps before an interruption
+            if entry["step"] == self.state.global_step and "eval_heldout_nll" in entry:
+                return {k: v for k, v in entry.items() if k.startswith("eval_heldout_")}
         found = masked_nll(self.accelerator.unwrap_model(self.model), self._heldout, self._block)
         metrics = {f"eval_heldout_{name}": value for name, value in found.items()}
         self.log(metrics)
-        self._evaluated = (self.state.global_step, metrics)
         return metrics
 
 

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from shared.config import StudentConfig
+from shared.errors import TideError
+from shared.manifest import load_manifest
+from student_train.student import load_student, masked_logits
+from teacher_cache.teachers.loading import load_model, open_checkpoint
+from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
+
+
+def test_golden_logits_at_masked_positions(golden: Path) -> None:
+    model = load_model(open_checkpoint(str(golden / "a2d_qwen3")), "qwen3", torch.float32)
+    expected = load_file(golden / "a2d_qwen3" / "expected.safetensors")
+    noised, clean = expected["noised_ids"], expected["clean_ids"]
+    row, column = (noised == 95).nonzero(as_tuple=True)
+    with torch.no_grad():
+        logits = masked_logits(model, noised, clean, torch.ones_like(noised, dtype=torch.bool), row, column, 4)
+    torch.testing.assert_close(logits, expected["logits_bd3lm_block_4"][row, column], rtol=0, atol=1e-5)
+
+
+def small() -> Any:
+    torch.manual_seed(0)
+    config = Qwen3Config(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+                         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1)  # fmt: skip
+    return Qwen3ForCausalLM(config).eval()
+
+
+def test_padding_changes_no_value() -> None:
+    model = small()
+    lengths, width = [8, 16, 12], 16
+    clean = torch.randint(0, 49, (3, width))
+    noised = torch.where(torch.rand(3, width) < 0.5, 49, clean)
+    valid = torch.arange(width) < torch.tensor(lengths)[:, None]
+    row, column = (valid & (noised == 49)).nonzero(as_tuple=True)
+    with torch.no_grad():
+        together = masked_logits(model, noised, clean, valid, row, column, 4)
+        for i, n in enumerate(lengths):
+            inside = column[row == i]
+            alone = masked_logits(model, noised[i : i + 1, :n], clean[i : i + 1, :n], valid[i : i + 1, :n],
+                                  torch.zeros_like(inside), inside, 4)  # fmt: skip
+            torch.testing.assert_close(alone, together[row == i], rtol=0, atol=1e-6)
+
+
+def test_a_prediction_sees_its_noised_block_and_earlier_clean_blocks_only() -> None:
+    model = small()
+    clean = torch.randint(0, 48, (1, 12))
+    noised = clean.clone()
+    noised[0, 5] = 49
+    ask = (torch.tensor([0]), torch.tensor([5]), 4)
+    valid = torch.ones(1, 12, dtype=torch.bool)
+
+    def predict(noised: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return masked_logits(model, noised, clean, valid, *ask)
+
+    base = predict(noised, clean)
+    for position in range(12):
+        changed_clean, changed_noised = clean.clone(), noised.clone()
+        changed_clean[0, position] = 48
+        changed_noised[0, position] = 48
+        moved_by_clean = not torch.equal(predict(noised, changed_clean), base)
+        moved_by_noised = not torch.equal(predict(changed_noised, clean), base)
+        assert moved_by_clean == (position < 4)  # its own clean block, with the answer, is never seen
+        assert moved_by_noised == (4 <= position < 8)
+
+
+def test_a_new_student_and_one_from_a_checkpoint(caches: dict[str, Path], tmp_path: Path) -> None:
+    cache = caches["tiny-cross"]
+    manifest = load_manifest(cache)
+    settings = StudentConfig(hidden_size=32, layers=1, heads=2, kv_heads=1, intermediate_size=32)
+    model, tokenizer = load_student(settings, cache, manifest)
+    assert model.get_input_embeddings().weight.shape == (2048, 32)
+    model.save_pretrained(tmp_path)
+    tokenizer.backend.save_pretrained(tmp_path)
+    again, _ = load_student(StudentConfig(checkpoint=str(tmp_path)), cache, manifest)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(p.requires_grad for p in again.parameters())
+
+
+def test_a_student_of_another_tokenizer_is_refused(caches: dict[str, Path], tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path)
+    for file in TEACHER_TOKENIZER.glob("*.js*"):
+        if file.name.startswith("tokenizer") or file.name == "chat_template.jinja":
+            shutil.copy(file, tmp_path / file.name)
+    with pytest.raises(TideError, match="was built for another student tokenizer"):
+        load_student(StudentConfig(checkpoint=str(tmp_path)), caches["tiny-cross"], load_manifest(caches["tiny-cross"]))
+
+
+def test_an_embedding_without_a_row_for_the_mask_is_refused(caches: dict[str, Path], tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path)
+    for file in STUDENT_TOKENIZER.iterdir():
+        shutil.copy(file, tmp_path / file.name)
+    with pytest.raises(TideError, match="mask id 2047 lies outside the student's embedding of 50 rows"):
+        load_student(StudentConfig(checkpoint=str(tmp_path)), caches["tiny-cross"], load_manifest(caches["tiny-cross"]))
