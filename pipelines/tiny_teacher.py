@@ -122,6 +122,7 @@ class TinyTeacherTrainer(ResumableTrainer):
     """Hugging Face's loop over whole batches; the loss is a weighted cross-entropy at masked positions."""
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], **_: Any) -> Tensor:  # type: ignore[override]
+        """The batch's loss; its weights are divided by the number of maskable tokens already."""
         rows = inputs["targets"] >= 0
         logits = masked_hidden(model, inputs["ids"], inputs["valid"], rows).float()
         nll = F.cross_entropy(logits, inputs["targets"][rows], reduction="none")
@@ -183,7 +184,8 @@ def train_tiny_teacher(teacher: Path, student_tokenizer: Path, work: Path, confi
     )
     trainer.train_resuming()
     minutes = trainer.seconds_trained / 60
-    rounded = model.to(torch.bfloat16)
+    rounded: Any = model
+    rounded.to(torch.bfloat16)
     rounded.save_pretrained(teacher)
     nll = heldout_nll(rounded.float(), tokenizer, heldout)
     for source, target in ((work / "tokenizer", teacher), (work / "student-tokenizer", student_tokenizer)):
@@ -195,6 +197,7 @@ def train_tiny_teacher(teacher: Path, student_tokenizer: Path, work: Path, confi
 
 
 def _llama(config: TinyTeacherConfig, tokenizer: Tokenizer) -> LlamaConfig:
+    mask: dict[str, Any] = {"mask_token_id": tokenizer.special_id("mask")}
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
@@ -207,7 +210,7 @@ def _llama(config: TinyTeacherConfig, tokenizer: Tokenizer) -> LlamaConfig:
         bos_token_id=None,
         eos_token_id=tokenizer.special_id("eos"),
         pad_token_id=tokenizer.special_id("pad"),
-        mask_token_id=tokenizer.special_id("mask"),
+        **mask,
     )
 
 

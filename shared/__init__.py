@@ -1,0 +1,1 @@
+"""What both stages agree on: data, tokens, alignment, noise, attention, the cache's format."""

@@ -54,9 +54,7 @@ def block_diffusion(
     return own_block | earlier_clean
 
 
-def block_diffusion_batch(
-    valid: Bool[Tensor, "batch length"], block: int
-) -> Bool[Tensor, "batch 1 double double"]:
+def block_diffusion_batch(valid: Bool[Tensor, "batch length"], block: int) -> Bool[Tensor, "batch 1 double double"]:
     """`block_diffusion` for a padded batch in the order [x_t ; x_0]: padded keys are hidden, no row is empty."""
     length = valid.shape[1]
     mask = block_diffusion(length, block, device=valid.device)[None] & valid.repeat(1, 2)[:, None, :]

@@ -7,6 +7,7 @@ temperature, position by position; `topk_ids` and `topk_logits` hold `topk_sizes
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +28,9 @@ SCHEMA = pa.schema(
         pa.field("masked", _INTS, nullable=False),  # student positions, rising
         pa.field("teacher_ids", _INTS),  # null: the teacher reads student_ids
         pa.field("teacher_masked", _INTS),  # teacher positions, rising; null: `masked`
-        pa.field("split", pa.list_(pa.bool_()), nullable=False),  # per teacher position: in CompDemo's part A, read in pass 2
+        pa.field(
+            "split", pa.list_(pa.bool_()), nullable=False
+        ),  # per teacher position: in CompDemo's part A, read in pass 2
         pa.field("gold_logit", _FLOATS, nullable=False),  # per teacher position
         pa.field("logsumexp", _FLOATS, nullable=False),  # per teacher position × temperature
         pa.field("topk_sizes", _INTS),  # per teacher position; null: signal not cached
@@ -91,7 +94,7 @@ def from_table(table: pa.Table, temperatures: int) -> list[CacheRow]:
     shapes = {"logsumexp": (-1, temperatures), "chunk_student": (-1, 2), "chunk_teacher": (-1, 2)}
     rows = []
     for values in zip(*columns, strict=True):
-        cells = {
+        cells: dict[str, Any] = {
             name: value.reshape(shapes[name]) if name in shapes and value is not None else value
             for name, value in zip(names, values, strict=True)
         }

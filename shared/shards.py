@@ -40,7 +40,7 @@ def write_shard(path: Path, rows: list[CacheRow], counts: dict[str, Any]) -> Non
             handle,
             compression="zstd",
             compression_level=_ZSTD_LEVEL,
-            use_dictionary=["example_id"],
+            use_dictionary=["example_id"],  # pyright: ignore[reportArgumentType]
             write_page_checksum=True,
             row_group_size=256,
         )

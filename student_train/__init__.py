@@ -1,0 +1,1 @@
+"""Stage two: a student trained from the cache, with no teacher in memory."""

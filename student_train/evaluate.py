@@ -33,9 +33,7 @@ class HeldOut:
     masked: int
 
 
-def prepare_heldout(
-    data: DataConfig, lengths: LengthConfig, tokenizer: Tokenizer, mask_id: int, draws: int
-) -> HeldOut:
+def prepare_heldout(data: DataConfig, lengths: LengthConfig, tokenizer: Tokenizer, mask_id: int, draws: int) -> HeldOut:
     """Tokenise and mask the held-out examples. t is stratified over each example's `draws`."""
     scan(data)
     prepared = Preparer(tokenizer, None, lengths, mask_id)(list(iter_examples(data)))

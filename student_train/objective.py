@@ -67,9 +67,7 @@ class Sums:
     distillation: Float[Tensor, ""]
 
 
-def objective(
-    logits: Float[Tensor, "n vocab"], targets: Targets, distillation: Distillation, progress: float
-) -> Sums:
+def objective(logits: Float[Tensor, "n vocab"], targets: Targets, distillation: Distillation, progress: float) -> Sums:
     """The two sums for student `logits` (one row per masked position). `progress` is τ = step / max_steps.
 
     Raises ValueError where the batch lacks what the objective needs.

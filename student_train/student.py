@@ -50,7 +50,7 @@ def load_student(settings: StudentConfig, cache: Path, manifest: Manifest) -> tu
         )
     if model is None:
         model = Qwen3ForCausalLM(_new_config(settings, tokenizer, mask_id))
-    width = model.get_input_embeddings().weight.shape[0]
+    width = embedding_rows(model)
     if mask_id >= width:
         raise TideError(
             f"the mask id {mask_id} lies outside the student's embedding of {width} rows",
@@ -65,6 +65,11 @@ def load_student(settings: StudentConfig, cache: Path, manifest: Manifest) -> tu
     return model, tokenizer
 
 
+def embedding_rows(model: Any) -> int:
+    """How many ids the model knows."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
 def add_mask_token(tokenizer: Tokenizer, token: str) -> int:
     """Id of the mask token, which is added to the tokenizer where it is missing."""
     if token not in tokenizer.backend.get_vocab():
@@ -73,6 +78,7 @@ def add_mask_token(tokenizer: Tokenizer, token: str) -> int:
 
 
 def _new_config(settings: StudentConfig, tokenizer: Tokenizer, mask_id: int) -> Qwen3Config:
+    more: dict[str, Any] = {"mask_token_id": mask_id, "attn_implementation": "sdpa"}
     return Qwen3Config(
         vocab_size=max(len(tokenizer), mask_id + 1),
         hidden_size=settings.hidden_size,
@@ -86,8 +92,7 @@ def _new_config(settings: StudentConfig, tokenizer: Tokenizer, mask_id: int) -> 
         bos_token_id=None,
         eos_token_id=tokenizer.special_id("eos"),
         pad_token_id=tokenizer.special_id("pad"),
-        mask_token_id=mask_id,
-        attn_implementation="sdpa",
+        **more,
     )
 
 

@@ -24,7 +24,7 @@ from student_train.loader import BatchDataset
 from student_train.objective import objective, total
 from student_train.resumable import ResumableTrainer, training_arguments
 from student_train.schedules import training_strength
-from student_train.student import load_student, masked_logits
+from student_train.student import embedding_rows, load_student, masked_logits
 
 
 class StudentTrainer(ResumableTrainer):
@@ -203,7 +203,7 @@ def _only(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _check_ids(model: Any, manifest: Manifest) -> None:
-    width = model.get_input_embeddings().weight.shape[0]
+    width = embedding_rows(model)
     k = manifest.fingerprint["targets"]["k"]
     if manifest.shared_tokenizer and k > width:
         raise TideError(f"the cache keeps {k} logits a position, the student has {width}", fix="use another student")

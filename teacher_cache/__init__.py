@@ -1,0 +1,1 @@
+"""Stage one: the teacher run once, its knowledge written to shards."""

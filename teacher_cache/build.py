@@ -142,7 +142,9 @@ def compute_unit(
         for part in parts:
             refuse_nonfinite(part, example.id)
         chunks = draw.chunks if example.teacher_ids is not None else None
-        rows.append(_row(plan, example, unit.draw, draw.t, draw.masked, chunks, view, _merge(plan, view, parts, indices)))
+        rows.append(
+            _row(plan, example, unit.draw, draw.t, draw.masked, chunks, view, _merge(plan, view, parts, indices))
+        )
     counts = dataclasses.asdict(preparer.counts)
     counts["masked"] = sum(row.masked.size for row in rows)
     counts["chunks"] = sum(0 if row.chunk_logp is None else row.chunk_logp.size for row in rows)

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,8 +18,8 @@ from jaxtyping import install_import_hook
 
 with install_import_hook(["shared", "teacher_cache", "student_train"], "beartype.beartype"):
     import shared.attention
-    import shared.examples
-    import student_train.trainer
+    import shared.examples  # noqa: F401
+    import student_train.trainer  # noqa: F401
     import teacher_cache.build  # noqa: F401
 
 import pytest
@@ -52,6 +53,7 @@ def random_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Llama in float32 with the embedded teacher's tokenizer."""
     folder = tmp_path_factory.mktemp("random-teacher")
     torch.manual_seed(0)
+    mask: dict[str, Any] = {"mask_token_id": 4095}
     config = LlamaConfig(
         vocab_size=4096,
         hidden_size=32,
@@ -64,7 +66,7 @@ def random_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.1,
         bos_token_id=None,
         eos_token_id=4091,
-        mask_token_id=4095,
+        **mask,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     for file in TEACHER_TOKENIZER.iterdir():

@@ -96,10 +96,8 @@ def _chunk_case(
 ) -> tuple[Tensor, Tensor, int]:
     logits = tensors["chunk/student_logits"].clone().requires_grad_()
     active, temperature = tensors["chunk/active"].bool(), case["temperature"]
-    batch, length, vocabulary = logits.shape
-    token_logp = calm.token_log_likelihood(
-        logits.reshape(-1, vocabulary), tensors["chunk/student_ids"].reshape(-1)
-    )
+    _, length, vocabulary = logits.shape
+    token_logp = calm.token_log_likelihood(logits.reshape(-1, vocabulary), tensors["chunk/student_ids"].reshape(-1))
     flat = [(b * length + i, b * active.shape[1] + c) for b, row in enumerate(spans) for c, (x, y) in enumerate(row)
             for i in range(x, y)]  # fmt: skip
     rows, owners = torch.tensor(flat).unbind(1)

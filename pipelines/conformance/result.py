@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class Group:
         good = difference <= tolerance
         self.passed += good
         self.failed += not good
-        self.worst = max(self.worst, difference) if difference == difference else float("nan")
+        self.worst = float("nan") if math.isnan(difference) else max(self.worst, difference)
 
     def line(self) -> str:
         """The group as one line."""

@@ -83,7 +83,9 @@ class TransformersEngine:
         ]
         self.forward_rows += len(gold)
         columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
-        return [self._pack(*cells) for cells in zip(*(np.split(c, np.cumsum(sizes)[:-1]) for c in columns), strict=True)]
+        return [
+            self._pack(*cells) for cells in zip(*(np.split(c, np.cumsum(sizes)[:-1]) for c in columns), strict=True)
+        ]
 
     def _pack(self, gold: np.ndarray, lse: np.ndarray, sizes: np.ndarray, ids: np.ndarray, top: np.ndarray) -> Scores:
         if not self._spec.k:

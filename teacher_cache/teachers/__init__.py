@@ -1,0 +1,1 @@
+"""The known teachers, and how their checkpoints become stock transformers models."""

@@ -77,7 +77,9 @@ def open_checkpoint(location: str) -> Checkpoint:
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise TideError(f"{folder} has no readable config.json: {error}", fix="download the checkpoint again") from error
+        raise TideError(
+            f"{folder} has no readable config.json: {error}", fix="download the checkpoint again"
+        ) from error
     return Checkpoint(folder, config)
 
 
@@ -102,9 +104,7 @@ def _tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
                 for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
                     yield key, handle.get_tensor(key)
         except (SafetensorError, OSError) as error:
-            raise TideError(
-                f"{file} is no whole safetensors file: {error}", fix="download this file again"
-            ) from error
+            raise TideError(f"{file} is no whole safetensors file: {error}", fix="download this file again") from error
 
 
 def load_model(
@@ -122,7 +122,7 @@ def load_model(
         raise TideError(f"the config of {checkpoint.folder} lacks {error}", fix="download config.json again") from error
     config._attn_implementation = "sdpa"
     with init_empty_weights():
-        model = kind.model_class(config)
+        model: Any = kind.model_class(config)
     parameters = dict(model.named_parameters())
     filled: set[str] = set()
     unknown: list[str] = []

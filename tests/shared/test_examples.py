@@ -121,7 +121,7 @@ def test_text_that_one_side_normalises_is_aligned_up_to_the_change_and_the_loss_
     aligned = check_chunks(p, text, student)
     assert b"x = 1  #" in aligned
     assert aligned == text.encode()[: len(aligned)]
-    before = len("x = 1  # Caf".encode())
+    before = len(b"x = 1  # Caf")
     assert len(aligned) <= before
     assert preparer.counts.unaligned_examples == 1
     assert preparer.counts.unaligned_bytes == len(text.encode()) - before

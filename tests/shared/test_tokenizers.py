@@ -138,7 +138,7 @@ def test_bad_templates_are_explained(tmp_path: Path) -> None:
 def test_special_ids() -> None:
     student = Tokenizer.load(STUDENT_TOKENIZER)
     assert student.special_id("mask") == student.special_id("mask", "<|mask|>") == 2047
-    with pytest.raises(TideError, match="has no token '<|nope|>'"):
+    with pytest.raises(TideError, match=r"has no token '<\|nope\|>'"):
         student.special_id("mask", "<|nope|>")
     with pytest.raises(TideError, match="names no cls token"):
         student.special_id("cls")

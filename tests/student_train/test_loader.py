@@ -49,7 +49,7 @@ def test_the_order_is_a_function_of_the_seed_alone(caches: dict[str, Path]) -> N
 def test_a_batch_says_what_its_rows_say(caches: dict[str, Path], teacher: str) -> None:
     cache = caches[teacher]
     manifest = load_manifest(cache)
-    rows = [row for row in read_shard(Unit(0, 0).path(cache), 2)]
+    rows = list(read_shard(Unit(0, 0).path(cache), 2))
     batch = collate(rows, manifest)
     mask_id = manifest.fingerprint["student"]["mask_id"]
     n = 0

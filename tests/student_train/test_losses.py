@@ -157,6 +157,7 @@ def test_complement_logsumexp() -> None:
     whole = torch.arange(7)[None].expand(3, 7)
     logits.requires_grad_()
     complement_logsumexp(logits, whole).sum().backward()
+    assert logits.grad is not None
     assert torch.equal(logits.grad, torch.zeros(3, 7))  # no token left: EMPTY, and no NaN in the gradient
 
 

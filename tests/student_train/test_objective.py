@@ -123,7 +123,7 @@ def test_the_student_is_never_clamped() -> None:
 
 def test_missing_targets_are_explained() -> None:
     bare = Targets(torch.zeros(1).long(), torch.ones(1))
-    with pytest.raises(ValueError, match="no top-k targets at temperature 2.0"):
+    with pytest.raises(ValueError, match=r"no top-k targets at temperature 2.0"):
         objective(torch.zeros(1, 3), bare, KL(), 0.0)
     with pytest.raises(ValueError, match="no chunk targets"):
         objective(torch.zeros(1, 3), bare, Calm(), 0.0)

@@ -16,7 +16,7 @@ def test_growth_runs_from_zero_to_one() -> None:
         assert values == sorted(values)
     assert growth(0.25, "cosine") == pytest.approx((1 - math.cos(math.pi / 4)) / 2)
     assert growth(0.25, "linear") == 0.25
-    with pytest.raises(ValueError, match="progress is 1.5"):
+    with pytest.raises(ValueError, match=r"progress is 1.5"):
         growth(1.5, "linear")
 
 

@@ -94,9 +94,7 @@ def test_accumulated_batches_are_one_large_batch(caches: dict[str, Path], tmp_pa
     for name, batch, accumulation in (("one", 24, 1), ("many", 8, 3)):
         settings = {"batch_size": batch, "accumulation": accumulation, "max_steps": 1, "log_steps": 1}
         calm = {"type": "calm"}
-        train_student(
-            config(caches["tiny-shared"], tmp_path / name, distillation=calm, checkpoint_steps=1, **settings)
-        )
+        train_student(config(caches["tiny-shared"], tmp_path / name, distillation=calm, checkpoint_steps=1, **settings))
         found.append(next(entry for entry in curve(tmp_path / name) if "loss" in entry))
     for key in ("loss", "denoise", "distillation", "grad_norm"):
         assert found[1][key] == pytest.approx(found[0][key], rel=1e-5), key

@@ -87,7 +87,9 @@ def test_a_second_run_computes_nothing_and_more_draws_only_the_new_ones(
     assert (again.computed, again.kept) == (0, 9)
 
 
-def test_a_lost_shard_is_computed_again_bit_for_bit(caches: dict[str, Path], random_teacher: Path, tmp_path: Path) -> None:
+def test_a_lost_shard_is_computed_again_bit_for_bit(
+    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
+) -> None:
     cache = Path(shutil.copytree(caches["tiny-shared"], tmp_path / "c"))
     before = contents(cache)
     Unit(1, 1).path(cache).unlink()
@@ -102,9 +104,18 @@ def test_killed_at_random_moments_and_restarted_the_cache_is_the_same(
 ) -> None:
     """kill -9, again and again, until a run gets through."""
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "pipelines.cli", "cache", "--teacher", "tiny-shared", "--model", str(random_teacher)]
-    settings = ["shard_examples=8", f"data.source={chats_file()}", "data.limit=24", "lengths.student=128", "targets.k=8",
-                "lengths.teacher=128", 'targets.signals=["topk","chunks"]', "engine.device=cpu"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "cache",
+        "--teacher",
+        "tiny-shared",
+        "--model",
+        str(random_teacher),
+    ]
+    settings = ["shard_examples=8", f"data.source={chats_file()}", "data.limit=24", "lengths.student=128",
+                "lengths.teacher=128", "targets.k=8", 'targets.signals=["topk","chunks"]', "engine.device=cpu"]  # fmt: skip
     command += [part for s in settings for part in ("--set", s)] + ["--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     chance = random.Random(0)

@@ -67,6 +67,7 @@ def test_scores_are_those_of_the_plain_model(random_teacher: Path) -> None:
                 logits = model(input_ids=ids, attention_mask=mask).logits[0].double()
             rows = logits[torch.from_numpy(request.read).long() - shift]
             np.testing.assert_allclose(scores.logsumexp[:, 1], torch.logsumexp(rows / 2, 1), rtol=1e-5)
+            assert scores.topk_logits is not None
             np.testing.assert_allclose(scores.topk_logits, rows.topk(8).values, rtol=1e-4, atol=1e-5)
             gold = rows.gather(1, torch.from_numpy(request.gold).long()[:, None])[:, 0]
             np.testing.assert_allclose(scores.gold_logit, gold, rtol=1e-4, atol=1e-5)

@@ -93,9 +93,11 @@ def test_tied_weights_that_disagree_are_refused(golden: Path, tmp_path: Path) ->
     folder.chmod(0o755)
     tensors = load_file(folder / "model.safetensors")
     assert load_model(open_checkpoint(str(folder)), "qwen3", torch.float32) is not None
-    save_file({**tensors, "lm_head.weight": tensors["lm_head.weight"] + 1}, folder / "new.safetensors", {"format": "pt"})
+    save_file(
+        {**tensors, "lm_head.weight": tensors["lm_head.weight"] + 1}, folder / "new.safetensors", {"format": "pt"}
+    )
     (folder / "new.safetensors").rename(folder / "model.safetensors")
-    with pytest.raises(TideError, match="to which config.json ties it"):
+    with pytest.raises(TideError, match=r"to which config.json ties it"):
         load_model(open_checkpoint(str(folder)), "qwen3", torch.float32)
 
 

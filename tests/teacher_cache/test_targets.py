@@ -19,7 +19,9 @@ def test_against_float64(seed: int, k: int, mass: float) -> None:
     exact = logits.double()
     assert torch.equal(gold_logit, logits[torch.arange(5), gold])
     for column, temperature in enumerate(spec.temperatures):
-        torch.testing.assert_close(lse[:, column].double(), torch.logsumexp(exact / temperature, 1), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            lse[:, column].double(), torch.logsumexp(exact / temperature, 1), rtol=1e-6, atol=1e-6
+        )
     for i in range(5):
         order = torch.argsort(exact[i], descending=True)
         assert torch.equal(values[i].double(), exact[i][order[:k]])

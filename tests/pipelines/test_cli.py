@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from shared.shards import finished_units
+from tests.conftest import chats_file
+
+
+def tide(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", *arguments], capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+CACHE = ["--set", "shard_examples=8", "--set", "lengths.student=128", "--set", "lengths.teacher=128",
+         "--set", "data.limit=24", "--set", "engine.device=cpu"]  # fmt: skip
+
+
+def test_cache_then_train_from_the_command_line(random_teacher: Path, tmp_path: Path) -> None:
+    cache = ["cache", "--model", str(random_teacher), "--data", str(chats_file()), "--out", str(tmp_path / "c"), *CACHE]
+    first = tide(*cache, "--draws", "1")
+    assert first.returncode == 0, first.stderr
+    assert "3 shards computed, 0 kept" in first.stdout
+    second = tide(*cache, "--draws", "2")
+    assert "3 shards computed, 3 kept" in second.stdout
+    train = ["train", "--cache", str(tmp_path / "c"), "--out", str(tmp_path / "r"), "--seed", "1"]
+    for setting in ("max_steps=2", "batch_size=4", "checkpoint_steps=2", "log_steps=1", "device=cpu",
+                    "student.layers=1", f"heldout.source={chats_file()}", "heldout.limit=2"):  # fmt: skip
+        train += ["--set", setting]
+    trained = tide(*train)
+    assert trained.returncode == 0, trained.stderr
+    assert "eval_heldout_nll" in trained.stdout
+    report = tide("report", str(tmp_path))
+    assert report.returncode == 0, report.stderr
+    assert "reverse_calm, T 2.0" in report.stdout
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cache", "--teacher", "llada"], "unknown teacher 'llada'"),
+        (["cache", "--set", "targets.k=0"], "targets.k is 0"),
+        (["cache", "--set", "data.source=/nowhere.jsonl"], "there is no data file"),
+        (["cache", "--config", "/nowhere.toml"], "cannot read /nowhere.toml"),
+        (["cache", "--teacher", "llada-8b", "--model", "/nowhere"], "there is no folder /nowhere"),
+        (["train", "--cache", "/nowhere"], "is no cache"),
+        (["report", "/nowhere"], "holds no finished runs"),
+        (["conformance", "/nowhere"], "there is no folder"),
+    ],
+)
+def test_bad_input_is_a_message_and_exit_code_two(arguments: list[str], message: str, tmp_path: Path) -> None:
+    extra = ["--out", str(tmp_path / "out")] if arguments[0] in ("cache", "train") else []
+    result = tide(*arguments, *extra)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_failing_conformance_is_exit_code_one(golden: Path, tmp_path: Path) -> None:
+    document = json.loads((golden / "alignment.json").read_text())
+    document["cases"][0]["chunks"] = []
+    (tmp_path / "alignment.json").write_text(json.dumps(document))
+    result = tide("conformance", str(tmp_path))
+    assert result.returncode == 1
+    assert "14 passed, 1 failed" in result.stdout
+
+
+def test_ctrl_c_says_how_to_go_on(random_teacher: Path, tmp_path: Path) -> None:
+    command = ["cache", "--model", str(random_teacher), "--data", str(chats_file()), "--out", str(tmp_path / "c"),
+               "--draws", "40", *CACHE, "--set", "shard_examples=1"]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", *command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    began = time.monotonic()
+    while not finished_units(tmp_path / "c") and time.monotonic() - began < 120:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from there" in errors
+    assert "Traceback" not in errors
+    assert not list((tmp_path / "c").rglob("*.tmp"))
+
+
+def test_teachers_are_listed() -> None:
+    result = tide("teachers")
+    assert result.returncode == 0
+    assert "llada" in result.stdout
