@@ -54,11 +54,35 @@ def block_diffusion(
     return own_block | earlier_clean
 
 
-def block_diffusion_batch(valid: Bool[Tensor, "batch length"], block: int) -> Bool[Tensor, "batch 1 double double"]:
-    """`block_diffusion` for a padded batch in the order [x_t ; x_0]: padded keys are hidden, no row is empty."""
+def block_diffusion_batch(
+    valid: Bool[Tensor, "batch length"], block: int, order: Order = "xt_x0"
+) -> Bool[Tensor, "batch 1 double double"]:
+    """`block_diffusion` for a padded batch: padded keys are hidden, no row is empty."""
+    return _hide_padding(block_diffusion(valid.shape[1], block, order, valid.device), valid)
+
+
+def within_block_causal(valid: Bool[Tensor, "batch length"], block: int) -> Bool[Tensor, "batch 1 double double"]:
+    """WeDLM's mask over [x_0 ; x_t] for a padded batch, x_t permuted inside its blocks.
+
+    A clean position sees the clean ones up to itself; a noised one sees the earlier clean blocks, and the noised
+    positions of its own block up to itself.
+    """
     length = valid.shape[1]
-    mask = block_diffusion(length, block, device=valid.device)[None] & valid.repeat(1, 2)[:, None, :]
-    return (mask | torch.eye(2 * length, dtype=torch.bool, device=valid.device))[:, None]
+    index = torch.arange(length, device=valid.device)
+    causal = index[:, None] >= index[None, :]
+    blocks = index // block
+    clean = torch.cat([causal, torch.zeros_like(causal)], dim=1)
+    own = causal & (blocks[:, None] == blocks[None, :])
+    noised = torch.cat([blocks[:, None] > blocks[None, :], own], dim=1)
+    return _hide_padding(torch.cat([clean, noised]), valid)
+
+
+def _hide_padding(
+    mask: Bool[Tensor, "double double"], valid: Bool[Tensor, "batch length"]
+) -> Bool[Tensor, "batch 1 double double"]:
+    """A mask over two copies of the sequence, with padded keys hidden; every position sees itself."""
+    seen = mask[None] & valid.repeat(1, 2)[:, None, :]
+    return (seen | torch.eye(mask.shape[0], dtype=torch.bool, device=mask.device))[:, None]
 
 
 def repeat_positions(length: int, batch: int, device: torch.device | str = "cpu") -> Int[Tensor, "batch double"]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +189,8 @@ def train_student(config: TrainConfig) -> dict[str, float]:
         block=lengths.block,
         heldout=heldout,
     )
-    trainer.train_resuming()
+    with _explained_full_disk(config.out):
+        trainer.train_resuming()
     metrics = {**trainer.evaluate(), "seconds": trainer.seconds_trained}
     if trainer.is_world_process_zero():
         final = trainer.accelerator.unwrap_model(trainer.model)
@@ -195,6 +199,20 @@ def train_student(config: TrainConfig) -> dict[str, float]:
         history = {"steps": trainer.state.log_history, "final": metrics}
         write_bytes(config.out / "history.json", (json.dumps(history, indent=1) + "\n").encode())
     return metrics
+
+
+@contextmanager
+def _explained_full_disk(out: Path) -> Iterator[None]:
+    """A full disk while a checkpoint is written: an OSError, or an error of the library that was writing."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+            raise TideError(
+                f"the disk is full: a checkpoint in {out} could not be written",
+                fix="free some space and run the same command again; it goes on from the last whole checkpoint",
+            ) from error
+        raise
 
 
 def _only(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -73,7 +73,8 @@ def make_plan(config: CacheConfig) -> CachePlan:
             expected="a cache with its manifest, or a new folder",
             fix="choose another folder (--out), or put the manifest back",
         )
-    student.backend.save_pretrained(config.out / "student_tokenizer")
+    else:  # before the manifest: a cache with a manifest has its tokenizer
+        student.backend.save_pretrained(config.out / "student_tokenizer")
     manifest.save(config.out)
     return CachePlan(config, entry, checkpoint, student, teacher, data, manifest)
 

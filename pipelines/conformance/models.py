@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from pipelines.conformance.result import Group, absent, load_tensors
-from shared.attention import block_causal, block_diffusion_batch, full, repeat_positions
+from shared.attention import block_diffusion_batch, repeat_positions
+from teacher_cache.comp_demo import Request
+from teacher_cache.engines.inputs import build_inputs, observed_first
 from teacher_cache.teachers.architectures import ARCHITECTURES
 from teacher_cache.teachers.loading import load_model, open_checkpoint
+from teacher_cache.teachers.registry import Attention, BlockCausal, Full, Native, X0Xt
 
 _TOLERANCE = 1e-5
 
@@ -38,31 +41,77 @@ def _checkpoint_groups(folder: Path) -> list[Group]:
     groups = []
     for key in sorted(k for k in expected if k.startswith("logits")):
         with torch.inference_mode():
-            logits = _logits(model, key, expected)
+            logits = _logits(model, key, expected, checkpoint.config.get("mask_token_id", 0))
         group = Group(f"{folder.name} {key.removeprefix('logits').strip('_') or 'full_attention'}")
         groups.append(group)
         if logits is None:
             group.skipped, group.note = 1, "no such attention mode in this version"
             continue
-        difference = (logits - expected[key]).abs().flatten(1).amax(1)
+        target = expected[key] if expected[key].ndim == 3 else expected[key][None]
+        difference = (logits - target).abs().flatten(1).amax(1)
         for value in difference.tolist():
             group.add(value, _TOLERANCE)
     return groups
 
 
-def _logits(model: Any, key: str, expected: dict[str, Tensor]) -> Tensor | None:
-    ids = expected.get("input_ids", expected.get("noised_ids"))
-    if ids is None:
-        return None
-    valid = torch.ones_like(ids, dtype=torch.bool)
-    if key in ("logits", "logits_full_attention"):
-        return model(input_ids=ids, attention_mask=full(valid)).logits
-    if match := re.fullmatch(r"logits_block_causal_(\d+)", key):
-        return model(input_ids=ids, attention_mask=block_causal(valid, int(match[1]))).logits
+def _logits(model: Any, key: str, expected: dict[str, Tensor], mask_id: int) -> Tensor | None:
+    """Logits in the mode that the key names, at the positions of the (noised) sequence; None if it is unknown."""
+    ids, valid = _ids(expected, mask_id)
     if match := re.fullmatch(r"logits_bd3lm_block_(\d+)", key):
         batch, length = ids.shape
         both = torch.cat([ids, expected["clean_ids"]], dim=1)
         mask = block_diffusion_batch(valid, int(match[1]))
         positions = repeat_positions(length, batch)
         return model(input_ids=both, attention_mask=mask, position_ids=positions).logits[:, :length]
+    attention = _attention(key)
+    if attention is None:
+        return None
+    requests = [_request(row, clean) for row, clean in zip(ids, _clean(expected, ids), strict=True)]
+    found = []
+    for request in requests:
+        inputs = build_inputs(attention, [request])
+        logits = model(input_ids=inputs.ids, attention_mask=inputs.mask, position_ids=inputs.positions).logits[0]
+        found.append(_in_order(attention, logits, request))
+    return torch.stack(found)
+
+
+def _attention(key: str) -> Attention | None:
+    if key in ("logits", "logits_full_attention"):
+        return Full()
+    for name, kind in (("block_causal", BlockCausal), ("native", Native), ("x0_xt", X0Xt)):
+        if match := re.fullmatch(rf"logits_{name}_block_(\d+)|logits_{name}_(\d+)", key):
+            return kind(int(match[1] or match[2]))
     return None
+
+
+def _ids(expected: dict[str, Tensor], mask_id: int) -> tuple[Tensor, Tensor]:
+    """The model's (noised) ids, and that all of them are real."""
+    if "masked" in expected:
+        ids = torch.where(expected["masked"].bool(), mask_id, expected["clean_ids"])[None]
+    else:
+        ids = expected["input_ids"] if "input_ids" in expected else expected["noised_ids"]
+    return ids, torch.ones_like(ids, dtype=torch.bool)
+
+
+def _clean(expected: dict[str, Tensor], ids: Tensor) -> Tensor:
+    clean = expected.get("clean_ids", ids)
+    return clean if clean.ndim == 2 else clean[None]
+
+
+def _request(ids: Tensor, clean: Tensor) -> Request:
+    read = (ids != clean).nonzero()[:, 0]
+    return Request(ids.int().numpy(), read.int().numpy(), clean[read].int().numpy())
+
+
+def _in_order(attention: Attention, logits: Tensor, request: Request) -> Tensor:
+    """Rows of the noised copy in the order of the sequence."""
+    match attention:
+        case X0Xt():
+            return logits[len(request.ids) :]
+        case Native(block=block):
+            order = torch.from_numpy(observed_first(request, block)).long()
+            ordered = logits[len(request.ids) :][torch.argsort(order)]
+            read = torch.from_numpy(request.read).long()  # the reference fills in the masked rows alone
+            return torch.zeros_like(ordered).index_copy(0, read, ordered[read])
+        case _:
+            return logits

@@ -7,23 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
 
-from shared.attention import block_causal, full
 from teacher_cache.comp_demo import Request
 from teacher_cache.engines.base import token_budget_batches
+from teacher_cache.engines.inputs import build_inputs
 from teacher_cache.targets import Scores, TargetSpec, extract
-from teacher_cache.teachers.registry import Attention, BlockCausal, Full
-
-
-def attention_mask(attention: Attention, valid: Bool[Tensor, "batch length"]) -> Bool[Tensor, "batch 1 length length"]:
-    """The explicit mask of an attention mode for a padded batch."""
-    match attention:
-        case Full():
-            return full(valid)
-        case BlockCausal(block=block):
-            return block_causal(valid, block)
+from teacher_cache.teachers.registry import Attention
 
 
 class TransformersEngine:
@@ -63,20 +52,14 @@ class TransformersEngine:
         return [scores for scores in results if scores is not None]
 
     def _score_batch(self, requests: Sequence[Request]) -> list[Scores]:
-        ids, valid = pad([r.ids for r in requests])
-        ids, valid = ids.to(self.device), valid.to(self.device)
-        positions = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
+        inputs = build_inputs(self._attention, requests).to(self.device)
         output = self._model.model(
-            input_ids=ids,
-            attention_mask=attention_mask(self._attention, valid),
-            position_ids=positions,
-            use_cache=False,
+            input_ids=inputs.ids, attention_mask=inputs.mask, position_ids=inputs.positions, use_cache=False
         )
         sizes = [len(r.read) for r in requests]
         row = torch.from_numpy(np.repeat(np.arange(len(requests)), sizes)).to(self.device)
-        column = torch.from_numpy(np.concatenate([r.read for r in requests]) - self._shift).to(self.device)
         gold = torch.from_numpy(np.concatenate([r.gold for r in requests])).long().to(self.device)
-        hidden = output.last_hidden_state[row, column.long()]
+        hidden = output.last_hidden_state[row, inputs.columns - self._shift]
         parts = [
             extract(self._model.lm_head(hidden[i : i + self._head_rows]), gold[i : i + self._head_rows], self._spec)
             for i in range(0, len(gold), self._head_rows)
@@ -91,16 +74,3 @@ class TransformersEngine:
         if not self._spec.k:
             return Scores(gold, lse, None, None, None)
         return Scores(gold, lse, sizes.astype(np.int32), ids.astype(np.int32), top)
-
-
-def pad(
-    sequences: Sequence[Int[np.ndarray, " _"]],
-) -> tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
-    """Right-padded ids and the mask of real positions. The pad value is 0: its keys are hidden, its rows unread."""
-    longest = max(len(s) for s in sequences)
-    ids = torch.zeros((len(sequences), longest), dtype=torch.long)
-    valid = torch.zeros((len(sequences), longest), dtype=torch.bool)
-    for i, sequence in enumerate(sequences):
-        ids[i, : len(sequence)] = torch.from_numpy(sequence)
-        valid[i, : len(sequence)] = True
-    return ids, valid

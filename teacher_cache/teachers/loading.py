@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from shared.errors import TideError
 from teacher_cache.teachers.architectures import ARCHITECTURES, Architecture
+from teacher_cache.teachers.key_maps import Placement, place
 
 
 @dataclass(frozen=True)
@@ -123,47 +125,96 @@ def load_model(
     config._attn_implementation = "sdpa"
     with init_empty_weights():
         model: Any = kind.model_class(config)
-    parameters = dict(model.named_parameters())
-    filled: set[str] = set()
-    unknown: list[str] = []
-    tied = bool(config.tie_word_embeddings)
-    if tied:
-        parameters.pop("lm_head.weight", None)
+    filler = _Filler(model, config, checkpoint, dtype, torch.device(device))
     for key, tensor in _tensors(checkpoint.weight_files):
-        places = kind.place(key)
-        if not places:
-            unknown.append(key)
-        for place in places:
-            name = "model.embed_tokens.weight" if tied and place.name == "lm_head.weight" else place.name
-            if name not in parameters:
-                unknown.append(key)
-                continue
-            _fill(model, name, tensor.to(device=device, dtype=dtype), key, name in filled)
-            filled.add(name)
-    missing = sorted(set(parameters) - filled)
-    if unknown or missing:
-        raise TideError(
-            f"{checkpoint.folder} does not fit its architecture {architecture}: "
-            f"{len(unknown)} tensors without a place {unknown[:5]}, {len(missing)} parameters unfilled {missing[:5]}",
-            expected="every tensor used once and every parameter filled",
-            fix="check that config.json and weights belong together",
-        )
+        filler.take(key, tensor, place(key, kind.rules, config))
+    filler.finish(architecture)
     model.tie_weights()
     return model.to(device=device).eval()
 
 
-def _fill(model: PreTrainedModel, name: str, tensor: torch.Tensor, key: str, again: bool) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    old = getattr(module, leaf)
-    if tuple(old.shape) != tuple(tensor.shape):
-        raise TideError(
-            f"{key} has the shape {tuple(tensor.shape)}",
-            expected=f"{tuple(old.shape)}, as config.json says",
+class _Filler:
+    """Puts tensors where they belong and keeps account: every one used once, every element filled once."""
+
+    def __init__(
+        self, model: Any, config: Any, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._model, self._folder, self._dtype, self._device = model, checkpoint.folder, dtype, device
+        self._tied = bool(config.tie_word_embeddings)
+        self._shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        self._buffers = {name for name, _ in model.named_buffers()}
+        if self._tied:
+            self._shapes.pop("lm_head.weight", None)
+        self._filled: dict[str, int] = dict.fromkeys(self._shapes, 0)
+        self._unknown: list[str] = []
+
+    def take(self, key: str, tensor: torch.Tensor, places: list[Placement]) -> None:
+        """Place one tensor of the checkpoint."""
+        if not places:
+            self._unknown.append(key)
+        for spot in places:
+            tied_head = self._tied and spot.name == "lm_head.weight"
+            name = "model.embed_tokens.weight" if tied_head else spot.name
+            if name not in self._shapes:
+                self._unknown.append(key)
+                continue
+            part = tensor if spot.source is None else tensor[spot.source]
+            self._put(key, name, part, spot)
+        used = sum(s.source.stop - s.source.start for s in places if s.source is not None)
+        if used and used != tensor.shape[0]:
+            raise self._misfit(key, tuple(tensor.shape), (used, *tensor.shape[1:]))
+
+    def _put(self, key: str, name: str, tensor: torch.Tensor, spot: Placement) -> None:
+        shape = self._shapes[name]
+        whole = spot.expert is None and spot.rows is None
+        target = self._tensor_at(name, shape, allocate=not whole)
+        slab = target if spot.expert is None else target[spot.expert : spot.expert + 1]
+        view = slab if spot.rows is None else slab[:, spot.rows] if spot.expert is not None else slab[spot.rows]
+        wanted = tuple(view.shape) if spot.expert is None else tuple(view.shape[1:])
+        if tuple(tensor.shape) != wanted or (spot.expert is not None and view.shape[0] != 1):
+            raise self._misfit(key, tuple(tensor.shape), wanted)
+        dtype = torch.float32 if name in self._buffers else self._dtype
+        moved = tensor.to(device=self._device, dtype=dtype)
+        if whole and self._filled[name]:  # tied weights that the checkpoint stores twice must agree
+            if not torch.equal(target.detach(), moved):
+                raise TideError(f"{key} differs from {name}, to which config.json ties it", fix="mend the checkpoint")
+            return
+        if whole:
+            self._assign(name, moved)
+        else:
+            view.copy_(moved.view(view.shape))
+        self._filled[name] += tensor.numel()
+
+    def _tensor_at(self, name: str, shape: tuple[int, ...], allocate: bool) -> torch.Tensor:
+        owner, _, leaf = name.rpartition(".")
+        tensor = getattr(self._model.get_submodule(owner), leaf)
+        if allocate and not self._filled[name]:
+            self._assign(name, torch.empty(shape, dtype=self._dtype, device=self._device))
+            tensor = getattr(self._model.get_submodule(owner), leaf)
+        return tensor.data
+
+    def _assign(self, name: str, tensor: torch.Tensor) -> None:
+        owner, _, leaf = name.rpartition(".")
+        module = self._model.get_submodule(owner)
+        if name in self._buffers:
+            setattr(module, leaf, tensor)
+        else:
+            setattr(module, leaf, torch.nn.Parameter(tensor, requires_grad=False))
+
+    def _misfit(self, key: str, found: tuple[int, ...], expected: tuple[int, ...]) -> TideError:
+        return TideError(
+            f"{key} has the shape {found}",
+            expected=f"{expected}, as config.json says",
             fix="check that config.json and weights belong together",
         )
-    if again:  # tied weights that the checkpoint stores twice must agree
-        if not torch.equal(old.to(tensor.device), tensor):
-            raise TideError(f"{key} differs from {name}, to which config.json ties it", fix="mend the checkpoint")
-        return
-    setattr(module, leaf, torch.nn.Parameter(tensor, requires_grad=False))
+
+    def finish(self, architecture: str) -> None:
+        """TideError where a tensor found no place or a parameter is not filled exactly once."""
+        gaps = sorted(n for n, shape in self._shapes.items() if self._filled[n] != math.prod(shape))
+        if self._unknown or gaps:
+            raise TideError(
+                f"{self._folder} does not fit its architecture {architecture}: {len(self._unknown)} tensors without "
+                f"a place {self._unknown[:5]}, {len(gaps)} parameters unfilled {gaps[:5]}",
+                expected="every tensor used once and every parameter filled",
+                fix="check that config.json and weights belong together",
+            )

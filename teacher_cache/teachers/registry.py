@@ -31,19 +31,37 @@ class Full:
 
 
 @dataclass(frozen=True)
-class BlockCausal:
-    """Every position sees its own block and the earlier ones."""
-
+class _Blocks:
     __pydantic_config__ = _STRICT
     block: int
-    type: Literal["block_causal"] = "block_causal"
 
     def __post_init__(self) -> None:
         if self.block <= 0:
             raise ValueError(f"attention.block is {self.block}; it must be positive")
 
 
-Attention = Annotated[Full | BlockCausal, Field(discriminator="type")]
+@dataclass(frozen=True)
+class BlockCausal(_Blocks):
+    """Every position sees its own block and the earlier ones."""
+
+    type: Literal["block_causal"] = "block_causal"
+
+
+@dataclass(frozen=True)
+class X0Xt(_Blocks):
+    """Block diffusion over [x_0 ; x_t]: a block sees itself noised and the earlier blocks clean."""
+
+    type: Literal["x0_xt"] = "x0_xt"
+
+
+@dataclass(frozen=True)
+class Native(_Blocks):
+    """WeDLM's own: [x_0 ; x_t], inside each block observed tokens first and masks last, causal, true positions."""
+
+    type: Literal["native"] = "native"
+
+
+Attention = Annotated[Full | BlockCausal | X0Xt | Native, Field(discriminator="type")]
 
 
 @dataclass(frozen=True)

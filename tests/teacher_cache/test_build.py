@@ -115,7 +115,8 @@ def test_killed_at_random_moments_and_restarted_the_cache_is_the_same(
         str(random_teacher),
     ]
     settings = ["shard_examples=8", f"data.source={chats_file()}", "data.limit=24", "lengths.student=128",
-                "lengths.teacher=128", "targets.k=8", 'targets.signals=["topk","chunks"]', "engine.device=cpu"]  # fmt: skip
+                "lengths.teacher=128", "targets.k=8", "engine.device=cpu",
+                'targets.signals=["topk","chunks"]']  # fmt: skip
     command += [part for s in settings for part in ("--set", s)] + ["--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     chance = random.Random(0)

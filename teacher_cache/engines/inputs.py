@@ -1,0 +1,88 @@
+"""What the model is fed in each attention mode: ids, position ids, an explicit mask, and where to read.
+
+Modes that run on two copies of the sequence rebuild the clean copy x_0 from the request's gold ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from shared.attention import block_causal, block_diffusion_batch, full, repeat_positions, within_block_causal
+from teacher_cache.comp_demo import Request
+from teacher_cache.teachers.registry import Attention, BlockCausal, Full, Native, X0Xt
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One padded batch. `columns` says, request by request, in which column each read position stands."""
+
+    ids: Int[Tensor, "batch width"]
+    positions: Int[Tensor, "batch width"]
+    mask: Bool[Tensor, "batch 1 width width"]
+    columns: Int[Tensor, " read"]
+
+    def to(self, device: torch.device) -> Inputs:
+        """The same on a device."""
+        return Inputs(*(t.to(device) for t in (self.ids, self.positions, self.mask, self.columns)))
+
+
+def pad(
+    sequences: Sequence[Int[np.ndarray, " _"]],
+) -> tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
+    """Right-padded ids and the mask of real positions. The pad value is 0: its keys are hidden, its rows unread."""
+    longest = max(len(s) for s in sequences)
+    ids = torch.zeros((len(sequences), longest), dtype=torch.long)
+    valid = torch.zeros((len(sequences), longest), dtype=torch.bool)
+    for i, sequence in enumerate(sequences):
+        ids[i, : len(sequence)] = torch.from_numpy(sequence)
+        valid[i, : len(sequence)] = True
+    return ids, valid
+
+
+def build_inputs(attention: Attention, requests: Sequence[Request]) -> Inputs:
+    """The batch in the form that the attention mode asks for (DESIGN §5)."""
+    ids, valid = pad([r.ids for r in requests])
+    read = torch.from_numpy(np.concatenate([r.read for r in requests])).long()
+    batch, length = ids.shape
+    single = torch.arange(length).expand(batch, -1)
+    match attention:
+        case Full():
+            return Inputs(ids, single, full(valid), read)
+        case BlockCausal(block=block):
+            return Inputs(ids, single, block_causal(valid, block), read)
+        case X0Xt(block=block):
+            clean, _ = pad([_clean(r) for r in requests])
+            mask = block_diffusion_batch(valid, block, "x0_xt")
+            return Inputs(torch.cat([clean, ids], 1), repeat_positions(length, batch), mask, read + length)
+        case Native(block=block):
+            clean, _ = pad([_clean(r) for r in requests])
+            orders = [observed_first(r, block) for r in requests]
+            permuted, _ = pad([r.ids[order] for r, order in zip(requests, orders, strict=True)])
+            places, _ = pad(orders)
+            columns = [np.argsort(order)[r.read] for r, order in zip(requests, orders, strict=True)]
+            return Inputs(
+                torch.cat([clean, permuted], 1),
+                torch.cat([single, places], 1),
+                within_block_causal(valid, block),
+                torch.from_numpy(np.concatenate(columns)).long() + length,
+            )
+
+
+def _clean(request: Request) -> Int[np.ndarray, " length"]:
+    ids = request.ids.copy()
+    ids[request.read] = request.gold
+    return ids
+
+
+def observed_first(request: Request, block: int) -> Int[np.ndarray, " length"]:
+    """WeDLM's order: inside each block the observed positions, then the masked ones, each in their own order."""
+    length = len(request.ids)
+    masked = np.zeros(length, bool)
+    masked[request.read] = True
+    return np.lexsort((np.arange(length), masked, np.arange(length) // block)).astype(np.int32)
