@@ -27,7 +27,8 @@ def test_the_golden_folder_passes_whole(golden: Path, capsys: pytest.CaptureFixt
     assert run_conformance(golden)
     lines = capsys.readouterr().out.splitlines()
     assert ", 0 failed" in lines[-1]
-    for name in ("losses", "masks", "alignment", "models     a2d_qwen3", "models     llada "):
+    models = ("a2d_qwen3", "dream", "llada ", "llada2_moe", "llada_moe", "wedlm")
+    for name in ("losses", "masks", "alignment", *(f"models     {model}" for model in models)):
         assert any(line.startswith(name) and " ok " in line for line in lines), name
 
 

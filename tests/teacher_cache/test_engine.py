@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from teacher_cache.comp_demo import Request
 from teacher_cache.engines.base import token_budget_batches
+from teacher_cache.engines.inputs import build_inputs, observed_first
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.targets import TargetSpec
 from teacher_cache.teachers.loading import load_model, open_checkpoint
-from teacher_cache.teachers.registry import BlockCausal, Full
+from teacher_cache.teachers.registry import Attention, BlockCausal, Full, Native, X0Xt
 
 SPEC = TargetSpec(8, 1.0, (1.0, 2.0))
 
@@ -40,9 +41,9 @@ def test_batches_hold_everything_once_within_the_budget(lengths: list[int], budg
         assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= budget
 
 
-@pytest.mark.parametrize("attention", [Full(), BlockCausal(8)], ids=["full", "block_causal"])
+@pytest.mark.parametrize("attention", [Full(), BlockCausal(8), X0Xt(8), Native(8)], ids=lambda a: a.type)
 @pytest.mark.parametrize("shift", [False, True])
-def test_alone_and_in_a_batch_are_equal(random_teacher: Path, attention: Full | BlockCausal, shift: bool) -> None:
+def test_alone_and_in_a_batch_are_equal(random_teacher: Path, attention: Attention, shift: bool) -> None:
     model = load_model(open_checkpoint(str(random_teacher)), "llama", torch.float32)
     asked = requests(9)
     together = TransformersEngine(model, attention, SPEC, shift=shift).score(asked)
@@ -86,3 +87,42 @@ def test_the_head_runs_at_the_rows_that_are_read_and_no_other(random_teacher: Pa
 def test_no_requests_no_scores(random_teacher: Path) -> None:
     model = load_model(open_checkpoint(str(random_teacher)), "llama", torch.float32)
     assert TransformersEngine(model, Full(), SPEC).score([]) == []
+
+
+@pytest.mark.parametrize("attention", [Full(), BlockCausal(8), X0Xt(8), Native(8)], ids=lambda a: a.type)
+def test_no_row_of_a_batch_is_empty_and_reads_stand_at_their_masks(attention: Attention) -> None:
+    asked = requests(6, seed=3)
+    inputs = build_inputs(attention, asked)
+    assert inputs.mask.any(-1).all()
+    row = torch.from_numpy(np.repeat(np.arange(6), [len(r.read) for r in asked]))
+    assert (inputs.ids[row, inputs.columns] == 4095).all()
+    assert inputs.positions[row, inputs.columns].tolist() == np.concatenate([r.read for r in asked]).tolist()
+
+
+@given(st.integers(0, 500), st.integers(1, 9))
+def test_observed_first_moves_masks_to_the_end_of_their_block_only(seed: int, block: int) -> None:
+    (request,) = requests(1, seed)
+    order = observed_first(request, block)
+    assert sorted(order.tolist()) == list(range(len(request.ids)))
+    masked = np.isin(order, request.read)
+    for start in range(0, len(order), block):
+        part, flags = order[start : start + block], masked[start : start + block]
+        assert set(part.tolist()) == set(range(start, min(start + block, len(order))))
+        assert not (flags[:-1] & ~flags[1:]).any()
+        assert (np.diff(part[flags]) > 0).all()
+        assert (np.diff(part[~flags]) > 0).all()
+
+
+def test_block_diffusion_teachers_never_see_the_answer(random_teacher: Path) -> None:
+    """Changing a gold token changes nothing that is read in its own or an earlier block."""
+    model = load_model(open_checkpoint(str(random_teacher)), "llama", torch.float32)
+    (request,) = requests(1, seed=5)
+    for attention in (X0Xt(8), Native(8)):
+        engine = TransformersEngine(model, attention, SPEC)
+        (base,) = engine.score([request])
+        for i, position in enumerate(request.read):
+            gold = request.gold.copy()
+            gold[i] = (gold[i] + 1) % 4090
+            (moved,) = engine.score([Request(request.ids, request.read, gold)])
+            upto = request.read // 8 <= position // 8
+            np.testing.assert_array_equal(moved.logsumexp[upto], base.logsumexp[upto])
