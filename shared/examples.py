@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from shared.alignment import Chunks, Region, align_tokens, common_prefix
 from shared.config import LengthConfig
@@ -26,7 +26,8 @@ class Prepared:
     """One example, ready for draws.
 
     `student_ids[prompt_length:]` are maskable. `teacher_ids` is None where the teacher reads the student's ids.
-    `chunks` (teacher_start, teacher_end, student_start, student_end) lie wholly in both responses.
+    `chunks` (teacher_start, teacher_end, student_start, student_end) lie wholly in both responses; they are empty
+    where `shared`: then student position i of the response is teacher position i + `offset`.
     """
 
     id: str
@@ -34,6 +35,8 @@ class Prepared:
     prompt_length: int
     teacher_ids: Int[np.ndarray, " teacher_length"] | None
     chunks: Chunks
+    shared: bool = False
+    offset: int = 0
 
 
 @dataclass
@@ -42,6 +45,7 @@ class PrepareCounts:
 
     examples: int = 0
     dropped_long_prompt: int = 0
+    dropped_unshared: int = 0
     truncated: int = 0
     unaligned_examples: int = 0
     unaligned_bytes: int = 0
@@ -57,12 +61,49 @@ class _Side:
     content: str
 
 
+@dataclass(frozen=True)
+class SharedVocabulary:
+    """A teacher of the student's tokenizer family: ids of which `same` is True mean the same to both.
+
+    Vocabularies of one family differ in their added tokens (Qwen's from 151,646 on). In a prompt such a token is
+    given to the teacher as the teacher would write its text; a response that holds one is left out and counted.
+    """
+
+    teacher: Tokenizer
+    same: Bool[np.ndarray, " vocab"]
+
+    @classmethod
+    def between(cls, student: Tokenizer, teacher: Tokenizer) -> SharedVocabulary:
+        """Compare the two vocabularies token by token."""
+        a, b = student.token_bytes, teacher.token_bytes
+        same = np.zeros(max(len(a), len(b)), bool)
+        same[: min(len(a), len(b))] = [x == y and x != b"" for x, y in zip(a, b, strict=False)]
+        return cls(teacher, same)
+
+    def holds(self, ids: Int[np.ndarray, " length"]) -> bool:
+        """Whether all of `ids` are shared."""
+        return bool(self.same[ids].all())
+
+    def translate(self, ids: Sequence[int], student: Tokenizer) -> list[int]:
+        """`ids` for the teacher: shared ones as they are, others as the teacher tokenises their text."""
+        result: list[int] = []
+        for token in ids:
+            if self.same[token]:
+                result.append(token)
+            else:
+                result += self.teacher.encode([student.token_bytes[token].decode("utf-8", "replace")])[0]
+        return result
+
+
 @dataclass
 class Preparer:
-    """Turns chat examples into `Prepared` ones. `teacher` is None where it shares the student's tokenizer."""
+    """Turns chat examples into `Prepared` ones.
+
+    `teacher` is a tokenizer of its own, a `SharedVocabulary`, or None where both read the very same ids.
+    """
 
     student: Tokenizer
-    teacher: Tokenizer | None
+    teacher: Tokenizer | SharedVocabulary | None
     lengths: LengthConfig
     student_mask_id: int
     teacher_mask_id: int | None = None
@@ -74,7 +115,9 @@ class Preparer:
         Raises TideError where the text contains a mask token: the model could not tell it from noise.
         """
         student = _tokenise(self.student, examples)
-        teacher = _tokenise(self.teacher, examples) if self.teacher is not None else [None] * len(examples)
+        teacher: Sequence[_Side | None] = [None] * len(examples)
+        if isinstance(self.teacher, Tokenizer):
+            teacher = _tokenise(self.teacher, examples)
         prepared = (self._one(e, s, t) for e, s, t in zip(examples, student, teacher, strict=True))
         return [p for p in prepared if p is not None]
 
@@ -84,7 +127,7 @@ class Preparer:
         _refuse_mask(example, student, self.student_mask_id, self.student)
         too_long = len(student.prompt) >= limit
         if teacher is not None:
-            assert self.teacher is not None and self.teacher_mask_id is not None
+            assert isinstance(self.teacher, Tokenizer) and self.teacher_mask_id is not None
             _refuse_mask(example, teacher, self.teacher_mask_id, self.teacher)
             too_long = too_long or len(teacher.prompt) >= self.lengths.teacher
         if too_long:
@@ -96,14 +139,25 @@ class Preparer:
             ids = ids[:limit]
         else:
             ids = ids + [self.student.special_id("eos")] * (-len(ids) % self.lengths.block)
-        chunks = np.zeros((0, 4), np.int32)
-        teacher_ids = None
-        if teacher is not None:
-            teacher_ids = np.array((teacher.prompt + teacher.response)[: self.lengths.teacher], np.int32)
-            chunks = self._align(student, teacher)
-            inside = (chunks[:, 1] <= len(teacher_ids)) & (chunks[:, 3] <= len(ids))
-            chunks = chunks[inside]
-        return Prepared(example.id, np.array(ids, np.int32), len(student.prompt), teacher_ids, chunks)
+        if teacher is None:
+            return self._shared(example, student, np.array(ids, np.int32))
+        teacher_ids = np.array((teacher.prompt + teacher.response)[: self.lengths.teacher], np.int32)
+        chunks = self._align(student, teacher)
+        inside = (chunks[:, 1] <= len(teacher_ids)) & (chunks[:, 3] <= len(ids))
+        return Prepared(example.id, np.array(ids, np.int32), len(student.prompt), teacher_ids, chunks[inside])
+
+    def _shared(self, example: ChatExample, student: _Side, ids: Int[np.ndarray, " length"]) -> Prepared | None:
+        """An example whose response the teacher reads in the student's ids."""
+        start, none = len(student.prompt), np.zeros((0, 4), np.int32)
+        if self.teacher is None or (isinstance(self.teacher, SharedVocabulary) and self.teacher.holds(ids)):
+            return Prepared(example.id, ids, start, None, none, shared=True)
+        assert isinstance(self.teacher, SharedVocabulary)
+        if not self.teacher.holds(ids[start:]):
+            self.counts.dropped_unshared += 1
+            return None
+        prompt = np.array(self.teacher.translate(student.prompt, self.student), np.int32)
+        teacher_ids = np.concatenate([prompt, ids[start:]])
+        return Prepared(example.id, ids, start, teacher_ids, none, shared=True, offset=len(prompt) - start)
 
     def _align(self, student: _Side, teacher: _Side) -> Chunks:
         """Chunks of the response, in positions of the whole sequences.
@@ -111,7 +165,7 @@ class Preparer:
         A tokenizer may normalise its text (Qwen's applies NFC). Then the chunks cover the bytes up to the first
         change; what is lost is counted. Where both normalise alike, nothing is.
         """
-        assert self.teacher is not None
+        assert isinstance(self.teacher, Tokenizer)
         if student.content != teacher.content:  # one template altered the content, say by stripping it
             shared = common_prefix(student.content.encode(), teacher.content.encode())
         else:

@@ -128,6 +128,11 @@ class Tokenizer:
         return table
 
     @cached_property
+    def added_ids(self) -> frozenset[int]:
+        """Ids of added tokens: those outside the trained vocabulary."""
+        return frozenset(int(i) for i in self.backend.added_tokens_decoder)
+
+    @cached_property
     def byte_lengths(self) -> np.ndarray:
         """Length of every token in bytes, int32[vocabulary]."""
         return np.array([len(b) for b in self.token_bytes], dtype=np.int32)

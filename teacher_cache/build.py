@@ -94,6 +94,7 @@ def load_engine(plan: CachePlan) -> Engine:
         shift=plan.entry.shift,
         tokens_per_batch=settings.tokens_per_batch,
         head_rows=settings.head_rows,
+        shared_ids=plan.shared_ids(),
     )
 
 
@@ -141,7 +142,7 @@ def compute_unit(
         parts = scores[first : first + len(indices)]
         for part in parts:
             refuse_nonfinite(part, example.id)
-        chunks = draw.chunks if example.teacher_ids is not None else None
+        chunks = None if example.shared else draw.chunks
         rows.append(
             _row(plan, example, unit.draw, draw.t, draw.masked, chunks, view, _merge(plan, view, parts, indices))
         )
@@ -183,7 +184,8 @@ def _row(
     chunk_student = chunk_teacher = chunk_logp = None
     if "chunks" in plan.config.targets.signals:
         if active is None:  # a shared tokenizer: every masked token is a chunk
-            chunk_student = chunk_teacher = np.stack([masked, masked + 1], axis=1)
+            chunk_student = np.stack([masked, masked + 1], axis=1)
+            chunk_teacher = chunk_student + np.int32(example.offset)
         else:
             chunk_student, chunk_teacher = example.chunks[active, 2:], example.chunks[active, :2]
         token_logp = scores.gold_logit - scores.logsumexp[:, plan.target_spec().temperatures.index(1.0)]
@@ -192,7 +194,6 @@ def _row(
     if scores.topk_sizes is not None and scores.topk_ids is not None and scores.topk_logits is not None:
         keep = np.arange(scores.topk_ids.shape[1]) < scores.topk_sizes[:, None]
         ids, top = scores.topk_ids[keep], scores.topk_logits[keep]
-    cross = example.teacher_ids is not None
     return CacheRow(
         example_id=example.id,
         draw=draw,
@@ -201,7 +202,7 @@ def _row(
         prompt_length=example.prompt_length,
         masked=masked,
         teacher_ids=example.teacher_ids,
-        teacher_masked=view.positions if cross else None,
+        teacher_masked=None if example.teacher_ids is None else view.positions,
         split=view.in_a if plan.config.noise.comp_demo else np.zeros_like(view.in_a),
         gold_logit=scores.gold_logit,
         logsumexp=scores.logsumexp,

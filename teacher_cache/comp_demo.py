@@ -41,7 +41,7 @@ class TeacherView:
 def draw_for(example: Prepared, noise: NoiseConfig, draw: int) -> Draw:
     """The draw of an example: token masks for a shared tokenizer, chunk-consistent ones across tokenizers."""
     first, length = example.prompt_length, len(example.student_ids)
-    if example.teacher_ids is None:
+    if example.shared:
         return token_draw(noise.seed, example.id, draw, first, length, noise.demo_ratio)
     spans = example.chunks[:, 2:]
     return chunk_draw(noise.seed, example.id, draw, first, length, spans, noise.demo_ratio)
@@ -49,14 +49,16 @@ def draw_for(example: Prepared, noise: NoiseConfig, draw: int) -> Draw:
 
 def teacher_view(example: Prepared, draw: Draw) -> TeacherView:
     """Where the teacher's sequence is masked under `draw`."""
-    if example.teacher_ids is None:
-        return TeacherView(example.student_ids, draw.masked, draw.split, np.arange(draw.masked.size))
+    ids = example.student_ids if example.teacher_ids is None else example.teacher_ids
+    if example.shared:
+        places = (draw.masked + example.offset).astype(np.int32)
+        return TeacherView(ids, places, draw.split, np.arange(draw.masked.size))
     spans = example.chunks[draw.chunks, :2]
     lengths = spans[:, 1] - spans[:, 0]
     chunk_of = np.repeat(np.arange(len(spans)), lengths)
     offsets = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     positions = (spans[chunk_of, 0] + offsets).astype(np.int32)
-    return TeacherView(example.teacher_ids, positions, draw.split[chunk_of], chunk_of)
+    return TeacherView(ids, positions, draw.split[chunk_of], chunk_of)
 
 
 def passes(view: TeacherView, mask_id: int, comp_demo: bool) -> list[tuple[Request, Int[np.ndarray, " _"]]]:

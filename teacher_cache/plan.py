@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from shared.config import CacheConfig, to_plain
 from shared.data import DataSummary, scan
 from shared.errors import TideError
-from shared.examples import Preparer
+from shared.examples import Preparer, SharedVocabulary
 from shared.manifest import MANIFEST, Manifest, check_fingerprint, load_manifest
 from shared.schema import SCHEMA_VERSION
 from shared.shards import Unit, finished_units
@@ -40,8 +42,13 @@ class CachePlan:
         """A fresh preparer, with counts of its own."""
         student_mask = self.manifest.fingerprint["student"]["mask_id"]
         if self.entry.student_tokens:
-            return Preparer(self.student, None, self.config.lengths, student_mask)
+            shared = SharedVocabulary.between(self.student, self.teacher)
+            return Preparer(self.student, shared, self.config.lengths, student_mask)
         return Preparer(self.student, self.teacher, self.config.lengths, student_mask, self.entry.mask_id)
+
+    def shared_ids(self) -> np.ndarray | None:
+        """Ids that mean the same to student and teacher, bool[vocabulary]; None across tokenizers."""
+        return SharedVocabulary.between(self.student, self.teacher).same if self.entry.student_tokens else None
 
     def target_spec(self) -> TargetSpec:
         """What to take of the logits."""
@@ -117,12 +124,14 @@ def _student_mask(student: Tokenizer, mask_token: str) -> int:
 
 
 def _check_shared(student: Tokenizer, teacher: Tokenizer, config: CacheConfig) -> None:
-    a, b = student.token_bytes, teacher.token_bytes
-    different = sum(x != y for x, y in zip(a, b, strict=False)) + abs(len(a) - len(b))
+    """Of one family: all ordinary tokens of both vocabularies are the same; added tokens may differ."""
+    same = SharedVocabulary.between(student, teacher).same
+    ordinary = [i for t in (student, teacher) for i in t.backend.get_vocab().values() if i not in t.added_ids]
+    different = len(set(ordinary) - set(np.flatnonzero(same).tolist()))
     if different:
         raise TideError(
             f"the tokenizers of teacher {config.teacher} and student {student.name} differ in {different} tokens",
-            expected="one and the same vocabulary: this teacher reads the student's ids",
+            expected="vocabularies of one family, the same but for added tokens: this teacher reads the student's ids",
             fix="give the student that shares the teacher's tokenizer, or use a cross-tokenizer teacher",
         )
 

@@ -33,15 +33,22 @@ class TargetSpec:
 
 
 def extract(
-    logits: Float[Tensor, "read vocab"], gold: Int[Tensor, " read"], spec: TargetSpec
+    logits: Float[Tensor, "read vocab"],
+    gold: Int[Tensor, " read"],
+    spec: TargetSpec,
+    excluded: Int[Tensor, " excluded"] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(gold logit, logsumexp, sizes, ids, logits), all on the logits' device; float32 before any exp.
 
     `sizes` is the shortest prefix of the sorted top-k whose mass at the largest temperature reaches `spec.mass`.
+    Ids in `excluded` (those that mean something else to the student) are never in the top-k; logsumexp counts
+    them, so their mass belongs to the tail.
     """
     logits = logits.float()
     lse = torch.stack([torch.logsumexp(logits / t, dim=1) for t in spec.temperatures], dim=1)
     gold_logit = logits.gather(1, gold[:, None]).squeeze(1)
+    if excluded is not None and excluded.numel():
+        logits = logits.index_fill(1, excluded, -torch.inf)
     values, ids = torch.topk(logits, spec.k, dim=1) if spec.k else (logits[:, :0], gold[:, None][:, :0])
     sizes = torch.full_like(gold, spec.k)
     if spec.k and spec.mass < 1.0:

@@ -85,6 +85,13 @@ def chats_file() -> Path:
     return folder / "chats.jsonl"
 
 
+def write_chats(path: Path, responses: list[str]) -> dict[str, str]:
+    """Chats with these responses as a JSONL file; the settings of a source that reads it."""
+    chats = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": r}]} for r in responses]
+    path.write_text("".join(json.dumps(c) + "\n" for c in chats))
+    return {"source": str(path)}
+
+
 def small_cache_config(teacher: str, model: Path, out: Path, **changes: object) -> CacheConfig:
     """Settings of a cache of 24 standard-library functions in three shards and two draws."""
     values = {

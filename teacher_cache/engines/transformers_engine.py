@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 
 from teacher_cache.comp_demo import Request
 from teacher_cache.engines.base import token_budget_batches
@@ -16,7 +17,10 @@ from teacher_cache.teachers.registry import Attention
 
 
 class TransformersEngine:
-    """Scores requests with `model`. `shift`: row i of the model predicts token i + 1 (Dream)."""
+    """Scores requests with `model`.
+
+    `shift`: row i of the model predicts token i + 1 (Dream). `shared_ids`: only ids marked True enter a top-k.
+    """
 
     def __init__(
         self,
@@ -27,6 +31,7 @@ class TransformersEngine:
         shift: bool = False,
         tokens_per_batch: int = 16384,
         head_rows: int = 1024,
+        shared_ids: Bool[np.ndarray, " vocab"] | None = None,
     ) -> None:
         self._model = model.eval()
         self._attention = attention
@@ -34,6 +39,12 @@ class TransformersEngine:
         self._shift = int(shift)
         self._tokens_per_batch = tokens_per_batch
         self._head_rows = head_rows
+        self._excluded = None
+        if shared_ids is not None:
+            width = model.lm_head.weight.shape[0]
+            allowed = np.zeros(width, bool)
+            allowed[: len(shared_ids)] = shared_ids[:width]
+            self._excluded = torch.from_numpy(np.flatnonzero(~allowed)).to(self.device)
         self.forward_rows = 0
         """Rows for which the LM head ran, for the benchmark."""
 
@@ -61,8 +72,8 @@ class TransformersEngine:
         gold = torch.from_numpy(np.concatenate([r.gold for r in requests])).long().to(self.device)
         hidden = output.last_hidden_state[row, inputs.columns - self._shift]
         parts = [
-            extract(self._model.lm_head(hidden[i : i + self._head_rows]), gold[i : i + self._head_rows], self._spec)
-            for i in range(0, len(gold), self._head_rows)
+            extract(self._model.lm_head(hidden[part]), gold[part], self._spec, self._excluded)
+            for part in (slice(i, i + self._head_rows) for i in range(0, len(gold), self._head_rows))
         ]
         self.forward_rows += len(gold)
         columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]

@@ -157,6 +157,7 @@ def test_prompts_that_fill_the_length_are_dropped_and_counted_and_long_responses
 def test_a_shared_tokenizer_needs_no_second_tokenisation() -> None:
     (p,) = Preparer(TEACHER, None, LENGTHS, TEACHER.special_id("mask"))([chat("x = 1")])
     assert p.teacher_ids is None
+    assert p.shared
     assert p.chunks.shape == (0, 4)
 
 

@@ -21,7 +21,7 @@ from shared.manifest import load_manifest
 from shared.shards import Unit, finished_units, read_shard
 from teacher_cache.build import build_cache
 from teacher_cache.teachers.loading import load_model, open_checkpoint
-from tests.conftest import STUDENT_TOKENIZER, chats_file, small_cache_config
+from tests.conftest import STUDENT_TOKENIZER, chats_file, small_cache_config, write_chats
 
 
 def contents(cache: Path) -> dict[str, bytes]:
@@ -190,12 +190,6 @@ def test_bad_input_is_refused_before_the_teacher_is_loaded(
 def empty_file(folder: Path) -> Path:
     (folder / "empty.jsonl").write_text("\n")
     return folder / "empty.jsonl"
-
-
-def write_chats(path: Path, responses: list[str]) -> dict[str, str]:
-    chats = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": r}]} for r in responses]
-    path.write_text("".join(json.dumps(c) + "\n" for c in chats))
-    return {"source": str(path)}
 
 
 def test_a_mask_token_in_the_data_keeps_finished_shards(random_teacher: Path, tmp_path: Path) -> None:

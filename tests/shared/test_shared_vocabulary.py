@@ -1,0 +1,101 @@
+"""Teachers of the student's tokenizer family: the same ordinary tokens, other added ones (Qwen's from 151,646 on)."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shared.data import ChatExample
+from shared.examples import Preparer, SharedVocabulary
+from shared.shards import Unit, read_shard
+from shared.tokenizers import Tokenizer
+from teacher_cache.build import build_cache
+from teacher_cache.teachers.registry import resolve
+from tests.conftest import TEACHER_TOKENIZER, small_cache_config, write_chats
+from tests.shared.test_examples import LENGTHS, chat
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The teacher's tokenizer with two tokens of the student's own, and a template that uses one in the prompt."""
+    folder = tmp_path_factory.mktemp("thinking") / "t"
+    backend = Tokenizer.load(TEACHER_TOKENIZER).backend
+    backend.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    backend.chat_template = (
+        "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+        "{% if message['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ message['content'] }}<|eot_id|>{% endfor %}"
+    )
+    backend.save_pretrained(folder)
+    return folder
+
+
+def preparer(student: Tokenizer) -> Preparer:
+    teacher = Tokenizer.load(TEACHER_TOKENIZER)
+    return Preparer(student, SharedVocabulary.between(student, teacher), LENGTHS, student.special_id("mask"))
+
+
+def test_a_token_of_the_students_own_in_the_prompt_is_written_out_for_the_teacher(thinking: Path) -> None:
+    student, teacher = Tokenizer.load(thinking), Tokenizer.load(TEACHER_TOKENIZER)
+    (p,) = preparer(student)([chat("x = 1")])
+    assert p.shared
+    assert p.teacher_ids is not None
+    assert p.offset > 0
+    assert 4096 in p.student_ids[: p.prompt_length]
+    assert p.teacher_ids.max() < 4096
+    assert teacher.decode(p.teacher_ids.tolist()) == student.decode(p.student_ids.tolist())
+    start = p.prompt_length
+    assert np.array_equal(p.teacher_ids[start + p.offset :], p.student_ids[start:])
+
+
+def test_a_response_with_such_a_token_is_left_out_and_counted(thinking: Path) -> None:
+    made = preparer(Tokenizer.load(thinking))
+    kept = made([chat("x = 1"), chat("a <think> b")])
+    assert len(kept) == 1
+    assert made.counts.dropped_unshared == 1
+
+
+def test_the_cache_reads_the_right_positions(thinking: Path, random_teacher: Path, tmp_path: Path) -> None:
+    data = write_chats(tmp_path / "d.jsonl", ["x = 1 + 2 + 3", "def f():\n    return 1"])
+    config = small_cache_config(
+        "tiny-shared", random_teacher, tmp_path / "c", data=data, student_tokenizer=str(thinking)
+    )
+    build_cache(config)
+    for row in read_shard(Unit(0, 0).path(config.out), 2):
+        assert row.teacher_ids is not None
+        assert row.teacher_masked is not None
+        assert np.array_equal(row.teacher_ids[row.teacher_masked], row.student_ids[row.masked])
+        assert row.topk_ids is not None
+        assert row.topk_ids.max(initial=0) < 4096
+
+
+def test_ids_that_mean_something_else_never_enter_the_top_k(random_teacher: Path, tmp_path: Path) -> None:
+    """A student whose added tokens carry other names: the teacher's logits there are tail."""
+    folder = Path(shutil.copytree(resolve("embedded:teacher_cache.teachers/tiny"), tmp_path / "s"))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        path = folder / name
+        path.write_text(path.read_text().replace("<|start_header_id|>", "<|other|>"))
+    student = Tokenizer.load(folder)
+    same = SharedVocabulary.between(student, Tokenizer.load(TEACHER_TOKENIZER)).same
+    changed = student.special_id("x", "<|other|>")
+    assert np.flatnonzero(~same).tolist() == [changed]
+    data = write_chats(tmp_path / "d.jsonl", ["x = 1 + 2 + 3"] * 3)
+    config = small_cache_config(
+        "tiny-shared", random_teacher, tmp_path / "c", data=data, student_tokenizer=str(folder), targets={"k": 4095}
+    )
+    build_cache(config)
+    rows = [r for r in read_shard(Unit(0, 0).path(config.out), 2) if r.masked.size]
+    assert rows
+    for row in rows:
+        assert row.topk_ids is not None
+        assert changed not in row.topk_ids.tolist()
+        assert len(set(row.topk_ids[:4095].tolist())) == 4095
+
+
+def test_the_same_ids_need_no_second_sequence() -> None:
+    (p,) = preparer(Tokenizer.load(TEACHER_TOKENIZER))([ChatExample("e", chat("x").messages)])
+    assert p.teacher_ids is None
+    assert p.shared
