@@ -84,9 +84,15 @@ def train(
     typer.echo(f"{settings.out}/model: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
 
 
-@app.command()
-def teachers(teachers_file: TeachersFile = None) -> None:
+teachers_app = typer.Typer(help="List the known teachers, or show one.", invoke_without_command=True)
+app.add_typer(teachers_app, name="teachers")
+
+
+@teachers_app.callback()
+def teachers(context: typer.Context, teachers_file: TeachersFile = None) -> None:
     """List the known teachers."""
+    if context.invoked_subcommand is not None:
+        return
     from rich.console import Console
     from rich.table import Table
 
@@ -98,6 +104,31 @@ def teachers(teachers_file: TeachersFile = None) -> None:
         mask, length = str(entry.mask_id), str(entry.length)
         table.add_row(name, entry.model, entry.architecture, mask, entry.attention.type, reads, length)
     Console().print(table)
+
+
+@teachers_app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A teacher of `tide teachers`.")], teachers_file: TeachersFile = None
+) -> None:
+    """Print one teacher's entry, and what loading it checks."""
+    from pipelines.show_teacher import describe_teacher
+
+    typer.echo(describe_teacher(name, teachers_file))
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A student's folder, such as runs/NAME/model.")],
+    target: Annotated[Path, typer.Argument(help="A new folder.")],
+    layout: Annotated[str, typer.Option("--format", help="hf (transformers) or a2d (the reference's).")] = "hf",
+) -> None:
+    """Write a student in another layout; tensors keep every bit."""
+    from student_train.export import export_student
+
+    if layout not in ("hf", "a2d"):
+        raise TideError(f"unknown format {layout!r}", expected="hf or a2d")
+    export_student(source, target, "hf" if layout == "hf" else "a2d")
+    typer.echo(f"{target}: {layout}")
 
 
 @app.command()

@@ -28,17 +28,23 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             os.fsync(handle.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C too leaves nothing half written behind
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise TideError(
-                f"the disk is full: {path} could not be written",
-                fix="free some space and run the same command again; all finished files are kept",
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            raise TideError(f"{path} cannot be written: {error.strerror}", fix="choose another folder") from error
+        if isinstance(error, OSError):
+            _explain(path, error)
         raise
+
+
+def _explain(path: Path, error: OSError) -> None:
+    """Raise a TideError for what a user can mend."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise TideError(
+            f"the disk is full: {path} could not be written",
+            fix="free some space and run the same command again; all finished files are kept",
+        ) from error
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        raise TideError(f"{path} cannot be written: {error.strerror}", fix="choose another folder") from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:

