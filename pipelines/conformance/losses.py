@@ -64,7 +64,7 @@ def loss_groups(folder: Path) -> list[Group]:
 
 def _compare(group: Group, case: dict[str, Any], loss: Tensor, gradient: Tensor, expected: Tensor) -> None:
     """Count the case by the larger of the relative differences of value and gradient."""
-    value_size, gradient_size = abs(case["loss"]), float(expected.norm())
+    value_size, gradient_size = abs(case["loss"]) or 1.0, float(expected.norm()) or 1.0
     value = abs(float(loss) - case["loss"]) / value_size
     slope = float((gradient - expected).norm()) / gradient_size
     resolution = max(_FLOAT32 * case["temperature"] ** 2 / value_size, _FLOAT32 / gradient_size)

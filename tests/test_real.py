@@ -1,0 +1,114 @@
+"""Real vocabularies, real texts and real weights through the whole of stage one and into stage two."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.recipes import cache_config, packaged_recipe, train_config
+from shared.alignment import Region, align_tokens
+from shared.config import DataConfig, LengthConfig
+from shared.examples import Preparer
+from shared.manifest import load_manifest
+from shared.shards import Unit, read_shard
+from shared.tokenizers import Tokenizer
+from student_train.trainer import train_student
+from teacher_cache.build import build_cache
+from tests.conftest import chats_file
+from tests.real_assets import qwen_tokenizer, smollm2
+from tests.shared.test_examples import TEXTS, chat, check_chunks
+
+pytestmark = pytest.mark.slow
+
+DATA = Path(os.environ.get("TIDE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def test_real_tokenizers_reproduce_the_golden_tokens_and_chunks(golden: Path) -> None:
+    teacher, student = Tokenizer.load(smollm2()), Tokenizer.load(qwen_tokenizer())
+    document = json.loads((golden / "alignment.json").read_text())
+    assert len(document["cases"]) >= 10
+    for case in document["cases"]:
+        t, s = (tokenizer.encode([case["text"]])[0] for tokenizer in (teacher, student))
+        assert teacher.backend.convert_ids_to_tokens(t) == case["teacher_tokens"]
+        assert student.backend.convert_ids_to_tokens(s) == case["student_tokens"]
+        region = Region(0, 0, len(case["text"].encode()))
+        chunks = align_tokens(teacher.byte_lengths[t], student.byte_lengths[s], [region])
+        assert chunks.tolist() == case["chunks"]
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+def test_hard_texts_between_real_vocabularies(text: str) -> None:
+    teacher, student = Tokenizer.load(smollm2()), Tokenizer.load(qwen_tokenizer())
+    preparer = Preparer(
+        student, teacher, LengthConfig(256, 256), len(student), teacher.special_id("mask", "<empty_output>")
+    )
+    (p,) = preparer([chat(text)])
+    aligned = check_chunks(p, text, student, teacher)
+    whole = text.encode()
+    if "\u0301" in text:  # Qwen's NFC changes it: aligned up to the change, the rest counted
+        assert aligned == whole[: len(aligned)]
+        assert preparer.counts.unaligned_bytes > 0
+    else:
+        assert aligned == whole
+        assert preparer.counts.unaligned_bytes == 0
+
+
+def test_the_empty_think_block_is_prompt() -> None:
+    student = Tokenizer.load(qwen_tokenizer())
+    rendered = student.render(chat("x = 1").messages)
+    assert rendered.text[: rendered.response_start].endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert rendered.text[rendered.response_start :] == "x = 1<|im_end|>\n"
+
+
+def gsm8k() -> DataConfig:
+    path = DATA / "gsm8k_train_head1500.jsonl"
+    if path.exists():
+        return DataConfig(str(path), limit=50, prompt_field="question", response_field="answer")
+    return DataConfig(str(chats_file()))
+
+
+def test_a_real_model_through_both_stages(tmp_path: Path) -> None:
+    """SmolLM2-135M, a causal model, stands in for a diffusion teacher: block-causal with blocks of one, shifted."""
+    teacher = smollm2()
+    mask_id = Tokenizer.load(teacher).special_id("mask", "<empty_output>")
+    entries = tmp_path / "teachers.toml"
+    entries.write_text(
+        f'[smollm2]\nmodel = "{teacher}"\narchitecture = "llama"\nmask_id = {mask_id}\nstudent_tokens = false\n'
+        f'length = 512\nstudent = "{qwen_tokenizer()}"\nattention = {{ type = "block_causal", block = 1 }}\n'
+        "shift = true\n"
+    )
+    data = gsm8k()
+    overrides = [f"data.source={data.source}", f"data.limit={data.limit or 36}", "noise.draws=1", "shard_examples=25",
+                 "lengths.student=256", "lengths.teacher=512", 'targets.signals=["topk","chunks"]', "targets.k=16",
+                 "engine.dtype=float32", "engine.device=cpu"]  # fmt: skip
+    if data.prompt_field:
+        overrides += ["data.prompt_field=question", "data.response_field=answer"]
+    report = build_cache(cache_config("smollm2", None, overrides, entries, out=tmp_path / "cache"))
+    assert report.rows >= 30
+    manifest = load_manifest(tmp_path / "cache")
+    assert manifest.fingerprint["student"]["mask_id"] == 151_646  # added at the end of Qwen's vocabulary
+    tokenizer = Tokenizer.load(teacher)
+    likelihoods = []
+    for part in range(manifest.parts):
+        for row in read_shard(Unit(0, part).path(tmp_path / "cache"), 2):
+            assert row.teacher_ids is not None
+            assert row.chunk_logp is not None
+            likelihoods += row.chunk_logp.tolist()
+            assert row.teacher_ids.max() < len(tokenizer)
+    assert np.isfinite(likelihoods).all()
+    # A language model finds real answers, half of them at hand, far likelier than chance (log 1/49152 = −10.8).
+    assert -8 < np.mean(likelihoods) < -0.5
+    overrides = ["max_steps=3", "batch_size=4", "log_steps=1", "checkpoint_steps=3", "device=cpu",
+                 "precision=float32", "learning_rate=1e-3", 'distillation={type="reverse_calm"}',
+                 "student={hidden_size=64, layers=2, heads=2, kv_heads=1, intermediate_size=128}"]  # fmt: skip
+    recipe = packaged_recipe("cross")
+    config = train_config(None, recipe, [*overrides, "accumulation=1"], cache=tmp_path / "cache", out=tmp_path / "run")
+    metrics = train_student(config)
+    assert metrics["seconds"] > 0
+    logged = [e for e in json.loads((tmp_path / "run" / "history.json").read_text())["steps"] if "loss" in e]
+    assert len(logged) == 3
+    assert all(np.isfinite(entry["loss"]) and entry["distillation"] > 0 for entry in logged)
