@@ -7,7 +7,6 @@ distillation term differs. The undistilled student trains on the same cache and 
 from __future__ import annotations
 
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -18,16 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from pipelines.recipes import cache_config, packaged_recipe
+from pipelines.recipes import cache_config, packaged_recipe, train_config
 from pipelines.report import Run, find_runs, write_report
-from shared.attention import full
 from shared.config import DataConfig, LengthConfig
 from shared.errors import TideError
 from shared.tokenizers import Tokenizer
-from student_train.evaluate import prepare_heldout
+from student_train.evaluate import masked_nll, prepare_heldout, teacher_predictor
 from teacher_cache.build import build_cache
 from teacher_cache.teachers.loading import load_model, open_checkpoint
 from teacher_cache.teachers.registry import find_teacher, resolve
@@ -61,12 +58,15 @@ def run_demo(out: Path, seeds: int) -> Path:
     jobs = [(variant, seed) for seed in range(seeds) for variant in VARIANTS]
     _train_all(out, jobs)
     runs = find_runs(out)
-    teacher_nll, teacher_bits = score_teacher("tiny-shared", DataConfig("stdlib:heldout", limit=64), 256)
+    lengths = cache_config("tiny-shared", None, []).lengths
+    training = train_config("tiny-shared", None, [])
+    assert training.heldout is not None
+    score = score_teacher("tiny-shared", training.heldout, lengths, training.heldout_draws)
     minutes = (time.monotonic() - started) / 60
     tail = (
-        f"The embedded teacher itself, on the masks of the tiny-shared students: {teacher_nll:.3f} nats a token, "
-        f"{teacher_bits:.3f} bits per byte.\n\n{verdicts(runs)}\n\n"
-        f"Made by `make demo` in {minutes:.1f} minutes ({cached:.0f} s for the caches, if they were not there). "
+        f"The embedded teacher itself, on the masks of the tiny-shared students: {score['nll']:.3f} nats a token, "
+        f"{score['bits_per_byte']:.3f} bits per byte.\n\n{verdicts(runs)}\n\n"
+        f"This `make demo` took {minutes:.1f} minutes, {cached:.0f} s of them for the caches; finished work is not redone. "
         "Nats a token compare students of one cache; bits per byte also compare tokenizers.\n"
     )
     head = "# Demo: students of the embedded teacher\n\nHeld-out masked NLL at fixed masks, mean ± spread over seeds.\n"
@@ -143,20 +143,10 @@ def verdicts(runs: list[Run]) -> str:
     return "\n".join(lines)
 
 
-@torch.inference_mode()
-def score_teacher(name: str, data: DataConfig, length: int) -> tuple[float, float]:
-    """Held-out masked NLL (nats a token) and bits per byte of a teacher under full attention."""
+def score_teacher(name: str, data: DataConfig, lengths: LengthConfig, draws: int) -> dict[str, float]:
+    """`masked_nll` of a teacher under full attention, on the masks that the students of its tokenizer are scored on."""
     entry = find_teacher(name)
     checkpoint = open_checkpoint(resolve(entry.model))
-    model: Any = load_model(checkpoint, entry.architecture, torch.float32)
-    tokenizer = Tokenizer.load(checkpoint.folder)
-    heldout = prepare_heldout(data, LengthConfig(length, length), tokenizer, entry.mask_id, 4)
-    nats = text_nats = text_bytes = tokens = 0.0
-    for batch in heldout.batches:
-        hidden = model.model(input_ids=batch["noised"], attention_mask=full(batch["valid"]), use_cache=False)
-        logits = model.lm_head(hidden.last_hidden_state[batch["row"], batch["column"]]).float()
-        nll = F.cross_entropy(logits, batch["clean"][batch["row"], batch["column"]], reduction="none").double()
-        nats, tokens = nats + float(nll.sum()), tokens + nll.numel()
-        text_nats += float(nll[batch["bytes"] > 0].sum())
-        text_bytes += float(batch["bytes"].sum())
-    return nats / tokens, text_nats / math.log(2) / text_bytes
+    model = load_model(checkpoint, entry.architecture, torch.float32)
+    heldout = prepare_heldout(data, lengths, Tokenizer.load(checkpoint.folder), entry.mask_id, draws)
+    return masked_nll(model, heldout, teacher_predictor(model))

@@ -26,12 +26,11 @@ from shared.attention import full
 from shared.config import DataConfig, LengthConfig
 from shared.data import iter_examples
 from shared.examples import Prepared, Preparer
-from shared.noise import generator, token_draw
+from shared.noise import generator
 from shared.stdlib_corpus import corpus_origin
 from shared.tokenizers import Tokenizer
+from student_train.evaluate import masked_nll, prepare_heldout, teacher_predictor
 from student_train.resumable import ResumableTrainer, training_arguments
-
-HELDOUT_SEED = 20_260_429
 
 
 @dataclass(frozen=True)
@@ -129,24 +128,6 @@ class TinyTeacherTrainer(ResumableTrainer):
         return (nll * inputs["weights"][rows]).sum()
 
 
-@torch.no_grad()
-def heldout_nll(model: Any, tokenizer: Tokenizer, examples: list[Prepared], draws: int = 4) -> float:
-    """Mean −log p (nats) over masked response tokens of `examples` at fixed masks."""
-    model.eval()
-    mask_id = tokenizer.special_id("mask")
-    total, count = 0.0, 0
-    for example in examples:
-        ids = torch.from_numpy(example.student_ids).long()[None].repeat(draws, 1)
-        rows = torch.zeros_like(ids, dtype=torch.bool)
-        for d in range(draws):
-            drawn = token_draw(HELDOUT_SEED, example.id, d, example.prompt_length, ids.shape[1], 0.5)
-            rows[d, torch.from_numpy(drawn.masked).long()] = True
-        logits = masked_hidden(model, torch.where(rows, mask_id, ids), torch.ones_like(rows), rows).float()
-        total += float(F.cross_entropy(logits, ids[rows], reduction="sum"))
-        count += int(rows.sum())
-    return total / count
-
-
 def train_tiny_teacher(teacher: Path, student_tokenizer: Path, work: Path, config: TinyTeacherConfig) -> None:
     """Train tokenizers and teacher, and write them with a model card to `teacher` and `student_tokenizer`.
 
@@ -159,7 +140,6 @@ def train_tiny_teacher(teacher: Path, student_tokenizer: Path, work: Path, confi
         train_student_tokenizer(texts, work / "student-tokenizer")
     tokenizer = Tokenizer.load(work / "tokenizer")
     train = prepare_corpus(tokenizer, config, "train")
-    heldout = prepare_corpus(tokenizer, config, "heldout")
     torch.manual_seed(config.seed)
     model = LlamaForCausalLM(_llama(config, tokenizer))
     dataset = NoisedBatches(train, tokenizer.special_id("mask"), config)
@@ -187,12 +167,15 @@ def train_tiny_teacher(teacher: Path, student_tokenizer: Path, work: Path, confi
     rounded: Any = model
     rounded.to(torch.bfloat16)
     rounded.save_pretrained(teacher)
-    nll = heldout_nll(rounded.float(), tokenizer, heldout)
+    rounded.float()
+    lengths = LengthConfig(config.length, config.length, config.block)
+    heldout = prepare_heldout(DataConfig("stdlib:heldout"), lengths, tokenizer, tokenizer.special_id("mask"), 4)
+    nll = masked_nll(rounded, heldout, teacher_predictor(rounded))["nll"]
     for source, target in ((work / "tokenizer", teacher), (work / "student-tokenizer", student_tokenizer)):
         target.mkdir(parents=True, exist_ok=True)
         for file in source.iterdir():
             shutil.copy(file, target / file.name)
-    (teacher / "README.md").write_text(_card(config, model, train, heldout, len(dataset), minutes, nll))
+    (teacher / "README.md").write_text(_card(config, model, train, heldout.examples, len(dataset), minutes, nll))
     print(f"held-out masked NLL {nll:.4f} nats a token; {time.monotonic() - started:.0f} s in this run")
 
 
@@ -218,7 +201,7 @@ def _card(
     config: TinyTeacherConfig,
     model: Any,
     train: list[Prepared],
-    heldout: list[Prepared],
+    heldout: int,
     steps: int,
     minutes: float,
     nll: float,
@@ -235,7 +218,7 @@ whole pipeline can be run and tested anywhere; it is no model to build on.
 * **Trained on** the functions of the {corpus_origin()}: {len(train):,} functions, {tokens:,} tokens in each of
   {config.epochs} epochs, {steps:,} steps. One function in sixteen (by a hash of its source) is held out.
 * **Trained for** {minutes:.0f} minutes on 2 CPU cores, in bfloat16 autocast; stored in bfloat16.
-* **Held-out masked NLL**: {nll:.4f} nats a token over {len(heldout)} functions, 4 fixed draws each
+* **Held-out masked NLL**: {nll:.4f} nats a token over {heldout} functions, 4 fixed draws each
   (masked response tokens; a uniform guess has {unigram:.2f}).
 
 | setting | value |

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shared.manifest import Manifest
+from shared.padding import pad
 from shared.schema import CacheRow
 from student_train.objective import ChunkTargets, Counts, Targets, TopKTargets
 
@@ -16,12 +17,7 @@ from student_train.objective import ChunkTargets, Counts, Targets, TopKTargets
 def collate(rows: Sequence[CacheRow], manifest: Manifest) -> dict[str, Tensor]:
     """One batch. Padding is to the longest row; masked positions are gathered, not padded."""
     mask_id = int(manifest.fingerprint["student"]["mask_id"])
-    longest = max(len(r.student_ids) for r in rows)
-    clean = torch.zeros((len(rows), longest), dtype=torch.long)
-    valid = torch.zeros((len(rows), longest), dtype=torch.bool)
-    for i, row in enumerate(rows):
-        clean[i, : len(row.student_ids)] = torch.from_numpy(row.student_ids.astype(np.int64))
-        valid[i, : len(row.student_ids)] = True
+    clean, valid = pad([r.student_ids for r in rows])
     sizes = [r.masked.size for r in rows]
     index = _longs(np.repeat(np.arange(len(rows)), sizes))
     column = _longs(_join([r.masked for r in rows]))

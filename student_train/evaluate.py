@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shared.attention import full
 from shared.config import DataConfig, LengthConfig
 from shared.data import iter_examples, scan
 from shared.errors import TideError
 from shared.examples import Prepared, Preparer
 from shared.noise import token_draw
+from shared.padding import pad
 from shared.tokenizers import Tokenizer
 from student_train.student import masked_logits
 
@@ -55,12 +57,7 @@ def prepare_heldout(data: DataConfig, lengths: LengthConfig, tokenizer: Tokenize
 
 
 def _batch(rows: Sequence[tuple[Prepared, np.ndarray]], mask_id: int, byte_lengths: np.ndarray) -> dict[str, Tensor]:
-    longest = max(len(e.student_ids) for e, _ in rows)
-    clean = torch.zeros((len(rows), longest), dtype=torch.long)
-    valid = torch.zeros((len(rows), longest), dtype=torch.bool)
-    for i, (example, _) in enumerate(rows):
-        clean[i, : len(example.student_ids)] = torch.from_numpy(example.student_ids).long()
-        valid[i, : len(example.student_ids)] = True
+    clean, valid = pad([e.student_ids for e, _ in rows])
     row = torch.from_numpy(np.repeat(np.arange(len(rows)), [m.size for _, m in rows]))
     column = torch.from_numpy(np.concatenate([m for _, m in rows])).long()
     noised = clean.clone()
@@ -69,8 +66,28 @@ def _batch(rows: Sequence[tuple[Prepared, np.ndarray]], mask_id: int, byte_lengt
     return {"clean": clean, "noised": noised, "valid": valid, "row": row, "column": column, "bytes": bytes_}
 
 
+Predict = Callable[[dict[str, Tensor]], Tensor]
+"""Logits at a batch's masked positions, [masked, vocabulary]."""
+
+
+def student_predictor(model: Any, block: int) -> Predict:
+    """A student under the block-diffusion mask."""
+    keys = ("noised", "clean", "valid", "row", "column")
+    return lambda batch: masked_logits(model, *(batch[k] for k in keys), block=block)
+
+
+def teacher_predictor(model: Any) -> Predict:
+    """A teacher under full attention, on the same masks."""
+
+    def predict(batch: dict[str, Tensor]) -> Tensor:
+        hidden = model.model(input_ids=batch["noised"], attention_mask=full(batch["valid"]), use_cache=False)
+        return model.lm_head(hidden.last_hidden_state[batch["row"], batch["column"]])
+
+    return predict
+
+
 @torch.no_grad()
-def masked_nll(model: Any, heldout: HeldOut, block: int) -> dict[str, float]:
+def masked_nll(model: Any, heldout: HeldOut, predict: Predict) -> dict[str, float]:
     """`nll`: mean −log p in nats per masked token; `bits_per_byte`: over masked tokens that are text.
 
     Bits per byte compare students of different tokenizers; nats per token do not.
@@ -82,9 +99,8 @@ def masked_nll(model: Any, heldout: HeldOut, block: int) -> dict[str, float]:
     amount = torch.zeros(2, dtype=torch.float64, device=device)
     for cpu_batch in heldout.batches:
         batch = {k: v.to(device) for k, v in cpu_batch.items()}
-        arguments = (batch[k] for k in ("noised", "clean", "valid", "row", "column"))
-        logits = masked_logits(model, *arguments, block=block).float()
-        nll = F.cross_entropy(logits, batch["clean"][batch["row"], batch["column"]], reduction="none").double()
+        gold = batch["clean"][batch["row"], batch["column"]]
+        nll = F.cross_entropy(predict(batch).float(), gold, reduction="none").double()
         text = batch["bytes"] > 0
         total += torch.stack([nll.sum(), nll[text].sum()])
         amount += torch.stack([torch.tensor(nll.numel(), device=device), batch["bytes"].sum()])

@@ -22,7 +22,7 @@ from shared.errors import TideError
 from shared.manifest import Manifest, differences, load_manifest
 from shared.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL
 from student_train.collate import counts_of, targets_of
-from student_train.evaluate import HeldOut, masked_nll, prepare_heldout
+from student_train.evaluate import HeldOut, masked_nll, prepare_heldout, student_predictor
 from student_train.loader import BatchDataset
 from student_train.objective import objective, total
 from student_train.resumable import ResumableTrainer, training_arguments
@@ -96,7 +96,8 @@ class StudentTrainer(ResumableTrainer):
         for entry in self.state.log_history:  # this step is scored already, perhaps before an interruption
             if entry["step"] == self.state.global_step and "eval_heldout_nll" in entry:
                 return {k: v for k, v in entry.items() if k.startswith("eval_heldout_")}
-        found = masked_nll(self.accelerator.unwrap_model(self.model), self._heldout, self._block)
+        model = self.accelerator.unwrap_model(self.model)
+        found = masked_nll(model, self._heldout, student_predictor(model, self._block))
         metrics = {f"eval_heldout_{name}": value for name, value in found.items()}
         self.log(metrics)
         return metrics

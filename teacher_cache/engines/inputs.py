@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from shared.attention import block_causal, block_diffusion_batch, full, repeat_positions, within_block_causal
+from shared.padding import pad
 from teacher_cache.comp_demo import Request
 from teacher_cache.teachers.registry import Attention, BlockCausal, Full, Native, X0Xt
 
@@ -30,19 +31,6 @@ class Inputs:
     def to(self, device: torch.device) -> Inputs:
         """The same on a device."""
         return Inputs(*(t.to(device) for t in (self.ids, self.positions, self.mask, self.columns)))
-
-
-def pad(
-    sequences: Sequence[Int[np.ndarray, " _"]],
-) -> tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
-    """Right-padded ids and the mask of real positions. The pad value is 0: its keys are hidden, its rows unread."""
-    longest = max(len(s) for s in sequences)
-    ids = torch.zeros((len(sequences), longest), dtype=torch.long)
-    valid = torch.zeros((len(sequences), longest), dtype=torch.bool)
-    for i, sequence in enumerate(sequences):
-        ids[i, : len(sequence)] = torch.from_numpy(sequence)
-        valid[i, : len(sequence)] = True
-    return ids, valid
 
 
 def build_inputs(attention: Attention, requests: Sequence[Request]) -> Inputs:
