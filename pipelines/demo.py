@@ -66,7 +66,7 @@ def run_demo(out: Path, seeds: int) -> Path:
     tail = (
         f"The embedded teacher itself, on the masks of the tiny-shared students: {score['nll']:.3f} nats a token, "
         f"{score['bits_per_byte']:.3f} bits per byte.\n\n{verdicts(runs)}\n\n"
-        f"This `make demo` took {minutes:.1f} minutes, {cached:.0f} s of them for the caches; finished work is not redone. "
+        f"This `make demo` took {minutes:.1f} minutes, {cached:.0f} s for the caches; finished work is not redone. "
         "Nats a token compare students of one cache; bits per byte also compare tokenizers.\n"
     )
     head = "# Demo: students of the embedded teacher\n\nHeld-out masked NLL at fixed masks, mean ± spread over seeds.\n"

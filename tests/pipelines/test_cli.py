@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from shared.shards import finished_units
-from tests.conftest import chats_file
+from tests.conftest import STUDENT_TOKENIZER, chats_file
 
 
 def tide(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -92,7 +93,27 @@ def test_ctrl_c_says_how_to_go_on(random_teacher: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "c").rglob("*.tmp"))
 
 
-def test_teachers_are_listed() -> None:
+def test_teachers_are_listed_and_shown() -> None:
     result = tide("teachers")
     assert result.returncode == 0
     assert "llada" in result.stdout
+    shown = tide("teachers", "show", "wedlm-8b")
+    assert shown.returncode == 0
+    assert "Qwen3ForCausalLM" in shown.stdout
+    assert "151665" in shown.stdout
+    unknown = tide("teachers", "show", "wedlm")
+    assert unknown.returncode == 2
+    assert "did you mean wedlm-8b" in unknown.stderr
+
+
+def test_a_student_is_exported(golden: Path, tmp_path: Path) -> None:
+    wrong = tide("export", str(tmp_path), str(tmp_path / "x"), "--format", "gguf")
+    assert wrong.returncode == 2
+    assert "unknown format 'gguf'" in wrong.stderr
+    source = tmp_path / "s"
+    source.mkdir()
+    for file in (*(golden / "a2d_qwen3").glob("[cm]*"), *STUDENT_TOKENIZER.iterdir()):
+        shutil.copyfile(file, source / file.name)
+    done = tide("export", str(source), str(tmp_path / "hf"), "--format", "hf")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "qwen3"
