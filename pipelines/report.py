@@ -32,12 +32,13 @@ class Run:
     final: dict[str, float]
 
 
-def describe_objective(settings: dict[str, Any]) -> str:
-    """An objective in words, as in `reverse_calm, T 2.0, TIDAL both`."""
+def describe_objective(settings: dict[str, Any], weight: float = 1.0) -> str:
+    """An objective in words, as in `reverse_calm, T 2.0, TIDAL both, weight 2`."""
     if settings["type"] == "none":
         return "CE only"
     text = f"{settings['type']}, T {settings['temperature']}"
-    return text + (f", TIDAL {settings['tidal']['axis']}" if settings.get("tidal") else "")
+    text += f", TIDAL {settings['tidal']['axis']}" if settings.get("tidal") else ""
+    return text + (f", weight {weight:g}" if weight != 1.0 else "")
 
 
 def find_runs(folder: Path) -> list[Run]:
@@ -52,7 +53,7 @@ def find_runs(folder: Path) -> list[Run]:
                 path.parent.name.removesuffix(f"-seed{seed}"),
                 seed,
                 Path(settings["cache"]).name,
-                describe_objective(settings["distillation"]),
+                describe_objective(settings["distillation"], settings["weight"]),
                 history["steps"],
                 history["final"],
             )

@@ -13,7 +13,7 @@ from shared.errors import TideError
 
 def fake_run(folder: Path, seed: int, cache: str, nll: float, distillation: dict[str, Any]) -> None:
     folder.mkdir(parents=True)
-    config = {"seed": seed, "cache": f"c/{cache}", "distillation": distillation}
+    config = {"seed": seed, "cache": f"c/{cache}", "distillation": distillation, "weight": 4.0}
     (folder / "run.json").write_text(json.dumps({"config": config}))
     steps = [{"step": s, "denoise": 5.0 - s, "loss": 5.0 - s} for s in (1, 2)]
     steps.append({"step": 2, "eval_heldout_nll": nll})
@@ -39,7 +39,7 @@ def test_the_table_has_mean_and_spread_over_seeds(tmp_path: Path) -> None:
     row = table.filter(table["student"] == "TIDE-Cross").to_dicts()[0]
     assert row["seeds"] == 3
     assert row["held-out NLL (nats/token)"] == "3.800 ± 0.100"
-    assert row["objective"] == "calm, T 2.0, TIDAL both"
+    assert row["objective"] == "calm, T 2.0, TIDAL both, weight 4"
     text = write_report(tmp_path).read_text()
     assert "| TIDE-Shared" in text
     assert (tmp_path / "report.png").exists()
