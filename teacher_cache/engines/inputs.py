@@ -33,6 +33,11 @@ class Inputs:
         return Inputs(*(t.to(device) for t in (self.ids, self.positions, self.mask, self.columns)))
 
 
+def width_of(attention: Attention, request: Request) -> int:
+    """Columns that a request takes: its length, twice where the mode runs on two copies."""
+    return len(request.ids) * (2 if isinstance(attention, X0Xt | Native) else 1)
+
+
 def build_inputs(attention: Attention, requests: Sequence[Request]) -> Inputs:
     """The batch in the form that the attention mode asks for (DESIGN §5)."""
     ids, valid = pad([r.ids for r in requests])

@@ -11,7 +11,7 @@ from jaxtyping import Bool
 
 from teacher_cache.comp_demo import Request
 from teacher_cache.engines.base import token_budget_batches
-from teacher_cache.engines.inputs import build_inputs
+from teacher_cache.engines.inputs import build_inputs, width_of
 from teacher_cache.targets import Scores, TargetSpec, extract
 from teacher_cache.teachers.registry import Attention
 
@@ -57,7 +57,8 @@ class TransformersEngine:
     def score(self, requests: Sequence[Request]) -> list[Scores]:
         """Scores of each request, in order (see `Engine`)."""
         results: list[Scores | None] = [None] * len(requests)
-        for batch in token_budget_batches([len(r.ids) for r in requests], self._tokens_per_batch):
+        widths = [width_of(self._attention, request) for request in requests]
+        for batch in token_budget_batches(widths, self._tokens_per_batch):
             for i, scores in zip(batch, self._score_batch([requests[i] for i in batch]), strict=True):
                 results[i] = scores
         return [scores for scores in results if scores is not None]
