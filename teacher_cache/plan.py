@@ -29,6 +29,8 @@ class CachePlan:
     checkpoint: Checkpoint
     student: Tokenizer
     teacher: Tokenizer
+    shared: SharedVocabulary | None
+    """What both vocabularies share, where the teacher reads the student's ids; None across tokenizers."""
     data: DataSummary
     manifest: Manifest
 
@@ -41,14 +43,13 @@ class CachePlan:
     def preparer(self) -> Preparer:
         """A fresh preparer, with counts of its own."""
         student_mask = self.manifest.fingerprint["student"]["mask_id"]
-        if self.entry.student_tokens:
-            shared = SharedVocabulary.between(self.student, self.teacher)
-            return Preparer(self.student, shared, self.config.lengths, student_mask)
+        if self.shared is not None:
+            return Preparer(self.student, self.shared, self.config.lengths, student_mask)
         return Preparer(self.student, self.teacher, self.config.lengths, student_mask, self.entry.mask_id)
 
     def shared_ids(self) -> np.ndarray | None:
         """Ids that mean the same to student and teacher, bool[vocabulary]; None across tokenizers."""
-        return SharedVocabulary.between(self.student, self.teacher).same if self.entry.student_tokens else None
+        return None if self.shared is None else self.shared.same
 
     def target_spec(self) -> TargetSpec:
         """What to take of the logits."""
@@ -64,8 +65,7 @@ def make_plan(config: CacheConfig) -> CachePlan:
     student = Tokenizer.load(resolve(config.student_tokenizer or entry.student))
     _check_teacher(config, entry, checkpoint, teacher)
     student_mask = _student_mask(student, config.student_mask_token)
-    if entry.student_tokens:
-        _check_shared(student, teacher, config)
+    shared = _shared_vocabulary(student, teacher, config) if entry.student_tokens else None
     data = scan(config.data)
     fingerprint = _fingerprint(config, entry, checkpoint, student, teacher, student_mask, data)
     parts = -(-data.examples // config.shard_examples)
@@ -83,7 +83,7 @@ def make_plan(config: CacheConfig) -> CachePlan:
     else:  # before the manifest: a cache with a manifest has its tokenizer
         student.backend.save_pretrained(config.out / "student_tokenizer")
     manifest.save(config.out)
-    return CachePlan(config, entry, checkpoint, student, teacher, data, manifest)
+    return CachePlan(config, entry, checkpoint, student, teacher, shared, data, manifest)
 
 
 def _check_teacher(config: CacheConfig, entry: TeacherEntry, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
@@ -131,17 +131,18 @@ def _student_mask(student: Tokenizer, mask_token: str) -> int:
     return len(student)
 
 
-def _check_shared(student: Tokenizer, teacher: Tokenizer, config: CacheConfig) -> None:
-    """Of one family: all ordinary tokens of both vocabularies are the same; added tokens may differ."""
-    same = SharedVocabulary.between(student, teacher).same
+def _shared_vocabulary(student: Tokenizer, teacher: Tokenizer, config: CacheConfig) -> SharedVocabulary:
+    """What the two share. TideError unless all ordinary tokens are the same; added tokens may differ."""
+    shared = SharedVocabulary.between(student, teacher)
     ordinary = [i for t in (student, teacher) for i in t.backend.get_vocab().values() if i not in t.added_ids]
-    different = len(set(ordinary) - set(np.flatnonzero(same).tolist()))
+    different = len(set(ordinary) - set(np.flatnonzero(shared.same).tolist()))
     if different:
         raise TideError(
             f"the tokenizers of teacher {config.teacher} and student {student.name} differ in {different} tokens",
             expected="vocabularies of one family, the same but for added tokens: this teacher reads the student's ids",
             fix="give the student that shares the teacher's tokenizer, or use a cross-tokenizer teacher",
         )
+    return shared
 
 
 def _fingerprint(
