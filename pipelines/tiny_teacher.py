@@ -111,7 +111,7 @@ class NoisedBatches(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"ids": ids, "targets": labels, "weights": weights / max(total, 1), "valid": valid}
 
 
-def masked_hidden(model: Any, ids: Tensor, valid: Tensor, rows: Tensor) -> Tensor:
+def full_attention_logits(model: Any, ids: Tensor, valid: Tensor, rows: Tensor) -> Tensor:
     """Logits at the chosen positions only, [rows, vocabulary], under full attention."""
     hidden = model.model(input_ids=ids, attention_mask=full(valid), use_cache=False).last_hidden_state
     return model.lm_head(hidden[rows])
@@ -123,7 +123,7 @@ class TinyTeacherTrainer(ResumableTrainer):
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], **_: Any) -> Tensor:  # type: ignore[override]
         """The batch's loss; its weights are divided by the number of maskable tokens already."""
         rows = inputs["targets"] >= 0
-        logits = masked_hidden(model, inputs["ids"], inputs["valid"], rows).float()
+        logits = full_attention_logits(model, inputs["ids"], inputs["valid"], rows).float()
         nll = F.cross_entropy(logits, inputs["targets"][rows], reduction="none")
         return (nll * inputs["weights"][rows]).sum()
 
