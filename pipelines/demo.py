@@ -26,7 +26,8 @@ from shared.errors import TideError
 from shared.tokenizers import Tokenizer
 from student_train.evaluate import masked_nll, prepare_heldout, teacher_predictor
 from teacher_cache.build import build_cache
-from teacher_cache.teachers.loading import load_model, open_checkpoint
+from teacher_cache.teachers.checkpoint import open_checkpoint
+from teacher_cache.teachers.loading import load_model
 from teacher_cache.teachers.registry import find_teacher, resolve
 
 

@@ -129,8 +129,16 @@ class EngineConfig:
     """Padded tokens in one forward pass, at most (one longer sequence still goes alone)."""
     head_rows: int = 1024
     """Rows whose full-vocabulary logits exist at one time."""
+    device_map: Literal["auto", "balanced", "sequential"] | None = None
+    """Spread the teacher's layers over all GPUs (and host memory) where one is too small."""
+    quantization: Literal["int8", "int4"] | None = None
+    """Keep linear layers in 8 or 4 bits (bitsandbytes); the values of the cache change with it."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.device_map is None or self.quantization is None,
+            "engine.device_map and engine.quantization do not go together: a quantised teacher stays on one device",
+        )
         _require(self.tokens_per_batch > 0, "engine.tokens_per_batch must be positive")
         _require(self.head_rows > 0, "engine.head_rows must be positive")
 
@@ -164,12 +172,16 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """The student: a checkpoint, or a new Qwen3 of this shape with the cache's tokenizer."""
+    """The student: a checkpoint, or a new model of this shape with the cache's tokenizer."""
 
     __pydantic_config__ = _STRICT
 
     checkpoint: str | None = None
-    """Path or hub id of an `a2d-qwen3` or Qwen3 checkpoint; None starts from random weights."""
+    """Path or hub id of an `a2d-qwen3`, Qwen3 or Llama checkpoint; None starts from random weights."""
+    add_mask_row: bool = False
+    """Allow new embedding rows where the checkpoint has none for the mask token."""
+    architecture: Literal["qwen3", "llama"] = "qwen3"
+    """Of a new student; a checkpoint brings its own."""
     hidden_size: int = 128
     layers: int = 4
     heads: int = 4

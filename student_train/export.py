@@ -15,7 +15,9 @@ from safetensors.torch import save
 from shared.atomic import write_bytes
 from shared.errors import TideError
 from shared.tokenizers import Tokenizer
-from teacher_cache.teachers.loading import load_model, open_checkpoint
+from student_train.student import student_architecture
+from teacher_cache.teachers.checkpoint import open_checkpoint
+from teacher_cache.teachers.loading import load_model
 
 Format = Literal["hf", "a2d"]
 
@@ -23,12 +25,19 @@ Format = Literal["hf", "a2d"]
 def export_student(source: Path, target: Path, layout: Format) -> None:
     """Read the checkpoint `source` (either layout) and write it to `target`; tensors keep every bit.
 
-    Raises TideError where `source` is no Qwen3 student, or `target` holds something already.
+    Raises TideError where `source` is no student (for a2d: no Qwen3 one), or `target` holds something already.
     """
     checkpoint = open_checkpoint(str(source))
     if target.exists() and any(target.iterdir()):
         raise TideError(f"{target} is not empty", fix="choose another folder")
-    model: Any = load_model(checkpoint, "qwen3", _stored_dtype(checkpoint.config))
+    architecture = student_architecture(checkpoint)
+    if layout == "a2d" and architecture != "qwen3":
+        raise TideError(
+            f"{source} is a {architecture} student",
+            expected="a Qwen3 one: a2d-qwen3 is a layout of Qwen3 only",
+            fix="use --format hf",
+        )
+    model: Any = load_model(checkpoint, architecture, _stored_dtype(checkpoint.config))
     if layout == "hf":
         model.save_pretrained(target)
     else:

@@ -1,21 +1,24 @@
-"""The student: a Qwen3 that denoises blocks. Made from a checkpoint or new, run on [x_t ; x_0] (DESIGN §3)."""
+"""The student: a Qwen3 or Llama that denoises blocks. From a checkpoint or new, run on [x_t ; x_0] (DESIGN §3)."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from shared.attention import block_diffusion_batch, repeat_positions
 from shared.config import StudentConfig
 from shared.errors import TideError
 from shared.manifest import Manifest
 from shared.tokenizers import Tokenizer
-from teacher_cache.teachers.loading import load_model, open_checkpoint
+from teacher_cache.teachers.architectures import ARCHITECTURES
+from teacher_cache.teachers.checkpoint import Checkpoint, open_checkpoint
+from teacher_cache.teachers.loading import load_model
 
 
 def load_student(settings: StudentConfig, cache: Path, manifest: Manifest) -> tuple[PreTrainedModel, Tokenizer]:
@@ -25,15 +28,8 @@ def load_student(settings: StudentConfig, cache: Path, manifest: Manifest) -> tu
     mask token that the tokenizer lacks is added at the end, where the cache expects it.
     """
     wanted = manifest.fingerprint["student"]
-    if settings.checkpoint is None:
-        tokenizer = Tokenizer.load(cache / "student_tokenizer")
-        model: PreTrainedModel | None = None
-    else:
-        checkpoint = open_checkpoint(settings.checkpoint)
-        tokenizer = Tokenizer.load(checkpoint.folder)
-        model = None
-        if tokenizer.fingerprint == wanted["tokenizer"]:
-            model = load_model(checkpoint, "qwen3", torch.float32)
+    checkpoint = None if settings.checkpoint is None else open_checkpoint(settings.checkpoint)
+    tokenizer = Tokenizer.load(cache / "student_tokenizer" if checkpoint is None else checkpoint.folder)
     if tokenizer.fingerprint != wanted["tokenizer"]:
         raise TideError(
             f"the cache {cache} was built for another student tokenizer "
@@ -48,21 +44,48 @@ def load_student(settings: StudentConfig, cache: Path, manifest: Manifest) -> tu
             expected=f"id {wanted['mask_id']}, as in the cache",
             fix="use the student checkpoint that the cache was built for",
         )
-    if model is None:
-        model = Qwen3ForCausalLM(_new_config(settings, tokenizer, mask_id))
-    width = embedding_rows(model)
-    if mask_id >= width:
-        raise TideError(
-            f"the mask id {mask_id} lies outside the student's embedding of {width} rows",
-            expected="an embedding with a row for the mask token",
-            fix="resize the checkpoint's embedding before training",
-        )
+    if checkpoint is None:
+        model = _new_student(settings, tokenizer, mask_id)
+    else:
+        model = load_model(checkpoint, student_architecture(checkpoint), torch.float32)
+        _make_room(model, mask_id, settings)
     model.config.mask_token_id = mask_id
     if model.config.tie_word_embeddings:
         model._keys_to_ignore_on_save = {"lm_head.weight"}  # no alarm about it when a checkpoint is resumed
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model, tokenizer
+
+
+def student_architecture(checkpoint: Checkpoint) -> str:
+    """`qwen3` or `llama`, by the checkpoint's config; TideError for any other."""
+    kind = checkpoint.config.get("model_type")
+    for name in ("qwen3", "llama"):
+        if kind in ARCHITECTURES[name].model_types:
+            return name
+    raise TideError(
+        f"{checkpoint.folder} has a config of model_type {kind!r}",
+        expected="a student: qwen3, a2d-qwen3 or llama",
+        fix="choose another --set student.checkpoint",
+    )
+
+
+def _make_room(model: Any, mask_id: int, settings: StudentConfig) -> None:
+    """Embedding rows up to the mask token's, where the user allows it; the new ones are the mean of the others."""
+    width = embedding_rows(model)
+    if mask_id < width:
+        return
+    if not settings.add_mask_row:
+        raise TideError(
+            f"the mask id {mask_id} lies outside the student's embedding of {width} rows",
+            expected="an embedding with a row for the mask token",
+            fix="allow new rows with --set student.add_mask_row=true; the checkpoint on disk stays as it is",
+        )
+    model.resize_token_embeddings(mask_id + 1, mean_resizing=False)
+    with torch.no_grad():
+        for layer in {model.get_input_embeddings(), model.get_output_embeddings()}:
+            layer.weight[width:] = layer.weight[:width].mean(dim=0)
+    print(f"student: embedding grown from {width:,} to {mask_id + 1:,} rows for the mask token", file=sys.stderr)
 
 
 def embedding_rows(model: Any) -> int:
@@ -77,9 +100,10 @@ def add_mask_token(tokenizer: Tokenizer, token: str) -> int:
     return tokenizer.special_id("mask", token)
 
 
-def _new_config(settings: StudentConfig, tokenizer: Tokenizer, mask_id: int) -> Qwen3Config:
-    more: dict[str, Any] = {"mask_token_id": mask_id, "attn_implementation": "sdpa"}
-    return Qwen3Config(
+def _new_student(settings: StudentConfig, tokenizer: Tokenizer, mask_id: int) -> PreTrainedModel:
+    kinds: dict[str, Any] = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+    config_class, model_class = kinds[settings.architecture]
+    config = config_class(
         vocab_size=max(len(tokenizer), mask_id + 1),
         hidden_size=settings.hidden_size,
         intermediate_size=settings.intermediate_size,
@@ -92,8 +116,10 @@ def _new_config(settings: StudentConfig, tokenizer: Tokenizer, mask_id: int) -> 
         bos_token_id=None,
         eos_token_id=tokenizer.special_id("eos"),
         pad_token_id=tokenizer.special_id("pad"),
-        **more,
+        mask_token_id=mask_id,
+        attn_implementation="sdpa",
     )
+    return model_class(config)
 
 
 def masked_logits(

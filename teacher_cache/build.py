@@ -86,7 +86,14 @@ def load_engine(plan: CachePlan) -> Engine:
     device = settings.device
     if device == "auto":
         device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
-    model = load_model(plan.checkpoint, plan.entry.architecture, getattr(torch, settings.dtype), device)
+    model = load_model(
+        plan.checkpoint,
+        plan.entry.architecture,
+        getattr(torch, settings.dtype),
+        device,
+        device_map=settings.device_map,
+        quantization=settings.quantization,
+    )
     return TransformersEngine(
         model,
         plan.entry.attention,

@@ -15,8 +15,9 @@ from shared.manifest import MANIFEST, Manifest, check_fingerprint, load_manifest
 from shared.schema import SCHEMA_VERSION
 from shared.shards import Unit, finished_units
 from shared.tokenizers import Tokenizer
+from teacher_cache.checks import check_teacher
 from teacher_cache.targets import TargetSpec
-from teacher_cache.teachers.loading import Checkpoint, open_checkpoint
+from teacher_cache.teachers.checkpoint import Checkpoint, open_checkpoint
 from teacher_cache.teachers.registry import TeacherEntry, find_teacher, resolve
 
 
@@ -63,7 +64,7 @@ def make_plan(config: CacheConfig) -> CachePlan:
     checkpoint = open_checkpoint(resolve(config.model or entry.model))
     teacher = Tokenizer.load(checkpoint.folder)
     student = Tokenizer.load(resolve(config.student_tokenizer or entry.student))
-    _check_teacher(config, entry, checkpoint, teacher)
+    check_teacher(config, entry, checkpoint, teacher)
     student_mask = _student_mask(student, config.student_mask_token)
     shared = _shared_vocabulary(student, teacher, config) if entry.student_tokens else None
     data = scan(config.data)
@@ -84,44 +85,6 @@ def make_plan(config: CacheConfig) -> CachePlan:
         student.backend.save_pretrained(config.out / "student_tokenizer")
     manifest.save(config.out)
     return CachePlan(config, entry, checkpoint, student, teacher, shared, data, manifest)
-
-
-def _check_teacher(config: CacheConfig, entry: TeacherEntry, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
-    vocabulary = int(checkpoint.config.get("embedding_size") or checkpoint.config["vocab_size"])
-    if "topk" in config.targets.signals and config.targets.k > vocabulary:
-        raise TideError(
-            f"targets.k is {config.targets.k}, but the teacher {config.teacher} has {vocabulary} logits",
-            expected=f"k between 1 and {vocabulary}",
-            fix="lower it: --set targets.k=64",
-        )
-    if len(tokenizer) > vocabulary:
-        raise TideError(
-            f"the teacher's tokenizer has {len(tokenizer)} tokens, its embedding {vocabulary}",
-            expected="a tokenizer that fits the checkpoint",
-            fix="check that tokenizer and weights belong together",
-        )
-    stored = checkpoint.config.get("mask_token_id", entry.mask_id)
-    if stored != entry.mask_id or not 0 <= entry.mask_id < vocabulary:
-        raise TideError(
-            f"the checkpoint {checkpoint.folder} has mask id {stored}, the entry {config.teacher} says {entry.mask_id}",
-            expected=f"one and the same id below {vocabulary}",
-            fix="choose the teacher that this checkpoint belongs to, or correct mask_id in your entry",
-        )
-    ordinary = entry.mask_id < len(tokenizer.token_bytes) and entry.mask_id not in tokenizer.added_ids
-    if ordinary and tokenizer.token_bytes[entry.mask_id] != b"":
-        raise TideError(
-            f"the mask id {entry.mask_id} of {config.teacher} is an ordinary token of its tokenizer: "
-            f"{tokenizer.decode([entry.mask_id])!r}",
-            expected="a token of its own for the mask",
-            fix="correct mask_id in the entry, or use the tokenizer that belongs to the checkpoint",
-        )
-    limit = int(checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("max_sequence_length") or 0)
-    needed = config.lengths.student if entry.student_tokens else config.lengths.teacher
-    if limit and needed > limit:
-        raise TideError(
-            f"the teacher would read {needed} tokens, but knows {limit} positions",
-            fix=f"lower lengths.{'student' if entry.student_tokens else 'teacher'} to {limit} or less",
-        )
 
 
 def _student_mask(student: Tokenizer, mask_token: str) -> int:
@@ -183,5 +146,9 @@ def _fingerprint(
         "lengths": to_plain(config.lengths),
         "noise": noise,
         "targets": targets,
-        "engine": {"type": config.engine.type, "dtype": config.engine.dtype},
+        "engine": {
+            "type": config.engine.type,
+            "dtype": config.engine.dtype,
+            "quantization": config.engine.quantization,
+        },
     }

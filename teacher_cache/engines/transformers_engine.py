@@ -41,10 +41,10 @@ class TransformersEngine:
         self._head_rows = head_rows
         self._excluded = None
         if shared_ids is not None:
-            width = model.lm_head.weight.shape[0]
+            width = model.config.vocab_size
             allowed = np.zeros(width, bool)
             allowed[: len(shared_ids)] = shared_ids[:width]
-            self._excluded = torch.from_numpy(np.flatnonzero(~allowed)).to(self.device)
+            self._excluded = torch.from_numpy(np.flatnonzero(~allowed))
         self.forward_rows = 0
         """Rows for which the LM head ran, for the benchmark."""
 
@@ -69,11 +69,12 @@ class TransformersEngine:
             input_ids=inputs.ids, attention_mask=inputs.mask, position_ids=inputs.positions, use_cache=False
         )
         sizes = [len(r.read) for r in requests]
-        row = torch.from_numpy(np.repeat(np.arange(len(requests)), sizes)).to(self.device)
-        gold = torch.from_numpy(np.concatenate([r.gold for r in requests])).long().to(self.device)
-        hidden = output.last_hidden_state[row, inputs.columns - self._shift]
+        last = output.last_hidden_state  # under a device map on the last layer's device
+        row = torch.from_numpy(np.repeat(np.arange(len(requests)), sizes)).to(last.device)
+        gold = torch.from_numpy(np.concatenate([r.gold for r in requests])).long()
+        hidden = last[row, inputs.columns.to(last.device) - self._shift]
         parts = [
-            extract(self._model.lm_head(hidden[part]), gold[part], self._spec, self._excluded)
+            self._extract(hidden[part], gold[part])
             for part in (slice(i, i + self._head_rows) for i in range(0, len(gold), self._head_rows))
         ]
         self.forward_rows += len(gold)
@@ -81,6 +82,12 @@ class TransformersEngine:
         return [
             self._pack(*cells) for cells in zip(*(np.split(c, np.cumsum(sizes)[:-1]) for c in columns), strict=True)
         ]
+
+    def _extract(self, hidden: torch.Tensor, gold: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = self._model.lm_head(hidden)
+        if self._excluded is not None:
+            self._excluded = self._excluded.to(logits.device)
+        return extract(logits, gold.to(logits.device), self._spec, self._excluded)
 
     def _pack(self, gold: np.ndarray, lse: np.ndarray, sizes: np.ndarray, ids: np.ndarray, top: np.ndarray) -> Scores:
         if not self._spec.k:

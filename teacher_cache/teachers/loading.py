@@ -2,87 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from shared.errors import TideError
 from teacher_cache.teachers.architectures import ARCHITECTURES, Architecture
+from teacher_cache.teachers.checkpoint import Checkpoint, stream_tensors
+from teacher_cache.teachers.devices import DeviceMap, device_of, plan_devices, spread
 from teacher_cache.teachers.key_maps import Placement, place
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A folder with `config.json` and safetensors weights, and what the config says."""
-
-    folder: Path
-    config: dict[str, Any]
-
-    @property
-    def weight_files(self) -> list[Path]:
-        """The safetensors files, all that the index names where there is one."""
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            missing = [name for name in names if not (self.folder / name).exists()]
-            if missing:
-                raise TideError(
-                    f"{self.folder} lacks {len(missing)} of {len(names)} weight files: {', '.join(missing[:5])}",
-                    fix="download the checkpoint again",
-                )
-            return [self.folder / name for name in names]
-        single = self.folder / "model.safetensors"
-        files = [single] if single.exists() else sorted(self.folder.glob("*.safetensors"))
-        if not files:
-            pickled = [p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
-            raise TideError(
-                f"{self.folder} has no safetensors weights" + (f", only pickled ones: {pickled}" if pickled else ""),
-                expected="model.safetensors, or shards with model.safetensors.index.json",
-                fix="convert the weights to safetensors; pickles can run code and are never loaded",
-            )
-        return files
-
-    def fingerprint(self) -> str:
-        """A hash over the config and the bytes of all weights."""
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for file in self.weight_files:
-            with file.open("rb") as handle:
-                digest.update(hashlib.file_digest(handle, "sha256").digest())
-        return digest.hexdigest()[:32]
-
-
-def open_checkpoint(location: str) -> Checkpoint:
-    """Find a checkpoint by path or hub id (fetched if need be) and read its config."""
-    folder = Path(location)
-    if not folder.is_dir():
-        if location.startswith((".", "/", "~")) or location.count("/") != 1:
-            raise TideError(f"there is no folder {location}", expected="a checkpoint's folder, or a hub id OWNER/NAME")
-        try:
-            patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
-            folder = Path(snapshot_download(location, allow_patterns=patterns))
-        except Exception as error:  # the hub client raises many types, all about reaching or finding the model
-            raise TideError(
-                f"{location} could not be fetched from the hub: {str(error).splitlines()[0]}",
-                expected="a folder, or a hub id that can be reached",
-                fix="check the name and the network, or download the model and give its path (--model PATH)",
-            ) from error
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise TideError(
-            f"{folder} has no readable config.json: {error}", fix="download the checkpoint again"
-        ) from error
-    return Checkpoint(folder, config)
+from teacher_cache.teachers.quantize import Quantization, quantize_linears
 
 
 def _architecture(checkpoint: Checkpoint, name: str) -> Architecture:
@@ -99,36 +33,61 @@ def _architecture(checkpoint: Checkpoint, name: str) -> Architecture:
     return architecture
 
 
-def _tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    for file in files:
-        try:
-            with safe_open(file, "pt") as handle:
-                for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                    yield key, handle.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise TideError(f"{file} is no whole safetensors file: {error}", fix="download this file again") from error
-
-
 def load_model(
-    checkpoint: Checkpoint, architecture: str, dtype: torch.dtype, device: torch.device | str = "cpu"
+    checkpoint: Checkpoint,
+    architecture: str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    device_map: DeviceMap | None = None,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """The model on `device` in `dtype`, in evaluation mode, under SDPA attention.
 
-    Host memory stays at the model plus one tensor. TideError names tensors that nothing takes, parameters that
+    Host memory stays at the model plus one shard. `device_map` spreads the layers over several devices;
+    `quantization` keeps linear layers in 8 or 4 bits. TideError names tensors that nothing takes, parameters that
     nothing fills, and shapes that do not match.
     """
-    kind = _architecture(checkpoint, architecture)
+    model = _empty_model(_architecture(checkpoint, architecture), checkpoint.config, str(checkpoint.folder))
+    home = torch.device("cpu" if quantization else device)
+    mapping = None if device_map is None else plan_devices(model, device_map, dtype)
+    filler = _Filler(model, checkpoint, dtype, (lambda _: home) if mapping is None else partial(device_of, mapping))
+    for key, tensor in stream_tensors(checkpoint.weight_files):
+        filler.take(key, tensor, place(key, ARCHITECTURES[architecture].rules, model.config))
+    filler.finish(architecture)
+    model.tie_weights()
+    if quantization is not None:
+        quantize_linears(model, quantization, torch.device(device), dtype)
+    model = model.to(device=device) if mapping is None else spread(model, mapping)
+    return model.eval()
+
+
+def _empty_model(kind: Architecture, raw: dict[str, Any], source: str) -> Any:
+    """The model with its parameters on the meta device."""
     try:
-        config = kind.config(checkpoint.config)
+        config = kind.config(raw)
     except KeyError as error:
-        raise TideError(f"the config of {checkpoint.folder} lacks {error}", fix="download config.json again") from error
+        raise TideError(f"the config of {source} lacks {error}", fix="download config.json again") from error
     config._attn_implementation = "sdpa"
     with init_empty_weights():
-        model: Any = kind.model_class(config)
-    filler = _Filler(model, config, checkpoint, dtype, torch.device(device))
-    for key, tensor in _tensors(checkpoint.weight_files):
-        filler.take(key, tensor, place(key, kind.rules, config))
-    filler.finish(architecture)
+        return kind.model_class(config)
+
+
+def meta_model(architecture: str, config: dict[str, Any]) -> PreTrainedModel:
+    """The model of a checkpoint's `config` without weights: true shapes on the meta device."""
+    return _empty_model(ARCHITECTURES[architecture], config, "this teacher")
+
+
+def random_model(
+    architecture: str, config: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """The model with random weights (normal, standard deviation 0.02; norms 1), to measure speed and memory with."""
+    model: Any = meta_model(architecture, config)
+    for name, parameter in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
+        tensor = tensor.fill_(1.0) if parameter.dim() == 1 else tensor.normal_(std=0.02)
+        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
     model.tie_weights()
     return model.to(device=device).eval()
 
@@ -137,10 +96,10 @@ class _Filler:
     """Puts tensors where they belong and keeps account: every one used once, every element filled once."""
 
     def __init__(
-        self, model: Any, config: Any, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+        self, model: Any, checkpoint: Checkpoint, dtype: torch.dtype, device_of: Callable[[str], torch.device]
     ) -> None:
-        self._model, self._folder, self._dtype, self._device = model, checkpoint.folder, dtype, device
-        self._tied = bool(config.tie_word_embeddings)
+        self._model, self._folder, self._dtype, self._device_of = model, checkpoint.folder, dtype, device_of
+        self._tied = bool(model.config.tie_word_embeddings)
         self._shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         self._buffers = {name for name, _ in model.named_buffers()}
         if self._tied:
@@ -174,7 +133,7 @@ class _Filler:
         if tuple(tensor.shape) != wanted or (spot.expert is not None and view.shape[0] != 1):
             raise self._misfit(key, tuple(tensor.shape), wanted)
         dtype = torch.float32 if name in self._buffers else self._dtype
-        moved = tensor.to(device=self._device, dtype=dtype)
+        moved = tensor.to(device=self._device_of(name), dtype=dtype)
         if whole and self._filled[name]:  # tied weights that the checkpoint stores twice must agree
             if not torch.equal(target.detach(), moved):
                 raise TideError(f"{key} differs from {name}, to which config.json ties it", fix="mend the checkpoint")
@@ -189,7 +148,7 @@ class _Filler:
         owner, _, leaf = name.rpartition(".")
         tensor = getattr(self._model.get_submodule(owner), leaf)
         if allocate and not self._filled[name]:
-            self._assign(name, torch.empty(shape, dtype=self._dtype, device=self._device))
+            self._assign(name, torch.empty(shape, dtype=self._dtype, device=self._device_of(name)))
             tensor = getattr(self._model.get_submodule(owner), leaf)
         return tensor.data
 

@@ -84,6 +84,12 @@ class TeacherEntry:
     attention: Attention = field(default_factory=Full)
     shift: bool = False
     """Row i of the model predicts token i + 1."""
+    eos_id: int | None = None
+    """With `pad_id` and `vocabulary` (the embedding's rows): checked against the checkpoint where stated."""
+    pad_id: int | None = None
+    vocabulary: int | None = None
+    shape: str | None = None
+    """A file beside registry.toml: the sizes of the checkpoint's config, for plans without the checkpoint."""
     about: str = ""
 
 

@@ -49,10 +49,8 @@ def test_transformers_loads_the_hf_layout_and_computes_the_same(reference: Path,
     torch.testing.assert_close(logits, expected["logits_full_attention"], rtol=0, atol=1e-5)
 
 
-def test_what_is_no_student_or_would_be_overwritten_is_refused(
-    reference: Path, random_teacher: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(TideError, match="model_type 'llama'"):
-        export_student(random_teacher, tmp_path / "x", "hf")
+def test_what_is_no_student_or_would_be_overwritten_is_refused(reference: Path, golden: Path, tmp_path: Path) -> None:
+    with pytest.raises(TideError, match="model_type 'Dream'"):
+        export_student(golden / "dream", tmp_path / "x", "hf")
     with pytest.raises(TideError, match="is not empty"):
         export_student(reference, reference, "a2d")

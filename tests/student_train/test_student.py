@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from shared.config import StudentConfig
 from shared.errors import TideError
 from shared.manifest import load_manifest
+from student_train.export import export_student
 from student_train.student import load_student, masked_logits
-from teacher_cache.teachers.loading import load_model, open_checkpoint
+from teacher_cache.teachers.checkpoint import open_checkpoint
+from teacher_cache.teachers.loading import load_model
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
 
 
@@ -95,9 +97,51 @@ def test_a_student_of_another_tokenizer_is_refused(caches: dict[str, Path], tmp_
         load_student(StudentConfig(checkpoint=str(tmp_path)), caches["tiny-cross"], load_manifest(caches["tiny-cross"]))
 
 
-def test_an_embedding_without_a_row_for_the_mask_is_refused(caches: dict[str, Path], tmp_path: Path) -> None:
-    small().save_pretrained(tmp_path)
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_without_a_row_for_the_mask_grows_only_when_told_to(
+    caches: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], tied: bool
+) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=2000, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                         num_attention_heads=2, tie_word_embeddings=tied)  # fmt: skip
+    before: Any = LlamaForCausalLM(config)
+    before.save_pretrained(tmp_path)
     for file in STUDENT_TOKENIZER.iterdir():
         shutil.copy(file, tmp_path / file.name)
-    with pytest.raises(TideError, match="mask id 2047 lies outside the student's embedding of 50 rows"):
-        load_student(StudentConfig(checkpoint=str(tmp_path)), caches["tiny-cross"], load_manifest(caches["tiny-cross"]))
+    cache, manifest = caches["tiny-cross"], load_manifest(caches["tiny-cross"])
+    with pytest.raises(TideError, match="mask id 2047 lies outside the student's embedding of 2000 rows"):
+        load_student(StudentConfig(checkpoint=str(tmp_path)), cache, manifest)
+    model, _ = load_student(StudentConfig(checkpoint=str(tmp_path), add_mask_row=True), cache, manifest)
+    assert "grown from 2,000 to 2,048 rows" in capsys.readouterr().err
+    pairs = [(before.get_input_embeddings(), model.get_input_embeddings()), (before.lm_head, model.lm_head)]
+    for old, new in pairs:
+        assert torch.equal(new.weight[:2000], old.weight)
+        torch.testing.assert_close(new.weight[2047], old.weight.mean(dim=0))
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    assert model.config.vocab_size == 2048
+
+
+def test_a_llama_student(caches: dict[str, Path], tmp_path: Path) -> None:
+    cache, manifest = caches["tiny-cross"], load_manifest(caches["tiny-cross"])
+    settings = StudentConfig(architecture="llama", hidden_size=32, layers=1, heads=2, intermediate_size=32)
+    model, tokenizer = load_student(settings, cache, manifest)
+    assert isinstance(model, LlamaForCausalLM)
+    model.save_pretrained(tmp_path / "llama")
+    tokenizer.backend.save_pretrained(tmp_path / "llama")
+    again, _ = load_student(StudentConfig(checkpoint=str(tmp_path / "llama")), cache, manifest)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    export_student(tmp_path / "llama", tmp_path / "hf", "hf")
+    with pytest.raises(TideError, match="a2d-qwen3 is a layout of Qwen3 only"):
+        export_student(tmp_path / "llama", tmp_path / "a2d", "a2d")
+
+
+def test_a_checkpoint_that_is_no_student_is_refused(caches: dict[str, Path], golden: Path, tmp_path: Path) -> None:
+    shutil.copytree(golden / "dream", tmp_path / "dream")
+    for file in STUDENT_TOKENIZER.iterdir():
+        shutil.copy(file, tmp_path / "dream" / file.name)
+    with pytest.raises(TideError, match=r"model_type 'Dream'[\s\S]*qwen3, a2d-qwen3 or llama"):
+        load_student(
+            StudentConfig(checkpoint=str(tmp_path / "dream")),
+            caches["tiny-cross"],
+            load_manifest(caches["tiny-cross"]),
+        )

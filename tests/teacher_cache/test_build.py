@@ -20,7 +20,8 @@ from shared.errors import TideError
 from shared.manifest import load_manifest
 from shared.shards import Unit, finished_units, read_shard
 from teacher_cache.build import build_cache
-from teacher_cache.teachers.loading import load_model, open_checkpoint
+from teacher_cache.teachers.checkpoint import open_checkpoint
+from teacher_cache.teachers.loading import load_model
 from tests.conftest import STUDENT_TOKENIZER, chats_file, small_cache_config, write_chats
 
 

@@ -13,7 +13,8 @@ from teacher_cache.engines.base import token_budget_batches
 from teacher_cache.engines.inputs import build_inputs, observed_first
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.targets import TargetSpec
-from teacher_cache.teachers.loading import load_model, open_checkpoint
+from teacher_cache.teachers.checkpoint import open_checkpoint
+from teacher_cache.teachers.loading import load_model
 from teacher_cache.teachers.registry import Attention, BlockCausal, Full, Native, X0Xt
 
 SPEC = TargetSpec(8, 1.0, (1.0, 2.0))

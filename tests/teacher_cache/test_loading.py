@@ -2,15 +2,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from shared.errors import TideError
-from teacher_cache.teachers.loading import load_model, open_checkpoint
+from teacher_cache.teachers import devices
+from teacher_cache.teachers.checkpoint import open_checkpoint
+from teacher_cache.teachers.devices import device_of, plan_devices, spread
+from teacher_cache.teachers.loading import load_model, meta_model
 from teacher_cache.teachers.registry import all_teachers, find_teacher
 
 
@@ -134,3 +140,91 @@ def test_the_registry_takes_a_users_teacher_and_explains_mistakes(tmp_path: Path
     file.write_text("mine = 3\n")
     with pytest.raises(TideError, match="mine is a value"):
         find_teacher("mine", file)
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("int8", 0.02), ("int4", 0.2)])
+def test_quantised_linear_layers(tmp_path: Path, kind: Any, limit: float) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                         num_attention_heads=4, tie_word_embeddings=False)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    exact = load_model(open_checkpoint(str(tmp_path)), "llama", torch.float32)
+    packed = load_model(open_checkpoint(str(tmp_path)), "llama", torch.float32, quantization=kind)
+    assert {p.dtype for n, p in packed.named_parameters() if "proj" in n} == {
+        torch.int8 if kind == "int8" else torch.uint8
+    }
+    assert torch.equal(packed.lm_head.weight, exact.lm_head.weight)  # the head keeps its precision
+    ids = torch.randint(0, 4000, (2, 16))
+    with torch.inference_mode():
+        a, b = exact(input_ids=ids).logits, packed(input_ids=ids).logits
+    difference = ((a - b).norm() / a.norm()).item()
+    assert 0 < difference < limit
+
+
+def test_stacked_experts_are_not_quantised(golden: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    with pytest.raises(TideError, match=r"stacked tensors[\s\S]*device_map"):
+        load_model(open_checkpoint(str(golden / "llada_moe")), "llada_moe", torch.float32, quantization="int4")
+
+
+def test_quantization_without_its_library(random_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(TideError, match=r"tide-distill\[quant\]"):
+        load_model(open_checkpoint(str(random_teacher)), "llama", torch.float32, quantization="int8")
+
+
+@pytest.mark.parametrize("kind", ["auto", "balanced", "sequential"])
+def test_a_device_map_changes_no_value(random_teacher: Path, kind: Any) -> None:
+    """Without a GPU all parts lie on the CPU; the hooks that would move activations run all the same."""
+    exact = load_model(open_checkpoint(str(random_teacher)), "llama", torch.float32)
+    mapped = load_model(open_checkpoint(str(random_teacher)), "llama", torch.float32, device_map=kind)
+    mapping = plan_devices(meta_model("llama", open_checkpoint(str(random_teacher)).config), kind, torch.float32)
+    spread(mapped, {**dict.fromkeys(["model.layers.0", "model.layers.1"], "cpu"), **mapping}, force_hooks=True)
+    ids = torch.randint(0, 4000, (2, 16))
+    with torch.inference_mode():
+        assert torch.equal(exact(input_ids=ids).logits, mapped(input_ids=ids).logits)
+
+
+def test_parts_without_any_place_are_named(random_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "get_max_memory", lambda: {0: 400_000, "cpu": 100_000})
+    model = meta_model("llama", open_checkpoint(str(random_teacher)).config)
+    with pytest.raises(TideError, match="too small for the teacher"):
+        plan_devices(model, "sequential", torch.float32)
+    monkeypatch.setattr(devices, "get_max_memory", lambda: {0: 600_000, 1: 900_000, "cpu": 1})
+    mapping = plan_devices(model, "sequential", torch.float32)
+    assert device_of(mapping, "model.embed_tokens.weight").index == 0
+    assert device_of(mapping, "lm_head.weight").index == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory accounts")
+def test_loading_a_checkpoint_of_many_shards_takes_the_memory_of_the_model_and_one_shard(tmp_path: Path) -> None:
+    """Measured in a process of its own: resident memory at its peak, less what was there before loading."""
+    config = LlamaConfig(vocab_size=4096, hidden_size=1024, intermediate_size=4096, num_hidden_layers=12,
+                         num_attention_heads=8, tie_word_embeddings=False)  # fmt: skip
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in LlamaForCausalLM(config).state_dict().items()}
+    index, names = {}, sorted(shapes)
+    for i in range(0, len(names), 10):
+        file = f"model-{i:03d}.safetensors"
+        save_file({n: torch.ones(shapes[n], dtype=torch.bfloat16) for n in names[i : i + 10]}, tmp_path / file)
+        index |= dict.fromkeys(names[i : i + 10], file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    config.save_pretrained(tmp_path)
+    script = f"""
+import re, torch
+from pathlib import Path
+from teacher_cache.teachers.checkpoint import open_checkpoint
+from teacher_cache.teachers.loading import load_model
+
+def high_water():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+before = high_water()
+load_model(open_checkpoint({str(tmp_path)!r}), "llama", torch.float32)
+print(high_water() - before)
+"""
+    peak = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    model = sum(4 * s.numel() for s in shapes.values())  # loaded as float32, so nothing stays mapped from the files
+    shard = max(f.stat().st_size for f in tmp_path.glob("*.safetensors"))
+    assert 0.95 * model < peak < model + 1.2 * shard
