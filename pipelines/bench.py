@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from pipelines.bench_alignment import bench_alignment
 from pipelines.recipes import cache_config
 from shared.attention import full
 from shared.config import StudentConfig
@@ -28,8 +29,9 @@ from student_train.collate import counts_of, targets_of
 from student_train.loader import BatchDataset
 from student_train.objective import objective, total
 from student_train.student import load_student, masked_logits
-from teacher_cache.build import build_cache, load_engine
+from teacher_cache.build import build_cache
 from teacher_cache.comp_demo import draw_for, passes, teacher_view
+from teacher_cache.engines.choose import load_engine
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.plan import make_plan
 from teacher_cache.teachers.loading import load_model
@@ -51,6 +53,7 @@ def side_by_side(jobs: dict[str, Callable[[], object]], rounds: int = _ROUNDS) -
 
 def run_bench() -> None:
     """Print all tables."""
+    Console().print(bench_alignment())
     with tempfile.TemporaryDirectory(prefix="tide-bench-") as folder:
         caches = {}
         for teacher in ("tiny-cross", "tiny-shared"):

@@ -58,9 +58,15 @@ def cache_config(
     return build(CacheConfig, values, "the settings of `tide cache`")
 
 
-def train_config(teacher: str | None, recipe: Path | None, overrides: Sequence[str], **flags: Any) -> TrainConfig:
+def train_config(
+    teacher: str | None,
+    recipe: Path | None,
+    overrides: Sequence[str],
+    teachers_file: Path | None = None,
+    **flags: Any,
+) -> TrainConfig:
     """The settings of `tide train`. `teacher` chooses the recipe and the default cache and run folders."""
-    path = recipe or _recipe_for(teacher or DEFAULT_TEACHER, None)
+    path = recipe or _recipe_for(teacher or DEFAULT_TEACHER, teachers_file)
     values = dict(_section(read_toml(path), "train", path))
     values.setdefault("cache", f"caches/{teacher or DEFAULT_TEACHER}")
     values.setdefault("out", f"runs/{teacher or DEFAULT_TEACHER}")

@@ -122,13 +122,20 @@ class EngineConfig:
 
     __pydantic_config__ = _STRICT
 
-    type: Literal["transformers"] = "transformers"
+    type: Literal["transformers", "vllm", "auto"] = "transformers"
+    """`auto`: vLLM where it is installed and can run the teacher, else transformers."""
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     tokens_per_batch: int = 16384
     """Padded tokens in one forward pass, at most (one longer sequence still goes alone)."""
     head_rows: int = 1024
     """Rows whose full-vocabulary logits exist at one time."""
+    prepare_workers: int = 0
+    """Processes that tokenise and align ahead of the engine; 0: one thread, which feeds most teachers."""
+    tensor_parallel: int = 1
+    """GPUs that share one copy of the teacher (vLLM only)."""
+    data_parallel: int = 1
+    """Copies of the teacher, one process each, that share the units of work."""
     device_map: Literal["auto", "balanced", "sequential"] | None = None
     """Spread the teacher's layers over all GPUs (and host memory) where one is too small."""
     quantization: Literal["int8", "int4"] | None = None
@@ -141,6 +148,13 @@ class EngineConfig:
         )
         _require(self.tokens_per_batch > 0, "engine.tokens_per_batch must be positive")
         _require(self.head_rows > 0, "engine.head_rows must be positive")
+        _require(self.prepare_workers >= 0, "engine.prepare_workers must not be negative")
+        _require(self.tensor_parallel > 0, "engine.tensor_parallel must be positive")
+        _require(self.data_parallel > 0, "engine.data_parallel must be positive")
+        _require(
+            self.data_parallel == 1 or self.device_map is None,
+            "engine.data_parallel and engine.device_map do not go together: a device map takes all GPUs",
+        )
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,19 @@ class CachePlan:
         done = set(finished_units(self.config.out))
         return [unit for unit in self.manifest.units() if unit not in done]
 
+    def examples_in(self, unit: Unit) -> int:
+        """How many examples of the data belong to `unit`."""
+        size = self.config.shard_examples
+        return min(size, self.data.examples - unit.part * size)
+
+    @property
+    def longest_pass(self) -> int:
+        """Tokens of the longest sequence that the teacher may be given."""
+        lengths = self.config.lengths
+        if self.shared is None:
+            return lengths.teacher
+        return 2 * lengths.student  # a prompt's unshared tokens are spelled out for the teacher
+
     def preparer(self) -> Preparer:
         """A fresh preparer, with counts of its own."""
         student_mask = self.manifest.fingerprint["student"]["mask_id"]
@@ -58,8 +71,12 @@ class CachePlan:
         return TargetSpec(targets.k if "topk" in targets.signals else 0, targets.mass, targets.stored_temperatures)
 
 
-def make_plan(config: CacheConfig) -> CachePlan:
-    """Check everything and write (or compare) the manifest. TideError names the first thing that is wrong."""
+def make_plan(config: CacheConfig, write: bool = True, engine: dict[str, Any] | None = None) -> CachePlan:
+    """Check everything and write (or compare) the manifest. TideError names the first thing that is wrong.
+
+    With `write` False the cache's folder is read only. `engine`: take this for the engine's part of the fingerprint,
+    to look at a cache with another engine than it was made with.
+    """
     entry = find_teacher(config.teacher, config.teachers_file)
     checkpoint = open_checkpoint(resolve(config.model or entry.model))
     teacher = Tokenizer.load(checkpoint.folder)
@@ -69,6 +86,8 @@ def make_plan(config: CacheConfig) -> CachePlan:
     shared = _shared_vocabulary(student, teacher, config) if entry.student_tokens else None
     data = scan(config.data)
     fingerprint = _fingerprint(config, entry, checkpoint, student, teacher, student_mask, data)
+    if engine is not None:
+        fingerprint["engine"] = engine
     parts = -(-data.examples // config.shard_examples)
     manifest = Manifest(fingerprint, config.noise.draws, parts, data.examples)
     if (config.out / MANIFEST).exists():
@@ -81,9 +100,10 @@ def make_plan(config: CacheConfig) -> CachePlan:
             expected="a cache with its manifest, or a new folder",
             fix="choose another folder (--out), or put the manifest back",
         )
-    else:  # before the manifest: a cache with a manifest has its tokenizer
+    elif write:  # before the manifest: a cache with a manifest has its tokenizer
         student.backend.save_pretrained(config.out / "student_tokenizer")
-    manifest.save(config.out)
+    if write:
+        manifest.save(config.out)
     return CachePlan(config, entry, checkpoint, student, teacher, shared, data, manifest)
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from shared.errors import TideError
 from teacher_cache.teachers.architectures import ARCHITECTURES, Architecture
-from teacher_cache.teachers.checkpoint import Checkpoint, stream_tensors
+from teacher_cache.teachers.checkpoint import Checkpoint, stream_shapes, stream_tensors
 from teacher_cache.teachers.devices import DeviceMap, device_of, plan_devices, spread
 from teacher_cache.teachers.key_maps import Placement, place
 from teacher_cache.teachers.quantize import Quantization, quantize_linears
@@ -60,6 +60,16 @@ def load_model(
         quantize_linears(model, quantization, torch.device(device), dtype)
     model = model.to(device=device) if mapping is None else spread(model, mapping)
     return model.eval()
+
+
+def check_weights(checkpoint: Checkpoint, architecture: str) -> None:
+    """The same account of every tensor as in `load_model`, from names and shapes alone. TideError as there."""
+    model = _empty_model(_architecture(checkpoint, architecture), checkpoint.config, str(checkpoint.folder))
+    filler = _Filler(model, checkpoint, torch.float32, lambda _: torch.device("meta"))
+    for key, shape in stream_shapes(checkpoint.weight_files):
+        tensor = torch.empty(shape, device="meta")
+        filler.take(key, tensor, place(key, ARCHITECTURES[architecture].rules, model.config))
+    filler.finish(architecture)
 
 
 def _empty_model(kind: Architecture, raw: dict[str, Any], source: str) -> Any:
@@ -135,7 +145,7 @@ class _Filler:
         dtype = torch.float32 if name in self._buffers else self._dtype
         moved = tensor.to(device=self._device_of(name), dtype=dtype)
         if whole and self._filled[name]:  # tied weights that the checkpoint stores twice must agree
-            if not torch.equal(target.detach(), moved):
+            if not moved.is_meta and not torch.equal(target.detach(), moved):
                 raise TideError(f"{key} differs from {name}, to which config.json ties it", fix="mend the checkpoint")
             return
         if whole:

@@ -89,7 +89,7 @@ class TeacherEntry:
     pad_id: int | None = None
     vocabulary: int | None = None
     shape: str | None = None
-    """A file beside registry.toml: the sizes of the checkpoint's config, for plans without the checkpoint."""
+    """A table of shapes.toml: the sizes in the checkpoint's config, for plans without the checkpoint."""
     about: str = ""
 
 
@@ -124,6 +124,12 @@ def find_teacher(name: str, extra: Path | None = None) -> TeacherEntry:
             fix=f"{hint} A teacher of your own goes into a TOML file (--teachers FILE)",
         )
     return entries[name]
+
+
+def known_shape(entry: TeacherEntry) -> dict[str, Any] | None:
+    """The sizes of a published checkpoint, in the keys of its own config; None where they are not recorded."""
+    text = resources.files("teacher_cache.teachers").joinpath("shapes.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text).get(entry.shape) if entry.shape else None
 
 
 def resolve(location: str) -> str:

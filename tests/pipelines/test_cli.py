@@ -54,6 +54,10 @@ def test_cache_then_train_from_the_command_line(random_teacher: Path, tmp_path: 
         (["cache", "--config", "/nowhere.toml"], "cannot read /nowhere.toml"),
         (["cache", "--teacher", "llada-8b", "--model", "/nowhere"], "there is no folder /nowhere"),
         (["train", "--cache", "/nowhere"], "is no cache"),
+        (["train", "--teacher", "mine"], "unknown teacher 'mine'"),
+        (["cache", "--random-weights"], "--random-weights makes no cache"),
+        (["plan", "--teacher", "llada-8b", "--response", "2"], "these numbers describe no run"),
+        (["cache", "--set", "engine.quantization=int8", "--set", "engine.device_map=auto"], "do not go together"),
         (["report", "/nowhere"], "holds no finished runs"),
         (["conformance", "/nowhere"], "there is no folder"),
     ],
@@ -117,3 +121,22 @@ def test_a_student_is_exported(golden: Path, tmp_path: Path) -> None:
     done = tide("export", str(source), str(tmp_path / "hf"), "--format", "hf")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "qwen3"
+
+
+def test_plans_and_throughput(random_teacher: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    plan = tide("cache", "--model", str(random_teacher), "--data", str(chats_file()), "--out", str(out), *CACHE,
+                "--dry-run")  # fmt: skip
+    assert plan.returncode == 0, plan.stderr
+    assert "measured on the first 24 examples under 2 draws" in plan.stdout
+    assert not (out / "manifest.json").exists()
+    dry = tide("cache", "--teacher", "llada-8b", "--random-weights", "--dry-run")
+    assert "8.02 B parameters" in dry.stdout
+    assert "stated: 512 tokens an example" in dry.stdout
+    stated = ["plan", "--teacher", "llada2-mini", "--examples", "1000", "--tokens", "100", "--draws", "2"]
+    hours = tide(*stated, "--tokens-per-second", "1000")  # 1000 examples × 2 draws × 2 passes × 100 tokens
+    assert "GPU hours         0.1 at 1,000 tokens/s" in hours.stdout
+    speed = tide("throughput", "--model", str(random_teacher), "--length", "32", "--requests", "4", "--tflops", "1")
+    assert speed.returncode == 0, speed.stderr
+    assert "4 passes of 32 tokens" in speed.stdout
+    assert "of 1 TFLOP/s" in speed.stdout

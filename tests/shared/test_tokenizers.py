@@ -8,12 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models, pre_tokenizers
+from transformers import PreTrainedTokenizer as PythonBackend
 from transformers import PreTrainedTokenizerFast
 
+from shared.config import LengthConfig
 from shared.errors import TideError
+from shared.examples import Preparer
 from shared.templates import ChatTemplate
 from shared.tokenizers import Tokenizer, byte_level_alphabet
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
+from tests.shared.test_examples import chat, check_chunks
 
 CHATS = [
     [("user", "q"), ("assistant", "a")],
@@ -63,6 +67,76 @@ def test_contents_are_located(folder: Path, messages: list[tuple[str, str]]) -> 
     assert [rendered.text[slice(*span)] for span in rendered.contents if span] == [c for _, c in messages]
     prompt = tokenizer.backend.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
     assert rendered.text[: rendered.response_start] == prompt
+
+
+LAYOUTS = {
+    "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "llama-3 headers": "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+    "role tags": "{% for m in messages %}<role>{{ {'user': 'HUMAN', 'system': 'SYSTEM'}.get(m.role, 'ASSISTANT') }}"
+    "</role>{{ m.content }}<|role_end|>{% endfor %}{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("messages", CHATS, ids=["two", "five", "empty"])
+def test_the_layouts_of_real_teachers(layout: str, messages: list[tuple[str, str]]) -> None:
+    tokenizer = Tokenizer.load(TEACHER_TOKENIZER)
+    tokenizer.backend.chat_template = LAYOUTS[layout]
+    chat = [{"role": r, "content": c} for r, c in messages]
+    rendered = tokenizer.render(chat)
+    assert rendered.text.startswith(tokenizer.backend.apply_chat_template(chat, tokenize=False).rstrip("\n"))
+    assert [rendered.text[slice(*span)] for span in rendered.contents if span] == [c for _, c in messages]
+    prompt = tokenizer.backend.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
+    assert rendered.text[: rendered.response_start] == prompt
+
+
+class SlowTokenizer(PythonBackend):
+    """A tokenizer in Python, without offsets: SentencePiece words, and bytes for what is no word."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        words = ["\u2581", "\u2581the", "\u2581quick", "fox", "e", "x", "\u2581=", "\u2581f"]
+        self._ids = {t: i for i, t in enumerate([*(f"<0x{b:02X}>" for b in range(256)), *words])}
+        super().__init__(eos_token="</s>", pad_token="</s>", mask_token="<mask>", **kwargs)
+        self.chat_template = LAYOUTS["chatml"]
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._ids)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {**self._ids, **self.added_tokens_encoder}
+
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        text, tokens = text.replace(" ", "\u2581"), []
+        while text:
+            found = max((w for w in self._ids if w[0] != "<" and text.startswith(w)), key=len, default=None)
+            head = found or text[0]
+            tokens += [found] if found else [f"<0x{b:02X}>" for b in head.encode()]
+            text = text[len(head) :]
+        return tokens
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self._ids[token]
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return {i: t for t, i in self._ids.items()}[index]
+
+
+@given(
+    text=st.text(st.sampled_from("the quickfox=é好\n") | st.characters(exclude_categories=["Cs", "Z"], codec="utf-8"))
+)
+def test_a_slow_tokenizer_without_offsets_aligns(text: str) -> None:
+    assert not SlowTokenizer().is_fast
+    slow, student = Tokenizer(SlowTokenizer(), "slow"), TOKENIZERS[1]
+    if "\u2581" in text:
+        return
+    preparer = Preparer(student, slow, LengthConfig(512, 2048), 2047, slow.special_id("mask"))
+    (p,) = preparer([chat(text)])
+    assert check_chunks(p, text, student, slow) == text.encode()
+    assert preparer.counts.unaligned_bytes == 0
 
 
 class Stub:

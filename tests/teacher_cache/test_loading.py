@@ -191,10 +191,15 @@ def test_parts_without_any_place_are_named(random_teacher: Path, monkeypatch: py
     model = meta_model("llama", open_checkpoint(str(random_teacher)).config)
     with pytest.raises(TideError, match="too small for the teacher"):
         plan_devices(model, "sequential", torch.float32)
-    monkeypatch.setattr(devices, "get_max_memory", lambda: {0: 600_000, 1: 900_000, "cpu": 1})
+    monkeypatch.setattr(devices, "get_max_memory", lambda: {0: 1_100_000, 1: 2_000_000, "cpu": 1})
     mapping = plan_devices(model, "sequential", torch.float32)
-    assert device_of(mapping, "model.embed_tokens.weight").index == 0
-    assert device_of(mapping, "lm_head.weight").index == 1
+    assert mapping["lm_head"] == 1
+    assert 0 in mapping.values()
+    places = {"model": "cpu", "model.layers.1": "meta", "lm_head": "meta"}
+    assert device_of(places, "model.layers.0.mlp.up_proj.weight") == torch.device("cpu")
+    assert device_of(places, "model.layers.1.mlp.up_proj.weight") == torch.device("meta")
+    with pytest.raises(KeyError):
+        device_of({"lm_head": "cpu"}, "model.norm.weight")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory accounts")

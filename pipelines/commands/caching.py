@@ -1,0 +1,145 @@
+"""Stage one: cache, verify, plan, throughput."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.commands.app import Recipe, Sets, TeacherName, TeachersFile, app
+from shared.errors import TideError
+
+
+@app.command()
+def cache(
+    teacher: TeacherName = None,
+    model: Annotated[str | None, typer.Option(help="Path or hub id of the teacher's weights.")] = None,
+    student_tokenizer: Annotated[str | None, typer.Option(help="Path or hub id of the student's tokenizer.")] = None,
+    data: Annotated[str | None, typer.Option(help="A file, hf://NAME[:SPLIT], or stdlib:train.")] = None,
+    draws: Annotated[int | None, typer.Option(help="Draws of every example; raise it to grow a cache.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The cache's folder (default: caches/TEACHER).")] = None,
+    engine: Annotated[str | None, typer.Option(help="transformers, vllm, or auto (docs/engines.md).")] = None,
+    tensor_parallel: Annotated[int | None, typer.Option(help="GPUs that share one copy of the teacher (vllm).")] = None,
+    data_parallel: Annotated[int | None, typer.Option(help="Copies of the teacher, one process each.")] = None,
+    config: Recipe = None,
+    teachers_file: TeachersFile = None,
+    sets: Sets = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the costs, run nothing.")] = False,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="With --dry-run: neither checkpoint nor data, as `tide plan`.")
+    ] = False,
+) -> None:
+    """Stage one: run the teacher once and write its knowledge to Parquet shards. Run again to resume."""
+    from pipelines.plan import Speed, plan_from_data, plan_from_statement
+    from pipelines.recipes import cache_config
+    from teacher_cache.build import build_cache
+
+    extra = [f"noise.draws={draws}"] if draws is not None else []
+    extra += [f"data.source={data}"] if data is not None else []
+    extra += [f"engine.type={engine}"] if engine is not None else []
+    extra += [f"engine.tensor_parallel={tensor_parallel}"] if tensor_parallel is not None else []
+    extra += [f"engine.data_parallel={data_parallel}"] if data_parallel is not None else []
+    settings = cache_config(
+        teacher,
+        config,
+        [*extra, *(sets or [])],
+        teachers_file,
+        model=model,
+        student_tokenizer=student_tokenizer,
+        out=out,
+    )
+    if random_weights and not dry_run:
+        raise TideError(
+            "--random-weights makes no cache worth keeping",
+            expected="--random-weights --dry-run",
+            fix="use `tide throughput` to measure a teacher with random weights on this machine",
+        )
+    if dry_run:
+        stated = (1_000_000, settings.lengths.student, 0.75, Speed())
+        typer.echo(plan_from_statement(settings, *stated) if random_weights else plan_from_data(settings, Speed()))
+        return
+    report = build_cache(settings)
+    counts = report.counts
+    typer.echo(
+        f"{report.folder}: {report.rows:,} rows, {report.masked:,} masked positions, {report.chunks:,} chunks, "
+        f"{report.bytes / 1e6:.1f} MB; {report.computed} shards computed, {report.kept} kept"
+    )
+    dropped, truncated, lost = (counts[k] for k in ("dropped_long_prompt", "truncated", "unaligned_bytes"))
+    typer.echo(f"prompts that fill the length, dropped: {dropped:,}; responses cut: {truncated:,} (rows, all draws)")
+    if counts["response_bytes"]:
+        share = lost / counts["response_bytes"]
+        typer.echo(f"response bytes without alignment: {lost:,} of {counts['response_bytes']:,} ({share:.2%})")
+
+
+@app.command()
+def verify(
+    teacher: TeacherName = None,
+    against: Annotated[str, typer.Option(help="The engine to score with: transformers or vllm.")] = "transformers",
+    rows: Annotated[int, typer.Option(help="Rows to score again.")] = 200,
+    tolerance: Annotated[float | None, typer.Option(help="Exit with 1 where a value is further off (nats).")] = None,
+    model: Annotated[str | None, typer.Option(help="Path or hub id of the teacher's weights.")] = None,
+    student_tokenizer: Annotated[str | None, typer.Option(help="Path or hub id of the student's tokenizer.")] = None,
+    data: Annotated[str | None, typer.Option(help="The data of the cache.")] = None,
+    out: Annotated[Path | None, typer.Option("--cache", help="The cache (default: caches/TEACHER).")] = None,
+    config: Recipe = None,
+    teachers_file: TeachersFile = None,
+    sets: Sets = None,
+) -> None:
+    """Score a sample of a cache's rows again and print how far they lie from what is cached."""
+    from pipelines.recipes import cache_config
+    from teacher_cache.verify import verify_cache
+
+    extra = [f"engine.type={against}", *([f"data.source={data}"] if data is not None else [])]
+    flags = {"model": model, "student_tokenizer": student_tokenizer, "out": out}
+    settings = cache_config(teacher, config, [*(sets or []), *extra], teachers_file, **flags)
+    found = verify_cache(settings, rows)
+    typer.echo("\n".join(found.lines()))
+    if tolerance is not None and found.largest > tolerance:
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    teacher: TeacherName = None,
+    model: Annotated[str | None, typer.Option(help="A folder with a config.json (default: sizes on record).")] = None,
+    examples: Annotated[int, typer.Option(help="Examples in the data.")] = 1_000_000,
+    tokens: Annotated[int, typer.Option(help="Mean tokens of an example.")] = 512,
+    response: Annotated[float, typer.Option(help="Share of them that belongs to the response.")] = 0.75,
+    draws: Annotated[int | None, typer.Option(help="Draws of every example.")] = None,
+    tokens_per_second: Annotated[float | None, typer.Option(help="The teacher's speed, if you know it.")] = None,
+    tflops: Annotated[float, typer.Option(help="The card's dense peak, for GPU hours.")] = 989.0,
+    mfu: Annotated[float, typer.Option(help="The share of that peak that is reached.")] = 0.35,
+    config: Recipe = None,
+    teachers_file: TeachersFile = None,
+    sets: Sets = None,
+) -> None:
+    """Memory, bytes and GPU hours of a stage-one run, from sizes on record and what you state. Nothing is loaded."""
+    from pipelines.plan import Speed, plan_from_statement
+    from pipelines.recipes import cache_config
+
+    if examples < 1 or tokens < 1 or not 0 < response <= 1 or tflops <= 0 or not 0 < mfu <= 1:
+        raise TideError("these numbers describe no run", expected="positive numbers; response and mfu in (0, 1]")
+    extra = [f"noise.draws={draws}"] if draws is not None else []
+    settings = cache_config(teacher, config, [*extra, *(sets or [])], teachers_file, model=model)
+    typer.echo(plan_from_statement(settings, examples, tokens, response, Speed(tokens_per_second, tflops, mfu)))
+
+
+@app.command()
+def throughput(
+    teacher: TeacherName = None,
+    model: Annotated[str | None, typer.Option(help="A folder with a config.json (default: sizes on record).")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of one pass.")] = 512,
+    requests: Annotated[int, typer.Option(help="Passes in one round.")] = 256,
+    rounds: Annotated[int, typer.Option(help="Rounds; the median counts.")] = 3,
+    tflops: Annotated[float | None, typer.Option(help="The card's dense peak, for utilisation.")] = None,
+    config: Recipe = None,
+    teachers_file: TeachersFile = None,
+    sets: Sets = None,
+) -> None:
+    """Measure a teacher's speed and memory on this machine, with random weights of its true shapes."""
+    from pipelines.recipes import cache_config
+    from pipelines.throughput import measure_throughput
+
+    settings = cache_config(teacher, config, sets or [], teachers_file, model=model)
+    typer.echo(measure_throughput(settings, length, requests, rounds, tflops))

@@ -1,0 +1,86 @@
+"""Teachers, conformance, demo, benchmark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.commands.app import TeachersFile, app
+
+teachers_app = typer.Typer(help="List the known teachers, or show one.", invoke_without_command=True)
+app.add_typer(teachers_app, name="teachers")
+
+
+@teachers_app.callback()
+def teachers(context: typer.Context, teachers_file: TeachersFile = None) -> None:
+    """List the known teachers."""
+    if context.invoked_subcommand is not None:
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from teacher_cache.teachers.registry import all_teachers
+
+    table = Table("teacher", "model", "architecture", "mask id", "attention", "reads", "length")
+    for name, entry in all_teachers(teachers_file).items():
+        reads = "the student's ids" if entry.student_tokens else "its own ids"
+        mask, length = str(entry.mask_id), str(entry.length)
+        table.add_row(name, entry.model, entry.architecture, mask, entry.attention.type, reads, length)
+    Console().print(table)
+
+
+@teachers_app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A teacher of `tide teachers`.")], teachers_file: TeachersFile = None
+) -> None:
+    """Print one teacher's entry, and what loading it checks."""
+    from pipelines.show_teacher import describe_teacher
+
+    typer.echo(describe_teacher(name, teachers_file))
+
+
+@app.command()
+def conformance(
+    folder: Annotated[Path, typer.Argument(help="A folder of golden numbers.")],
+    only: Annotated[str | None, typer.Option(help="losses, masks, alignment or models.")] = None,
+) -> None:
+    """Recompute reference numbers: does this install reproduce the reference on this hardware?"""
+    from pipelines.conformance import run_conformance
+
+    if not run_conformance(folder, only):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where caches, runs and the report go.")] = Path("runs/demo"),
+    seeds: Annotated[int, typer.Option(help="Seeds of every variant.")] = 3,
+) -> None:
+    """The whole pipeline on the embedded teacher: two caches, distilled and undistilled students, a report."""
+    from pipelines.demo import run_demo
+
+    typer.echo(run_demo(out, seeds).read_text())
+
+
+@app.command()
+def tiny_teacher(
+    work: Annotated[Path, typer.Option(help="Checkpoints, to resume from.")] = Path("runs/tiny-teacher"),
+    teacher: Annotated[Path, typer.Option(help="Where the teacher goes.")] = Path("teacher_cache/teachers/tiny"),
+    student_tokenizer: Annotated[Path, typer.Option(help="Where the other student's tokenizer goes.")] = Path(
+        "student_train/tiny_tokenizer"
+    ),
+) -> None:
+    """Train the embedded teacher again (about an hour on 2 cores). Run again to resume."""
+    from pipelines.tiny_teacher import TinyTeacherConfig, train_tiny_teacher
+
+    train_tiny_teacher(teacher, student_tokenizer, work, TinyTeacherConfig())
+
+
+@app.command()
+def bench() -> None:
+    """Measure, side by side in one run, what the design claims about speed."""
+    from pipelines.bench import run_bench
+
+    run_bench()

@@ -1,0 +1,53 @@
+"""Stage two: train, export, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.commands.app import Recipe, Sets, TeacherName, TeachersFile, app
+from shared.errors import TideError
+
+
+@app.command()
+def train(
+    teacher: TeacherName = None,
+    cache_folder: Annotated[Path | None, typer.Option("--cache", help="A cache (default: caches/TEACHER).")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder (default: runs/TEACHER).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of initial weights and of the order of the data.")] = None,
+    config: Recipe = None,
+    teachers_file: TeachersFile = None,
+    sets: Sets = None,
+) -> None:
+    """Stage two: train a student from a cache. Run again to resume."""
+    from pipelines.recipes import train_config
+    from student_train.trainer import train_student
+
+    settings = train_config(teacher, config, sets or [], teachers_file, cache=cache_folder, out=out, seed=seed)
+    metrics = train_student(settings)
+    typer.echo(f"{settings.out}/model: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A student's folder, such as runs/NAME/model.")],
+    target: Annotated[Path, typer.Argument(help="A new folder.")],
+    layout: Annotated[str, typer.Option("--format", help="hf (transformers) or a2d (the reference's).")] = "hf",
+) -> None:
+    """Write a student in another layout; tensors keep every bit."""
+    from student_train.export import export_student
+
+    if layout not in ("hf", "a2d"):
+        raise TideError(f"unknown format {layout!r}", expected="hf or a2d")
+    export_student(source, target, "hf" if layout == "hf" else "a2d")
+    typer.echo(f"{target}: {layout}")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A folder of runs.")]) -> None:
+    """Gather the runs below a folder into report.md and report.png."""
+    from pipelines.report import write_report
+
+    typer.echo(write_report(folder).read_text())

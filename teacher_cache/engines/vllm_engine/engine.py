@@ -1,0 +1,198 @@
+"""The fast engine: vLLM scores all passes of a unit at once, batched without padding (DESIGN §7)."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+
+from shared.config import EngineConfig
+from shared.errors import TideError
+from teacher_cache.comp_demo import Request
+from teacher_cache.engines.vllm_engine.packing import unpack
+from teacher_cache.engines.vllm_engine.plugin import SCORERS
+from teacher_cache.targets import Scores, TargetSpec
+from teacher_cache.teachers.architectures import ARCHITECTURES
+from teacher_cache.teachers.checkpoint import Checkpoint
+from teacher_cache.teachers.loading import check_weights
+from teacher_cache.teachers.registry import Full, TeacherEntry
+
+_TASK = "token_classify"
+_SWAPPED = ("Glm4MoeForCausalLM", "Qwen3MoeForCausalLM")
+"""Stock classes of vLLM 0.32 that ignore `is_causal`."""
+_LOOK_SECONDS = 0.5
+
+
+def installed() -> bool:
+    """Whether vLLM can be imported."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def why_not(entry: TeacherEntry, settings: EngineConfig) -> TideError | None:
+    """Why vLLM cannot run this teacher so, or None. Nothing is imported."""
+    if not isinstance(entry.attention, Full):
+        return TideError(
+            f"the vLLM engine knows full attention only; this teacher runs under {entry.attention.type}",
+            expected="a teacher with full attention, or another engine",
+            fix="use --engine transformers",
+        )
+    if settings.device_map is not None or settings.quantization is not None:
+        return TideError(
+            "engine.device_map and engine.quantization belong to the transformers engine",
+            fix="use --engine transformers, or spread the teacher with --tensor-parallel",
+        )
+    if not installed():
+        return TideError(
+            "the vLLM engine is not installed",
+            expected="vllm 0.32",
+            fix='pip install "tide-distill[vllm]" (docs/engines.md has the CPU build), or use --engine transformers',
+        )
+    return None
+
+
+class VllmEngine:
+    """Scores requests with vLLM. The same values as the transformers engine, up to the order of sums."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        entry: TeacherEntry,
+        spec: TargetSpec,
+        settings: EngineConfig,
+        longest: int,
+        shared_ids: Bool[np.ndarray, " vocab"] | None = None,
+    ) -> None:
+        problem = why_not(entry, settings)
+        if problem is not None:
+            raise problem
+        check_weights(checkpoint, entry.architecture)
+        self._spec, self._longest = spec, longest
+        self.forward_rows = 0
+        """Rows for which the LM head ran, for the benchmark."""
+        self._folder = tempfile.TemporaryDirectory(prefix="tide-vllm-")
+        _write_config(Path(self._folder.name), checkpoint, entry, spec, settings, shared_ids)
+        before = set(multiprocessing.active_children())
+        self._llm, self._params = _start(checkpoint, Path(self._folder.name), settings, longest)
+        self._processes = [child for child in multiprocessing.active_children() if child not in before]
+
+    def score(self, requests: Sequence[Request]) -> list[Scores]:
+        """Scores of each request, in order (see `Engine`). TideError where a vLLM process has died."""
+        if not requests:
+            return []
+        too_long = max(len(request.ids) for request in requests)
+        if too_long > self._longest:
+            raise TideError(
+                f"a sequence of {too_long} tokens came to a vLLM engine made for {self._longest}",
+                fix="raise lengths.student: prompts grow where their added tokens are spelled out for the teacher",
+            )
+        prompts = [{"prompt_token_ids": request.ids.tolist()} for request in requests]
+        params = [
+            self._params(
+                use_activation=False,
+                extra_kwargs={"positions": request.read.tolist(), "gold": request.gold.tolist()},
+            )
+            for request in requests
+        ]
+        outputs = self._watched(lambda: self._llm.encode(prompts, params, pooling_task=_TASK, use_tqdm=False))
+        self.forward_rows += sum(len(output.outputs.data) for output in outputs)
+        return [unpack(output.outputs.data.cpu(), self._spec) for output in outputs]
+
+    def _watched(self, call: Callable[[], list[Any]]) -> list[Any]:
+        """The result of `call`. vLLM 0.32 waits for ever where its core process is killed: this looks after it."""
+        if not self._processes:
+            return call()
+        answer: Future[list[Any]] = Future()
+        threading.Thread(target=_fulfil, args=(answer, call), daemon=True).start()
+        while not wait([answer], timeout=_LOOK_SECONDS).done:
+            if not all(process.is_alive() for process in self._processes):
+                raise _stopped()
+        error = answer.exception()
+        if error is not None and type(error).__name__ == "EngineDeadError":
+            raise _stopped() from error
+        return answer.result()
+
+
+def _fulfil(answer: Future[list[Any]], call: Callable[[], list[Any]]) -> None:
+    try:
+        answer.set_result(call())
+    except BaseException as error:  # it belongs to the caller, in the other thread
+        answer.set_exception(error)
+
+
+def _stopped() -> TideError:
+    return TideError(
+        "the vLLM engine stopped: one of its processes died (killed, or out of memory)",
+        expected="all of vLLM's processes alive to the end",
+        fix="run the same command again: finished shards are kept. Where memory was short, lower "
+        "engine.tokens_per_batch or engine.head_rows, or use more GPUs (--tensor-parallel)",
+    )
+
+
+def _write_config(
+    folder: Path,
+    checkpoint: Checkpoint,
+    entry: TeacherEntry,
+    spec: TargetSpec,
+    settings: EngineConfig,
+    shared_ids: Bool[np.ndarray, " vocab"] | None,
+) -> None:
+    """A config of the stock architecture, with what the scorer must know under `tide`. The weights stay as they are."""
+    kind = ARCHITECTURES[entry.architecture]
+    config = kind.config(checkpoint.config)
+    stock = kind.model_class.__name__
+    config.architectures = [SCORERS[stock]]
+    config.is_causal = False
+    excluded: list[int] = []
+    if shared_ids is not None:
+        allowed = np.zeros(config.vocab_size, bool)
+        allowed[: len(shared_ids)] = shared_ids[: config.vocab_size]
+        excluded = np.flatnonzero(~allowed).tolist()
+    config.tide = {
+        "architecture": entry.architecture,
+        "shift": entry.shift,
+        "k": spec.k,
+        "mass": spec.mass,
+        "temperatures": list(spec.temperatures),
+        "head_rows": settings.head_rows,
+        "excluded": excluded,
+        "swap_attention": stock in _SWAPPED,
+    }
+    config.to_json_file(folder / "config.json")
+
+
+def _start(checkpoint: Checkpoint, folder: Path, settings: EngineConfig, longest: int) -> tuple[Any, Any]:
+    """vLLM's engine, and its class of pooling parameters."""
+    on_cpu = settings.device == "cpu" or (settings.device == "auto" and not torch.accelerator.is_available())
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if on_cpu:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    from vllm import LLM, PoolingParams  # pyright: ignore[reportMissingImports]
+
+    llm = LLM(
+        model=str(checkpoint.folder),
+        hf_config_path=str(folder),
+        runner="pooling",
+        load_format="safetensors",
+        skip_tokenizer_init=True,
+        trust_remote_code=False,
+        dtype=settings.dtype,
+        max_model_len=longest,
+        max_num_batched_tokens=max(settings.tokens_per_batch, longest),
+        tensor_parallel_size=settings.tensor_parallel,
+        enable_prefix_caching=False,
+        enforce_eager=on_cpu,
+        disable_log_stats=True,
+    )
+    return llm, PoolingParams

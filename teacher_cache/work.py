@@ -1,0 +1,123 @@
+"""A unit of work: examples made into requests for the engine, and its scores made into rows of the cache.
+
+Both halves are pure functions of the plan and their arguments, so they may run in other threads or processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shared.data import ChatExample
+from shared.examples import Prepared
+from shared.noise import Draw
+from shared.schema import CacheRow
+from shared.shards import Unit
+from teacher_cache.comp_demo import Request, TeacherView, draw_for, passes, teacher_view
+from teacher_cache.plan import CachePlan
+from teacher_cache.targets import Scores, TargetSpec, refuse_nonfinite
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One example under one draw. `rows[i]`: the rows of `view` that the i-th of its requests reads."""
+
+    example: Prepared
+    draw: Draw
+    view: TeacherView
+    rows: list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class UnitWork:
+    """All that the engine must score for one shard, and what its answers belong to."""
+
+    unit: Unit
+    examples: int
+    items: list[_Item]
+    requests: list[Request]
+    counts: dict[str, int]
+
+
+def prepare_unit(plan: CachePlan, unit: Unit, examples: Sequence[ChatExample]) -> UnitWork:
+    """Tokenise, align, draw and split: everything before the engine."""
+    preparer = plan.preparer()
+    items, requests = [], []
+    for example in preparer(examples):
+        draw = draw_for(example, plan.config.noise, unit.draw)
+        view = teacher_view(example, draw)
+        pairs = passes(view, plan.entry.mask_id, plan.config.noise.comp_demo)
+        requests += [request for request, _ in pairs]
+        items.append(_Item(example, draw, view, [rows for _, rows in pairs]))
+    return UnitWork(unit, len(examples), items, requests, dataclasses.asdict(preparer.counts))
+
+
+def finish_unit(plan: CachePlan, work: UnitWork, scores: Sequence[Scores]) -> tuple[list[CacheRow], dict[str, int]]:
+    """Rows of the shard, and the counts that are stored with it. TideError where a score is not finite."""
+    rows, position = [], 0
+    for item in work.items:
+        parts = scores[position : position + len(item.rows)]
+        position += len(item.rows)
+        for part in parts:
+            refuse_nonfinite(part, item.example.id)
+        merged = merge_passes(plan.target_spec(), item.view.positions.size, parts, item.rows)
+        rows.append(_row(plan, item, work.unit.draw, merged))
+    masked = sum(row.masked.size for row in rows)
+    chunks = sum(0 if row.chunk_logp is None else row.chunk_logp.size for row in rows)
+    return rows, {**work.counts, "masked": masked, "chunks": chunks}
+
+
+def merge_passes(spec: TargetSpec, n: int, parts: Sequence[Scores], rows_of: Sequence[np.ndarray]) -> Scores:
+    """Put the rows of several passes back in the order of the `n` positions; pass i read the rows `rows_of[i]`."""
+    merged = Scores(
+        np.zeros(n, np.float32),
+        np.zeros((n, len(spec.temperatures)), np.float32),
+        np.zeros(n, np.int32) if spec.k else None,
+        np.zeros((n, spec.k), np.int32) if spec.k else None,
+        np.zeros((n, spec.k), np.float32) if spec.k else None,
+    )
+    for scores, rows in zip(parts, rows_of, strict=True):
+        for field in dataclasses.fields(Scores):
+            target = getattr(merged, field.name)
+            if target is not None:
+                target[rows] = getattr(scores, field.name)
+    return merged
+
+
+def _row(plan: CachePlan, item: _Item, draw: int, scores: Scores) -> CacheRow:
+    example, view, masked = item.example, item.view, item.draw.masked
+    chunk_student = chunk_teacher = chunk_logp = None
+    if "chunks" in plan.config.targets.signals:
+        if example.shared:  # every masked token is a chunk
+            chunk_student = np.stack([masked, masked + 1], axis=1)
+            chunk_teacher = chunk_student + np.int32(example.offset)
+        else:
+            chunk_student, chunk_teacher = example.chunks[item.draw.chunks, 2:], example.chunks[item.draw.chunks, :2]
+        token_logp = scores.gold_logit - scores.logsumexp[:, plan.target_spec().temperatures.index(1.0)]
+        chunk_logp = np.bincount(view.chunk_of, token_logp, minlength=len(chunk_student)).astype(np.float32)
+    ids = top = None
+    if scores.topk_sizes is not None and scores.topk_ids is not None and scores.topk_logits is not None:
+        keep = np.arange(scores.topk_ids.shape[1]) < scores.topk_sizes[:, None]
+        ids, top = scores.topk_ids[keep], scores.topk_logits[keep]
+    return CacheRow(
+        example_id=example.id,
+        draw=draw,
+        t=item.draw.t,
+        student_ids=example.student_ids,
+        prompt_length=example.prompt_length,
+        masked=masked,
+        teacher_ids=example.teacher_ids,
+        teacher_masked=None if example.teacher_ids is None else view.positions,
+        split=view.in_a if plan.config.noise.comp_demo else np.zeros_like(view.in_a),
+        gold_logit=scores.gold_logit,
+        logsumexp=scores.logsumexp,
+        topk_sizes=scores.topk_sizes,
+        topk_ids=ids,
+        topk_logits=top,
+        chunk_student=chunk_student,
+        chunk_teacher=chunk_teacher,
+        chunk_logp=chunk_logp,
+    )

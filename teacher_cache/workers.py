@@ -1,0 +1,205 @@
+"""Data parallelism by units of work: one process for each copy of the teacher, all writing into one cache.
+
+A unit belongs to whichever process is free, and a shard is whole or absent, so a process may die at any moment: its
+unit goes back to the others, and it is started again a few times before the run gives up.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from tqdm import tqdm
+
+from shared.errors import TideError
+from shared.shards import Unit
+from teacher_cache.engines.choose import load_engine
+from teacher_cache.overlap import Source, run_pipeline
+from teacher_cache.plan import CachePlan
+from teacher_cache.units import ExampleParts
+from teacher_cache.work import UnitWork
+
+_RESTARTS = 3
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """A process wants a unit."""
+
+
+@dataclass(frozen=True)
+class _Wrote:
+    unit: Unit
+    examples: int
+    busy: float
+
+
+@dataclass(frozen=True)
+class _Failed:
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A process has nothing left to write."""
+
+
+def _serve(plan: CachePlan, parent: Connection) -> None:
+    """One process: ask for units until there are none, and tell what was written."""
+    try:
+        engine = load_engine(plan)
+        parts = ExampleParts(plan)
+
+        def taken() -> Source:
+            while True:
+                parent.send(_Ask())
+                unit = parent.recv()
+                if unit is None:
+                    return
+                yield unit, parts.examples(unit)
+
+        def progress(work: UnitWork, busy: float) -> None:
+            parent.send(_Wrote(work.unit, work.examples, busy))
+
+        run_pipeline(plan, engine, taken(), progress)
+        parent.send(_Done())
+    except TideError as error:
+        parent.send(_Failed(str(error)))
+    except (KeyboardInterrupt, EOFError, BrokenPipeError):
+        pass  # the parent is gone, or ends the run
+
+
+@contextmanager
+def _devices(index: int, each: int) -> Any:
+    """The environment under which process `index` sees its own `each` GPUs and no others."""
+    name = "CUDA_VISIBLE_DEVICES"
+    before = os.environ.get(name)
+    every = before.split(",") if before else [str(i) for i in range((index + 1) * each)]
+    os.environ[name] = ",".join(every[index * each : (index + 1) * each])
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+@dataclass
+class _Member:
+    process: Any
+    pipe: Connection
+    in_hand: set[Unit] = field(default_factory=set)
+    finished: bool = False
+
+
+class _Crew:
+    """The processes, and the units that nobody has in hand. Each process has a pipe of its own: one that is killed
+    in the middle of a word takes nothing of the others with it.
+    """
+
+    def __init__(self, plan: CachePlan, units: Sequence[Unit]) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._plan = plan
+        self._todo = deque(units)
+        self._waiting: list[_Member] = []
+        self._deaths = 0
+        self._members = [self._start(index) for index in range(plan.config.engine.data_parallel)]
+
+    def _start(self, index: int) -> _Member:
+        ours, theirs = self._context.Pipe()
+        with _devices(index, self._plan.config.engine.tensor_parallel):
+            process = self._context.Process(target=_serve, args=(self._plan, theirs), name=f"tide-worker-{index}")
+            process.start()
+        theirs.close()
+        return _Member(process, ours)
+
+    def events(self) -> Iterator[_Wrote]:
+        """Shards as they are written, until all are. TideError where a process meets one, or too many die."""
+        while not all(member.finished for member in self._members):
+            ready = wait([member.pipe for member in self._members if not member.finished])
+            for index, member in enumerate(self._members):
+                if member.pipe in ready:
+                    yield from self._hear(index, member)
+
+    def _hear(self, index: int, member: _Member) -> Iterator[_Wrote]:
+        try:
+            event = member.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._replace(index, member)
+            return
+        match event:
+            case _Ask():
+                self._waiting.append(member)
+            case _Wrote(unit=unit):
+                member.in_hand.discard(unit)
+                yield event
+            case _Failed(reason=reason):
+                raise TideError(reason)
+            case _Done():
+                member.finished = True
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Units to those who wait. Who finds none left is sent home once no unit can come back any more."""
+        while self._waiting and self._todo:
+            member, unit = self._waiting.pop(0), self._todo.popleft()
+            member.in_hand.add(unit)
+            self._tell(member, unit)
+        if not self._todo:
+            for member in self._waiting:
+                self._tell(member, None)
+            self._waiting.clear()
+
+    @staticmethod
+    def _tell(member: _Member, unit: Unit | None) -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):  # it died just now: its pipe's end will say so
+            member.pipe.send(unit)
+
+    def _replace(self, index: int, member: _Member) -> None:
+        """Put a dead process's units back and start another in its place."""
+        member.process.join()
+        self._deaths += 1
+        if self._deaths > _RESTARTS:
+            raise TideError(
+                f"worker processes died {self._deaths} times, the last with exit code {member.process.exitcode}",
+                expected="processes that live to the end",
+                fix="run the same command again: finished shards are kept. Exit code -9 is often a lack of memory: "
+                "lower engine.data_parallel or engine.tokens_per_batch",
+            )
+        tqdm.write(f"worker {index} died (exit code {member.process.exitcode}); another takes its place")
+        self._todo.extendleft(sorted(member.in_hand, reverse=True))
+        self._waiting = [other for other in self._waiting if other is not member]
+        self._members[index] = self._start(index)
+
+    def close(self, patience: float) -> None:
+        """End every process, at first by itself."""
+        for member in self._members:
+            member.pipe.close()
+        for member in self._members:
+            member.process.join(timeout=patience)
+            if member.process.is_alive():
+                member.process.terminate()
+                member.process.join(timeout=10)
+            if member.process.is_alive():
+                member.process.kill()
+
+
+def run_workers(plan: CachePlan, units: Sequence[Unit]) -> None:
+    """Compute `units` in `engine.data_parallel` processes under one progress bar."""
+    total = sum(plan.examples_in(unit) for unit in units)
+    crew = _Crew(plan, units)
+    patience = 0.0
+    try:
+        with tqdm(total=total, unit="row", desc=f"cache {plan.config.teacher}", smoothing=0.05) as bar:
+            for event in crew.events():
+                bar.update(event.examples)
+                bar.set_postfix_str(f"{plan.config.engine.data_parallel} workers, engine busy {event.busy:.0%}")
+        patience = 30.0
+    finally:
+        crew.close(patience)

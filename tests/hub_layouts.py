@@ -1,0 +1,56 @@
+"""Random checkpoints in the hub's own layouts at sizes of our choice: the golden ones' tensor names, new shapes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from teacher_cache.teachers.architectures import ARCHITECTURES
+from teacher_cache.teachers.checkpoint import open_checkpoint
+from teacher_cache.teachers.key_maps import place
+from teacher_cache.teachers.loading import load_model, meta_model
+
+_WIDER: dict[str, dict[str, Any]] = {
+    "llada": {"d_model": 128, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": 96, "vocab_size": 160,
+              "embedding_size": 160, "max_sequence_length": 1024},
+    "dream": {"hidden_size": 128, "intermediate_size": 96, "vocab_size": 160, "max_position_embeddings": 1024},
+    "wedlm": {"hidden_size": 128, "head_dim": 32, "intermediate_size": 96, "vocab_size": 160,
+              "max_position_embeddings": 1024},
+    "llada_moe": {"hidden_size": 128, "expert_intermediate_size": 32, "dense_intermediate_size": 96,
+                  "vocab_size": 160, "max_position_embeddings": 1024},
+    "llada2_moe": {"hidden_size": 128, "head_dim": 32, "moe_intermediate_size": 32, "intermediate_size": 96,
+                   "vocab_size": 160, "max_position_embeddings": 1024},
+}  # fmt: skip
+ARCHITECTURE_OF = {"llada": "llada", "dream": "dream", "wedlm": "qwen3", "llada_moe": "llada_moe",
+                   "llada2_moe": "llada2_moe"}  # fmt: skip
+
+
+def wide_checkpoint(golden: Path, name: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A checkpoint laid out as `golden/name` with heads of 32 numbers, as vLLM's CPU kernels want them."""
+    architecture = ARCHITECTURE_OF[name]
+    raw = {**json.loads((golden / name / "config.json").read_text()), **_WIDER[name], **changes}
+    model = meta_model(architecture, raw)
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    with safe_open(golden / name / "model.safetensors", "pt") as handle:
+        for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+            spots = place(key, ARCHITECTURES[architecture].rules, model.config)
+            shape = list(shapes[spots[0].name])
+            if spots[0].expert is not None:
+                shape = shape[1:]
+                shape[0] = shape[0] if spots[0].rows is None else spots[0].rows.stop - spots[0].rows.start
+            elif spots[0].source is not None:
+                shape[0] = sum(s.source.stop - s.source.start for s in spots if s.source is not None)
+            tensor = torch.randn(shape, generator=generator) * 0.15
+            tensors[key] = 1 + tensor if len(shape) == 1 and "norm" in key else tensor
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(raw))
+    load_model(open_checkpoint(str(folder)), architecture, torch.float32)  # whole and fitting
+    return folder
