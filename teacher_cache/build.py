@@ -6,7 +6,7 @@ import fcntl
 import json
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +53,8 @@ def build_cache(config: CacheConfig) -> CacheReport:
             if config.engine.data_parallel > 1:
                 run_workers(plan, missing)
             else:
-                run_units(plan, load_engine(plan), missing)
+                with closing(load_engine(plan)) as engine:
+                    run_units(plan, engine, missing)
         return summarise(plan, len(missing), kept)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,7 +70,8 @@ def verify_cache(config: CacheConfig, rows: int) -> VerifyReport:
     sample = list(_sample(plan, rows))
     if not sample:
         raise TideError(f"{config.out} has no finished shard", fix="run `tide cache` first")
-    return compare(plan, load_engine(plan), sample)
+    with closing(load_engine(plan)) as engine:
+        return compare(plan, engine, sample)
 
 
 def _sample(plan: CachePlan, rows: int) -> Iterator[CacheRow]:

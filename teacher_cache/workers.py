@@ -10,7 +10,7 @@ import multiprocessing
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -67,7 +67,8 @@ def _serve(plan: CachePlan, parent: Connection) -> None:
         def progress(work: UnitWork, busy: float) -> None:
             parent.send(_Wrote(work.unit, work.examples, busy))
 
-        run_pipeline(plan, engine, taken(), progress)
+        with closing(engine):
+            run_pipeline(plan, engine, taken(), progress)
         parent.send(_Done())
     except TideError as error:
         parent.send(_Failed(str(error)))

@@ -79,8 +79,10 @@ def tiny_teacher(
 
 
 @app.command()
-def bench() -> None:
+def bench(
+    only: Annotated[str | None, typer.Option(help="One table: alignment, engines, stage-one or training.")] = None,
+) -> None:
     """Measure, side by side in one run, what the design claims about speed."""
     from pipelines.bench import run_bench
 
-    run_bench()
+    run_bench(only)

@@ -17,6 +17,10 @@ class Engine(Protocol):
         """Scores of each request, in order; the LM head runs at the requests' read positions only."""
         ...
 
+    def close(self) -> None:
+        """Give back what the engine holds: processes, files."""
+        ...
+
 
 def token_budget_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Indices in batches of like length, longest first, each at most `budget` padded tokens (or one request)."""

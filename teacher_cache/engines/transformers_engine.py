@@ -63,6 +63,9 @@ class TransformersEngine:
                 results[i] = scores
         return [scores for scores in results if scores is not None]
 
+    def close(self) -> None:
+        """Nothing to give back: the model goes with the engine."""
+
     def _score_batch(self, requests: Sequence[Request]) -> list[Scores]:
         inputs = build_inputs(self._attention, requests).to(self.device)
         output = self._model.model(

@@ -32,6 +32,9 @@ class Spy:
         self._before(self.calls)
         return self._engine.score(requests)
 
+    def close(self) -> None:
+        self._engine.close()
+
 
 def test_the_next_unit_is_prepared_and_the_last_one_written_while_the_engine_works(
     plan: CachePlan, monkeypatch: pytest.MonkeyPatch

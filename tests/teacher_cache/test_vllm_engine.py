@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,13 @@ def test_float32_values_are_those_of_transformers(golden: Path, tmp_path: Path, 
     shared = None
     if name == "wedlm":
         shared = np.arange(160) < 120  # ids that the student does not share never enter the top-k
+    from teacher_cache.engines.vllm_engine.pooler import ScorePooler
+
     settings = EngineConfig(type="vllm", device="cpu", dtype="float32", tokens_per_batch=512, head_rows=100)
     engine = VllmEngine(checkpoint, teacher, SPEC, settings, 512, shared)
+    before = ScorePooler.rows_run
     found = engine.score(requests)
-    assert engine.forward_rows == sum(len(request.read) for request in requests)  # the head ran nowhere else
+    assert ScorePooler.rows_run - before == sum(len(request.read) for request in requests)  # and nowhere else
     model = load_model(checkpoint, architecture, torch.float32)
     reference = TransformersEngine(model, teacher.attention, SPEC, shift=teacher.shift, shared_ids=shared)
     assert furthest(found, reference.score(requests)) < 1e-4
@@ -167,7 +171,8 @@ def test_tensor_parallel(golden: Path, tmp_path: Path, monkeypatch: pytest.Monke
     checkpoint = open_checkpoint(str(wide_checkpoint(golden, "llada2_moe", tmp_path / "moe", seed=3)))
     requests = mixed_requests(150, 159)
     settings = EngineConfig(type="vllm", device="cpu", dtype="float32", tensor_parallel=2)
-    found = VllmEngine(checkpoint, entry("llada2_moe"), SPEC, settings, 512).score(requests)
+    with closing(VllmEngine(checkpoint, entry("llada2_moe"), SPEC, settings, 512)) as engine:
+        found = engine.score(requests)
     model = load_model(checkpoint, "llada2_moe", torch.float32)
     reference = TransformersEngine(model, entry("llada2_moe").attention, SPEC)
     assert furthest(found, reference.score(requests)) < 1e-4

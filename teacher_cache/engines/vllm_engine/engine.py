@@ -77,8 +77,6 @@ class VllmEngine:
             raise problem
         check_weights(checkpoint, entry.architecture)
         self._spec, self._longest = spec, longest
-        self.forward_rows = 0
-        """Rows for which the LM head ran, for the benchmark."""
         self._folder = tempfile.TemporaryDirectory(prefix="tide-vllm-")
         _write_config(Path(self._folder.name), checkpoint, entry, spec, settings, shared_ids)
         before = set(multiprocessing.active_children())
@@ -104,8 +102,12 @@ class VllmEngine:
             for request in requests
         ]
         outputs = self._watched(lambda: self._llm.encode(prompts, params, pooling_task=_TASK, use_tqdm=False))
-        self.forward_rows += sum(len(output.outputs.data) for output in outputs)
         return [unpack(output.outputs.data.cpu(), self._spec) for output in outputs]
+
+    def close(self) -> None:
+        """End vLLM's processes."""
+        self._llm.llm_engine.engine_core.shutdown()
+        self._folder.cleanup()
 
     def _watched(self, call: Callable[[], list[Any]]) -> list[Any]:
         """The result of `call`. vLLM 0.32 waits for ever where its core process is killed: this looks after it."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Set
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.model_executor.layers.pooler import Pooler
@@ -23,6 +23,9 @@ class ScorePooler(Pooler):
     `positions` are rows of the request's own sequence, `gold` the token ids there. Requests of one step share the
     head's passes, `head_rows` rows at a time.
     """
+
+    rows_run: ClassVar[int] = 0
+    """Rows for which the LM head ran in this process, for the benchmark and the tests."""
 
     def __init__(self, compute_logits: Callable[[torch.Tensor], torch.Tensor | None], settings: dict[str, Any]) -> None:
         super().__init__()
@@ -58,6 +61,7 @@ class ScorePooler(Pooler):
         return list(packed.split(sizes))
 
     def _score(self, hidden: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
+        ScorePooler.rows_run += len(hidden)
         logits = self._compute_logits(hidden)
         width = 2 + len(self._spec.temperatures) + 2 * self._spec.k
         if logits is None:  # a tensor-parallel rank that holds no gathered logits, and whose answer nobody reads

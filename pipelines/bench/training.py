@@ -1,28 +1,21 @@
-"""`make bench`: ratios measured side by side in one run. Absolute times are this machine's and are not compared.
-
-Each pair is timed in alternation, several rounds, and the median is taken, so that a busy machine slows both.
-"""
+"""One training step of each objective from the cache, against CE alone and against a teacher in the loop."""
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pipelines.bench_alignment import bench_alignment
+from pipelines.bench.timing import side_by_side
 from pipelines.recipes import cache_config
 from shared.attention import full
 from shared.config import StudentConfig
-from shared.data import iter_examples
 from shared.manifest import load_manifest
 from shared.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL, Tidal
 from student_train.collate import counts_of, targets_of
@@ -30,30 +23,12 @@ from student_train.loader import BatchDataset
 from student_train.objective import objective, total
 from student_train.student import load_student, masked_logits
 from teacher_cache.build import build_cache
-from teacher_cache.comp_demo import draw_for, passes, teacher_view
-from teacher_cache.engines.choose import load_engine
-from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.plan import make_plan
 from teacher_cache.teachers.loading import load_model
 
-_ROUNDS = 5
 
-
-def side_by_side(jobs: dict[str, Callable[[], object]], rounds: int = _ROUNDS) -> dict[str, float]:
-    """Median seconds of each job, all jobs in turn in every round, after one round to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in jobs}
-    for turn in range(rounds + 1):
-        for name, job in jobs.items():
-            started = time.perf_counter()
-            job()
-            if turn:
-                times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def run_bench() -> None:
-    """Print all tables."""
-    Console().print(bench_alignment())
+def bench_training() -> Table:
+    """The ratios as a table."""
     with tempfile.TemporaryDirectory(prefix="tide-bench-") as folder:
         caches = {}
         for teacher in ("tiny-cross", "tiny-shared"):
@@ -61,12 +36,10 @@ def run_bench() -> None:
             changes = ["data.limit=64", "shard_examples=64", "noise.draws=1", 'targets.signals=["topk","chunks"]']
             caches[teacher] = out
             build_cache(cache_config(teacher, None, changes, out=out))
-        _bench_objectives(caches)
-        _bench_head(Path(folder))
+        return _measure(caches)
 
 
-def _bench_objectives(caches: dict[str, Path]) -> None:
-    """One training step of each objective from the cache, against CE alone and against an online teacher."""
+def _measure(caches: dict[str, Path]) -> Table:
     table = Table("cache", "objective", "step ÷ step with CE only", title="Training steps, batch of 16")
     variants: dict[str, list[Distillation]] = {
         "tiny-cross": [Calm(), ReverseCalm(), Calm(tidal=Tidal())],
@@ -94,7 +67,7 @@ def _bench_objectives(caches: dict[str, Path]) -> None:
         seconds = side_by_side(jobs)
         for label, value in seconds.items():
             table.add_row(name, label, f"{value / seconds['CE only']:.2f}")
-    Console().print(table)
+    return table
 
 
 def _online(step: Callable[[Distillation], None], batch: dict[str, Tensor], folder: Path) -> Callable[[], object]:
@@ -110,32 +83,3 @@ def _online(step: Callable[[Distillation], None], batch: dict[str, Tensor], fold
         step(KL())
 
     return job
-
-
-def _bench_head(folder: Path) -> None:
-    """Stage one against the same forward passes alone; and rows for which the head ran against rows asked for."""
-    changes = ["data.limit=64", "shard_examples=64", "noise.draws=1"]
-    config = cache_config("tiny-shared", None, changes, out=folder / "speed")
-    plan = make_plan(config)
-    engine = load_engine(plan)
-    assert isinstance(engine, TransformersEngine)
-    examples = plan.preparer()(list(iter_examples(config.data)))
-    views = [teacher_view(e, draw_for(e, config.noise, 0)) for e in examples]
-    requests = [r for view in views for r, _ in passes(view, plan.entry.mask_id, True)]
-    read = sum(len(r.read) for r in requests)
-    before = engine.forward_rows
-    engine.score(requests)
-    share = (engine.forward_rows - before) / read
-
-    def everywhere() -> None:
-        """The head at every position, as a model's own forward does."""
-        for request in requests:
-            ids = torch.from_numpy(request.ids).long()[None]
-            with torch.inference_mode():
-                engine._model(input_ids=ids, attention_mask=full(torch.ones_like(ids, dtype=torch.bool)))
-
-    seconds = side_by_side({"engine": lambda: engine.score(requests), "plain": everywhere}, rounds=3)
-    table = Table("stage one, transformers engine", "ratio", title=f"{len(requests)} passes, {read} rows read")
-    table.add_row("rows for which the LM head ran ÷ rows asked for", f"{share:.2f}")
-    table.add_row("one plain forward a pass, full logits ÷ engine", f"{seconds['plain'] / seconds['engine']:.2f}")
-    Console().print(table)

@@ -1,0 +1,27 @@
+"""`make bench`: ratios measured side by side in one run. Absolute times are this machine's and are not compared."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from pipelines.bench.alignment import bench_alignment
+from pipelines.bench.engines import bench_engines
+from pipelines.bench.stage_one import bench_stage_one
+from pipelines.bench.training import bench_training
+from shared.errors import TideError
+
+TABLES = {
+    "alignment": bench_alignment,
+    "engines": bench_engines,
+    "stage-one": bench_stage_one,
+    "training": bench_training,
+}
+
+
+def run_bench(only: str | None = None) -> None:
+    """Print all tables, or one of `TABLES`."""
+    if only is not None and only not in TABLES:
+        raise TideError(f"unknown table {only!r}", expected=f"one of {', '.join(TABLES)}")
+    for name, measure in TABLES.items():
+        if only in (None, name):
+            Console().print(measure())
