@@ -18,6 +18,7 @@ from shared.shards import Unit, read_shard
 from shared.tokenizers import Tokenizer
 from student_train.trainer import train_student
 from teacher_cache.build import build_cache
+from teacher_cache.inspect import inspect_cache
 from tests.conftest import chats_file
 from tests.real_assets import qwen_tokenizer, smollm2
 from tests.shared.test_examples import TEXTS, chat, check_chunks
@@ -102,6 +103,10 @@ def test_a_real_model_through_both_stages(tmp_path: Path) -> None:
     assert np.isfinite(likelihoods).all()
     # A language model finds real answers, half of them at hand, far likelier than chance (log 1/49152 = −10.8).
     assert -8 < np.mean(likelihoods) < -0.5
+    found = inspect_cache(tmp_path / "cache")
+    assert found.rows == report.rows
+    assert 0.3 < found.mass[1.0] < 1  # of 49,152 tokens, 16 hold most of what a real model expects
+    assert (1, 1) in dict(found.chunk_tokens.most_common(1))
     overrides = ["max_steps=3", "batch_size=4", "log_steps=1", "checkpoint_steps=3", "device=cpu",
                  "precision=float32", "learning_rate=1e-3", 'distillation={type="reverse_calm"}',
                  "student={hidden_size=64, layers=2, heads=2, kv_heads=1, intermediate_size=128}"]  # fmt: skip

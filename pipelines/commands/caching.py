@@ -73,6 +73,14 @@ def cache(
 
 
 @app.command()
+def inspect(folder: Annotated[Path, typer.Argument(help="A cache, such as caches/TEACHER.")]) -> None:
+    """Print what a cache holds: rows, masses, chunk lengths, likelihoods by t, bytes by column."""
+    from teacher_cache.inspect import describe, inspect_cache
+
+    typer.echo(describe(inspect_cache(folder)))
+
+
+@app.command()
 def verify(
     teacher: TeacherName = None,
     against: Annotated[str, typer.Option(help="The engine to score with: transformers or vllm.")] = "transformers",
