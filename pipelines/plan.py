@@ -78,7 +78,7 @@ def _describe(config: CacheConfig, entry: TeacherEntry, raw: dict, load: Workloa
         f"of {config.engine.head_rows:,} rows, hidden states of {config.engine.tokens_per_batch:,} tokens",
         f"on disk           {in_bytes(each)} a draw, {each / max(load.masked, 1e-9):,.0f} bytes a masked position, "
         f"{in_bytes(each * load.examples * draws)} in all (random logits do not compress: an upper bound)",
-        f"compute           {flops / 1e12:.2f} TFLOP a draw, {flops * load.examples * draws / 1e18:,.2f} EFLOP in all",
+        f"compute           {flops / 1e12:,.3g} TFLOP a draw, {flops * load.examples * draws / 1e18:,.3g} EFLOP in all",
         f"GPU hours         {hours:,.1f} at {speed.words()}",
     ]
     return "\n".join(lines)

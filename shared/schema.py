@@ -6,6 +6,7 @@ temperature, position by position; `topk_ids` and `topk_logits` hold `topk_sizes
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,27 @@ class CacheRow:
     chunk_student: Int[np.ndarray, "chunks 2"] | None
     chunk_teacher: Int[np.ndarray, "chunks 2"] | None
     chunk_logp: Float[np.ndarray, " chunks"] | None
+
+
+def without_masks(row: CacheRow) -> CacheRow:
+    """The same example with nothing masked and nothing maskable: it weighs nothing in any loss."""
+    none, number = np.zeros(0, np.int32), np.zeros(0, np.float32)
+    spans = None if row.chunk_logp is None else np.zeros((0, 2), np.int32)
+    return dataclasses.replace(
+        row,
+        prompt_length=len(row.student_ids),
+        masked=none,
+        teacher_masked=None if row.teacher_masked is None else none,
+        split=np.zeros(0, bool),
+        gold_logit=number,
+        logsumexp=row.logsumexp[:0],
+        topk_sizes=None if row.topk_sizes is None else none,
+        topk_ids=None if row.topk_ids is None else none,
+        topk_logits=None if row.topk_logits is None else number,
+        chunk_student=spans,
+        chunk_teacher=spans,
+        chunk_logp=None if row.chunk_logp is None else number,
+    )
 
 
 def to_table(rows: list[CacheRow]) -> pa.Table:

@@ -20,7 +20,7 @@ from torch import Tensor
 from shared.errors import TideError
 from shared.manifest import Manifest
 from shared.noise import generator
-from shared.schema import CacheRow
+from shared.schema import CacheRow, without_masks
 from shared.shards import Unit, read_shard, shard_counts
 from student_train.collate import collate
 
@@ -35,7 +35,11 @@ class _Window:
 
 
 class BatchDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """`total` batches of a training run, or, where `total` is None, `epochs` epochs of them."""
+    """`total` batches of a training run, or, where `total` is None, `epochs` epochs of them.
+
+    Items are what one process takes at a time. With `processes` > 1 item number i is part i mod `processes` of a
+    batch of `batch_size` · `processes` rows, so a step sees the same rows however many processes share it.
+    """
 
     def __init__(
         self,
@@ -47,9 +51,11 @@ class BatchDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         epochs: float,
         total: int | None = None,
         window_parts: int = 8,
+        processes: int = 1,
     ) -> None:
         self._cache, self._manifest = cache, manifest
-        self._batch_size, self._seed, self._window_parts = batch_size, seed, window_parts
+        self._seed, self._window_parts = seed, window_parts
+        self._batch_size, self._processes = batch_size * processes, processes
         self._rows = self._count_rows()
         self._plan_cached = lru_cache(maxsize=4)(self._plan)
         self._read_window = lru_cache(maxsize=2)(self._read_window_uncached)
@@ -89,21 +95,27 @@ class BatchDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         return windows
 
     def __len__(self) -> int:
-        return self._total
+        return self._total * self._processes
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Batch number `index` of the run."""
+        """Item number `index` of the run."""
         return collate(self.rows(index), self._manifest)
 
     def rows(self, index: int) -> list[CacheRow]:
-        """The rows of batch number `index`."""
+        """The rows of item number `index`. Where a last batch has fewer rows than processes, some get a row that
+        another has too, with nothing of it masked.
+        """
+        index, part = divmod(index, self._processes)
         epoch = 0
         while index >= (count := self.batches_in(epoch)):
             index -= count
             epoch += 1
         window = next(w for w in self._plan_cached(epoch) if index < w.first + w.count)
         rows, batches = self._read_window(epoch, window)
-        return [rows[i] for i in batches[index - window.first]]
+        mine = batches[index - window.first][part :: self._processes]
+        if not mine:
+            return [without_masks(rows[batches[index - window.first][0]])]
+        return [rows[i] for i in mine]
 
     def _read_window_uncached(self, epoch: int, window: _Window) -> tuple[list[CacheRow], list[list[int]]]:
         draw = epoch % self._manifest.draws

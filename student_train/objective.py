@@ -6,7 +6,8 @@ batches and processes and divides once, so that the gradient is that of one larg
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,51 @@ def objective(logits: Float[Tensor, "n vocab"], targets: Targets, distillation: 
     return Sums(ce, extra)
 
 
+def slice_targets(targets: Targets, size: int) -> Iterator[tuple[slice, Targets]]:
+    """The targets cut into runs of about `size` rows, none of which parts the rows of one chunk.
+
+    Sums over the parts add up to those over the whole. A chunk's rows must follow each other, as `collate` has them.
+    """
+    n = targets.gold.shape[0]
+    edges = _edges(targets.chunks, n, size)
+    for start, end in itertools.pairwise(edges):
+        part = slice(start, end)
+        topk = chunks = None
+        if targets.topk is not None:
+            all_ = targets.topk
+            lse = {t: values[part] for t, values in all_.logsumexp.items()}
+            topk = TopKTargets(all_.ids[part], all_.logits[part], all_.kept[part], lse)
+        if targets.chunks is not None:
+            chunks = _slice_chunks(targets.chunks, start, end)
+        yield part, Targets(targets.gold[part], targets.t[part], topk, chunks)
+
+
+def _edges(chunks: ChunkTargets | None, n: int, size: int) -> list[int]:
+    """0, …, n: steps of `size`, moved back where they would part a chunk."""
+    if n <= size:
+        return [0, n] if n else []
+    inside = torch.zeros(n + 1, dtype=torch.bool)
+    if chunks is not None and chunks.rows.numel():
+        rows, owner = chunks.rows.cpu(), chunks.chunk_of.cpu()
+        inside[rows[1:][owner[1:] == owner[:-1]]] = True
+    allowed = torch.nonzero(~inside).squeeze(1).tolist()
+    edges, i = [0], 0
+    while edges[-1] < n:
+        wanted = edges[-1] + size
+        while i + 1 < len(allowed) and allowed[i + 1] <= wanted:
+            i += 1
+        if allowed[i] <= edges[-1]:  # one chunk longer than a slice
+            i += 1
+        edges.append(allowed[i])
+    return edges
+
+
+def _slice_chunks(chunks: ChunkTargets, start: int, end: int) -> ChunkTargets:
+    mine = (chunks.rows >= start) & (chunks.rows < end)
+    owners, renumbered = torch.unique_consecutive(chunks.chunk_of[mine], return_inverse=True)
+    return ChunkTargets(chunks.rows[mine] - start, renumbered, chunks.teacher_logp[owners], chunks.t[owners])
+
+
 def _token_term(
     logits: Float[Tensor, "n vocab"], targets: Targets, settings: KL | ReverseKL, progress: float
 ) -> Float[Tensor, ""]:
@@ -121,13 +167,19 @@ def _chunk_term(
     return (weight * term(student, target)).sum()
 
 
-def total(sums: Sums, counts: Counts, distillation: Distillation, weight: float) -> Float[Tensor, ""]:
-    """CE / maskable + weight · distillation / (masked or active chunks). A count of 0 contributes 0."""
-    loss = sums.denoise / counts.maskable.clamp_min(1)
+def parts_of(sums: Sums, counts: Counts, distillation: Distillation) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """CE per maskable token, distillation per masked token or active chunk. A count of 0 contributes 0."""
+    denoised = sums.denoise / counts.maskable.clamp_min(1)
     match distillation:
         case NoDistillation():
-            return loss
+            return denoised, torch.zeros_like(denoised)
         case KL() | ReverseKL():
-            return loss + weight * sums.distillation / counts.masked.clamp_min(1)
+            return denoised, sums.distillation / counts.masked.clamp_min(1)
         case Calm() | ReverseCalm():
-            return loss + weight * sums.distillation / counts.chunks.clamp_min(1)
+            return denoised, sums.distillation / counts.chunks.clamp_min(1)
+
+
+def total(sums: Sums, counts: Counts, distillation: Distillation, weight: float) -> Float[Tensor, ""]:
+    """loss = CE + weight · distillation, each divided by its own count."""
+    denoised, distilled = parts_of(sums, counts, distillation)
+    return denoised if isinstance(distillation, NoDistillation) else denoised + weight * distilled

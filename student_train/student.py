@@ -122,6 +122,26 @@ def _new_student(settings: StudentConfig, tokenizer: Tokenizer, mask_id: int) ->
     return model_class(config)
 
 
+def masked_hidden(
+    model: Any,
+    noised: Int[Tensor, "batch length"],
+    clean: Int[Tensor, "batch length"],
+    valid: Bool[Tensor, "batch length"],
+    row: Int[Tensor, " n"],
+    column: Int[Tensor, " n"],
+    block: int,
+) -> Float[Tensor, "n width"]:
+    """Last hidden states at the masked positions (row, column) of x_t, from one pass over [x_t ; x_0]."""
+    batch, length = noised.shape
+    output = model.model(
+        input_ids=torch.cat([noised, clean], dim=1),
+        attention_mask=block_diffusion_batch(valid, block),
+        position_ids=repeat_positions(length, batch, noised.device),
+        use_cache=False,
+    )
+    return output.last_hidden_state[row, column]
+
+
 def masked_logits(
     model: Any,
     noised: Int[Tensor, "batch length"],
@@ -131,12 +151,5 @@ def masked_logits(
     column: Int[Tensor, " n"],
     block: int,
 ) -> Float[Tensor, "n vocab"]:
-    """Logits at the masked positions (row, column) of x_t, and at no other: the LM head runs on gathered rows."""
-    batch, length = noised.shape
-    hidden = model.model(
-        input_ids=torch.cat([noised, clean], dim=1),
-        attention_mask=block_diffusion_batch(valid, block),
-        position_ids=repeat_positions(length, batch, noised.device),
-        use_cache=False,
-    ).last_hidden_state
-    return model.lm_head(hidden[row, column])
+    """Logits at the masked positions, and at no other: the LM head runs on gathered rows."""
+    return model.lm_head(masked_hidden(model, noised, clean, valid, row, column, block))

@@ -21,13 +21,15 @@ from shared.config import LengthConfig, TrainConfig, build, to_plain
 from shared.errors import TideError
 from shared.manifest import Manifest, differences, load_manifest
 from shared.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL
-from student_train.collate import counts_of, targets_of
+from student_train.collate import counts_of
 from student_train.evaluate import HeldOut, masked_nll, prepare_heldout, student_predictor
+from student_train.fused_head import LossSettings
 from student_train.loader import BatchDataset
-from student_train.objective import objective, total
+from student_train.objective import parts_of
 from student_train.resumable import ResumableTrainer, training_arguments
 from student_train.schedules import training_strength
-from student_train.student import embedding_rows, load_student, masked_logits
+from student_train.step import train_on_loss
+from student_train.student import embedding_rows, load_student
 
 
 class StudentTrainer(ResumableTrainer):
@@ -46,46 +48,41 @@ class StudentTrainer(ResumableTrainer):
         return self.state.global_step / max(self.state.max_steps, 1)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """The batches of one optimizer step, and the denominators over all of them."""
+        """The batches of one optimizer step, and the denominators over all of them, on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.zeros(3, dtype=torch.float64, device=device)
         for batch in batches:
             counts += batch["counts"].to(device)
-        return batches, counts
+        return batches, self.accelerator.reduce(counts, "sum")
 
     def compute_loss(  # type: ignore[override]
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """The step's share of the loss; gradients of accumulated batches add up to the whole."""
-        logits = masked_logits(
-            model,
-            inputs["noised"],
-            inputs["clean"],
-            inputs["valid"],
-            inputs["row"],
-            inputs["column"],
-            self._block,
-        )
-        settings = self._config.distillation
-        sums = objective(logits, targets_of(inputs, self._manifest.temperatures), settings, self.progress)
-        counts = counts_of(num_items_in_batch)
-        with torch.no_grad():
-            extra = total(sums, counts, settings, 1.0) - sums.denoise / counts.maskable.clamp_min(1)
-            self._parts = self._parts.to(logits.device)
-            self._parts += torch.stack([sums.denoise / counts.maskable.clamp_min(1), extra, torch.ones_like(extra)])
-        return total(sums, counts, settings, self._config.weight)
+        """This process's share of the step's loss. Gradients over processes and accumulated batches add up to those
+        of one large batch: counts are global, and DDP's mean over processes is undone.
+        """
+        config, counts = self._config, counts_of(num_items_in_batch)
+        settings = LossSettings(config.distillation, config.weight, counts, self.progress)
+        loss, sums = model(batch=inputs, settings=settings)
+        parts = parts_of(sums, counts, config.distillation)
+        self._parts = self._parts.to(loss.device)
+        self._parts += torch.stack([*parts, torch.ones_like(loss)]).detach()
+        return loss * self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the loss's parts and λ to the training logs."""
         if "loss" in logs:
-            denoise, distillation, batches = self._parts.tolist()
-            steps = max(batches / self._config.accumulation, 1)
+            summed: Any = self.accelerator.reduce(self._parts, "sum")
+            denoise, distillation, batches = summed.tolist()
+            steps = max(batches / (self._config.accumulation * self.accelerator.num_processes), 1)
             logs = {**logs, "denoise": denoise / steps, "distillation": distillation / steps}
             tidal = getattr(self._config.distillation, "tidal", None)
             if tidal is not None:
                 logs["tidal_lambda_train"] = training_strength(tidal, self.progress)
             self._parts.zero_()
         super().log(logs, *args, **kwargs)
+        if not self.is_world_process_zero():
+            return
         progress = {"step": self.state.global_step, "max_steps": self.state.max_steps, **logs}
         write_bytes(self._config.out / "progress.json", (json.dumps(progress) + "\n").encode())
 
@@ -133,10 +130,11 @@ def check_objective(settings: Distillation, manifest: Manifest, cache: Path) -> 
         )
 
 
-def _settle_run_folder(config: TrainConfig, manifest: Manifest) -> None:
+def _settle_run_folder(config: TrainConfig, manifest: Manifest, processes: int) -> None:
     """Write what this run is, or refuse to go on with another one."""
     this = json.loads(json.dumps({"config": to_plain(config), "cache": manifest.digest, "draws": manifest.draws}))
     this["config"].pop("out")
+    this["config"]["batch_size"] *= processes  # the same rows make a step, however many processes share them
     path = config.out / "run.json"
     if path.exists():
         try:
@@ -163,8 +161,7 @@ def train_student(config: TrainConfig) -> dict[str, float]:
     set_seed(config.seed)
     model, tokenizer = load_student(config.student, config.cache, manifest)
     _check_ids(model, manifest)
-    if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise TideError(f"training was started in {world} processes", expected="one", fix="start it without torchrun")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     dataset = BatchDataset(
         config.cache,
         manifest,
@@ -172,13 +169,16 @@ def train_student(config: TrainConfig) -> dict[str, float]:
         seed=config.seed,
         epochs=config.epochs,
         total=config.max_steps * config.accumulation if config.max_steps > 0 else None,
+        processes=processes,
     )
-    steps = math.ceil(len(dataset) / config.accumulation)
+    steps = math.ceil(len(dataset) / (config.accumulation * processes))
     heldout = None
     if config.heldout is not None:
         mask_id = manifest.fingerprint["student"]["mask_id"]
         heldout = prepare_heldout(config.heldout, lengths, tokenizer, mask_id, config.heldout_draws)
-    _settle_run_folder(config, manifest)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _settle_run_folder(config, manifest, processes)
+    train_on_loss(model, lengths.block, manifest.temperatures)
     trainer = StudentTrainer(
         model=model,
         args=_arguments(config, steps, heldout is not None),
@@ -246,5 +246,6 @@ def _arguments(config: TrainConfig, steps: int, evaluates: bool) -> Any:
         eval_strategy="steps" if evaluates else "no",
         eval_steps=config.eval_steps,
         report_to=["tensorboard"],
+        ddp_find_unused_parameters=False,
         **({"use_cpu": True} if config.device == "cpu" else {}),
     )

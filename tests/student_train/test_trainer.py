@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -179,11 +178,3 @@ def test_tidal_with_a_reverse_objective_works_and_warns(caches: dict[str, Path])
     for settings in (ReverseKL(tidal=Tidal()), ReverseCalm(tidal=Tidal())):
         with pytest.warns(UserWarning, match="the paper advises against"):
             check_objective(settings, load_manifest(caches["tiny-shared"]), Path("c"))
-
-
-def test_several_processes_are_refused_until_they_are_right(
-    caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
-    with pytest.raises(TideError, match="2 processes"):
-        train_student(config(caches["tiny-cross"], tmp_path))
