@@ -6,6 +6,7 @@ from rich.console import Console
 
 from pipelines.bench.alignment import bench_alignment
 from pipelines.bench.engines import bench_engines
+from pipelines.bench.head import bench_head
 from pipelines.bench.stage_one import bench_stage_one
 from pipelines.bench.training import bench_training
 from shared.errors import TideError
@@ -15,6 +16,7 @@ TABLES = {
     "engines": bench_engines,
     "stage-one": bench_stage_one,
     "training": bench_training,
+    "head": bench_head,
 }
 
 

@@ -18,13 +18,17 @@ from shared.attention import full
 from shared.config import StudentConfig
 from shared.manifest import load_manifest
 from shared.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL, Tidal
-from student_train.collate import counts_of, targets_of
+from student_train.collate import counts_of
+from student_train.fused_head import LossSettings
 from student_train.loader import BatchDataset
-from student_train.objective import objective, total
-from student_train.student import load_student, masked_logits
+from student_train.step import train_on_loss
+from student_train.student import load_student
 from teacher_cache.build import build_cache
-from teacher_cache.plan import make_plan
-from teacher_cache.teachers.loading import load_model
+from teacher_cache.costs import size_of
+from teacher_cache.teachers.loading import random_model
+
+_BATCH = 8
+_STUDENT = StudentConfig(hidden_size=256, layers=6, heads=4, kv_heads=2, intermediate_size=768)
 
 
 def bench_training() -> Table:
@@ -40,7 +44,8 @@ def bench_training() -> Table:
 
 
 def _measure(caches: dict[str, Path]) -> Table:
-    table = Table("cache", "objective", "step ÷ step with CE only", title="Training steps, batch of 16")
+    title = f"Training steps, batch of {_BATCH}; every step runs the student forward and backward"
+    table = Table("cache", "objective", "step ÷ step with CE only", title=title)
     variants: dict[str, list[Distillation]] = {
         "tiny-cross": [Calm(), ReverseCalm(), Calm(tidal=Tidal())],
         "tiny-shared": [KL(), ReverseKL(), KL(tidal=Tidal())],
@@ -48,32 +53,41 @@ def _measure(caches: dict[str, Path]) -> Table:
     for name, cache in caches.items():
         manifest = load_manifest(cache)
         torch.manual_seed(0)
-        model, _ = load_student(StudentConfig(), cache, manifest)
-        batch = BatchDataset(cache, manifest, batch_size=16, seed=0, epochs=1)[0]
+        model, _ = load_student(_STUDENT, cache, manifest)
+        train_on_loss(model, 32, manifest.temperatures)
+        dataset = BatchDataset(cache, manifest, batch_size=_BATCH, seed=0, epochs=1.0)
+        batch = dataset[0]
 
-        def step(settings: Distillation, model: Any = model, batch: Any = batch, manifest: Any = manifest) -> None:
+        def step(settings: Distillation, model: Any = model, batch: Any = batch) -> None:
             model.zero_grad()
-            keys = ("noised", "clean", "valid", "row", "column")
-            logits = masked_logits(model, *(batch[k] for k in keys), block=32)
-            sums = objective(logits, targets_of(batch, manifest.temperatures), settings, 0.5)
-            total(sums, counts_of(batch["counts"]), settings, 1.0).backward()
+            model(batch=batch, settings=LossSettings(settings, 1.0, counts_of(batch["counts"]), 0.5))[0].backward()
 
         jobs: dict[str, Callable[[], object]] = {"CE only": lambda step=step: step(NoDistillation())}
         for settings in variants[name]:
             label = settings.type + (" + TIDAL" if getattr(settings, "tidal", None) else "")
             jobs[label] = lambda step=step, settings=settings: step(settings)
         if name == "tiny-shared":
-            jobs["kl, teacher online (two passes)"] = _online(step, batch, cache.with_name("online"))
+            teacher = _teacher(model)
+            ratio = size_of(teacher).active / size_of(model).active
+            jobs[f"kl, a teacher {ratio:.1f} times as large in the loop"] = _online(step, batch, teacher)
+            jobs["loading a batch"] = lambda dataset=dataset: dataset[0]
         seconds = side_by_side(jobs)
         for label, value in seconds.items():
             table.add_row(name, label, f"{value / seconds['CE only']:.2f}")
     return table
 
 
-def _online(step: Callable[[Distillation], None], batch: dict[str, Tensor], folder: Path) -> Callable[[], object]:
-    """A step that also runs the teacher's two CompDemo passes, as training without a cache would."""
-    plan = make_plan(cache_config("tiny-shared", None, [], out=folder))
-    teacher: Any = load_model(plan.checkpoint, plan.entry.architecture, torch.float32)
+def _teacher(student: Any) -> Any:
+    """A random teacher about 13 times the student's size without embeddings, as 8B is to 0.6B."""
+    config = {**student.config.to_dict(), "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072,
+              "num_hidden_layers": 5, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64,
+              "rope_theta": 10_000.0}  # fmt: skip
+    config.pop("rope_parameters")
+    return random_model("qwen3", config, torch.float32)
+
+
+def _online(step: Callable[[Distillation], None], batch: dict[str, Tensor], teacher: Any) -> Callable[[], object]:
+    """A step that also runs the two CompDemo passes of `teacher`, as training without a cache would."""
 
     def job() -> None:
         with torch.inference_mode():
