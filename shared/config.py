@@ -230,6 +230,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     device: Literal["auto", "cpu"] = "auto"
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     checkpoint_steps: int = 500
     log_steps: int = 10
     heldout: DataConfig | None = None

@@ -27,9 +27,9 @@ def load_student(settings: StudentConfig, cache: Path, manifest: Manifest) -> tu
     Without a checkpoint the weights are random (seed torch first) and the tokenizer is the cache's own copy. A
     mask token that the tokenizer lacks is added at the end, where the cache expects it.
     """
-    wanted = manifest.fingerprint["student"]
     checkpoint = None if settings.checkpoint is None else open_checkpoint(settings.checkpoint)
     tokenizer = Tokenizer.load(cache / "student_tokenizer" if checkpoint is None else checkpoint.folder)
+    wanted = manifest.fingerprint["student"]
     if tokenizer.fingerprint != wanted["tokenizer"]:
         raise TideError(
             f"the cache {cache} was built for another student tokenizer "
@@ -37,6 +37,13 @@ def load_student(settings: StudentConfig, cache: Path, manifest: Manifest) -> tu
             expected="the tokenizer given to `tide cache` as --student-tokenizer",
             fix=f"train a student with that tokenizer, or build a cache with --student-tokenizer {tokenizer.name}",
         )
+    return student_for(settings, tokenizer, manifest), tokenizer
+
+
+def student_for(settings: StudentConfig, tokenizer: Tokenizer, manifest: Manifest) -> PreTrainedModel:
+    """The student's model for `tokenizer`, to which the mask token is added where it lacks one."""
+    wanted = manifest.fingerprint["student"]
+    checkpoint = None if settings.checkpoint is None else open_checkpoint(settings.checkpoint)
     mask_id = add_mask_token(tokenizer, wanted["mask_token"])
     if mask_id != wanted["mask_id"]:
         raise TideError(
@@ -54,7 +61,7 @@ def load_student(settings: StudentConfig, cache: Path, manifest: Manifest) -> tu
         model._keys_to_ignore_on_save = {"lm_head.weight"}  # no alarm about it when a checkpoint is resumed
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    return model, tokenizer
+    return model
 
 
 def student_architecture(checkpoint: Checkpoint) -> str:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from shared.config import LengthConfig, TrainConfig, build, to_plain
 from shared.errors import TideError
 from shared.manifest import Manifest, differences, load_manifest
 from shared.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL
-from student_train.collate import counts_of
+from shared.tokenizers import Tokenizer
+from student_train.collate import counts_of, targets_of
 from student_train.evaluate import HeldOut, masked_nll, prepare_heldout, student_predictor
 from student_train.fused_head import LossSettings
 from student_train.loader import BatchDataset
@@ -30,6 +31,7 @@ from student_train.resumable import ResumableTrainer, training_arguments
 from student_train.schedules import training_strength
 from student_train.step import train_on_loss
 from student_train.student import embedding_rows, load_student
+from student_train.watch import Watch, mass_in_topk, stop_at_nonfinite
 
 
 class StudentTrainer(ResumableTrainer):
@@ -40,7 +42,19 @@ class StudentTrainer(ResumableTrainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._config, self._manifest, self._block, self._heldout = config, manifest, block, heldout
-        self._parts = torch.zeros(3, dtype=torch.float64)  # denoise, distillation, batches since the last log
+        self._watch, self._batches_done = Watch(), 0
+        self.at_item: Callable[[int, Any, dict[str, Tensor], LossSettings], None] | None = None
+        """Called before each batch with its number in the run, for `tide replay`."""
+
+    @property
+    def block(self) -> int:
+        """Block of the student's block diffusion."""
+        return self._block
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """Temperatures that the cache has."""
+        return self._manifest.temperatures
 
     @property
     def progress(self) -> float:
@@ -53,7 +67,14 @@ class StudentTrainer(ResumableTrainer):
         counts = torch.zeros(3, dtype=torch.float64, device=device)
         for batch in batches:
             counts += batch["counts"].to(device)
+        self._batches_done = 0
         return batches, self.accelerator.reduce(counts, "sum")
+
+    @property
+    def _item(self) -> int:
+        """The number in the data set of the batch at hand."""
+        done = self.state.global_step * self._config.accumulation + self._batches_done
+        return done * self.accelerator.num_processes + self.accelerator.process_index
 
     def compute_loss(  # type: ignore[override]
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -63,28 +84,41 @@ class StudentTrainer(ResumableTrainer):
         """
         config, counts = self._config, counts_of(num_items_in_batch)
         settings = LossSettings(config.distillation, config.weight, counts, self.progress)
+        if self.at_item is not None:
+            self.at_item(self._item, model, inputs, settings)
         loss, sums = model(batch=inputs, settings=settings)
-        parts = parts_of(sums, counts, config.distillation)
-        self._parts = self._parts.to(loss.device)
-        self._parts += torch.stack([*parts, torch.ones_like(loss)]).detach()
+        with torch.no_grad():
+            mass = None
+            if isinstance(config.distillation, KL | ReverseKL):
+                topk = targets_of(inputs, self._manifest.temperatures).topk
+                mass = mass_in_topk(topk, config.distillation.temperature)
+            self._watch.add(self._item, loss, parts_of(sums, counts, config.distillation), inputs, mass)
+        self._batches_done += 1
         return loss * self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the loss's parts and λ to the training logs."""
+        """Adds what is watched and λ to the training logs. TideError where a loss was not finite."""
+        self.refuse_nonfinite()
         if "loss" in logs:
-            summed: Any = self.accelerator.reduce(self._parts, "sum")
-            denoise, distillation, batches = summed.tolist()
-            steps = max(batches / (self._config.accumulation * self.accelerator.num_processes), 1)
-            logs = {**logs, "denoise": denoise / steps, "distillation": distillation / steps}
+            logs = {**logs, **self._watch.read(self.accelerator, self._config.accumulation)}
             tidal = getattr(self._config.distillation, "tidal", None)
             if tidal is not None:
                 logs["tidal_lambda_train"] = training_strength(tidal, self.progress)
-            self._parts.zero_()
         super().log(logs, *args, **kwargs)
         if not self.is_world_process_zero():
             return
         progress = {"step": self.state.global_step, "max_steps": self.state.max_steps, **logs}
         write_bytes(self._config.out / "progress.json", (json.dumps(progress) + "\n").encode())
+
+    def refuse_nonfinite(self) -> None:
+        """TideError, with the batch saved, where a loss since the start was not finite."""
+        item = self._watch.bad_item(self.accelerator)
+        if item < 0:
+            return
+        dataset: Any = self.train_dataset
+        number = item // self.accelerator.num_processes
+        step = number // self._config.accumulation
+        raise stop_at_nonfinite(self._config.out, step, number, dataset.rows(item), dataset[item])
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out masked NLL; logged as eval_heldout_nll and eval_heldout_bits_per_byte."""
@@ -150,11 +184,8 @@ def _settle_run_folder(config: TrainConfig, manifest: Manifest, processes: int) 
         write_bytes(path, (json.dumps(this, indent=2) + "\n").encode())
 
 
-def train_student(config: TrainConfig) -> dict[str, float]:
-    """Train (or go on training) a student from a cache; return its final metrics.
-
-    The result is `out/model`, which transformers loads as is, and `out/history.json`, the logged curve.
-    """
+def make_trainer(config: TrainConfig) -> tuple[StudentTrainer, Tokenizer]:
+    """Everything that a run needs, checked. TideError where something does not fit."""
     manifest = load_manifest(config.cache)
     check_objective(config.distillation, manifest, config.cache)
     lengths = build(LengthConfig, manifest.fingerprint["lengths"])
@@ -190,8 +221,18 @@ def train_student(config: TrainConfig) -> dict[str, float]:
         block=lengths.block,
         heldout=heldout,
     )
+    return trainer, tokenizer
+
+
+def train_student(config: TrainConfig) -> dict[str, float]:
+    """Train (or go on training) a student from a cache; return its final metrics.
+
+    The result is `out/model`, which transformers loads as is, and `out/history.json`, the logged curve.
+    """
+    trainer, tokenizer = make_trainer(config)
     with _explained_full_disk(config.out):
         trainer.train_resuming()
+    trainer.refuse_nonfinite()
     metrics = {**trainer.evaluate(), "seconds": trainer.seconds_trained}
     if trainer.is_world_process_zero():
         final = trainer.accelerator.unwrap_model(trainer.model)
@@ -245,7 +286,7 @@ def _arguments(config: TrainConfig, steps: int, evaluates: bool) -> Any:
         logging_steps=config.log_steps,
         eval_strategy="steps" if evaluates else "no",
         eval_steps=config.eval_steps,
-        report_to=["tensorboard"],
+        report_to=list(config.report_to),
         ddp_find_unused_parameters=False,
         **({"use_cpu": True} if config.device == "cpu" else {}),
     )

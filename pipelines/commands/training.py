@@ -31,6 +31,38 @@ def train(
 
 
 @app.command()
+def fidelity(
+    teacher: Annotated[str, typer.Option(help="A teacher that shares the student's tokenizer.")] = "tiny-shared",
+    student: Annotated[str | None, typer.Option(help="A student's checkpoint; default: random weights.")] = None,
+    k: Annotated[list[int] | None, typer.Option(help="Repeatable; default 8, 32, 64, 256.")] = None,
+    temperature: Annotated[list[float] | None, typer.Option(help="Repeatable; default 1 and 2.")] = None,
+    examples: Annotated[int, typer.Option(help="Examples of the sample.")] = 16,
+    model: Annotated[str | None, typer.Option(help="Path or hub id of the teacher's weights.")] = None,
+    config: Recipe = None,
+    teachers_file: TeachersFile = None,
+    sets: Sets = None,
+) -> None:
+    """The angle between the gradient of a top-k cache and that of full logits, for k and T on a grid."""
+    from pipelines.recipes import cache_config
+    from shared.config import StudentConfig
+    from student_train.fidelity import measure_fidelity, table
+
+    settings = cache_config(teacher, config, sets or [], teachers_file, model=model, out=Path("caches/fidelity"))
+    points = measure_fidelity(
+        settings, StudentConfig(checkpoint=student), k or [8, 32, 64, 256], temperature or [1.0, 2.0], examples
+    )
+    typer.echo("\n".join(table(points)))
+
+
+@app.command()
+def replay(run: Annotated[Path, typer.Argument(help="A run that stopped because a loss was not finite.")]) -> None:
+    """Go to the step whose loss was not finite again, and show where it breaks."""
+    from student_train.replay import replay as replay_run
+
+    typer.echo(replay_run(run))
+
+
+@app.command()
 def export(
     source: Annotated[Path, typer.Argument(help="A student's folder, such as runs/NAME/model.")],
     target: Annotated[Path, typer.Argument(help="A new folder.")],

@@ -48,7 +48,14 @@ def config(cache: Path, out: Path, **changes: Any) -> TrainConfig:
 def curve(out: Path) -> list[dict[str, Any]]:
     """The logged history without what a clock says."""
     steps = json.loads((out / "history.json").read_text())["steps"]
-    clock = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "train_loss"}
+    clock = {
+        "train_runtime",
+        "train_samples_per_second",
+        "train_steps_per_second",
+        "total_flos",
+        "train_loss",
+        "tokens_per_second",
+    }
     return [{k: v for k, v in entry.items() if k not in clock} for entry in steps if "train_runtime" not in entry]
 
 
