@@ -6,19 +6,14 @@ distillation term differs. The undistilled student trains on the same cache and 
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from pipelines.grid import Job, train_all
 from pipelines.recipes import cache_config, packaged_recipe, train_config
 from pipelines.report import Run, find_runs, write_report
 from shared.config import DataConfig, LengthConfig
@@ -56,8 +51,7 @@ def run_demo(out: Path, seeds: int) -> Path:
     for teacher in ("tiny-cross", "tiny-shared"):
         build_cache(cache_config(teacher, None, [], out=out / "caches" / teacher))
     cached = time.monotonic() - started
-    jobs = [(variant, seed) for seed in range(seeds) for variant in VARIANTS]
-    _train_all(out, jobs)
+    train_all([_job(out, variant, seed) for seed in range(seeds) for variant in VARIANTS])
     runs = find_runs(out)
     lengths = cache_config("tiny-shared", None, []).lengths
     training = train_config("tiny-shared", None, [])
@@ -74,55 +68,12 @@ def run_demo(out: Path, seeds: int) -> Path:
     return write_report(out, head, tail)
 
 
-def _train_all(out: Path, jobs: list[tuple[Variant, int]]) -> None:
-    """Train the students, as many at a time as there are cores, one thread each, under one progress bar."""
-    waiting = list(jobs)
-    running: dict[subprocess.Popen[bytes], Path] = {}
-    folders = [out / f"{variant.name}-seed{seed}" for variant, seed in jobs]
-    with tqdm(total=None, unit="step", desc=f"train {len(jobs)} students", smoothing=0.05) as bar:
-        try:
-            while waiting or running:
-                while waiting and len(running) < (os.cpu_count() or 1):
-                    variant, seed = waiting.pop(0)
-                    folder = out / f"{variant.name}-seed{seed}"
-                    if not (folder / "history.json").exists():
-                        running[_start(out, variant, seed, folder)] = folder
-                time.sleep(0.5)
-                _update(bar, folders)
-                for process in [p for p in running if p.poll() is not None]:
-                    folder = running.pop(process)
-                    if process.returncode != 0:
-                        log = (folder / "log.txt").read_text(errors="replace")[-2000:]
-                        raise TideError(f"training {folder.name} failed (exit {process.returncode}):\n{log}")
-        finally:
-            for process in running:
-                process.terminate()
-            for process in running:
-                process.wait()
-
-
-def _start(out: Path, variant: Variant, seed: int, folder: Path) -> subprocess.Popen[bytes]:
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pipelines.cli", "train", "--config", str(packaged_recipe(variant.teacher))]
-    command += ["--cache", str(out / "caches" / variant.teacher), "--out", str(folder), "--seed", str(seed)]
+def _job(out: Path, variant: Variant, seed: int) -> Job:
+    arguments = ["--config", str(packaged_recipe(variant.teacher)), "--seed", str(seed)]
+    arguments += ["--cache", str(out / "caches" / variant.teacher)]
     if not variant.distilled:
-        command += ["--set", 'distillation={type="none"}']
-    with (folder / "log.txt").open("wb") as log:
-        return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-
-
-def _update(bar: Any, folders: list[Path]) -> None:
-    done, longest = 0, 0
-    for folder in folders:
-        try:
-            state = json.loads((folder / "progress.json").read_text())
-        except (OSError, json.JSONDecodeError):
-            continue
-        done, longest = done + state["step"], max(longest, state["max_steps"])
-    bar.total = longest * len(folders) or None
-    bar.update(done - bar.n)
+        arguments += ["--set", 'distillation={type="none"}']
+    return Job(out / f"{variant.name}-seed{seed}", tuple(arguments))
 
 
 def verdicts(runs: list[Run]) -> str:

@@ -27,6 +27,12 @@ def _recipe_for(teacher: str, teachers_file: Path | None) -> Path:
     return packaged_recipe("shared" if find_teacher(teacher, teachers_file).student_tokens else "cross")
 
 
+def own_recipe(teacher: str, section: str) -> dict[str, Any]:
+    """A table of the recipe that belongs to `teacher`."""
+    path = _recipe_for(teacher, None)
+    return dict(_section(read_toml(path), section, path))
+
+
 def _section(values: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
     unknown = set(values) - {"cache", "train"}
     if unknown:

@@ -31,6 +31,18 @@ def train(
 
 
 @app.command()
+def ablate(
+    recipe: Annotated[Path, typer.Argument(help="A grid, such as pipelines/recipes/paper.toml.")],
+    out: Annotated[Path | None, typer.Option(help="Where caches, runs and the report go.")] = None,
+    at_once: Annotated[int | None, typer.Option(help="Students that train at a time (default: one a core).")] = None,
+) -> None:
+    """Train a grid of variants and seeds over shared caches, and report. Run again to resume."""
+    from pipelines.ablate import run_ablation
+
+    typer.echo(run_ablation(recipe, out or Path("runs") / recipe.stem, at_once).read_text())
+
+
+@app.command()
 def fidelity(
     teacher: Annotated[str, typer.Option(help="A teacher that shares the student's tokenizer.")] = "tiny-shared",
     student: Annotated[str | None, typer.Option(help="A student's checkpoint; default: random weights.")] = None,

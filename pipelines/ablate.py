@@ -1,0 +1,128 @@
+"""`tide ablate RECIPE`: a grid of students over shared caches, seeds × variants, and one report."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict
+
+from pipelines.grid import Job, train_all
+from pipelines.recipes import own_recipe
+from pipelines.report import find_runs, write_report
+from shared.config import CacheConfig, TrainConfig, build, read_toml
+from shared.errors import TideError
+from teacher_cache.build import build_cache
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the grid: a cache, and what differs from the base settings of training."""
+
+    __pydantic_config__ = _STRICT
+    cache: str
+    train: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The recipe of an ablation. `caches` and `train` are parts of `CacheConfig` and `TrainConfig`."""
+
+    __pydantic_config__ = _STRICT
+    caches: dict[str, dict[str, Any]]
+    variants: dict[str, Variant]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    train: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, variant in self.variants.items():
+            if variant.cache not in self.caches:
+                raise ValueError(f"variant {name} names the cache {variant.cache!r}; there are {sorted(self.caches)}")
+
+
+def run_ablation(recipe: Path, out: Path, at_once: int | None = None) -> Path:
+    """Build the caches, train every variant at every seed, report. Run again to resume.
+
+    The whole recipe is checked before anything runs.
+    """
+    grid = build(Grid, read_toml(recipe), str(recipe))
+    caches = {name: _cache(name, values, out) for name, values in grid.caches.items()}
+    jobs = []
+    for seed in grid.seeds:
+        for name, variant in grid.variants.items():
+            values = {**grid.train, **variant.train}
+            where = f"variant {name} in {recipe}"
+            build(TrainConfig, {**values, "cache": caches[variant.cache].out, "seed": seed}, where)
+            jobs.append(Job(out / f"{name}-seed{seed}", _arguments(values, caches[variant.cache].out, seed)))
+    for config in caches.values():
+        build_cache(config)
+    train_all(jobs, at_once)
+    commands = "\n".join(
+        f"* `{name}`: `tide train {_command({**grid.train, **variant.train}, caches[variant.cache].out)}`"
+        for name, variant in grid.variants.items()
+    )
+    return write_report(out, f"# {recipe.stem}: {len(grid.variants)} variants, {len(grid.seeds)} seeds\n",
+                        f"{gains(out, grid)}\n\nThe command of each row (seed 0):\n\n{commands}\n")  # fmt: skip
+
+
+def _cache(name: str, values: Mapping[str, Any], out: Path) -> CacheConfig:
+    base = own_recipe(str(values.get("teacher", "tiny-cross")), "cache")
+    return build(CacheConfig, {**base, **values, "out": out / "caches" / name}, f"cache {name}")
+
+
+def _arguments(values: Mapping[str, Any], cache: Path, seed: int) -> tuple[str, ...]:
+    """The arguments of `tide train`: an empty base recipe and every setting as `--set`."""
+    base = ["--config", str(Path(__file__).parent / "recipes" / "empty.toml"), "--cache", str(cache)]
+    sets = [part for key, value in values.items() for part in ("--set", f"{key}={to_toml(value)}")]
+    return (*base, "--seed", str(seed), *sets)
+
+
+def _command(values: Mapping[str, Any], cache: Path) -> str:
+    """The arguments of the first seed, as one would type them in the repository."""
+    arguments = _arguments(values, cache, 0)
+    return shlex.join(["pipelines/recipes/empty.toml" if a.endswith("empty.toml") else a for a in arguments])
+
+
+def to_toml(value: Any) -> str:
+    """A value as inline TOML."""
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case int() | float():
+            return repr(value)
+        case str():
+            escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+            return f'"{escaped}"'
+        case list() | tuple():
+            return "[" + ", ".join(map(to_toml, value)) + "]"
+        case dict():
+            return "{" + ", ".join(f"{key} = {to_toml(inner)}" for key, inner in value.items()) + "}"
+    raise TideError(f"{value!r} has no form in TOML", expected="text, numbers, truth values, lists and tables")
+
+
+def gains(out: Path, grid: Grid) -> str:
+    """How much lower each variant's held-out NLL is than that of its cache's `undistilled` one, seed by seed."""
+    scores: dict[str, dict[int, float]] = {}
+    for run in find_runs(out):
+        if "eval_heldout_nll" in run.final:
+            scores.setdefault(run.variant, {})[run.seed] = run.final["eval_heldout_nll"]
+    plain = {
+        v.cache: name for name, v in grid.variants.items() if v.train.get("distillation", {}).get("type") == "none"
+    }
+    lines = ["| variant | nats a token below undistilled, mean | by seed |", "|---|---|---|"]
+    for name, variant in grid.variants.items():
+        teacher = grid.caches[variant.cache].get("teacher")
+        base = plain.get(variant.cache) or next(
+            (n for c, n in plain.items() if grid.caches[c].get("teacher") == teacher), None
+        )
+        if base is None or base == name or name not in scores or base not in scores:
+            continue
+        found = [scores[base][seed] - scores[name][seed] for seed in sorted(scores[base].keys() & scores[name].keys())]
+        lines.append(f"| {name} | {statistics.mean(found):+.3f} | {', '.join(f'{x:+.3f}' for x in found)} |")
+    return "\n".join(lines)

@@ -1,0 +1,79 @@
+"""Many trainings, a few at a time: each is a `tide train` of its own, and finished ones are not done again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from shared.errors import TideError
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: its folder and the arguments of `tide train`."""
+
+    folder: Path
+    arguments: tuple[str, ...]
+
+    @property
+    def finished(self) -> bool:
+        """Whether it came to its end."""
+        return (self.folder / "history.json").exists()
+
+
+def train_all(jobs: Sequence[Job], at_once: int | None = None) -> None:
+    """Train all, `at_once` at a time (default: as many as there are cores, one thread each), under one bar.
+
+    TideError with the end of its log where one fails. Interrupted and called again, it goes on where it stopped.
+    """
+    waiting = [job for job in jobs if not job.finished]
+    running: dict[subprocess.Popen[bytes], Job] = {}
+    limit = at_once or os.cpu_count() or 1
+    with tqdm(total=None, unit="step", desc=f"train {len(jobs)} students", smoothing=0.05) as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < limit:
+                    job = waiting.pop(0)
+                    running[_start(job)] = job
+                time.sleep(0.5)
+                _update(bar, [job.folder for job in jobs])
+                for process in [p for p in running if p.poll() is not None]:
+                    folder = running.pop(process).folder
+                    if process.returncode != 0:
+                        log = (folder / "log.txt").read_text(errors="replace")[-2000:]
+                        raise TideError(f"training {folder.name} failed (exit {process.returncode}):\n{log}")
+        finally:
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.wait()
+
+
+def _start(job: Job) -> subprocess.Popen[bytes]:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pipelines.cli", "train", *job.arguments, "--out", str(job.folder)]
+    with (job.folder / "log.txt").open("wb") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+
+
+def _update(bar: Any, folders: list[Path]) -> None:
+    done, longest = 0, 0
+    for folder in folders:
+        try:
+            state = json.loads((folder / "progress.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            continue
+        done, longest = done + state["step"], max(longest, state["max_steps"])
+    bar.total = longest * len(folders) or None
+    bar.update(done - bar.n)
