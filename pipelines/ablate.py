@@ -14,8 +14,9 @@ from pydantic import ConfigDict
 from pipelines.grid import Job, train_all
 from pipelines.recipes import own_recipe
 from pipelines.report import find_runs, write_report
-from shared.config import CacheConfig, TrainConfig, build, read_toml
+from shared.config import CacheConfig, TrainConfig
 from shared.errors import TideError
+from shared.settings import build, read_toml
 from teacher_cache.build import build_cache
 
 _STRICT = ConfigDict(extra="forbid")

@@ -14,6 +14,7 @@ from teacher_cache.costs import (
     sampled_workload,
     size_of,
 )
+from teacher_cache.engines.choose import settle_engine
 from teacher_cache.plan import make_plan
 from teacher_cache.teachers.checkpoint import open_checkpoint
 from teacher_cache.teachers.loading import meta_model
@@ -54,6 +55,7 @@ def plan_from_statement(config: CacheConfig, examples: int, tokens: int, respons
 
 def plan_from_data(config: CacheConfig, speed: Speed) -> str:
     """A plan from the checkpoint's config, the real tokenizers and the real data. Nothing is written."""
+    config = settle_engine(config)
     plan = make_plan(config, write=False)
     return _describe(config, plan.entry, plan.checkpoint.config, sampled_workload(plan), speed)
 

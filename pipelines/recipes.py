@@ -7,8 +7,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from shared.config import CacheConfig, TrainConfig, apply_overrides, build, read_toml
+from shared.config import CacheConfig, TrainConfig
 from shared.errors import TideError
+from shared.settings import apply_overrides, build, read_toml
 from teacher_cache.teachers.registry import find_teacher
 
 DEFAULT_TEACHER = "tiny-cross"

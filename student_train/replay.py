@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.config import TrainConfig, build
+from shared.config import TrainConfig
 from shared.errors import TideError
+from shared.settings import build
 from student_train.collate import targets_of
 from student_train.fused_head import LossSettings
 from student_train.objective import objective

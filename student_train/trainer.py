@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +16,13 @@ from torch import Tensor
 from transformers import set_seed
 
 from shared.atomic import write_bytes
-from shared.config import LengthConfig, TrainConfig, build, to_plain
+from shared.config import LengthConfig, TrainConfig
 from shared.errors import TideError
 from shared.manifest import Manifest, differences, load_manifest
-from shared.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL
+from shared.objectives import KL, ReverseKL
+from shared.settings import build, to_plain
 from shared.tokenizers import Tokenizer
+from student_train.checks import check_objective, check_trackers
 from student_train.collate import counts_of, targets_of
 from student_train.evaluate import HeldOut, masked_nll, prepare_heldout, student_predictor
 from student_train.fused_head import LossSettings
@@ -134,36 +135,6 @@ class StudentTrainer(ResumableTrainer):
         return metrics
 
 
-def check_objective(settings: Distillation, manifest: Manifest, cache: Path) -> None:
-    """TideError where the cache lacks what the objective needs; one warning where the paper advises against it."""
-    match settings:
-        case NoDistillation():
-            return
-        case KL() | ReverseKL():
-            if "topk" not in manifest.signals or not manifest.shared_tokenizer:
-                raise TideError(
-                    f"{settings.type} compares token distributions, and {cache} has none in the student's vocabulary",
-                    expected="a cache with the signal topk from a teacher that shares the student's tokenizer",
-                    fix="use calm or reverse_calm, or a cache from such a teacher",
-                )
-            if settings.temperature not in manifest.temperatures:
-                raise TideError(
-                    f"the temperature {settings.temperature} is not in the cache {cache}",
-                    expected=f"one of {', '.join(map(str, manifest.temperatures))}",
-                    fix="choose one of these, or build a cache with targets.temperatures that includes it",
-                )
-        case Calm() | ReverseCalm():
-            if "chunks" not in manifest.signals:
-                raise TideError(
-                    f"{settings.type} needs chunk likelihoods, and {cache} has only {', '.join(manifest.signals)}",
-                    fix='build a cache with targets.signals=["topk","chunks"]',
-                )
-    if settings.tidal is not None and isinstance(settings, ReverseKL | ReverseCalm):
-        warnings.warn(
-            f"TIDAL with {settings.type}: the paper advises against TIDAL with a reverse objective", stacklevel=2
-        )
-
-
 def _settle_run_folder(config: TrainConfig, manifest: Manifest, processes: int) -> None:
     """Write what this run is, or refuse to go on with another one."""
     this = json.loads(json.dumps({"config": to_plain(config), "cache": manifest.digest, "draws": manifest.draws}))
@@ -186,6 +157,7 @@ def _settle_run_folder(config: TrainConfig, manifest: Manifest, processes: int) 
 
 def make_trainer(config: TrainConfig) -> tuple[StudentTrainer, Tokenizer]:
     """Everything that a run needs, checked. TideError where something does not fit."""
+    check_trackers(config.report_to)
     manifest = load_manifest(config.cache)
     check_objective(config.distillation, manifest, config.cache)
     lengths = build(LengthConfig, manifest.fingerprint["lengths"])

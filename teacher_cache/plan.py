@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from shared.config import CacheConfig, to_plain
+from shared.config import CacheConfig
 from shared.data import DataSummary, scan
 from shared.errors import TideError
 from shared.examples import Preparer, SharedVocabulary
 from shared.manifest import MANIFEST, Manifest, check_fingerprint, load_manifest
 from shared.schema import SCHEMA_VERSION
+from shared.settings import to_plain
 from shared.shards import Unit, finished_units
 from shared.tokenizers import Tokenizer
 from teacher_cache.checks import check_teacher

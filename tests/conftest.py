@@ -27,8 +27,9 @@ import torch
 from hypothesis import HealthCheck, settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from shared.config import CacheConfig, DataConfig, build
+from shared.config import CacheConfig, DataConfig
 from shared.data import iter_examples
+from shared.settings import build
 from teacher_cache.build import build_cache
 from teacher_cache.teachers.registry import resolve
 

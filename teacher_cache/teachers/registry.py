@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from shared.config import build, read_toml
 from shared.errors import TideError
+from shared.settings import build, read_toml
 
 _STRICT = ConfigDict(extra="forbid")
 _EMBEDDED = "embedded:"

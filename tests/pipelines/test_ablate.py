@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from pipelines import ablate
 from pipelines.ablate import Grid, run_ablation, to_toml
-from shared.config import build, read_toml
 from shared.errors import TideError
+from shared.settings import build, read_toml
 from tests.conftest import chats_file
 
 TEXT = st.text(st.characters(codec="ascii", categories=["L", "P", "N"]))

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 
 from pipelines.recipes import cache_config, packaged_recipe, train_config
-from shared.config import CacheConfig, TrainConfig, apply_overrides, build, read_toml, to_plain
+from shared.config import CacheConfig, TrainConfig
 from shared.errors import TideError
 from shared.manifest import differences
 from shared.objectives import KL, NoDistillation, ReverseCalm
+from shared.settings import apply_overrides, build, read_toml, to_plain
 
 
 def test_overrides_reach_nested_settings() -> None:
@@ -34,6 +35,8 @@ def test_objectives_are_types() -> None:
     [
         ({"noise": {"drws": 3}}, "noise.drws: no such setting"),
         ({"noise": {"draws": 0}}, "noise.draws is 0"),
+        ({"engine": {"data_parallel": 2, "device": "cuda:1"}}, "each of 2 processes gets a GPU of its own"),
+        ({"engine": {"data_parallel": 2, "device_map": "auto"}}, "a device map takes all GPUs"),
         ({"noise": {"demo_ratio": 2}}, r"must lie in \[0, 1\]"),
         ({"lengths": {"student": 100}}, "multiple of lengths.block"),
         ({"targets": {"signals": ["logits"]}}, "targets.signals"),

@@ -13,15 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared.config import to_plain
 from shared.manifest import load_manifest
+from shared.settings import to_plain
 from student_train.loader import BatchDataset
 from tests.student_train.test_trainer import config, curve
 
 SCRIPT = """
 import json, sys
 import student_train.trainer as trainer
-from shared.config import TrainConfig, build
+from shared.config import TrainConfig
+from shared.settings import build
 
 # Plain gradient descent with rate 1: the step's change of the weights is the gradient itself.
 arguments = trainer._arguments

@@ -14,12 +14,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shared.config import TrainConfig, build
+from shared.config import TrainConfig
 from shared.errors import TideError
 from shared.manifest import load_manifest
 from shared.objectives import KL, Calm, ReverseCalm, ReverseKL, Tidal
+from shared.settings import build
+from student_train.checks import check_objective
 from student_train.resumable import complete_checkpoints
-from student_train.trainer import check_objective, train_student
+from student_train.trainer import train_student
 from tests.conftest import chats_file
 
 STUDENT = {"hidden_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "intermediate_size": 32}

@@ -60,6 +60,12 @@ def test_diverging_weights_are_told_from_bad_targets(caches: dict[str, Path], tm
     assert "rows of logits that are not finite" in report
 
 
+def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(caches: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(TideError, match=r"names wandb[\s\S]*pip install wandb"):
+        train_student(settings(caches["tiny-shared"], tmp_path, report_to=["wandb"]))
+    assert not (tmp_path / "run.json").exists()
+
+
 def test_what_is_watched(caches: dict[str, Path], tmp_path: Path) -> None:
     train_student(settings(caches["tiny-shared"], tmp_path, max_steps=4))
     logged = [entry for entry in curve(tmp_path) if "loss" in entry]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from shared.config import CacheConfig, build
+from shared.config import CacheConfig
+from shared.settings import build
 from shared.shards import finished_units
 from teacher_cache.build import build_cache
 from teacher_cache.costs import Workload, assumed_workload, bytes_per_draw, sampled_workload, size_of
