@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +28,8 @@ def train(
 
     settings = train_config(teacher, config, sets or [], teachers_file, cache=cache_folder, out=out, seed=seed)
     metrics = train_student(settings)
-    typer.echo(f"{settings.out}/model: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(f"{settings.out}/model: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
 
 
 @app.command()
