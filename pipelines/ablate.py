@@ -13,7 +13,7 @@ from pydantic import ConfigDict
 
 from pipelines.grid import Job, train_all
 from pipelines.recipes import own_recipe
-from pipelines.report import find_runs, write_report
+from pipelines.report import find_runs, gains_by_seed, write_report
 from shared.config import CacheConfig, TrainConfig
 from shared.errors import TideError
 from shared.settings import build, read_toml
@@ -109,10 +109,7 @@ def to_toml(value: Any) -> str:
 
 def gains(out: Path, grid: Grid) -> str:
     """How much lower each variant's held-out NLL is than that of its cache's `undistilled` one, seed by seed."""
-    scores: dict[str, dict[int, float]] = {}
-    for run in find_runs(out):
-        if "eval_heldout_nll" in run.final:
-            scores.setdefault(run.variant, {})[run.seed] = run.final["eval_heldout_nll"]
+    runs = find_runs(out)
     plain = {
         v.cache: name for name, v in grid.variants.items() if v.train.get("distillation", {}).get("type") == "none"
     }
@@ -122,8 +119,7 @@ def gains(out: Path, grid: Grid) -> str:
         base = plain.get(variant.cache) or next(
             (n for c, n in plain.items() if grid.caches[c].get("teacher") == teacher), None
         )
-        if base is None or base == name or name not in scores or base not in scores:
-            continue
-        found = [scores[base][seed] - scores[name][seed] for seed in sorted(scores[base].keys() & scores[name].keys())]
-        lines.append(f"| {name} | {statistics.mean(found):+.3f} | {', '.join(f'{x:+.3f}' for x in found)} |")
+        found = [] if base in (None, name) else gains_by_seed(runs, str(base), name)
+        if found:
+            lines.append(f"| {name} | {statistics.mean(found):+.3f} | {', '.join(f'{x:+.3f}' for x in found)} |")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ import torch
 
 from pipelines.grid import Job, train_all
 from pipelines.recipes import cache_config, packaged_recipe, train_config
-from pipelines.report import Run, find_runs, write_report
+from pipelines.report import Run, find_runs, gains_by_seed, write_report
 from shared.config import DataConfig, LengthConfig
 from shared.errors import TideError
 from shared.tokenizers import Tokenizer
@@ -81,9 +81,7 @@ def verdicts(runs: list[Run]) -> str:
     lines = []
     for distilled in (v for v in VARIANTS if v.distilled):
         plain = next(v for v in VARIANTS if v.teacher == distilled.teacher and not v.distilled)
-        a = {r.seed: r.final["eval_heldout_nll"] for r in runs if r.variant == plain.name}
-        b = {r.seed: r.final["eval_heldout_nll"] for r in runs if r.variant == distilled.name}
-        gains = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+        gains = gains_by_seed(runs, plain.name, distilled.name)
         if not gains:
             continue
         mean = statistics.mean(gains)

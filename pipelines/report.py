@@ -65,6 +65,13 @@ def find_runs(folder: Path) -> list[Run]:
     return runs
 
 
+def gains_by_seed(runs: list[Run], plain: str, other: str) -> list[float]:
+    """How many nats a token the variant `other` lies below `plain` on held-out text, for each seed that both have."""
+    key = "eval_heldout_nll"
+    a, b = ({r.seed: r.final[key] for r in runs if r.variant == name and key in r.final} for name in (plain, other))
+    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+
+
 def _spread(values: list[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.3f}"

@@ -28,6 +28,7 @@ from teacher_cache.comp_demo import draw_for, passes, teacher_view
 from teacher_cache.engines.choose import choose_device
 from teacher_cache.plan import CachePlan, make_plan
 from teacher_cache.targets import TargetSpec, extract
+from teacher_cache.teachers.checkpoint import open_checkpoint
 from teacher_cache.teachers.loading import load_model
 from teacher_cache.teachers.registry import Full
 
@@ -59,7 +60,9 @@ def measure_fidelity(
         )
     sample = _Sample(plan, examples)
     teacher = sample.teacher_logits(plan)
-    hidden, head = sample.student_states(student_for(student, plan.student, plan.manifest), config.lengths.block)
+    checkpoint = None if student.checkpoint is None else open_checkpoint(student.checkpoint)
+    model = student_for(student, checkpoint, plan.student, plan.manifest)
+    hidden, head = sample.student_states(model, config.lengths.block)
     width = min(teacher.shape[1], head.shape[0])
     teacher, head = teacher[:, :width], head[:width]
     points = []

@@ -37,13 +37,14 @@ def load_student(settings: StudentConfig, cache: Path, manifest: Manifest) -> tu
             expected="the tokenizer given to `tide cache` as --student-tokenizer",
             fix=f"train a student with that tokenizer, or build a cache with --student-tokenizer {tokenizer.name}",
         )
-    return student_for(settings, tokenizer, manifest), tokenizer
+    return student_for(settings, checkpoint, tokenizer, manifest), tokenizer
 
 
-def student_for(settings: StudentConfig, tokenizer: Tokenizer, manifest: Manifest) -> PreTrainedModel:
+def student_for(
+    settings: StudentConfig, checkpoint: Checkpoint | None, tokenizer: Tokenizer, manifest: Manifest
+) -> PreTrainedModel:
     """The student's model for `tokenizer`, to which the mask token is added where it lacks one."""
     wanted = manifest.fingerprint["student"]
-    checkpoint = None if settings.checkpoint is None else open_checkpoint(settings.checkpoint)
     mask_id = add_mask_token(tokenizer, wanted["mask_token"])
     if mask_id != wanted["mask_id"]:
         raise TideError(

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 from shared.data import ChatExample
 from shared.shards import Unit, write_shard
@@ -42,11 +43,12 @@ def preparing(plan: CachePlan, workers: int) -> Iterator[Callable[[Unit, list[Ch
     if workers:
         context = multiprocessing.get_context("spawn")  # threads of the model do not survive a fork
         pool = ProcessPoolExecutor(workers, context, _start_worker, (plan,))
+        prepare = partial(pool.submit, _prepare_in_worker)
     else:
         pool = ThreadPoolExecutor(1, "prepare")
-        _start_worker(plan)
+        prepare = partial(pool.submit, prepare_unit, plan)
     try:
-        yield lambda unit, examples: pool.submit(_prepare_in_worker, unit, examples)
+        yield prepare
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from shared.errors import TideError
@@ -56,6 +56,13 @@ def extract(
         mass = torch.exp(values / hottest - lse[:, -1:]).cumsum(dim=1)
         sizes = ((mass < spec.mass).sum(dim=1) + 1).clamp_max(spec.k)
     return gold_logit, lse, sizes, ids, values
+
+
+def excluded_ids(shared: Bool[np.ndarray, " ids"], vocabulary: int) -> Int[np.ndarray, " excluded"]:
+    """Ids below `vocabulary` that mean something else, or nothing, to the student."""
+    allowed = np.zeros(vocabulary, bool)
+    allowed[: len(shared)] = shared[:vocabulary]
+    return np.flatnonzero(~allowed)
 
 
 def refuse_nonfinite(scores: Scores, example_id: str) -> None:

@@ -12,10 +12,11 @@ from pipelines.bench.timing import side_by_side
 from pipelines.recipes import cache_config
 from shared.attention import full
 from shared.data import iter_examples
-from teacher_cache.comp_demo import draw_for, passes, teacher_view
+from shared.shards import Unit
 from teacher_cache.engines.choose import load_engine
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.plan import make_plan
+from teacher_cache.work import prepare_unit
 
 
 def bench_stage_one() -> Table:
@@ -30,9 +31,7 @@ def _measure(folder: Path) -> Table:
     plan = make_plan(config)
     engine = load_engine(plan)
     assert isinstance(engine, TransformersEngine)
-    examples = plan.preparer()(list(iter_examples(config.data)))
-    views = [teacher_view(e, draw_for(e, config.noise, 0)) for e in examples]
-    requests = [r for view in views for r, _ in passes(view, plan.entry.mask_id, True)]
+    requests = prepare_unit(plan, Unit(0, 0), list(iter_examples(config.data))).requests
     read = sum(len(r.read) for r in requests)
     before = engine.forward_rows
     engine.score(requests)

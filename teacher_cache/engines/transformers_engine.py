@@ -12,7 +12,7 @@ from jaxtyping import Bool
 from teacher_cache.comp_demo import Request
 from teacher_cache.engines.base import token_budget_batches
 from teacher_cache.engines.inputs import build_inputs, width_of
-from teacher_cache.targets import Scores, TargetSpec, extract
+from teacher_cache.targets import Scores, TargetSpec, excluded_ids, extract
 from teacher_cache.teachers.registry import Attention
 
 
@@ -41,10 +41,7 @@ class TransformersEngine:
         self._head_rows = head_rows
         self._excluded = None
         if shared_ids is not None:
-            width = model.config.vocab_size
-            allowed = np.zeros(width, bool)
-            allowed[: len(shared_ids)] = shared_ids[:width]
-            self._excluded = torch.from_numpy(np.flatnonzero(~allowed))
+            self._excluded = torch.from_numpy(excluded_ids(shared_ids, model.config.vocab_size))
         self.forward_rows = 0
         """Rows for which the LM head ran, for the benchmark."""
 

@@ -21,7 +21,7 @@ from shared.errors import TideError
 from teacher_cache.comp_demo import Request
 from teacher_cache.engines.vllm_engine.packing import unpack
 from teacher_cache.engines.vllm_engine.plugin import SCORERS
-from teacher_cache.targets import Scores, TargetSpec
+from teacher_cache.targets import Scores, TargetSpec, excluded_ids
 from teacher_cache.teachers.architectures import ARCHITECTURES
 from teacher_cache.teachers.checkpoint import Checkpoint
 from teacher_cache.teachers.loading import check_weights
@@ -154,11 +154,7 @@ def _write_config(
     stock = kind.model_class.__name__
     config.architectures = [SCORERS[stock]]
     config.is_causal = False
-    excluded: list[int] = []
-    if shared_ids is not None:
-        allowed = np.zeros(config.vocab_size, bool)
-        allowed[: len(shared_ids)] = shared_ids[: config.vocab_size]
-        excluded = np.flatnonzero(~allowed).tolist()
+    excluded = [] if shared_ids is None else excluded_ids(shared_ids, config.vocab_size).tolist()
     config.tide = {
         "architecture": entry.architecture,
         "shift": entry.shift,

@@ -14,6 +14,11 @@ from torch import Tensor
 from teacher_cache.targets import Scores, TargetSpec
 
 
+def columns(spec: TargetSpec) -> int:
+    """Width of a packed row."""
+    return 2 + len(spec.temperatures) + 2 * spec.k
+
+
 def pack(parts: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> Float[Tensor, "read columns"]:
     """What `targets.extract` returns, side by side."""
     gold, logsumexp, sizes, ids, logits = parts

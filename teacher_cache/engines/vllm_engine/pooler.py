@@ -11,7 +11,7 @@ from vllm.model_executor.layers.pooler import Pooler
 from vllm.tasks import PoolingTask
 from vllm.v1.pool.metadata import PoolingMetadata
 
-from teacher_cache.engines.vllm_engine.packing import pack
+from teacher_cache.engines.vllm_engine.packing import columns, pack
 from teacher_cache.targets import TargetSpec, extract
 
 TASK: PoolingTask = "token_classify"
@@ -56,15 +56,13 @@ class ScorePooler(Pooler):
             self._score(hidden_states[index[i : i + self._head_rows]], answers[i : i + self._head_rows])
             for i in range(0, len(rows), self._head_rows)
         ]
-        width = 2 + len(self._spec.temperatures) + 2 * self._spec.k
-        packed = torch.cat(parts) if parts else torch.zeros(0, width, device=device)
+        packed = torch.cat(parts) if parts else torch.zeros(0, columns(self._spec), device=device)
         return list(packed.split(sizes))
 
     def _score(self, hidden: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
         ScorePooler.rows_run += len(hidden)
         logits = self._compute_logits(hidden)
-        width = 2 + len(self._spec.temperatures) + 2 * self._spec.k
         if logits is None:  # a tensor-parallel rank that holds no gathered logits, and whose answer nobody reads
-            return torch.zeros(len(gold), width, device=hidden.device)
+            return torch.zeros(len(gold), columns(self._spec), device=hidden.device)
         self._excluded = self._excluded.to(logits.device)
         return pack(extract(logits, gold, self._spec, self._excluded))
