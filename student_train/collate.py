@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +14,11 @@ from shared.padding import pad
 from shared.schema import CacheRow
 from student_train.objective import ChunkTargets, Counts, Targets, TopKTargets
 
+Batch = dict[str, Any]
+"""Tensors by name, and `chunk_host`, an array that stays in host memory wherever the tensors go."""
 
-def collate(rows: Sequence[CacheRow], manifest: Manifest) -> dict[str, Tensor]:
+
+def collate(rows: Sequence[CacheRow], manifest: Manifest) -> Batch:
     """One batch. Padding is to the longest row; masked positions are gathered, not padded."""
     mask_id = int(manifest.fingerprint["student"]["mask_id"])
     clean, valid = pad([r.student_ids for r in rows])
@@ -24,7 +28,7 @@ def collate(rows: Sequence[CacheRow], manifest: Manifest) -> dict[str, Tensor]:
     noised = clean.clone()
     noised[index, column] = mask_id
     times = np.array([r.t for r in rows], np.float32)
-    batch = {
+    batch: Batch = {
         "clean": clean,
         "noised": noised,
         "valid": valid,
@@ -64,7 +68,7 @@ def _topk(rows: Sequence[CacheRow]) -> dict[str, Tensor]:
     }
 
 
-def _chunks(rows: Sequence[CacheRow], sizes: Sequence[int], times: np.ndarray) -> dict[str, Tensor]:
+def _chunks(rows: Sequence[CacheRow], sizes: Sequence[int], times: np.ndarray) -> Batch:
     token_rows, chunk_of, counts = [], [], []
     first_row = first_chunk = 0
     for row, size in zip(rows, sizes, strict=True):
@@ -77,22 +81,26 @@ def _chunks(rows: Sequence[CacheRow], sizes: Sequence[int], times: np.ndarray) -
         chunk_of.append(first_chunk + owner)
         counts.append(len(spans))
         first_row, first_chunk = first_row + size, first_chunk + len(spans)
+    host = np.stack([_join(token_rows), _join(chunk_of)])
     return {
-        "chunk_rows": _longs(_join(token_rows)),
-        "chunk_of": _longs(_join(chunk_of)),
+        "chunk_host": host,
+        "chunk_rows": torch.from_numpy(host[0]),
+        "chunk_of": torch.from_numpy(host[1]),
         "chunk_logp": torch.from_numpy(_join([r.chunk_logp for r in rows], np.float32)),
         "chunk_t": torch.from_numpy(np.repeat(times, counts)),
     }
 
 
-def targets_of(batch: dict[str, Tensor], temperatures: Sequence[float]) -> Targets:
+def targets_of(batch: Batch, temperatures: Sequence[float]) -> Targets:
     """The batch's targets in the form that `objective` takes."""
     topk = chunks = None
     if "topk_ids" in batch:
         lse = {t: batch["logsumexp"][:, i] for i, t in enumerate(temperatures)}
         topk = TopKTargets(batch["topk_ids"], batch["topk_logits"], batch["topk_kept"], lse)
     if "chunk_rows" in batch:
-        chunks = ChunkTargets(batch["chunk_rows"], batch["chunk_of"], batch["chunk_logp"], batch["chunk_t"])
+        chunks = ChunkTargets(
+            batch["chunk_rows"], batch["chunk_of"], batch["chunk_logp"], batch["chunk_t"], batch["chunk_host"]
+        )
     return Targets(batch["gold"], batch["t"], topk, chunks)
 
 

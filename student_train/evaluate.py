@@ -20,7 +20,6 @@ from shared.examples import Prepared, Preparer
 from shared.noise import token_draw
 from shared.padding import pad
 from shared.tokenizers import Tokenizer
-from student_train.student import masked_logits
 
 _SEED = 20_260_429  # fixed: the masks are the same for every student of a tokenizer
 _TOKENS_PER_BATCH = 8192
@@ -68,12 +67,6 @@ def _batch(rows: Sequence[tuple[Prepared, np.ndarray]], mask_id: int, byte_lengt
 
 Predict = Callable[[dict[str, Tensor]], Tensor]
 """Logits at a batch's masked positions, [masked, vocabulary]."""
-
-
-def student_predictor(model: Any, block: int) -> Predict:
-    """A student under the block-diffusion mask."""
-    keys = ("noised", "clean", "valid", "row", "column")
-    return lambda batch: masked_logits(model, *(batch[k] for k in keys), block=block)
 
 
 def teacher_predictor(model: Any) -> Predict:

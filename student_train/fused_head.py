@@ -58,8 +58,8 @@ class _Fused(torch.autograd.Function):
         rows, weights = hidden.to(dtype), head.to(dtype)
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
-        grad_head = torch.zeros_like(head) if wants_head else None
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        grad_head = torch.zeros_like(head, dtype=exact) if wants_head else None
         sums = torch.zeros(3, dtype=exact, device=hidden.device)
         with torch.autocast(kind, enabled=False):
             for part, own in slice_targets(targets, size):
@@ -76,7 +76,7 @@ class _Fused(torch.autograd.Function):
                     grad_hidden[part] = (gradient @ weights).to(hidden.dtype)
                 if grad_head is not None:
                     _add_product(grad_head, gradient, rows[part])
-        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
         loss_, denoise, distillation = (value.clone() for value in sums)
         ctx.mark_non_differentiable(denoise, distillation)
         return loss_, denoise, distillation

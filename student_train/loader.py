@@ -15,14 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from shared.errors import TideError
 from shared.manifest import Manifest
 from shared.noise import generator
 from shared.schema import CacheRow, without_masks
 from shared.shards import Unit, read_shard, shard_counts
-from student_train.collate import collate
+from student_train.collate import Batch, collate
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class _Window:
     count: int
 
 
-class BatchDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
+class BatchDataset(torch.utils.data.Dataset[Batch]):
     """`total` batches of a training run, or, where `total` is None, `epochs` epochs of them.
 
     Items are what one process takes at a time. With `processes` > 1 item number i is part i mod `processes` of a
@@ -97,7 +96,7 @@ class BatchDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return self._total * self._processes
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> Batch:
         """Item number `index` of the run."""
         return collate(self.rows(index), self._manifest)
 

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -33,12 +34,17 @@ class TopKTargets:
 
 @dataclass(frozen=True)
 class ChunkTargets:
-    """Active chunks. Token j of the chunks stands at masked row `rows[j]` and belongs to chunk `chunk_of[j]`."""
+    """Active chunks. Token j of the chunks stands at masked row `rows[j]` and belongs to chunk `chunk_of[j]`.
+
+    Both rise with j. `host` is the two as rows of one array in host memory, where there is one: to cut slices without
+    waiting for the device.
+    """
 
     rows: Int[Tensor, " tokens"]
     chunk_of: Int[Tensor, " tokens"]
     teacher_logp: Float[Tensor, " chunks"]
     t: Float[Tensor, " chunks"]
+    host: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,19 @@ def objective(logits: Float[Tensor, "n vocab"], targets: Targets, distillation: 
         case KL() | ReverseKL():
             extra = _token_term(logits, targets, distillation, progress)
         case Calm() | ReverseCalm():
-            extra = _chunk_term(logits, targets, distillation, progress)
+            token_logp = calm.token_log_likelihood(logits, targets.gold)
+            extra = _chunk_term(token_logp, targets, distillation, progress)
     return Sums(ce, extra)
+
+
+def gold_objective(
+    token_logp: Float[Tensor, " n"], targets: Targets, distillation: NoDistillation | ChunkObjective, progress: float
+) -> Sums:
+    """`objective` where it asks the student for nothing but log p(gold token), in nats: CE alone, or with chunks."""
+    ce = -(token_logp / targets.t).sum()
+    if isinstance(distillation, NoDistillation):
+        return Sums(ce, torch.zeros((), device=token_logp.device))
+    return Sums(ce, _chunk_term(token_logp, targets, distillation, progress))
 
 
 def slice_targets(targets: Targets, size: int) -> Iterator[tuple[slice, Targets]]:
@@ -91,28 +108,34 @@ def slice_targets(targets: Targets, size: int) -> Iterator[tuple[slice, Targets]
     Sums over the parts add up to those over the whole. A chunk's rows must follow each other, as `collate` has them.
     """
     n = targets.gold.shape[0]
-    edges = _edges(targets.chunks, n, size)
+    chunks = targets.chunks
+    host = _on_host(chunks) if n > size and chunks is not None else np.zeros((2, 0), np.int64)
+    edges = _edges(host, n, size)
     for start, end in itertools.pairwise(edges):
         part = slice(start, end)
-        topk = chunks = None
+        topk = None
         if targets.topk is not None:
             all_ = targets.topk
             lse = {t: values[part] for t, values in all_.logsumexp.items()}
             topk = TopKTargets(all_.ids[part], all_.logits[part], all_.kept[part], lse)
-        if targets.chunks is not None:
-            chunks = _slice_chunks(targets.chunks, start, end)
-        yield part, Targets(targets.gold[part], targets.t[part], topk, chunks)
+        own = chunks
+        if chunks is not None and len(edges) > 2:
+            own = _slice_chunks(chunks, host, start, end)
+        yield part, Targets(targets.gold[part], targets.t[part], topk, own)
 
 
-def _edges(chunks: ChunkTargets | None, n: int, size: int) -> list[int]:
+def _on_host(chunks: ChunkTargets) -> np.ndarray:
+    return chunks.host if chunks.host is not None else torch.stack([chunks.rows, chunks.chunk_of]).cpu().numpy()
+
+
+def _edges(host: np.ndarray, n: int, size: int) -> list[int]:
     """0, …, n: steps of `size`, moved back where they would part a chunk."""
     if n <= size:
         return [0, n] if n else []
-    inside = torch.zeros(n + 1, dtype=torch.bool)
-    if chunks is not None and chunks.rows.numel():
-        rows, owner = chunks.rows.cpu(), chunks.chunk_of.cpu()
-        inside[rows[1:][owner[1:] == owner[:-1]]] = True
-    allowed = torch.nonzero(~inside).squeeze(1).tolist()
+    rows, owner = host
+    inside = np.zeros(n + 1, bool)
+    inside[rows[1:][owner[1:] == owner[:-1]]] = True
+    allowed = np.flatnonzero(~inside).tolist()
     edges, i = [0], 0
     while edges[-1] < n:
         wanted = edges[-1] + size
@@ -124,10 +147,16 @@ def _edges(chunks: ChunkTargets | None, n: int, size: int) -> list[int]:
     return edges
 
 
-def _slice_chunks(chunks: ChunkTargets, start: int, end: int) -> ChunkTargets:
-    mine = (chunks.rows >= start) & (chunks.rows < end)
-    owners, renumbered = torch.unique_consecutive(chunks.chunk_of[mine], return_inverse=True)
-    return ChunkTargets(chunks.rows[mine] - start, renumbered, chunks.teacher_logp[owners], chunks.t[owners])
+def _slice_chunks(chunks: ChunkTargets, host: np.ndarray, start: int, end: int) -> ChunkTargets:
+    """The chunks whose tokens stand at rows start … end − 1: views, since both numbers rise."""
+    first, last = (int(x) for x in np.searchsorted(host[0], [start, end]))
+    own = host[:, first:last]
+    low, high = (int(own[1, 0]), int(own[1, -1]) + 1) if last > first else (0, 0)
+    tokens, mine = slice(first, last), slice(low, high)
+    moved = own - np.array([[start], [low]])
+    return ChunkTargets(
+        chunks.rows[tokens] - start, chunks.chunk_of[tokens] - low, chunks.teacher_logp[mine], chunks.t[mine], moved
+    )
 
 
 def _token_term(
@@ -150,15 +179,14 @@ def _token_term(
 
 
 def _chunk_term(
-    logits: Float[Tensor, "n vocab"], targets: Targets, settings: ChunkObjective, progress: float
+    token_logp: Float[Tensor, " n"], targets: Targets, settings: ChunkObjective, progress: float
 ) -> Float[Tensor, ""]:
     chunks, temperature = targets.chunks, settings.temperature
     if chunks is None:
         raise ValueError("the batch has no chunk targets")
     count = chunks.teacher_logp.shape[0]
-    token_logp = calm.token_log_likelihood(logits, targets.gold)
     student = calm.chunk_log_likelihood(token_logp, chunks.rows, chunks.chunk_of, count) / temperature
-    target = calm.bound_probability((chunks.teacher_logp.to(logits.dtype) / temperature).exp())
+    target = calm.bound_probability((chunks.teacher_logp.to(token_logp.dtype) / temperature).exp())
     weight = torch.ones_like(chunks.t)
     if settings.tidal is not None:
         target = tidal.tidal_probability(student.exp(), target, strength(settings.tidal, progress, chunks.t))

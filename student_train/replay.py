@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from shared.config import TrainConfig
 from shared.errors import TideError
 from shared.settings import build
-from student_train.collate import targets_of
+from student_train.collate import Batch, targets_of
 from student_train.fused_head import LossSettings
 from student_train.objective import objective
 from student_train.resumable import complete_checkpoints
-from student_train.student import masked_logits
 from student_train.trainer import make_trainer
 from student_train.watch import NONFINITE
 
@@ -48,7 +46,7 @@ def replay(run: Path) -> str:
             shutil.copytree(before[-1], out / "checkpoints" / before[-1].name)
         trainer, _ = make_trainer(build(TrainConfig, {**settings, "out": out, "report_to": []}))
 
-        def at_item(item: int, model: Any, batch: dict[str, Tensor], how: LossSettings) -> None:
+        def at_item(item: int, model: Any, batch: Batch, how: LossSettings) -> None:
             if item == note["batch"]:
                 raise _Reached(_describe(trainer, model, batch, how, note))
 
@@ -61,14 +59,15 @@ def replay(run: Path) -> str:
 
 
 @torch.no_grad()
-def _describe(trainer: Any, model: Any, batch: dict[str, Tensor], how: LossSettings, note: dict[str, Any]) -> str:
+def _describe(trainer: Any, model: Any, batch: Batch, how: LossSettings, note: dict[str, Any]) -> str:
     model = trainer.accelerator.unwrap_model(model)
     weights = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
-    keys = ("noised", "clean", "valid", "row", "column")
-    logits = masked_logits(model, *(batch[key] for key in keys), block=trainer.block).float()
+    logits = model(batch=batch).float()
     bad_rows = (~torch.isfinite(logits).all(dim=1)).nonzero().squeeze(1).tolist()
     sums = objective(logits, targets_of(batch, trainer.temperatures), how.distillation, how.progress)
-    wrong = {k: int((~torch.isfinite(v)).sum()) for k, v in batch.items() if v.is_floating_point()}
+    wrong = {
+        k: int((~torch.isfinite(v)).sum()) for k, v in batch.items() if torch.is_tensor(v) and v.is_floating_point()
+    }
     return "\n".join(
         [
             f"step {note['step']}, batch {note['batch']}, examples {', '.join(note['example_ids'])}",

@@ -16,6 +16,7 @@ from shared.config import StudentConfig
 from shared.errors import TideError
 from shared.manifest import Manifest
 from shared.tokenizers import Tokenizer
+from student_train.attention import FLEX, flex_mask, register_flex
 from teacher_cache.teachers.architectures import ARCHITECTURES
 from teacher_cache.teachers.checkpoint import Checkpoint, open_checkpoint
 from teacher_cache.teachers.loading import load_model
@@ -58,6 +59,9 @@ def student_for(
         model = load_model(checkpoint, student_architecture(checkpoint), torch.float32)
         _make_room(model, mask_id, settings)
     model.config.mask_token_id = mask_id
+    if settings.attention == "flex":
+        register_flex()
+        model.set_attn_implementation(FLEX)
     if model.config.tie_word_embeddings:
         model._keys_to_ignore_on_save = {"lm_head.weight"}  # no alarm about it when a checkpoint is resumed
     for parameter in model.parameters():
@@ -141,9 +145,11 @@ def masked_hidden(
 ) -> Float[Tensor, "n width"]:
     """Last hidden states at the masked positions (row, column) of x_t, from one pass over [x_t ; x_0]."""
     batch, length = noised.shape
+    flex = model.config._attn_implementation == FLEX
+    mask: Any = flex_mask(valid, block) if flex else block_diffusion_batch(valid, block)
     output = model.model(
         input_ids=torch.cat([noised, clean], dim=1),
-        attention_mask=block_diffusion_batch(valid, block),
+        attention_mask=mask,
         position_ids=repeat_positions(length, batch, noised.device),
         use_cache=False,
     )

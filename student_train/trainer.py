@@ -22,9 +22,9 @@ from shared.manifest import Manifest, differences, load_manifest
 from shared.objectives import KL, ReverseKL
 from shared.settings import build, to_plain
 from shared.tokenizers import Tokenizer
-from student_train.checks import check_objective, check_trackers
-from student_train.collate import counts_of, targets_of
-from student_train.evaluate import HeldOut, masked_nll, prepare_heldout, student_predictor
+from student_train.checks import check_hardware, check_objective, check_trackers, settle_attention, uses_liger
+from student_train.collate import Batch, counts_of, targets_of
+from student_train.evaluate import HeldOut, masked_nll, prepare_heldout
 from student_train.fused_head import LossSettings
 from student_train.loader import BatchDataset
 from student_train.objective import parts_of
@@ -44,7 +44,7 @@ class StudentTrainer(ResumableTrainer):
         super().__init__(*args, **kwargs)
         self._config, self._manifest, self._block, self._heldout = config, manifest, block, heldout
         self._watch, self._batches_done = Watch(), 0
-        self.at_item: Callable[[int, Any, dict[str, Tensor], LossSettings], None] | None = None
+        self.at_item: Callable[[int, Any, Batch, LossSettings], None] | None = None
         """Called before each batch with its number in the run, for `tide replay`."""
 
     @property
@@ -78,7 +78,7 @@ class StudentTrainer(ResumableTrainer):
         return done * self.accelerator.num_processes + self.accelerator.process_index
 
     def compute_loss(  # type: ignore[override]
-        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """This process's share of the step's loss. Gradients over processes and accumulated batches add up to those
         of one large batch: counts are global, and DDP's mean over processes is undone.
@@ -129,7 +129,7 @@ class StudentTrainer(ResumableTrainer):
             if entry["step"] == self.state.global_step and "eval_heldout_nll" in entry:
                 return {k: v for k, v in entry.items() if k.startswith("eval_heldout_")}
         model = self.accelerator.unwrap_model(self.model)
-        found = masked_nll(model, self._heldout, student_predictor(model, self._block))
+        found = masked_nll(model, self._heldout, lambda batch: model(batch=batch))
         metrics = {f"eval_heldout_{name}": value for name, value in found.items()}
         self.log(metrics)
         return metrics
@@ -158,11 +158,12 @@ def _settle_run_folder(config: TrainConfig, manifest: Manifest, processes: int) 
 def make_trainer(config: TrainConfig) -> tuple[StudentTrainer, Tokenizer]:
     """Everything that a run needs, checked. TideError where something does not fit."""
     check_trackers(config.report_to)
+    check_hardware(config)
     manifest = load_manifest(config.cache)
     check_objective(config.distillation, manifest, config.cache)
     lengths = build(LengthConfig, manifest.fingerprint["lengths"])
     set_seed(config.seed)
-    model, tokenizer = load_student(config.student, config.cache, manifest)
+    model, tokenizer = load_student(settle_attention(config), config.cache, manifest)
     _check_ids(model, manifest)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     dataset = BatchDataset(
@@ -181,7 +182,7 @@ def make_trainer(config: TrainConfig) -> tuple[StudentTrainer, Tokenizer]:
         heldout = prepare_heldout(config.heldout, lengths, tokenizer, mask_id, config.heldout_draws)
     if int(os.environ.get("RANK", "0")) == 0:
         _settle_run_folder(config, manifest, processes)
-    train_on_loss(model, lengths.block, manifest.temperatures)
+    train_on_loss(model, lengths.block, manifest.temperatures, uses_liger(config))
     trainer = StudentTrainer(
         model=model,
         args=_arguments(config, steps, heldout is not None),
@@ -206,9 +207,10 @@ def train_student(config: TrainConfig) -> dict[str, float]:
         trainer.train_resuming()
     trainer.refuse_nonfinite()
     metrics = {**trainer.evaluate(), "seconds": trainer.seconds_trained}
+    state = trainer.accelerator.get_state_dict(trainer.model)  # gathers what FSDP has sharded
     if trainer.is_world_process_zero():
         final = trainer.accelerator.unwrap_model(trainer.model)
-        final.save_pretrained(config.out / "model")
+        final.save_pretrained(config.out / "model", state_dict=state)
         tokenizer.backend.save_pretrained(config.out / "model")
         history = {"steps": trainer.state.log_history, "final": metrics}
         write_bytes(config.out / "history.json", (json.dumps(history, indent=1) + "\n").encode())
@@ -229,7 +231,7 @@ def _explained_full_disk(out: Path) -> Iterator[None]:
         raise
 
 
-def _only(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _only(batches: list[Batch]) -> Batch:
     """The data set's items are whole batches already."""
     return batches[0]
 
@@ -261,4 +263,5 @@ def _arguments(config: TrainConfig, steps: int, evaluates: bool) -> Any:
         report_to=list(config.report_to),
         ddp_find_unused_parameters=False,
         **({"use_cpu": True} if config.device == "cpu" else {}),
+        **({"fsdp": True, "fsdp_config": {"version": 2}} if config.parallel == "fsdp" else {}),
     )

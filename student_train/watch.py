@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shared.atomic import write_bytes
 from shared.errors import TideError
+from student_train.collate import Batch
 from student_train.objective import TopKTargets
 
 NONFINITE = "nonfinite"
@@ -30,9 +31,7 @@ class Watch:
         self._first_bad = torch.full((), -1, dtype=torch.int64)
         self._since = time.perf_counter()
 
-    def add(
-        self, item: int, loss: Tensor, parts: tuple[Tensor, Tensor], batch: dict[str, Tensor], mass: Tensor | None
-    ) -> None:
+    def add(self, item: int, loss: Tensor, parts: tuple[Tensor, Tensor], batch: Batch, mass: Tensor | None) -> None:
         """Take note of one batch; `item` is its number in the run, `mass` the teacher's per masked position."""
         device = loss.device
         self._sums, self._first_bad = self._sums.to(device), self._first_bad.to(device)
@@ -75,10 +74,12 @@ def mass_in_topk(topk: TopKTargets | None, temperature: float) -> Tensor | None:
     return (inside * topk.kept).sum(dim=1)
 
 
-def stop_at_nonfinite(out: Path, step: int, number: int, rows: list[Any], batch: dict[str, Tensor]) -> TideError:
+def stop_at_nonfinite(out: Path, step: int, number: int, rows: list[Any], batch: Batch) -> TideError:
     """Save the batch whose loss was not finite; the error that stops the run. `number`: of the batch in the run."""
     ids = [row.example_id for row in rows]
-    write_bytes(out / f"{NONFINITE}.safetensors", save({k: v.contiguous() for k, v in batch.items()}))
+    write_bytes(
+        out / f"{NONFINITE}.safetensors", save({k: v.contiguous() for k, v in batch.items() if isinstance(v, Tensor)})
+    )
     note = {"step": step, "batch": number, "example_ids": ids}
     write_bytes(out / f"{NONFINITE}.json", (json.dumps(note, indent=1) + "\n").encode())
     return TideError(

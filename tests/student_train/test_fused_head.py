@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -172,3 +172,29 @@ def test_full_logits_never_exist(name: str) -> None:
     with Largest() as seen:
         gradients(lambda h, w: plain(h, w, targets, settings), hidden, head)
     assert seen.numbers >= 512 * 700
+
+
+class Waits(TorchDispatchMode):
+    """Operations after which the host waits for the device, or whose result has a size that only the device knows."""
+
+    found: ClassVar[set[str]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket._qualified_op_name
+        by_mask = name == "aten::index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        waits = ("aten::_local_scalar_dense", "aten::nonzero", "aten::unique_consecutive", "aten::masked_select")
+        if by_mask or name in waits:
+            self.found.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_no_slice_waits_for_the_device(name: str) -> None:
+    hidden, head, targets, counts = problem(50, 30, 8)
+    assert targets.chunks is not None
+    host = torch.stack([targets.chunks.rows, targets.chunks.chunk_of]).numpy()
+    targets = dataclasses.replace(targets, chunks=dataclasses.replace(targets.chunks, host=host))
+    settings = LossSettings(OBJECTIVES[name], 1.0, counts, 0.5)
+    with Waits() as seen:
+        gradients(lambda h, w: fused_loss(h, w, targets, settings, 16)[0], hidden, head)
+    assert seen.found == set()
