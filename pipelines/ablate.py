@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,11 +10,11 @@ from typing import Any
 
 from pydantic import ConfigDict
 
+from pipelines.command_line import train_arguments
 from pipelines.grid import Job, train_all
 from pipelines.recipes import own_recipe
 from pipelines.report import find_runs, gains_by_seed, write_report
 from shared.config import CacheConfig, TrainConfig
-from shared.errors import TideError
 from shared.settings import build, read_toml
 from teacher_cache.build import build_cache
 
@@ -57,54 +56,26 @@ def run_ablation(recipe: Path, out: Path, at_once: int | None = None) -> Path:
     jobs = []
     for seed in grid.seeds:
         for name, variant in grid.variants.items():
-            values = {**grid.train, **variant.train}
+            cache = str(caches[variant.cache].out)
+            values = {**grid.train, **variant.train, "cache": cache, "seed": seed}
             where = f"variant {name} in {recipe}"
-            build(TrainConfig, {**values, "cache": caches[variant.cache].out, "seed": seed}, where)
-            jobs.append(Job(out / f"{name}-seed{seed}", _arguments(values, caches[variant.cache].out, seed)))
+            build(TrainConfig, values, where)
+            jobs.append(
+                Job(
+                    out / f"{name}-seed{seed}",
+                    train_arguments(values),
+                )
+            )
     for config in caches.values():
         build_cache(config)
     train_all(jobs, at_once)
-    commands = "\n".join(
-        f"* `{name}`: `tide train {_command({**grid.train, **variant.train}, caches[variant.cache].out)}`"
-        for name, variant in grid.variants.items()
-    )
     return write_report(out, f"# {recipe.stem}: {len(grid.variants)} variants, {len(grid.seeds)} seeds\n",
-                        f"{gains(out, grid)}\n\nThe command of each row (seed 0):\n\n{commands}\n")  # fmt: skip
+                        gains(out, grid))  # fmt: skip
 
 
 def _cache(name: str, values: Mapping[str, Any], out: Path) -> CacheConfig:
     base = own_recipe(str(values.get("teacher", "tiny-cross")), "cache")
     return build(CacheConfig, {**base, **values, "out": out / "caches" / name}, f"cache {name}")
-
-
-def _arguments(values: Mapping[str, Any], cache: Path, seed: int) -> tuple[str, ...]:
-    """The arguments of `tide train`: an empty base recipe and every setting as `--set`."""
-    base = ["--config", str(Path(__file__).parent / "recipes" / "empty.toml"), "--cache", str(cache)]
-    sets = [part for key, value in values.items() for part in ("--set", f"{key}={to_toml(value)}")]
-    return (*base, "--seed", str(seed), *sets)
-
-
-def _command(values: Mapping[str, Any], cache: Path) -> str:
-    """The arguments of the first seed, as one would type them in the repository."""
-    arguments = _arguments(values, cache, 0)
-    return shlex.join(["pipelines/recipes/empty.toml" if a.endswith("empty.toml") else a for a in arguments])
-
-
-def to_toml(value: Any) -> str:
-    """A value as inline TOML."""
-    match value:
-        case bool():
-            return "true" if value else "false"
-        case int() | float():
-            return repr(value)
-        case str():
-            escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-            return f'"{escaped}"'
-        case list() | tuple():
-            return "[" + ", ".join(map(to_toml, value)) + "]"
-        case dict():
-            return "{" + ", ".join(f"{key} = {to_toml(inner)}" for key, inner in value.items()) + "}"
-    raise TideError(f"{value!r} has no form in TOML", expected="text, numbers, truth values, lists and tables")
 
 
 def gains(out: Path, grid: Grid) -> str:

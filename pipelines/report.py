@@ -16,6 +16,7 @@ mpl.use("Agg")
 import polars as pl
 from matplotlib import pyplot as plt
 
+from pipelines.command_line import train_command
 from shared.atomic import write_bytes
 from shared.errors import TideError
 
@@ -30,6 +31,7 @@ class Run:
     objective: str
     history: list[dict[str, Any]]
     final: dict[str, float]
+    command: str
 
 
 def describe_objective(settings: dict[str, Any], weight: float = 1.0) -> str:
@@ -56,6 +58,7 @@ def find_runs(folder: Path) -> list[Run]:
                 describe_objective(settings["distillation"], settings["weight"]),
                 history["steps"],
                 history["final"],
+                train_command(settings),
             )
         )
     if not runs:
@@ -157,6 +160,9 @@ def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
     draw_curves(runs, folder / "report.png")
     table = to_markdown(summary_table(runs))
     title = head or f"# Runs in {folder}\n"
-    text = f"{title}\n{table}\n\n![loss and held-out NLL](report.png)\n\n{tail}"
+    commands = {run.variant: run.command for run in reversed(runs)}
+    rows = "\n".join(f"* `{variant}`: `{command}`" for variant, command in sorted(commands.items()))
+    parts = [title, table, "\n![loss and held-out NLL](report.png)\n", tail]
+    text = "\n".join(part for part in parts if part) + f"\n\nThe command of each row, at its first seed:\n\n{rows}\n"
     write_bytes(folder / "report.md", text.encode())
     return folder / "report.md"

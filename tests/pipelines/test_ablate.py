@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tomllib
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from pipelines import ablate
-from pipelines.ablate import Grid, run_ablation, to_toml
+from pipelines.ablate import Grid, run_ablation
+from pipelines.cli import app
+from pipelines.command_line import to_toml
 from shared.errors import TideError
 from shared.settings import build, read_toml
 from tests.conftest import chats_file
@@ -67,6 +71,11 @@ def test_a_grid_trains_reports_and_resumes(
     assert "| calm | " in text
     assert "--set 'weight=2.0'" in text or "--set weight=2.0" in text
     assert len(list((tmp_path / "out").glob("*-seed*/history.json"))) == 4
+    command = next(line for line in text.splitlines() if line.startswith("* `calm`"))
+    again = shlex.split(command.split("`")[3])
+    assert CliRunner().invoke(app, [*again[1:], "--out", str(tmp_path / "again")]).exit_code == 0
+    runs = [json.loads((f / "history.json").read_text()) for f in (tmp_path / "again", tmp_path / "out" / "calm-seed0")]
+    assert runs[0]["final"]["eval_heldout_nll"] == runs[1]["final"]["eval_heldout_nll"]
     started: list[str] = []
     monkeypatch.setattr("pipelines.grid._start", lambda job: started.append(job.folder.name))
     run_ablation(recipe, tmp_path / "out")
