@@ -1,12 +1,14 @@
 """The cache's row: all that stage two needs of one draw of one example (DESIGN §6).
 
 Lists are flat: `chunk_student` holds start, end, start, end, …; `logsumexp` holds one value per position and stored
-temperature, position by position; `topk_ids` and `topk_logits` hold `topk_sizes[i]` entries for position i.
+temperature, position by position; `topk_ids` and `topk_logp` hold `topk_sizes[i]` entries for position i. docs/cache-format.md
+says how to read it without this package.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,9 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
-SCHEMA_VERSION = 1
+from shared.compact import round_logp
+
+SCHEMA_VERSION = 2
 
 _INTS = pa.list_(pa.int32())
 _FLOATS = pa.list_(pa.float32())
@@ -36,7 +40,7 @@ SCHEMA = pa.schema(
         pa.field("logsumexp", _FLOATS, nullable=False),  # per teacher position × temperature
         pa.field("topk_sizes", _INTS),  # per teacher position; null: signal not cached
         pa.field("topk_ids", _INTS),
-        pa.field("topk_logits", _FLOATS),
+        pa.field("topk_logp", pa.list_(pa.float16())),  # logit − logsumexp at T = 1, falling (`shared.compact`)
         pa.field("chunk_student", _INTS),  # active chunks: start, end in student tokens; null: not cached
         pa.field("chunk_teacher", _INTS),
         pa.field("chunk_logp", _FLOATS),  # log p(c) in nats, at T = 1
@@ -88,16 +92,26 @@ def without_masks(row: CacheRow) -> CacheRow:
     )
 
 
-def to_table(rows: list[CacheRow]) -> pa.Table:
-    """Rows as an Arrow table of `SCHEMA`."""
+def to_table(rows: list[CacheRow], temperatures: Sequence[float]) -> pa.Table:
+    """Rows as an Arrow table of `SCHEMA`; `temperatures` are those stored per position."""
+    one = list(temperatures).index(1.0)
     columns = []
     for field in SCHEMA:
-        values = [getattr(row, field.name) for row in rows]
+        if field.name == "topk_logp":
+            values = [_logp(row, one) for row in rows]
+        else:
+            values = [getattr(row, field.name) for row in rows]
         if pa.types.is_list(field.type):
             columns.append(_list_column(values, field.type))
         else:
             columns.append(pa.array(values, type=field.type))
     return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def _logp(row: CacheRow, one: int) -> np.ndarray | None:
+    if row.topk_logits is None or row.topk_sizes is None:
+        return None
+    return round_logp(row.topk_logits - np.repeat(row.logsumexp[:, one], row.topk_sizes))
 
 
 def _list_column(values: list[np.ndarray | None], kind: pa.ListType) -> pa.Array:
@@ -109,17 +123,20 @@ def _list_column(values: list[np.ndarray | None], kind: pa.ListType) -> pa.Array
     return pa.ListArray.from_arrays(pa.array(offsets), content, type=kind, mask=missing)
 
 
-def from_table(table: pa.Table, temperatures: int) -> list[CacheRow]:
-    """The inverse of `to_table`; `temperatures` is the number stored per position."""
+def from_table(table: pa.Table, temperatures: Sequence[float]) -> list[CacheRow]:
+    """The inverse of `to_table`, but for what `shared.compact` rounds."""
+    one = list(temperatures).index(1.0)
     names = [field.name for field in SCHEMA]
     columns = [_unpack(table.column(name).combine_chunks()) for name in names]
-    shapes = {"logsumexp": (-1, temperatures), "chunk_student": (-1, 2), "chunk_teacher": (-1, 2)}
+    shapes = {"logsumexp": (-1, len(temperatures)), "chunk_student": (-1, 2), "chunk_teacher": (-1, 2)}
     rows = []
     for values in zip(*columns, strict=True):
         cells: dict[str, Any] = {
             name: value.reshape(shapes[name]) if name in shapes and value is not None else value
             for name, value in zip(names, values, strict=True)
         }
+        logp, sizes = cells.pop("topk_logp"), cells["topk_sizes"]
+        cells["topk_logits"] = None if logp is None else logp + np.repeat(cells["logsumexp"][:, one], sizes)
         rows.append(CacheRow(**cells))
     return rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,17 @@ from shared.errors import TideError
 from shared.schema import SCHEMA, CacheRow, from_table, to_table
 
 _COUNTS_KEY = b"tide.counts"
-_ZSTD_LEVEL = 3
+_ZSTD_LEVEL = 9
+_ROWS_PER_GROUP = 64
+"""Few, so that the dictionary of a group's token ids stays small and its indices short."""
+
+# Parquet's own encodings, by what a column holds (docs/cache-format.md has what each buys).
+_BY_DICTIONARY = ("example_id", "topk_ids.list.element", "student_ids.list.element", "teacher_ids.list.element")
+_ENCODINGS = {
+    **{f"{name}.list.element": "DELTA_BINARY_PACKED"
+       for name in ("masked", "teacher_masked", "topk_sizes", "chunk_student", "chunk_teacher")},
+    **{f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in ("gold_logit", "logsumexp", "topk_logp", "chunk_logp")},
+}  # fmt: skip
 
 
 @dataclass(frozen=True, order=True)
@@ -30,9 +41,14 @@ class Unit:
         return cache / f"draw={self.draw:02d}" / f"part-{self.part:05d}.parquet"
 
 
-def write_shard(path: Path, rows: list[CacheRow], counts: dict[str, Any]) -> None:
+def write_shard(path: Path, rows: list[CacheRow], temperatures: Sequence[float], counts: dict[str, Any]) -> None:
     """Write rows with their counts, atomically. The bytes depend on the content alone."""
-    table = to_table(rows).replace_schema_metadata({_COUNTS_KEY: json.dumps(counts, sort_keys=True).encode()})
+    write_table(path, to_table(rows, temperatures), counts)
+
+
+def write_table(path: Path, table: pa.Table, counts: dict[str, Any]) -> None:
+    """`write_shard` for a table of the schema."""
+    table = table.replace_schema_metadata({_COUNTS_KEY: json.dumps(counts, sort_keys=True).encode()})
 
     def write(handle: Any) -> None:
         pq.write_table(
@@ -40,9 +56,10 @@ def write_shard(path: Path, rows: list[CacheRow], counts: dict[str, Any]) -> Non
             handle,
             compression="zstd",
             compression_level=_ZSTD_LEVEL,
-            use_dictionary=["example_id"],  # pyright: ignore[reportArgumentType]
+            use_dictionary=list(_BY_DICTIONARY),  # pyright: ignore[reportArgumentType]
+            column_encoding=_ENCODINGS,
             write_page_checksum=True,
-            row_group_size=256,
+            row_group_size=_ROWS_PER_GROUP,
         )
 
     write_atomically(path, write)
@@ -75,11 +92,16 @@ def shard_counts(path: Path) -> dict[str, Any]:
     return {**json.loads(metadata.get(_COUNTS_KEY, b"{}")), "rows": file.metadata.num_rows}
 
 
-def read_shard(path: Path, temperatures: int) -> list[CacheRow]:
+def read_shard(path: Path, temperatures: Sequence[float]) -> list[CacheRow]:
     """All rows of a shard. TideError where a page's checksum does not hold."""
+    return from_table(read_table(path), temperatures)
+
+
+def read_table(path: Path) -> pa.Table:
+    """A shard as an Arrow table. TideError where a page's checksum does not hold."""
     file = open_shard(path)
     try:
-        return from_table(file.read(), temperatures)
+        return file.read()
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(path, error) from error
 

@@ -118,7 +118,7 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
 
     def _read_window_uncached(self, epoch: int, window: _Window) -> tuple[list[CacheRow], list[list[int]]]:
         draw = epoch % self._manifest.draws
-        temperatures = len(self._manifest.temperatures)
+        temperatures = self._manifest.temperatures
         rows = [r for p in window.parts for r in read_shard(Unit(draw, p).path(self._cache), temperatures)]
         stream = generator(self._seed, epoch, window.first, "rows")
         return rows, list(self._batches([len(r.student_ids) for r in rows], stream))

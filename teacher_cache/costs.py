@@ -117,7 +117,7 @@ def bytes_per_draw(load: Workload, config: CacheConfig, vocabulary: int, own_tok
     rows = [_random_row(load, config, vocabulary, own_tokens, np.random.default_rng(i)) for i in range(64)]
     with tempfile.TemporaryDirectory(prefix="tide-weigh-") as folder:
         path = Path(folder) / "shard.parquet"
-        write_shard(path, rows, {})
+        write_shard(path, rows, config.targets.stored_temperatures, {})
         return path.stat().st_size / len(rows)
 
 

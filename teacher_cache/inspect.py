@@ -47,7 +47,7 @@ def inspect_cache(folder: Path) -> Inspection:
     for unit in found.units:
         path = unit.path(folder)
         found.bytes_by_column.update(_column_bytes(path))
-        for row in read_shard(path, len(manifest.temperatures)):
+        for row in read_shard(path, manifest.temperatures):
             _count(found, row)
             if row.topk_sizes is not None and row.topk_logits is not None:
                 kept += int(row.topk_sizes.sum())

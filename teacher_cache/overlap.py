@@ -93,4 +93,4 @@ def run_pipeline(plan: CachePlan, engine: Engine, source: Source, progress: Call
 
 def _write(plan: CachePlan, work: UnitWork, scores: Sequence[Scores]) -> None:
     rows, counts = finish_unit(plan, work, scores)
-    write_shard(work.unit.path(plan.config.out), rows, counts)
+    write_shard(work.unit.path(plan.config.out), rows, plan.target_spec().temperatures, counts)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shared.compact import LARGEST_ERROR
 from shared.config import CacheConfig
 from shared.errors import TideError
 from shared.manifest import load_manifest
@@ -60,7 +61,7 @@ def verify_cache(config: CacheConfig, rows: int) -> VerifyReport:
     """Compare `rows` rows of the cache at `config.out` with what `config.engine` says now.
 
     The sample is the same for every engine. Top-k logits are compared rank by rank: ids may change places where two
-    logits are nearly equal. TideError where the cache, the teacher or the settings do not belong together.
+    logits are nearly equal; what counts is the deviation beyond that of their rounding. TideError where the cache, the teacher or the settings do not belong together.
     """
     if rows < 1:
         raise TideError(f"--rows is {rows}", expected="1 or more")
@@ -84,7 +85,7 @@ def _sample(plan: CachePlan, rows: int) -> Iterator[CacheRow]:
     for unit in units:
         if left <= 0:
             return
-        content = read_shard(unit.path(plan.config.out), len(plan.target_spec().temperatures))
+        content = read_shard(unit.path(plan.config.out), plan.target_spec().temperatures)
         picked = chosen.sample(content, min(each, left, len(content)))
         left -= len(picked)
         yield from picked
@@ -128,4 +129,5 @@ def _differences(row: CacheRow, again: Scores, into: dict[str, list[np.ndarray]]
     into["logsumexp"].append(np.abs(row.logsumexp - again.logsumexp).reshape(-1))
     if row.topk_sizes is not None and row.topk_logits is not None and again.topk_logits is not None:
         kept = np.arange(again.topk_logits.shape[1]) < row.topk_sizes[:, None]
-        into["top-k logits"].append(np.abs(row.topk_logits - again.topk_logits[kept]))
+        apart = np.abs(row.topk_logits - again.topk_logits[kept])
+        into["top-k logits"].append(np.maximum(apart - LARGEST_ERROR, 0.0))

@@ -95,7 +95,7 @@ def test_a_real_model_through_both_stages(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(teacher)
     likelihoods = []
     for part in range(manifest.parts):
-        for row in read_shard(Unit(0, part).path(tmp_path / "cache"), 2):
+        for row in read_shard(Unit(0, part).path(tmp_path / "cache"), (1.0, 2.0)):
             assert row.teacher_ids is not None
             assert row.chunk_logp is not None
             likelihoods += row.chunk_logp.tolist()

@@ -28,7 +28,7 @@ def test_an_epoch_trains_on_its_draw_and_sees_every_row_once(caches: dict[str, P
         index += data.batches_in(epoch)
         assert {row.draw for row in rows} == {epoch % 2}
         assert set(Counter(row.example_id for row in rows).values()) == {1}
-        expected = sum(len(read_shard(Unit(epoch % 2, p).path(caches["tiny-cross"]), 2)) for p in range(3))
+        expected = sum(len(read_shard(Unit(epoch % 2, p).path(caches["tiny-cross"]), (1.0, 2.0))) for p in range(3))
         assert len(rows) == expected
 
 
@@ -49,7 +49,7 @@ def test_the_order_is_a_function_of_the_seed_alone(caches: dict[str, Path]) -> N
 def test_a_batch_says_what_its_rows_say(caches: dict[str, Path], teacher: str) -> None:
     cache = caches[teacher]
     manifest = load_manifest(cache)
-    rows = list(read_shard(Unit(0, 0).path(cache), 2))
+    rows = list(read_shard(Unit(0, 0).path(cache), (1.0, 2.0)))
     batch = collate(rows, manifest)
     mask_id = manifest.fingerprint["student"]["mask_id"]
     n = 0
@@ -87,7 +87,7 @@ def test_lists_of_different_lengths_are_padded_with_a_repeated_id(caches: dict[s
     import dataclasses
 
     cache = caches["tiny-shared"]
-    row = next(r for r in read_shard(Unit(0, 0).path(cache), 2) if r.masked.size >= 3)
+    row = next(r for r in read_shard(Unit(0, 0).path(cache), (1.0, 2.0)) if r.masked.size >= 3)
     assert row.topk_ids is not None
     assert row.topk_logits is not None
     sizes = np.full(row.masked.size, 8, np.int32)

@@ -24,7 +24,7 @@ def poison(cache: Path, example: int) -> str:
             continue
         table = pq.ParquetFile(unit.path(cache)).read()
         name = table.column("example_id")[example].as_py()
-        place = table.schema.get_field_index("topk_logits")
+        place = table.schema.get_field_index("topk_logp")
         column = table.column(place).combine_chunks()
         values, offsets = np.asarray(column.values).copy(), column.offsets.to_numpy()
         values[offsets[example] : offsets[example + 1]] = np.nan

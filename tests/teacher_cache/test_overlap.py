@@ -52,11 +52,11 @@ def test_the_next_unit_is_prepared_and_the_last_one_written_while_the_engine_wor
             scoring.notify_all()
         return work
 
-    def late_write(path: Path, rows: Any, counts: Any) -> None:
+    def late_write(path: Path, rows: Any, *rest: Any) -> None:
         number = units.index(Unit(int(path.parent.name[-2:]), int(path.stem[-5:]))) + 1
         with scoring:
             assert scoring.wait_for(lambda: calls[0] > number or number == len(units), timeout=30)
-        write(path, rows, counts)
+        write(path, rows, *rest)
 
     def before(call: int) -> None:
         with scoring:

@@ -136,7 +136,7 @@ def small(out: Path, engine: dict[str, Any]) -> Any:
 
 
 def values(config: Any) -> np.ndarray:
-    rows = [row for unit in finished_units(config.out) for row in read_shard(unit.path(config.out), 2)]
+    rows = [row for unit in finished_units(config.out) for row in read_shard(unit.path(config.out), (1.0, 2.0))]
     return np.concatenate([np.concatenate([r.gold_logit, r.logsumexp.ravel()]) for r in rows])
 
 
