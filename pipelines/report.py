@@ -19,6 +19,7 @@ from matplotlib import pyplot as plt
 from pipelines.command_line import train_command
 from shared.atomic import write_bytes
 from shared.errors import TideError
+from teacher_cache.progress import read_status
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Run:
     objective: str
     history: list[dict[str, Any]]
     final: dict[str, float]
+    folder: Path
+    """Of the cache."""
     command: str
 
 
@@ -58,6 +61,7 @@ def find_runs(folder: Path) -> list[Run]:
                 describe_objective(settings["distillation"], settings["weight"]),
                 history["steps"],
                 history["final"],
+                Path(settings["cache"]),
                 train_command(settings),
             )
         )
@@ -99,6 +103,25 @@ def summary_table(runs: list[Run]) -> pl.DataFrame:
         for variant, group in groups.items()
     ]
     return pl.DataFrame(rows).sort("cache", "student")
+
+
+def cost_table(runs: list[Run]) -> pl.DataFrame:
+    """What each cache cost: seconds of the teacher's engine, megabytes, and training seconds of all its students."""
+    rows = []
+    for folder in sorted({run.folder for run in runs}):
+        mine = [run for run in runs if run.folder == folder]
+        engine = read_status(folder).get("engine_seconds")
+        size = sum(path.stat().st_size for path in folder.glob("draw=*/*.parquet"))
+        rows.append(
+            {
+                "cache": mine[0].cache,
+                "teacher s, once": "–" if engine is None else f"{engine:.0f}",
+                "MB on disk": f"{size / 1e6:.1f}" if size else "–",
+                "students": len(mine),
+                "training s, all": f"{sum(r.final['seconds'] for r in mine):.0f}",
+            }
+        )
+    return pl.DataFrame(rows)
 
 
 def _column(group: list[Run], key: str) -> str:
@@ -162,7 +185,7 @@ def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
     title = head or f"# Runs in {folder}\n"
     commands = {run.variant: run.command for run in reversed(runs)}
     rows = "\n".join(f"* `{variant}`: `{command}`" for variant, command in sorted(commands.items()))
-    parts = [title, table, "\n![loss and held-out NLL](report.png)\n", tail]
+    parts = [title, table, "\n" + to_markdown(cost_table(runs)), "\n![loss and held-out NLL](report.png)\n", tail]
     text = "\n".join(part for part in parts if part) + f"\n\nThe command of each row, at its first seed:\n\n{rows}\n"
     write_bytes(folder / "report.md", text.encode())
     return folder / "report.md"

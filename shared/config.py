@@ -173,6 +173,8 @@ class CacheConfig:
     teachers_file: Path | None = None
     """A TOML file with teachers of your own, in the form of registry.toml."""
     out: Path = Path("caches/default")
+    metrics_file: Path | None = None
+    """Write the progress there too, in Prometheus's text format."""
     shard_examples: int = 512
     data: DataConfig = field(default_factory=DataConfig)
     lengths: LengthConfig = field(default_factory=LengthConfig)

@@ -54,8 +54,14 @@ class Manifest:
         return [Unit(draw, part) for draw in range(self.draws) for part in range(self.parts)]
 
     def save(self, cache: Path) -> None:
-        """Write `manifest.json` atomically."""
-        write_bytes(cache / MANIFEST, (json.dumps(asdict(self), indent=2, sort_keys=True) + "\n").encode())
+        """Write `manifest.json` atomically, with a checksum over the rest of it."""
+        values = {**asdict(self), "checksum": self.checksum}
+        write_bytes(cache / MANIFEST, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 over everything that the manifest says."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 def load_manifest(cache: Path) -> Manifest:
@@ -63,12 +69,16 @@ def load_manifest(cache: Path) -> Manifest:
     path = cache / MANIFEST
     try:
         values = json.loads(path.read_text())
+        checksum = values.pop("checksum", None)
         manifest = Manifest(**values)
+        version_known = manifest.schema_version == SCHEMA_VERSION
+        if version_known and checksum != manifest.checksum:
+            raise ValueError("its checksum does not hold")
     except FileNotFoundError as error:
         raise TideError(
             f"{cache} is no cache: it has no {MANIFEST}", fix="build one with `tide cache`, or check the path"
         ) from error
-    except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise TideError(
             f"{path} is damaged: {error}",
             fix=f"delete {path} and run the same `tide cache` command again; finished shards are kept",

@@ -1,8 +1,8 @@
 """The cache's row: all that stage two needs of one draw of one example (DESIGN §6).
 
 Lists are flat: `chunk_student` holds start, end, start, end, …; `logsumexp` holds one value per position and stored
-temperature, position by position; `topk_ids` and `topk_logp` hold `topk_sizes[i]` entries for position i. docs/cache-format.md
-says how to read it without this package.
+temperature, position by position; `topk_ids` and `topk_logp` hold `topk_sizes[i]` entries for position i.
+docs/cache-format.md says how to read it without this package.
 """
 
 from __future__ import annotations

@@ -74,8 +74,9 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
                 expected="a finished cache",
                 fix="run the same `tide cache` command again: it computes what is missing",
             )
+        digest = self._manifest.digest
         counts = [
-            [shard_counts(Unit(draw, part).path(self._cache))["rows"] for part in range(self._manifest.parts)]
+            [shard_counts(Unit(draw, part).path(self._cache), digest)["rows"] for part in range(self._manifest.parts)]
             for draw in range(self._manifest.draws)
         ]
         if not any(map(sum, counts)):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from shared.atomic import remove_leftovers
 from shared.config import CacheConfig
 from shared.errors import TideError
-from shared.shards import shard_counts
+from shared.shards import CACHE, shard_counts
 from teacher_cache.engines.choose import load_engine, settle_engine
 from teacher_cache.plan import CachePlan, make_plan
 from teacher_cache.units import run_units
@@ -83,7 +83,8 @@ def summarise(plan: CachePlan, computed: int, kept: int) -> CacheReport:
     size = 0
     for unit in plan.manifest.units():
         path = unit.path(out)
-        total.update(shard_counts(path))
+        counts = shard_counts(path, plan.manifest.digest)
+        total.update({name: n for name, n in counts.items() if name != CACHE})
         size += path.stat().st_size
     if total["rows"] == 0:
         raise TideError(

@@ -66,26 +66,24 @@ def prepared_ahead(plan: CachePlan, source: Source, workers: int) -> Iterator[Un
 
 
 def run_pipeline(plan: CachePlan, engine: Engine, source: Source, progress: Callable[[UnitWork, float], None]) -> None:
-    """Score every unit and write its shard. `progress` hears of each written unit and of the engine's busy share.
-
-    What was scored is written even when a later unit fails or Ctrl-C comes.
+    """Score every unit and write its shard. `progress` hears of each written unit, and for how many seconds the engine
+    was busy with it. What was scored is written even when a later unit fails or Ctrl-C comes.
     """
-    started, busy = time.perf_counter(), 0.0
-    pending: deque[tuple[UnitWork, Future[None]]] = deque()
+    pending: deque[tuple[UnitWork, float, Future[None]]] = deque()
 
     def settle(allowed: int) -> None:
         while len(pending) > allowed:
-            work, future = pending.popleft()
+            work, busy, future = pending.popleft()
             future.result()
-            progress(work, busy / (time.perf_counter() - started))
+            progress(work, busy)
 
     with ThreadPoolExecutor(1, "write") as writer:
         try:
             for work in prepared_ahead(plan, source, plan.config.engine.prepare_workers):
                 begun = time.perf_counter()
                 scores = engine.score(work.requests)
-                busy += time.perf_counter() - begun
-                pending.append((work, writer.submit(_write, plan, work, scores)))
+                busy = time.perf_counter() - begun
+                pending.append((work, busy, writer.submit(_write, plan, work, scores)))
                 settle(1)
         finally:
             settle(0)

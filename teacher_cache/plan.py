@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from shared.examples import Preparer, SharedVocabulary
 from shared.manifest import MANIFEST, Manifest, check_fingerprint, load_manifest
 from shared.schema import SCHEMA_VERSION
 from shared.settings import to_plain
-from shared.shards import Unit, finished_units
+from shared.shards import Unit, finished_units, shard_counts
 from shared.tokenizers import Tokenizer
 from teacher_cache.checks import check_teacher
 from teacher_cache.targets import TargetSpec
@@ -95,14 +96,16 @@ def make_plan(config: CacheConfig, write: bool = True, engine: dict[str, Any] | 
         old = load_manifest(config.out)
         check_fingerprint(config.out, old, fingerprint, "go on with it")
         manifest = Manifest(fingerprint, max(old.draws, manifest.draws), parts, data.examples)
-    elif finished_units(config.out):
-        raise TideError(
-            f"{config.out} holds shards but no {MANIFEST}",
-            expected="a cache with its manifest, or a new folder",
-            fix="choose another folder (--out), or put the manifest back",
-        )
-    elif write:  # before the manifest: a cache with a manifest has its tokenizer
+    elif units := finished_units(config.out):  # the manifest was lost: the shards say what they belong to
+        for unit in units:
+            shard_counts(unit.path(config.out), manifest.digest)
+        manifest = dataclasses.replace(manifest, draws=max(manifest.draws, units[-1].draw + 1))
+    if (
+        write and not (config.out / "student_tokenizer").exists()
+    ):  # before the manifest: a cache with a manifest has its tokenizer
         student.backend.save_pretrained(config.out / "student_tokenizer")
+    if write and not entry.student_tokens and not (config.out / "teacher_tokenizer").exists():
+        teacher.backend.save_pretrained(config.out / "teacher_tokenizer")
     if write:
         manifest.save(config.out)
     return CachePlan(config, entry, checkpoint, student, teacher, shared, data, manifest)

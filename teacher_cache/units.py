@@ -5,27 +5,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from tqdm import tqdm
-
 from shared.data import ChatExample, iter_examples
 from shared.shards import Unit
 from teacher_cache.engines.base import Engine
 from teacher_cache.overlap import Source, run_pipeline
 from teacher_cache.plan import CachePlan
+from teacher_cache.progress import STATUS, Progress
 from teacher_cache.work import UnitWork
 
 
-def run_units(plan: CachePlan, engine: Engine, units: Sequence[Unit]) -> None:
-    """Compute `units` in order, one shard each, under a progress bar."""
-    total = sum(plan.examples_in(unit) for unit in units)
-    with tqdm(total=total, unit="row", desc=f"cache {plan.config.teacher}", smoothing=0.05) as bar:
+def run_units(plan: CachePlan, engine: Engine, units: Sequence[Unit], name: str = STATUS) -> None:
+    """Compute `units` in order, one shard each, under a progress bar; `name` is that of the status file."""
+    with Progress(plan, units, plan.config.metrics_file, name) as progress:
 
-        def progress(work: UnitWork, busy: float) -> None:
-            bar.update(work.examples)
-            unit, parts = work.unit, plan.manifest.parts
-            bar.set_postfix_str(f"draw {unit.draw} part {unit.part + 1}/{parts}, engine busy {busy:.0%}")
+        def heard(work: UnitWork, busy_seconds: float) -> None:
+            progress.wrote(work.unit, work.examples, busy_seconds)
 
-        run_pipeline(plan, engine, sources(plan, units), progress)
+        run_pipeline(plan, engine, sources(plan, units), heard)
 
 
 class ExampleParts:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from shared.data import ChatExample
 from shared.examples import Prepared
 from shared.noise import Draw
 from shared.schema import CacheRow
-from shared.shards import Unit
+from shared.shards import CACHE, Unit
 from teacher_cache.comp_demo import Request, TeacherView, draw_for, passes, teacher_view
 from teacher_cache.plan import CachePlan
 from teacher_cache.targets import Scores, TargetSpec, refuse_nonfinite
@@ -55,7 +56,7 @@ def prepare_unit(plan: CachePlan, unit: Unit, examples: Sequence[ChatExample]) -
     return UnitWork(unit, len(examples), items, requests, dataclasses.asdict(preparer.counts))
 
 
-def finish_unit(plan: CachePlan, work: UnitWork, scores: Sequence[Scores]) -> tuple[list[CacheRow], dict[str, int]]:
+def finish_unit(plan: CachePlan, work: UnitWork, scores: Sequence[Scores]) -> tuple[list[CacheRow], dict[str, Any]]:
     """Rows of the shard, and the counts that are stored with it. TideError where a score is not finite."""
     rows, position = [], 0
     for item in work.items:
@@ -67,7 +68,7 @@ def finish_unit(plan: CachePlan, work: UnitWork, scores: Sequence[Scores]) -> tu
         rows.append(_row(plan, item, work.unit.draw, merged))
     masked = sum(row.masked.size for row in rows)
     chunks = sum(0 if row.chunk_logp is None else row.chunk_logp.size for row in rows)
-    return rows, {**work.counts, "masked": masked, "chunks": chunks}
+    return rows, {**work.counts, "masked": masked, "chunks": chunks, CACHE: plan.manifest.digest}
 
 
 def merge_passes(spec: TargetSpec, n: int, parts: Sequence[Scores], rows_of: Sequence[np.ndarray]) -> Scores:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -22,6 +22,7 @@ from shared.shards import Unit
 from teacher_cache.engines.choose import load_engine
 from teacher_cache.overlap import Source, run_pipeline
 from teacher_cache.plan import CachePlan
+from teacher_cache.progress import Progress
 from teacher_cache.units import ExampleParts
 from teacher_cache.work import UnitWork
 
@@ -110,6 +111,7 @@ class _Crew:
         self._todo = deque(units)
         self._waiting: list[_Member] = []
         self._deaths = 0
+        self.on_death: Callable[[], None] = lambda: None
         self._members = [self._start(index) for index in range(plan.config.engine.data_parallel)]
 
     def _start(self, index: int) -> _Member:
@@ -166,6 +168,7 @@ class _Crew:
         """Put a dead process's units back and start another in its place."""
         member.process.join()
         self._deaths += 1
+        self.on_death()
         if self._deaths > _RESTARTS:
             raise TideError(
                 f"worker processes died {self._deaths} times, the last with exit code {member.process.exitcode}",
@@ -193,14 +196,13 @@ class _Crew:
 
 def run_workers(plan: CachePlan, units: Sequence[Unit]) -> None:
     """Compute `units` in `engine.data_parallel` processes under one progress bar."""
-    total = sum(plan.examples_in(unit) for unit in units)
     crew = _Crew(plan, units)
     patience = 0.0
     try:
-        with tqdm(total=total, unit="row", desc=f"cache {plan.config.teacher}", smoothing=0.05) as bar:
+        with Progress(plan, units, plan.config.metrics_file) as progress:
+            crew.on_death = progress.failed
             for event in crew.events():
-                bar.update(event.examples)
-                bar.set_postfix_str(f"{plan.config.engine.data_parallel} workers, engine busy {event.busy:.0%}")
+                progress.wrote(event.unit, event.examples, event.busy, plan.config.engine.data_parallel)
         patience = 30.0
     finally:
         crew.close(patience)

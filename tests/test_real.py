@@ -18,7 +18,7 @@ from shared.shards import Unit, read_shard
 from shared.tokenizers import Tokenizer
 from student_train.trainer import train_student
 from teacher_cache.build import build_cache
-from teacher_cache.inspect import inspect_cache
+from teacher_cache.maintenance.inspect import inspect_cache
 from tests.conftest import chats_file
 from tests.real_assets import qwen_tokenizer, smollm2
 from tests.shared.test_examples import TEXTS, chat, check_chunks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,7 @@ def cache(
     engine: Annotated[str | None, typer.Option(help="transformers, vllm, or auto (docs/engines.md).")] = None,
     tensor_parallel: Annotated[int | None, typer.Option(help="GPUs that share one copy of the teacher (vllm).")] = None,
     data_parallel: Annotated[int | None, typer.Option(help="Copies of the teacher, one process each.")] = None,
+    metrics_file: Annotated[Path | None, typer.Option(help="Progress in Prometheus's text format.")] = None,
     config: Recipe = None,
     teachers_file: TeachersFile = None,
     sets: Sets = None,
@@ -40,6 +42,7 @@ def cache(
     extra += [f"engine.type={engine}"] if engine is not None else []
     extra += [f"engine.tensor_parallel={tensor_parallel}"] if tensor_parallel is not None else []
     extra += [f"engine.data_parallel={data_parallel}"] if data_parallel is not None else []
+    extra += [f"metrics_file={json.dumps(str(metrics_file))}"] if metrics_file is not None else []
     settings = cache_config(
         teacher,
         config,
@@ -73,19 +76,12 @@ def cache(
 
 
 @app.command()
-def inspect(folder: Annotated[Path, typer.Argument(help="A cache, such as caches/TEACHER.")]) -> None:
-    """Print what a cache holds: rows, masses, chunk lengths, likelihoods by t, bytes by column."""
-    from teacher_cache.inspect import describe, inspect_cache
-
-    typer.echo(describe(inspect_cache(folder)))
-
-
-@app.command()
 def verify(
     teacher: TeacherName = None,
     against: Annotated[str, typer.Option(help="The engine to score with: transformers or vllm.")] = "transformers",
-    rows: Annotated[int, typer.Option(help="Rows to score again.")] = 200,
+    rows: Annotated[int, typer.Option(help="Rows to score again; 0: none, and no teacher is loaded.")] = 200,
     tolerance: Annotated[float | None, typer.Option(help="Exit with 1 where a value is further off (nats).")] = None,
+    delete_damaged: Annotated[bool, typer.Option("--delete-damaged", help="Delete shards that do not hold.")] = False,
     model: Annotated[str | None, typer.Option(help="Path or hub id of the teacher's weights.")] = None,
     student_tokenizer: Annotated[str | None, typer.Option(help="Path or hub id of the student's tokenizer.")] = None,
     data: Annotated[str | None, typer.Option(help="The data of the cache.")] = None,
@@ -94,13 +90,23 @@ def verify(
     teachers_file: TeachersFile = None,
     sets: Sets = None,
 ) -> None:
-    """Score a sample of a cache's rows again and print how far they lie from what is cached."""
+    """Check every shard (checksums, schema, counts, values), then score a sample of rows again."""
     from pipelines.recipes import cache_config
-    from teacher_cache.verify import verify_cache
+    from teacher_cache.maintenance.check import check_cache
+    from teacher_cache.maintenance.check import delete_damaged as delete_shards
+    from teacher_cache.maintenance.verify import verify_cache
 
     extra = [f"engine.type={against}", *([f"data.source={data}"] if data is not None else [])]
     flags = {"model": model, "student_tokenizer": student_tokenizer, "out": out}
     settings = cache_config(teacher, config, [*(sets or []), *extra], teachers_file, **flags)
+    checked = check_cache(settings.out)
+    typer.echo("\n".join(checked.lines()))
+    if checked.problems:
+        if delete_damaged:
+            typer.echo(f"deleted {delete_shards(checked)} shards; `tide cache` computes them again")
+        raise typer.Exit(1)
+    if rows == 0:
+        return
     found = verify_cache(settings, rows)
     typer.echo("\n".join(found.lines()))
     if tolerance is not None and found.largest > tolerance:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def test_a_table_gives_back_its_rows(kinds: list[tuple[int, bool, bool, bool, in
 
 
 def test_a_shard_gives_back_its_rows_and_plain_polars_reads_it(tmp_path: Path) -> None:
-    rows = [make_row(i, bool(i % 2), True, True, i % 5) for i in range(600)]  # more than one row group
+    rows = [dataclasses.replace(make_row(i, bool(i % 2), True, True, i % 5), draw=3) for i in range(600)]
     path = Unit(3, 14).path(tmp_path)
     write_shard(path, rows, T, {"examples": 600})
     for a, b in zip(rows, read_shard(path, T), strict=True):

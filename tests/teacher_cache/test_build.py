@@ -258,7 +258,18 @@ def test_a_damaged_manifest(caches: dict[str, Path], random_teacher: Path, tmp_p
     (cache / "manifest.json").write_text("{")
     refused("is damaged", small_cache_config("tiny-shared", random_teacher, cache))
     (cache / "manifest.json").unlink()
-    refused("holds shards but no manifest.json", small_cache_config("tiny-shared", random_teacher, cache))
+    refused("belongs to another cache", small_cache_config("tiny-shared", random_teacher, cache, targets={"k": 9}))
+    report = build_cache(small_cache_config("tiny-shared", random_teacher, cache, noise={"draws": 1}))
+    assert (report.computed, report.kept) == (0, 6)
+    assert load_manifest(cache) == load_manifest(caches["tiny-shared"])
+
+
+def test_a_manifest_that_says_something_else_is_damaged(caches: dict[str, Path], tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(caches["tiny-shared"], tmp_path / "c"))
+    text = (cache / "manifest.json").read_text()
+    (cache / "manifest.json").write_text(text.replace('"mask_id": 4095', '"mask_id": 4094', 1))
+    with pytest.raises(TideError, match="checksum does not hold"):
+        load_manifest(cache)
 
 
 def test_without_comp_demo_all_is_masked_in_one_pass(random_teacher: Path, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from shared.errors import TideError
 from shared.shards import finished_units
-from teacher_cache.inspect import describe, inspect_cache
-from teacher_cache.verify import verify_cache
+from teacher_cache.maintenance.inspect import describe, inspect_cache
+from teacher_cache.maintenance.verify import verify_cache
 from tests.conftest import TEACHER_TOKENIZER, small_cache_config
 
 

@@ -23,11 +23,11 @@ from teacher_cache.comp_demo import Request
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.engines.vllm_engine.engine import VllmEngine
 from teacher_cache.engines.vllm_engine.plugin import SCORERS, register
+from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.targets import Scores, TargetSpec
 from teacher_cache.teachers.checkpoint import open_checkpoint
 from teacher_cache.teachers.loading import load_model
 from teacher_cache.teachers.registry import TeacherEntry, resolve
-from teacher_cache.verify import verify_cache
 from tests.conftest import small_cache_config
 from tests.hub_layouts import ARCHITECTURE_OF, wide_checkpoint
 

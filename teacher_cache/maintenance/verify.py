@@ -60,8 +60,9 @@ class VerifyReport:
 def verify_cache(config: CacheConfig, rows: int) -> VerifyReport:
     """Compare `rows` rows of the cache at `config.out` with what `config.engine` says now.
 
-    The sample is the same for every engine. Top-k logits are compared rank by rank: ids may change places where two
-    logits are nearly equal; what counts is the deviation beyond that of their rounding. TideError where the cache, the teacher or the settings do not belong together.
+    The sample is the same for every engine. Top-k logits are compared rank by rank (ids may change places where two
+    logits are nearly equal), and what counts is the deviation beyond that of their rounding. TideError where the cache,
+    the teacher or the settings do not belong together.
     """
     if rows < 1:
         raise TideError(f"--rows is {rows}", expected="1 or more")

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from shared.manifest import Manifest, load_manifest
 from shared.schema import CacheRow
 from shared.shards import Unit, finished_units, read_shard
+from teacher_cache.maintenance.sizes import column_bytes
 
 T_EDGES = np.linspace(0.0, 1.0, 6)
-_LOGP_EDGES = np.array([-np.inf, -8.0, -4.0, -2.0, -1.0, -0.5, -0.1, 0.0])
+LOGP_EDGES = np.array([-np.inf, -8.0, -4.0, -2.0, -1.0, -0.5, -0.1, 0.0])
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Inspection:
     chunk_tokens: Counter[tuple[int, int]] = field(default_factory=Counter)
     """How many chunks have so many teacher and student tokens."""
     likelihoods: np.ndarray = field(default_factory=lambda: np.zeros((5, 7), np.int64))
-    """Chunks by t (rows) and log-likelihood (columns, edges `_LOGP_EDGES`)."""
+    """Chunks by t (rows) and log-likelihood (columns, edges `LOGP_EDGES`)."""
     bytes_by_column: Counter[str] = field(default_factory=Counter)
 
 
@@ -46,7 +46,7 @@ def inspect_cache(folder: Path) -> Inspection:
     kept = positions = 0
     for unit in found.units:
         path = unit.path(folder)
-        found.bytes_by_column.update(_column_bytes(path))
+        found.bytes_by_column.update(column_bytes(path))
         for row in read_shard(path, manifest.temperatures):
             _count(found, row)
             if row.topk_sizes is not None and row.topk_logits is not None:
@@ -72,18 +72,8 @@ def _count(found: Inspection, row: CacheRow) -> None:
     sizes = np.stack([np.diff(row.chunk_teacher, axis=1)[:, 0], np.diff(row.chunk_student, axis=1)[:, 0]], axis=1)
     found.chunk_tokens.update(map(tuple, sizes.tolist()))
     # Intervals are open to the left, so that a log-likelihood of exactly 0 falls into the last one.
-    places = np.clip(np.searchsorted(_LOGP_EDGES, row.chunk_logp, side="left") - 1, 0, 6)
+    places = np.clip(np.searchsorted(LOGP_EDGES, row.chunk_logp, side="left") - 1, 0, 6)
     found.likelihoods[bucket] += np.bincount(places, minlength=7)
-
-
-def _column_bytes(path: Path) -> Counter[str]:
-    sizes: Counter[str] = Counter()
-    metadata = pq.ParquetFile(path).metadata
-    for group in range(metadata.num_row_groups):
-        for column in range(metadata.num_columns):
-            part = metadata.row_group(group).column(column)
-            sizes[part.path_in_schema.split(".")[0]] += part.total_compressed_size
-    return sizes
 
 
 def describe(found: Inspection) -> str:
@@ -103,7 +93,7 @@ def describe(found: Inspection) -> str:
         common = ", ".join(f"{t}:{s} {n / found.chunks:.1%}" for (t, s), n in found.chunk_tokens.most_common(6))
         lines.append(f"chunks, teacher tokens : student tokens: {common}")
     lines += ["", "by t              masked   share of chunks with log p(c) in nats"]
-    labels = [f"≤{edge:g}" for edge in _LOGP_EDGES[1:]]
+    labels = [f"≤{edge:g}" for edge in LOGP_EDGES[1:]]
     lines.append(" " * 26 + "".join(f"{label:>8}" for label in labels))
     for i in range(5):
         of_all = found.likelihoods[i] / max(1, found.likelihoods[i].sum())

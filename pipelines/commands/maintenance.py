@@ -1,0 +1,88 @@
+"""What one does with a finished cache: inspect, merge, prune, pack, unpack. (`tide verify` stands with stage one.)"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.commands.app import app
+
+Cache = Annotated[Path, typer.Argument(help="A cache, such as caches/TEACHER.")]
+Out = Annotated[Path, typer.Option("--out", help="A new folder.")]
+
+
+@app.command()
+def inspect(
+    folder: Cache,
+    row: Annotated[str | None, typer.Option(help="Show one row: an example's id, or its number.")] = None,
+    draw: Annotated[int, typer.Option(help="With --row: of this draw.")] = 0,
+    picture: Annotated[Path | None, typer.Option(help="Also draw the cache, to a PNG file.")] = None,
+    encodings: Annotated[bool, typer.Option("--encodings", help="What each of Parquet's encodings buys.")] = False,
+) -> None:
+    """Print what a cache holds: rows, masses, chunk lengths, likelihoods by t, bytes by column."""
+    from teacher_cache.maintenance.inspect import describe, inspect_cache
+
+    if row is not None:
+        from teacher_cache.maintenance.show_row import describe_row, find_row
+
+        typer.echo(describe_row(folder, find_row(folder, row, draw)))
+        return
+    if encodings:
+        from teacher_cache.maintenance.sizes import describe_first_shard
+
+        typer.echo(describe_first_shard(folder))
+        return
+    found = inspect_cache(folder)
+    typer.echo(describe(found))
+    if picture is not None:
+        from teacher_cache.maintenance.picture import draw_picture
+
+        draw_picture(found, picture)
+        typer.echo(f"\n{picture}")
+
+
+@app.command()
+def prune(
+    folder: Cache,
+    out: Out,
+    k: Annotated[int | None, typer.Option(help="Logits a position, at most.")] = None,
+    draws: Annotated[int | None, typer.Option(help="Draws of every example.")] = None,
+) -> None:
+    """A smaller cache from a larger: the very one that `tide cache` would have written."""
+    from teacher_cache.maintenance.reshape import prune_cache
+
+    made = prune_cache(folder, out, k, draws)
+    typer.echo(f"{out}: {made.draws} draws of {made.examples:,} examples, k {made.fingerprint['targets']['k']}")
+
+
+@app.command()
+def merge(
+    folders: Annotated[list[Path], typer.Argument(help="Parts of one cache, or caches that differ in data alone.")],
+    out: Out,
+) -> None:
+    """One cache out of several."""
+    from teacher_cache.maintenance.reshape import merge_caches
+
+    made = merge_caches(folders, out)
+    typer.echo(f"{out}: {made.draws} draws of {made.examples:,} examples")
+
+
+@app.command()
+def pack(folder: Cache, archive: Annotated[Path, typer.Argument(help="Such as NAME.tar.zst.")]) -> None:
+    """A whole cache as one file, with checksums."""
+    from teacher_cache.maintenance.pack import pack_cache
+
+    typer.echo(f"{archive}: {pack_cache(folder, archive):,} files, {archive.stat().st_size / 1e6:.1f} MB")
+
+
+@app.command()
+def unpack(
+    archive: Annotated[Path, typer.Argument(help="From `tide pack`.")],
+    folder: Annotated[Path, typer.Argument(help="A new folder.")],
+) -> None:
+    """The cache out of an archive, every byte checked."""
+    from teacher_cache.maintenance.pack import unpack_cache
+
+    typer.echo(f"{folder}: {unpack_cache(archive, folder):,} files")
