@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -65,7 +65,9 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files that a killed process left in `folder`."""
-    for path in folder.rglob(f"*{_SUFFIX}"):
-        path.unlink(missing_ok=True)
+def remove_leftovers(places: Sequence[Path]) -> None:
+    """Delete temporary files that a killed process left: those in each folder, or beside each file."""
+    for place in places:
+        found = place.rglob(f"*{_SUFFIX}") if place.is_dir() else [place.with_name(place.name + _SUFFIX)]
+        for path in found:
+            path.unlink(missing_ok=True)

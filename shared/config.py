@@ -125,6 +125,8 @@ class EngineConfig:
     """Padded tokens in one forward pass, at most (one longer sequence still goes alone)."""
     head_rows: int = 1024
     """Rows whose full-vocabulary logits exist at one time."""
+    workers: Literal["local", "ray"] = "local"
+    """Where `data_parallel` copies run: processes of this machine, or actors of the Ray cluster that is at hand."""
     prepare_workers: int = 0
     """Processes that tokenise and align ahead of the engine; 0: one thread, which feeds most teachers."""
     tensor_parallel: int = 1
@@ -176,6 +178,11 @@ class CacheConfig:
     metrics_file: Path | None = None
     """Write the progress there too, in Prometheus's text format."""
     shard_examples: int = 512
+    rank: int = 0
+    """Of `world` runs that share the units of work, on one file system or through `store`, this one."""
+    world: int = 1
+    store: str | None = None
+    """s3://…, gs://…, hf://… or a path: every finished shard is copied there, and what is there is not computed."""
     data: DataConfig = field(default_factory=DataConfig)
     lengths: LengthConfig = field(default_factory=LengthConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
@@ -184,6 +191,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         _require(self.shard_examples > 0, f"shard_examples is {self.shard_examples}; it must be positive")
+        _require(0 <= self.rank < self.world, f"rank is {self.rank} and world {self.world}; 0 ≤ rank < world must hold")
 
 
 @dataclass(frozen=True)

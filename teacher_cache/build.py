@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from tqdm import tqdm
 from shared.atomic import remove_leftovers
 from shared.config import CacheConfig
 from shared.errors import TideError
-from shared.shards import CACHE, shard_counts
+from shared.shards import CACHE, Unit, shard_counts
+from shared.stores import Store
 from teacher_cache.engines.choose import load_engine, settle_engine
 from teacher_cache.plan import CachePlan, make_plan
+from teacher_cache.ray_workers import run_ray
 from teacher_cache.units import run_units
 from teacher_cache.workers import run_workers
 
@@ -33,7 +36,9 @@ class CacheReport:
     bytes: int
     computed: int
     kept: int
-    counts: dict[str, int]
+    elsewhere: int
+    """Shards that other ranks compute, or that only the store has."""
+    counts: Counter[str]
 
 
 def build_cache(config: CacheConfig) -> CacheReport:
@@ -42,54 +47,79 @@ def build_cache(config: CacheConfig) -> CacheReport:
     Raises TideError on anything that the user can mend, before the teacher is loaded where that is possible.
     """
     config = settle_engine(config)
-    with _only_writer(config.out):
+    store = None if config.store is None else Store.open(config.store)
+    with _only_writer(config):
+        if store is not None:
+            store.bring_manifest(config.out)
         plan = make_plan(config)
-        remove_leftovers(config.out)
+        if store is not None:
+            plan = dataclasses.replace(plan, stored=store.begin(config.out, plan.manifest))
+        missing = plan.missing
+        remove_leftovers([config.out] if config.world == 1 else [unit.path(config.out) for unit in missing])
         for row in plan.data.bad_rows:
             tqdm.write(f"left out {row.place}: {row.reason}")
-        missing = plan.missing
-        kept = len(plan.manifest.units()) - len(missing)
         if missing:
-            if config.engine.data_parallel > 1:
-                run_workers(plan, missing)
-            else:
-                with closing(load_engine(plan)) as engine:
-                    run_units(plan, engine, missing)
-        return summarise(plan, len(missing), kept)
+            _run(plan, missing)
+        if store is not None:
+            store.push(config.out, plan.manifest)
+        return summarise(plan, len(missing))
+
+
+def _run(plan: CachePlan, missing: list[Unit]) -> None:
+    if plan.config.engine.workers == "ray":
+        run_ray(plan, missing)
+    elif plan.config.engine.data_parallel > 1:
+        run_workers(plan, missing)
+    else:
+        with closing(load_engine(plan)) as engine:
+            run_units(plan, engine, missing)
 
 
 @contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    """Hold the cache's lock. The system drops it with the process, however that ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / ".lock").open("w")
-    except OSError as error:
-        raise TideError(f"{folder} cannot be written: {error.strerror}", fix="choose another folder") from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise TideError(
-                f"another process is writing the cache {folder}", fix="wait for it, or choose another folder"
-            ) from error
+def _only_writer(config: CacheConfig) -> Iterator[None]:
+    """Hold the cache's lock. The system drops it with the process, however that ends.
+
+    Runs of one `world` share the cache's lock and each holds that of its rank.
+    """
+    folder = config.out
+    locks = [(".lock", fcntl.LOCK_EX)]
+    if config.world > 1:
+        locks = [(".lock", fcntl.LOCK_SH), (f".lock-{config.rank}-of-{config.world}", fcntl.LOCK_EX)]
+    with ExitStack() as held:
+        for name, kind in locks:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                handle = held.enter_context((folder / name).open("w"))
+            except OSError as error:
+                raise TideError(f"{folder} cannot be written: {error.strerror}", fix="choose another folder") from error
+            try:
+                fcntl.flock(handle, kind | fcntl.LOCK_NB)
+            except OSError as error:
+                raise TideError(
+                    f"another process is writing the cache {folder}", fix="wait for it, or choose another folder"
+                ) from error
         yield
 
 
-def summarise(plan: CachePlan, computed: int, kept: int) -> CacheReport:
-    """Add up the counts that the shards carry. TideError where no example was usable."""
+def summarise(plan: CachePlan, computed: int) -> CacheReport:
+    """Add up the counts that the shards at hand carry. TideError where no example was usable."""
     out = plan.config.out
     total: Counter[str] = Counter()
     size = 0
-    for unit in plan.manifest.units():
+    units = plan.manifest.units()
+    here = [unit for unit in units if unit.path(out).exists()]
+    for unit in here:
         path = unit.path(out)
         counts = shard_counts(path, plan.manifest.digest)
         total.update({name: n for name, n in counts.items() if name != CACHE})
         size += path.stat().st_size
-    if total["rows"] == 0:
+    if total["rows"] == 0 and len(here) == len(units):
         raise TideError(
             f"no example of {plan.data.source} fits: {json.dumps(total)}",
             expected="prompts shorter than lengths.student and lengths.teacher",
             fix="raise the lengths, or use other data",
         )
-    return CacheReport(out, total["rows"], total["masked"], total["chunks"], size, computed, kept, dict(total))
+    kept, elsewhere = len(here) - computed, len(units) - len(here)
+    return CacheReport(
+        out, total["rows"], total["masked"], total["chunks"], size, computed, kept, elsewhere, Counter(total)
+    )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,12 +39,15 @@ class CachePlan:
     """What both vocabularies share, where the teacher reads the student's ids; None across tokenizers."""
     data: DataSummary
     manifest: Manifest
+    stored: frozenset[Unit] = frozenset()
+    """Units that the store already has."""
 
     @property
     def missing(self) -> list[Unit]:
-        """Units whose shards are not there yet."""
-        done = set(finished_units(self.config.out))
-        return [unit for unit in self.manifest.units() if unit not in done]
+        """Units of this rank whose shards are not there yet, neither here nor in the store."""
+        done = {*finished_units(self.config.out), *self.stored}
+        mine = self.manifest.units()[self.config.rank :: self.config.world]
+        return [unit for unit in mine if unit not in done]
 
     def examples_in(self, unit: Unit) -> int:
         """How many examples of the data belong to `unit`."""
@@ -100,15 +106,24 @@ def make_plan(config: CacheConfig, write: bool = True, engine: dict[str, Any] | 
         for unit in units:
             shard_counts(unit.path(config.out), manifest.digest)
         manifest = dataclasses.replace(manifest, draws=max(manifest.draws, units[-1].draw + 1))
-    if (
-        write and not (config.out / "student_tokenizer").exists()
-    ):  # before the manifest: a cache with a manifest has its tokenizer
-        student.backend.save_pretrained(config.out / "student_tokenizer")
-    if write and not entry.student_tokens and not (config.out / "teacher_tokenizer").exists():
-        teacher.backend.save_pretrained(config.out / "teacher_tokenizer")
-    if write:
+    if write:  # the tokenizers before the manifest: a cache with a manifest has them
+        _save_tokenizer(student, config.out / "student_tokenizer")
+        if not entry.student_tokens:
+            _save_tokenizer(teacher, config.out / "teacher_tokenizer")
         manifest.save(config.out)
     return CachePlan(config, entry, checkpoint, student, teacher, shared, data, manifest)
+
+
+def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Whole or not at all: a library writes it, so it is written elsewhere and renamed."""
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as outer:
+        half = Path(outer) / folder.name
+        tokenizer.backend.save_pretrained(half)
+        with suppress(OSError):  # another process, of another part of this cache, was first
+            half.rename(folder)
 
 
 def _student_mask(student: Tokenizer, mask_token: str) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from shared.shards import Unit
+from shared.stores import Store
 from teacher_cache.plan import CachePlan
 
 STATUS = "status.json"
@@ -24,9 +25,20 @@ _SECONDS_BETWEEN = 2.0
 
 
 def read_status(cache: Path) -> dict[str, Any]:
-    """The status of a cache; empty where there is none, or none that can be read."""
+    """The status of a cache; empty where there is none, or none that can be read. Of several ranks: their sums."""
+    found, ranks = _read(cache / STATUS), [_read(path) for path in sorted(cache.glob("status-*-of-*.json"))]
+    if not ranks:
+        return found
+    every = [one for one in (found, *ranks) if one]
+    keys = ("rows_done", "rows_to_do", "bytes_written", "rows_per_second", "failures", "engine_seconds")
+    sums = {key: sum(one.get(key) or 0 for one in every) for key in keys}
+    states = {one.get("state") for one in every}
+    return {**sums, "state": states.pop() if len(states) == 1 else "mixed", "ranks": len(ranks)}
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads((cache / STATUS).read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -35,10 +47,13 @@ def read_status(cache: Path) -> dict[str, Any]:
 class Progress:
     """Counts written units. Used as a context: what ends it with an error is noted as `failed`."""
 
-    def __init__(self, plan: CachePlan, units: Sequence[Unit], metrics: Path | None = None, name: str = STATUS) -> None:
-        self._out, self._metrics, self._name, self._plan = plan.config.out, metrics, name, plan
+    def __init__(self, plan: CachePlan, units: Sequence[Unit]) -> None:
+        config = plan.config
+        self._plan, self._out, self._metrics = plan, config.out, config.metrics_file
+        self._store = None if config.store is None else Store.open(config.store)
+        self._name = STATUS if config.world == 1 else f"status-{config.rank}-of-{config.world}.json"
         self._total = sum(plan.examples_in(unit) for unit in units)
-        self._engine_before = float(read_status(self._out).get("engine_seconds", 0.0)) if name == STATUS else 0.0
+        self._engine_before = float(_read(self._out / self._name).get("engine_seconds", 0.0))
         self._started, self._last = time.time(), 0.0
         self._rows = self._bytes = self._failures = 0
         self._busy = 0.0
@@ -49,6 +64,8 @@ class Progress:
         self._rows += examples
         self._busy += busy_seconds
         self._bytes += unit.path(self._out).stat().st_size
+        if self._store is not None:
+            self._store.put_shard(self._out, unit)
         self._bar.update(examples)
         share = self._busy / max(1e-9, (time.time() - self._started) * engines)
         parts = self._plan.manifest.parts

@@ -10,13 +10,13 @@ from shared.shards import Unit
 from teacher_cache.engines.base import Engine
 from teacher_cache.overlap import Source, run_pipeline
 from teacher_cache.plan import CachePlan
-from teacher_cache.progress import STATUS, Progress
+from teacher_cache.progress import Progress
 from teacher_cache.work import UnitWork
 
 
-def run_units(plan: CachePlan, engine: Engine, units: Sequence[Unit], name: str = STATUS) -> None:
-    """Compute `units` in order, one shard each, under a progress bar; `name` is that of the status file."""
-    with Progress(plan, units, plan.config.metrics_file, name) as progress:
+def run_units(plan: CachePlan, engine: Engine, units: Sequence[Unit]) -> None:
+    """Compute `units` in order, one shard each, under a progress bar."""
+    with Progress(plan, units) as progress:
 
         def heard(work: UnitWork, busy_seconds: float) -> None:
             progress.wrote(work.unit, work.examples, busy_seconds)

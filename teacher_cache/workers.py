@@ -199,7 +199,7 @@ def run_workers(plan: CachePlan, units: Sequence[Unit]) -> None:
     crew = _Crew(plan, units)
     patience = 0.0
     try:
-        with Progress(plan, units, plan.config.metrics_file) as progress:
+        with Progress(plan, units) as progress:
             crew.on_death = progress.failed
             for event in crew.events():
                 progress.wrote(event.unit, event.examples, event.busy, plan.config.engine.data_parallel)

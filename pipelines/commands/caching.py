@@ -23,6 +23,10 @@ def cache(
     engine: Annotated[str | None, typer.Option(help="transformers, vllm, or auto (docs/engines.md).")] = None,
     tensor_parallel: Annotated[int | None, typer.Option(help="GPUs that share one copy of the teacher (vllm).")] = None,
     data_parallel: Annotated[int | None, typer.Option(help="Copies of the teacher, one process each.")] = None,
+    engine_workers: Annotated[str | None, typer.Option(help="Where the copies run: local, or ray.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of --world runs that share the work, this one (from 0).")] = None,
+    world: Annotated[int | None, typer.Option(help="How many runs share the work.")] = None,
+    store: Annotated[str | None, typer.Option(help="s3://…, gs://…, hf://…: shards are copied there.")] = None,
     metrics_file: Annotated[Path | None, typer.Option(help="Progress in Prometheus's text format.")] = None,
     config: Recipe = None,
     teachers_file: TeachersFile = None,
@@ -42,6 +46,10 @@ def cache(
     extra += [f"engine.type={engine}"] if engine is not None else []
     extra += [f"engine.tensor_parallel={tensor_parallel}"] if tensor_parallel is not None else []
     extra += [f"engine.data_parallel={data_parallel}"] if data_parallel is not None else []
+    extra += [f"engine.workers={engine_workers}"] if engine_workers is not None else []
+    extra += [f"rank={rank}"] if rank is not None else []
+    extra += [f"world={world}"] if world is not None else []
+    extra += [f"store={json.dumps(store)}"] if store is not None else []
     extra += [f"metrics_file={json.dumps(str(metrics_file))}"] if metrics_file is not None else []
     settings = cache_config(
         teacher,
@@ -67,6 +75,7 @@ def cache(
     typer.echo(
         f"{report.folder}: {report.rows:,} rows, {report.masked:,} masked positions, {report.chunks:,} chunks, "
         f"{report.bytes / 1e6:.1f} MB; {report.computed} shards computed, {report.kept} kept"
+        + (f", {report.elsewhere} elsewhere" if report.elsewhere else "")
     )
     dropped, truncated, lost = (counts[k] for k in ("dropped_long_prompt", "truncated", "unaligned_bytes"))
     typer.echo(f"prompts that fill the length, dropped: {dropped:,}; responses cut: {truncated:,} (rows, all draws)")

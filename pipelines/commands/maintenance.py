@@ -86,3 +86,22 @@ def unpack(
     from teacher_cache.maintenance.pack import unpack_cache
 
     typer.echo(f"{folder}: {unpack_cache(archive, folder):,} files")
+
+
+@app.command()
+def push(folder: Cache, store: Annotated[str, typer.Argument(help="s3://…, gs://…, hf://… or a path.")]) -> None:
+    """Copy a cache into an object store. Run again to resume."""
+    from shared.manifest import load_manifest
+    from shared.stores import Store
+
+    typer.echo(f"{store}: {Store.open(store).push(folder, load_manifest(folder)):,} shards")
+
+
+@app.command()
+def pull(
+    store: Annotated[str, typer.Argument(help="Where `tide push` or --store put a cache.")], folder: Cache
+) -> None:
+    """Bring a cache from an object store, every file checked. Run again to resume."""
+    from shared.stores import Store
+
+    typer.echo(f"{folder}: {Store.open(store).pull(folder):,} files")

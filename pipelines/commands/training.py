@@ -15,7 +15,10 @@ from shared.errors import TideError
 @app.command()
 def train(
     teacher: TeacherName = None,
-    cache_folder: Annotated[Path | None, typer.Option("--cache", help="A cache (default: caches/TEACHER).")] = None,
+    cache_place: Annotated[
+        str | None,
+        typer.Option("--cache", help="A cache, or s3://…, which is pulled first (default: caches/TEACHER)."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder (default: runs/TEACHER).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of initial weights and of the order of the data.")] = None,
     config: Recipe = None,
@@ -24,8 +27,12 @@ def train(
 ) -> None:
     """Stage two: train a student from a cache. Run again to resume."""
     from pipelines.recipes import train_config
+    from shared.stores import local_cache
     from student_train.trainer import train_student
 
+    cache_folder = None
+    if cache_place is not None:
+        cache_folder = local_cache(cache_place, Path("caches") / cache_place.rstrip("/").rpartition("/")[2])
     settings = train_config(teacher, config, sets or [], teachers_file, cache=cache_folder, out=out, seed=seed)
     metrics = train_student(settings)
     if int(os.environ.get("RANK", "0")) == 0:

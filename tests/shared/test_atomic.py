@@ -46,5 +46,5 @@ def test_leftovers_of_a_killed_process_go(tmp_path: Path) -> None:
     (tmp_path / "draw=00").mkdir()
     (tmp_path / "draw=00" / "part-00000.parquet.tmp").write_bytes(b"half")
     (tmp_path / "draw=00" / "part-00001.parquet").write_bytes(b"whole")
-    remove_leftovers(tmp_path)
+    remove_leftovers([tmp_path])
     assert [p.name for p in (tmp_path / "draw=00").iterdir()] == ["part-00001.parquet"]

@@ -96,8 +96,9 @@ def test_a_damaged_manifest_is_refused_or_reads_the_same(caches: dict[str, Path]
 HOLD = """
 import sys, time
 from pathlib import Path
+from shared.config import CacheConfig
 from teacher_cache.build import _only_writer
-with _only_writer(Path(sys.argv[1])):
+with _only_writer(CacheConfig(out=Path(sys.argv[1]))):
     print("held", flush=True)
     time.sleep(60)
 """
