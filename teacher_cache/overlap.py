@@ -54,11 +54,13 @@ def preparing(plan: CachePlan, workers: int) -> Iterator[Callable[[Unit, list[Ch
 
 
 def prepared_ahead(plan: CachePlan, source: Source, workers: int) -> Iterator[UnitWork]:
-    """The units of `source` in their order, prepared while the caller works on earlier ones."""
-    with preparing(plan, workers) as prepare:
+    """The units of `source` in their order, read and prepared while the caller works on earlier ones."""
+    with preparing(plan, workers) as prepare, ThreadPoolExecutor(1, "read") as reader:
         waiting: deque[Future[UnitWork]] = deque()
-        for unit, examples in source:
-            waiting.append(prepare(unit, examples))
+        item = reader.submit(next, source, None)
+        while (read := item.result()) is not None:
+            item = reader.submit(next, source, None)
+            waiting.append(prepare(*read))
             if len(waiting) > max(1, workers):
                 yield waiting.popleft().result()
         while waiting:

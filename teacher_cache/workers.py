@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -56,17 +57,22 @@ def _serve(plan: CachePlan, parent: Connection) -> None:
     try:
         engine = load_engine(plan)
         parts = ExampleParts(plan)
+        speaking = threading.Lock()  # units are asked for in one thread, written ones told of in another
+
+        def tell(event: object) -> None:
+            with speaking:
+                parent.send(event)
 
         def taken() -> Source:
             while True:
-                parent.send(_Ask())
+                tell(_Ask())
                 unit = parent.recv()
                 if unit is None:
                     return
                 yield unit, parts.examples(unit)
 
         def progress(work: UnitWork, busy: float) -> None:
-            parent.send(_Wrote(work.unit, work.examples, busy))
+            tell(_Wrote(work.unit, work.examples, busy))
 
         with closing(engine):
             run_pipeline(plan, engine, taken(), progress)

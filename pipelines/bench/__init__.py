@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from pipelines.bench.alignment import bench_alignment
+from pipelines.bench.end_to_end import bench_end_to_end
 from pipelines.bench.engines import bench_engines
 from pipelines.bench.head import bench_head
 from pipelines.bench.stage_one import bench_stage_one
@@ -15,6 +16,7 @@ TABLES = {
     "alignment": bench_alignment,
     "engines": bench_engines,
     "stage-one": bench_stage_one,
+    "end-to-end": bench_end_to_end,
     "training": bench_training,
     "head": bench_head,
 }

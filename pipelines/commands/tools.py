@@ -80,7 +80,7 @@ def tiny_teacher(
 
 @app.command()
 def bench(
-    only: Annotated[str | None, typer.Option(help="One table: alignment, engines, stage-one, training, head.")] = None,
+    only: Annotated[str | None, typer.Option(help="One table, such as end-to-end or training.")] = None,
 ) -> None:
     """Measure, side by side in one run, what the design claims about speed."""
     from pipelines.bench import run_bench
