@@ -7,18 +7,20 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pipelines.recipes import cache_config, packaged_recipe, train_config
 from shared.alignment import Region, align_tokens
-from shared.config import DataConfig, LengthConfig
+from shared.config import CacheConfig, DataConfig, LengthConfig
 from shared.examples import Preparer
 from shared.manifest import load_manifest
-from shared.shards import Unit, read_shard
+from shared.shards import Unit, read_shard, read_table
 from shared.tokenizers import Tokenizer
 from student_train.trainer import train_student
 from teacher_cache.build import build_cache
 from teacher_cache.maintenance.inspect import inspect_cache
+from teacher_cache.maintenance.sizes import size_steps
 from tests.conftest import chats_file
 from tests.real_assets import qwen_tokenizer, smollm2
 from tests.shared.test_examples import TEXTS, chat, check_chunks
@@ -72,11 +74,11 @@ def gsm8k() -> DataConfig:
     return DataConfig(str(chats_file()))
 
 
-def test_a_real_model_through_both_stages(tmp_path: Path) -> None:
+def real_config(folder: Path, *changes: str) -> CacheConfig:
     """SmolLM2-135M, a causal model, stands in for a diffusion teacher: block-causal with blocks of one, shifted."""
     teacher = smollm2()
     mask_id = Tokenizer.load(teacher).special_id("mask", "<empty_output>")
-    entries = tmp_path / "teachers.toml"
+    entries = folder / "teachers.toml"
     entries.write_text(
         f'[smollm2]\nmodel = "{teacher}"\narchitecture = "llama"\nmask_id = {mask_id}\nstudent_tokens = false\n'
         f'length = 512\nstudent = "{qwen_tokenizer()}"\nattention = {{ type = "block_causal", block = 1 }}\n'
@@ -84,15 +86,18 @@ def test_a_real_model_through_both_stages(tmp_path: Path) -> None:
     )
     data = gsm8k()
     overrides = [f"data.source={data.source}", f"data.limit={data.limit or 36}", "noise.draws=1", "shard_examples=25",
-                 "lengths.student=256", "lengths.teacher=512", 'targets.signals=["topk","chunks"]', "targets.k=16",
-                 "engine.dtype=float32", "engine.device=cpu"]  # fmt: skip
+                 "lengths.student=256", "lengths.teacher=512", 'targets.signals=["topk","chunks"]', "engine.dtype=float32", "engine.device=cpu"]  # fmt: skip
     if data.prompt_field:
         overrides += ["data.prompt_field=question", "data.response_field=answer"]
-    report = build_cache(cache_config("smollm2", None, overrides, entries, out=tmp_path / "cache"))
+    return cache_config("smollm2", None, [*overrides, *changes], entries, out=folder / "cache")
+
+
+def test_a_real_model_through_both_stages(tmp_path: Path) -> None:
+    report = build_cache(real_config(tmp_path, "targets.k=16"))
     assert report.rows >= 30
     manifest = load_manifest(tmp_path / "cache")
     assert manifest.fingerprint["student"]["mask_id"] == 151_646  # added at the end of Qwen's vocabulary
-    tokenizer = Tokenizer.load(teacher)
+    tokenizer = Tokenizer.load(smollm2())
     likelihoods = []
     for part in range(manifest.parts):
         for row in read_shard(Unit(0, part).path(tmp_path / "cache"), (1.0, 2.0)):
@@ -117,3 +122,40 @@ def test_a_real_model_through_both_stages(tmp_path: Path) -> None:
     logged = [e for e in json.loads((tmp_path / "run" / "history.json").read_text())["steps"] if "loss" in e]
     assert len(logged) == 3
     assert all(np.isfinite(entry["loss"]) and entry["distillation"] > 0 for entry in logged)
+
+
+TARGETS = ("topk_sizes", "topk_ids", "topk_logp", "gold_logit", "logsumexp", "chunk_logp")
+
+
+def bytes_of_targets(table: pa.Table) -> dict[str, float]:
+    """Bytes a position that the teacher read, by column, as they would be written."""
+    sizes = list(size_steps(table).values())[-1]
+    positions = sum(len(chunk.values) for chunk in table.column("split").chunks)
+    return {name: sizes[name] / positions for name in TARGETS}
+
+
+def in_a_vocabulary_of(table: pa.Table, vocabulary: int) -> pa.Table:
+    """The same lists with every id at another, random place of a larger vocabulary: the worst case for the ids."""
+    place = table.schema.get_field_index("topk_ids")
+    column = table.column(place).combine_chunks()
+    moved = np.random.default_rng(0).permutation(vocabulary).astype(np.int32)[np.asarray(column.values)]
+    made = pa.ListArray.from_arrays(column.offsets, pa.array(moved)).cast(table.schema.field(place).type)
+    return table.set_column(place, table.schema.field(place), made)
+
+
+def test_what_a_masked_position_takes_on_disk(tmp_path: Path) -> None:
+    """k = 64 in a vocabulary of 151,936, real logits: at most 220 bytes. Adaptive length is reported (`pytest -s`)."""
+    build_cache(real_config(tmp_path, "targets.k=64", "data.limit=24", "shard_examples=24"))
+    table = in_a_vocabulary_of(read_table(Unit(0, 0).path(tmp_path / "cache")), 151_936)
+    fixed = bytes_of_targets(table)
+    print({name: round(size, 1) for name, size in fixed.items()}, round(sum(fixed.values()), 1))
+    assert sum(fixed.values()) <= 220
+    (tmp_path / "a").mkdir()
+    config = real_config(tmp_path / "a", "targets.k=64", "data.limit=24", "shard_examples=24", "targets.mass=0.999",
+                         "targets.temperatures=[1.0]")  # fmt: skip
+    build_cache(config)
+    table = in_a_vocabulary_of(read_table(Unit(0, 0).path(config.out)), 151_936)
+    adaptive = bytes_of_targets(table)
+    kept = inspect_cache(config.out).kept
+    print({name: round(size, 1) for name, size in adaptive.items()}, round(sum(adaptive.values()), 1), round(kept, 1))
+    assert sum(adaptive.values()) < sum(fixed.values())
