@@ -45,12 +45,22 @@ class Speed:
         return f"{self.tflops:,.0f} TFLOP/s at {self.mfu:.0%} utilisation (stated)"
 
 
-def plan_from_statement(config: CacheConfig, examples: int, tokens: int, response: float, speed: Speed) -> str:
+@dataclass(frozen=True)
+class Prices:
+    """What things cost, in any currency."""
+
+    gpu_hour: float
+    terabyte_month: float
+
+
+def plan_from_statement(
+    config: CacheConfig, examples: int, tokens: int, response: float, speed: Speed, prices: Prices | None = None
+) -> str:
     """A plan without checkpoint, tokenizers or data: sizes on record, means as the user states them."""
     entry = find_teacher(config.teacher, config.teachers_file)
     shape = known_shape(entry) if config.model is None else None
     raw = shape or open_checkpoint(resolve(config.model or entry.model)).config
-    return _describe(config, entry, raw, assumed_workload(entry, config, examples, tokens, response), speed)
+    return _describe(config, entry, raw, assumed_workload(entry, config, examples, tokens, response), speed, prices)
 
 
 def plan_from_data(config: CacheConfig, speed: Speed) -> str:
@@ -60,7 +70,9 @@ def plan_from_data(config: CacheConfig, speed: Speed) -> str:
     return _describe(config, plan.entry, plan.checkpoint.config, sampled_workload(plan), speed)
 
 
-def _describe(config: CacheConfig, entry: TeacherEntry, raw: dict, load: Workload, speed: Speed) -> str:
+def _describe(
+    config: CacheConfig, entry: TeacherEntry, raw: dict, load: Workload, speed: Speed, prices: Prices | None = None
+) -> str:
     model = meta_model(entry.architecture, raw)
     size = size_of(model)
     rows = int(model.config.vocab_size)
@@ -83,6 +95,12 @@ def _describe(config: CacheConfig, entry: TeacherEntry, raw: dict, load: Workloa
         f"compute           {flops / 1e12:,.3g} TFLOP a draw, {flops * load.examples * draws / 1e18:,.3g} EFLOP in all",
         f"GPU hours         {hours:,.1f} at {speed.words()}",
     ]
+    if prices is not None:
+        disk = each * load.examples * draws / 1e12 * prices.terabyte_month
+        lines.append(
+            f"money             {hours * prices.gpu_hour:,.0f} for the GPUs, {disk:,.2f} a month for the disk "
+            f"({prices.gpu_hour:g} a GPU hour, {prices.terabyte_month:g} a terabyte and month, stated)"
+        )
     return "\n".join(lines)
 
 

@@ -86,7 +86,8 @@ def real_config(folder: Path, *changes: str) -> CacheConfig:
     )
     data = gsm8k()
     overrides = [f"data.source={data.source}", f"data.limit={data.limit or 36}", "noise.draws=1", "shard_examples=25",
-                 "lengths.student=256", "lengths.teacher=512", 'targets.signals=["topk","chunks"]', "engine.dtype=float32", "engine.device=cpu"]  # fmt: skip
+                 "lengths.student=256", "lengths.teacher=512", 'targets.signals=["topk","chunks"]',
+                 "engine.dtype=float32", "engine.device=cpu"]  # fmt: skip
     if data.prompt_field:
         overrides += ["data.prompt_field=question", "data.response_field=answer"]
     return cache_config("smollm2", None, [*overrides, *changes], entries, out=folder / "cache")

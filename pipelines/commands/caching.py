@@ -133,19 +133,23 @@ def plan(
     tokens_per_second: Annotated[float | None, typer.Option(help="The teacher's speed, if you know it.")] = None,
     tflops: Annotated[float, typer.Option(help="The card's dense peak, for GPU hours.")] = 989.0,
     mfu: Annotated[float, typer.Option(help="The share of that peak that is reached.")] = 0.35,
+    gpu_hour: Annotated[float | None, typer.Option(help="Price of a GPU hour.")] = None,
+    terabyte_month: Annotated[float, typer.Option(help="Price of a terabyte on disk for a month.")] = 23.0,
     config: Recipe = None,
     teachers_file: TeachersFile = None,
     sets: Sets = None,
 ) -> None:
     """Memory, bytes and GPU hours of a stage-one run, from sizes on record and what you state. Nothing is loaded."""
-    from pipelines.plan import Speed, plan_from_statement
+    from pipelines.plan import Prices, Speed, plan_from_statement
     from pipelines.recipes import cache_config
 
     if examples < 1 or tokens < 1 or not 0 < response <= 1 or tflops <= 0 or not 0 < mfu <= 1:
         raise TideError("these numbers describe no run", expected="positive numbers; response and mfu in (0, 1]")
     extra = [f"noise.draws={draws}"] if draws is not None else []
     settings = cache_config(teacher, config, [*extra, *(sets or [])], teachers_file, model=model)
-    typer.echo(plan_from_statement(settings, examples, tokens, response, Speed(tokens_per_second, tflops, mfu)))
+    prices = None if gpu_hour is None else Prices(gpu_hour, terabyte_month)
+    speed = Speed(tokens_per_second, tflops, mfu)
+    typer.echo(plan_from_statement(settings, examples, tokens, response, speed, prices))
 
 
 @app.command()
