@@ -44,7 +44,7 @@ def show(
 @app.command()
 def conformance(
     folder: Annotated[Path, typer.Argument(help="A folder of golden numbers.")],
-    only: Annotated[str | None, typer.Option(help="losses, masks, alignment or models.")] = None,
+    only: Annotated[str | None, typer.Option(help="losses, masks, alignment, models or sampler.")] = None,
 ) -> None:
     """Recompute reference numbers: does this install reproduce the reference on this hardware?"""
     from pipelines.conformance import run_conformance

@@ -14,6 +14,7 @@ from pipelines.conformance.losses import loss_groups
 from pipelines.conformance.masks import mask_groups
 from pipelines.conformance.models import model_groups
 from pipelines.conformance.result import Group
+from pipelines.conformance.sampler import sampler_groups
 from shared.errors import TideError
 
 PARTS: dict[str, Callable[[Path], list[Group]]] = {
@@ -21,6 +22,7 @@ PARTS: dict[str, Callable[[Path], list[Group]]] = {
     "masks": mask_groups,
     "alignment": alignment_groups,
     "models": model_groups,
+    "sampler": sampler_groups,
 }
 
 

@@ -1,0 +1,204 @@
+"""Block diffusion sampling: blocks from left to right, each from all masks to tokens in a few steps (BD3LM, LLaDA).
+
+Keys and values of everything finished are cached: no token of the prefix is encoded twice. Prompts are padded on the
+left so that each ends where a block ends, as the reference does; padding is hidden, so a batch of unequal prompts gives
+what each gives alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from shared.attention import block_causal
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How to sample. `temperature` 0 is greedy; above, Gumbel noise is added to logits / temperature."""
+
+    new_tokens: int = 256
+    block: int = 32
+    steps_per_block: int | None = None
+    """Each step settles block / steps_per_block tokens (one more in the first steps where that is no whole number);
+    None: one token a step.
+    """
+    remasking: Literal["low_confidence", "random"] = "low_confidence"
+    """Which positions stay masked longest: those of the lowest probability, or random ones."""
+    threshold: float | None = None
+    """Settle every position whose probability exceeds this, at least one a step, in place of a fixed number."""
+    temperature: float = 0.0
+    guidance: float = 0.0
+    """Classifier-free guidance: logits move away from those of a masked prompt by this factor."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.block < 1 or self.new_tokens < 1 or self.new_tokens % self.block:
+            raise ValueError(f"new_tokens {self.new_tokens} must be a positive multiple of block {self.block}")
+        if self.steps_per_block is not None and not 1 <= self.steps_per_block <= self.block:
+            raise ValueError(f"steps_per_block is {self.steps_per_block}; it must be 1 to {self.block}, the block")
+        if self.temperature < 0 or (self.threshold is not None and not 0 <= self.threshold < 1):
+            raise ValueError("temperature must not be negative, threshold must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Special:
+    """Ids with a meaning to the sampler."""
+
+    mask: int
+    pad: int
+    eos: int
+
+
+def sample(model: Any, prompts: Sequence[Sequence[int]], special: Special, config: SampleConfig) -> list[list[int]]:
+    """The response to each prompt, up to its first EOS, which is left out. ValueError where a prompt is empty."""
+    tokens = torch.zeros(len(prompts), 0, dtype=torch.long)
+    for tokens, _ in sample_steps(model, prompts, special, config):  # noqa: B007 - the last state counts
+        pass
+    return [_until(row, special.eos) for row in tokens.tolist()]
+
+
+def _until(row: list[int], eos: int) -> list[int]:
+    return row[: row.index(eos)] if eos in row else row
+
+
+@torch.no_grad()
+def sample_steps(
+    model: Any, prompts: Sequence[Sequence[int]], special: Special, config: SampleConfig
+) -> Iterator[tuple[Int[Tensor, "batch new"], int]]:
+    """The new tokens after each step (those still masked are the mask's id), and the passes so far.
+
+    Ends early when every row has an EOS in a finished block; what follows an EOS in a row is EOS.
+    """
+    state = _State(model, prompts, special, config)
+    for _ in range(config.new_tokens // config.block):
+        yield from state.next_block()
+        if state.all_ended:
+            return
+
+
+class _State:
+    """Prompt and finished blocks in the cache, and what is not in it yet."""
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], special: Special, config: SampleConfig) -> None:
+        if not prompts or not all(prompts):
+            raise ValueError("a prompt is empty; each needs at least one token")
+        self._model, self._special, self._config = model, special, config
+        self._device = model.get_input_embeddings().weight.device
+        self._guided = config.guidance > 0
+        ids, valid = _padded(prompts, config.block, special.pad)
+        if self._guided:  # the second half of the batch has its prompt masked
+            ids, valid = torch.cat([ids, torch.where(valid, special.mask, ids)]), valid.repeat(2, 1)
+        self._pending, self._valid = ids.to(self._device), valid.to(self._device)
+        self._cache = DynamicCache()
+        self._cached = 0
+        self._new = torch.zeros(len(prompts), 0, dtype=torch.long, device=self._device)
+        self._noise = [_generator(config.seed, prompt) for prompt in prompts]
+        self._passes = 0
+
+    @property
+    def all_ended(self) -> bool:
+        """Whether every row has met its end."""
+        return bool((self._new == self._special.eos).any(dim=1).all())
+
+    def next_block(self) -> Iterator[tuple[Tensor, int]]:
+        """Settle one block, step by step."""
+        batch, config = self._new.shape[0], self._config
+        block = torch.full((batch, config.block), self._special.mask, device=self._device)
+        ended = (self._new == self._special.eos).any(dim=1)
+        block[ended] = self._special.eos
+        step = 0
+        while bool((masked := block == self._special.mask).any()):
+            logits = self._logits(block)
+            tokens, confidence = self._choose(logits)
+            settled = self._settle(confidence, masked, step)
+            block = torch.where(settled, tokens, block)
+            step += 1
+            yield torch.cat([self._new, block], dim=1), self._passes
+        ends = block == self._special.eos
+        block = torch.where(ends.cumsum(dim=1) > 0, self._special.eos, block)
+        self._new = torch.cat([self._new, block], dim=1)
+        self._pending = block.repeat(2, 1) if self._guided else block
+        if ended.all() or step == 0:
+            return
+        yield self._new, self._passes
+
+    def _logits(self, block: Int[Tensor, "batch block"]) -> Float[Tensor, "batch block vocab"]:
+        """Logits of the block at hand. What is pending goes through with it and stays in the cache."""
+        block = block.repeat(2, 1) if self._guided else block
+        ids = torch.cat([self._pending, block], dim=1)
+        known = self._cached + self._pending.shape[1]
+        if self._valid.shape[1] < known + block.shape[1]:
+            more = known + block.shape[1] - self._valid.shape[1]
+            self._valid = torch.cat([self._valid, torch.ones_like(self._valid[:, :1]).expand(-1, more)], dim=1)
+        mask = block_causal(self._valid, self._config.block)[:, :, self._cached :]
+        positions = torch.arange(self._cached, known + block.shape[1], device=self._device).expand(len(ids), -1)
+        output = self._model.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True
+        )
+        self._cache.crop(-block.shape[1])  # the noised block does not stay
+        self._cached, self._pending = known, ids[:, :0]
+        self._passes += 1
+        logits = self._model.lm_head(output.last_hidden_state[:, -block.shape[1] :]).float()
+        logits[..., self._special.mask] = -torch.inf
+        if self._guided:
+            with_prompt, without = logits.chunk(2)
+            logits = torch.where(
+                with_prompt.isinf(), with_prompt, without + (1 + self._config.guidance) * (with_prompt - without)
+            )
+        return logits
+
+    def _choose(self, logits: Tensor) -> tuple[Int[Tensor, "batch block"], Float[Tensor, "batch block"]]:
+        """A token for each position, and its probability (or a random number)."""
+        config = self._config
+        if config.temperature > 0:
+            noise = torch.stack([_gumbel(logits.shape[1:], g) for g in self._noise]).to(logits.device)
+            tokens = (logits / config.temperature + noise).argmax(dim=-1)
+        else:
+            tokens = logits.argmax(dim=-1)
+        if config.remasking == "random":
+            shape = logits.shape[1:2]
+            return tokens, torch.stack([torch.rand(shape, generator=g) for g in self._noise]).to(logits.device)
+        return tokens, logits.softmax(dim=-1).gather(-1, tokens[..., None]).squeeze(-1)
+
+    def _settle(
+        self, confidence: Float[Tensor, "batch block"], masked: Bool[Tensor, "batch block"], step: int
+    ) -> Bool[Tensor, "batch block"]:
+        """Which masked positions are final after this step: the most confident ones."""
+        config = self._config
+        confidence = torch.where(masked, confidence, -torch.inf)
+        rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        if config.threshold is not None:
+            return masked & ((rank == 0) | (confidence > config.threshold))
+        count, more = divmod(config.block, config.steps_per_block or config.block)
+        return masked & (rank < count + (step < more))
+
+
+def _padded(prompts: Sequence[Sequence[int]], block: int, pad: int) -> tuple[Tensor, Tensor]:
+    """Prompts, padded on the left to whole blocks; True where a token is."""
+    width = -(-max(map(len, prompts)) // block) * block
+    ids = torch.full((len(prompts), width), pad)
+    valid = torch.zeros(len(prompts), width, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
+        valid[row, width - len(prompt) :] = True
+    return ids, valid
+
+
+def _generator(seed: int, prompt: Sequence[int]) -> torch.Generator:
+    """Noise that depends on the seed and the prompt, not on the batch."""
+    digest = hashlib.blake2b(f"{seed}:{list(prompt)}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest))
+
+
+def _gumbel(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Standard Gumbel noise; computed in float64, where log(−log u) keeps its tail."""
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
+    return -torch.log(-torch.log(uniform)).float()
