@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from pipelines.commands import caching, maintenance, tools, training  # noqa: F401 - they register their commands
+from pipelines.commands import caching, maintenance, tools, training, using  # noqa: F401 - they register their commands
 from pipelines.commands.app import app
 from shared.errors import TideError
 
