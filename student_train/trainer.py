@@ -214,7 +214,15 @@ def train_student(config: TrainConfig) -> dict[str, float]:
         tokenizer.backend.save_pretrained(config.out / "model")
         history = {"steps": trainer.state.log_history, "final": metrics}
         write_bytes(config.out / "history.json", (json.dumps(history, indent=1) + "\n").encode())
+    _part()
     return metrics
+
+
+def _part() -> None:
+    """Processes part together: one that exits while its threads still talk to another is aborted."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager
