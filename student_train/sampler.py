@@ -93,7 +93,7 @@ class _State:
         self._model, self._special, self._config = model, special, config
         self._device = model.get_input_embeddings().weight.device
         self._guided = config.guidance > 0
-        ids, valid = _padded(prompts, config.block, special.pad)
+        ids, valid = pad_left(prompts, config.block, special.pad)
         if self._guided:  # the second half of the batch has its prompt masked
             ids, valid = torch.cat([ids, torch.where(valid, special.mask, ids)]), valid.repeat(2, 1)
         self._pending, self._valid = ids.to(self._device), valid.to(self._device)
@@ -181,7 +181,7 @@ class _State:
         return masked & (rank < count + (step < more))
 
 
-def _padded(prompts: Sequence[Sequence[int]], block: int, pad: int) -> tuple[Tensor, Tensor]:
+def pad_left(prompts: Sequence[Sequence[int]], block: int, pad: int) -> tuple[Tensor, Tensor]:
     """Prompts, padded on the left to whole blocks; True where a token is."""
     width = -(-max(map(len, prompts)) // block) * block
     ids = torch.full((len(prompts), width), pad)

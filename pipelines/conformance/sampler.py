@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from pipelines.conformance.result import Group, absent, load_tensors
-from student_train.sampler import SampleConfig, Special, sample_steps
+from student_train.sampler import SampleConfig, Special, pad_left, sample_steps
 from student_train.student import student_architecture
 from teacher_cache.teachers.checkpoint import open_checkpoint
 from teacher_cache.teachers.loading import load_model
@@ -33,7 +33,8 @@ def sampler_groups(folder: Path) -> list[Group]:
             config = SampleConfig(new_tokens=new, block=block, steps_per_block=max(1, steps * block // new))
             *_, (tokens, _) = sample_steps(model, prompts, _SPECIAL, config)
             group = Group(f"{path.parent.name} {key.removeprefix('sample/')}")
-            for wrong in (tokens != expected[key][:, -new:]).float().mean(dim=1).tolist():
+            whole = torch.cat([pad_left(prompts, block, _SPECIAL.pad)[0], tokens], dim=1)
+            for wrong in (whole != expected[key]).float().mean(dim=1).tolist():
                 group.add(wrong, 0.0)
             groups.append(group)
     return groups or absent("samples")
