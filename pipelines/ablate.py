@@ -60,12 +60,7 @@ def run_ablation(recipe: Path, out: Path, at_once: int | None = None) -> Path:
             values = {**grid.train, **variant.train, "cache": cache, "seed": seed}
             where = f"variant {name} in {recipe}"
             build(TrainConfig, values, where)
-            jobs.append(
-                Job(
-                    out / f"{name}-seed{seed}",
-                    train_arguments(values),
-                )
-            )
+            jobs.append(Job(out / f"{name}-seed{seed}", train_arguments(values)))
     for config in caches.values():
         build_cache(config)
     train_all(jobs, at_once)

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from student_train.sampler import SampleConfig, sample_steps
+from student_train.sampler import SampleConfig, sample_steps, until_eos
 from student_train.use import LoadedStudent
 
 _MASK = "░"
@@ -40,8 +40,7 @@ def _answer(
             final = row if settled else final
             if settled or show_diffusion:
                 live.update(_draw(student, row), refresh=True)
-    end = final.index(student.special.eos) if student.special.eos in final else len(final)
-    return student.text(final[:end])
+    return student.text(until_eos(final, student.special.eos))
 
 
 def _draw(student: LoadedStudent, row: list[int]) -> Text:

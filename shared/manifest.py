@@ -14,7 +14,7 @@ from typing import Any
 from shared.atomic import write_bytes
 from shared.errors import TideError
 from shared.schema import SCHEMA_VERSION
-from shared.shards import Unit
+from shared.shards import Unit, finished_units
 
 MANIFEST = "manifest.json"
 
@@ -90,6 +90,17 @@ def load_manifest(cache: Path) -> Manifest:
             fix="use the version of this package that wrote it, or build the cache again",
         )
     return manifest
+
+
+def refuse_unfinished(cache: Path, manifest: Manifest) -> None:
+    """TideError where a shard is not there yet."""
+    missing = sorted(set(manifest.units()) - set(finished_units(cache)))
+    if missing:
+        raise TideError(
+            f"{cache} lacks {len(missing)} of {len(manifest.units())} shards, the first is {missing[0].path(cache)}",
+            expected="a finished cache",
+            fix="run the same `tide cache` command again: it computes what is missing",
+        )
 
 
 def differences(old: Any, new: Any, place: str = "") -> list[str]:

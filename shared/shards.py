@@ -93,12 +93,7 @@ def shard_counts(path: Path, cache: str | None = None) -> dict[str, Any]:
 
     `cache`: the digest of the manifest that it must belong to.
     """
-    file = open_shard(path)
-    metadata = file.schema_arrow.metadata or {}
-    try:
-        counts = {**json.loads(metadata.get(_COUNTS_KEY, b"{}")), "rows": file.metadata.num_rows}
-    except ValueError as error:
-        raise _unreadable(path, error) from error
+    counts = _counts_in(open_shard(path), path)
     if cache is not None and counts.get(CACHE) != cache:
         raise TideError(
             f"shard {path} belongs to another cache ({counts.get(CACHE)})",
@@ -106,6 +101,14 @@ def shard_counts(path: Path, cache: str | None = None) -> dict[str, Any]:
             fix="delete this file and run the same `tide cache` command again: it computes the missing shard only",
         )
     return counts
+
+
+def _counts_in(file: pq.ParquetFile, path: Path) -> dict[str, Any]:
+    metadata = file.schema_arrow.metadata or {}
+    try:
+        return {**json.loads(metadata.get(_COUNTS_KEY, b"{}")), "rows": file.metadata.num_rows}
+    except ValueError as error:
+        raise _unreadable(path, error) from error
 
 
 def read_shard(path: Path, temperatures: Sequence[float]) -> list[CacheRow]:
@@ -124,7 +127,7 @@ def read_table(path: Path) -> pa.Table:
         table = file.read()
     except Exception as error:  # as above
         raise _unreadable(path, error) from error
-    _check_counts(table, shard_counts(path), path)
+    _check_counts(table, _counts_in(file, path), path)
     return table
 
 

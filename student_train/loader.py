@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from shared.errors import TideError
-from shared.manifest import Manifest
+from shared.manifest import Manifest, refuse_unfinished
 from shared.noise import generator
 from shared.schema import CacheRow, without_masks
 from shared.shards import Unit, read_shard, shard_counts
@@ -66,14 +66,7 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
 
     def _count_rows(self) -> list[list[int]]:
         """Rows of every shard, by draw and part. Opens each one: a damaged cache is refused before training."""
-        missing = [u for u in self._manifest.units() if not u.path(self._cache).exists()]
-        if missing:
-            raise TideError(
-                f"{self._cache} lacks {len(missing)} of {len(self._manifest.units())} shards, "
-                f"the first is {missing[0].path(self._cache)}",
-                expected="a finished cache",
-                fix="run the same `tide cache` command again: it computes what is missing",
-            )
+        refuse_unfinished(self._cache, self._manifest)
         digest = self._manifest.digest
         counts = [
             [shard_counts(Unit(draw, part).path(self._cache), digest)["rows"] for part in range(self._manifest.parts)]

@@ -62,10 +62,11 @@ def sample(model: Any, prompts: Sequence[Sequence[int]], special: Special, confi
     tokens = torch.zeros(len(prompts), 0, dtype=torch.long)
     for tokens, _ in sample_steps(model, prompts, special, config):  # noqa: B007 - the last state counts
         pass
-    return [_until(row, special.eos) for row in tokens.tolist()]
+    return [until_eos(row, special.eos) for row in tokens.tolist()]
 
 
-def _until(row: list[int], eos: int) -> list[int]:
+def until_eos(row: list[int], eos: int) -> list[int]:
+    """What stands before the first EOS."""
     return row[: row.index(eos)] if eos in row else row
 
 

@@ -109,6 +109,12 @@ def small_cache_config(teacher: str, model: Path, out: Path, **changes: object) 
     return build(CacheConfig, values)
 
 
+def files(cache: Path) -> dict[str, bytes]:
+    """Everything that makes a cache."""
+    found = [cache / "manifest.json", *cache.glob("draw=*/*"), *cache.glob("*_tokenizer/*")]
+    return {path.relative_to(cache).as_posix(): path.read_bytes() for path in found}
+
+
 @pytest.fixture(scope="session")
 def caches(random_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Finished small caches by teacher name. Read only: copy one before changing it."""

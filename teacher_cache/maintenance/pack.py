@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from shared.atomic import write_atomically
 from shared.errors import TideError
-from shared.manifest import MANIFEST, load_manifest
-from shared.shards import finished_units
+from shared.manifest import MANIFEST, load_manifest, refuse_unfinished
 
 CHECKSUMS = "checksums.json"
 _CHUNK = 1 << 20
@@ -29,12 +28,9 @@ _LEVEL = 3  # shards are compressed already
 def pack_cache(cache: Path, archive: Path) -> int:
     """Write the cache to `archive`; its number of files. TideError where the cache is not finished."""
     manifest = load_manifest(cache)
-    units = finished_units(cache)
-    missing = len(set(manifest.units()) - set(units))
-    if missing:
-        raise TideError(f"{cache} lacks {missing} shards", fix="run the same `tide cache` command again first")
+    refuse_unfinished(cache, manifest)
     others = [path for path in sorted(cache.glob("*_tokenizer/*")) if path.is_file()]
-    files = [cache / MANIFEST, *others, *(unit.path(cache) for unit in units)]
+    files = [cache / MANIFEST, *others, *(unit.path(cache) for unit in manifest.units())]
     sums = {}
     for path in tqdm(files, unit="file", desc="checksums"):
         sums[path.relative_to(cache).as_posix()] = {"sha256": _sha256(path), "bytes": path.stat().st_size}

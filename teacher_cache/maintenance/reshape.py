@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from shared.atomic import write_bytes
 from shared.errors import TideError
-from shared.manifest import Manifest, differences, load_manifest
+from shared.manifest import Manifest, differences, load_manifest, refuse_unfinished
 from shared.shards import CACHE, Unit, finished_units, read_table, shard_counts, write_table
 
 
@@ -112,13 +112,7 @@ def _one_after_the_other(
 
 def _finished(cache: Path) -> Manifest:
     manifest = load_manifest(cache)
-    missing = len(set(manifest.units()) - set(finished_units(cache)))
-    if missing:
-        raise TideError(
-            f"{cache} lacks {missing} of {len(manifest.units())} shards",
-            expected="a finished cache",
-            fix="run the same `tide cache` command again: it computes what is missing",
-        )
+    refuse_unfinished(cache, manifest)
     return manifest
 
 
@@ -147,10 +141,11 @@ def _copy(
     word: str,
 ) -> None:
     done = set(finished_units(target))
+    digests = {source: load_manifest(source).digest for source in {source for source, _, _ in jobs}}
     for source, unit, place in tqdm(jobs, unit="shard", desc=word):
         if place in done:
             continue
         path = unit.path(source)
-        counts: dict[str, Any] = shard_counts(path, load_manifest(source).digest)
+        counts: dict[str, Any] = shard_counts(path, digests[source])
         counts.pop("rows")
         write_table(place.path(target), change(read_table(path)), {**counts, CACHE: manifest.digest})

@@ -13,8 +13,7 @@ from shared.manifest import load_manifest
 from shared.shards import Unit, finished_units
 from shared.stores import Store, local_cache
 from teacher_cache.build import build_cache
-from tests.conftest import small_cache_config
-from tests.teacher_cache.test_maintenance import files
+from tests.conftest import files, small_cache_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the server's own
 

@@ -25,6 +25,7 @@ from shared.config import CacheConfig
 from shared.errors import TideError
 from shared.settings import build
 from teacher_cache.build import build_cache
+from tests.conftest import files
 
 Fault = Callable[[], None]
 
@@ -98,12 +99,6 @@ def in_child(work: Callable[[], int]) -> int:
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def files(cache: Path) -> dict[str, bytes]:
-    """Everything that makes a cache."""
-    found = [cache / "manifest.json", *cache.glob("draw=*/*"), *cache.glob("*_tokenizer/*")]
-    return {path.relative_to(cache).as_posix(): path.read_bytes() for path in found}
 
 
 def meets(config: dict[str, Any], at: int, fault: Fault, expected: str) -> Callable[[], int]:

@@ -24,13 +24,7 @@ from teacher_cache.maintenance.inspect import inspect_cache
 from teacher_cache.maintenance.pack import pack_cache, unpack_cache
 from teacher_cache.maintenance.reshape import merge_caches, prune_cache
 from teacher_cache.maintenance.sizes import describe_first_shard, size_steps
-from tests.conftest import chats_file, small_cache_config
-
-
-def files(cache: Path) -> dict[str, bytes]:
-    """Everything that makes a cache, by name."""
-    found = [cache / "manifest.json", *cache.glob("draw=*/*"), *cache.glob("*_tokenizer/*")]
-    return {path.relative_to(cache).as_posix(): path.read_bytes() for path in found}
+from tests.conftest import chats_file, files, small_cache_config
 
 
 def ids_in(cache: Path) -> set[str]:

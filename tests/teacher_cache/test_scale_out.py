@@ -15,8 +15,7 @@ from shared.shards import finished_units
 from teacher_cache import build as building
 from teacher_cache.build import build_cache
 from teacher_cache.progress import read_status
-from tests.conftest import small_cache_config
-from tests.teacher_cache.test_maintenance import files
+from tests.conftest import files, small_cache_config
 
 
 def test_ranks_share_the_units_on_one_disk(caches: dict[str, Path], random_teacher: Path, tmp_path: Path) -> None:
