@@ -5,7 +5,14 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from pipelines.commands import caching, maintenance, tools, training, using  # noqa: F401 - they register their commands
+from pipelines.commands import (  # noqa: F401 - they register their commands
+    caching,
+    judging,
+    maintenance,
+    tools,
+    training,
+    using,
+)
 from pipelines.commands.app import app
 from shared.errors import TideError
 

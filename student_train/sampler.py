@@ -25,6 +25,7 @@ class SampleConfig:
     """How to sample. `temperature` 0 is greedy; above, Gumbel noise is added to logits / temperature."""
 
     new_tokens: int = 256
+    """At most so many; where they are no whole number of blocks, the last block is shorter."""
     block: int = 32
     steps_per_block: int | None = None
     """Each step settles block / steps_per_block tokens (one more in the first steps where that is no whole number);
@@ -40,8 +41,8 @@ class SampleConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.block < 1 or self.new_tokens < 1 or self.new_tokens % self.block:
-            raise ValueError(f"new_tokens {self.new_tokens} must be a positive multiple of block {self.block}")
+        if self.block < 1 or self.new_tokens < 1:
+            raise ValueError(f"new_tokens is {self.new_tokens}, block {self.block}; both must be positive")
         if self.steps_per_block is not None and not 1 <= self.steps_per_block <= self.block:
             raise ValueError(f"steps_per_block is {self.steps_per_block}; it must be 1 to {self.block}, the block")
         if self.temperature < 0 or (self.threshold is not None and not 0 <= self.threshold < 1):
@@ -79,8 +80,8 @@ def sample_steps(
     Ends early when every row has an EOS in a finished block; what follows an EOS in a row is EOS.
     """
     state = _State(model, prompts, special, config)
-    for _ in range(config.new_tokens // config.block):
-        yield from state.next_block()
+    for start in range(0, config.new_tokens, config.block):
+        yield from state.next_block(min(config.block, config.new_tokens - start))
         if state.all_ended:
             return
 
@@ -109,10 +110,9 @@ class _State:
         """Whether every row has met its end."""
         return bool((self._new == self._special.eos).any(dim=1).all())
 
-    def next_block(self) -> Iterator[tuple[Tensor, int]]:
-        """Settle one block, step by step."""
-        batch, config = self._new.shape[0], self._config
-        block = torch.full((batch, config.block), self._special.mask, device=self._device)
+    def next_block(self, size: int) -> Iterator[tuple[Tensor, int]]:
+        """Settle one block of `size` positions, step by step."""
+        block = torch.full((self._new.shape[0], size), self._special.mask, device=self._device)
         ended = (self._new == self._special.eos).any(dim=1)
         block[ended] = self._special.eos
         step = 0
@@ -178,7 +178,8 @@ class _State:
         rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         if config.threshold is not None:
             return masked & ((rank == 0) | (confidence > config.threshold))
-        count, more = divmod(config.block, config.steps_per_block or config.block)
+        size = confidence.shape[1]
+        count, more = divmod(size, min(size, config.steps_per_block or size))
         return masked & (rank < count + (step < more))
 
 

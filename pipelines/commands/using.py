@@ -27,7 +27,8 @@ Seed = Annotated[int, typer.Option(help="Of temperature and random remasking.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
 
 
-def _settings(**values: Any) -> SampleConfig:
+def sampling_settings(**values: Any) -> SampleConfig:
+    """Settings of sampling from options. TideError where one is out of range."""
     from student_train.sampler import SampleConfig
 
     if values["remasking"] not in ("low_confidence", "random"):
@@ -81,7 +82,7 @@ def sample(
     """Answer prompts with a student."""
     from student_train.use import load_for_use
 
-    config = _settings(
+    config = sampling_settings(
         new_tokens=new_tokens, block=block, steps_per_block=steps_per_block, threshold=threshold,
         temperature=temperature, remasking=remasking, guidance=guidance, seed=seed,
     )  # fmt: skip
@@ -110,7 +111,7 @@ def chat(
     from pipelines.chat import talk
     from student_train.use import load_for_use
 
-    config = _settings(
+    config = sampling_settings(
         new_tokens=new_tokens, block=block, steps_per_block=steps_per_block, threshold=threshold,
         temperature=temperature, remasking="low_confidence", guidance=0.0, seed=seed,
     )  # fmt: skip

@@ -49,7 +49,7 @@ def test_bad_input_is_explained(student: str, tmp_path: Path) -> None:
         (["--file", str(tmp_path / "p.jsonl")], "line 2 is no prompt"),
         (["--file", str(tmp_path / "none.jsonl")], "cannot be read"),
         (["x", "--remasking", "best"], "low_confidence or random"),
-        (["x", "--new-tokens", "7"], "multiple of block"),
+        (["x", "--new-tokens", "0"], "both must be positive"),
     ]:
         with pytest.raises(TideError, match=message):
             CliRunner().invoke(app, ["sample", student, *arguments], catch_exceptions=False)

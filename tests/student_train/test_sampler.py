@@ -21,6 +21,8 @@ CONFIGS = {
     "threshold": SampleConfig(new_tokens=16, block=8, threshold=0.05),
     "random": SampleConfig(new_tokens=16, block=4, steps_per_block=2, remasking="random"),
     "warm": SampleConfig(new_tokens=16, block=4, steps_per_block=2, temperature=1.0, seed=3),
+    "ragged": SampleConfig(new_tokens=11, block=4, steps_per_block=2),
+    "three": SampleConfig(new_tokens=3, block=8),
     "guided": SampleConfig(new_tokens=16, block=4, steps_per_block=4, guidance=1.5),
 }
 
@@ -44,22 +46,23 @@ def uncached(model: Any, prompt: list[int], config: SampleConfig) -> list[int]:
     """The same by whole passes over everything, in float64, nothing cached."""
     width = -(-len(prompt) // config.block) * config.block
     ids = [SPECIAL.pad] * (width - len(prompt)) + prompt
-    for _ in range(config.new_tokens // config.block):
-        ids += [SPECIAL.mask] * config.block
+    for start in range(0, config.new_tokens, config.block):
+        size = min(config.block, config.new_tokens - start)
+        ids += [SPECIAL.mask] * size
         index = torch.arange(len(ids)) // config.block
         seen = (index[:, None] >= index[None]) & (torch.arange(len(ids)) >= width - len(prompt))[None]
         seen |= torch.eye(len(ids), dtype=torch.bool)
-        steps = config.steps_per_block or config.block
+        steps = min(size, config.steps_per_block or size)
         for step in range(steps):
             with torch.no_grad():
                 hidden = model.model(input_ids=torch.tensor([ids]), attention_mask=seen[None, None], use_cache=False)
-                logits = model.lm_head(hidden.last_hidden_state)[0, -config.block :].double()
+                logits = model.lm_head(hidden.last_hidden_state)[0, -size:].double()
             logits[:, SPECIAL.mask] = -torch.inf
             confidence, tokens = logits.softmax(-1).max(-1)
-            left = [i for i in range(config.block) if ids[i - config.block] == SPECIAL.mask]
-            count = config.block // steps + (step < config.block % steps)
+            left = [i for i in range(size) if ids[i - size] == SPECIAL.mask]
+            count = size // steps + (step < size % steps)
             for i in sorted(left, key=lambda i: -float(confidence[i]))[:count]:
-                ids[i - config.block] = int(tokens[i])
+                ids[i - size] = int(tokens[i])
         if SPECIAL.eos in ids[width:]:
             break
     new = ids[width:]
@@ -67,7 +70,10 @@ def uncached(model: Any, prompt: list[int], config: SampleConfig) -> list[int]:
 
 
 @settings(max_examples=15, deadline=None)
-@given(prompt=st.lists(st.integers(0, 46), min_size=1, max_size=13), name=st.sampled_from(["greedy", "uneven"]))
+@given(
+    prompt=st.lists(st.integers(0, 46), min_size=1, max_size=13),
+    name=st.sampled_from(["greedy", "uneven", "ragged", "three"]),
+)
 def test_the_cache_changes_nothing(model: Any, prompt: list[int], name: str) -> None:
     assert sample(model, [prompt], SPECIAL, CONFIGS[name]) == [uncached(model, prompt, CONFIGS[name])]
 
@@ -130,7 +136,7 @@ def test_the_seed_decides(model: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"new_tokens": 30, "block": 32}, "multiple of block"),
+        ({"new_tokens": 0}, "both must be positive"),
         ({"steps_per_block": 33}, "1 to 32"),
         ({"steps_per_block": 0}, "1 to 32"),
         ({"temperature": -1.0}, "temperature"),

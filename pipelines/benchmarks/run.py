@@ -1,0 +1,148 @@
+"""`tide eval`: a student through a list of benchmarks. Finished ones are kept; a broken one goes on at its next answer."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipelines.benchmarks.code_eval import Limits, code_eval_with_limits
+from pipelines.benchmarks.data import load_tasks
+from pipelines.benchmarks.recipe import Benchmark
+from pipelines.benchmarks.results import Score, digest, finished, read_scores, save
+from shared.errors import TideError
+from teacher_cache.teachers.checkpoint import open_checkpoint
+from teacher_cache.teachers.registry import resolve
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """How to ask, for all benchmarks. `sampling` and `mc_num` are arguments of `tide_bd3lm`."""
+
+    sampling: dict[str, Any] = field(default_factory=dict)
+    batch: int = 8
+    device: str = "auto"
+    limit: int | None = None
+    data: dict[str, Path] = field(default_factory=dict)
+    run_code: bool = False
+    limits: Limits = field(default_factory=Limits)
+
+
+def run_benchmarks(student: str, benchmarks: list[Benchmark], settings: EvalSettings, out: Path) -> list[Score]:
+    """Measure, and return the scores in the order asked. Everything that can be wrong is looked at before the model."""
+    check_installed()
+    unknown = set(settings.data) - {b.name for b in benchmarks}
+    if unknown:
+        names = ", ".join(b.name for b in benchmarks)
+        raise TideError(f"--data names {', '.join(sorted(unknown))}", expected=f"benchmarks of this call: {names}")
+    fingerprint = open_checkpoint(resolve(student)).fingerprint()
+    described = {b.name: _describe(b, settings, fingerprint) for b in benchmarks}
+    open_ones = [b for b in benchmarks if not finished(out, b, described[b.name])]
+    if open_ones:
+        with code_eval_with_limits(settings.limits):
+            tasks = _tasks(open_ones, settings)
+            _measure(student, tasks, settings, described, out)
+    found = {score.name: score for score in read_scores(out)}
+    return [found[b.name] for b in benchmarks if b.name in found]
+
+
+def default_output(student: str) -> Path:
+    """Beside a run's model; for anything else below runs/."""
+    folder = Path(student)
+    if folder.is_dir() and folder.name == "model":
+        return folder.parent / "eval"
+    return Path("runs") / f"eval-{folder.name}"
+
+
+def check_installed(quiet: bool = True) -> None:
+    """TideError without lm-eval. `quiet`: its log shows errors alone."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise TideError("lm-eval is not installed", fix="pip install 'tide-distill[eval]'") from error
+    if quiet:
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def _describe(benchmark: Benchmark, settings: EvalSettings, fingerprint: str) -> dict[str, Any]:
+    """All that a score depends on."""
+    place = settings.data.get(benchmark.name)
+    rows = None if place is None else str(place)
+    if place is not None and place.is_file():
+        rows = hashlib.sha256(place.read_bytes()).hexdigest()[:16]
+    return {
+        "student": fingerprint,
+        **{key: value for key, value in asdict(benchmark).items() if key not in ("name", "title", "metric")},
+        **settings.sampling,
+        "limit": settings.limit,
+        "rows": rows,
+        "lm_eval": version("lm-eval"),
+    }
+
+
+def _tasks(benchmarks: list[Benchmark], settings: EvalSettings) -> dict[str, tuple[Benchmark, dict[str, Any]]]:
+    """lm-eval's tasks with their rows, by benchmark. TideError where one would run code and that was not allowed."""
+    from lm_eval.tasks import TaskManager
+
+    own = Path(str(resources.files("pipelines"))) / "benchmarks" / "tasks"
+    manager = TaskManager(include_path=str(own))
+    found = {}
+    for benchmark in benchmarks:
+        loaded = load_tasks(manager, benchmark, settings.data.get(benchmark.name))
+        if not settings.run_code and any(getattr(t, "UNSAFE_CODE", False) for t in loaded["tasks"].values()):
+            raise TideError(
+                f"{benchmark.name} runs the code that the student writes",
+                expected="your consent",
+                fix="add --confirm-run-unsafe-code, best in a container: there are limits on time, memory and files, "
+                "but the code can read your files and use the network",
+            )
+        found[benchmark.name] = (benchmark, loaded)
+    return found
+
+
+def _measure(
+    student: str,
+    tasks: dict[str, tuple[Benchmark, dict[str, Any]]],
+    settings: EvalSettings,
+    described: dict[str, dict[str, Any]],
+    out: Path,
+) -> None:
+    from lm_eval import simple_evaluate
+
+    from pipelines.benchmarks.model import TideBD3LM
+    from pipelines.benchmarks.processes import Processes
+    from student_train.use import load_for_use
+
+    processes = Processes()
+    loaded = load_for_use(student, processes.device(settings.device))
+    for name, (benchmark, task) in tasks.items():
+        started = time.monotonic()
+        model = TideBD3LM(
+            loaded,
+            batch_size=settings.batch,
+            max_new_tokens=benchmark.new_tokens,
+            steps=benchmark.steps,
+            **settings.sampling,
+        )
+        answers = out / f".{name}-{digest(described[name])}"
+        out.mkdir(parents=True, exist_ok=True)
+        found: Any = simple_evaluate(
+            model=model,
+            tasks=[task["groups"].get(benchmark.task) or task["tasks"][benchmark.task]],
+            num_fewshot=benchmark.shots,
+            limit=settings.limit,
+            use_cache=str(answers),
+            apply_chat_template=benchmark.chat,
+            fewshot_as_multiturn=benchmark.chat,
+            confirm_run_unsafe_code=settings.run_code,
+            bootstrap_iters=1000,
+        )
+        if found is not None:
+            save(out, benchmark, described[name], found, time.monotonic() - started)
+        processes.barrier()
+        Path(f"{answers}_rank{processes.rank}.db").unlink(missing_ok=True)

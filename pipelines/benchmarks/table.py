@@ -1,0 +1,60 @@
+"""Scores as tables: of one `tide eval`, and of many runs beside the paper's."""
+
+from __future__ import annotations
+
+import statistics
+from importlib import resources
+from pathlib import Path
+
+import polars as pl
+
+from pipelines.benchmarks.recipe import paper_benchmarks
+from pipelines.benchmarks.results import Score, read_scores
+from shared.settings import read_toml
+
+
+def score_table(scores: list[Score]) -> str:
+    """One row a benchmark, in per cent."""
+    lines = ["| benchmark | metric | score, % | ± | rows |", "|---|---|---|---|---|"]
+    for score in scores:
+        error = "–" if score.error is None else f"{100 * score.error:.2f}"
+        rows = f"{score.rows} (limited)" if score.limited else str(score.rows)
+        lines.append(f"| {score.title} | {score.metric} | {100 * score.value:.2f} | {error} | {rows} |")
+    return "\n".join(lines)
+
+
+def paper_scores() -> dict[str, dict[str, float]]:
+    """The paper's table: row, then benchmark, in per cent."""
+    found = read_toml(Path(str(resources.files("pipelines"))) / "benchmarks" / "paper_scores.toml")
+    return {row: dict(zip(found["benchmarks"], values, strict=True)) for row, values in found["rows"].items()}
+
+
+def find_scores(folder: Path) -> dict[str, list[Score]]:
+    """The results of `tide eval` below a folder, by run (the folder that holds `eval`)."""
+    places = sorted({path.parent for path in folder.rglob("*.samples.jsonl")})
+    found = {place: read_scores(place) for place in places}
+    return {(p.parent if p.name == "eval" else p).name: scores for p, scores in found.items() if scores}
+
+
+def beside_the_paper(measured: dict[str, list[Score]]) -> pl.DataFrame:
+    """The paper's rows, then those measured here, over the eight benchmarks; the source of each row is its first cell.
+
+    Other benchmarks get columns behind them. An average stands only where all eight were scored on all their rows.
+    """
+    titles = {name: benchmark.title for name, benchmark in paper_benchmarks().items()}
+    others = {s.name: s.title for scores in measured.values() for s in scores if s.name not in titles}
+    rows = [_row("paper", name, values, {}, titles | others) for name, values in paper_scores().items()]
+    for run, scores in sorted(measured.items()):
+        values = {score.name: 100 * score.value for score in scores}
+        marks = {score.name: "*" for score in scores if score.limited}
+        rows.append(_row("**measured here**", run, values, marks, titles | others))
+    return pl.DataFrame(rows)
+
+
+def _row(
+    source: str, name: str, values: dict[str, float], marks: dict[str, str], titles: dict[str, str]
+) -> dict[str, str]:
+    cells = {title: f"{values[key]:.2f}{marks.get(key, '')}" if key in values else "–" for key, title in titles.items()}
+    eight = [values[key] for key in paper_benchmarks() if key in values and key not in marks]
+    average = f"{statistics.mean(eight):.2f}" if len(eight) == len(paper_benchmarks()) else "–"
+    return {"source": source, "student": name, **cells, "average of 8": average}

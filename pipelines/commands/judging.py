@@ -1,0 +1,89 @@
+"""Judge a student: benchmarks with lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.commands.app import app
+from pipelines.commands.using import Block, Device, Guidance, Remasking, Seed, Student, Temperature, Threshold
+from shared.errors import TideError
+
+
+@app.command("eval")
+def evaluate(
+    student: Student,
+    tasks: Annotated[str, typer.Option(help="paper (all eight), or names of the recipe or of lm-eval, by commas.")],
+    recipe: Annotated[Path | None, typer.Option("--config", help="TOML; default: the paper's settings.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Default: beside the model, runs/NAME/eval.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="TASK=PATH: rows of your own. Repeatable.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first rows of each task: for trials.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Default: the recipe's, else the task's.")] = None,
+    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Ask through the chat template.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="Tokens of a response, at most.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps of a whole response.")] = None,
+    block: Block = 32,
+    threshold: Threshold = None,
+    temperature: Temperature = 0.0,
+    remasking: Remasking = "low_confidence",
+    guidance: Guidance = 0.0,
+    seed: Seed = 0,
+    mc_num: Annotated[int, typer.Option(help="Masks of each block of a likelihood.")] = 32,
+    batch: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
+    device: Device = "auto",
+    confirm_run_unsafe_code: Annotated[
+        bool, typer.Option("--confirm-run-unsafe-code", help="Run the code that the student writes.")
+    ] = False,
+    code_seconds: Annotated[float, typer.Option(help="Limit of one program.")] = 10.0,
+    code_gigabytes: Annotated[float, typer.Option(help="Limit of one program.")] = 4.0,
+) -> None:
+    """Score a student on benchmarks. Run again to go on where it stopped."""
+    from pipelines.benchmarks.code_eval import Limits
+    from pipelines.benchmarks.data import parse_places
+    from pipelines.benchmarks.recipe import choose
+    from pipelines.benchmarks.run import EvalSettings, default_output, run_benchmarks
+    from pipelines.benchmarks.table import score_table
+    from pipelines.commands.using import sampling_settings
+
+    checked = sampling_settings(
+        block=block, threshold=threshold, temperature=temperature, remasking=remasking, guidance=guidance, seed=seed
+    )
+    sampling: dict[str, Any] = {
+        "block_size": checked.block, "threshold": checked.threshold, "temperature": checked.temperature,
+        "remasking": checked.remasking, "guidance": checked.guidance, "seed": checked.seed, "mc_num": mc_num,
+    }  # fmt: skip
+    wanted = choose(tasks, recipe, shots=num_fewshot, chat=chat, new_tokens=new_tokens, steps=steps)
+    for name, value in (("limit", limit), ("mc-num", mc_num), ("batch", batch), ("new-tokens", new_tokens)):
+        if value is not None and value < 1:
+            raise TideError(f"--{name} is {value}", expected="at least 1")
+    settings = EvalSettings(
+        sampling=sampling,
+        batch=batch,
+        device=device,
+        limit=limit,
+        data=parse_places(data or []),
+        run_code=confirm_run_unsafe_code,
+        limits=Limits(seconds=code_seconds, memory=int(code_gigabytes * 2**30)),
+    )
+    scores = run_benchmarks(student, wanted, settings, output or default_output(student))
+    typer.echo(score_table(scores))
+
+
+@app.command(
+    "lm-eval", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+)
+def lm_eval_command(context: typer.Context) -> None:
+    """lm-eval's own command line, with the model `tide_bd3lm` registered: tide lm-eval run --model tide_bd3lm …"""
+    from pipelines.benchmarks.run import check_installed
+
+    check_installed(quiet=False)
+    from lm_eval.__main__ import cli_evaluate
+
+    from pipelines.benchmarks.register import register_model
+
+    register_model()
+    sys.argv = ["lm_eval", *context.args]
+    cli_evaluate()
