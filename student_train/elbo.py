@@ -71,9 +71,7 @@ def log_likelihoods(
     return scores.tolist()
 
 
-def masks(
-    length: int, index: int, config: ElboConfig
-) -> list[tuple[Bool[Tensor, length], float]]:  # fmt: skip
+def masks(length: int, index: int, config: ElboConfig) -> list[tuple[Bool[Tensor, " length"], float]]:
     """Masked sets of block `index`, which has `length` tokens, and the weight of each: n / (l · draws).
 
     l is stratified over the draws, each of 1 … length equally likely over seeds. One token needs one mask.
@@ -127,15 +125,15 @@ class _Clean:
         self._run(torch.tensor(ids), self._position, self._mask(self._owner, self._position, own_block=True))
 
     def _mask(
-        self, owner: Int[Tensor, query], position: Int[Tensor, query], own_block: bool
-    ) -> Bool[Tensor, "query clean"]:  # fmt: skip
+        self, owner: Int[Tensor, " query"], position: Int[Tensor, " query"], own_block: bool
+    ) -> Bool[Tensor, "query clean"]:
         """Which clean positions are seen: the context's and one's own, of earlier blocks (and of the same block)."""
         mine = (self._owner[None] == owner[:, None]) | (self._owner[None] < 0)
         query, key = position[:, None] // self._block, self._position[None] // self._block
         return mine & ((key <= query) if own_block else (key < query)) & self._seen[None]
 
     def _run(
-        self, ids: Int[Tensor, n], position: Int[Tensor, n], mask: Bool[Tensor, "n keys"]
+        self, ids: Int[Tensor, " n"], position: Int[Tensor, " n"], mask: Bool[Tensor, "n keys"]
     ) -> Float[Tensor, "n width"]:
         mask = mask | torch.eye(mask.shape[1], dtype=torch.bool)[mask.shape[1] - mask.shape[0] :]
         output = self._model.model(
@@ -147,7 +145,7 @@ class _Clean:
         )
         return output.last_hidden_state[0]
 
-    def score(self, copies: list[_Copy], continuations: Sequence[Sequence[int]]) -> Float[Tensor, copies]:
+    def score(self, copies: list[_Copy], continuations: Sequence[Sequence[int]]) -> Float[Tensor, " copies"]:
         """Weighted Σ log p(gold) of each copy."""
         block, count = self._block, len(copies)
         ids = torch.tensor([copy.tokens for copy in copies])
@@ -165,7 +163,7 @@ class _Clean:
         of = torch.tensor([n for n, copy in enumerate(copies) for _ in copy.scored])
         return torch.zeros(count).index_add_(0, of, logp.cpu() * weights)
 
-    def _log_probability(self, hidden: Float[Tensor, "n width"], gold: Int[Tensor, n]) -> Float[Tensor, n]:
+    def _log_probability(self, hidden: Float[Tensor, "n width"], gold: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """log p of the gold tokens, in slices: the mask token counts as any other, as in training."""
         size = max(32, _LOGITS_PER_SLICE // self._model.lm_head.weight.shape[0])
         found = []

@@ -1,1 +1,1 @@
-"""Benchmarks of a student with lm-evaluation-harness: the model, the paper's tasks and settings, results beside its table."""
+"""Benchmarks with lm-evaluation-harness: the student as its model, the paper's tasks, scores beside its table."""

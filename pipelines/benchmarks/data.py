@@ -46,7 +46,7 @@ def local_rows(path: Path) -> dict[str, Any]:
 
 
 def load_tasks(manager: Any, benchmark: Benchmark, place: Path | None) -> dict[str, Any]:
-    """lm-eval's tasks of a benchmark, their rows read. TideError where the task is unknown or its rows are not found."""
+    """lm-eval's tasks of a benchmark, their rows read. TideError where the task is unknown or its rows are missing."""
     if benchmark.task not in manager.all_tasks:
         raise TideError(
             f"lm-eval has no task {benchmark.task!r}",

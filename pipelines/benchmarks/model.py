@@ -105,14 +105,14 @@ class TideBD3LM(TemplateLM):
         groups: dict[SampleConfig, list[int]] = defaultdict(list)
         repeats: dict[tuple[str, str], int] = defaultdict(int)
         for number, request in enumerate(requests):
-            context, options = request.args
+            context, options = _arguments(request)
             again = repeats[context, repr(options)]
             repeats[context, repr(options)] += 1
             groups[self._settings(options, again)].append(number)
         answers = [""] * len(requests)
         with tqdm(total=len(requests), desc="generating", disable=disable_tqdm or self._rank > 0) as bar:
             for config, numbers in groups.items():
-                numbers.sort(key=lambda n: -len(requests[n].args[0]))
+                numbers.sort(key=lambda n: -len(_arguments(requests[n])[0]))
                 for start in range(0, len(numbers), self._batch):
                     part = numbers[start : start + self._batch]
                     for number, answer in zip(part, self._answer([requests[n] for n in part], config), strict=True):
@@ -136,9 +136,11 @@ class TideBD3LM(TemplateLM):
 
     def _answer(self, requests: Sequence[Instance], config: SampleConfig) -> list[str]:
         """One batch. Sampling ends early when a stop text stands in the finished blocks of every row."""
-        stops = [_stop_texts(request.args[1]) for request in requests]
+        stops = [_stop_texts(_arguments(request)[1]) for request in requests]
         room = self._max_length - -(-config.new_tokens // config.block) * config.block
-        prompts = [self._fit(self.tok_encode(request.args[0]) or [self.eot_token_id], room) for request in requests]
+        prompts = [
+            self._fit(self.tok_encode(_arguments(request)[0]) or [self.eot_token_id], room) for request in requests
+        ]
         texts = [""] * len(requests)
         for tokens, _ in sample_steps(self._student.model, prompts, self._student.special, config):
             if bool((tokens == self._student.special.mask).any()):
@@ -175,8 +177,8 @@ class TideBD3LM(TemplateLM):
                 model, special = self._student.model, self._student.special
                 values = log_likelihoods(model, context, continuations, special, self._elbo) if real else []
                 greedy = self._are_greedy(context, continuations) if real else []
-                for number, *result in zip(real, values, greedy, strict=True):
-                    results[number] = (result[0], result[1])
+                for number, value, same in zip(real, values, greedy, strict=True):
+                    results[number] = (value, same)
                 for number in numbers:
                     self.cache_hook.add_partial("loglikelihood", requests[number][0], results[number])
                 bar.update(len(numbers))
@@ -219,7 +221,7 @@ class TideBD3LM(TemplateLM):
         """Of all processes."""
         return self._processes.all_gather(tensor)
 
-    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any]:
         """To process `dst`."""
         return self._processes.gather_object(obj, dst)
 
@@ -234,6 +236,12 @@ def steps_per_block(new_tokens: int, steps: int | None, block: int) -> int | Non
         return None
     blocks = -(-new_tokens // block)
     return max(1, min(block, -(-steps // blocks)))
+
+
+def _arguments(request: Instance) -> tuple[str, dict[str, Any]]:
+    """Context and options of a generation."""
+    context, options = request.args  # type: ignore[misc]
+    return context, options
 
 
 def _stop_texts(options: dict[str, Any]) -> list[str]:

@@ -28,12 +28,14 @@ class Processes:
         return distributed.get_world_size() if self._grouped else 1
 
     def device(self, wanted: str | None) -> str:
-        """The device of this process: among several, its own GPU."""
+        """The device of this process: among several, its own GPU; for a GPU that is not there, the CPU."""
         if self._grouped and torch.cuda.is_available():
             place = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
             torch.cuda.set_device(place)
             return place
-        return wanted or "auto"
+        if wanted is None or (wanted.startswith("cuda") and not torch.cuda.is_available()):
+            return "auto"
+        return wanted
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensors of all processes, one after the other."""
@@ -44,13 +46,13 @@ class Processes:
         distributed.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
 
-    def gather_object(self, obj: Any, dst: int) -> list[Any] | None:
-        """The objects of all processes, on `dst`; None elsewhere."""
+    def gather_object(self, obj: Any, dst: int) -> list[Any]:
+        """The objects of all processes, on `dst`; nothing elsewhere."""
         if not self._grouped:
             return [obj]
         parts: list[Any] | None = [None] * self.count if self.rank == dst else None
         distributed.gather_object(obj, parts, dst=dst)
-        return parts
+        return parts or []
 
     def barrier(self) -> None:
         """Wait for all."""

@@ -1,4 +1,4 @@
-"""What `tide eval` leaves: one JSON file for each benchmark, with the score, how it came about, and every answer beside."""
+"""What `tide eval` leaves: for each benchmark a JSON file with score and settings, and one with every answer."""
 
 from __future__ import annotations
 
@@ -91,8 +91,9 @@ def read_scores(out: Path) -> list[Score]:
         found = _read(path)
         if "metric" not in found or "settings" not in found:
             continue
-        keys = ("name", "title", "metric", "value", "error", "rows")
-        scores.append(Score(*(found[key] for key in keys), found["settings"].get("limit") is not None, out))
+        limited = found["settings"].get("limit") is not None
+        values = {key: found[key] for key in ("name", "title", "metric", "value", "error", "rows")}
+        scores.append(Score(**values, limited=limited, folder=out))
     return scores
 
 

@@ -1,4 +1,4 @@
-"""`tide eval`: a student through a list of benchmarks. Finished ones are kept; a broken one goes on at its next answer."""
+"""`tide eval`: a student on a list of benchmarks. Finished ones are kept; an interrupted one goes on where it was."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _measure(
     described: dict[str, dict[str, Any]],
     out: Path,
 ) -> None:
-    from lm_eval import simple_evaluate
+    import lm_eval
 
     from pipelines.benchmarks.model import TideBD3LM
     from pipelines.benchmarks.processes import Processes
@@ -131,7 +131,8 @@ def _measure(
         )
         answers = out / f".{name}-{digest(described[name])}"
         out.mkdir(parents=True, exist_ok=True)
-        found: Any = simple_evaluate(
+        evaluate: Any = lm_eval.simple_evaluate
+        found = evaluate(
             model=model,
             tasks=[task["groups"].get(benchmark.task) or task["tasks"][benchmark.task]],
             num_fewshot=benchmark.shots,
