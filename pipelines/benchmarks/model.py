@@ -91,6 +91,11 @@ class TideBD3LM(TemplateLM):
         """Ids of a text; nothing is added."""
         return self._student.tokenizer.encode([string])[0]
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of both, made apart, as in training; spaces at the context's end go to the continuation's first word."""
+        kept = context.rstrip(" ")
+        return self.tok_encode(kept), self.tok_encode(context[len(kept) :] + continuation)
+
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The chat up to the response, an empty think block included where the template has one.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,7 +70,8 @@ def evaluate(
         limits=Limits(seconds=code_seconds, memory=int(code_gigabytes * 2**30)),
     )
     scores = run_benchmarks(student, wanted, settings, output or default_output(student))
-    typer.echo(score_table(scores))
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(score_table(scores))
 
 
 @app.command(

@@ -12,18 +12,9 @@ from pipelines import chat
 from pipelines.cli import app
 from shared.errors import TideError
 from student_train.sampler import SampleConfig
-from student_train.trainer import train_student
 from student_train.use import LoadedStudent, load_for_use
-from tests.student_train.test_trainer import config
 
 SHORT = ["--new-tokens", "16", "--block", "8", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def student(caches: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> str:
-    out = tmp_path_factory.mktemp("student") / "run"
-    train_student(config(caches["tiny-cross"], out, max_steps=4))
-    return str(out / "model")
 
 
 def run(*arguments: str, text: str | None = None) -> str:
