@@ -26,6 +26,8 @@ class SampleConfig:
 
     new_tokens: int = 256
     """At most so many; where they are no whole number of blocks, the last block is shorter."""
+    min_new_tokens: int = 0
+    """No EOS among the first so many."""
     block: int = 32
     steps_per_block: int | None = None
     """Each step settles block / steps_per_block tokens (one more in the first steps where that is no whole number);
@@ -45,6 +47,8 @@ class SampleConfig:
             raise ValueError(f"new_tokens is {self.new_tokens}, block {self.block}; both must be positive")
         if self.steps_per_block is not None and not 1 <= self.steps_per_block <= self.block:
             raise ValueError(f"steps_per_block is {self.steps_per_block}; it must be 1 to {self.block}, the block")
+        if not 0 <= self.min_new_tokens <= self.new_tokens:
+            raise ValueError(f"min_new_tokens is {self.min_new_tokens}; it must be 0 to new_tokens, {self.new_tokens}")
         if self.temperature < 0 or (self.threshold is not None and not 0 <= self.threshold < 1):
             raise ValueError("temperature must not be negative, threshold must lie in [0, 1)")
 
@@ -117,8 +121,7 @@ class _State:
         block[ended] = self._special.eos
         step = 0
         while bool((masked := block == self._special.mask).any()):
-            logits = self._logits(block)
-            tokens, confidence = self._choose(logits)
+            tokens, confidence = self._choose(self._hidden(block), masked)
             settled = self._settle(confidence, masked, step)
             block = torch.where(settled, tokens, block)
             step += 1
@@ -131,8 +134,8 @@ class _State:
             return
         yield self._new, self._passes
 
-    def _logits(self, block: Int[Tensor, "batch block"]) -> Float[Tensor, "batch block vocab"]:
-        """Logits of the block at hand. What is pending goes through with it and stays in the cache."""
+    def _hidden(self, block: Int[Tensor, "batch block"]) -> Float[Tensor, "rows block width"]:
+        """Hidden states of the block at hand. What is pending goes through with it and stays in the cache."""
         block = block.repeat(2, 1) if self._guided else block
         ids = torch.cat([self._pending, block], dim=1)
         known = self._cached + self._pending.shape[1]
@@ -147,27 +150,41 @@ class _State:
         self._cache.crop(-block.shape[1])  # the noised block does not stay
         self._cached, self._pending = known, ids[:, :0]
         self._passes += 1
-        logits = self._model.lm_head(output.last_hidden_state[:, -block.shape[1] :]).float()
-        logits[..., self._special.mask] = -torch.inf
-        if self._guided:
-            with_prompt, without = logits.chunk(2)
-            logits = torch.where(
-                with_prompt.isinf(), with_prompt, without + (1 + self._config.guidance) * (with_prompt - without)
-            )
+        return output.last_hidden_state[:, -block.shape[1] :]
+
+    def _logits(
+        self, hidden: Float[Tensor, "rows block width"], masked: Bool[Tensor, "batch block"]
+    ) -> Float[Tensor, "n vocab"]:
+        """Logits of the masked positions alone, one after the other; no mask token, no EOS that comes too early."""
+        parts = [self._model.lm_head(part[masked]).float() for part in hidden.split(len(masked))]
+        logits = parts[0]
+        if self._guided:  # away from what a masked prompt gives
+            logits = parts[1] + (1 + self._config.guidance) * (logits - parts[1])
+        logits[:, self._special.mask] = -torch.inf
+        early = self._config.min_new_tokens - self._new.shape[1]
+        if early > 0:
+            column = masked.nonzero()[:, 1]
+            logits[:, self._special.eos].masked_fill_(column < early, -torch.inf)
         return logits
 
-    def _choose(self, logits: Tensor) -> tuple[Int[Tensor, "batch block"], Float[Tensor, "batch block"]]:
-        """A token for each position, and its probability (or a random number)."""
+    def _choose(
+        self, hidden: Float[Tensor, "rows block width"], masked: Bool[Tensor, "batch block"]
+    ) -> tuple[Int[Tensor, "batch block"], Float[Tensor, "batch block"]]:
+        """A token for each masked position, and its probability (or a random number); elsewhere nothing of use."""
         config = self._config
+        logits = self._logits(hidden, masked)
         if config.temperature > 0:
-            noise = torch.stack([_gumbel(logits.shape[1:], g) for g in self._noise]).to(logits.device)
-            tokens = (logits / config.temperature + noise).argmax(dim=-1)
+            shape = torch.Size((masked.shape[1], logits.shape[1]))
+            noise = torch.cat([_gumbel(shape, g)[row.cpu()] for g, row in zip(self._noise, masked, strict=True)])
+            chosen = (logits / config.temperature + noise.to(logits.device)).argmax(dim=1)
         else:
-            tokens = logits.argmax(dim=-1)
+            chosen = logits.argmax(dim=1)
+        tokens = torch.full(masked.shape, self._special.mask, device=logits.device).masked_scatter(masked, chosen)
         if config.remasking == "random":
-            shape = logits.shape[1:2]
-            return tokens, torch.stack([torch.rand(shape, generator=g) for g in self._noise]).to(logits.device)
-        return tokens, logits.softmax(dim=-1).gather(-1, tokens[..., None]).squeeze(-1)
+            random = [torch.rand(masked.shape[1], generator=g) for g in self._noise]
+            return tokens, torch.stack(random).to(logits.device)
+        probability = logits.softmax(dim=1).gather(1, chosen[:, None])[:, 0]
+        return tokens, torch.zeros(masked.shape, device=logits.device).masked_scatter(masked, probability)
 
     def _settle(
         self, confidence: Float[Tensor, "batch block"], masked: Bool[Tensor, "batch block"], step: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich.console import Console
 
 from pipelines.bench.alignment import bench_alignment
@@ -10,6 +12,7 @@ from pipelines.bench.engines import bench_engines
 from pipelines.bench.head import bench_head
 from pipelines.bench.stage_one import bench_stage_one
 from pipelines.bench.training import bench_training
+from pipelines.bench.use import bench_use
 from shared.errors import TideError
 
 TABLES = {
@@ -19,13 +22,14 @@ TABLES = {
     "end-to-end": bench_end_to_end,
     "training": bench_training,
     "head": bench_head,
+    "use": bench_use,
 }
 
 
-def run_bench(only: str | None = None) -> None:
-    """Print all tables, or one of `TABLES`."""
+def run_bench(only: str | None = None, figure: Path | None = None) -> None:
+    """Print all tables, or one of `TABLES`. `figure`: where the picture of `use` goes."""
     if only is not None and only not in TABLES:
         raise TideError(f"unknown table {only!r}", expected=f"one of {', '.join(TABLES)}")
     for name, measure in TABLES.items():
         if only in (None, name):
-            Console().print(measure())
+            Console().print(measure() if figure is None or name != "use" else bench_use(figure))

@@ -6,14 +6,13 @@ Each runs in a process of its own, so that the high-water mark of its memory is 
 from __future__ import annotations
 
 import multiprocessing
-import re
 import time
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 from rich.table import Table
 
+from pipelines.bench.memory import high_water
 from shared.objectives import KL, Distillation, NoDistillation, Tidal
 from student_train.fused_head import LossSettings, fused_loss
 from student_train.objective import Counts, Targets, TopKTargets, objective, total
@@ -40,12 +39,6 @@ def bench_head() -> Table:
     return table
 
 
-def _high_water() -> int:
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return 1024 * int(found[1]) if found else 0
-
-
 def _measure(name: str, way: str, result: Connection) -> None:
     """Seconds of one step, and bytes at its peak beyond what inputs and gradients take."""
     torch.manual_seed(0)
@@ -55,7 +48,7 @@ def _measure(name: str, way: str, result: Connection) -> None:
     # A loss adds its gradient to one that is there: this second one is part of what gradients cost.
     spare = torch.ones_like(head)
     targets, settings = _problem(), LossSettings(_OBJECTIVES[name], 1.0, Counts(*torch.full((3,), float(_ROWS))), 0.5)
-    before = _high_water()
+    before = high_water()
     del spare
     started = time.perf_counter()
     if way == "fused":
@@ -64,7 +57,7 @@ def _measure(name: str, way: str, result: Connection) -> None:
         sums = objective(hidden @ head.T, targets, settings.distillation, settings.progress)
         loss = total(sums, settings.counts, settings.distillation, settings.weight)
     loss.backward()
-    result.send((time.perf_counter() - started, max(1, _high_water() - before)))
+    result.send((time.perf_counter() - started, max(1, high_water() - before)))
 
 
 def _problem() -> Targets:

@@ -80,9 +80,10 @@ def tiny_teacher(
 
 @app.command()
 def bench(
-    only: Annotated[str | None, typer.Option(help="One table, such as end-to-end or training.")] = None,
+    only: Annotated[str | None, typer.Option(help="One table, such as end-to-end, training or use.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Picture of `use` (default: runs/bench/use.png).")] = None,
 ) -> None:
     """Measure, side by side in one run, what the design claims about speed."""
     from pipelines.bench import run_bench
 
-    run_bench(only)
+    run_bench(only, figure)

@@ -117,6 +117,17 @@ def test_an_end_in_every_row_ends_it_and_nothing_follows_an_end() -> None:
     assert all(SPECIAL.eos not in row for row in sample(ending, PROMPTS, SPECIAL, config))
 
 
+def test_no_end_before_the_least_number_of_tokens() -> None:
+    ending = small()
+    with torch.no_grad():
+        ending.lm_head.weight[SPECIAL.eos] = ending.lm_head.weight[SPECIAL.eos] * 0 + 5
+    free = SampleConfig(new_tokens=16, block=4)
+    assert any(len(row) < 6 for row in sample(ending, PROMPTS, SPECIAL, free))
+    held = dataclasses.replace(free, min_new_tokens=6)
+    assert all(len(row) >= 6 for row in sample(ending, PROMPTS, SPECIAL, held))
+    assert any(len(row) < 16 for row in sample(ending, PROMPTS, SPECIAL, held))
+
+
 def test_a_threshold_settles_at_least_one_a_step_and_saves_passes(model: Any) -> None:
     never = SampleConfig(new_tokens=8, block=8, threshold=0.999)
     states = [tokens for tokens, _ in sample_steps(model, PROMPTS[:1], dataclasses.replace(SPECIAL, eos=-1), never)]
@@ -137,6 +148,7 @@ def test_the_seed_decides(model: Any) -> None:
     ("changes", "message"),
     [
         ({"new_tokens": 0}, "both must be positive"),
+        ({"new_tokens": 8, "min_new_tokens": 9}, "0 to new_tokens, 8"),
         ({"steps_per_block": 33}, "1 to 32"),
         ({"steps_per_block": 0}, "1 to 32"),
         ({"temperature": -1.0}, "temperature"),

@@ -212,9 +212,7 @@ def test_two_processes_share_a_benchmark(student: str, sums: Path, tmp_path: Pat
         done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("| GSM8K |") == 1
-    answers = [
-        {row["doc_id"]: row["resps"] for row in map(json.loads, (tmp_path / name / "gsm8k.samples.jsonl").open())}
-        for name in ("one", "two")
-    ]
+    texts = [(tmp_path / name / "gsm8k.samples.jsonl").read_text() for name in ("one", "two")]
+    answers = [{row["doc_id"]: row["resps"] for row in map(json.loads, text.splitlines())} for text in texts]
     assert answers[0] == answers[1]
     assert len(answers[0]) == 6
