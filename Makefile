@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TEACHER ?= tiny-cross
 ARGS ?=
 
-.PHONY: help demo test test-slow test-vllm test-liger check bench cache train report tiny-teacher conformance clean
+.PHONY: help demo test test-slow test-vllm test-liger check docs bench cache train report tiny-teacher conformance clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -54,6 +54,10 @@ check: $(VENV)/.ready  ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: $(VENV)/.ready  ## the documentation's site, to site/; fails on a broken link
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 bench: $(VENV)/.ready  ## ratios of speed, side by side in one run
 	$(BIN)/tide bench $(ARGS)
 	@if [ -e $(VENV)-vllm/.ready ]; then $(VENV)-vllm/bin/tide bench --only engines; fi
@@ -74,5 +78,5 @@ conformance: $(VENV)/.ready  ## recompute the reference numbers: make conformanc
 	$(BIN)/tide conformance $(ARGS)
 
 clean:  ## remove .venv and what the tools leave; caches/ and runs/ stay
-	rm -rf $(VENV) $(VENV)-vllm build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-vllm build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

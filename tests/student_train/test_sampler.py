@@ -103,6 +103,16 @@ def test_the_prefix_is_encoded_once(model: Any) -> None:
     assert max(seen) <= 12 + config.block
 
 
+def test_the_head_reads_masked_positions_alone(model: Any) -> None:
+    """In whole multiples of 32 rows."""
+    rows: list[int] = []
+    hook = model.lm_head.register_forward_hook(lambda _m, args, _o: rows.append(len(args[0])))
+    config = SampleConfig(new_tokens=64, block=64, steps_per_block=4)
+    list(sample_steps(model, PROMPTS[:2], dataclasses.replace(SPECIAL, eos=-1), config))
+    hook.remove()
+    assert rows == [128, 96, 64, 32]
+
+
 def test_an_end_in_every_row_ends_it_and_nothing_follows_an_end() -> None:
     ending = small()
     with torch.no_grad():

@@ -1,0 +1,84 @@
+"""The documentation says what is: links lead somewhere, commands exist, facts about teachers are the registry's."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from pipelines.benchmarks.recipe import paper_benchmarks
+from pipelines.benchmarks.table import beside_the_paper
+from pipelines.cli import app
+from pipelines.report import to_markdown
+from pipelines.show_teacher import describe_teacher
+from teacher_cache.teachers.registry import all_teachers
+
+ROOT = Path(__file__).parents[2]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "teacher_cache/teachers/tiny/README.md", *DOCS]
+NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not link.startswith(("http://", "https://")):
+            place, _, anchor = link.partition("#")
+            target = page.parent / place if place else page
+            assert target.exists(), link
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if anchor else []
+            assert not anchor or anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, link
+
+
+def commands() -> dict[str, Any]:
+    root: Any = typer.main.get_command(app)
+    return root.commands
+
+
+def shell_lines(text: str) -> list[str]:
+    blocks = re.findall(r"```(?:bash)?\n(.*?)```", text, re.DOTALL)
+    joined = re.sub(r"\\\n\s*", "", "\n".join(blocks))
+    return [line for line in joined.splitlines() if ".venv/bin/tide " in line]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if ".venv/bin/tide " in p.read_text()], ids=lambda p: p.name)
+def test_commands_and_their_options_exist(page: Path) -> None:
+    known = commands()
+    for line in shell_lines(page.read_text()):
+        words = shlex.split(line[line.index(".venv/bin/tide ") :], comments=True)[1:]
+        assert words[0] in known, line
+        if words[0] in ("lm-eval", "teachers"):
+            continue
+        options = {o for p in known[words[0]].params for o in (*p.opts, *p.secondary_opts)}
+        assert {w.partition("=")[0] for w in words[1:] if w.startswith("--")} <= options, line
+
+
+def test_make_targets_of_the_readme_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"^make ([a-z-]+)", (ROOT / "README.md").read_text(), re.MULTILINE)) <= targets
+
+
+def test_every_teacher_has_a_page_and_its_facts_are_the_registrys() -> None:
+    text = "".join(page.read_text() for page in DOCS if page.parent.name == "teachers")
+    for name in all_teachers(None):
+        assert f"`{name}`" in text or f"TEACHER={name}" in text, name
+    for page in (p for p in DOCS if p.parent.name == "teachers" and p.name != "index.md"):
+        name = "tiny-cross" if page.stem == "tiny" else page.stem
+        assert describe_teacher(name, None).rstrip() in page.read_text(), page
+
+
+def test_the_papers_table_and_tasks_are_the_recipes() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert to_markdown(beside_the_paper({}).drop("source")) in page
+    for name, benchmark in paper_benchmarks().items():
+        (row,) = re.findall(rf"^\| `{re.escape(name)}` \|.*$", page, re.MULTILINE)
+        assert f"| {benchmark.shots} | {benchmark.new_tokens} / {benchmark.steps} |" in row
+
+
+def test_pages_of_the_site_are_all_in_its_menu() -> None:
+    menu = (ROOT / "mkdocs.yml").read_text()
+    assert all(page.relative_to(ROOT / "docs").as_posix() in menu for page in DOCS)
