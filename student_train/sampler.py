@@ -47,6 +47,8 @@ class SampleConfig:
             raise ValueError(f"new_tokens is {self.new_tokens}, block {self.block}; both must be positive")
         if self.steps_per_block is not None and not 1 <= self.steps_per_block <= self.block:
             raise ValueError(f"steps_per_block is {self.steps_per_block}; it must be 1 to {self.block}, the block")
+        if self.remasking not in ("low_confidence", "random"):
+            raise ValueError(f"remasking is {self.remasking!r}; it must be low_confidence or random")
         if not 0 <= self.min_new_tokens <= self.new_tokens:
             raise ValueError(f"min_new_tokens is {self.min_new_tokens}; it must be 0 to new_tokens, {self.new_tokens}")
         if self.temperature < 0 or (self.threshold is not None and not 0 <= self.threshold < 1):

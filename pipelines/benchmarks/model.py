@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
@@ -46,7 +46,7 @@ class TideBD3LM(TemplateLM):
         block_size: int = 32,
         threshold: float | None = None,
         temperature: float = 0.0,
-        remasking: Literal["low_confidence", "random"] = "low_confidence",
+        remasking: str = "low_confidence",
         guidance: float = 0.0,
         seed: int = 0,
         mc_num: int = 32,
@@ -72,7 +72,11 @@ class TideBD3LM(TemplateLM):
             "block": block_size, "threshold": threshold, "remasking": remasking, "guidance": float(guidance),
         }  # fmt: skip
         self._temperature = float(temperature)
-        self._elbo = ElboConfig(draws=mc_num, block=block_size, seed=seed)
+        try:
+            self._elbo = ElboConfig(draws=mc_num, block=block_size, seed=seed)
+            self._settings({}, 0)
+        except ValueError as error:
+            raise TideError(f"tide_bd3lm: {error}") from error
         self._max_length = max_length or int(getattr(self._student.model.config, "max_position_embeddings", 2048))
         self.truncated = 0
         """Prompts that were cut on the left because they would not fit."""

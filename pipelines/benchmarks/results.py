@@ -49,8 +49,10 @@ def finished(out: Path, benchmark: Benchmark, settings: dict[str, Any]) -> bool:
     return True
 
 
-def save(out: Path, benchmark: Benchmark, settings: dict[str, Any], found: dict[str, Any], seconds: float) -> None:
-    """Write a benchmark's answers, then its result, each whole or not at all."""
+def save(
+    out: Path, benchmark: Benchmark, settings: dict[str, Any], found: dict[str, Any], about: dict[str, float]
+) -> None:
+    """Write a benchmark's answers, then its result, each whole or not at all. `about` goes in with the result."""
     samples = found.pop("samples", {})
     rows = [{"task": task, **sample} for task, many in samples.items() for sample in many]
     text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
@@ -72,7 +74,7 @@ def save(out: Path, benchmark: Benchmark, settings: dict[str, Any], found: dict[
         "value": float(measured[metric]),
         "error": float(error) if isinstance(error, float) else None,
         "rows": len({(row["task"], row["doc_id"]) for row in rows}),
-        "seconds": seconds,
+        **about,
         "settings": settings,
         "results": found["results"],
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -151,7 +152,10 @@ def _measure(
             task_manager=_task_manager(),
         )
         if found is not None:
-            save(out, benchmark, described[name], found, time.monotonic() - started)
+            about = {"seconds": time.monotonic() - started, "prompts_cut": model.truncated}
+            save(out, benchmark, described[name], found, about)
+            if model.truncated:
+                print(f"{name}: {model.truncated} prompts lost their beginning, too long to fit", file=sys.stderr)
         processes.barrier()
         Path(f"{answers}_rank{processes.rank}.db").unlink(missing_ok=True)
     processes.part()

@@ -78,14 +78,16 @@ def evaluate(
     "lm-eval", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 )
 def lm_eval_command(context: typer.Context) -> None:
-    """lm-eval's own command line, with the model `tide_bd3lm` registered: tide lm-eval run --model tide_bd3lm …"""
+    """lm-eval's own command line with the model `tide_bd3lm`; code runs within the limits of `tide eval`."""
     from pipelines.benchmarks.run import check_installed
 
     check_installed(quiet=False)
     from lm_eval.__main__ import cli_evaluate
 
+    from pipelines.benchmarks.code_eval import code_eval_with_limits
     from pipelines.benchmarks.register import register_model
 
     register_model()
     sys.argv = ["lm_eval", *context.args]
-    cli_evaluate()
+    with code_eval_with_limits():
+        cli_evaluate()

@@ -31,8 +31,6 @@ def sampling_settings(**values: Any) -> SampleConfig:
     """Settings of sampling from options. TideError where one is out of range."""
     from student_train.sampler import SampleConfig
 
-    if values["remasking"] not in ("low_confidence", "random"):
-        raise TideError(f"remasking is {values['remasking']!r}", expected="low_confidence or random")
     try:
         return SampleConfig(**values)
     except ValueError as error:

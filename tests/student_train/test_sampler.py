@@ -158,6 +158,7 @@ def test_the_seed_decides(model: Any) -> None:
     ("changes", "message"),
     [
         ({"new_tokens": 0}, "both must be positive"),
+        ({"remasking": "best"}, "low_confidence or random"),
         ({"new_tokens": 8, "min_new_tokens": 9}, "0 to new_tokens, 8"),
         ({"steps_per_block": 33}, "1 to 32"),
         ({"steps_per_block": 0}, "1 to 32"),

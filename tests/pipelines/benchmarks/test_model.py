@@ -133,9 +133,19 @@ def test_a_long_prompt_loses_its_beginning(loaded: LoadedStudent) -> None:
         TideBD3LM(loaded, **SMALL, max_length=24).generate_until(asks(["x"]), disable_tqdm=True)
 
 
-def test_unknown_arguments_are_named(loaded: LoadedStudent) -> None:
-    with pytest.raises(TideError, match="no argument parallelize"):
-        TideBD3LM(loaded, parallelize=True)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"parallelize": True}, "no argument parallelize"),
+        ({"mc_num": 0}, "draws is 0"),
+        ({"block_size": 0}, "both must be positive"),
+        ({"remasking": "best"}, "low_confidence or random"),
+        ({"threshold": 2.0}, "threshold"),
+    ],
+)
+def test_wrong_arguments_are_explained(loaded: LoadedStudent, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TideError, match=message):
+        TideBD3LM(loaded, **arguments)
 
 
 @pytest.mark.parametrize(

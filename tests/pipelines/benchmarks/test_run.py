@@ -216,3 +216,29 @@ def test_two_processes_share_a_benchmark(student: str, sums: Path, tmp_path: Pat
     answers = [{row["doc_id"]: row["resps"] for row in map(json.loads, text.splitlines())} for text in texts]
     assert answers[0] == answers[1]
     assert len(answers[0]) == 6
+
+
+@pytest.mark.slow
+def test_lm_evals_own_command_line(student: str, tmp_path: Path) -> None:
+    """A task of one's own, of likelihoods, by `--model tide_bd3lm`."""
+    rows = [{"question": f"{i} + 1 =", "choices": [f" {i}", f" {i + 1}"], "answer": 1} for i in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"data_files": {"test": str(tmp_path / "rows.jsonl")}}
+    task = {"task": "my_sums", "dataset_path": "json", "dataset_kwargs": files, "test_split": "test",
+            "output_type": "multiple_choice", "doc_to_text": "{{question}}",
+            "doc_to_choice": "{{choices}}", "doc_to_target": "answer",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}  # fmt: skip
+    (tmp_path / "my_sums.yaml").write_text(json.dumps(task))
+    command = [sys.executable, "-m", "pipelines.cli", "lm-eval", "run", "--model", "tide_bd3lm", "--model_args",
+               f"pretrained={student},mc_num=4,block_size=8", "--tasks", str(tmp_path / "my_sums.yaml"),
+               "--output_path", str(tmp_path / "out")]  # fmt: skip
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "|my_sums|" in done.stdout
+    (result,) = (tmp_path / "out").rglob("results_*.json")
+    assert json.loads(result.read_text())["n-samples"]["my_sums"]["effective"] == 5
+    command[command.index("--model_args") + 1] += ",depth=3"
+    wrong = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    assert wrong.returncode == 2
+    assert "tide: error: tide_bd3lm has no argument depth" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
