@@ -8,7 +8,7 @@ what each gives alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,15 +77,20 @@ def until_eos(row: list[int], eos: int) -> list[int]:
     return row[: row.index(eos)] if eos in row else row
 
 
+Stop = Callable[[int, list[int]], bool]
+"""Whether a row, by its place in the batch and its new tokens, needs no more of them. Asked after each block."""
+
+
 @torch.no_grad()
 def sample_steps(
-    model: Any, prompts: Sequence[Sequence[int]], special: Special, config: SampleConfig
+    model: Any, prompts: Sequence[Sequence[int]], special: Special, config: SampleConfig, stop: Stop | None = None
 ) -> Iterator[tuple[Int[Tensor, "batch new"], int]]:
     """The new tokens after each step (those still masked are the mask's id), and the passes so far.
 
-    Ends early when every row has an EOS in a finished block; what follows an EOS in a row is EOS.
+    A row with an EOS in a finished block, or that `stop` ends, leaves the batch; what follows in it is EOS. Ends early
+    when all have left.
     """
-    state = _State(model, prompts, special, config)
+    state = _State(model, prompts, special, config, stop)
     for start in range(0, config.new_tokens, config.block):
         yield from state.next_block(min(config.block, config.new_tokens - start))
         if state.all_ended:
@@ -93,12 +98,19 @@ def sample_steps(
 
 
 class _State:
-    """Prompt and finished blocks in the cache, and what is not in it yet."""
+    """Prompt and finished blocks in the cache, and what is not in it yet, of the rows that go on."""
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], special: Special, config: SampleConfig) -> None:
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        special: Special,
+        config: SampleConfig,
+        stop: Stop | None,
+    ) -> None:
         if not prompts or not all(prompts):
             raise ValueError("a prompt is empty; each needs at least one token")
-        self._model, self._special, self._config = model, special, config
+        self._model, self._special, self._config, self._stop = model, special, config, stop
         self._device = model.get_input_embeddings().weight.device
         self._guided = config.guidance > 0
         ids, valid = pad_left(prompts, config.block, special.pad)
@@ -108,33 +120,52 @@ class _State:
         self._cache = DynamicCache()
         self._cached = 0
         self._new = torch.zeros(len(prompts), 0, dtype=torch.long, device=self._device)
+        self._rows = torch.arange(len(prompts), device=self._device)
         self._noise = [_generator(config.seed, prompt) for prompt in prompts]
         self._passes = 0
 
     @property
     def all_ended(self) -> bool:
-        """Whether every row has met its end."""
-        return bool((self._new == self._special.eos).any(dim=1).all())
+        """Whether no row goes on."""
+        return len(self._rows) == 0
 
     def next_block(self, size: int) -> Iterator[tuple[Tensor, int]]:
         """Settle one block of `size` positions, step by step."""
-        block = torch.full((self._new.shape[0], size), self._special.mask, device=self._device)
-        ended = (self._new == self._special.eos).any(dim=1)
-        block[ended] = self._special.eos
+        block = torch.full((len(self._rows), size), self._special.mask, device=self._device)
         step = 0
         while bool((masked := block == self._special.mask).any()):
             tokens, confidence = self._choose(self._hidden(block), masked)
             settled = self._settle(confidence, masked, step)
             block = torch.where(settled, tokens, block)
             step += 1
-            yield torch.cat([self._new, block], dim=1), self._passes
+            yield self._with(block), self._passes
         ends = block == self._special.eos
         block = torch.where(ends.cumsum(dim=1) > 0, self._special.eos, block)
-        self._new = torch.cat([self._new, block], dim=1)
+        self._new = self._with(block)
         self._pending = block.repeat(2, 1) if self._guided else block
-        if ended.all() or step == 0:
-            return
+        self._drop_ended()
         yield self._new, self._passes
+
+    def _with(self, block: Int[Tensor, "going block"]) -> Int[Tensor, "batch new"]:
+        """The new tokens of all rows, this block included; of rows that have ended it is EOS."""
+        whole = torch.full((len(self._new), block.shape[1]), self._special.eos, device=self._device)
+        whole[self._rows] = block
+        return torch.cat([self._new, whole], dim=1)
+
+    def _drop_ended(self) -> None:
+        """Rows that need no more tokens leave the batch, and so cost nothing."""
+        new = self._new[self._rows]
+        going = ~(new == self._special.eos).any(dim=1)
+        if self._stop is not None:
+            stopped = [self._stop(row, tokens) for row, tokens in zip(self._rows.tolist(), new.tolist(), strict=True)]
+            going &= ~torch.tensor(stopped, device=self._device)
+        if bool(going.all()):
+            return
+        kept = going.nonzero()[:, 0]
+        both = torch.cat([kept, kept + len(going)]) if self._guided else kept
+        self._rows, self._pending, self._valid = self._rows[kept], self._pending[both], self._valid[both]
+        self._cache.batch_select_indices(both)
+        self._noise = [self._noise[i] for i in kept.tolist()]
 
     def _hidden(self, block: Int[Tensor, "batch block"]) -> Float[Tensor, "rows block width"]:
         """Hidden states of the block at hand. What is pending goes through with it and stays in the cache."""

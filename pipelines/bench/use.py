@@ -46,7 +46,7 @@ _NEW, _BLOCK, _PROMPTS, _ROUNDS = 64, 32, 12, 2
 _FUNCTIONS, _BLOCKS, _DRAWS = 24, 3, 8
 """Of the measure of quality: held-out functions, the most blocks of each, masks of each block."""
 _STEPS = (32, 16, 8, 4, 2)
-_THRESHOLDS = (0.9, 0.7, 0.5)
+_THRESHOLDS = (0.9, 0.5, 0.2, 0.1)
 
 Decode = Callable[[list[list[int]], int], tuple[Tensor, int]]
 """Prompts and a number of new tokens to those tokens, and how often the model ran."""

@@ -144,21 +144,21 @@ class TideBD3LM(TemplateLM):
         )
 
     def _answer(self, requests: Sequence[Instance], config: SampleConfig) -> list[str]:
-        """One batch. Sampling ends early when a stop text stands in the finished blocks of every row."""
+        """One batch. A row leaves it when a stop text stands in its finished blocks."""
         stops = [_stop_texts(_arguments(request)[1]) for request in requests]
-        room = self._max_length - -(-config.new_tokens // config.block) * config.block
+        room = (self._max_length - config.new_tokens) // config.block * config.block
         prompts = [
             self._fit(self.tok_encode(_arguments(request)[0]) or [self.eot_token_id], room) for request in requests
         ]
-        texts = [""] * len(requests)
-        for tokens, _ in sample_steps(self._student.model, prompts, self._student.special, config):
-            if bool((tokens == self._student.special.mask).any()):
-                continue
-            rows = tokens.tolist()
-            texts = [self._student.text(until_eos(row, self.eot_token_id)) for row in rows]
-            if all(self.eot_token_id in row or _cut(t, s) != t for row, t, s in zip(rows, texts, stops, strict=True)):
-                break
-        return [_cut(text, stop) for text, stop in zip(texts, stops, strict=True)]
+        student = self._student
+
+        def stop(row: int, tokens: list[int]) -> bool:
+            text = student.text(tokens)
+            return _cut(text, stops[row]) != text
+
+        *_, (tokens, _) = sample_steps(student.model, prompts, student.special, config, stop)
+        texts = [student.text(until_eos(row, self.eot_token_id)) for row in tokens.tolist()]
+        return [_cut(text, end) for text, end in zip(texts, stops, strict=True)]
 
     def _fit(self, prompt: list[int], room: int) -> list[int]:
         if room < 1:
@@ -181,7 +181,8 @@ class TideBD3LM(TemplateLM):
             for key, numbers in groups.items():
                 real = [n for n in numbers if requests[n][2]]
                 longest = max((len(requests[n][2]) for n in real), default=0)
-                context = self._fit(list(key) or [self.eot_token_id], self._max_length - longest - self._elbo.block)
+                room = (self._max_length - longest) // self._elbo.block * self._elbo.block
+                context = self._fit(list(key) or [self.eot_token_id], room)
                 continuations = [requests[n][2] for n in real]
                 model, special = self._student.model, self._student.special
                 values = log_likelihoods(model, context, continuations, special, self._elbo) if real else []

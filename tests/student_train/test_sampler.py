@@ -127,6 +127,27 @@ def test_an_end_in_every_row_ends_it_and_nothing_follows_an_end() -> None:
     assert all(SPECIAL.eos not in row for row in sample(ending, PROMPTS, SPECIAL, config))
 
 
+def test_rows_that_have_ended_cost_nothing_more(model: Any) -> None:
+    """By an EOS, or because they need no more; what the others get is the same."""
+    config = SampleConfig(new_tokens=12, block=4, guidance=0.5)
+    endless = dataclasses.replace(SPECIAL, eos=-1)
+    alone = sample(model, PROMPTS[1:2], endless, config)
+    sizes: list[int] = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _m, args, _o: sizes.append(len(args[0])))
+    asked: list[tuple[int, int]] = []
+
+    def stop(row: int, tokens: list[int]) -> bool:
+        asked.append((row, len(tokens)))
+        return row in (0, 2) or (row == 3 and len(tokens) == 8)
+
+    *_, (tokens, _) = sample_steps(model, PROMPTS, endless, config, stop)
+    hook.remove()
+    assert sizes == [8] * 4 + [4] * 4 + [2] * 4
+    assert asked == [(0, 4), (1, 4), (2, 4), (3, 4), (1, 8), (3, 8), (1, 12)]
+    assert tokens[1].tolist() == alone[0]
+    assert (tokens[0, 4:] == -1).all() and (tokens[3, 8:] == -1).all()
+
+
 def test_no_end_before_the_least_number_of_tokens() -> None:
     ending = small()
     with torch.no_grad():

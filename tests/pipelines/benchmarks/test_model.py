@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 from typing import Any
 
@@ -11,6 +12,7 @@ from lm_eval.api.registry import Registry, get_model
 from pipelines.benchmarks.model import TideBD3LM, steps_per_block
 from pipelines.benchmarks.register import NAME, register_model
 from shared.errors import TideError
+from shared.tokenizers import Tokenizer
 from student_train.elbo import ElboConfig, log_likelihoods
 from student_train.sampler import SampleConfig, sample
 from student_train.use import LoadedStudent, load_for_use
@@ -61,6 +63,25 @@ def test_the_beginning_of_a_response_stays_open(loaded: LoadedStudent) -> None:
     assert text == model.apply_chat_template(history[:1]) + "def f(\n"
 
 
+def test_the_chat_template_ends_in_its_empty_think_block(loaded: LoadedStudent) -> None:
+    """As Qwen3's, which writes one before the last answer: a response that was begun comes behind it."""
+    backend = copy.deepcopy(loaded.tokenizer.backend)
+    backend.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}"
+        "<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    )
+    model = TideBD3LM(LoadedStudent(loaded.model, Tokenizer(backend, "think"), loaded.special))
+    shots = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    asked = [*shots, {"role": "user", "content": "2 + 2?"}]
+    text = model.apply_chat_template(asked)
+    assert text.endswith("2 + 2?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert text.count("<think>") == 1
+    begun = model.apply_chat_template(
+        [*asked, {"role": "assistant", "content": "It is\n"}], add_generation_prompt=False
+    )
+    assert begun == text + "It is\n"
+
+
 def test_a_stop_text_cuts_the_answer_and_ends_sampling(loaded: LoadedStudent) -> None:
     settings = {"max_new_tokens": 64, "steps": 16}
     (whole,) = generate(loaded, chats(loaded)[:1], settings)
@@ -70,9 +91,12 @@ def test_a_stop_text_cuts_the_answer_and_ends_sampling(loaded: LoadedStudent) ->
     (short,) = generate(loaded, chats(loaded)[:1], settings, until=[stop, "never"])
     few = len(passes)
     assert generate(loaded, chats(loaded)[:1], settings, until="never") == [whole]
+    many = len(passes) - few
+    both = generate(loaded, chats(loaded)[:2], settings, until=[stop])
+    assert both[0] == short
     hook.remove()
     assert short == whole[: whole.index(stop)]
-    assert few < len(passes) - few
+    assert few < many
 
 
 def test_tokens_and_noise_come_from_the_task_where_the_model_leaves_them(loaded: LoadedStudent) -> None:
@@ -123,14 +147,14 @@ def test_a_whole_text_is_scored_in_windows(loaded: LoadedStudent) -> None:
 
 
 def test_a_long_prompt_loses_its_beginning(loaded: LoadedStudent) -> None:
-    model = TideBD3LM(loaded, **SMALL, max_length=24 + 4)
+    model = TideBD3LM(loaded, **SMALL, max_length=20 + 8)
     (answer,) = model.generate_until(asks(["x y z " * 50]), disable_tqdm=True)
-    tail = model.tok_encode("x y z " * 50)[-4:]
+    tail = model.tok_encode("x y z " * 50)[-8:]
     (wanted,) = sample(loaded.model, [tail], loaded.special, SampleConfig(new_tokens=20, block=8))
     assert answer == loaded.text(wanted)
     assert model.truncated == 1
-    with pytest.raises(TideError, match="whole length of 24"):
-        TideBD3LM(loaded, **SMALL, max_length=24).generate_until(asks(["x"]), disable_tqdm=True)
+    with pytest.raises(TideError, match="whole length of 27"):
+        TideBD3LM(loaded, **SMALL, max_length=27).generate_until(asks(["x"]), disable_tqdm=True)
 
 
 @pytest.mark.parametrize(
