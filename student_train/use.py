@@ -42,14 +42,19 @@ class LoadedStudent:
             yield from (self.text(ids) for ids in sample(self.model, prompts, self.special, config))
 
 
+def device_for(name: str) -> torch.device:
+    """A device by name; `auto` is the accelerator where there is one."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device(name) if name != "auto" else accelerator or torch.device("cpu")
+
+
 def load_for_use(place: str, device: str = "auto") -> LoadedStudent:
     """A student from a folder or a hub id, in bfloat16 on an accelerator, else in float32.
 
     TideError where it is no student, or nothing names its mask token.
     """
     checkpoint = open_checkpoint(resolve(place))
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    where = torch.device(device) if device != "auto" else accelerator or torch.device("cpu")
+    where = device_for(device)
     dtype = torch.float32 if where.type == "cpu" else torch.bfloat16
     model: Any = load_model(checkpoint, student_architecture(checkpoint), dtype)
     model = model.to(where).eval()

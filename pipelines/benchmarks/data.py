@@ -54,6 +54,13 @@ def load_tasks(manager: Any, benchmark: Benchmark, place: Path | None) -> dict[s
             f"lm-eval has no task {benchmark.task!r}",
             expected="a benchmark of the recipe, or a task that `tide lm-eval ls tasks` lists",
         )
+    if benchmark.task in manager.all_tags:
+        members = sorted(manager.task_index[benchmark.task].tags)
+        raise TideError(
+            f"{benchmark.task} is a tag of {len(members)} tasks and has no score of its own",
+            expected="a task, or a group that adds its tasks up",
+            fix=f"name the tasks: --tasks {','.join(members)}",
+        )
     changes = {**benchmark.overrides, **(local_rows(place) if place else {})}
     index = manager.task_index
     try:

@@ -57,13 +57,15 @@ def save(
     rows = [{"task": task, **sample} for task, many in samples.items() for sample in many]
     text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     write_bytes(out / f"{benchmark.name}.samples.jsonl", text.encode())
-    measured = found["results"][benchmark.task]
-    metric = benchmark.metric or next(key for key in measured if _is_score(key, measured[key]))
-    if metric not in measured:
+    measured = found["results"].get(benchmark.task, {})
+    scores = [key for key in measured if _is_score(key, measured[key])]
+    metric = benchmark.metric or next(iter(scores), None)
+    if metric is None or metric not in scores:
+        kept = f"{out}/{benchmark.name}.samples.jsonl"
         raise TideError(
-            f"{benchmark.task} reports no {metric!r}",
-            expected=f"one of {', '.join(key for key in measured if _is_score(key, measured[key]))}",
-            fix=f"name it as `metric` of [{benchmark.name}] in the recipe",
+            f"{benchmark.task} reports no {metric or 'score'}; its answers are kept in {kept}",
+            expected=f"one of {', '.join(scores)}" if scores else "a task, or a group that adds its tasks up",
+            fix=f"name it as `metric` of [{benchmark.name}] in the recipe" if scores else "name its tasks one by one",
         )
     name, _, kind = metric.partition(",")
     error = measured.get(f"{name}_stderr,{kind}")

@@ -18,6 +18,7 @@ from pipelines.benchmarks.data import load_tasks
 from pipelines.benchmarks.recipe import Benchmark
 from pipelines.benchmarks.results import Score, digest, finished, read_scores, save
 from shared.errors import TideError
+from student_train.use import device_for, load_for_use
 from teacher_cache.teachers.checkpoint import open_checkpoint
 from teacher_cache.teachers.registry import resolve
 
@@ -44,6 +45,10 @@ def run_benchmarks(student: str, benchmarks: list[Benchmark], settings: EvalSett
         raise TideError(f"--data names {', '.join(sorted(unknown))}", expected=f"benchmarks of this call: {names}")
     fingerprint = open_checkpoint(resolve(student)).fingerprint()
     described = {b.name: _describe(b, settings, fingerprint) for b in benchmarks}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TideError(f"{out} cannot be made: {error.strerror}", fix="give another --output") from error
     open_ones = [b for b in benchmarks if not finished(out, b, described[b.name])]
     if open_ones:
         with code_eval_with_limits(settings.limits):
@@ -81,6 +86,7 @@ def _describe(benchmark: Benchmark, settings: EvalSettings, fingerprint: str) ->
         "student": fingerprint,
         **{key: value for key, value in asdict(benchmark).items() if key not in ("name", "title", "metric")},
         **settings.sampling,
+        "device": device_for(settings.device).type,
         "limit": settings.limit,
         "rows": rows,
         "lm_eval": version("lm-eval"),
@@ -123,7 +129,6 @@ def _measure(
 
     from pipelines.benchmarks.model import TideBD3LM
     from pipelines.benchmarks.processes import Processes
-    from student_train.use import load_for_use
 
     processes = Processes()
     loaded = load_for_use(student, processes.device(settings.device))
@@ -137,7 +142,6 @@ def _measure(
             **settings.sampling,
         )
         answers = out / f".{name}-{digest(described[name])}"
-        out.mkdir(parents=True, exist_ok=True)
         evaluate: Any = lm_eval.simple_evaluate
         found = evaluate(
             model=model,

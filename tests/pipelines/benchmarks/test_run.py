@@ -101,7 +101,7 @@ def test_code_is_run_with_consent_alone(student: str, tmp_path: Path) -> None:
     rows = hub_rows.write(tmp_path / "rows", "humaneval")
     with pytest.raises(TideError, match="humaneval runs the code"):
         run_benchmarks(student, short("humaneval"), settings(data={"humaneval": rows}), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_finished_benchmark_is_kept_and_another_way_refused(
@@ -149,17 +149,21 @@ def test_what_is_wrong_is_said_before_the_model_loads(
     cases = [
         (short("gsm9k"), {}, "no task 'gsm9k'"),
         (short("gsm8k"), {}, "rows of gsm8k cannot be read"),
+        (short("ai2_arc"), {}, "ai2_arc is a tag of 2 tasks"),
         (short("mmlu"), {}, "rows of mmlu cannot be read"),
         (short("gsm8k"), {"mbpp": sums}, "--data names mbpp"),
     ]
     for benchmarks, data, message in cases:
         with pytest.raises(TideError, match=message):
             run_benchmarks(student, benchmarks, settings(data=data), tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(TideError, match="cannot be made"):
+        run_benchmarks(student, short("gsm8k"), settings(), tmp_path / "file" / "out")
     with pytest.raises(TideError, match="no folder"):
         run_benchmarks("./none", short("gsm8k"), settings(), tmp_path)
     lacks = [Benchmark("gsm8k", "G", "gsm8k_cot", metric="bleu,none", new_tokens=8)]
     monkeypatch.undo()
-    with pytest.raises(TideError, match="reports no 'bleu,none'"):
+    with pytest.raises(TideError, match="reports no bleu,none; its answers are kept"):
         run_benchmarks(student, lacks, settings(data={"gsm8k": sums}), tmp_path)
 
 
