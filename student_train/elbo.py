@@ -22,7 +22,8 @@ from transformers import DynamicCache
 
 from student_train.sampler import Special, pad_left
 
-_TOKENS_PER_PASS = 8192
+_TOKENS_PER_PASS = 2048
+"""Of noised copies; they do not see each other, so more at once would mostly add masked attention."""
 _LOGITS_PER_SLICE = 1 << 26
 
 
@@ -135,7 +136,8 @@ class _Clean:
     def _run(
         self, ids: Int[Tensor, " n"], position: Int[Tensor, " n"], mask: Bool[Tensor, "n keys"]
     ) -> Float[Tensor, "n width"]:
-        mask = mask | torch.eye(mask.shape[1], dtype=torch.bool)[mask.shape[1] - mask.shape[0] :]
+        own = torch.arange(len(ids))
+        mask[own, mask.shape[1] - len(ids) + own] = True  # padding sees itself, so that no row is empty
         output = self._model.model(
             input_ids=ids[None].to(self._device),
             position_ids=position[None].to(self._device),

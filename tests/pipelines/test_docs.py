@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -82,3 +83,16 @@ def test_the_papers_table_and_tasks_are_the_recipes() -> None:
 def test_pages_of_the_site_are_all_in_its_menu() -> None:
     menu = (ROOT / "mkdocs.yml").read_text()
     assert all(page.relative_to(ROOT / "docs").as_posix() in menu for page in DOCS)
+
+
+def test_equations_become_mathml() -> None:
+    spec = importlib.util.spec_from_file_location("mathml", ROOT / "docs" / "_hooks" / "mathml.py")
+    assert spec is not None and spec.loader is not None
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    page = '<p>so <span class="arithmatex">\\(p &lt; \\log q\\)</span></p><div class="arithmatex">\\[x^2\\]</div>'
+    text = hook.on_page_content(page)
+    assert "arithmatex" not in text
+    assert text.count("<math") == 2 and 'display="block"' in text and "<msup>" in text
+    assert "&#x0003C;" in text or "&lt;" in text
+    assert "<mspace" in text
