@@ -191,7 +191,13 @@ def benchmark_section(folder: Path) -> str:
 
 
 def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
-    """Write `report.md` and `report.png` to `folder`; `head` and `tail` go around the table."""
+    """Write `report.md` and `report.png` to `folder`; `head` and `tail` go around the table.
+
+    A folder that holds benchmark scores alone gets these alone.
+    """
+    if not any(folder.rglob("history.json")) and find_scores(folder):
+        write_bytes(folder / "report.md", f"# Scores in {folder}\n{benchmark_section(folder)}".encode())
+        return folder / "report.md"
     runs = find_runs(folder)
     draw_curves(runs, folder / "report.png")
     table = to_markdown(summary_table(runs))

@@ -13,6 +13,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="tide-hf-")  # no data set that happens to lie in the user's cache
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 from jaxtyping import install_import_hook
 

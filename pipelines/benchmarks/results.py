@@ -12,6 +12,8 @@ from pipelines.benchmarks.recipe import Benchmark
 from shared.atomic import write_bytes
 from shared.errors import TideError
 
+_NOT_SHARES = ("word_perplexity", "byte_perplexity", "perplexity", "bits_per_byte")
+
 
 @dataclass(frozen=True)
 class Score:
@@ -26,6 +28,16 @@ class Score:
     limited: bool
     """Not all rows were asked."""
     folder: Path
+
+    @property
+    def percent(self) -> bool:
+        """Whether the value is a share; perplexities and bits per byte are not."""
+        return not self.metric.startswith(_NOT_SHARES)
+
+    @property
+    def shown(self) -> float:
+        """The value in per cent, where it is a share."""
+        return 100 * self.value if self.percent else self.value
 
 
 def digest(settings: dict[str, Any]) -> str:

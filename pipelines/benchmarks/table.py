@@ -14,12 +14,13 @@ from shared.settings import read_toml
 
 
 def score_table(scores: list[Score]) -> str:
-    """One row a benchmark, in per cent."""
-    lines = ["| benchmark | metric | score, % | ± | rows |", "|---|---|---|---|---|"]
+    """One row a benchmark."""
+    lines = ["| benchmark | metric | score | ± | rows |", "|---|---|---|---|---|"]
     for score in scores:
-        error = "–" if score.error is None else f"{100 * score.error:.2f}"
+        unit = " %" if score.percent else ""
+        error = "–" if score.error is None else f"{(100 if score.percent else 1) * score.error:.2f}"
         rows = f"{score.rows} (limited)" if score.limited else str(score.rows)
-        lines.append(f"| {score.title} | {score.metric} | {100 * score.value:.2f} | {error} | {rows} |")
+        lines.append(f"| {score.title} | {score.metric} | {score.shown:.2f}{unit} | {error} | {rows} |")
     return "\n".join(lines)
 
 
@@ -30,10 +31,15 @@ def paper_scores() -> dict[str, dict[str, float]]:
 
 
 def find_scores(folder: Path) -> dict[str, list[Score]]:
-    """The results of `tide eval` below a folder, by run (the folder that holds `eval`)."""
+    """The results of `tide eval` below a folder, by run (the folder that holds `eval`, from `folder` on)."""
     places = sorted({path.parent for path in folder.rglob("*.samples.jsonl")})
     found = {place: read_scores(place) for place in places}
-    return {(p.parent if p.name == "eval" else p).name: scores for p, scores in found.items() if scores}
+    runs = {place: place.parent if place.name == "eval" and place != folder else place for place in found}
+    return {
+        (runs[place].relative_to(folder).as_posix() if runs[place] != folder else folder.name): scores
+        for place, scores in found.items()
+        if scores
+    }
 
 
 def beside_the_paper(measured: dict[str, list[Score]]) -> pl.DataFrame:
@@ -45,7 +51,7 @@ def beside_the_paper(measured: dict[str, list[Score]]) -> pl.DataFrame:
     others = {s.name: s.title for scores in measured.values() for s in scores if s.name not in titles}
     rows = [_row("paper", name, values, {}, titles | others) for name, values in paper_scores().items()]
     for run, scores in sorted(measured.items()):
-        values = {score.name: 100 * score.value for score in scores}
+        values = {score.name: score.shown for score in scores}
         marks = {score.name: "*" for score in scores if score.limited}
         rows.append(_row("**measured here**", run, values, marks, titles | others))
     return pl.DataFrame(rows)

@@ -100,7 +100,7 @@ def export(
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A folder of runs.")]) -> None:
-    """Gather the runs below a folder into report.md and report.png."""
+    """Gather the runs and benchmark scores below a folder into report.md and report.png."""
     from pipelines.report import write_report
 
     typer.echo(write_report(folder).read_text())

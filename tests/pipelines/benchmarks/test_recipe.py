@@ -7,7 +7,7 @@ import pytest
 from pipelines.benchmarks.data import local_rows, parse_places
 from pipelines.benchmarks.recipe import choose, paper_benchmarks
 from pipelines.benchmarks.results import Score
-from pipelines.benchmarks.table import beside_the_paper, paper_scores
+from pipelines.benchmarks.table import beside_the_paper, paper_scores, score_table
 from shared.errors import TideError
 
 
@@ -63,6 +63,17 @@ def test_places_of_rows(tmp_path: Path) -> None:
             parse_places([wrong])
     with pytest.raises(TideError, match="no file of rows"):
         local_rows(tmp_path / "a.txt")
+
+
+def test_perplexities_are_no_shares(tmp_path: Path) -> None:
+    scores = [
+        Score("a", "A", "acc,none", 0.25, 0.01, 9, False, tmp_path),
+        Score("w", "W", "word_perplexity,none", 31.5, None, 9, True, tmp_path),
+    ]
+    rows = score_table(scores).splitlines()[2:]
+    assert rows[0] == "| A | acc,none | 25.00 % | 1.00 | 9 |"
+    assert rows[1] == "| W | word_perplexity,none | 31.50 | – | 9 (limited) |"
+    assert beside_the_paper({"mine": scores}).to_dicts()[-1]["W"] == "31.50*"
 
 
 def test_every_row_says_whose_it_is(tmp_path: Path) -> None:
