@@ -14,7 +14,6 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="tide-hf-")  # no data set that happens to lie in the user's cache
-atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 from jaxtyping import install_import_hook
 
@@ -35,6 +34,7 @@ from shared.settings import build
 from teacher_cache.build import build_cache
 from teacher_cache.teachers.registry import resolve
 
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 settings.register_profile("tide", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("tide")
 
