@@ -185,7 +185,8 @@ def benchmark_section(folder: Path) -> str:
         return "\nNo benchmark was scored yet: `tide eval runs/NAME/model --tasks paper`.\n"
     return (
         "\n## Benchmarks, %\n\nRows of the *paper* are copied from it and are of 0.6B students on GPUs; rows "
-        "**measured here** come from `tide eval`. \\* marks a task of which not all rows were asked.\n\n"
+        "**measured here** come from `tide eval`. \\* marks a task of which not all rows were asked, † one whose rows "
+        "came from a file of yours.\n\n"
         f"{to_markdown(beside_the_paper(measured))}\n"
     )
 

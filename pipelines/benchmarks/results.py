@@ -28,6 +28,13 @@ class Score:
     limited: bool
     """Not all rows were asked."""
     folder: Path
+    own_rows: bool = False
+    """The rows came from a file or folder of the user's."""
+
+    @property
+    def mark(self) -> str:
+        """A sign for each thing that a reader of the bare number should know."""
+        return "*" * self.limited + "†" * self.own_rows
 
     @property
     def percent(self) -> bool:
@@ -108,8 +115,9 @@ def read_scores(out: Path) -> list[Score]:
         if "metric" not in found or "settings" not in found:
             continue
         limited = found["settings"].get("limit") is not None
+        own_rows = found["settings"].get("rows") is not None
         values = {key: found[key] for key in ("name", "title", "metric", "value", "error", "rows")}
-        scores.append(Score(**values, limited=limited, folder=out))
+        scores.append(Score(**values, limited=limited, folder=out, own_rows=own_rows))
     return scores
 
 

@@ -52,7 +52,7 @@ def beside_the_paper(measured: dict[str, list[Score]]) -> pl.DataFrame:
     rows = [_row("paper", name, values, {}, titles | others) for name, values in paper_scores().items()]
     for run, scores in sorted(measured.items()):
         values = {score.name: score.shown for score in scores}
-        marks = {score.name: "*" for score in scores if score.limited}
+        marks = {score.name: score.mark for score in scores}
         rows.append(_row("**measured here**", run, values, marks, titles | others))
     return pl.DataFrame(rows)
 
@@ -61,6 +61,6 @@ def _row(
     source: str, name: str, values: dict[str, float], marks: dict[str, str], titles: dict[str, str]
 ) -> dict[str, str]:
     cells = {title: f"{values[key]:.2f}{marks.get(key, '')}" if key in values else "–" for key, title in titles.items()}
-    eight = [values[key] for key in paper_benchmarks() if key in values and key not in marks]
+    eight = [values[key] for key in paper_benchmarks() if key in values and "*" not in marks.get(key, "")]
     average = f"{statistics.mean(eight):.2f}" if len(eight) == len(paper_benchmarks()) else "–"
     return {"source": source, "student": name, **cells, "average of 8": average}

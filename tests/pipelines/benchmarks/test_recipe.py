@@ -80,10 +80,10 @@ def test_every_row_says_whose_it_is(tmp_path: Path) -> None:
     eight = [Score(n, b.title, "m", 0.5, 0.01, 9, False, tmp_path) for n, b in paper_benchmarks().items()]
     part = [
         Score("gsm8k", "GSM8K", "m", 0.25, None, 4, True, tmp_path),
-        Score("piqa", "PIQA", "m", 0.1, None, 4, False, tmp_path),
+        Score("piqa", "PIQA", "m", 0.1, None, 4, False, tmp_path, own_rows=True),
     ]
     table = beside_the_paper({"whole": eight, "part": part}).to_dicts()
     assert [row["source"] for row in table] == ["paper"] * 8 + ["**measured here**"] * 2
     assert [row["average of 8"] for row in table[8:]] == ["–", "50.00"]
-    assert (table[8]["GSM8K"], table[8]["PIQA"], table[8]["MATH"]) == ("25.00*", "10.00", "–")
+    assert (table[8]["GSM8K"], table[8]["PIQA"], table[8]["MATH"]) == ("25.00*", "10.00†", "–")
     assert table[0]["GSM8K"] == "59.60"

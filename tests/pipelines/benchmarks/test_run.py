@@ -181,7 +181,7 @@ def test_the_command_and_the_report(student: str, sums: Path, tmp_path: Path) ->
     (score,) = read_scores(run / "eval")
     assert score.rows == 2
     text = write_report(run.parent).read_text()
-    assert "paper" in text and "measured here" in text and f"{100 * score.value:.2f}*" in text
+    assert "paper" in text and "measured here" in text and f"{100 * score.value:.2f}*†" in text
     alone = write_report(run / "eval").read_text()  # a folder of scores without runs
     assert "measured here" in alone and "| eval " in alone
     for wrong in (["--limit", "0"], ["--block", "0"], ["--remasking", "best"], ["--tasks", ","]):
