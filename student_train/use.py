@@ -43,9 +43,18 @@ class LoadedStudent:
 
 
 def device_for(name: str) -> torch.device:
-    """A device by name; `auto` is the accelerator where there is one."""
+    """A device by name; `auto` is the accelerator where there is one. TideError where it is not on this machine."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.device(name) if name != "auto" else accelerator or torch.device("cpu")
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    here = "cpu" if accelerator is None else f"cpu or {accelerator.type}"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise TideError(f"device is {name!r}", expected=f"auto, {here}") from error
+    if device.type != "cpu" and (accelerator is None or device.type != accelerator.type):
+        raise TideError(f"device {name} is not on this machine", expected=f"auto, {here}")
+    return device
 
 
 def load_for_use(place: str, device: str = "auto") -> LoadedStudent:

@@ -57,7 +57,13 @@ def evaluate(
         "remasking": checked.remasking, "guidance": checked.guidance, "seed": checked.seed, "mc_num": mc_num,
     }  # fmt: skip
     wanted = choose(tasks, recipe, shots=num_fewshot, chat=chat, new_tokens=new_tokens, steps=steps)
-    for name, value in (("limit", limit), ("mc-num", mc_num), ("batch", batch), ("new-tokens", new_tokens)):
+    for name, value in (
+        ("limit", limit),
+        ("mc-num", mc_num),
+        ("batch", batch),
+        ("new-tokens", new_tokens),
+        ("steps", steps),
+    ):
         if value is not None and value < 1:
             raise TideError(f"--{name} is {value}", expected="at least 1")
     settings = EvalSettings(

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -41,6 +42,8 @@ def test_bad_input_is_explained(student: str, tmp_path: Path) -> None:
         (["--file", str(tmp_path / "none.jsonl")], "cannot be read"),
         (["x", "--remasking", "best"], "low_confidence or random"),
         (["x", "--new-tokens", "0"], "both must be positive"),
+        (["x", "--device", "gpu"], "device is 'gpu'"),
+        (["x", "--device", "mps" if torch.cuda.is_available() else "cuda"], "is not on this machine"),
     ]:
         with pytest.raises(TideError, match=message):
             CliRunner().invoke(app, ["sample", student, *arguments], catch_exceptions=False)

@@ -184,7 +184,7 @@ def test_the_command_and_the_report(student: str, sums: Path, tmp_path: Path) ->
     assert "paper" in text and "measured here" in text and f"{100 * score.value:.2f}*†" in text
     alone = write_report(run / "eval").read_text()  # a folder of scores without runs
     assert "measured here" in alone and "| eval " in alone
-    for wrong in (["--limit", "0"], ["--block", "0"], ["--remasking", "best"], ["--tasks", ","]):
+    for wrong in (["--limit", "0"], ["--block", "0"], ["--steps", "0"], ["--remasking", "best"], ["--tasks", ","]):
         with pytest.raises(TideError):
             CliRunner().invoke(app, ["eval", student, "--tasks", "gsm8k", *wrong], catch_exceptions=False)
 
