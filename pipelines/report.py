@@ -16,6 +16,7 @@ mpl.use("Agg")
 import polars as pl
 from matplotlib import pyplot as plt
 
+from pipelines.benchmarks.results import Score
 from pipelines.benchmarks.table import beside_the_paper, find_scores
 from pipelines.command_line import train_command
 from shared.atomic import write_bytes
@@ -178,9 +179,8 @@ def _draw_variant(axis: Any, runs: list[Run], label: str, key: str) -> None:
     )
 
 
-def benchmark_section(folder: Path) -> str:
-    """Scores of `tide eval` below `folder` beside the paper's; without any, how to get them."""
-    measured = find_scores(folder)
+def benchmark_section(measured: dict[str, list[Score]]) -> str:
+    """Scores of `tide eval` beside the paper's; without any, how to get them."""
     if not measured:
         return "\nNo benchmark was scored yet: `tide eval runs/NAME/model --tasks paper`.\n"
     return (
@@ -196,8 +196,9 @@ def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
 
     A folder that holds benchmark scores alone gets these alone.
     """
-    if not any(folder.rglob("history.json")) and find_scores(folder):
-        write_bytes(folder / "report.md", f"# Scores in {folder}\n{benchmark_section(folder)}".encode())
+    measured = find_scores(folder)
+    if measured and not any(folder.rglob("history.json")):
+        write_bytes(folder / "report.md", f"# Scores in {folder}\n{benchmark_section(measured)}".encode())
         return folder / "report.md"
     runs = find_runs(folder)
     draw_curves(runs, folder / "report.png")
@@ -207,6 +208,6 @@ def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
     rows = "\n".join(f"* `{variant}`: `{command}`" for variant, command in sorted(commands.items()))
     parts = [title, table, "\n" + to_markdown(cost_table(runs)), "\n![loss and held-out NLL](report.png)\n", tail]
     text = "\n".join(part for part in parts if part) + f"\n\nThe command of each row, at its first seed:\n\n{rows}\n"
-    text += benchmark_section(folder)
+    text += benchmark_section(measured)
     write_bytes(folder / "report.md", text.encode())
     return folder / "report.md"

@@ -85,9 +85,10 @@ def masks(length: int, index: int, config: ElboConfig) -> list[tuple[Bool[Tensor
     found = []
     for draw in range(config.draws):
         count = 1 + min(length - 1, int(length * (draw + shift) / config.draws))
-        chosen = order[draw][order[draw] < length][:count]
-        found.append((torch.zeros(length, dtype=torch.bool).index_fill(0, chosen, value=True), length / count))
-    return [(mask, weight / config.draws) for mask, weight in found]
+        mask = torch.zeros(length, dtype=torch.bool)
+        mask[order[draw][order[draw] < length][:count]] = True
+        found.append((mask, length / count / config.draws))
+    return found
 
 
 def _copies(owner: int, tokens: Sequence[int], mask_id: int, config: ElboConfig) -> list[_Copy]:

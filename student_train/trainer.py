@@ -20,6 +20,7 @@ from shared.config import LengthConfig, TrainConfig
 from shared.errors import TideError
 from shared.manifest import Manifest, differences, load_manifest
 from shared.objectives import KL, ReverseKL
+from shared.processes import part
 from shared.settings import build, to_plain
 from shared.tokenizers import Tokenizer
 from student_train.checks import check_hardware, check_objective, check_trackers, settle_attention, uses_liger
@@ -214,15 +215,8 @@ def train_student(config: TrainConfig) -> dict[str, float]:
         tokenizer.backend.save_pretrained(config.out / "model")
         history = {"steps": trainer.state.log_history, "final": metrics}
         write_bytes(config.out / "history.json", (json.dumps(history, indent=1) + "\n").encode())
-    _part()
+    part()
     return metrics
-
-
-def _part() -> None:
-    """Processes part together: one that exits while its threads still talk to another is aborted."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 @contextmanager

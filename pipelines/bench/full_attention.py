@@ -38,8 +38,6 @@ def sample_full_attention(
             confidence, tokens = logits.softmax(dim=-1).max(dim=-1)
             masked = ids[:, at] == special.mask
             rank = torch.where(masked, confidence, -1.0).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-            ids[:, start : start + block] = torch.where(
-                masked & (rank < per_step), tokens, ids[:, start : start + block]
-            )
+            ids[:, at] = torch.where(masked & (rank < per_step), tokens, ids[:, at])
             passes += 1
     return ids[:, width:], passes

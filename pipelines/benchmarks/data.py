@@ -67,9 +67,7 @@ def load_tasks(manager: Any, benchmark: Benchmark, place: Path | None) -> dict[s
         with _quiet():
             # the manager itself changes no members of groups: its `load` hands a group's own member list down to them
             built = TaskFactory().build(index[benchmark.task], overrides=changes or None, registry=index)
-            return manager.load(built if isinstance(built, list) else [built])
-    except TideError:
-        raise
+            return manager.load([built])
     except Exception as error:  # whatever datasets, the hub and the task's own code raise
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TideError(

@@ -58,9 +58,3 @@ class Processes:
         """Wait for all."""
         if self._grouped:
             distributed.barrier()
-
-    def part(self) -> None:
-        """The end: nobody leaves before all are done."""
-        if self._grouped:
-            distributed.barrier()
-            distributed.destroy_process_group()

@@ -31,9 +31,14 @@ class Benchmark:
     """Changes to the task's configuration."""
 
 
+def packaged(name: str) -> Path:
+    """A file or folder that ships beside this one."""
+    return Path(str(resources.files("pipelines"))) / "benchmarks" / name
+
+
 def paper_benchmarks() -> dict[str, Benchmark]:
     """The eight of the paper, by name, in the order of its table."""
-    return read_benchmarks(Path(str(resources.files("pipelines"))) / "benchmarks" / "paper.toml")
+    return read_benchmarks(packaged("paper.toml"))
 
 
 def read_benchmarks(path: Path) -> dict[str, Benchmark]:

@@ -1,7 +1,7 @@
 """The name `tide_bd3lm` in lm-eval's registry.
 
 Releases of lm-eval that look for the entry points `lm_eval.models` find it without this (pyproject.toml); for those
-that do not, `tide lm-eval` and `tide eval` call it first.
+that do not, `tide lm-eval` calls it first.
 """
 
 from __future__ import annotations

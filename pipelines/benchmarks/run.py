@@ -8,16 +8,16 @@ import logging
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pipelines.benchmarks.code_eval import Limits, code_eval_with_limits
 from pipelines.benchmarks.data import load_tasks
-from pipelines.benchmarks.recipe import Benchmark
+from pipelines.benchmarks.recipe import Benchmark, packaged
 from pipelines.benchmarks.results import Score, digest, finished, read_scores, save
 from shared.errors import TideError
+from shared.processes import part
 from student_train.use import device_for, load_for_use
 from teacher_cache.teachers.checkpoint import open_checkpoint
 from teacher_cache.teachers.registry import resolve
@@ -115,7 +115,7 @@ def _task_manager() -> Any:
     """lm-eval's tasks and ours. Reading its 14,000 files takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=str(Path(str(resources.files("pipelines"))) / "benchmarks" / "tasks"))
+    return TaskManager(include_path=str(packaged("tasks")))
 
 
 def _measure(
@@ -162,4 +162,4 @@ def _measure(
                 print(f"{name}: {model.truncated} prompts lost their beginning, too long to fit", file=sys.stderr)
         processes.barrier()
         Path(f"{answers}_rank{processes.rank}.db").unlink(missing_ok=True)
-    processes.part()
+    part()

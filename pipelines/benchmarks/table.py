@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from importlib import resources
 from pathlib import Path
 
 import polars as pl
 
-from pipelines.benchmarks.recipe import paper_benchmarks
+from pipelines.benchmarks.recipe import packaged, paper_benchmarks
 from pipelines.benchmarks.results import Score, read_scores
 from shared.settings import read_toml
 
@@ -26,20 +25,20 @@ def score_table(scores: list[Score]) -> str:
 
 def paper_scores() -> dict[str, dict[str, float]]:
     """The paper's table: row, then benchmark, in per cent."""
-    found = read_toml(Path(str(resources.files("pipelines"))) / "benchmarks" / "paper_scores.toml")
+    found = read_toml(packaged("paper_scores.toml"))
     return {row: dict(zip(found["benchmarks"], values, strict=True)) for row, values in found["rows"].items()}
 
 
 def find_scores(folder: Path) -> dict[str, list[Score]]:
     """The results of `tide eval` below a folder, by run (the folder that holds `eval`, from `folder` on)."""
     places = sorted({path.parent for path in folder.rglob("*.samples.jsonl")})
-    found = {place: read_scores(place) for place in places}
-    runs = {place: place.parent if place.name == "eval" and place != folder else place for place in found}
-    return {
-        (runs[place].relative_to(folder).as_posix() if runs[place] != folder else folder.name): scores
-        for place, scores in found.items()
-        if scores
-    }
+    found = {_run_name(place, folder): read_scores(place) for place in places}
+    return {run: scores for run, scores in found.items() if scores}
+
+
+def _run_name(place: Path, folder: Path) -> str:
+    run = place.parent if place.name == "eval" and place != folder else place
+    return folder.name if run == folder else run.relative_to(folder).as_posix()
 
 
 def beside_the_paper(measured: dict[str, list[Score]]) -> pl.DataFrame:

@@ -10,7 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.commands.app import app
-from pipelines.commands.using import Block, Device, Guidance, Remasking, Seed, Student, Temperature, Threshold
+from pipelines.commands.using import (
+    Block,
+    Device,
+    Guidance,
+    Remasking,
+    Seed,
+    Student,
+    Temperature,
+    Threshold,
+    sampling_settings,
+)
 from shared.errors import TideError
 
 
@@ -47,15 +57,11 @@ def evaluate(
     from pipelines.benchmarks.recipe import choose
     from pipelines.benchmarks.run import EvalSettings, default_output, run_benchmarks
     from pipelines.benchmarks.table import score_table
-    from pipelines.commands.using import sampling_settings
 
-    checked = sampling_settings(
-        block=block, threshold=threshold, temperature=temperature, remasking=remasking, guidance=guidance, seed=seed
-    )
-    sampling: dict[str, Any] = {
-        "block_size": checked.block, "threshold": checked.threshold, "temperature": checked.temperature,
-        "remasking": checked.remasking, "guidance": checked.guidance, "seed": checked.seed, "mc_num": mc_num,
+    options: dict[str, Any] = {
+        "threshold": threshold, "temperature": temperature, "remasking": remasking, "guidance": guidance, "seed": seed,
     }  # fmt: skip
+    sampling_settings(block=block, **options)  # says what is out of range
     wanted = choose(tasks, recipe, shots=num_fewshot, chat=chat, new_tokens=new_tokens, steps=steps)
     for name, value in (
         ("limit", limit),
@@ -67,7 +73,7 @@ def evaluate(
         if value is not None and value < 1:
             raise TideError(f"--{name} is {value}", expected="at least 1")
     settings = EvalSettings(
-        sampling=sampling,
+        sampling={"block_size": block, "mc_num": mc_num, **options},
         batch=batch,
         device=device,
         limit=limit,
