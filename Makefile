@@ -47,7 +47,7 @@ $(VENV)/liger/.ready: $(VENV)/.ready
 	@touch $@
 
 test-liger: $(VENV)/liger/.ready  ## Liger's kernel, interpreted on the CPU by Triton
-	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/liger $(BIN)/python -m pytest tests/student_train/test_liger_head.py $(ARGS)
+	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/liger $(BIN)/python -m pytest tests/student_train/losses/test_liger_head.py $(ARGS)
 
 check: $(VENV)/.ready  ## ruff and pyright
 	$(BIN)/ruff check .

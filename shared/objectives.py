@@ -1,6 +1,6 @@
 """The objectives as types: which distillation term, with which strength schedule (DESIGN §3).
 
-These are settings only; the mathematics is in `student_train.losses`, the schedules in `student_train.schedules`.
+These are settings only; the mathematics is in `student_train.losses`, schedules included.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from shared.config import CacheConfig
 from shared.errors import TideError
+from shared.models.checkpoint import Checkpoint
 from shared.tokenizers import Tokenizer
-from teacher_cache.teachers.checkpoint import Checkpoint
 from teacher_cache.teachers.registry import TeacherEntry
 
 

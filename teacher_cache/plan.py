@@ -16,14 +16,14 @@ from shared.data import DataSummary, scan
 from shared.errors import TideError
 from shared.examples import Preparer, SharedVocabulary
 from shared.manifest import MANIFEST, Manifest, check_fingerprint, load_manifest
+from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve
 from shared.schema import SCHEMA_VERSION
 from shared.settings import to_plain
 from shared.shards import Unit, finished_units, shard_counts
 from shared.tokenizers import Tokenizer
 from teacher_cache.checks import check_teacher
 from teacher_cache.targets import TargetSpec
-from teacher_cache.teachers.checkpoint import Checkpoint, open_checkpoint
-from teacher_cache.teachers.registry import TeacherEntry, find_teacher, resolve
+from teacher_cache.teachers.registry import TeacherEntry, find_teacher
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jaxtyping import install_import_hook
 with install_import_hook(["shared", "teacher_cache", "student_train"], "beartype.beartype"):
     import shared.attention
     import shared.examples  # noqa: F401
-    import student_train.trainer  # noqa: F401
+    import student_train.training.trainer  # noqa: F401
     import teacher_cache.build  # noqa: F401
 
 import pytest
@@ -30,9 +30,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from shared.config import CacheConfig, DataConfig
 from shared.data import iter_examples
+from shared.models.checkpoint import resolve
 from shared.settings import build
 from teacher_cache.build import build_cache
-from teacher_cache.teachers.registry import resolve
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 settings.register_profile("tide", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

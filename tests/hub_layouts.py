@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from teacher_cache.teachers.architectures import ARCHITECTURES
-from teacher_cache.teachers.checkpoint import open_checkpoint
-from teacher_cache.teachers.key_maps import place
-from teacher_cache.teachers.loading import load_model, meta_model
+from shared.models.architectures import ARCHITECTURES
+from shared.models.checkpoint import open_checkpoint
+from shared.models.key_maps import place
+from shared.models.loading import load_model, meta_model
 
 _WIDER: dict[str, dict[str, Any]] = {
     "llada": {"d_model": 128, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": 96, "vocab_size": 160,

@@ -10,14 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.recipes import cache_config, packaged_recipe, train_config
+from pipelines.recipes.read import cache_config, packaged_recipe, train_config
 from shared.alignment import Region, align_tokens
 from shared.config import CacheConfig, DataConfig, LengthConfig
 from shared.examples import Preparer
 from shared.manifest import load_manifest
 from shared.shards import Unit, read_shard, read_table
 from shared.tokenizers import Tokenizer
-from student_train.trainer import train_student
+from student_train.training.trainer import train_student
 from teacher_cache.build import build_cache
 from teacher_cache.maintenance.inspect import inspect_cache
 from teacher_cache.maintenance.sizes import size_steps

@@ -37,8 +37,8 @@ def cache(
     ] = False,
 ) -> None:
     """Stage one: run the teacher once and write its knowledge to Parquet shards. Run again to resume."""
-    from pipelines.plan import Speed, plan_from_data, plan_from_statement
-    from pipelines.recipes import cache_config
+    from pipelines.planning.plan import Speed, plan_from_data, plan_from_statement
+    from pipelines.recipes.read import cache_config
     from teacher_cache.build import build_cache
 
     extra = [f"noise.draws={draws}"] if draws is not None else []
@@ -100,7 +100,7 @@ def verify(
     sets: Sets = None,
 ) -> None:
     """Check every shard (checksums, schema, counts, values), then score a sample of rows again."""
-    from pipelines.recipes import cache_config
+    from pipelines.recipes.read import cache_config
     from teacher_cache.maintenance.check import check_cache
     from teacher_cache.maintenance.check import delete_damaged as delete_shards
     from teacher_cache.maintenance.verify import verify_cache
@@ -140,8 +140,8 @@ def plan(
     sets: Sets = None,
 ) -> None:
     """Memory, bytes and GPU hours of a stage-one run, from sizes on record and what you state. Nothing is loaded."""
-    from pipelines.plan import Prices, Speed, plan_from_statement
-    from pipelines.recipes import cache_config
+    from pipelines.planning.plan import Prices, Speed, plan_from_statement
+    from pipelines.recipes.read import cache_config
 
     if examples < 1 or tokens < 1 or not 0 < response <= 1 or tflops <= 0 or not 0 < mfu <= 1:
         raise TideError("these numbers describe no run", expected="positive numbers; response and mfu in (0, 1]")
@@ -165,8 +165,8 @@ def throughput(
     sets: Sets = None,
 ) -> None:
     """Measure a teacher's speed and memory on this machine, with random weights of its true shapes."""
-    from pipelines.recipes import cache_config
-    from pipelines.throughput import measure_throughput
+    from pipelines.planning.throughput import measure_throughput
+    from pipelines.recipes.read import cache_config
 
     settings = cache_config(teacher, config, sets or [], teachers_file, model=model)
     typer.echo(measure_throughput(settings, length, requests, rounds, tflops))

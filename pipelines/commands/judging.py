@@ -52,11 +52,11 @@ def evaluate(
     code_gigabytes: Annotated[float, typer.Option(help="Limit of one program.")] = 4.0,
 ) -> None:
     """Score a student on benchmarks. Run again to go on where it stopped."""
-    from pipelines.benchmarks.code_eval import Limits
-    from pipelines.benchmarks.data import parse_places
-    from pipelines.benchmarks.recipe import choose
-    from pipelines.benchmarks.run import EvalSettings, default_output, run_benchmarks
-    from pipelines.benchmarks.table import score_table
+    from pipelines.evaluation.code_eval import Limits
+    from pipelines.evaluation.data import parse_places
+    from pipelines.evaluation.recipe import choose
+    from pipelines.evaluation.run import EvalSettings, default_output, run_benchmarks
+    from pipelines.evaluation.table import score_table
 
     options: dict[str, Any] = {
         "threshold": threshold, "temperature": temperature, "remasking": remasking, "guidance": guidance, "seed": seed,
@@ -91,13 +91,13 @@ def evaluate(
 )
 def lm_eval_command(context: typer.Context) -> None:
     """lm-eval's own command line with the model `tide_bd3lm`; code runs within the limits of `tide eval`."""
-    from pipelines.benchmarks.run import check_installed
+    from pipelines.evaluation.run import check_installed
 
     check_installed(quiet=False)
     from lm_eval.__main__ import cli_evaluate
 
-    from pipelines.benchmarks.code_eval import code_eval_with_limits
-    from pipelines.benchmarks.register import register_model
+    from pipelines.evaluation.code_eval import code_eval_with_limits
+    from pipelines.evaluation.register import register_model
 
     register_model()
     sys.argv = ["lm_eval", *context.args]

@@ -36,7 +36,7 @@ def show(
     name: Annotated[str, typer.Argument(help="A teacher of `tide teachers`.")], teachers_file: TeachersFile = None
 ) -> None:
     """Print one teacher's entry, and what loading it checks."""
-    from pipelines.show_teacher import describe_teacher
+    from pipelines.planning.show_teacher import describe_teacher
 
     typer.echo(describe_teacher(name, teachers_file))
 
@@ -59,7 +59,7 @@ def demo(
     seeds: Annotated[int, typer.Option(help="Seeds of every variant.")] = 3,
 ) -> None:
     """The whole pipeline on the embedded teacher: two caches, distilled and undistilled students, a report."""
-    from pipelines.demo import run_demo
+    from pipelines.experiments.demo import run_demo
 
     typer.echo(run_demo(out, seeds).read_text())
 
@@ -73,7 +73,7 @@ def tiny_teacher(
     ),
 ) -> None:
     """Train the embedded teacher again (about an hour on 2 cores). Run again to resume."""
-    from pipelines.tiny_teacher import TinyTeacherConfig, train_tiny_teacher
+    from pipelines.embedded.tiny_teacher import TinyTeacherConfig, train_tiny_teacher
 
     train_tiny_teacher(teacher, student_tokenizer, work, TinyTeacherConfig())
 
@@ -84,6 +84,6 @@ def bench(
     figure: Annotated[Path | None, typer.Option(help="Picture of `use` (default: runs/bench/use.png).")] = None,
 ) -> None:
     """Measure, side by side in one run, what the design claims about speed."""
-    from pipelines.bench import run_bench
+    from pipelines.speed import run_bench
 
     run_bench(only, figure)

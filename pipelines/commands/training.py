@@ -26,9 +26,9 @@ def train(
     sets: Sets = None,
 ) -> None:
     """Stage two: train a student from a cache. Run again to resume."""
-    from pipelines.recipes import train_config
+    from pipelines.recipes.read import train_config
     from shared.stores import local_cache
-    from student_train.trainer import train_student
+    from student_train.training.trainer import train_student
 
     cache_folder = None
     if cache_place is not None:
@@ -46,7 +46,7 @@ def ablate(
     at_once: Annotated[int | None, typer.Option(help="Students that train at a time (default: one a core).")] = None,
 ) -> None:
     """Train a grid of variants and seeds over shared caches, and report. Run again to resume."""
-    from pipelines.ablate import run_ablation
+    from pipelines.experiments.ablate import run_ablation
 
     typer.echo(run_ablation(recipe, out or Path("runs") / recipe.stem, at_once).read_text())
 
@@ -64,9 +64,9 @@ def fidelity(
     sets: Sets = None,
 ) -> None:
     """The angle between the gradient of a top-k cache and that of full logits, for k and T on a grid."""
-    from pipelines.recipes import cache_config
+    from pipelines.planning.fidelity import measure_fidelity, table
+    from pipelines.recipes.read import cache_config
     from shared.config import StudentConfig
-    from student_train.fidelity import measure_fidelity, table
 
     settings = cache_config(teacher, config, sets or [], teachers_file, model=model, out=Path("caches/fidelity"))
     points = measure_fidelity(
@@ -78,7 +78,7 @@ def fidelity(
 @app.command()
 def replay(run: Annotated[Path, typer.Argument(help="A run that stopped because a loss was not finite.")]) -> None:
     """Go to the step whose loss was not finite again, and show where it breaks."""
-    from student_train.replay import replay as replay_run
+    from student_train.training.replay import replay as replay_run
 
     typer.echo(replay_run(run))
 
@@ -90,7 +90,7 @@ def export(
     layout: Annotated[str, typer.Option("--format", help="hf (transformers) or a2d (the reference's).")] = "hf",
 ) -> None:
     """Write a student in another layout; tensors keep every bit."""
-    from student_train.export import export_student
+    from student_train.model.export import export_student
 
     if layout not in ("hf", "a2d"):
         raise TideError(f"unknown format {layout!r}", expected="hf or a2d")
@@ -101,6 +101,6 @@ def export(
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A folder of runs.")]) -> None:
     """Gather the runs and benchmark scores below a folder into report.md and report.png."""
-    from pipelines.report import write_report
+    from pipelines.reports.report import write_report
 
     typer.echo(write_report(folder).read_text())

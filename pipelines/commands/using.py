@@ -13,7 +13,7 @@ from pipelines.commands.app import app
 from shared.errors import TideError
 
 if TYPE_CHECKING:
-    from student_train.sampler import SampleConfig
+    from student_train.using.sampler import SampleConfig
 
 Student = Annotated[str, typer.Argument(help="A student: runs/NAME/model, or a hub id.")]
 NewTokens = Annotated[int, typer.Option(help="Tokens of a response, at most.")]
@@ -29,7 +29,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
 
 def sampling_settings(**values: Any) -> SampleConfig:
     """Settings of sampling from options. TideError where one is out of range."""
-    from student_train.sampler import SampleConfig
+    from student_train.using.sampler import SampleConfig
 
     try:
         return SampleConfig(**values)
@@ -78,7 +78,7 @@ def sample(
     device: Device = "auto",
 ) -> None:
     """Answer prompts with a student."""
-    from student_train.use import load_for_use
+    from student_train.using.load import load_for_use
 
     config = sampling_settings(
         new_tokens=new_tokens, block=block, steps_per_block=steps_per_block, threshold=threshold,
@@ -106,8 +106,8 @@ def chat(
     show_diffusion: Annotated[bool, typer.Option("--show-diffusion", help="Draw the unmasking.")] = False,
 ) -> None:
     """Talk to a student in the terminal; blocks appear as they settle. Ctrl-D or an empty line ends it."""
-    from pipelines.chat import talk
-    from student_train.use import load_for_use
+    from pipelines.terminal.chat import talk
+    from student_train.using.load import load_for_use
 
     config = sampling_settings(
         new_tokens=new_tokens, block=block, steps_per_block=steps_per_block, threshold=threshold,

@@ -19,7 +19,7 @@ from pipelines.conformance.result import Group, absent, load_tensors
 from shared.errors import TideError
 from shared.objectives import Tidal
 from student_train.losses import calm, kl, tidal
-from student_train.schedules import strength, timestep_weight
+from student_train.losses.schedules import strength, timestep_weight
 
 _RELATIVE = 1e-5
 _FLOAT32 = torch.finfo(torch.float32).eps

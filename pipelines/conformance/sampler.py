@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from pipelines.conformance.result import Group, absent, load_tensors
-from student_train.sampler import SampleConfig, Special, pad_left, sample_steps
-from student_train.student import student_architecture
-from teacher_cache.teachers.checkpoint import open_checkpoint
-from teacher_cache.teachers.loading import load_model
+from shared.models.checkpoint import open_checkpoint
+from shared.models.loading import load_model
+from student_train.model.student import student_architecture
+from student_train.using.sampler import SampleConfig, Special, pad_left, sample_steps
 
 _SPECIAL = Special(mask=95, pad=93, eos=94)
 """As the reference was run; the checkpoint itself names the mask alone."""

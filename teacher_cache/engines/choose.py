@@ -8,11 +8,11 @@ import torch
 
 from shared.config import CacheConfig
 from shared.errors import TideError
+from shared.models.loading import load_model
 from teacher_cache.engines.base import Engine
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.engines.vllm_engine.engine import why_not
 from teacher_cache.plan import CachePlan
-from teacher_cache.teachers.loading import load_model
 from teacher_cache.teachers.registry import find_teacher
 
 

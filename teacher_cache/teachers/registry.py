@@ -19,7 +19,6 @@ from shared.errors import TideError
 from shared.settings import build, read_toml
 
 _STRICT = ConfigDict(extra="forbid")
-_EMBEDDED = "embedded:"
 
 
 @dataclass(frozen=True)
@@ -130,11 +129,3 @@ def known_shape(entry: TeacherEntry) -> dict[str, Any] | None:
     """The sizes of a published checkpoint, in the keys of its own config; None where they are not recorded."""
     text = resources.files("teacher_cache.teachers").joinpath("shapes.toml").read_text(encoding="utf-8")
     return tomllib.loads(text).get(entry.shape) if entry.shape else None
-
-
-def resolve(location: str) -> str:
-    """A path or hub id as it is; `embedded:NAME` as the folder inside the package."""
-    if not location.startswith(_EMBEDDED):
-        return location
-    package, _, name = location.removeprefix(_EMBEDDED).partition("/")
-    return str(Path(str(resources.files(package))) / name)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from student_train.trainer import train_student
-from tests.student_train.test_trainer import config
+from student_train.training.trainer import train_student
+from tests.student_train.training.test_trainer import config
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import typer
 
-from pipelines.benchmarks.recipe import paper_benchmarks
-from pipelines.benchmarks.table import beside_the_paper
 from pipelines.cli import app
-from pipelines.report import to_markdown
-from pipelines.show_teacher import describe_teacher
+from pipelines.evaluation.recipe import paper_benchmarks
+from pipelines.evaluation.table import beside_the_paper
+from pipelines.planning.show_teacher import describe_teacher
+from pipelines.reports.report import to_markdown
 from teacher_cache.teachers.registry import all_teachers
 
 ROOT = Path(__file__).parents[2]

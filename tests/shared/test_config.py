@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.ablate import Grid
-from pipelines.recipes import cache_config, packaged_recipe, train_config
+from pipelines.experiments.ablate import Grid
+from pipelines.recipes.read import cache_config, packaged_recipe, train_config
 from shared.config import CacheConfig, TrainConfig
 from shared.errors import TideError
 from shared.manifest import differences

@@ -10,10 +10,10 @@ import pytest
 
 from shared.data import ChatExample
 from shared.examples import Preparer, SharedVocabulary
+from shared.models.checkpoint import resolve
 from shared.shards import Unit, read_shard
 from shared.tokenizers import Tokenizer
 from teacher_cache.build import build_cache
-from teacher_cache.teachers.registry import resolve
 from tests.conftest import TEACHER_TOKENIZER, small_cache_config, write_chats
 from tests.shared.test_examples import LENGTHS, chat
 

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from shared.compact import LARGEST_ERROR
 from shared.errors import TideError
 from shared.manifest import load_manifest
+from shared.models.checkpoint import open_checkpoint
+from shared.models.loading import load_model
 from shared.shards import Unit, finished_units, read_shard
 from teacher_cache.build import build_cache
-from teacher_cache.teachers.checkpoint import open_checkpoint
-from teacher_cache.teachers.loading import load_model
 from tests.conftest import STUDENT_TOKENIZER, chats_file, small_cache_config, write_chats
 
 

@@ -7,14 +7,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from shared.config import CacheConfig
+from shared.models.architectures import ARCHITECTURES
+from shared.models.checkpoint import open_checkpoint
+from shared.models.loading import load_model, meta_model, random_model
 from shared.settings import build
 from shared.shards import finished_units
 from teacher_cache.build import build_cache
 from teacher_cache.costs import Workload, assumed_workload, bytes_per_draw, sampled_workload, size_of
 from teacher_cache.plan import make_plan
-from teacher_cache.teachers.architectures import ARCHITECTURES
-from teacher_cache.teachers.checkpoint import open_checkpoint
-from teacher_cache.teachers.loading import load_model, meta_model, random_model
 from teacher_cache.teachers.registry import all_teachers, find_teacher, known_shape
 from tests.conftest import small_cache_config
 

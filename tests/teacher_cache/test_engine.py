@@ -8,13 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared.models.checkpoint import open_checkpoint
+from shared.models.loading import load_model
 from teacher_cache.comp_demo import Request
 from teacher_cache.engines.base import token_budget_batches
 from teacher_cache.engines.inputs import build_inputs, observed_first
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.targets import TargetSpec
-from teacher_cache.teachers.checkpoint import open_checkpoint
-from teacher_cache.teachers.loading import load_model
 from teacher_cache.teachers.registry import Attention, BlockCausal, Full, Native, X0Xt
 
 SPEC = TargetSpec(8, 1.0, (1.0, 2.0))

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.recipes import cache_config
+from pipelines.recipes.read import cache_config
 from shared.errors import TideError
+from shared.models.checkpoint import open_checkpoint
+from shared.models.loading import check_weights
 from teacher_cache.engines import choose
 from teacher_cache.engines.choose import settle_engine
 from teacher_cache.engines.vllm_engine import engine as vllm_engine
-from teacher_cache.teachers.checkpoint import open_checkpoint
-from teacher_cache.teachers.loading import check_weights
 
 
 def settle(teacher: str, *settings: str) -> str:

@@ -20,11 +20,11 @@ from shared.errors import TideError
 from shared.manifest import load_manifest
 from shared.settings import to_plain
 from shared.shards import Unit, read_shard
-from student_train.trainer import train_student
+from student_train.training.trainer import train_student
 from teacher_cache.build import build_cache
 from tests.conftest import chats_file, small_cache_config
 from tests.shared.test_schema import assert_same
-from tests.student_train.test_trainer import config as train_settings
+from tests.student_train.training.test_trainer import config as train_settings
 
 ROOT = Path(__file__).parents[2]
 

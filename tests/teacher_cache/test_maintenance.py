@@ -17,7 +17,7 @@ from pipelines.cli import app
 from shared.errors import TideError
 from shared.manifest import load_manifest
 from shared.shards import Unit, finished_units, read_shard, read_table
-from student_train.loader import BatchDataset
+from student_train.batches.loader import BatchDataset
 from teacher_cache.build import build_cache
 from teacher_cache.maintenance.check import check_cache, delete_damaged
 from teacher_cache.maintenance.inspect import inspect_cache

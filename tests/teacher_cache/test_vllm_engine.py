@@ -17,6 +17,8 @@ import torch
 
 from shared.config import EngineConfig
 from shared.errors import TideError
+from shared.models.checkpoint import open_checkpoint, resolve
+from shared.models.loading import load_model
 from shared.shards import finished_units, read_shard
 from teacher_cache.build import build_cache
 from teacher_cache.comp_demo import Request
@@ -25,9 +27,7 @@ from teacher_cache.engines.vllm_engine.engine import VllmEngine
 from teacher_cache.engines.vllm_engine.plugin import SCORERS, register
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.targets import Scores, TargetSpec
-from teacher_cache.teachers.checkpoint import open_checkpoint
-from teacher_cache.teachers.loading import load_model
-from teacher_cache.teachers.registry import TeacherEntry, resolve
+from teacher_cache.teachers.registry import TeacherEntry
 from tests.conftest import small_cache_config
 from tests.hub_layouts import ARCHITECTURE_OF, wide_checkpoint
 

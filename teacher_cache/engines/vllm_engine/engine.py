@@ -18,13 +18,13 @@ from jaxtyping import Bool
 
 from shared.config import EngineConfig
 from shared.errors import TideError
+from shared.models.architectures import ARCHITECTURES
+from shared.models.checkpoint import Checkpoint
+from shared.models.loading import check_weights
 from teacher_cache.comp_demo import Request
 from teacher_cache.engines.vllm_engine.packing import unpack
 from teacher_cache.engines.vllm_engine.plugin import SCORERS
 from teacher_cache.targets import Scores, TargetSpec, excluded_ids
-from teacher_cache.teachers.architectures import ARCHITECTURES
-from teacher_cache.teachers.checkpoint import Checkpoint
-from teacher_cache.teachers.loading import check_weights
 from teacher_cache.teachers.registry import Full, TeacherEntry
 
 _TASK = "token_classify"

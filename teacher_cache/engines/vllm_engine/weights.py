@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from transformers import PreTrainedConfig
 
-from teacher_cache.teachers.architectures import ARCHITECTURES
-from teacher_cache.teachers.key_maps import place
+from shared.models.architectures import ARCHITECTURES
+from shared.models.key_maps import place
 
 
 def stock_weights(

@@ -1,0 +1,1 @@
+"""How the embedded teacher and its tokenizers were made."""

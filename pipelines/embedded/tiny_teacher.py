@@ -1,0 +1,230 @@
+"""`make tiny-teacher`: train the embedded masked-diffusion teacher on the standard-library corpus.
+
+A Llama of 6 M parameters under full attention, trained as LLaDA is: t uniform, each token masked with
+probability t, cross-entropy weighted with 1/t. Half of the examples hide response tokens only, half any token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pipelines.embedded.tiny_tokenizers import train_student_tokenizer, train_teacher_tokenizer
+from shared.attention import full
+from shared.config import DataConfig, LengthConfig
+from shared.data import iter_examples
+from shared.examples import Prepared, Preparer
+from shared.noise import generator
+from shared.stdlib_corpus import corpus_origin
+from shared.tokenizers import Tokenizer
+from student_train.training.heldout import masked_nll, prepare_heldout, teacher_predictor
+from student_train.training.resumable import ResumableTrainer, training_arguments
+
+
+@dataclass(frozen=True)
+class TinyTeacherConfig:
+    """Shape and schedule. The defaults made the embedded teacher."""
+
+    hidden_size: int = 256
+    layers: int = 6
+    heads: int = 4
+    intermediate_size: int = 704
+    length: int = 256
+    block: int = 32
+    tokens_per_batch: int = 4096
+    epochs: int = 5
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    seed: int = 0
+    smallest_time: float = 0.02
+
+
+def corpus_texts(split: str) -> Iterator[str]:
+    """Prompt and answer of every function in the split, as plain text."""
+    for example in iter_examples(DataConfig(source=f"stdlib:{split}")):
+        yield "\n\n".join(message["content"] for message in example.messages)
+
+
+def prepare_corpus(tokenizer: Tokenizer, config: TinyTeacherConfig, split: str) -> list[Prepared]:
+    """The split's functions as token ids, cut to the teacher's length."""
+    lengths = LengthConfig(student=config.length, teacher=config.length, block=config.block)
+    preparer = Preparer(tokenizer, None, lengths, tokenizer.special_id("mask"))
+    return preparer(list(iter_examples(DataConfig(source=f"stdlib:{split}"))))
+
+
+class NoisedBatches(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Every item is one whole batch of like lengths; a pure function of (seed, index), so training can resume."""
+
+    def __init__(self, examples: list[Prepared], mask_id: int, config: TinyTeacherConfig) -> None:
+        self._examples, self._mask_id, self._config = examples, mask_id, config
+        self._plan = [p for epoch in range(config.epochs) for p in self._plan_epoch(epoch)]
+
+    def _plan_epoch(self, epoch: int) -> list[tuple[int, list[int]]]:
+        stream = generator(self._config.seed, epoch, "order")
+        lengths = np.array([len(e.student_ids) for e in self._examples])
+        order = np.argsort(lengths + stream.random(len(lengths)), kind="stable")
+        batches: list[list[int]] = [[]]
+        for i in order[::-1]:
+            longest = lengths[batches[-1][0]] if batches[-1] else 0
+            if batches[-1] and longest * (len(batches[-1]) + 1) > self._config.tokens_per_batch:
+                batches.append([])
+            batches[-1].append(int(i))
+        return [(epoch, batches[i]) for i in stream.permutation(len(batches))]
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        epoch, members = self._plan[index]
+        longest = max(len(self._examples[i].student_ids) for i in members)
+        shape = (len(members), longest)
+        ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
+        weights, valid = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
+        total = 0
+        for row, i in enumerate(members):
+            example = self._examples[i]
+            n = len(example.student_ids)
+            stream = generator(self._config.seed, example.id, epoch, "noise")
+            low = self._config.smallest_time
+            t = low + (1 - low) * ((row + stream.random()) / len(members))
+            first = example.prompt_length if stream.random() < 0.5 else 0
+            masked = torch.from_numpy(stream.random(n) < t)
+            masked[:first] = False
+            clean = torch.from_numpy(example.student_ids).long()
+            ids[row, :n] = torch.where(masked, self._mask_id, clean)
+            labels[row, :n] = torch.where(masked, clean, -100)
+            weights[row, :n] = 1 / t
+            valid[row, :n] = True
+            total += n - first
+        return {"ids": ids, "targets": labels, "weights": weights / max(total, 1), "valid": valid}
+
+
+def full_attention_logits(model: Any, ids: Tensor, valid: Tensor, rows: Tensor) -> Tensor:
+    """Logits at the chosen positions only, [rows, vocabulary], under full attention."""
+    hidden = model.model(input_ids=ids, attention_mask=full(valid), use_cache=False).last_hidden_state
+    return model.lm_head(hidden[rows])
+
+
+class TinyTeacherTrainer(ResumableTrainer):
+    """Hugging Face's loop over whole batches; the loss is a weighted cross-entropy at masked positions."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], **_: Any) -> Tensor:  # type: ignore[override]
+        """The batch's loss; its weights are divided by the number of maskable tokens already."""
+        rows = inputs["targets"] >= 0
+        logits = full_attention_logits(model, inputs["ids"], inputs["valid"], rows).float()
+        nll = F.cross_entropy(logits, inputs["targets"][rows], reduction="none")
+        return (nll * inputs["weights"][rows]).sum()
+
+
+def train_tiny_teacher(teacher: Path, student_tokenizer: Path, work: Path, config: TinyTeacherConfig) -> None:
+    """Train tokenizers and teacher, and write them with a model card to `teacher` and `student_tokenizer`.
+
+    Killed at any time and started again, it goes on from the last checkpoint in `work`.
+    """
+    started = time.monotonic()
+    if not (work / "tokenizer" / "tokenizer.json").exists():
+        texts = list(corpus_texts("train"))
+        train_teacher_tokenizer(texts, work / "tokenizer")
+        train_student_tokenizer(texts, work / "student-tokenizer")
+    tokenizer = Tokenizer.load(work / "tokenizer")
+    train = prepare_corpus(tokenizer, config, "train")
+    torch.manual_seed(config.seed)
+    model = LlamaForCausalLM(_llama(config, tokenizer))
+    dataset = NoisedBatches(train, tokenizer.special_id("mask"), config)
+    trainer = TinyTeacherTrainer(
+        model=model,
+        args=training_arguments(
+            work / "checkpoints",
+            per_device_train_batch_size=1,
+            num_train_epochs=1,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            adam_beta2=0.98,
+            warmup_steps=100,
+            lr_scheduler_type="cosine",
+            bf16=True,
+            seed=config.seed,
+            save_steps=250,
+            logging_steps=25,
+        ),
+        train_dataset=dataset,
+        data_collator=lambda batches: batches[0],
+    )
+    trainer.train_resuming()
+    minutes = trainer.seconds_trained / 60
+    rounded: Any = model
+    rounded.to(torch.bfloat16)
+    rounded.save_pretrained(teacher)
+    rounded.float()
+    lengths = LengthConfig(config.length, config.length, config.block)
+    heldout = prepare_heldout(DataConfig("stdlib:heldout"), lengths, tokenizer, tokenizer.special_id("mask"), 4)
+    nll = masked_nll(rounded, heldout, teacher_predictor(rounded))["nll"]
+    for source, target in ((work / "tokenizer", teacher), (work / "student-tokenizer", student_tokenizer)):
+        target.mkdir(parents=True, exist_ok=True)
+        for file in source.iterdir():
+            shutil.copy(file, target / file.name)
+    (teacher / "README.md").write_text(_card(config, model, train, heldout.examples, len(dataset), minutes, nll))
+    print(f"held-out masked NLL {nll:.4f} nats a token; {time.monotonic() - started:.0f} s in this run")
+
+
+def _llama(config: TinyTeacherConfig, tokenizer: Tokenizer) -> LlamaConfig:
+    mask: dict[str, Any] = {"mask_token_id": tokenizer.special_id("mask")}
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.heads,
+        intermediate_size=config.intermediate_size,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.special_id("eos"),
+        pad_token_id=tokenizer.special_id("pad"),
+        **mask,
+    )
+
+
+def _card(
+    config: TinyTeacherConfig,
+    model: Any,
+    train: list[Prepared],
+    heldout: int,
+    steps: int,
+    minutes: float,
+    nll: float,
+) -> str:
+    tokens = sum(len(e.student_ids) for e in train)
+    settings = "\n".join(f"| {k} | {v} |" for k, v in dataclasses.asdict(config).items())
+    unigram = math.log(model.config.vocab_size)
+    return f"""# The embedded teacher
+
+A masked-diffusion language model of {model.num_parameters() / 1e6:.1f} M parameters (Llama architecture, bidirectional
+attention, byte-level BPE of {model.config.vocab_size:,} tokens), made by `make tiny-teacher`. It exists so that the
+whole pipeline can be run and tested anywhere; it is no model to build on.
+
+* **Trained on** the functions of the {corpus_origin()}: {len(train):,} functions, {tokens:,} tokens in each of
+  {config.epochs} epochs, {steps:,} steps. One function in sixteen (by a hash of its source) is held out.
+* **Trained for** {minutes:.0f} minutes on 2 CPU cores, in bfloat16 autocast; stored in bfloat16.
+* **Held-out masked NLL**: {nll:.4f} nats a token over {heldout} functions, 4 fixed draws each
+  (masked response tokens; a uniform guess has {unigram:.2f}).
+
+| setting | value |
+|---|---|
+{settings}
+
+The weights are this project's own (Apache-2.0). Its text source is Python's standard library (PSF licence), of which
+nothing is stored here but what the weights and the vocabulary retain.
+"""

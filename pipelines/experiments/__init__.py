@@ -1,0 +1,1 @@
+"""Many students at once: the demo, grids of variants and seeds."""

@@ -1,0 +1,1 @@
+"""Before paying: what a teacher needs, what a run costs, what a top-k keeps."""

@@ -1,0 +1,1 @@
+"""Recipes (TOML) and the command line, to settings and back."""

@@ -1,0 +1,213 @@
+"""`tide report DIR`: the runs below a folder as one table (polars) and one picture (matplotlib)."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import polars as pl
+from matplotlib import pyplot as plt
+
+from pipelines.evaluation.results import Score
+from pipelines.evaluation.table import beside_the_paper, find_scores
+from pipelines.recipes.command_line import train_command
+from shared.atomic import write_bytes
+from shared.errors import TideError
+from teacher_cache.progress import read_status
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run: its variant (the folder's name without the seed), settings and curves."""
+
+    variant: str
+    seed: int
+    cache: str
+    objective: str
+    history: list[dict[str, Any]]
+    final: dict[str, float]
+    folder: Path
+    """Of the cache."""
+    command: str
+
+
+def describe_objective(settings: dict[str, Any], weight: float = 1.0) -> str:
+    """An objective in words, as in `reverse_calm, T 2.0, TIDAL both, weight 2`."""
+    if settings["type"] == "none":
+        return "CE only"
+    text = f"{settings['type']}, T {settings['temperature']}"
+    text += f", TIDAL {settings['tidal']['axis']}" if settings.get("tidal") else ""
+    return text + (f", weight {weight:g}" if weight != 1.0 else "")
+
+
+def find_runs(folder: Path) -> list[Run]:
+    """The finished runs below `folder`. TideError where there is none."""
+    runs = []
+    for path in sorted(folder.rglob("history.json")):
+        settings = json.loads((path.parent / "run.json").read_text())["config"]
+        history = json.loads(path.read_text())
+        seed = int(settings["seed"])
+        runs.append(
+            Run(
+                path.parent.name.removesuffix(f"-seed{seed}"),
+                seed,
+                Path(settings["cache"]).name,
+                describe_objective(settings["distillation"], settings["weight"]),
+                history["steps"],
+                history["final"],
+                Path(settings["cache"]),
+                train_command(settings),
+            )
+        )
+    if not runs:
+        raise TideError(
+            f"{folder} holds no finished runs", expected="folders with run.json and history.json, from `tide train`"
+        )
+    return runs
+
+
+def gains_by_seed(runs: list[Run], plain: str, other: str) -> list[float]:
+    """How many nats a token the variant `other` lies below `plain` on held-out text, for each seed that both have."""
+    key = "eval_heldout_nll"
+    a, b = ({r.seed: r.final[key] for r in runs if r.variant == name and key in r.final} for name in (plain, other))
+    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+
+
+def _spread(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def summary_table(runs: list[Run]) -> pl.DataFrame:
+    """One row a variant: seeds, held-out masked NLL and bits per byte (mean ± standard deviation), seconds."""
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[run.variant].append(run)
+    rows = [
+        {
+            "student": variant,
+            "cache": group[0].cache,
+            "objective": group[0].objective,
+            "seeds": len(group),
+            "held-out NLL (nats/token)": _column(group, "eval_heldout_nll"),
+            "bits per byte": _column(group, "eval_heldout_bits_per_byte"),
+            "training s": f"{statistics.mean(r.final['seconds'] for r in group):.0f}",
+        }
+        for variant, group in groups.items()
+    ]
+    return pl.DataFrame(rows).sort("cache", "student")
+
+
+def cost_table(runs: list[Run]) -> pl.DataFrame:
+    """What each cache cost: seconds of the teacher's engine, megabytes, and training seconds of all its students."""
+    rows = []
+    for folder in sorted({run.folder for run in runs}):
+        mine = [run for run in runs if run.folder == folder]
+        engine = read_status(folder).get("engine_seconds")
+        size = sum(path.stat().st_size for path in folder.glob("draw=*/*.parquet"))
+        rows.append(
+            {
+                "cache": mine[0].cache,
+                "teacher s, once": "–" if engine is None else f"{engine:.0f}",
+                "MB on disk": f"{size / 1e6:.1f}" if size else "–",
+                "students": len(mine),
+                "training s, all": f"{sum(r.final['seconds'] for r in mine):.0f}",
+            }
+        )
+    return pl.DataFrame(rows)
+
+
+def _column(group: list[Run], key: str) -> str:
+    values = [run.final[key] for run in group if key in run.final]
+    return _spread(values) if values else "–"
+
+
+def to_markdown(table: pl.DataFrame) -> str:
+    """A polars table as Markdown."""
+    with pl.Config(
+        tbl_formatting="MARKDOWN",
+        tbl_hide_column_data_types=True,
+        tbl_hide_dataframe_shape=True,
+        tbl_rows=-1,
+        tbl_cols=-1,
+        tbl_width_chars=-1,
+        fmt_str_lengths=200,
+    ):
+        return str(table)
+
+
+def draw_curves(runs: list[Run], path: Path) -> None:
+    """Cross-entropy while training and held-out NLL, one line a variant, the band is the range over seeds."""
+    caches = sorted({run.cache for run in runs})
+    figure, axes = plt.subplots(len(caches), 2, figsize=(11, 3.6 * len(caches)), squeeze=False, layout="constrained")
+    for row, cache in zip(axes, caches, strict=True):
+        for axis, key, title in zip(
+            row, ("denoise", "eval_heldout_nll"), ("training cross-entropy, 1/t-weighted", "held-out masked NLL"),
+            strict=True,
+        ):  # fmt: skip
+            for variant in sorted({run.variant for run in runs if run.cache == cache}):
+                _draw_variant(axis, [r for r in runs if r.variant == variant], variant, key)
+            axis.set(title=f"{cache}: {title}", xlabel="step", ylabel="nats a token")
+            axis.grid(alpha=0.3)
+            axis.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_variant(axis: Any, runs: list[Run], label: str, key: str) -> None:
+    curves: dict[int, list[float]] = defaultdict(list)
+    for run in runs:
+        for entry in run.history:
+            if key in entry:
+                curves[entry["step"]].append(entry[key])
+    steps = sorted(curves)
+    if not steps:
+        return
+    (line,) = axis.plot(steps, [statistics.mean(curves[s]) for s in steps], label=label, linewidth=1.4)
+    axis.fill_between(
+        steps, [min(curves[s]) for s in steps], [max(curves[s]) for s in steps], alpha=0.2, color=line.get_color()
+    )
+
+
+def benchmark_section(measured: dict[str, list[Score]]) -> str:
+    """Scores of `tide eval` beside the paper's; without any, how to get them."""
+    if not measured:
+        return "\nNo benchmark was scored yet: `tide eval runs/NAME/model --tasks paper`.\n"
+    return (
+        "\n## Benchmarks, %\n\nRows of the *paper* are copied from it and are of 0.6B students on GPUs; rows "
+        "**measured here** come from `tide eval`. \\* marks a task of which not all rows were asked, † one whose rows "
+        "came from a file of yours.\n\n"
+        f"{to_markdown(beside_the_paper(measured))}\n"
+    )
+
+
+def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
+    """Write `report.md` and `report.png` to `folder`; `head` and `tail` go around the table.
+
+    A folder that holds benchmark scores alone gets these alone.
+    """
+    measured = find_scores(folder)
+    if measured and not any(folder.rglob("history.json")):
+        write_bytes(folder / "report.md", f"# Scores in {folder}\n{benchmark_section(measured)}".encode())
+        return folder / "report.md"
+    runs = find_runs(folder)
+    draw_curves(runs, folder / "report.png")
+    table = to_markdown(summary_table(runs))
+    title = head or f"# Runs in {folder}\n"
+    commands = {run.variant: run.command for run in reversed(runs)}
+    rows = "\n".join(f"* `{variant}`: `{command}`" for variant, command in sorted(commands.items()))
+    parts = [title, table, "\n" + to_markdown(cost_table(runs)), "\n![loss and held-out NLL](report.png)\n", tail]
+    text = "\n".join(part for part in parts if part) + f"\n\nThe command of each row, at its first seed:\n\n{rows}\n"
+    text += benchmark_section(measured)
+    write_bytes(folder / "report.md", text.encode())
+    return folder / "report.md"

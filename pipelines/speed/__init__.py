@@ -1,0 +1,35 @@
+"""`make bench`: ratios measured side by side in one run. Absolute times are this machine's and are not compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from pipelines.speed.alignment import bench_alignment
+from pipelines.speed.end_to_end import bench_end_to_end
+from pipelines.speed.engines import bench_engines
+from pipelines.speed.head import bench_head
+from pipelines.speed.stage_one import bench_stage_one
+from pipelines.speed.training import bench_training
+from pipelines.speed.use import bench_use
+from shared.errors import TideError
+
+TABLES = {
+    "alignment": bench_alignment,
+    "engines": bench_engines,
+    "stage-one": bench_stage_one,
+    "end-to-end": bench_end_to_end,
+    "training": bench_training,
+    "head": bench_head,
+    "use": bench_use,
+}
+
+
+def run_bench(only: str | None = None, figure: Path | None = None) -> None:
+    """Print all tables, or one of `TABLES`. `figure`: where the picture of `use` goes."""
+    if only is not None and only not in TABLES:
+        raise TideError(f"unknown table {only!r}", expected=f"one of {', '.join(TABLES)}")
+    for name, measure in TABLES.items():
+        if only in (None, name):
+            Console().print(measure() if figure is None or name != "use" else bench_use(figure))

@@ -1,0 +1,118 @@
+"""Stage one from text to shards, against the bare forward passes that it needs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pipelines.recipes.read import cache_config
+from pipelines.speed.timing import side_by_side
+from shared.config import CacheConfig, DataConfig
+from shared.data import iter_examples
+from shared.shards import Unit
+from teacher_cache.engines.base import token_budget_batches
+from teacher_cache.engines.choose import load_engine
+from teacher_cache.engines.inputs import build_inputs, width_of
+from teacher_cache.engines.transformers_engine import TransformersEngine
+from teacher_cache.plan import CachePlan, make_plan
+from teacher_cache.units import run_units
+from teacher_cache.work import prepare_unit
+
+_EMBEDDED = Path(__file__).parents[2] / "teacher_cache" / "teachers" / "tiny"
+
+
+def bench_end_to_end() -> Table:
+    """Speed of the whole of stage one ÷ that of its forward passes alone, for two sizes of teacher."""
+    table = Table("teacher", "parameters", "forward and head alone", "with top-k and logsumexp", "stage one",
+                  title="speed, forward and head alone = 1")  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="tide-bench-") as folder:
+        for name, width, layers, examples in (("embedded", 0, 0, 192), ("mid-size, random", 640, 12, 48)):
+            model = _EMBEDDED if not width else _random_teacher(Path(folder) / "teacher", width, layers)
+            changes = [f"data.source={_chats(Path(folder), examples)}", f"shard_examples={examples // 6}",
+                       "noise.draws=1"]  # fmt: skip
+            config = cache_config("tiny-shared", None, changes, model=str(model), out=Path(folder) / name)
+            table.add_row(name, *_measure(config))
+    return table
+
+
+def _chats(folder: Path, examples: int) -> Path:
+    """Functions of the standard library as a file, which is how users have their data."""
+    path = folder / f"{examples}.jsonl"
+    chats = itertools.islice(iter_examples(DataConfig("stdlib:train")), examples)
+    lines = [json.dumps({"messages": list(c.messages)}) for c in chats]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def _random_teacher(folder: Path, width: int, layers: int) -> Path:
+    """A random Llama with the embedded teacher's tokenizer."""
+    folder.mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (_EMBEDDED / file).exists():
+            shutil.copy(_EMBEDDED / file, folder / file)
+    base = json.loads((_EMBEDDED / "config.json").read_text())
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "head_dim": 64,
+             "num_attention_heads": width // 64, "num_key_value_heads": width // 64}  # fmt: skip
+    LlamaForCausalLM(LlamaConfig(**{**base, **sizes})).save_pretrained(folder)
+    return folder
+
+
+def _measure(config: CacheConfig) -> list[str]:
+    plan = make_plan(config)
+    engine = load_engine(plan)
+    assert isinstance(engine, TransformersEngine)
+    examples = list(iter_examples(config.data))
+    size = config.shard_examples
+    works = [prepare_unit(plan, unit, examples[unit.part * size : (unit.part + 1) * size]) for unit in plan.missing]
+    requests = [request for work in works for request in work.requests]
+
+    def scores() -> None:
+        for work in works:
+            engine.score(work.requests)
+
+    seconds = side_by_side(
+        {"bare": _bare(plan, engine, requests), "scores": scores, "whole": lambda: _whole(plan, engine)}, rounds=3
+    )
+    parameters = sum(p.numel() for p in engine._model.parameters())
+    shares = [f"{seconds['bare'] / seconds[name]:.2f}" for name in ("bare", "scores", "whole")]
+    return [f"{parameters / 1e6:.0f} M", *shares]
+
+
+def _bare(plan: CachePlan, engine: TransformersEngine, requests: list) -> Callable[[], None]:
+    """The same batches, built beforehand, through model and head; nothing is taken from the logits."""
+    widths = [width_of(plan.entry.attention, request) for request in requests]
+    per_unit = len(requests) // 6
+    batches, budget = [], plan.config.engine.tokens_per_batch
+    for start in range(0, len(requests), per_unit):  # batches never span shards
+        part = requests[start : start + per_unit]
+        own = token_budget_batches(widths[start : start + per_unit], budget)
+        batches += [[part[i] for i in batch] for batch in own]
+    inputs = [(build_inputs(plan.entry.attention, batch), [len(r.read) for r in batch]) for batch in batches]
+
+    @torch.inference_mode()
+    def run() -> None:
+        for made, sizes in inputs:
+            output = engine._model.model(
+                input_ids=made.ids, attention_mask=made.mask, position_ids=made.positions, use_cache=False
+            )
+            row = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+            hidden = output.last_hidden_state[row, made.columns]
+            for start in range(0, len(hidden), plan.config.engine.head_rows):
+                engine._model.lm_head(hidden[start : start + plan.config.engine.head_rows])
+
+    return run
+
+
+def _whole(plan: CachePlan, engine: TransformersEngine) -> None:
+    for path in plan.config.out.glob("draw=*/*.parquet"):
+        path.unlink()
+    units = [Unit(0, part) for part in range(plan.manifest.parts)]
+    run_units(plan, engine, units)

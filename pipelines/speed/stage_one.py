@@ -1,0 +1,51 @@
+"""Stage one against the same forward passes alone, and the rows that the LM head runs for."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from pipelines.recipes.read import cache_config
+from pipelines.speed.timing import side_by_side
+from shared.attention import full
+from shared.data import iter_examples
+from shared.shards import Unit
+from teacher_cache.engines.choose import load_engine
+from teacher_cache.engines.transformers_engine import TransformersEngine
+from teacher_cache.plan import make_plan
+from teacher_cache.work import prepare_unit
+
+
+def bench_stage_one() -> Table:
+    """The ratios as a table."""
+    with tempfile.TemporaryDirectory(prefix="tide-bench-") as folder:
+        return _measure(Path(folder))
+
+
+def _measure(folder: Path) -> Table:
+    changes = ["data.limit=64", "shard_examples=64", "noise.draws=1"]
+    config = cache_config("tiny-shared", None, changes, out=folder / "speed")
+    plan = make_plan(config)
+    engine = load_engine(plan)
+    assert isinstance(engine, TransformersEngine)
+    requests = prepare_unit(plan, Unit(0, 0), list(iter_examples(config.data))).requests
+    read = sum(len(r.read) for r in requests)
+    before = engine.forward_rows
+    engine.score(requests)
+    share = (engine.forward_rows - before) / read
+
+    def everywhere() -> None:
+        """The head at every position, as a model's own forward does."""
+        for request in requests:
+            ids = torch.from_numpy(request.ids).long()[None]
+            with torch.inference_mode():
+                engine._model(input_ids=ids, attention_mask=full(torch.ones_like(ids, dtype=torch.bool)))
+
+    seconds = side_by_side({"engine": lambda: engine.score(requests), "plain": everywhere}, rounds=3)
+    table = Table("stage one, transformers engine", "ratio", title=f"{len(requests)} passes, {read} rows read")
+    table.add_row("rows for which the LM head ran ÷ rows asked for", f"{share:.2f}")
+    table.add_row("one plain forward a pass, full logits ÷ engine", f"{seconds['plain'] / seconds['engine']:.2f}")
+    return table

@@ -1,0 +1,99 @@
+"""One training step of each objective from the cache, against CE alone and against a teacher in the loop."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+from torch import Tensor
+
+from pipelines.recipes.read import cache_config
+from pipelines.speed.timing import side_by_side
+from shared.attention import full
+from shared.config import StudentConfig
+from shared.manifest import load_manifest
+from shared.models.loading import random_model
+from shared.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL, Tidal
+from student_train.batches.collate import counts_of
+from student_train.batches.loader import BatchDataset
+from student_train.losses.fused_head import LossSettings
+from student_train.model.student import load_student
+from student_train.training.step import train_on_loss
+from teacher_cache.build import build_cache
+from teacher_cache.costs import size_of
+
+_BATCH = 8
+_STUDENT = StudentConfig(hidden_size=256, layers=6, heads=4, kv_heads=2, intermediate_size=768)
+
+
+def bench_training() -> Table:
+    """The ratios as a table."""
+    with tempfile.TemporaryDirectory(prefix="tide-bench-") as folder:
+        caches = {}
+        for teacher in ("tiny-cross", "tiny-shared"):
+            out = Path(folder) / teacher
+            changes = ["data.limit=64", "shard_examples=64", "noise.draws=1", 'targets.signals=["topk","chunks"]']
+            caches[teacher] = out
+            build_cache(cache_config(teacher, None, changes, out=out))
+        return _measure(caches)
+
+
+def _measure(caches: dict[str, Path]) -> Table:
+    title = f"Training steps, batch of {_BATCH}; every step runs the student forward and backward"
+    table = Table("cache", "objective", "step ÷ step with CE only", title=title)
+    variants: dict[str, list[Distillation]] = {
+        "tiny-cross": [Calm(), ReverseCalm(), Calm(tidal=Tidal())],
+        "tiny-shared": [KL(), ReverseKL(), KL(tidal=Tidal())],
+    }
+    for name, cache in caches.items():
+        manifest = load_manifest(cache)
+        torch.manual_seed(0)
+        model, _ = load_student(_STUDENT, cache, manifest)
+        train_on_loss(model, 32, manifest.temperatures)
+        dataset = BatchDataset(cache, manifest, batch_size=_BATCH, seed=0, epochs=1.0)
+        batch = dataset[0]
+
+        def step(settings: Distillation, model: Any = model, batch: Any = batch) -> None:
+            model.zero_grad()
+            model(batch=batch, settings=LossSettings(settings, 1.0, counts_of(batch["counts"]), 0.5))[0].backward()
+
+        jobs: dict[str, Callable[[], object]] = {"CE only": lambda step=step: step(NoDistillation())}
+        for settings in variants[name]:
+            label = settings.type + (" + TIDAL" if getattr(settings, "tidal", None) else "")
+            jobs[label] = lambda step=step, settings=settings: step(settings)
+        if name == "tiny-shared":
+            teacher = _teacher(model)
+            ratio = size_of(teacher).active / size_of(model).active
+            jobs[f"kl, a teacher {ratio:.1f} times as large in the loop"] = _online(step, batch, teacher)
+            jobs["loading a batch"] = lambda dataset=dataset: dataset[0]
+        seconds = side_by_side(jobs)
+        for label, value in seconds.items():
+            table.add_row(name, label, f"{value / seconds['CE only']:.2f}")
+    return table
+
+
+def _teacher(student: Any) -> Any:
+    """A random teacher about 13 times the student's size without embeddings, as 8B is to 0.6B."""
+    config = {**student.config.to_dict(), "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072,
+              "num_hidden_layers": 5, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64,
+              "rope_theta": 10_000.0}  # fmt: skip
+    config.pop("rope_parameters")
+    return random_model("qwen3", config, torch.float32)
+
+
+def _online(step: Callable[[Distillation], None], batch: dict[str, Tensor], teacher: Any) -> Callable[[], object]:
+    """A step that also runs the two CompDemo passes of `teacher`, as training without a cache would."""
+
+    def job() -> None:
+        with torch.inference_mode():
+            for _ in range(2):
+                hidden = teacher.model(input_ids=batch["noised"], attention_mask=full(batch["valid"]), use_cache=False)
+                F.log_softmax(teacher.lm_head(hidden.last_hidden_state[batch["row"], batch["column"]]), dim=-1)
+        step(KL())
+
+    return job

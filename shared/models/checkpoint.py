@@ -1,0 +1,129 @@
+"""Checkpoints as they lie on a disk or the hub: config, safetensors files, a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+
+from shared.errors import TideError
+
+_EMBEDDED = "embedded:"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with `config.json` and safetensors weights, and what the config says."""
+
+    folder: Path
+    config: dict[str, Any]
+
+    @property
+    def embedding_rows(self) -> int:
+        """How many ids the model knows, by its config. TideError where the config does not say."""
+        rows = self.config.get("embedding_size") or self.config.get("vocab_size")
+        if not isinstance(rows, int):
+            raise TideError(
+                f"the config of {self.folder} lacks vocab_size", fix="download config.json again, or use another model"
+            )
+        return rows
+
+    def special_ids(self, role: str) -> list[int]:
+        """The config's ids for `role` (`eos`, `pad`): none, one, or several."""
+        value = self.config.get(f"{role}_token_id")
+        return [] if value is None else [int(i) for i in (value if isinstance(value, list) else [value])]
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, all that the index names where there is one."""
+        index = self.folder / "model.safetensors.index.json"
+        if index.exists():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            missing = [name for name in names if not (self.folder / name).exists()]
+            if missing:
+                raise TideError(
+                    f"{self.folder} lacks {len(missing)} of {len(names)} weight files: {', '.join(missing[:5])}",
+                    fix="download the checkpoint again",
+                )
+            return [self.folder / name for name in names]
+        single = self.folder / "model.safetensors"
+        files = [single] if single.exists() else sorted(self.folder.glob("*.safetensors"))
+        if not files:
+            pickled = [p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
+            raise TideError(
+                f"{self.folder} has no safetensors weights" + (f", only pickled ones: {pickled}" if pickled else ""),
+                expected="model.safetensors, or shards with model.safetensors.index.json",
+                fix="convert the weights to safetensors; pickles can run code and are never loaded",
+            )
+        return files
+
+    def fingerprint(self) -> str:
+        """A hash over the config and the bytes of all weights."""
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for file in self.weight_files:
+            with file.open("rb") as handle:
+                digest.update(hashlib.file_digest(handle, "sha256").digest())
+        return digest.hexdigest()[:32]
+
+
+def resolve(location: str) -> str:
+    """A path or hub id as it is; `embedded:NAME` as the folder inside the package."""
+    if not location.startswith(_EMBEDDED):
+        return location
+    package, _, name = location.removeprefix(_EMBEDDED).partition("/")
+    return str(Path(str(resources.files(package))) / name)
+
+
+def open_checkpoint(location: str) -> Checkpoint:
+    """Find a checkpoint by path or hub id (fetched if need be) and read its config."""
+    folder = Path(location)
+    if not folder.is_dir():
+        if location.startswith((".", "/", "~")) or location.count("/") != 1:
+            raise TideError(f"there is no folder {location}", expected="a checkpoint's folder, or a hub id OWNER/NAME")
+        try:
+            patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+            folder = Path(snapshot_download(location, allow_patterns=patterns))
+        except Exception as error:  # the hub client raises many types, all about reaching or finding the model
+            raise TideError(
+                f"{location} could not be fetched from the hub: {str(error).splitlines()[0]}",
+                expected="a folder, or a hub id that can be reached",
+                fix="check the name and the network, or download the model and give its path (--model PATH)",
+            ) from error
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise TideError(
+            f"{folder} has no readable config.json: {error}", fix="download the checkpoint again"
+        ) from error
+    return Checkpoint(folder, config)
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise TideError(f"{file} is no whole safetensors file: {error}", fix="download this file again") from error
+
+
+def stream_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor with its name, file by file; one file is open at a time. TideError where one is not whole."""
+    for file in files:
+        with _open(file) as handle:
+            for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                yield key, handle.get_tensor(key)
+
+
+def stream_shapes(files: list[Path]) -> Iterator[tuple[str, list[int]]]:
+    """Every tensor's name and shape; no weight is read. TideError where a file is not whole."""
+    for file in files:
+        with _open(file) as handle:
+            for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                yield key, handle.get_slice(key).get_shape()

@@ -1,0 +1,1 @@
+"""What a step sees: batches as a pure function of the seed."""

@@ -1,0 +1,119 @@
+"""Rows of the cache as tensors: the padded inputs, and flat targets, one entry per masked position or chunk token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.manifest import Manifest
+from shared.padding import pad
+from shared.schema import CacheRow
+from student_train.losses.objective import ChunkTargets, Counts, Targets, TopKTargets
+
+Batch = dict[str, Any]
+"""Tensors by name, and `chunk_host`, an array that stays in host memory wherever the tensors go."""
+
+
+def collate(rows: Sequence[CacheRow], manifest: Manifest) -> Batch:
+    """One batch. Padding is to the longest row; masked positions are gathered, not padded."""
+    mask_id = int(manifest.fingerprint["student"]["mask_id"])
+    clean, valid = pad([r.student_ids for r in rows])
+    sizes = [r.masked.size for r in rows]
+    index = _longs(np.repeat(np.arange(len(rows)), sizes))
+    column = _longs(_join([r.masked for r in rows]))
+    noised = clean.clone()
+    noised[index, column] = mask_id
+    times = np.array([r.t for r in rows], np.float32)
+    batch: Batch = {
+        "clean": clean,
+        "noised": noised,
+        "valid": valid,
+        "row": index,
+        "column": column,
+        "gold": clean[index, column],
+        "t": torch.from_numpy(np.repeat(times, sizes)),
+        "counts": torch.tensor(
+            [
+                sum(len(r.student_ids) - r.prompt_length for r in rows),
+                sum(sizes),
+                sum(0 if r.chunk_logp is None else r.chunk_logp.size for r in rows),
+            ],
+            dtype=torch.float64,
+        ),
+    }
+    if "topk" in manifest.signals and manifest.shared_tokenizer:
+        batch |= _topk(rows)
+    if "chunks" in manifest.signals:
+        batch |= _chunks(rows, sizes, times)
+    return batch
+
+
+def _topk(rows: Sequence[CacheRow]) -> dict[str, Tensor]:
+    sizes = _join([r.topk_sizes for r in rows])
+    width = int(sizes.max(initial=1))
+    kept = np.arange(width) < sizes[:, None]
+    starts = np.cumsum(sizes) - sizes
+    # Padding repeats the row's first entry: a repeated id changes nothing in a set of ids.
+    flat = np.where(kept, starts[:, None] + np.arange(width), starts[:, None]).astype(np.int64)
+    ids, logits = _join([r.topk_ids for r in rows]), _join([r.topk_logits for r in rows], np.float32)
+    return {
+        "topk_ids": _longs(ids[flat]),
+        "topk_logits": torch.from_numpy(logits[flat]),
+        "topk_kept": torch.from_numpy(kept),
+        "logsumexp": torch.from_numpy(np.concatenate([r.logsumexp for r in rows])),
+    }
+
+
+def _chunks(rows: Sequence[CacheRow], sizes: Sequence[int], times: np.ndarray) -> Batch:
+    token_rows, chunk_of, counts = [], [], []
+    first_row = first_chunk = 0
+    for row, size in zip(rows, sizes, strict=True):
+        spans = row.chunk_student if row.chunk_student is not None else np.zeros((0, 2), np.int32)
+        lengths = spans[:, 1] - spans[:, 0]
+        owner = np.repeat(np.arange(len(spans)), lengths)
+        offset = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        # Every token of an active chunk is masked, so its position is found among the masked ones.
+        token_rows.append(first_row + np.searchsorted(row.masked, spans[owner, 0] + offset))
+        chunk_of.append(first_chunk + owner)
+        counts.append(len(spans))
+        first_row, first_chunk = first_row + size, first_chunk + len(spans)
+    host = np.stack([_join(token_rows), _join(chunk_of)])
+    return {
+        "chunk_host": host,
+        "chunk_rows": torch.from_numpy(host[0]),
+        "chunk_of": torch.from_numpy(host[1]),
+        "chunk_logp": torch.from_numpy(_join([r.chunk_logp for r in rows], np.float32)),
+        "chunk_t": torch.from_numpy(np.repeat(times, counts)),
+    }
+
+
+def targets_of(batch: Batch, temperatures: Sequence[float]) -> Targets:
+    """The batch's targets in the form that `objective` takes."""
+    topk = chunks = None
+    if "topk_ids" in batch:
+        lse = {t: batch["logsumexp"][:, i] for i, t in enumerate(temperatures)}
+        topk = TopKTargets(batch["topk_ids"], batch["topk_logits"], batch["topk_kept"], lse)
+    if "chunk_rows" in batch:
+        chunks = ChunkTargets(
+            batch["chunk_rows"], batch["chunk_of"], batch["chunk_logp"], batch["chunk_t"], batch["chunk_host"]
+        )
+    return Targets(batch["gold"], batch["t"], topk, chunks)
+
+
+def counts_of(counts: Tensor) -> Counts:
+    """The three denominators from their summed vector."""
+    maskable, masked, chunks = counts.float().unbind()
+    return Counts(maskable, masked, chunks)
+
+
+def _longs(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64))
+
+
+def _join(parts: Sequence[np.ndarray | None], kind: type = np.int64) -> np.ndarray:
+    present = [p for p in parts if p is not None]
+    return np.concatenate(present).astype(kind, copy=False) if present else np.zeros(0, kind)

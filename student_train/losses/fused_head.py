@@ -1,0 +1,102 @@
+"""The LM head and the loss together, a slice of rows at a time: full-vocabulary logits never exist for a whole batch.
+
+The loss is linear in its sums and its denominators are known beforehand, so each slice's gradient is final as soon
+as its logits are there. Forward therefore computes gradients too (three matrix products in all, as without slices,
+and no second pass over the head), and backward only scales them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from shared.objectives import Distillation
+from student_train.losses.objective import Counts, Sums, Targets, objective, slice_targets, total
+
+_LOGITS_PER_SLICE = 1 << 24
+"""Numbers in one slice's logits: 64 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What turns sums into a loss: the objective, its weight, the denominators, τ = step / max_steps."""
+
+    distillation: Distillation
+    weight: float
+    counts: Counts
+    progress: float
+
+
+def fused_loss(
+    hidden: Float[Tensor, "n width"],
+    head: Float[Tensor, "vocab width"],
+    targets: Targets,
+    settings: LossSettings,
+    rows_per_slice: int | None = None,
+) -> tuple[Float[Tensor, ""], Sums]:
+    """The loss of `objective` and `total` on `hidden @ head.T`, and its (detached) sums.
+
+    Equal to the plain computation in value and in the gradients of `hidden` and `head`, up to the order of float32
+    sums. Under autocast the products run in its dtype; logits, losses and the head's gradient stay in float32.
+    """
+    size = rows_per_slice or max(32, _LOGITS_PER_SLICE // head.shape[0])
+    loss, denoise, distillation = _Fused.apply(hidden, head, targets, settings, size)  # type: ignore[misc]
+    return loss, Sums(denoise, distillation)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Targets, settings: LossSettings, size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        rows, weights = hidden.to(dtype), head.to(dtype)
+        wants_hidden, wants_head = ctx.needs_input_grad[:2]
+        grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
+        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        grad_head = torch.zeros_like(head, dtype=exact) if wants_head else None
+        sums = torch.zeros(3, dtype=exact, device=hidden.device)
+        with torch.autocast(kind, enabled=False):
+            for part, own in slice_targets(targets, size):
+                logits = (rows[part] @ weights.T).to(exact).requires_grad_(wants_hidden or wants_head)
+                with torch.enable_grad():
+                    found = objective(logits, own, settings.distillation, settings.progress)
+                    loss = total(found, settings.counts, settings.distillation, settings.weight)
+                sums += torch.stack([loss.detach(), found.denoise.detach(), found.distillation.detach()])
+                if not logits.requires_grad:
+                    continue
+                (gradient,) = torch.autograd.grad(loss, logits)
+                gradient = gradient.to(dtype)
+                if grad_hidden is not None:
+                    grad_hidden[part] = (gradient @ weights).to(hidden.dtype)
+                if grad_head is not None:
+                    _add_product(grad_head, gradient, rows[part])
+        ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
+        loss_, denoise, distillation = (value.clone() for value in sums)
+        ctx.mark_non_differentiable(denoise, distillation)
+        return loss_, denoise, distillation
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        grad_hidden, grad_head = ctx.saved_tensors
+        scale = gradients[0]
+        return (
+            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
+            None if grad_head is None else grad_head * scale.to(grad_head.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _add_product(total_: Tensor, gradient: Tensor, rows: Tensor) -> None:
+    """total += gradient.T @ rows, without a second tensor of that size where the dtypes allow it."""
+    if total_.dtype == gradient.dtype:
+        total_.addmm_(gradient.T, rows)
+    else:
+        total_ += gradient.T @ rows

@@ -1,0 +1,169 @@
+"""The student: a Qwen3 or Llama that denoises blocks. From a checkpoint or new, run on [x_t ; x_0] (DESIGN §3)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from shared.attention import block_diffusion_batch, repeat_positions
+from shared.config import StudentConfig
+from shared.errors import TideError
+from shared.manifest import Manifest
+from shared.models.architectures import ARCHITECTURES
+from shared.models.checkpoint import Checkpoint, open_checkpoint
+from shared.models.loading import load_model
+from shared.tokenizers import Tokenizer
+from student_train.model.attention import FLEX, flex_mask, register_flex
+
+
+def load_student(settings: StudentConfig, cache: Path, manifest: Manifest) -> tuple[PreTrainedModel, Tokenizer]:
+    """The student in float32 and its tokenizer, which must be the one that the cache was built for.
+
+    Without a checkpoint the weights are random (seed torch first) and the tokenizer is the cache's own copy. A
+    mask token that the tokenizer lacks is added at the end, where the cache expects it.
+    """
+    checkpoint = None if settings.checkpoint is None else open_checkpoint(settings.checkpoint)
+    tokenizer = Tokenizer.load(cache / "student_tokenizer" if checkpoint is None else checkpoint.folder)
+    wanted = manifest.fingerprint["student"]
+    if tokenizer.fingerprint != wanted["tokenizer"]:
+        raise TideError(
+            f"the cache {cache} was built for another student tokenizer "
+            f"({wanted['tokenizer'][:12]}…) than that of {tokenizer.name} ({tokenizer.fingerprint[:12]}…)",
+            expected="the tokenizer given to `tide cache` as --student-tokenizer",
+            fix=f"train a student with that tokenizer, or build a cache with --student-tokenizer {tokenizer.name}",
+        )
+    return student_for(settings, checkpoint, tokenizer, manifest), tokenizer
+
+
+def student_for(
+    settings: StudentConfig, checkpoint: Checkpoint | None, tokenizer: Tokenizer, manifest: Manifest
+) -> PreTrainedModel:
+    """The student's model for `tokenizer`, to which the mask token is added where it lacks one."""
+    wanted = manifest.fingerprint["student"]
+    mask_id = add_mask_token(tokenizer, wanted["mask_token"])
+    if mask_id != wanted["mask_id"]:
+        raise TideError(
+            f"the student's mask token {wanted['mask_token']!r} has id {mask_id}",
+            expected=f"id {wanted['mask_id']}, as in the cache",
+            fix="use the student checkpoint that the cache was built for",
+        )
+    if checkpoint is None:
+        model = _new_student(settings, tokenizer, mask_id)
+    else:
+        model = load_model(checkpoint, student_architecture(checkpoint), torch.float32)
+        _make_room(model, mask_id, settings)
+    model.config.mask_token_id = mask_id
+    if settings.attention == "flex":
+        register_flex()
+        model.set_attn_implementation(FLEX)
+    if model.config.tie_word_embeddings:
+        model._keys_to_ignore_on_save = {"lm_head.weight"}  # no alarm about it when a checkpoint is resumed
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model
+
+
+def student_architecture(checkpoint: Checkpoint) -> str:
+    """`qwen3` or `llama`, by the checkpoint's config; TideError for any other."""
+    kind = checkpoint.config.get("model_type")
+    for name in ("qwen3", "llama"):
+        if kind in ARCHITECTURES[name].model_types:
+            return name
+    raise TideError(
+        f"{checkpoint.folder} has a config of model_type {kind!r}",
+        expected="a student: qwen3, a2d-qwen3 or llama",
+        fix="choose another --set student.checkpoint",
+    )
+
+
+def _make_room(model: Any, mask_id: int, settings: StudentConfig) -> None:
+    """Embedding rows up to the mask token's, where the user allows it; the new ones are the mean of the others."""
+    width = embedding_rows(model)
+    if mask_id < width:
+        return
+    if not settings.add_mask_row:
+        raise TideError(
+            f"the mask id {mask_id} lies outside the student's embedding of {width} rows",
+            expected="an embedding with a row for the mask token",
+            fix="allow new rows with --set student.add_mask_row=true; the checkpoint on disk stays as it is",
+        )
+    model.resize_token_embeddings(mask_id + 1, mean_resizing=False)
+    with torch.no_grad():
+        for layer in {model.get_input_embeddings(), model.get_output_embeddings()}:
+            layer.weight[width:] = layer.weight[:width].mean(dim=0)
+    print(f"student: embedding grown from {width:,} to {mask_id + 1:,} rows for the mask token", file=sys.stderr)
+
+
+def embedding_rows(model: Any) -> int:
+    """How many ids the model knows."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def add_mask_token(tokenizer: Tokenizer, token: str) -> int:
+    """Id of the mask token, which is added to the tokenizer where it is missing."""
+    if token not in tokenizer.backend.get_vocab():
+        tokenizer.backend.add_special_tokens({"mask_token": token})
+    return tokenizer.special_id("mask", token)
+
+
+def _new_student(settings: StudentConfig, tokenizer: Tokenizer, mask_id: int) -> PreTrainedModel:
+    kinds: dict[str, Any] = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+    config_class, model_class = kinds[settings.architecture]
+    config = config_class(
+        vocab_size=max(len(tokenizer), mask_id + 1),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.kv_heads,
+        head_dim=settings.hidden_size // settings.heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.special_id("eos"),
+        pad_token_id=tokenizer.special_id("pad"),
+        mask_token_id=mask_id,
+        attn_implementation="sdpa",
+    )
+    return model_class(config)
+
+
+def masked_hidden(
+    model: Any,
+    noised: Int[Tensor, "batch length"],
+    clean: Int[Tensor, "batch length"],
+    valid: Bool[Tensor, "batch length"],
+    row: Int[Tensor, " n"],
+    column: Int[Tensor, " n"],
+    block: int,
+) -> Float[Tensor, "n width"]:
+    """Last hidden states at the masked positions (row, column) of x_t, from one pass over [x_t ; x_0]."""
+    batch, length = noised.shape
+    flex = model.config._attn_implementation == FLEX
+    mask: Any = flex_mask(valid, block) if flex else block_diffusion_batch(valid, block)
+    output = model.model(
+        input_ids=torch.cat([noised, clean], dim=1),
+        attention_mask=mask,
+        position_ids=repeat_positions(length, batch, noised.device),
+        use_cache=False,
+    )
+    return output.last_hidden_state[row, column]
+
+
+def masked_logits(
+    model: Any,
+    noised: Int[Tensor, "batch length"],
+    clean: Int[Tensor, "batch length"],
+    valid: Bool[Tensor, "batch length"],
+    row: Int[Tensor, " n"],
+    column: Int[Tensor, " n"],
+    block: int,
+) -> Float[Tensor, "n vocab"]:
+    """Logits at the masked positions, and at no other: the LM head runs on gathered rows."""
+    return model.lm_head(masked_hidden(model, noised, clean, valid, row, column, block))

@@ -1,0 +1,1 @@
+"""The loop: checks, steps, checkpoints, what is watched, held-out scores."""

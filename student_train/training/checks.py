@@ -1,0 +1,99 @@
+"""Do cache, objective and installation fit? Checked before a student is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from shared.config import StudentConfig, TrainConfig
+from shared.errors import TideError
+from shared.manifest import Manifest
+from shared.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL
+from student_train.losses.liger_head import liger_fits, liger_installed
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """TideError where a tracker of `report_to` is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise TideError(
+                f"report_to names {name}, which is not installed",
+                fix=f"pip install {name}, or take it out of report_to",
+            )
+
+
+def check_hardware(config: TrainConfig) -> None:
+    """TideError where `parallel`, `head` or `student.attention` asks for what is not there."""
+    if config.student.attention == "flex" and (config.device == "cpu" or not torch.cuda.is_available()):
+        raise TideError(
+            "student.attention is flex, and this run is on a CPU, where PyTorch has no gradient for flex_attention",
+            fix="leave student.attention out: SDPA is used there",
+        )
+    if config.parallel == "fsdp" and (config.device == "cpu" or not torch.accelerator.is_available()):
+        raise TideError("parallel is fsdp, and this run is on a CPU", fix="use parallel=ddp, or a machine with GPUs")
+    if config.parallel == "fsdp" and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise TideError(
+            "parallel is fsdp, and there is one process",
+            expected="several, one a GPU",
+            fix="start with `torchrun --nproc-per-node N -m pipelines.cli train …`, or leave parallel out",
+        )
+    if config.head == "liger" and not liger_fits(config.distillation):
+        raise TideError(
+            f"head is liger, and {config.distillation.type} needs more of the logits than Liger's kernel returns",
+            expected="none, calm or reverse_calm",
+            fix="leave head out: the loss then runs in slices",
+        )
+    if config.head == "liger" and not liger_installed():
+        raise TideError("head is liger, and liger-kernel is not installed", fix="pip install 'tide-distill[liger]'")
+
+
+def settle_attention(config: TrainConfig) -> StudentConfig:
+    """The student's settings with `attention` decided."""
+    if config.student.attention != "auto":
+        return config.student
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    return dataclasses.replace(config.student, attention="flex" if on_gpu else "sdpa")
+
+
+def uses_liger(config: TrainConfig) -> bool:
+    """Whether the head runs by Liger's kernel."""
+    if config.head == "auto":
+        on_gpu = config.device != "cpu" and torch.cuda.is_available()
+        return on_gpu and liger_installed() and liger_fits(config.distillation)
+    return config.head == "liger"
+
+
+def check_objective(settings: Distillation, manifest: Manifest, cache: Path) -> None:
+    """TideError where the cache lacks what the objective needs; one warning where the paper advises against it."""
+    match settings:
+        case NoDistillation():
+            return
+        case KL() | ReverseKL():
+            if "topk" not in manifest.signals or not manifest.shared_tokenizer:
+                raise TideError(
+                    f"{settings.type} compares token distributions, and {cache} has none in the student's vocabulary",
+                    expected="a cache with the signal topk from a teacher that shares the student's tokenizer",
+                    fix="use calm or reverse_calm, or a cache from such a teacher",
+                )
+            if settings.temperature not in manifest.temperatures:
+                raise TideError(
+                    f"the temperature {settings.temperature} is not in the cache {cache}",
+                    expected=f"one of {', '.join(map(str, manifest.temperatures))}",
+                    fix="choose one of these, or build a cache with targets.temperatures that includes it",
+                )
+        case Calm() | ReverseCalm():
+            if "chunks" not in manifest.signals:
+                raise TideError(
+                    f"{settings.type} needs chunk likelihoods, and {cache} has only {', '.join(manifest.signals)}",
+                    fix='build a cache with targets.signals=["topk","chunks"]',
+                )
+    if settings.tidal is not None and isinstance(settings, ReverseKL | ReverseCalm):
+        warnings.warn(
+            f"TIDAL with {settings.type}: the paper advises against TIDAL with a reverse objective", stacklevel=2
+        )

@@ -1,0 +1,84 @@
+"""`tide replay RUN`: go to the step whose loss was not finite again, and show where it breaks.
+
+A run is the same float for float when it is repeated, so the last whole checkpoint before the step and the recorded
+settings lead to the very weights and batch of that moment.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.config import TrainConfig
+from shared.errors import TideError
+from shared.settings import build
+from student_train.batches.collate import Batch, targets_of
+from student_train.losses.fused_head import LossSettings
+from student_train.losses.objective import objective
+from student_train.training.resumable import complete_checkpoints
+from student_train.training.trainer import make_trainer
+from student_train.training.watch import NONFINITE
+
+
+class _Reached(Exception):
+    """The item is here; carries the report."""
+
+
+def replay(run: Path) -> str:
+    """A report on the recorded step of `run`. TideError where nothing is recorded."""
+    try:
+        note = json.loads((run / f"{NONFINITE}.json").read_text())
+        settings = json.loads((run / "run.json").read_text())["config"]
+    except OSError as error:
+        raise TideError(
+            f"{run} has no record of a loss that was not finite ({Path(str(error.filename)).name} is missing)",
+            expected="a run that `tide train` stopped for that reason",
+        ) from error
+    with tempfile.TemporaryDirectory(prefix="tide-replay-") as folder:
+        out = Path(folder) / "run"
+        before = [p for p in complete_checkpoints(run / "checkpoints") if int(p.name.split("-")[1]) <= note["step"]]
+        if before:
+            shutil.copytree(before[-1], out / "checkpoints" / before[-1].name)
+        trainer, _ = make_trainer(build(TrainConfig, {**settings, "out": out, "report_to": []}))
+
+        def at_item(item: int, model: Any, batch: Batch, how: LossSettings) -> None:
+            if item == note["batch"]:
+                raise _Reached(_describe(trainer, model, batch, how, note))
+
+        trainer.at_item = at_item
+        try:
+            trainer.train_resuming()
+        except _Reached as reached:
+            return str(reached)
+    raise TideError(f"the run of {run} no longer comes to batch {note['batch']}", fix="give back the cache as it was")
+
+
+@torch.no_grad()
+def _describe(trainer: Any, model: Any, batch: Batch, how: LossSettings, note: dict[str, Any]) -> str:
+    model = trainer.accelerator.unwrap_model(model)
+    weights = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    logits = model(batch=batch).float()
+    bad_rows = (~torch.isfinite(logits).all(dim=1)).nonzero().squeeze(1).tolist()
+    sums = objective(logits, targets_of(batch, trainer.temperatures), how.distillation, how.progress)
+    wrong = {
+        k: int((~torch.isfinite(v)).sum()) for k, v in batch.items() if torch.is_tensor(v) and v.is_floating_point()
+    }
+    return "\n".join(
+        [
+            f"step {note['step']}, batch {note['batch']}, examples {', '.join(note['example_ids'])}",
+            f"weights that are not finite: {', '.join(weights[:5]) or 'none'}",
+            f"targets that are not finite: {', '.join(k for k, n in wrong.items() if n) or 'none'}",
+            f"rows of logits that are not finite: {len(bad_rows)} of {len(logits)}"
+            + (
+                f", the first is masked position {bad_rows[0]}"
+                if bad_rows
+                else f"; largest |logit| {logits.abs().max():.4g}"
+            ),
+            f"sum of CE {float(sums.denoise):.6g}, sum of distillation {float(sums.distillation):.6g}",
+        ]
+    )

@@ -1,0 +1,45 @@
+"""What one forward pass of training computes, as the model's own forward: so DDP and FSDP see all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from student_train.batches.collate import Batch, targets_of
+from student_train.losses.fused_head import LossSettings, fused_loss
+from student_train.losses.liger_head import liger_loss
+from student_train.losses.objective import Sums, Targets
+from student_train.model.student import masked_hidden
+
+
+def train_on_loss(model: Any, block: int, temperatures: Sequence[float], liger: bool = False) -> None:
+    """From now on `model(batch=…, settings=…)` returns the loss and its sums; without settings, the logits at the
+    masked positions. `liger`: by Liger's kernel rather than in slices.
+
+    DistributedDataParallel and FSDP hook the forwards of modules; a loss computed outside of the model's would escape
+    the first, weights read outside of the LM head's the second. The stock forwards stay reachable on the classes, and
+    saving and loading do not change.
+    """
+    compute = liger_loss if liger else fused_loss
+
+    def forward(self: Any, batch: Batch, settings: LossSettings | None = None) -> Any:
+        keys = ("noised", "clean", "valid", "row", "column")
+        hidden = masked_hidden(self, *(batch[key] for key in keys), block=block)
+        return (
+            self.lm_head(hidden)
+            if settings is None
+            else self.lm_head(hidden, targets_of(batch, temperatures), settings)
+        )
+
+    def head(
+        self: Any, hidden: Tensor, targets: Targets | None = None, settings: LossSettings | None = None
+    ) -> Tensor | tuple[Tensor, Sums]:
+        if targets is None or settings is None:
+            return nn.Linear.forward(self, hidden)
+        return compute(hidden, self.weight, targets, settings)
+
+    model.forward = MethodType(forward, model)
+    model.lm_head.forward = MethodType(head, model.lm_head)

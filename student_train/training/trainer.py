@@ -1,0 +1,269 @@
+"""Stage two: the loop. Hugging Face's Trainer carries it; the loss is `objective`, the data `BatchDataset`."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import set_seed
+
+from shared.atomic import write_bytes
+from shared.config import LengthConfig, TrainConfig
+from shared.errors import TideError
+from shared.manifest import Manifest, differences, load_manifest
+from shared.objectives import KL, ReverseKL
+from shared.processes import part
+from shared.settings import build, to_plain
+from shared.tokenizers import Tokenizer
+from student_train.batches.collate import Batch, counts_of, targets_of
+from student_train.batches.loader import BatchDataset
+from student_train.losses.fused_head import LossSettings
+from student_train.losses.objective import parts_of
+from student_train.losses.schedules import training_strength
+from student_train.model.student import embedding_rows, load_student
+from student_train.training.checks import check_hardware, check_objective, check_trackers, settle_attention, uses_liger
+from student_train.training.heldout import HeldOut, masked_nll, prepare_heldout
+from student_train.training.resumable import ResumableTrainer, training_arguments
+from student_train.training.step import train_on_loss
+from student_train.training.watch import Watch, mass_in_topk, stop_at_nonfinite
+
+
+class StudentTrainer(ResumableTrainer):
+    """Trains on whole batches; sums are divided once, by counts over all accumulated batches."""
+
+    def __init__(
+        self, *args: Any, config: TrainConfig, manifest: Manifest, block: int, heldout: HeldOut | None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._config, self._manifest, self._block, self._heldout = config, manifest, block, heldout
+        self._watch, self._batches_done = Watch(), 0
+        self.at_item: Callable[[int, Any, Batch, LossSettings], None] | None = None
+        """Called before each batch with its number in the run, for `tide replay`."""
+
+    @property
+    def block(self) -> int:
+        """Block of the student's block diffusion."""
+        return self._block
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """Temperatures that the cache has."""
+        return self._manifest.temperatures
+
+    @property
+    def progress(self) -> float:
+        """τ = step / max_steps."""
+        return self.state.global_step / max(self.state.max_steps, 1)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The batches of one optimizer step, and the denominators over all of them, on all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.zeros(3, dtype=torch.float64, device=device)
+        for batch in batches:
+            counts += batch["counts"].to(device)
+        self._batches_done = 0
+        return batches, self.accelerator.reduce(counts, "sum")
+
+    @property
+    def _item(self) -> int:
+        """The number in the data set of the batch at hand."""
+        done = self.state.global_step * self._config.accumulation + self._batches_done
+        return done * self.accelerator.num_processes + self.accelerator.process_index
+
+    def compute_loss(  # type: ignore[override]
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """This process's share of the step's loss. Gradients over processes and accumulated batches add up to those
+        of one large batch: counts are global, and DDP's mean over processes is undone.
+        """
+        config, counts = self._config, counts_of(num_items_in_batch)
+        settings = LossSettings(config.distillation, config.weight, counts, self.progress)
+        if self.at_item is not None:
+            self.at_item(self._item, model, inputs, settings)
+        loss, sums = model(batch=inputs, settings=settings)
+        with torch.no_grad():
+            mass = None
+            if isinstance(config.distillation, KL | ReverseKL):
+                topk = targets_of(inputs, self._manifest.temperatures).topk
+                mass = mass_in_topk(topk, config.distillation.temperature)
+            self._watch.add(self._item, loss, parts_of(sums, counts, config.distillation), inputs, mass)
+        self._batches_done += 1
+        return loss * self.accelerator.num_processes
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds what is watched and λ to the training logs. TideError where a loss was not finite."""
+        self.refuse_nonfinite()
+        if "loss" in logs:
+            logs = {**logs, **self._watch.read(self.accelerator, self._config.accumulation)}
+            tidal = getattr(self._config.distillation, "tidal", None)
+            if tidal is not None:
+                logs["tidal_lambda_train"] = training_strength(tidal, self.progress)
+        super().log(logs, *args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        progress = {"step": self.state.global_step, "max_steps": self.state.max_steps, **logs}
+        write_bytes(self._config.out / "progress.json", (json.dumps(progress) + "\n").encode())
+
+    def refuse_nonfinite(self) -> None:
+        """TideError, with the batch saved, where a loss since the start was not finite."""
+        item = self._watch.bad_item(self.accelerator)
+        if item < 0:
+            return
+        dataset: Any = self.train_dataset
+        number = item // self.accelerator.num_processes
+        step = number // self._config.accumulation
+        raise stop_at_nonfinite(self._config.out, step, number, dataset.rows(item), dataset[item])
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Held-out masked NLL; logged as eval_heldout_nll and eval_heldout_bits_per_byte."""
+        if self._heldout is None:
+            return {}
+        for entry in self.state.log_history:  # this step is scored already, perhaps before an interruption
+            if entry["step"] == self.state.global_step and "eval_heldout_nll" in entry:
+                return {k: v for k, v in entry.items() if k.startswith("eval_heldout_")}
+        model = self.accelerator.unwrap_model(self.model)
+        found = masked_nll(model, self._heldout, lambda batch: model(batch=batch))
+        metrics = {f"eval_heldout_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        return metrics
+
+
+def _settle_run_folder(config: TrainConfig, manifest: Manifest, processes: int) -> None:
+    """Write what this run is, or refuse to go on with another one."""
+    this = json.loads(json.dumps({"config": to_plain(config), "cache": manifest.digest, "draws": manifest.draws}))
+    this["config"].pop("out")
+    this["config"]["batch_size"] *= processes  # the same rows make a step, however many processes share them
+    path = config.out / "run.json"
+    if path.exists():
+        try:
+            lines = differences(json.loads(path.read_text()), this)
+        except json.JSONDecodeError as error:
+            raise TideError(f"{path} is damaged: {error}", fix="delete the run's folder and train again") from error
+        if lines:
+            raise TideError(
+                f"{config.out} holds a run with other settings (run → now):\n    " + "\n    ".join(lines),
+                fix="give back the old settings, or choose another folder (--out)",
+            )
+    else:
+        write_bytes(path, (json.dumps(this, indent=2) + "\n").encode())
+
+
+def make_trainer(config: TrainConfig) -> tuple[StudentTrainer, Tokenizer]:
+    """Everything that a run needs, checked. TideError where something does not fit."""
+    check_trackers(config.report_to)
+    check_hardware(config)
+    manifest = load_manifest(config.cache)
+    check_objective(config.distillation, manifest, config.cache)
+    lengths = build(LengthConfig, manifest.fingerprint["lengths"])
+    set_seed(config.seed)
+    model, tokenizer = load_student(settle_attention(config), config.cache, manifest)
+    _check_ids(model, manifest)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    dataset = BatchDataset(
+        config.cache,
+        manifest,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        epochs=config.epochs,
+        total=config.max_steps * config.accumulation if config.max_steps > 0 else None,
+        processes=processes,
+    )
+    steps = math.ceil(len(dataset) / (config.accumulation * processes))
+    heldout = None
+    if config.heldout is not None:
+        mask_id = manifest.fingerprint["student"]["mask_id"]
+        heldout = prepare_heldout(config.heldout, lengths, tokenizer, mask_id, config.heldout_draws)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _settle_run_folder(config, manifest, processes)
+    train_on_loss(model, lengths.block, manifest.temperatures, uses_liger(config))
+    trainer = StudentTrainer(
+        model=model,
+        args=_arguments(config, steps, heldout is not None),
+        train_dataset=dataset,
+        eval_dataset=dataset if heldout is not None else None,
+        data_collator=_only,
+        config=config,
+        manifest=manifest,
+        block=lengths.block,
+        heldout=heldout,
+    )
+    return trainer, tokenizer
+
+
+def train_student(config: TrainConfig) -> dict[str, float]:
+    """Train (or go on training) a student from a cache; return its final metrics.
+
+    The result is `out/model`, which transformers loads as is, and `out/history.json`, the logged curve.
+    """
+    trainer, tokenizer = make_trainer(config)
+    with _explained_full_disk(config.out):
+        trainer.train_resuming()
+    trainer.refuse_nonfinite()
+    metrics = {**trainer.evaluate(), "seconds": trainer.seconds_trained}
+    state = trainer.accelerator.get_state_dict(trainer.model)  # gathers what FSDP has sharded
+    if trainer.is_world_process_zero():
+        final = trainer.accelerator.unwrap_model(trainer.model)
+        final.save_pretrained(config.out / "model", state_dict=state)
+        tokenizer.backend.save_pretrained(config.out / "model")
+        history = {"steps": trainer.state.log_history, "final": metrics}
+        write_bytes(config.out / "history.json", (json.dumps(history, indent=1) + "\n").encode())
+    part()
+    return metrics
+
+
+@contextmanager
+def _explained_full_disk(out: Path) -> Iterator[None]:
+    """A full disk while a checkpoint is written: an OSError, or an error of the library that was writing."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+            raise TideError(
+                f"the disk is full: a checkpoint in {out} could not be written",
+                fix="free some space and run the same command again; it goes on from the last whole checkpoint",
+            ) from error
+        raise
+
+
+def _only(batches: list[Batch]) -> Batch:
+    """The data set's items are whole batches already."""
+    return batches[0]
+
+
+def _check_ids(model: Any, manifest: Manifest) -> None:
+    width = embedding_rows(model)
+    k = manifest.fingerprint["targets"]["k"]
+    if manifest.shared_tokenizer and k > width:
+        raise TideError(f"the cache keeps {k} logits a position, the student has {width}", fix="use another student")
+
+
+def _arguments(config: TrainConfig, steps: int, evaluates: bool) -> Any:
+    return training_arguments(
+        config.out / "checkpoints",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=config.accumulation,
+        max_steps=steps,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=math.ceil(config.warmup_ratio * steps),
+        lr_scheduler_type=config.schedule,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.precision == "bfloat16",
+        seed=config.seed,
+        save_steps=config.checkpoint_steps,
+        logging_steps=config.log_steps,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=config.eval_steps,
+        report_to=list(config.report_to),
+        ddp_find_unused_parameters=False,
+        **({"use_cpu": True} if config.device == "cpu" else {}),
+        **({"fsdp": True, "fsdp_config": {"version": 2}} if config.parallel == "fsdp" else {}),
+    )

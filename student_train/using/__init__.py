@@ -1,0 +1,1 @@
+"""A finished student: sampling, likelihoods. No part of training."""

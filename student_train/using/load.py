@@ -1,0 +1,79 @@
+"""A trained student, ready to answer: model, tokenizer and special ids from one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shared.errors import TideError
+from shared.models.checkpoint import open_checkpoint, resolve
+from shared.models.loading import load_model
+from shared.templates import Message
+from shared.tokenizers import Tokenizer
+from student_train.model.student import student_architecture
+from student_train.using.sampler import SampleConfig, Special, sample
+
+
+@dataclass(frozen=True)
+class LoadedStudent:
+    """What `load_for_use` returns."""
+
+    model: Any
+    tokenizer: Tokenizer
+    special: Special
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a chat up to where the response begins, as in training (an empty think block included)."""
+        rendered = self.tokenizer.render([*messages, {"role": "assistant", "content": ""}])
+        return self.tokenizer.encode([rendered.text[: rendered.response_start]])[0]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+        return str(self.tokenizer.backend.decode(list(ids), skip_special_tokens=True))
+
+    def answer(self, chats: Sequence[Sequence[Message]], config: SampleConfig, batch: int) -> Iterator[str]:
+        """The response to each chat, in order, `batch` of them at a time."""
+        for start in range(0, len(chats), batch):
+            prompts = [self.prompt(messages) for messages in chats[start : start + batch]]
+            yield from (self.text(ids) for ids in sample(self.model, prompts, self.special, config))
+
+
+def device_for(name: str) -> torch.device:
+    """A device by name; `auto` is the accelerator where there is one. TideError where it is not on this machine."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    here = "cpu" if accelerator is None else f"cpu or {accelerator.type}"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise TideError(f"device is {name!r}", expected=f"auto, {here}") from error
+    if device.type != "cpu" and (accelerator is None or device.type != accelerator.type):
+        raise TideError(f"device {name} is not on this machine", expected=f"auto, {here}")
+    return device
+
+
+def load_for_use(place: str, device: str = "auto") -> LoadedStudent:
+    """A student from a folder or a hub id, in bfloat16 on an accelerator, else in float32.
+
+    TideError where it is no student, or nothing names its mask token.
+    """
+    checkpoint = open_checkpoint(resolve(place))
+    where = device_for(device)
+    dtype = torch.float32 if where.type == "cpu" else torch.bfloat16
+    model: Any = load_model(checkpoint, student_architecture(checkpoint), dtype)
+    model = model.to(where).eval()
+    tokenizer = Tokenizer.load(checkpoint.folder)
+    mask = checkpoint.config.get("mask_token_id", tokenizer.backend.mask_token_id)
+    if mask is None:
+        raise TideError(
+            f"neither the config nor the tokenizer of {place} names a mask token",
+            expected="mask_token_id in config.json, as `tide train` writes it",
+            fix="give a student, such as runs/NAME/model",
+        )
+    eos = tokenizer.special_id("eos")
+    pad = tokenizer.backend.pad_token_id
+    return LoadedStudent(model, tokenizer, Special(int(mask), eos if pad is None else int(pad), eos))

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+from pipelines.terminal import chat
+from shared.errors import TideError
+from student_train.using.load import LoadedStudent, load_for_use
+from student_train.using.sampler import SampleConfig
+
+SHORT = ["--new-tokens", "16", "--block", "8", "--device", "cpu"]
+
+
+def run(*arguments: str, text: str | None = None) -> str:
+    done = CliRunner().invoke(app, list(arguments), input=text, catch_exceptions=False)
+    assert done.exit_code == 0
+    return done.stdout
+
+
+def test_prompts_from_arguments_standard_input_and_files_agree(student: str, tmp_path: Path) -> None:
+    answers = run("sample", student, "Write `f`.", "And now `g`, which is longer.", *SHORT)
+    one = run("sample", student, *SHORT, text="Write `f`.\n")
+    assert answers.startswith(one)
+    rows = [{"prompt": "Write `f`."}, {"messages": [{"role": "user", "content": "And now `g`, which is longer."}]}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    lines = run("sample", student, "--file", str(tmp_path / "p.jsonl"), *SHORT).splitlines()
+    found = [json.loads(line)["response"] for line in lines]
+    assert answers == "".join(answer + "\n" for answer in found)
+
+
+def test_bad_input_is_explained(student: str, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"question": "b"}\n')
+    for arguments, message in [
+        (["--file", str(tmp_path / "p.jsonl")], "line 2 is no prompt"),
+        (["--file", str(tmp_path / "none.jsonl")], "cannot be read"),
+        (["x", "--remasking", "best"], "low_confidence or random"),
+        (["x", "--new-tokens", "0"], "both must be positive"),
+        (["x", "--device", "gpu"], "device is 'gpu'"),
+        (["x", "--device", "mps" if torch.cuda.is_available() else "cuda"], "is not on this machine"),
+    ]:
+        with pytest.raises(TideError, match=message):
+            CliRunner().invoke(app, ["sample", student, *arguments], catch_exceptions=False)
+
+
+def test_the_prompt_is_the_one_of_training(student: str) -> None:
+    loaded = load_for_use(student, "cpu")
+    ids = loaded.prompt([{"role": "user", "content": "x"}])
+    assert loaded.tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("show", [True, False])
+def test_a_conversation_remembers_and_ends(student: str, monkeypatch: pytest.MonkeyPatch, show: bool) -> None:
+    loaded = load_for_use(student, "cpu")
+    seen: list[int] = []
+    prompt = LoadedStudent.prompt
+    monkeypatch.setattr(
+        LoadedStudent, "prompt", lambda self, messages: seen.append(len(messages)) or prompt(self, messages)
+    )
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    questions = iter(["one", "two", ""])
+    monkeypatch.setattr(console, "input", lambda _prompt: next(questions))
+    chat.talk(loaded, SampleConfig(new_tokens=16, block=8), show, console)
+    assert seen == [1, 3]
+    drawn = console.file.getvalue()  # type: ignore[attr-defined]
+    assert ("░" in drawn) == show

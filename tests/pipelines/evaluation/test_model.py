@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import Registry, get_model
+
+from pipelines.evaluation.model import TideBD3LM, steps_per_block
+from pipelines.evaluation.register import NAME, register_model
+from shared.errors import TideError
+from shared.tokenizers import Tokenizer
+from student_train.using.elbo import ElboConfig, log_likelihoods
+from student_train.using.load import LoadedStudent, load_for_use
+from student_train.using.sampler import SampleConfig, sample
+
+PROMPTS = ["Write `f`.", "And now write `g`, which is a longer prompt than that.", "h", "Sort a list."]
+SMALL: dict[str, Any] = {"block_size": 8, "max_new_tokens": 20, "mc_num": 4}
+
+
+@pytest.fixture(scope="module")
+def loaded(student: str) -> LoadedStudent:
+    """Of random weights, wide enough that it talks, and never of special tokens."""
+    found = load_for_use(student, "cpu")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in found.model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.4)
+        found.model.lm_head.weight[2040:] = 0
+    return found
+
+
+def asks(contexts: list[str], **options: Any) -> list[Instance]:
+    arguments = [(context, {"until": [], **options}) for context in contexts]
+    return [Instance("generate_until", {}, pair, i) for i, pair in enumerate(arguments)]
+
+
+def generate(loaded: LoadedStudent, contexts: list[str], settings: dict[str, Any], **options: Any) -> list[str]:
+    return TideBD3LM(loaded, **{**SMALL, **settings}).generate_until(asks(contexts, **options), disable_tqdm=True)
+
+
+def chats(loaded: LoadedStudent) -> list[str]:
+    model = TideBD3LM(loaded)
+    return [model.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_answers_are_those_of_tide_sample(loaded: LoadedStudent, batch: int) -> None:
+    config = SampleConfig(new_tokens=20, block=8)
+    wanted = list(loaded.answer([[{"role": "user", "content": p}] for p in PROMPTS], config, batch=4))
+    assert generate(loaded, chats(loaded), {"batch_size": batch}) == wanted
+    assert any(wanted)
+
+
+def test_the_beginning_of_a_response_stays_open(loaded: LoadedStudent) -> None:
+    model = TideBD3LM(loaded)
+    history = [{"role": "user", "content": "Write `f`."}, {"role": "assistant", "content": "def f(\n"}]
+    text = model.apply_chat_template(history, add_generation_prompt=False)
+    assert text == model.apply_chat_template(history[:1]) + "def f(\n"
+
+
+def test_the_chat_template_ends_in_its_empty_think_block(loaded: LoadedStudent) -> None:
+    """As Qwen3's, which writes one before the last answer: a response that was begun comes behind it."""
+    backend = copy.deepcopy(loaded.tokenizer.backend)
+    backend.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}"
+        "<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    )
+    model = TideBD3LM(LoadedStudent(loaded.model, Tokenizer(backend, "think"), loaded.special))
+    shots = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    asked = [*shots, {"role": "user", "content": "2 + 2?"}]
+    text = model.apply_chat_template(asked)
+    assert text.endswith("2 + 2?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert text.count("<think>") == 1
+    begun = model.apply_chat_template(
+        [*asked, {"role": "assistant", "content": "It is\n"}], add_generation_prompt=False
+    )
+    assert begun == text + "It is\n"
+
+
+def test_a_stop_text_cuts_the_answer_and_ends_sampling(loaded: LoadedStudent) -> None:
+    settings = {"max_new_tokens": 64, "steps": 16}
+    (whole,) = generate(loaded, chats(loaded)[:1], settings)
+    stop = whole[3]
+    passes: list[int] = []
+    hook = loaded.model.model.register_forward_hook(lambda *_: passes.append(1))
+    (short,) = generate(loaded, chats(loaded)[:1], settings, until=[stop, "never"])
+    few = len(passes)
+    assert generate(loaded, chats(loaded)[:1], settings, until="never") == [whole]
+    many = len(passes) - few
+    both = generate(loaded, chats(loaded)[:2], settings, until=[stop])
+    assert both[0] == short
+    hook.remove()
+    assert short == whole[: whole.index(stop)]
+    assert few < many
+
+
+def test_tokens_and_noise_come_from_the_task_where_the_model_leaves_them(loaded: LoadedStudent) -> None:
+    context = chats(loaded)[:1]
+    free = {"max_new_tokens": None}
+    (short,) = generate(loaded, context, free, max_gen_toks=8)
+    (long,) = generate(loaded, context, free, max_gen_toks=24)
+    assert long.startswith(short) and len(long) > len(short)
+    assert generate(loaded, context, free, max_gen_toks=8, temperature=3.0) == [short]  # do_sample is not asked
+    warm = generate(loaded, context * 3, free, max_gen_toks=8, temperature=3.0, do_sample=True)
+    assert len(set(warm)) == 3  # repeats of one request get noise of their own
+    assert warm == generate(loaded, context * 3, free, max_gen_toks=8, temperature=3.0, do_sample=True)
+
+
+def test_likelihoods_are_elbos_and_greedy_is_what_sampling_gives(loaded: LoadedStudent) -> None:
+    model = TideBD3LM(loaded, **SMALL)
+    context = chats(loaded)[0]
+    ids = model.tok_encode(context)
+    (greedy,) = sample(loaded.model, [ids], loaded.special, SampleConfig(new_tokens=8, block=8))
+    readable = [n for n in range(1, 9) if model.tok_encode(loaded.tokenizer.decode(greedy[:n])) == greedy[:n]]
+    said = loaded.tokenizer.decode(greedy[: readable[-1]])
+    pairs = [(context, said), (context, " no"), ("", "def f(x):\n    return x"), (context, said + " no")]
+    found = model.loglikelihood([Instance("loglikelihood", {}, p, i) for i, p in enumerate(pairs)], disable_tqdm=True)
+    assert [is_greedy for _, is_greedy in found] == [True, False, False, False]
+    config = ElboConfig(draws=4, block=8)
+    for (value, _), (text, continuation) in zip(found, pairs, strict=True):
+        start, tokens = model.tok_encode(text) or [model.eot_token_id], model.tok_encode(continuation)
+        wanted = log_likelihoods(loaded.model, start, [tokens], loaded.special, config)[0]
+        assert value == pytest.approx(wanted, abs=1e-4)
+
+
+def test_spaces_between_context_and_continuation_go_to_the_continuation(loaded: LoadedStudent) -> None:
+    model = TideBD3LM(loaded)
+    pair = model._encode_pair("Answer:  ", "yes")
+    assert pair == (model.tok_encode("Answer:"), model.tok_encode("  yes"))
+    assert model._encode_pair("assistant\n", "yes")[1] == model.tok_encode("yes")
+
+
+def test_a_whole_text_is_scored_in_windows(loaded: LoadedStudent) -> None:
+    text = "def f(x):\n    return x\n" * 4
+    tokens = TideBD3LM(loaded).tok_encode(text)
+    config = ElboConfig(draws=4, block=8)
+    request = [Instance("loglikelihood_rolling", {}, (text,), 0)]
+    whole = log_likelihoods(loaded.model, [loaded.special.eos], [tokens], loaded.special, config)[0]
+    assert TideBD3LM(loaded, **SMALL).loglikelihood_rolling(request, disable_tqdm=True) == pytest.approx([whole])
+    cut = TideBD3LM(loaded, **SMALL, max_length=16 + len(tokens) // 2).loglikelihood_rolling(request, disable_tqdm=True)
+    assert cut[0] != pytest.approx(whole) and cut[0] < 0
+
+
+def test_a_long_prompt_loses_its_beginning(loaded: LoadedStudent) -> None:
+    model = TideBD3LM(loaded, **SMALL, max_length=20 + 8)
+    (answer,) = model.generate_until(asks(["x y z " * 50]), disable_tqdm=True)
+    tail = model.tok_encode("x y z " * 50)[-8:]
+    (wanted,) = sample(loaded.model, [tail], loaded.special, SampleConfig(new_tokens=20, block=8))
+    assert answer == loaded.text(wanted)
+    assert model.truncated == 1
+    with pytest.raises(TideError, match="whole length of 27"):
+        TideBD3LM(loaded, **SMALL, max_length=27).generate_until(asks(["x"]), disable_tqdm=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"parallelize": True}, "no argument parallelize"),
+        ({"mc_num": 0}, "draws is 0"),
+        ({"block_size": 0}, "both must be positive"),
+        ({"remasking": "best"}, "low_confidence or random"),
+        ({"threshold": 2.0}, "threshold"),
+    ],
+)
+def test_wrong_arguments_are_explained(loaded: LoadedStudent, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TideError, match=message):
+        TideBD3LM(loaded, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "steps", "block", "wanted"),
+    [(256, 256, 32, 32), (256, 64, 32, 8), (3, 3, 32, 3), (256, None, 32, None), (32, 256, 32, 32), (64, 1, 32, 1)],
+)
+def test_steps_are_shared_out_over_blocks(tokens: int, steps: int | None, block: int, wanted: int | None) -> None:
+    assert steps_per_block(tokens, steps, block) == wanted
+
+
+def test_lm_eval_finds_the_model_by_name() -> None:
+    register_model()
+    register_model()
+    assert get_model(NAME) is TideBD3LM
+
+
+def test_the_entry_point_leads_to_the_model() -> None:
+    """Releases of lm-eval that look for plugins put entry points into a registry like this one."""
+    (entry,) = importlib.metadata.entry_points(group="lm_eval.models", name=NAME)
+    registry: Registry[Any] = Registry("model")
+    registry.register(NAME, target=entry)
+    assert registry.get(NAME) is TideBD3LM

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+from pipelines.experiments import ablate
+from pipelines.experiments.ablate import Grid, run_ablation
+from pipelines.recipes.command_line import to_toml
+from shared.errors import TideError
+from shared.settings import build, read_toml
+from tests.conftest import chats_file
+
+TEXT = st.text(st.characters(codec="ascii", categories=["L", "P", "N"]))
+KEYS = st.from_regex(r"[a-z]{1,5}", fullmatch=True)
+VALUES = st.recursive(
+    st.booleans() | st.integers(-1000, 1000) | st.floats(-10, 10) | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(value=VALUES)
+def test_inline_toml_round_trip(value: object) -> None:
+    assert tomllib.loads(f"v = {to_toml(value)}")["v"] == value
+
+
+def write_grid(path: Path, model: Path) -> Path:
+    path.write_text(f"""
+seeds = [0, 1]
+[caches.a]
+teacher = "tiny-cross"
+model = "{model}"
+shard_examples = 8
+data = {{ source = "{chats_file()}", limit = 24 }}
+lengths = {{ student = 128, teacher = 128 }}
+noise = {{ draws = 1 }}
+[train]
+max_steps = 2
+batch_size = 4
+checkpoint_steps = 2
+log_steps = 1
+eval_steps = 2
+device = "cpu"
+precision = "float32"
+student = {{ hidden_size = 32, layers = 1, heads = 2, kv_heads = 1, intermediate_size = 32 }}
+heldout = {{ source = "{chats_file()}", limit = 4 }}
+[variants.plain]
+cache = "a"
+train = {{ distillation = {{ type = "none" }} }}
+[variants.calm]
+cache = "a"
+train = {{ distillation = {{ type = "calm", tidal = {{ axis = "training_only" }} }}, weight = 2.0 }}
+""")
+    return path
+
+
+def test_a_grid_trains_reports_and_resumes(
+    random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_grid(tmp_path / "grid.toml", random_teacher)
+    text = run_ablation(recipe, tmp_path / "out").read_text()
+    assert "calm, T 2.0, TIDAL training_only, weight 2" in text
+    assert "| calm | " in text
+    assert "--set 'weight=2.0'" in text or "--set weight=2.0" in text
+    assert len(list((tmp_path / "out").glob("*-seed*/history.json"))) == 4
+    command = next(line for line in text.splitlines() if line.startswith("* `calm`"))
+    again = shlex.split(command.split("`")[3])
+    assert CliRunner().invoke(app, [*again[1:], "--out", str(tmp_path / "again")]).exit_code == 0
+    runs = [json.loads((f / "history.json").read_text()) for f in (tmp_path / "again", tmp_path / "out" / "calm-seed0")]
+    assert runs[0]["final"]["eval_heldout_nll"] == runs[1]["final"]["eval_heldout_nll"]
+    started: list[str] = []
+    monkeypatch.setattr("pipelines.experiments.grid._start", lambda job: started.append(job.folder.name))
+    run_ablation(recipe, tmp_path / "out")
+    assert started == []
+
+
+def test_the_whole_recipe_is_checked_first(
+    random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablate, "build_cache", lambda _config: pytest.fail("a cache was begun"))
+    recipe = write_grid(tmp_path / "grid.toml", random_teacher)
+    whole = recipe.read_text()
+    first = 'cache = "{}"\ntrain = {{ distillation = {{ type = "none"'
+    for old, new, message in [
+        ("weight = 2.0", "wieght = 2.0", "wieght: no such setting"),
+        (first.format("a"), first.format("b"), "names the cache 'b'"),
+        ('type = "calm"', 'type = "clam"', "variant calm"),
+    ]:
+        assert old in whole
+        recipe.write_text(whole.replace(old, new, 1))
+        with pytest.raises(TideError, match=message):
+            run_ablation(recipe, tmp_path / "out")
+
+
+def test_the_paper_s_grid_holds() -> None:
+    grid = build(Grid, read_toml(Path("pipelines/recipes/paper.toml")), "paper.toml")
+    assert {v.train["distillation"]["type"] for v in grid.variants.values()} == {"none", "kl", "calm", "reverse_calm"}
+    assert json.dumps(grid.train)

@@ -1,0 +1,135 @@
+"""Several processes and accumulation: the gradient is that of one large batch, whoever holds which rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shared.manifest import load_manifest
+from shared.settings import to_plain
+from student_train.batches.loader import BatchDataset
+from tests.student_train.training.test_trainer import config, curve
+
+SCRIPT = """
+import json, sys
+import student_train.training.trainer as trainer
+from shared.config import TrainConfig
+from shared.settings import build
+
+# By plain gradient descent with rate 1 the step's change of the weights is the gradient itself.
+arguments = trainer._arguments
+def descend(*args):
+    made = arguments(*args)
+    made.optim = sys.argv[2]
+    return made
+trainer._arguments = descend
+
+if "fsdp" in sys.argv[1]:
+    # accelerate shards on accelerators only. Told that this process is on one, it does the same over gloo.
+    import accelerate.state as state
+    import torch
+    begin = state.PartialState.__init__
+    def told(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        if self.distributed_type == state.DistributedType.MULTI_CPU:
+            self.distributed_type = state.DistributedType.MULTI_GPU
+    state.PartialState.__init__ = told
+    torch.accelerator.is_available = lambda: True
+    trainer.check_hardware = lambda config: None
+    evaluate = trainer.StudentTrainer.evaluate
+    def sharded(self, **ignored):
+        assert isinstance(self.model, torch.distributed.fsdp.FSDPModule)
+        return evaluate(self)
+    trainer.StudentTrainer.evaluate = sharded
+trainer.train_student(build(TrainConfig, json.loads(sys.argv[1])))
+"""
+
+
+def run(settings: Any, processes: int, optimizer: str = "sgd") -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc-per-node={processes}",
+                                          "--master-port=29611"]  # fmt: skip
+    script = settings.out.parent / "train.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, *launcher, str(script), json.dumps(to_plain(settings)), optimizer]
+    done = subprocess.run(command, env={**environment, "PYTHONPATH": "."}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("teacher", "distillation"),
+    [("tiny-cross", {"type": "reverse_calm"}), ("tiny-shared", {"type": "kl", "tidal": {}})],
+)
+def test_two_processes_make_the_gradient_of_one(
+    caches: dict[str, Path], tmp_path: Path, teacher: str, distillation: Any
+) -> None:
+    """Batch 8 in one process, 4 in each of two; and the same with two accumulated batches."""
+    for accumulation in (1, 2):
+        compare(caches[teacher], tmp_path / str(accumulation), distillation, accumulation)
+
+
+@pytest.mark.slow
+def test_sharded_processes_make_the_gradient_of_one(caches: dict[str, Path], tmp_path: Path) -> None:
+    for accumulation in (1, 2):
+        compare(caches["tiny-cross"], tmp_path / str(accumulation), {"type": "reverse_calm"}, accumulation, "fsdp")
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_from_its_checkpoint(caches: dict[str, Path], tmp_path: Path) -> None:
+    settings = config(
+        caches["tiny-cross"], tmp_path / "run", distillation={"type": "reverse_calm"}, max_steps=4,
+        log_steps=1, checkpoint_steps=2, eval_steps=2, parallel="fsdp",
+    )  # fmt: skip
+    run(settings, 2, "adamw_torch")
+    before = load_file(settings.out / "model" / "model.safetensors")
+    for lost in (settings.out / "checkpoints" / "checkpoint-4", settings.out / "model"):
+        shutil.rmtree(lost)
+    run(settings, 2, "adamw_torch")
+    after = load_file(settings.out / "model" / "model.safetensors")
+    assert all(after[name].equal(value) for name, value in before.items())
+
+
+def compare(cache: Path, folder: Path, distillation: Any, accumulation: int, parallel: str = "ddp") -> None:
+    weights, curves = [], []
+    folder.mkdir()
+    for name, processes, batch in [("one", 1, 8), ("two", 2, 4)]:
+        settings = config(
+            cache, folder / name, distillation=distillation, batch_size=batch, accumulation=accumulation,
+            max_steps=2, learning_rate=1.0, schedule="constant_with_warmup", warmup_ratio=0.0, max_grad_norm=1e9,
+            log_steps=1, checkpoint_steps=1, eval_steps=2,
+            parallel=parallel if processes > 1 else "ddp",
+        )  # fmt: skip
+        run(settings, processes)
+        weights.append(load_file(settings.out / "model" / "model.safetensors"))
+        curves.append(curve(settings.out))
+    for name, expected in weights[0].items():
+        torch.testing.assert_close(weights[1][name], expected, rtol=0, atol=1e-6)
+    for a, b in zip(curves[0], curves[1], strict=True):
+        assert a.keys() == b.keys()
+        assert b == {key: pytest.approx(value, rel=1e-5, abs=1e-6) for key, value in a.items()}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_very_rows_of_one(caches: dict[str, Path], processes: int) -> None:
+    manifest = load_manifest(caches["tiny-cross"])
+    one = BatchDataset(caches["tiny-cross"], manifest, batch_size=2 * processes, seed=3, epochs=2.0)
+    many = BatchDataset(caches["tiny-cross"], manifest, batch_size=2, seed=3, epochs=2.0, processes=processes)
+    assert len(many) == processes * len(one)
+    for i in range(len(one)):
+        whole = [(row.example_id, row.draw) for row in one.rows(i)]
+        parts = [row for p in range(processes) for row in many.rows(i * processes + p)]
+        assert sorted(
+            (row.example_id, row.draw) for row in parts if row.prompt_length < len(row.student_ids)
+        ) == sorted(whole)
+        counts = torch.stack([many[i * processes + p]["counts"] for p in range(processes)]).sum(dim=0)
+        assert counts.tolist() == one[i]["counts"].tolist()
