@@ -6,15 +6,12 @@ types: the distillation objective is one of the classes in `shared.objectives`, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ConfigDict
-
 from shared.objectives import Distillation, NoDistillation
-
-_STRICT = ConfigDict(extra="forbid")
+from shared.variants import strict
 
 
 def _require(condition: bool, message: str) -> None:
@@ -22,11 +19,9 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-@dataclass(frozen=True)
+@strict
 class DataConfig:
     """Where the chat examples come from (`shared.data`)."""
-
-    __pydantic_config__ = _STRICT
 
     source: str = "stdlib:train"
     """A path (.jsonl, .jsonl.zst, .parquet), hf://NAME[:SPLIT], or stdlib:train|heldout|all."""
@@ -46,11 +41,9 @@ class DataConfig:
         )
 
 
-@dataclass(frozen=True)
+@strict
 class LengthConfig:
     """Lengths in tokens. The reference trains at 512 (student), 1024 (cross) or 768 (shared teacher)."""
-
-    __pydantic_config__ = _STRICT
 
     student: int = 512
     teacher: int = 1024
@@ -66,11 +59,9 @@ class LengthConfig:
         _require(self.teacher > 0, f"lengths.teacher is {self.teacher}; it must be positive")
 
 
-@dataclass(frozen=True)
+@strict
 class NoiseConfig:
     """Draws: one (t, mask, CompDemo split) each (DESIGN §6)."""
-
-    __pydantic_config__ = _STRICT
 
     seed: int = 0
     draws: int = 2
@@ -85,11 +76,9 @@ class NoiseConfig:
         _require(0 <= self.demo_ratio <= 1, f"noise.demo_ratio is {self.demo_ratio}; it must lie in [0, 1]")
 
 
-@dataclass(frozen=True)
+@strict
 class TargetConfig:
     """What is written of the teacher's knowledge."""
-
-    __pydantic_config__ = _STRICT
 
     signals: tuple[Literal["topk", "chunks"], ...] = ("topk", "chunks")
     k: int = 64
@@ -111,16 +100,15 @@ class TargetConfig:
         return tuple(sorted({1.0, *self.temperatures}))
 
 
-@dataclass(frozen=True)
+@strict
 class EngineConfig:
     """How the teacher runs."""
-
-    __pydantic_config__ = _STRICT
 
     type: Literal["transformers", "vllm", "auto"] = "transformers"
     """`auto`: vLLM where it is installed and can run the teacher, else transformers."""
     device: str = "auto"
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: as the cache was begun, else bfloat16 where the device has it in hardware, float32 elsewhere."""
     tokens_per_batch: int = 16384
     """Padded tokens in one forward pass, at most (one longer sequence still goes alone)."""
     head_rows: int = 1024
@@ -159,11 +147,9 @@ class EngineConfig:
         )
 
 
-@dataclass(frozen=True)
+@strict
 class CacheConfig:
     """Stage one: `tide cache`."""
-
-    __pydantic_config__ = _STRICT
 
     teacher: str = "tiny-cross"
     model: str | None = None
@@ -194,11 +180,9 @@ class CacheConfig:
         _require(0 <= self.rank < self.world, f"rank is {self.rank} and world {self.world}; 0 ≤ rank < world must hold")
 
 
-@dataclass(frozen=True)
+@strict
 class StudentConfig:
     """The student: a checkpoint, or a new model of this shape with the cache's tokenizer."""
-
-    __pydantic_config__ = _STRICT
 
     checkpoint: str | None = None
     """Path or hub id of an `a2d-qwen3`, Qwen3 or Llama checkpoint; None starts from random weights."""
@@ -216,11 +200,9 @@ class StudentConfig:
     mask_token: str = "<|mask|>"
 
 
-@dataclass(frozen=True)
+@strict
 class TrainConfig:
     """Stage two: `tide train`."""
-
-    __pydantic_config__ = _STRICT
 
     cache: Path = Path("caches/default")
     out: Path = Path("runs/default")
@@ -240,7 +222,10 @@ class TrainConfig:
     warmup_ratio: float = 0.1
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
     max_grad_norm: float = 1.0
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of products; weights stay in float32. `auto`: as the run was begun, else bfloat16 where the device has it in
+    hardware, float32 elsewhere.
+    """
     device: Literal["auto", "cpu"] = "auto"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: a whole student on each GPU, or weights, gradients and optimizer sharded (FSDP2)."""

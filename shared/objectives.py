@@ -5,23 +5,18 @@ These are settings only; the mathematics is in `student_train.losses`, schedules
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
-
-_STRICT = ConfigDict(extra="forbid")
+from shared.variants import BY_TYPE, Variant, strict, variant
 
 Axis = Literal["both", "training_only", "timestep_only"]
 Growth = Literal["cosine", "linear"]
 TimestepWeight = Literal["uniform", "midrange"]
 
 
-@dataclass(frozen=True)
+@strict
 class Tidal:
     """TIDAL's strength λ over training progress and diffusion time (TIDE §2.1)."""
-
-    __pydantic_config__ = _STRICT
 
     lambda_init: float = 0.1
     lambda_max: float = 0.9
@@ -37,17 +32,13 @@ class Tidal:
             )
 
 
-@dataclass(frozen=True)
-class NoDistillation:
+@variant("none")
+class NoDistillation(Variant):
     """CE alone: the undistilled student."""
 
-    __pydantic_config__ = _STRICT
-    type: Literal["none"] = "none"
 
-
-@dataclass(frozen=True)
-class _Tempered:
-    __pydantic_config__ = _STRICT
+@strict
+class _Tempered(Variant):
     temperature: float = 2.0
     tidal: Tidal | None = None
 
@@ -56,34 +47,26 @@ class _Tempered:
             raise ValueError(f"temperature is {self.temperature}; it must be positive")
 
 
-@dataclass(frozen=True)
+@variant("kl")
 class KL(_Tempered):
     """KL(teacher ‖ student) over token logits; with `tidal`, the teacher is TIDAL's mixture."""
 
-    type: Literal["kl"] = "kl"
 
-
-@dataclass(frozen=True)
+@variant("reverse_kl")
 class ReverseKL(_Tempered):
     """KL(student ‖ teacher) over token logits."""
 
-    type: Literal["reverse_kl"] = "reverse_kl"
 
-
-@dataclass(frozen=True)
+@variant("calm")
 class Calm(_Tempered):
     """Forward CALM over chunk likelihoods."""
 
-    type: Literal["calm"] = "calm"
 
-
-@dataclass(frozen=True)
+@variant("reverse_calm")
 class ReverseCalm(_Tempered):
     """Reverse CALM over chunk likelihoods (TIDE §2.3)."""
 
-    type: Literal["reverse_calm"] = "reverse_calm"
 
-
-Distillation = Annotated[NoDistillation | KL | ReverseKL | Calm | ReverseCalm, Field(discriminator="type")]
+Distillation = Annotated[NoDistillation | KL | ReverseKL | Calm | ReverseCalm, BY_TYPE]
 TokenObjective = KL | ReverseKL
 ChunkObjective = Calm | ReverseCalm

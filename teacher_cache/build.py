@@ -18,7 +18,7 @@ from shared.config import CacheConfig
 from shared.errors import TideError
 from shared.shards import CACHE, Unit, shard_counts
 from shared.stores import Store
-from teacher_cache.engines.choose import load_engine, settle_engine
+from teacher_cache.engines.choose import load_engine
 from teacher_cache.plan import CachePlan, make_plan
 from teacher_cache.ray_workers import run_ray
 from teacher_cache.units import run_units
@@ -46,7 +46,6 @@ def build_cache(config: CacheConfig) -> CacheReport:
 
     Raises TideError on anything that the user can mend, before the teacher is loaded where that is possible.
     """
-    config = settle_engine(config)
     store = None if config.store is None else Store.open(config.store)
     with _only_writer(config):
         if store is not None:

@@ -22,6 +22,7 @@ from shared.settings import to_plain
 from shared.shards import Unit, finished_units, shard_counts
 from shared.tokenizers import Tokenizer
 from teacher_cache.checks import check_teacher
+from teacher_cache.engines.settle import settle_engine
 from teacher_cache.targets import TargetSpec
 from teacher_cache.teachers.registry import TeacherEntry, find_teacher
 
@@ -85,6 +86,7 @@ def make_plan(config: CacheConfig, write: bool = True, engine: dict[str, Any] | 
     With `write` False the cache's folder is read only. `engine`: take this for the engine's part of the fingerprint,
     to look at a cache with another engine than it was made with.
     """
+    config = settle_engine(config)
     entry = find_teacher(config.teacher, config.teachers_file)
     checkpoint = open_checkpoint(resolve(config.model or entry.model))
     teacher = Tokenizer.load(checkpoint.folder)

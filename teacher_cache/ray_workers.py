@@ -6,7 +6,6 @@ The cache's folder must be the same place for driver and nodes; the driver shows
 
 from __future__ import annotations
 
-import importlib.util
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from shared.errors import TideError
 from shared.shards import Unit
 from teacher_cache.plan import CachePlan
 from teacher_cache.progress import Progress
+from teacher_cache.ray_cluster import connect
 
 _LOSSES = 20
 
@@ -100,19 +100,7 @@ class _Pool:
 
 
 def run_ray(plan: CachePlan, units: Sequence[Unit]) -> None:
-    """Compute `units` by `engine.data_parallel` actors of the cluster at hand (`RAY_ADDRESS`, or the local one)."""
-    if importlib.util.find_spec("ray") is None:
-        raise TideError("engine.workers is ray, and Ray is not installed", fix="pip install 'tide-distill[ray]'")
-    import ray
-
-    if not ray.is_initialized():
-        try:
-            ray.init(address="auto", log_to_driver=False)
-        except ConnectionError as error:
-            raise TideError(
-                "engine.workers is ray, and no Ray cluster answers",
-                expected="a running cluster",
-                fix="start one (`ray start --head`), or name it in RAY_ADDRESS",
-            ) from error
+    """Compute `units` by `engine.data_parallel` actors of the cluster at hand."""
+    connect()
     with Progress(plan, units) as progress:
         _Pool(plan, units).run(progress, plan.config.engine.data_parallel)

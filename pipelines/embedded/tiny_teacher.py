@@ -26,6 +26,7 @@ from shared.attention import full
 from shared.config import DataConfig, LengthConfig
 from shared.data import iter_examples
 from shared.examples import Prepared, Preparer
+from shared.hardware import choose_device, choose_precision, hardware_line
 from shared.noise import generator
 from shared.stdlib_corpus import corpus_origin
 from shared.tokenizers import Tokenizer
@@ -49,6 +50,8 @@ class TinyTeacherConfig:
     weight_decay: float = 0.05
     seed: int = 0
     smallest_time: float = 0.02
+    precision: str = "auto"
+    """bfloat16 where this machine has it in hardware, float32 elsewhere."""
 
 
 def corpus_texts(split: str) -> Iterator[str]:
@@ -133,6 +136,7 @@ def train_tiny_teacher(teacher: Path, student_tokenizer: Path, work: Path, confi
 
     Killed at any time and started again, it goes on from the last checkpoint in `work`.
     """
+    config = dataclasses.replace(config, precision=choose_precision(config.precision, choose_device()))
     started = time.monotonic()
     if not (work / "tokenizer" / "tokenizer.json").exists():
         texts = list(corpus_texts("train"))
@@ -154,7 +158,7 @@ def train_tiny_teacher(teacher: Path, student_tokenizer: Path, work: Path, confi
             adam_beta2=0.98,
             warmup_steps=100,
             lr_scheduler_type="cosine",
-            bf16=True,
+            bf16=config.precision == "bfloat16",
             seed=config.seed,
             save_steps=250,
             logging_steps=25,
@@ -217,7 +221,7 @@ whole pipeline can be run and tested anywhere; it is no model to build on.
 
 * **Trained on** the functions of the {corpus_origin()}: {len(train):,} functions, {tokens:,} tokens in each of
   {config.epochs} epochs, {steps:,} steps. One function in sixteen (by a hash of its source) is held out.
-* **Trained for** {minutes:.0f} minutes on 2 CPU cores, in bfloat16 autocast; stored in bfloat16.
+* **Trained for** {minutes:.0f} minutes ({hardware_line()}), in {config.precision}; stored in bfloat16.
 * **Held-out masked NLL**: {nll:.4f} nats a token over {heldout} functions, 4 fixed draws each
   (masked response tokens; a uniform guess has {unigram:.2f}).
 

@@ -17,9 +17,10 @@ from pipelines.evaluation.data import load_tasks
 from pipelines.evaluation.recipe import Benchmark, packaged
 from pipelines.evaluation.results import Score, digest, finished, read_scores, save
 from shared.errors import TideError
+from shared.hardware import choose_device
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.processes import part
-from student_train.using.load import device_for, load_for_use
+from student_train.using.load import load_for_use
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _describe(benchmark: Benchmark, settings: EvalSettings, fingerprint: str) ->
         "student": fingerprint,
         **{key: value for key, value in asdict(benchmark).items() if key not in ("name", "title", "metric")},
         **settings.sampling,
-        "device": device_for(settings.device).type,
+        "device": choose_device(settings.device).type,
         "limit": settings.limit,
         "rows": rows,
         "lm_eval": version("lm-eval"),

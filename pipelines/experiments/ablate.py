@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
-
-from pydantic import ConfigDict
 
 from pipelines.experiments.grid import Job, train_all
 from pipelines.recipes.command_line import train_arguments
@@ -16,25 +14,22 @@ from pipelines.recipes.read import own_recipe
 from pipelines.reports.report import find_runs, gains_by_seed, write_report
 from shared.config import CacheConfig, TrainConfig
 from shared.settings import build, read_toml
+from shared.variants import strict
 from teacher_cache.build import build_cache
 
-_STRICT = ConfigDict(extra="forbid")
 
-
-@dataclass(frozen=True)
+@strict
 class Variant:
     """A row of the grid: a cache, and what differs from the base settings of training."""
 
-    __pydantic_config__ = _STRICT
     cache: str
     train: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@strict
 class Grid:
     """The recipe of an ablation. `caches` and `train` are parts of `CacheConfig` and `TrainConfig`."""
 
-    __pydantic_config__ = _STRICT
     caches: dict[str, dict[str, Any]]
     variants: dict[str, Variant]
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -20,6 +20,7 @@ from shared.attention import full
 from shared.config import CacheConfig, StudentConfig
 from shared.data import iter_examples
 from shared.errors import TideError
+from shared.hardware import choose_device
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
 from shared.objectives import KL, Tidal
@@ -27,7 +28,6 @@ from shared.padding import pad
 from student_train.losses.objective import Targets, TopKTargets, objective
 from student_train.model.student import masked_hidden, student_for
 from teacher_cache.comp_demo import draw_for, passes, teacher_view
-from teacher_cache.engines.choose import choose_device
 from teacher_cache.plan import CachePlan, make_plan
 from teacher_cache.targets import TargetSpec, extract
 from teacher_cache.teachers.registry import Full

@@ -16,7 +16,6 @@ from teacher_cache.costs import (
     sampled_workload,
     size_of,
 )
-from teacher_cache.engines.choose import settle_engine
 from teacher_cache.plan import make_plan
 from teacher_cache.teachers.registry import TeacherEntry, find_teacher, known_shape
 
@@ -65,9 +64,8 @@ def plan_from_statement(
 
 def plan_from_data(config: CacheConfig, speed: Speed) -> str:
     """A plan from the checkpoint's config, the real tokenizers and the real data. Nothing is written."""
-    config = settle_engine(config)
     plan = make_plan(config, write=False)
-    return _describe(config, plan.entry, plan.checkpoint.config, sampled_workload(plan), speed)
+    return _describe(plan.config, plan.entry, plan.checkpoint.config, sampled_workload(plan), speed)
 
 
 def _describe(
@@ -88,7 +86,7 @@ def _describe(
         f"examples          {load.examples:,} × {draws} draws",
         f"a draw            {load.passes:.2f} passes, {load.tokens:,.0f} tokens, {load.masked:,.0f} masked positions, "
         f"{load.chunks:,.0f} chunks",
-        f"GPU memory        {in_bytes(memory)}: weights in {config.engine.quantization or config.engine.dtype}, logits "
+        f"GPU memory        {in_bytes(memory)}: weights in {config.engine.quantization or _dtype(config)}, logits "
         f"of {config.engine.head_rows:,} rows, hidden states of {config.engine.tokens_per_batch:,} tokens",
         f"on disk           {in_bytes(each)} a draw, {each / max(load.masked, 1e-9):,.0f} bytes a masked position, "
         f"{in_bytes(each * load.examples * draws)} in all (random logits do not compress: an upper bound)",
@@ -104,10 +102,15 @@ def _describe(
     return "\n".join(lines)
 
 
+def _dtype(config: CacheConfig) -> str:
+    """A plan is for GPUs, where `auto` is bfloat16."""
+    return "bfloat16" if config.engine.dtype == "auto" else config.engine.dtype
+
+
 def _memory(config: CacheConfig, size: ModelSize, vocabulary: int) -> float:
     """Weights, one slice of logits in float32 with its top-k copy, and activations of one batch (about 12 widths)."""
-    each = {"int8": 1.0, "int4": 0.5}.get(config.engine.quantization or "", _BYTES[config.engine.dtype])
-    kept = 2 * size.head * _BYTES[config.engine.dtype]  # embedding and head keep their precision
+    each = {"int8": 1.0, "int4": 0.5}.get(config.engine.quantization or "", _BYTES[_dtype(config)])
+    kept = 2 * size.head * _BYTES[_dtype(config)]  # embedding and head keep their precision
     weights = (size.parameters - 2 * size.head) * each + kept
     width = size.head / vocabulary
     return weights + 3 * 4 * config.engine.head_rows * vocabulary + 12 * 2 * config.engine.tokens_per_batch * width

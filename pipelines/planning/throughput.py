@@ -13,11 +13,11 @@ import torch
 
 from shared.config import CacheConfig
 from shared.errors import TideError
+from shared.hardware import choose_device, choose_precision, torch_dtype
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import random_model
 from teacher_cache.comp_demo import Request
 from teacher_cache.costs import Workload, in_bytes, size_of
-from teacher_cache.engines.choose import choose_device
 from teacher_cache.engines.inputs import width_of
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.targets import TargetSpec
@@ -31,9 +31,10 @@ def measure_throughput(config: CacheConfig, length: int, requests: int, rounds: 
     entry = find_teacher(config.teacher, config.teachers_file)
     raw = known_shape(entry) or open_checkpoint(resolve(config.model or entry.model)).config
     device = choose_device(config.engine.device)
+    precision = choose_precision(config.engine.dtype, device)
     started = time.perf_counter()
     torch.manual_seed(0)
-    model = random_model(entry.architecture, raw, getattr(torch, config.engine.dtype), device)
+    model = random_model(entry.architecture, raw, torch_dtype(precision), device)
     built = time.perf_counter() - started
     targets = config.targets
     engine = TransformersEngine(
@@ -57,10 +58,10 @@ def measure_throughput(config: CacheConfig, length: int, requests: int, rounds: 
     load = Workload(1, requests, tokens, read, length, 0, "")
     flops = size_of(model).flops(load, tokens / requests)
     share = "" if tflops is None else f", {flops / median / (tflops * 1e12):.1%} of {tflops:,.0f} TFLOP/s"
-    on_gpu = device.startswith("cuda")
+    on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else f"{device} ({torch.get_num_threads()} threads)"
     lines = [
-        f"{config.teacher} with random weights in {config.engine.dtype} on {name}, built in {built:.1f} s",
+        f"{config.teacher} with random weights in {precision} on {name}, built in {built:.1f} s",
         f"{requests} passes of {length} tokens, a quarter of them read, k {targets.k}; median of {rounds} rounds",
         f"{tokens / median:,.0f} tokens/s, {flops / median / 1e12:.2f} TFLOP/s{share}",
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 
 from shared.config import StudentConfig, TrainConfig
 from shared.errors import TideError
+from shared.hardware import choose_device, choose_precision, explain_precision
 from shared.manifest import Manifest
 from shared.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL
 from student_train.losses.liger_head import liger_fits, liger_installed
+from student_train.training.run_folder import recorded_settings
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -51,6 +54,19 @@ def check_hardware(config: TrainConfig) -> None:
         )
     if config.head == "liger" and not liger_installed():
         raise TideError("head is liger, and liger-kernel is not installed", fix="pip install 'tide-distill[liger]'")
+
+
+def settle_precision(config: TrainConfig) -> TrainConfig:
+    """The settings with `precision` decided; said on stderr where it was left open.
+
+    A run that exists keeps what it was begun with, on whatever machine it goes on.
+    """
+    device = choose_device(config.device)
+    begun = recorded_settings(config.out).get("precision")
+    chosen = choose_precision(config.precision, device, begun)
+    if config.precision == "auto" and int(os.environ.get("RANK", "0")) == 0:
+        print(f"precision {explain_precision(chosen, device, begun)}", file=sys.stderr)
+    return dataclasses.replace(config, precision=chosen)
 
 
 def settle_attention(config: TrainConfig) -> StudentConfig:

@@ -18,10 +18,11 @@ from transformers import set_seed
 from shared.atomic import write_bytes
 from shared.config import LengthConfig, TrainConfig
 from shared.errors import TideError
-from shared.manifest import Manifest, differences, load_manifest
+from shared.hardware import hardware_line
+from shared.manifest import Manifest, load_manifest
 from shared.objectives import KL, ReverseKL
 from shared.processes import part
-from shared.settings import build, to_plain
+from shared.settings import build
 from shared.tokenizers import Tokenizer
 from student_train.batches.collate import Batch, counts_of, targets_of
 from student_train.batches.loader import BatchDataset
@@ -29,9 +30,17 @@ from student_train.losses.fused_head import LossSettings
 from student_train.losses.objective import parts_of
 from student_train.losses.schedules import training_strength
 from student_train.model.student import embedding_rows, load_student
-from student_train.training.checks import check_hardware, check_objective, check_trackers, settle_attention, uses_liger
+from student_train.training.checks import (
+    check_hardware,
+    check_objective,
+    check_trackers,
+    settle_attention,
+    settle_precision,
+    uses_liger,
+)
 from student_train.training.heldout import HeldOut, masked_nll, prepare_heldout
 from student_train.training.resumable import ResumableTrainer, training_arguments
+from student_train.training.run_folder import settle_run_folder
 from student_train.training.step import train_on_loss
 from student_train.training.watch import Watch, mass_in_topk, stop_at_nonfinite
 
@@ -136,30 +145,11 @@ class StudentTrainer(ResumableTrainer):
         return metrics
 
 
-def _settle_run_folder(config: TrainConfig, manifest: Manifest, processes: int) -> None:
-    """Write what this run is, or refuse to go on with another one."""
-    this = json.loads(json.dumps({"config": to_plain(config), "cache": manifest.digest, "draws": manifest.draws}))
-    this["config"].pop("out")
-    this["config"]["batch_size"] *= processes  # the same rows make a step, however many processes share them
-    path = config.out / "run.json"
-    if path.exists():
-        try:
-            lines = differences(json.loads(path.read_text()), this)
-        except json.JSONDecodeError as error:
-            raise TideError(f"{path} is damaged: {error}", fix="delete the run's folder and train again") from error
-        if lines:
-            raise TideError(
-                f"{config.out} holds a run with other settings (run → now):\n    " + "\n    ".join(lines),
-                fix="give back the old settings, or choose another folder (--out)",
-            )
-    else:
-        write_bytes(path, (json.dumps(this, indent=2) + "\n").encode())
-
-
 def make_trainer(config: TrainConfig) -> tuple[StudentTrainer, Tokenizer]:
     """Everything that a run needs, checked. TideError where something does not fit."""
     check_trackers(config.report_to)
     check_hardware(config)
+    config = settle_precision(config)
     manifest = load_manifest(config.cache)
     check_objective(config.distillation, manifest, config.cache)
     lengths = build(LengthConfig, manifest.fingerprint["lengths"])
@@ -182,7 +172,7 @@ def make_trainer(config: TrainConfig) -> tuple[StudentTrainer, Tokenizer]:
         mask_id = manifest.fingerprint["student"]["mask_id"]
         heldout = prepare_heldout(config.heldout, lengths, tokenizer, mask_id, config.heldout_draws)
     if int(os.environ.get("RANK", "0")) == 0:
-        _settle_run_folder(config, manifest, processes)
+        settle_run_folder(config, manifest, processes)
     train_on_loss(model, lengths.block, manifest.temperatures, uses_liger(config))
     trainer = StudentTrainer(
         model=model,
@@ -213,7 +203,7 @@ def train_student(config: TrainConfig) -> dict[str, float]:
         final = trainer.accelerator.unwrap_model(trainer.model)
         final.save_pretrained(config.out / "model", state_dict=state)
         tokenizer.backend.save_pretrained(config.out / "model")
-        history = {"steps": trainer.state.log_history, "final": metrics}
+        history = {"steps": trainer.state.log_history, "final": metrics, "machine": hardware_line()}
         write_bytes(config.out / "history.json", (json.dumps(history, indent=1) + "\n").encode())
     part()
     return metrics

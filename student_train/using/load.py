@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from shared.errors import TideError
+from shared.hardware import choose_device, choose_precision, torch_dtype
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import load_model
 from shared.templates import Message
@@ -41,29 +42,16 @@ class LoadedStudent:
             yield from (self.text(ids) for ids in sample(self.model, prompts, self.special, config))
 
 
-def device_for(name: str) -> torch.device:
-    """A device by name; `auto` is the accelerator where there is one. TideError where it is not on this machine."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if name == "auto":
-        return accelerator or torch.device("cpu")
-    here = "cpu" if accelerator is None else f"cpu or {accelerator.type}"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise TideError(f"device is {name!r}", expected=f"auto, {here}") from error
-    if device.type != "cpu" and (accelerator is None or device.type != accelerator.type):
-        raise TideError(f"device {name} is not on this machine", expected=f"auto, {here}")
-    return device
-
-
 def load_for_use(place: str, device: str = "auto") -> LoadedStudent:
-    """A student from a folder or a hub id, in bfloat16 on an accelerator, else in float32.
+    """A student from a folder or a hub id.
+
+    In bfloat16 on an accelerator that has it, else in float32: on every CPU, so that all answer alike.
 
     TideError where it is no student, or nothing names its mask token.
     """
     checkpoint = open_checkpoint(resolve(place))
-    where = device_for(device)
-    dtype = torch.float32 if where.type == "cpu" else torch.bfloat16
+    where = choose_device(device)
+    dtype = torch.float32 if where.type == "cpu" else torch_dtype(choose_precision("auto", where))
     model: Any = load_model(checkpoint, student_architecture(checkpoint), dtype)
     model = model.to(where).eval()
     tokenizer = Tokenizer.load(checkpoint.folder)

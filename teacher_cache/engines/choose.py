@@ -1,43 +1,12 @@
-"""Which engine runs a teacher, and on what device."""
+"""The engine that a plan names, with the teacher loaded."""
 
 from __future__ import annotations
 
-import dataclasses
-
-import torch
-
-from shared.config import CacheConfig
-from shared.errors import TideError
+from shared.hardware import choose_device, torch_dtype
 from shared.models.loading import load_model
 from teacher_cache.engines.base import Engine
 from teacher_cache.engines.transformers_engine import TransformersEngine
-from teacher_cache.engines.vllm_engine.engine import why_not
 from teacher_cache.plan import CachePlan
-from teacher_cache.teachers.registry import find_teacher
-
-
-def settle_engine(config: CacheConfig) -> CacheConfig:
-    """`config` with `auto` decided. TideError where vLLM is asked for and cannot run the teacher."""
-    settings = config.engine
-    if settings.type == "transformers":
-        if settings.tensor_parallel > 1:
-            raise TideError(
-                f"engine.tensor_parallel is {settings.tensor_parallel}, but the transformers engine has no such thing",
-                fix="use --engine vllm, or spread the teacher with engine.device_map=auto",
-            )
-        return config
-    problem = why_not(find_teacher(config.teacher, config.teachers_file), settings)
-    if problem is not None and settings.type == "vllm":
-        raise problem
-    kind = "vllm" if problem is None else "transformers"
-    return dataclasses.replace(config, engine=dataclasses.replace(settings, type=kind))
-
-
-def choose_device(setting: str) -> str:
-    """`auto` is this machine's accelerator, or the CPU where it has none."""
-    if setting != "auto":
-        return setting
-    return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
 
 
 def load_engine(plan: CachePlan) -> Engine:
@@ -52,7 +21,7 @@ def load_engine(plan: CachePlan) -> Engine:
     model = load_model(
         plan.checkpoint,
         plan.entry.architecture,
-        getattr(torch, settings.dtype),
+        torch_dtype(settings.dtype),
         choose_device(settings.device),
         device_map=settings.device_map,
         quantization=settings.quantization,

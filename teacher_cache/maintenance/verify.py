@@ -17,7 +17,7 @@ from shared.schema import CacheRow
 from shared.shards import finished_units, read_shard
 from teacher_cache.comp_demo import TeacherView, passes
 from teacher_cache.engines.base import Engine
-from teacher_cache.engines.choose import load_engine, settle_engine
+from teacher_cache.engines.choose import load_engine
 from teacher_cache.plan import CachePlan, make_plan
 from teacher_cache.targets import Scores
 from teacher_cache.work import merge_passes
@@ -66,9 +66,8 @@ def verify_cache(config: CacheConfig, rows: int) -> VerifyReport:
     """
     if rows < 1:
         raise TideError(f"--rows is {rows}", expected="1 or more")
-    settled = settle_engine(config)
     cached = load_manifest(config.out).fingerprint["engine"]
-    plan = make_plan(settled, write=False, engine=cached)
+    plan = make_plan(config, write=False, engine=cached)
     sample = list(_sample(plan, rows))
     if not sample:
         raise TideError(f"{config.out} has no finished shard", fix="run `tide cache` first")

@@ -8,30 +8,23 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import field
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import ConfigDict, Field
+from typing import Annotated, Any
 
 from shared.errors import TideError
 from shared.settings import build, read_toml
+from shared.variants import BY_TYPE, Variant, strict, variant
 
-_STRICT = ConfigDict(extra="forbid")
 
-
-@dataclass(frozen=True)
-class Full:
+@variant("full")
+class Full(Variant):
     """Every position sees every other."""
 
-    __pydantic_config__ = _STRICT
-    type: Literal["full"] = "full"
 
-
-@dataclass(frozen=True)
-class _Blocks:
-    __pydantic_config__ = _STRICT
+@strict
+class _Blocks(Variant):
     block: int
 
     def __post_init__(self) -> None:
@@ -39,35 +32,27 @@ class _Blocks:
             raise ValueError(f"attention.block is {self.block}; it must be positive")
 
 
-@dataclass(frozen=True)
+@variant("block_causal")
 class BlockCausal(_Blocks):
     """Every position sees its own block and the earlier ones."""
 
-    type: Literal["block_causal"] = "block_causal"
 
-
-@dataclass(frozen=True)
+@variant("x0_xt")
 class X0Xt(_Blocks):
     """Block diffusion over [x_0 ; x_t]: a block sees itself noised and the earlier blocks clean."""
 
-    type: Literal["x0_xt"] = "x0_xt"
 
-
-@dataclass(frozen=True)
+@variant("native")
 class Native(_Blocks):
     """WeDLM's own: [x_0 ; x_t], inside each block observed tokens first and masks last, causal, true positions."""
 
-    type: Literal["native"] = "native"
+
+Attention = Annotated[Full | BlockCausal | X0Xt | Native, BY_TYPE]
 
 
-Attention = Annotated[Full | BlockCausal | X0Xt | Native, Field(discriminator="type")]
-
-
-@dataclass(frozen=True)
+@strict
 class TeacherEntry:
     """What must be known of a teacher beside its checkpoint (DESIGN §5)."""
-
-    __pydantic_config__ = _STRICT
 
     model: str
     """Hub id, path, or `embedded:NAME` for weights that ship with the package."""

@@ -1,0 +1,50 @@
+"""`run.json`: what a run's folder holds, so that no other run goes on in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from shared.atomic import write_bytes
+from shared.config import TrainConfig
+from shared.errors import TideError
+from shared.manifest import Manifest, differences
+from shared.settings import to_plain
+
+_NAME = "run.json"
+
+
+def recorded_settings(out: Path) -> dict[str, Any]:
+    """The settings of the run in `out`; empty where there is none yet. TideError where they are damaged."""
+    return dict(_read(out).get("config", {}))
+
+
+def settle_run_folder(config: TrainConfig, manifest: Manifest, processes: int) -> None:
+    """Write what this run is, or refuse to go on with another one."""
+    this = json.loads(json.dumps({"config": to_plain(config), "cache": manifest.digest, "draws": manifest.draws}))
+    this["config"].pop("out")
+    this["config"]["batch_size"] *= processes  # the same rows make a step, however many processes share them
+    before = _read(config.out)
+    if not before:
+        write_bytes(config.out / _NAME, (json.dumps(this, indent=2) + "\n").encode())
+        return
+    lines = differences(before, this)
+    if lines:
+        raise TideError(
+            f"{config.out} holds a run with other settings (run → now):\n    " + "\n    ".join(lines),
+            fix="give back the old settings, or choose another folder (--out)",
+        )
+
+
+def _read(out: Path) -> dict[str, Any]:
+    path = out / _NAME
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
+            raise ValueError("it describes no run")
+    except ValueError as error:
+        raise TideError(f"{path} is damaged: {error}", fix="delete the run's folder and train again") from error
+    return found
