@@ -47,11 +47,25 @@ def block_diffusion(
     else:
         noised[length:] = True
     block_of = torch.cat([blocks, blocks])
-    q_block, k_block = block_of[:, None], block_of[None, :]
-    q_noised, k_noised = noised[:, None], noised[None, :]
-    own_block = (q_block == k_block) & (q_noised == k_noised)
-    earlier_clean = (q_block > k_block) & ~k_noised
-    return own_block | earlier_clean
+    return _sees(block_of[:, None], noised[:, None], block_of[None, :], noised[None, :])
+
+
+def _sees(q_block: Tensor, q_noised: Tensor, k_block: Tensor, k_noised: Tensor) -> Tensor:
+    """The rule of block diffusion: one's own block of one's own half, and the earlier clean blocks."""
+    return ((q_block == k_block) & (q_noised == k_noised)) | ((q_block > k_block) & ~k_noised)
+
+
+def block_diffusion_places(
+    places: Int[Tensor, "batch rows"], length: int, block: int
+) -> Bool[Tensor, "batch 1 rows rows"]:
+    """`block_diffusion` (x_t before x_0) between chosen places of [x_t ; x_0], each half `length` long.
+
+    Place −1 is padding: seen by none; it sees itself, so that no row is empty.
+    """
+    blocks, noised, seen = places % length // block, places < length, places >= 0
+    mask = _sees(blocks[:, :, None], noised[:, :, None], blocks[:, None, :], noised[:, None, :])
+    itself = torch.eye(places.shape[1], dtype=torch.bool, device=places.device)
+    return ((mask & seen[:, None, :]) | itself)[:, None]
 
 
 def block_diffusion_batch(

@@ -25,6 +25,7 @@ from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
 from shared.objectives import KL, Tidal
 from shared.padding import pad
+from student_train.batches.needed import needed_places
 from student_train.losses.objective import Targets, TopKTargets, objective
 from student_train.model.student import masked_hidden, student_for
 from teacher_cache.comp_demo import draw_for, passes, teacher_view
@@ -133,11 +134,11 @@ class _Sample:
         """Hidden states at every masked position, and the head."""
         parts = []
         for example, draw in self.items:
-            clean, valid = pad([example.student_ids])
-            column = torch.from_numpy(draw.masked).long()
+            clean, _ = pad([example.student_ids])
             noised = clean.clone()
-            noised[0, column] = model.config.mask_token_id
-            parts.append(masked_hidden(model, noised, clean, valid, torch.zeros_like(column), column, block))
+            noised[0, torch.from_numpy(draw.masked).long()] = model.config.mask_token_id
+            places, place = needed_places([draw.masked], [len(example.student_ids)], block)
+            parts.append(masked_hidden(model, noised, clean, places, torch.zeros_like(place), place, block))
         return torch.cat(parts).float(), model.lm_head.weight.detach().float()
 
 

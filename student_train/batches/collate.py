@@ -12,6 +12,7 @@ from torch import Tensor
 from shared.manifest import Manifest
 from shared.padding import pad
 from shared.schema import CacheRow
+from student_train.batches.needed import needed_places
 from student_train.losses.objective import ChunkTargets, Counts, Targets, TopKTargets
 
 Batch = dict[str, Any]
@@ -20,11 +21,13 @@ Batch = dict[str, Any]
 
 def collate(rows: Sequence[CacheRow], manifest: Manifest) -> Batch:
     """One batch. Padding is to the longest row; masked positions are gathered, not padded."""
+    block = int(manifest.fingerprint["lengths"]["block"])
     mask_id = int(manifest.fingerprint["student"]["mask_id"])
     clean, valid = pad([r.student_ids for r in rows])
     sizes = [r.masked.size for r in rows]
     index = _longs(np.repeat(np.arange(len(rows)), sizes))
     column = _longs(_join([r.masked for r in rows]))
+    places, place = needed_places([r.masked for r in rows], [len(r.student_ids) for r in rows], block)
     noised = clean.clone()
     noised[index, column] = mask_id
     times = np.array([r.t for r in rows], np.float32)
@@ -34,6 +37,8 @@ def collate(rows: Sequence[CacheRow], manifest: Manifest) -> Batch:
         "valid": valid,
         "row": index,
         "column": column,
+        "places": places,
+        "place": place,
         "gold": clean[index, column],
         "t": torch.from_numpy(np.repeat(times, sizes)),
         "counts": torch.tensor(

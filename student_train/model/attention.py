@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -21,24 +21,23 @@ FLEX = "tide_flex"
 """The name under which transformers' models find it."""
 
 
-def flex_mask(valid: Bool[Tensor, "batch length"], block: int) -> BlockMask:
-    """`shared.attention.block_diffusion_batch` (x_t before x_0) as a block mask.
+def flex_mask(places: Int[Tensor, "batch rows"], length: int, block: int) -> BlockMask:
+    """`shared.attention.block_diffusion_places` as a block mask.
 
     Whatever differs between batches is a tensor inside of it, so that nothing is compiled anew.
     """
-    batch, length = valid.shape
-    seen = valid.repeat(1, 2)
-    half = torch.full((), length, device=valid.device)
+    batch, rows = places.shape
+    blocks, clean, seen = places % length // block, places >= length, places >= 0
 
-    make = _compiled(create_block_mask) if valid.is_cuda else create_block_mask
+    make = _compiled(create_block_mask) if places.is_cuda else create_block_mask
     # A lambda, since tests wrap every `def` in checks of its types, which the compiler cannot read.
     return make(
         lambda b, _, q, k: (
-            (seen[b, k] & (q // half == k // half) & (q % half // block == k % half // block))
-            | (seen[b, k] & (k >= half) & (q % half // block > k % half // block))
+            (seen[b, k] & (clean[b, q] == clean[b, k]) & (blocks[b, q] == blocks[b, k]))
+            | (seen[b, k] & clean[b, k] & (blocks[b, q] > blocks[b, k]))
             | (q == k)
         ),
-        batch, None, 2 * length, 2 * length, device=valid.device,
+        batch, None, rows, rows, device=places.device,
     )  # fmt: skip
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from shared.attention import block_diffusion_batch, repeat_positions
+from shared.attention import block_diffusion_places
 from shared.config import StudentConfig
 from shared.errors import TideError
 from shared.manifest import Manifest
@@ -138,32 +138,22 @@ def masked_hidden(
     model: Any,
     noised: Int[Tensor, "batch length"],
     clean: Int[Tensor, "batch length"],
-    valid: Bool[Tensor, "batch length"],
+    places: Int[Tensor, "batch rows"],
     row: Int[Tensor, " n"],
     column: Int[Tensor, " n"],
     block: int,
 ) -> Float[Tensor, "n width"]:
-    """Last hidden states at the masked positions (row, column) of x_t, from one pass over [x_t ; x_0]."""
-    batch, length = noised.shape
+    """Last hidden states at the entries (row, column) of `places`, from one pass over these places of [x_t ; x_0].
+
+    `places`: from `needed_places`, −1 at padding.
+    """
+    length = noised.shape[1]
     flex = model.config._attn_implementation == FLEX
-    mask: Any = flex_mask(valid, block) if flex else block_diffusion_batch(valid, block)
+    mask: Any = (flex_mask if flex else block_diffusion_places)(places, length, block)
     output = model.model(
-        input_ids=torch.cat([noised, clean], dim=1),
+        input_ids=torch.cat([noised, clean], dim=1).gather(1, places.clamp(min=0)),
         attention_mask=mask,
-        position_ids=repeat_positions(length, batch, noised.device),
+        position_ids=places % length,
         use_cache=False,
     )
     return output.last_hidden_state[row, column]
-
-
-def masked_logits(
-    model: Any,
-    noised: Int[Tensor, "batch length"],
-    clean: Int[Tensor, "batch length"],
-    valid: Bool[Tensor, "batch length"],
-    row: Int[Tensor, " n"],
-    column: Int[Tensor, " n"],
-    block: int,
-) -> Float[Tensor, "n vocab"]:
-    """Logits at the masked positions, and at no other: the LM head runs on gathered rows."""
-    return model.lm_head(masked_hidden(model, noised, clean, valid, row, column, block))

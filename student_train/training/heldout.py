@@ -20,6 +20,7 @@ from shared.examples import Prepared, Preparer
 from shared.noise import token_draw
 from shared.padding import pad
 from shared.tokenizers import Tokenizer
+from student_train.batches.needed import needed_places
 
 _SEED = 20_260_429  # fixed: the masks are the same for every student of a tokenizer
 _TOKENS_PER_BATCH = 8192
@@ -50,19 +51,25 @@ def prepare_heldout(data: DataConfig, lengths: LengthConfig, tokenizer: Tokenize
         end = start + 1
         while end < len(rows) and (end - start + 1) * len(rows[end][0].student_ids) <= _TOKENS_PER_BATCH:
             end += 1
-        batches.append(_batch(rows[start:end], mask_id, byte_lengths))
+        batches.append(_batch(rows[start:end], mask_id, byte_lengths, lengths.block))
         start = end
     return HeldOut(batches, len(prepared), sum(masked.size for _, masked in rows))
 
 
-def _batch(rows: Sequence[tuple[Prepared, np.ndarray]], mask_id: int, byte_lengths: np.ndarray) -> dict[str, Tensor]:
+def _batch(
+    rows: Sequence[tuple[Prepared, np.ndarray]], mask_id: int, byte_lengths: np.ndarray, block: int
+) -> dict[str, Tensor]:
     clean, valid = pad([e.student_ids for e, _ in rows])
     row = torch.from_numpy(np.repeat(np.arange(len(rows)), [m.size for _, m in rows]))
     column = torch.from_numpy(np.concatenate([m for _, m in rows])).long()
+    places, place = needed_places([m for _, m in rows], [len(e.student_ids) for e, _ in rows], block)
     noised = clean.clone()
     noised[row, column] = mask_id
     bytes_ = torch.from_numpy(byte_lengths)[clean[row, column]]
-    return {"clean": clean, "noised": noised, "valid": valid, "row": row, "column": column, "bytes": bytes_}
+    return {
+        "clean": clean, "noised": noised, "valid": valid, "row": row, "column": column,
+        "places": places, "place": place, "bytes": bytes_,
+    }  # fmt: skip
 
 
 Predict = Callable[[dict[str, Tensor]], Tensor]

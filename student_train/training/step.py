@@ -26,7 +26,7 @@ def train_on_loss(model: Any, block: int, temperatures: Sequence[float], liger: 
     compute = liger_loss if liger else fused_loss
 
     def forward(self: Any, batch: Batch, settings: LossSettings | None = None) -> Any:
-        keys = ("noised", "clean", "valid", "row", "column")
+        keys = ("noised", "clean", "places", "row", "place")
         hidden = masked_hidden(self, *(batch[key] for key in keys), block=block)
         return (
             self.lm_head(hidden)

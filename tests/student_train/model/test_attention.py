@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
-from shared.attention import block_diffusion_batch
+from shared.attention import block_diffusion, block_diffusion_places
+from student_train.batches.needed import all_places
 from student_train.model.attention import FLEX, flex_mask, register_flex
 from student_train.model.student import masked_hidden
-from tests.student_train.model.test_student import small
+from tests.student_train.model.test_student import places_of, small
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
@@ -24,14 +25,29 @@ def ragged(lengths: list[int]) -> torch.Tensor:
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
+lists_of_lengths = st.lists(st.integers(1, 40), min_size=1, max_size=3)
+
+
 @settings(max_examples=20)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=3), st.integers(1, 9))
-def test_the_block_mask_is_the_dense_one(lengths: list[int], block: int) -> None:
-    valid = ragged(lengths)
-    made = flex_mask(valid, block)
-    double = 2 * valid.shape[1]
-    dense = create_mask(made.mask_mod, len(lengths), 1, double, double, device="cpu")
-    assert dense.equal(block_diffusion_batch(valid, block))
+@given(lists_of_lengths, st.integers(1, 9), st.randoms(use_true_random=False))
+def test_the_block_mask_is_the_dense_one(lengths: list[int], block: int, random: Any) -> None:
+    width = max(lengths)
+    places = all_places(lengths)
+    kept = sorted(random.sample(range(2 * width), random.randint(1, 2 * width)))
+    for chosen in (places, places[:, kept]):
+        made = flex_mask(chosen, width, block)
+        dense = create_mask(made.mask_mod, len(lengths), 1, *[chosen.shape[1]] * 2, device="cpu")
+        assert dense.equal(block_diffusion_places(chosen, width, block))
+
+
+@given(lists_of_lengths, st.integers(1, 9))
+def test_between_all_places_it_is_the_mask_of_block_diffusion(lengths: list[int], block: int) -> None:
+    width, places = max(lengths), all_places(lengths)
+    found, whole = block_diffusion_places(places, width, block)[:, 0], block_diffusion(width, block)
+    for i in range(len(lengths)):
+        real = places[i] >= 0
+        assert found[i][real][:, real].equal(whole[real][:, real])
+        assert found[i][:, ~real].sum() == (~real).sum() and found[i].any(dim=1).all()
 
 
 def inputs(lengths: list[int], seed: int = 0) -> tuple[Any, ...]:
@@ -44,6 +60,11 @@ def inputs(lengths: list[int], seed: int = 0) -> tuple[Any, ...]:
     return noised, clean, valid, row, column
 
 
+def hidden_of(model: Any, noised: Any, clean: Any, valid: Any, row: Any, column: Any) -> torch.Tensor:
+    places, place = places_of(valid, row, column, 8)
+    return masked_hidden(model, noised, clean, places, row, place, block=8)
+
+
 def test_flex_and_sdpa_agree_in_values_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch refuses gradients of flex_attention on a CPU, though its dense form has them: so the guard is lifted."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
@@ -54,7 +75,7 @@ def test_flex_and_sdpa_agree_in_values_and_gradients(monkeypatch: pytest.MonkeyP
     for name in ("sdpa", FLEX):
         model.set_attn_implementation(name)
         model.zero_grad()
-        hidden = masked_hidden(model, *batch, block=8)
+        hidden = hidden_of(model, *batch)
         (hidden * torch.linspace(-1, 1, hidden.numel()).reshape(hidden.shape)).sum().backward()
         found.append((hidden.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-5)
@@ -67,12 +88,12 @@ def test_padding_does_not_change_values() -> None:
     model = small().requires_grad_(False)
     model.set_attn_implementation(FLEX)
     noised, clean, valid, row, column = inputs([37, 64, 5])
-    together = masked_hidden(model, noised, clean, valid, row, column, block=8)
+    together = hidden_of(model, noised, clean, valid, row, column)
     for i, n in enumerate([37, 64, 5]):
         mine = row == i
-        alone = masked_hidden(
+        alone = hidden_of(
             model, noised[i : i + 1, :n], clean[i : i + 1, :n], valid[i : i + 1, :n],
-            torch.zeros_like(row[mine]), column[mine], block=8,
+            torch.zeros_like(row[mine]), column[mine],
         )  # fmt: skip
         torch.testing.assert_close(together[mine], alone, rtol=1e-5, atol=1e-5)
 
@@ -90,8 +111,9 @@ def test_new_lengths_compile_nothing_anew() -> None:
             valid = ragged(lengths)
             batch, length = valid.shape
             q, k, v = torch.randn(3, batch, 2, 2 * length, 16)
-            out = attend(q, k, v, block_mask=flex_mask(valid, 8))
-            dense = block_diffusion_batch(valid, 8)
+            places = all_places(lengths)
+            out = attend(q, k, v, block_mask=flex_mask(places, length, 8))
+            dense = block_diffusion_places(places, length, 8)
             expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=dense)
             torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
         return counter.frame_count

@@ -14,9 +14,23 @@ from shared.errors import TideError
 from shared.manifest import load_manifest
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
+from student_train.batches.needed import needed_places
 from student_train.model.export import export_student
-from student_train.model.student import load_student, masked_logits
+from student_train.model.student import load_student, masked_hidden
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
+
+
+def places_of(valid: torch.Tensor, row: torch.Tensor, column: torch.Tensor, block: int) -> tuple[Any, Any]:
+    lengths = valid.sum(dim=1).tolist()
+    return needed_places([column[row == i].numpy() for i in range(len(lengths))], lengths, block)
+
+
+def masked_logits(
+    model: Any, noised: Any, clean: Any, valid: torch.Tensor, row: torch.Tensor, column: torch.Tensor, block: int
+) -> torch.Tensor:
+    """Logits at masked positions, from the needed rows alone."""
+    places, place = places_of(valid, row, column, block)
+    return model.lm_head(masked_hidden(model, noised, clean, places, row, place, block))
 
 
 def test_golden_logits_at_masked_positions(golden: Path) -> None:
