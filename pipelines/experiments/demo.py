@@ -7,6 +7,7 @@ distillation term differs. The undistilled student trains on the same cache and 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from pipelines.recipes.read import cache_config, packaged_recipe, train_config
 from pipelines.reports.report import Run, find_runs, gains_by_seed, write_report
 from shared.config import DataConfig, LengthConfig
 from shared.errors import TideError
+from shared.hardware import describe_hardware
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import load_model
 from shared.tokenizers import Tokenizer
@@ -43,15 +45,27 @@ VARIANTS = (
 )
 
 
+TEACHERS = ("tiny-cross", "tiny-shared")
+_STUDENT = 0.9
+"""How long a student takes, two at a time on two cores, in the time that a cache takes: for the time left."""
+
+
 def run_demo(out: Path, seeds: int) -> Path:
     """Caches, students, report. Interrupted and run again, it goes on where it stopped."""
     if seeds < 1:
         raise TideError(f"seeds is {seeds}", expected="at least 1")
+    print("\n".join(f"{name:<16}{value}" for name, value in describe_hardware()), file=sys.stderr)
     started = time.monotonic()
-    for teacher in ("tiny-cross", "tiny-shared"):
-        build_cache(cache_config(teacher, None, [], out=out / "caches" / teacher))
+    jobs = [_job(out, variant, seed) for seed in range(seeds) for variant in VARIANTS]
+    todo = sum(not job.finished for job in jobs)
+    for number, teacher in enumerate(TEACHERS, 1):
+        report = build_cache(cache_config(teacher, None, [], out=out / "caches" / teacher))
+        if report.computed:
+            left = (len(TEACHERS) - number) + todo * _STUDENT
+            minutes = (time.monotonic() - started) / number * left / 60
+            print(f"{number} of {len(TEACHERS)} caches done, then {todo} students: about {minutes:.0f} min left")
     cached = time.monotonic() - started
-    train_all([_job(out, variant, seed) for seed in range(seeds) for variant in VARIANTS])
+    train_all(jobs)
     runs = find_runs(out)
     lengths = cache_config("tiny-shared", None, []).lengths
     training = train_config("tiny-shared", None, [])

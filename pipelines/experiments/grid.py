@@ -38,14 +38,16 @@ def train_all(jobs: Sequence[Job], at_once: int | None = None) -> None:
     waiting = [job for job in jobs if not job.finished]
     running: dict[subprocess.Popen[bytes], Job] = {}
     limit = at_once or os.cpu_count() or 1
-    with tqdm(total=None, unit="step", desc=f"train {len(jobs)} students", smoothing=0.05) as bar:
+    before, _ = _steps(jobs)
+    # smoothing=0: the mean rate since the start, which holds the starting times of students and any other load too.
+    with tqdm(initial=before, unit="step", desc=f"train {len(jobs)} students", smoothing=0, dynamic_ncols=True) as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < limit:
                     job = waiting.pop(0)
                     running[_start(job)] = job
                 time.sleep(0.5)
-                _update(bar, [job.folder for job in jobs])
+                _update(bar, jobs)
                 for process in [p for p in running if p.poll() is not None]:
                     folder = running.pop(process).folder
                     if process.returncode != 0:
@@ -67,13 +69,24 @@ def _start(job: Job) -> subprocess.Popen[bytes]:
         )
 
 
-def _update(bar: Any, folders: list[Path]) -> None:
-    done, longest = 0, 0
-    for folder in folders:
-        try:
-            state = json.loads((folder / "progress.json").read_text())
-        except (OSError, json.JSONDecodeError):
-            continue
-        done, longest = done + state["step"], max(longest, state["max_steps"])
-    bar.total = longest * len(folders) or None
+def _steps(jobs: Sequence[Job]) -> tuple[int, int | None]:
+    """Steps done, and steps in all: a student that has not begun is taken to be as long as the longest known."""
+    known = [state for job in jobs if (state := _state(job.folder))]
+    if not known:
+        return 0, None
+    longest = max(total for _, total in known)
+    return sum(done for done, _ in known), sum(total for _, total in known) + longest * (len(jobs) - len(known))
+
+
+def _state(folder: Path) -> tuple[int, int] | None:
+    """Steps done and steps in all of one training; None where it has not logged any yet."""
+    try:
+        state = json.loads((folder / "progress.json").read_text())
+        return int(state["step"]), int(state["max_steps"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _update(bar: Any, jobs: Sequence[Job]) -> None:
+    done, bar.total = _steps(jobs)
     bar.update(done - bar.n)

@@ -37,6 +37,8 @@ class Run:
     folder: Path
     """Of the cache."""
     command: str
+    machine: str
+    """The hardware that trained it."""
 
 
 def describe_objective(settings: dict[str, Any], weight: float = 1.0) -> str:
@@ -65,6 +67,7 @@ def find_runs(folder: Path) -> list[Run]:
                 history["final"],
                 Path(settings["cache"]),
                 train_command(settings),
+                history.get("machine", "unknown"),
             )
         )
     if not runs:
@@ -208,6 +211,7 @@ def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
     rows = "\n".join(f"* `{variant}`: `{command}`" for variant, command in sorted(commands.items()))
     parts = [title, table, "\n" + to_markdown(cost_table(runs)), "\n![loss and held-out NLL](report.png)\n", tail]
     text = "\n".join(part for part in parts if part) + f"\n\nThe command of each row, at its first seed:\n\n{rows}\n"
+    text += "\nTrained on:\n\n" + "\n".join(f"* {machine}" for machine in sorted({run.machine for run in runs})) + "\n"
     text += benchmark_section(measured)
     write_bytes(folder / "report.md", text.encode())
     return folder / "report.md"
