@@ -49,10 +49,11 @@ $(VENV)/liger/.ready: $(VENV)/.ready
 test-liger: $(VENV)/liger/.ready  ## Liger's kernel, interpreted on the CPU by Triton
 	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/liger $(BIN)/python -m pytest tests/student_train/losses/test_liger_head.py $(ARGS)
 
-check: $(VENV)/.ready  ## ruff and pyright
+check: $(VENV)/.ready  ## ruff, pyright, and the wall between the stages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports --no-logo
 
 docs: $(VENV)/.ready  ## the documentation's site, to site/; fails on a broken link
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -13,10 +13,12 @@ from pipelines.commands import (  # noqa: F401 - they register their commands
     training,
     using,
 )
-from pipelines.commands.app import app
+from pipelines.commands.app import app, arrange_help
 from shared.errors import TideError
 
 _INTERRUPTED = 130
+
+arrange_help()
 
 
 def main() -> NoReturn:

@@ -10,21 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.commands.app import app
-from pipelines.commands.using import (
-    Block,
-    Device,
-    Guidance,
-    Remasking,
-    Seed,
-    Student,
-    Temperature,
-    Threshold,
-    sampling_settings,
-)
+from pipelines.commands.options import Batch, Device, Student, sampling_settings, takes_sampling
 from shared.errors import TideError
 
 
 @app.command("eval")
+@takes_sampling
 def evaluate(
     student: Student,
     tasks: Annotated[str, typer.Option(help="paper (all eight), or names of the recipe or of lm-eval, by commas.")],
@@ -36,20 +27,16 @@ def evaluate(
     chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Ask through the chat template.")] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Tokens of a response, at most.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps of a whole response.")] = None,
-    block: Block = 32,
-    threshold: Threshold = None,
-    temperature: Temperature = 0.0,
-    remasking: Remasking = "low_confidence",
-    guidance: Guidance = 0.0,
-    seed: Seed = 0,
     mc_num: Annotated[int, typer.Option(help="Masks of each block of a likelihood.")] = 32,
-    batch: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
+    batch: Batch = 8,
     device: Device = "auto",
     confirm_run_unsafe_code: Annotated[
         bool, typer.Option("--confirm-run-unsafe-code", help="Run the code that the student writes.")
     ] = False,
     code_seconds: Annotated[float, typer.Option(help="Limit of one program.")] = 10.0,
     code_gigabytes: Annotated[float, typer.Option(help="Limit of one program.")] = 4.0,
+    *,
+    sampling: dict[str, Any],
 ) -> None:
     """Score a student on benchmarks. Run again to go on where it stopped."""
     from pipelines.evaluation.code_eval import Limits
@@ -58,10 +45,7 @@ def evaluate(
     from pipelines.evaluation.run import EvalSettings, default_output, run_benchmarks
     from pipelines.evaluation.table import score_table
 
-    options: dict[str, Any] = {
-        "threshold": threshold, "temperature": temperature, "remasking": remasking, "guidance": guidance, "seed": seed,
-    }  # fmt: skip
-    sampling_settings(block=block, **options)  # says what is out of range
+    sampling_settings(**sampling)  # says what is out of range
     wanted = choose(tasks, recipe, shots=num_fewshot, chat=chat, new_tokens=new_tokens, steps=steps)
     for name, value in (
         ("limit", limit),
@@ -73,7 +57,7 @@ def evaluate(
         if value is not None and value < 1:
             raise TideError(f"--{name} is {value}", expected="at least 1")
     settings = EvalSettings(
-        sampling={"block_size": block, "mc_num": mc_num, **options},
+        sampling={"block_size": sampling.pop("block"), "mc_num": mc_num, **sampling},
         batch=batch,
         device=device,
         limit=limit,

@@ -1,4 +1,4 @@
-"""What one does with a finished cache: inspect, merge, prune, pack, unpack. (`tide verify` stands with stage one.)"""
+"""What one does with a finished cache: inspect, verify, prune, merge, pack, unpack, push, pull."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands.app import app
+from pipelines.commands.app import Recipe, Sets, TeacherName, TeachersFile, app
 
 Cache = Annotated[Path, typer.Argument(help="A cache, such as caches/TEACHER.")]
 Out = Annotated[Path, typer.Option("--out", help="A new folder.")]
@@ -41,6 +41,45 @@ def inspect(
 
         draw_picture(found, picture)
         typer.echo(f"\n{picture}")
+
+
+@app.command()
+def verify(
+    teacher: TeacherName = None,
+    against: Annotated[str, typer.Option(help="The engine to score with: transformers or vllm.")] = "transformers",
+    rows: Annotated[int, typer.Option(help="Rows to score again; 0: none, and no teacher is loaded.")] = 200,
+    tolerance: Annotated[float | None, typer.Option(help="Exit with 1 where a value is further off (nats).")] = None,
+    delete_damaged: Annotated[bool, typer.Option("--delete-damaged", help="Delete shards that do not hold.")] = False,
+    model: Annotated[str | None, typer.Option(help="Path or hub id of the teacher's weights.")] = None,
+    student_tokenizer: Annotated[str | None, typer.Option(help="Path or hub id of the student's tokenizer.")] = None,
+    data: Annotated[str | None, typer.Option(help="The data of the cache.")] = None,
+    out: Annotated[Path | None, typer.Option("--cache", help="The cache (default: caches/TEACHER).")] = None,
+    config: Recipe = None,
+    teachers_file: TeachersFile = None,
+    sets: Sets = None,
+) -> None:
+    """Check every shard (checksums, schema, counts, values), then score a sample of rows again."""
+    from pipelines.recipes.read import cache_config
+    from teacher_cache.maintenance.check import check_cache
+    from teacher_cache.maintenance.check import delete_damaged as delete_shards
+    from teacher_cache.maintenance.verify import verify_cache
+    from teacher_cache.maintenance.wording import in_words
+
+    extra = [f"engine.type={against}", *([f"data.source={data}"] if data is not None else [])]
+    flags = {"model": model, "student_tokenizer": student_tokenizer, "out": out}
+    settings = cache_config(teacher, config, [*(sets or []), *extra], teachers_file, **flags)
+    checked = check_cache(settings.out)
+    typer.echo(in_words(checked))
+    if checked.problems:
+        if delete_damaged:
+            typer.echo(f"deleted {delete_shards(checked)} shards; `tide cache` computes them again")
+        raise typer.Exit(1)
+    if rows == 0:
+        return
+    found = verify_cache(settings, rows)
+    typer.echo(in_words(found))
+    if tolerance is not None and found.largest > tolerance:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Teachers, conformance, demo, benchmark."""
+"""This installation: teachers, environment, conformance, demo, speed."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ def teachers(context: typer.Context, teachers_file: TeachersFile = None) -> None
     """List the known teachers."""
     if context.invoked_subcommand is not None:
         return
-    from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
+    from pipelines.terminal.tables import print_table
     from teacher_cache.teachers.registry import all_teachers
 
     table = Table("teacher", "model", "architecture", "mask id", "attention", "reads", "length")
     for name, entry in all_teachers(teachers_file).items():
         reads = "the student's ids" if entry.student_tokens else "its own ids"
         mask, length = str(entry.mask_id), str(entry.length)
-        table.add_row(name, entry.model, entry.architecture, mask, entry.attention.type, reads, length)
-    Console().print(table)
+        cells = (name, entry.model, entry.architecture, mask, entry.attention.type, reads, length)
+        table.add_row(*map(escape, cells))  # a name is no markup
+    print_table(table)
 
 
 @teachers_app.command()
@@ -39,6 +41,14 @@ def show(
     from pipelines.planning.show_teacher import describe_teacher
 
     typer.echo(describe_teacher(name, teachers_file))
+
+
+@app.command()
+def env() -> None:
+    """Print what numbers and speed depend on: CPU, bfloat16, threads, GPU, versions."""
+    from pipelines.terminal.environment import describe_environment
+
+    typer.echo("\n".join(describe_environment()))
 
 
 @app.command()

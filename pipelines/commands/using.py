@@ -5,36 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from pipelines.commands.app import app
+from pipelines.commands.options import Batch, Device, NewTokens, Steps, Student, sampling_settings, takes_sampling
 from shared.errors import TideError
-
-if TYPE_CHECKING:
-    from student_train.using.sampler import SampleConfig
-
-Student = Annotated[str, typer.Argument(help="A student: runs/NAME/model, or a hub id.")]
-NewTokens = Annotated[int, typer.Option(help="Tokens of a response, at most.")]
-Block = Annotated[int, typer.Option(help="Block of the student's block diffusion.")]
-Steps = Annotated[int | None, typer.Option("--steps-per-block", help="Default: one token a step.")]
-Threshold = Annotated[float | None, typer.Option(help="Settle all positions above this probability.")]
-Temperature = Annotated[float, typer.Option(help="0: greedy.")]
-Remasking = Annotated[str, typer.Option(help="low_confidence or random.")]
-Guidance = Annotated[float, typer.Option(help="Classifier-free guidance.")]
-Seed = Annotated[int, typer.Option(help="Of temperature and random remasking.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
-
-
-def sampling_settings(**values: Any) -> SampleConfig:
-    """Settings of sampling from options. TideError where one is out of range."""
-    from student_train.using.sampler import SampleConfig
-
-    try:
-        return SampleConfig(**values)
-    except ValueError as error:
-        raise TideError(str(error)) from error
 
 
 def _chats(prompts: list[str], file: Path | None) -> list[list[dict[str, str]]]:
@@ -62,28 +39,22 @@ def _chats(prompts: list[str], file: Path | None) -> list[list[dict[str, str]]]:
 
 
 @app.command()
+@takes_sampling
 def sample(
     student: Student,
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; none: --file, or standard input.")] = None,
     file: Annotated[Path | None, typer.Option(help="JSONL with `prompt` or `messages`; answers come as JSONL.")] = None,
     new_tokens: NewTokens = 256,
-    block: Block = 32,
     steps_per_block: Steps = None,
-    threshold: Threshold = None,
-    temperature: Temperature = 0.0,
-    remasking: Remasking = "low_confidence",
-    guidance: Guidance = 0.0,
-    seed: Seed = 0,
-    batch: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
+    batch: Batch = 8,
     device: Device = "auto",
+    *,
+    sampling: dict[str, Any],
 ) -> None:
     """Answer prompts with a student."""
     from student_train.using.load import load_for_use
 
-    config = sampling_settings(
-        new_tokens=new_tokens, block=block, steps_per_block=steps_per_block, threshold=threshold,
-        temperature=temperature, remasking=remasking, guidance=guidance, seed=seed,
-    )  # fmt: skip
+    config = sampling_settings(new_tokens=new_tokens, steps_per_block=steps_per_block, **sampling)
     chats = _chats(prompts or [], file)
     loaded = load_for_use(student, device)
     for messages, answer in zip(chats, loaded.answer(chats, config, batch), strict=True):
@@ -94,23 +65,19 @@ def sample(
 
 
 @app.command()
+@takes_sampling
 def chat(
     student: Student,
     new_tokens: NewTokens = 256,
-    block: Block = 32,
     steps_per_block: Steps = None,
-    threshold: Threshold = None,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
     device: Device = "auto",
     show_diffusion: Annotated[bool, typer.Option("--show-diffusion", help="Draw the unmasking.")] = False,
+    *,
+    sampling: dict[str, Any],
 ) -> None:
     """Talk to a student in the terminal; blocks appear as they settle. Ctrl-D or an empty line ends it."""
     from pipelines.terminal.chat import talk
     from student_train.using.load import load_for_use
 
-    config = sampling_settings(
-        new_tokens=new_tokens, block=block, steps_per_block=steps_per_block, threshold=threshold,
-        temperature=temperature, remasking="low_confidence", guidance=0.0, seed=seed,
-    )  # fmt: skip
+    config = sampling_settings(new_tokens=new_tokens, steps_per_block=steps_per_block, **sampling)
     talk(load_for_use(student, device), config, show_diffusion)

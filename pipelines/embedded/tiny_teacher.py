@@ -19,29 +19,29 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipelines.embedded.tiny_tokenizers import train_student_tokenizer, train_teacher_tokenizer
 from shared.attention import full
-from shared.config import DataConfig, LengthConfig
+from shared.config import DataConfig, LengthConfig, ModelShape
 from shared.data import iter_examples
 from shared.examples import Prepared, Preparer
 from shared.hardware import choose_device, choose_precision, hardware_line
+from shared.models.fresh import new_model
 from shared.noise import generator
 from shared.stdlib_corpus import corpus_origin
 from shared.tokenizers import Tokenizer
 from student_train.training.heldout import masked_nll, prepare_heldout, teacher_predictor
 from student_train.training.resumable import ResumableTrainer, training_arguments
 
+_POSITIONS = 1024
+_SHAPE = ModelShape("llama", hidden_size=256, layers=6, heads=4, kv_heads=4, intermediate_size=704)
+
 
 @dataclass(frozen=True)
 class TinyTeacherConfig:
     """Shape and schedule. The defaults made the embedded teacher."""
 
-    hidden_size: int = 256
-    layers: int = 6
-    heads: int = 4
-    intermediate_size: int = 704
+    shape: ModelShape = _SHAPE
     length: int = 256
     block: int = 32
     tokens_per_batch: int = 4096
@@ -145,7 +145,7 @@ def train_tiny_teacher(teacher: Path, student_tokenizer: Path, work: Path, confi
     tokenizer = Tokenizer.load(work / "tokenizer")
     train = prepare_corpus(tokenizer, config, "train")
     torch.manual_seed(config.seed)
-    model = LlamaForCausalLM(_llama(config, tokenizer))
+    model: Any = new_model(config.shape, tokenizer, tokenizer.special_id("mask"), _POSITIONS)
     dataset = NoisedBatches(train, tokenizer.special_id("mask"), config)
     trainer = TinyTeacherTrainer(
         model=model,
@@ -168,7 +168,7 @@ def train_tiny_teacher(teacher: Path, student_tokenizer: Path, work: Path, confi
     )
     trainer.train_resuming()
     minutes = trainer.seconds_trained / 60
-    rounded: Any = model
+    rounded = model
     rounded.to(torch.bfloat16)
     rounded.save_pretrained(teacher)
     rounded.float()
@@ -183,24 +183,6 @@ def train_tiny_teacher(teacher: Path, student_tokenizer: Path, work: Path, confi
     print(f"held-out masked NLL {nll:.4f} nats a token; {time.monotonic() - started:.0f} s in this run")
 
 
-def _llama(config: TinyTeacherConfig, tokenizer: Tokenizer) -> LlamaConfig:
-    mask: dict[str, Any] = {"mask_token_id": tokenizer.special_id("mask")}
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.heads,
-        intermediate_size=config.intermediate_size,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.special_id("eos"),
-        pad_token_id=tokenizer.special_id("pad"),
-        **mask,
-    )
-
-
 def _card(
     config: TinyTeacherConfig,
     model: Any,
@@ -211,7 +193,8 @@ def _card(
     nll: float,
 ) -> str:
     tokens = sum(len(e.student_ids) for e in train)
-    settings = "\n".join(f"| {k} | {v} |" for k, v in dataclasses.asdict(config).items())
+    values = {**dataclasses.asdict(config.shape), **dataclasses.asdict(config)}
+    settings = "\n".join(f"| {k} | {v} |" for k, v in values.items() if k != "shape")
     unigram = math.log(model.config.vocab_size)
     return f"""# The embedded teacher
 

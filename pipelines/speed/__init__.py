@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
 from pipelines.speed.alignment import bench_alignment
 from pipelines.speed.end_to_end import bench_end_to_end
 from pipelines.speed.engines import bench_engines
@@ -13,6 +11,7 @@ from pipelines.speed.head import bench_head
 from pipelines.speed.stage_one import bench_stage_one
 from pipelines.speed.training import bench_training
 from pipelines.speed.use import bench_use
+from pipelines.terminal.tables import print_table
 from shared.errors import TideError
 
 TABLES = {
@@ -32,4 +31,4 @@ def run_bench(only: str | None = None, figure: Path | None = None) -> None:
         raise TideError(f"unknown table {only!r}", expected=f"one of {', '.join(TABLES)}")
     for name, measure in TABLES.items():
         if only in (None, name):
-            Console().print(measure() if figure is None or name != "use" else bench_use(figure))
+            print_table(measure() if figure is None or name != "use" else bench_use(figure))

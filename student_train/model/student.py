@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel
 
 from shared.attention import block_diffusion_places
 from shared.config import StudentConfig
@@ -17,9 +17,13 @@ from shared.errors import TideError
 from shared.manifest import Manifest
 from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import Checkpoint, open_checkpoint
+from shared.models.fresh import new_model
 from shared.models.loading import load_model
 from shared.tokenizers import Tokenizer
 from student_train.model.attention import FLEX, flex_mask, register_flex
+
+_POSITIONS = 4096
+"""That a new student knows."""
 
 
 def load_student(settings: StudentConfig, cache: Path, manifest: Manifest) -> tuple[PreTrainedModel, Tokenizer]:
@@ -54,7 +58,7 @@ def student_for(
             fix="use the student checkpoint that the cache was built for",
         )
     if checkpoint is None:
-        model = _new_student(settings, tokenizer, mask_id)
+        model = new_model(settings, tokenizer, mask_id, _POSITIONS)
     else:
         model = load_model(checkpoint, student_architecture(checkpoint), torch.float32)
         _make_room(model, mask_id, settings)
@@ -110,28 +114,6 @@ def add_mask_token(tokenizer: Tokenizer, token: str) -> int:
     if token not in tokenizer.backend.get_vocab():
         tokenizer.backend.add_special_tokens({"mask_token": token})
     return tokenizer.special_id("mask", token)
-
-
-def _new_student(settings: StudentConfig, tokenizer: Tokenizer, mask_id: int) -> PreTrainedModel:
-    kinds: dict[str, Any] = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
-    config_class, model_class = kinds[settings.architecture]
-    config = config_class(
-        vocab_size=max(len(tokenizer), mask_id + 1),
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.kv_heads,
-        head_dim=settings.hidden_size // settings.heads,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.special_id("eos"),
-        pad_token_id=tokenizer.special_id("pad"),
-        mask_token_id=mask_id,
-        attn_implementation="sdpa",
-    )
-    return model_class(config)
 
 
 def masked_hidden(

@@ -34,14 +34,6 @@ class CheckReport:
     missing: int
     problems: list[Problem]
 
-    def lines(self) -> list[str]:
-        """In words."""
-        head = f"{self.shards:,} shards, {self.rows:,} rows: checksums, schema, counts and values hold"
-        if self.problems:
-            head = f"{self.shards:,} shards, {self.rows:,} rows; {len(self.problems)} problems:"
-        missing = [f"{self.missing:,} shards are not there yet: `tide cache` computes them"] if self.missing else []
-        return [head, *(f"  {problem.text}" for problem in self.problems), *missing]
-
 
 def check_cache(folder: Path) -> CheckReport:
     """Read every shard of the cache at `folder`. TideError where its manifest cannot be read."""

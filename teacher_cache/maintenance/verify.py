@@ -44,13 +44,6 @@ class VerifyReport:
     positions: int
     deviations: list[Deviation]
 
-    def lines(self) -> list[str]:
-        """A small table."""
-        head = f"{self.rows} rows, {self.positions:,} positions scored again with {self.engine}"
-        table = [f"  {'':<14}{'values':>12}{'largest':>12}{'mean':>12}"]
-        table += [f"  {d.name:<14}{d.values:>12,}{d.largest:>12.2e}{d.mean:>12.2e}" for d in self.deviations]
-        return [head, *table]
-
     @property
     def largest(self) -> float:
         """The largest deviation of all."""

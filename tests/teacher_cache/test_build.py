@@ -160,7 +160,7 @@ def test_other_settings_are_refused_with_a_diff_and_touch_nothing(
     refused(r"targets.k: 8 → 4", config(targets={"k": 4}))
     refused(r"noise.seed: 0 → 5", config(noise={"seed": 5}))
     refused(r"data.content: [\s\S]*data.examples: 24 → 20", config(data={"source": str(chats_file()), "limit": 20}))
-    refused(r'engine.dtype: "float32" → "bfloat16"', config(engine={"dtype": "bfloat16"}))
+    refused(r'engine.dtype: "float32" → "float16"', config(engine={"dtype": "float16"}))
     other = Path(shutil.copytree(random_teacher, tmp_path / "other"))
     tensors = load_file(other / "model.safetensors")
     save_file({k: v + 1e-3 for k, v in tensors.items()}, other / "model.safetensors", {"format": "pt"})

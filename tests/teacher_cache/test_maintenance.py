@@ -24,6 +24,7 @@ from teacher_cache.maintenance.inspect import inspect_cache
 from teacher_cache.maintenance.pack import pack_cache, unpack_cache
 from teacher_cache.maintenance.reshape import merge_caches, prune_cache
 from teacher_cache.maintenance.sizes import describe_first_shard, size_steps
+from teacher_cache.maintenance.wording import in_words
 from tests.conftest import chats_file, files, small_cache_config
 
 
@@ -156,7 +157,7 @@ def test_check_names_what_is_wrong_and_the_next_run_mends_it(
     (cache / "draw=07").mkdir()
     shutil.copyfile(Unit(0, 1).path(caches["tiny-shared"]), Unit(7, 0).path(cache))
     report = check_cache(cache)
-    text = "\n".join(report.lines())
+    text = in_words(report)
     for part in ("cannot be read", "1 values of gold_logit are not finite", "belongs to another cache", "'draw': 1",
                  "no part of a cache of 2 draws"):  # fmt: skip
         assert part in text

@@ -13,6 +13,7 @@ from shared.errors import TideError
 from shared.shards import finished_units
 from teacher_cache.maintenance.inspect import describe, inspect_cache
 from teacher_cache.maintenance.verify import verify_cache
+from teacher_cache.maintenance.wording import in_words
 from tests.conftest import TEACHER_TOKENIZER, small_cache_config
 
 
@@ -24,7 +25,7 @@ def test_a_cache_verifies_against_its_own_engine(caches: dict[str, Path], random
     assert report.positions > 200
     assert {d.name for d in report.deviations} == {"gold logit", "logsumexp", "top-k logits"}
     assert report.largest < 1e-5
-    assert "20 rows" in report.lines()[0]
+    assert "20 rows" in in_words(report)
 
 
 def test_a_changed_value_is_found(caches: dict[str, Path], random_teacher: Path, tmp_path: Path) -> None:

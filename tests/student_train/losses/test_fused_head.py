@@ -116,13 +116,17 @@ def test_slices_cover_every_row_and_chunk_once(n: int, size: int, seed: int) -> 
     assert tokens == targets.chunks.rows.numel()
 
 
-def test_nothing_masked_is_a_loss_of_zero_with_zero_gradients() -> None:
+def expect_zero_where_nothing_is_masked(loss_of: Any, distillation: Distillation) -> None:
     hidden, head, targets, counts = problem(0, 11, 4)
-    settings = LossSettings(KL(), 1.0, counts, 0.5)
-    loss, grad_hidden, grad_head = gradients(lambda h, w: fused_loss(h, w, targets, settings)[0], hidden, head)
+    settings = LossSettings(distillation, 1.0, counts, 0.5)
+    loss, grad_hidden, grad_head = gradients(lambda h, w: loss_of(h, w, targets, settings)[0], hidden, head)
     assert loss == 0
     assert grad_hidden.shape == (0, 4)
     assert not grad_head.any()
+
+
+def test_nothing_masked_is_a_loss_of_zero_with_zero_gradients() -> None:
+    expect_zero_where_nothing_is_masked(fused_loss, KL())
 
 
 def test_a_frozen_head_and_evaluation_without_gradients() -> None:

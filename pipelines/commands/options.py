@@ -1,0 +1,58 @@
+"""Options that come in groups, declared once: a command that takes them gets them together."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shared.errors import TideError
+
+if TYPE_CHECKING:
+    from student_train.using.sampler import SampleConfig
+
+Student = Annotated[str, typer.Argument(help="A student: runs/NAME/model, or a hub id.")]
+NewTokens = Annotated[int, typer.Option(help="Tokens of a response, at most.")]
+Steps = Annotated[int | None, typer.Option("--steps-per-block", help="Default: one token a step.")]
+Batch = Annotated[int, typer.Option(help="Prompts at a time.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
+
+
+def _sampling(
+    block: Annotated[int, typer.Option(help="Block of the student's block diffusion.")] = 32,
+    threshold: Annotated[float | None, typer.Option(help="Settle all positions above this probability.")] = None,
+    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
+    remasking: Annotated[str, typer.Option(help="low_confidence or random.")] = "low_confidence",
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of temperature and random remasking.")] = 0,
+) -> None:
+    """How a student's tokens are chosen."""
+
+
+def takes_sampling(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameter `sampling` (a dict) is filled by the options of `_sampling`."""
+    own, group = (inspect.signature(function, eval_str=True).parameters for function in (command, _sampling))
+
+    @functools.wraps(command)
+    def wrapped(**values: Any) -> None:
+        sampling = {name: values.pop(name) for name in group}
+        command(**values, sampling=sampling)
+
+    parameters = [p for name, p in own.items() if name != "sampling"] + list(group.values())
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    wrapped.__signature__ = inspect.Signature([p.replace(kind=keyword) for p in parameters])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapped
+
+
+def sampling_settings(**values: Any) -> SampleConfig:
+    """Settings of sampling from options. TideError where one is out of range."""
+    from student_train.using.sampler import SampleConfig
+
+    try:
+        return SampleConfig(**values)
+    except ValueError as error:
+        raise TideError(str(error)) from error
