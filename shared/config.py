@@ -10,53 +10,14 @@ from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
+from shared.data_config import DataConfig, LengthConfig, RowFilter, Sources
 from shared.objectives import Distillation, NoDistillation
-from shared.variants import strict
+from shared.variants import require, strict
 
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-@strict
-class DataConfig:
-    """Where the chat examples come from (`shared.data`)."""
-
-    source: str = "stdlib:train"
-    """A path (.jsonl, .jsonl.zst, .parquet), hf://NAME[:SPLIT], or stdlib:train|heldout|all."""
-    limit: int | None = None
-    """Use the first `limit` examples only."""
-    prompt_field: str | None = None
-    """With `response_field`: rows hold two texts under these names instead of `messages`."""
-    response_field: str | None = None
-    allow_bad_rows: int = 0
-    """Malformed rows that are reported and left out; one more stops the run."""
-
-    def __post_init__(self) -> None:
-        _require(self.limit is None or self.limit > 0, f"data.limit is {self.limit}; it must be positive")
-        _require(
-            (self.prompt_field is None) == (self.response_field is None),
-            "data.prompt_field and data.response_field go together",
-        )
-
-
-@strict
-class LengthConfig:
-    """Lengths in tokens. The reference trains at 512 (student), 1024 (cross) or 768 (shared teacher)."""
-
-    student: int = 512
-    teacher: int = 1024
-    block: int = 32
-    """Block of the student's block diffusion; the student's sequences are whole numbers of blocks."""
-
-    def __post_init__(self) -> None:
-        _require(self.block > 0, f"lengths.block is {self.block}; it must be positive")
-        _require(
-            self.student > 0 and self.student % self.block == 0,
-            f"lengths.student is {self.student}; it must be a positive multiple of lengths.block ({self.block})",
-        )
-        _require(self.teacher > 0, f"lengths.teacher is {self.teacher}; it must be positive")
+__all__ = [
+    "CacheConfig", "DataConfig", "EngineConfig", "LengthConfig", "ModelShape", "NoiseConfig", "RowFilter",
+    "StudentConfig", "TargetConfig", "TrainConfig",
+]  # fmt: skip
 
 
 @strict
@@ -72,8 +33,8 @@ class NoiseConfig:
     """Probability of part A, which pass 1 reveals and pass 2 reads."""
 
     def __post_init__(self) -> None:
-        _require(1 <= self.draws <= 100, f"noise.draws is {self.draws}; it must be between 1 and 100")
-        _require(0 <= self.demo_ratio <= 1, f"noise.demo_ratio is {self.demo_ratio}; it must lie in [0, 1]")
+        require(1 <= self.draws <= 100, f"noise.draws is {self.draws}; it must be between 1 and 100")
+        require(0 <= self.demo_ratio <= 1, f"noise.demo_ratio is {self.demo_ratio}; it must lie in [0, 1]")
 
 
 @strict
@@ -89,10 +50,10 @@ class TargetConfig:
     """Temperatures at which logsumexp is stored; training can use these. 1.0 is always stored."""
 
     def __post_init__(self) -> None:
-        _require(len(self.signals) > 0, "targets.signals is empty; name topk, chunks or both")
-        _require(self.k > 0, f"targets.k is {self.k}; it must be positive")
-        _require(0 < self.mass <= 1, f"targets.mass is {self.mass}; it must lie in (0, 1]")
-        _require(all(t > 0 for t in self.temperatures), "targets.temperatures must be positive")
+        require(len(self.signals) > 0, "targets.signals is empty; name topk, chunks or both")
+        require(self.k > 0, f"targets.k is {self.k}; it must be positive")
+        require(0 < self.mass <= 1, f"targets.mass is {self.mass}; it must lie in (0, 1]")
+        require(all(t > 0 for t in self.temperatures), "targets.temperatures must be positive")
 
     @property
     def stored_temperatures(self) -> tuple[float, ...]:
@@ -115,8 +76,6 @@ class EngineConfig:
     """Rows whose full-vocabulary logits exist at one time."""
     workers: Literal["local", "ray"] = "local"
     """Where `data_parallel` copies run: processes of this machine, or actors of the Ray cluster that is at hand."""
-    prepare_workers: int = 0
-    """Processes that tokenise and align ahead of the engine; 0: one thread, which feeds most teachers."""
     tensor_parallel: int = 1
     """GPUs that share one copy of the teacher (vLLM only)."""
     data_parallel: int = 1
@@ -127,21 +86,20 @@ class EngineConfig:
     """Keep linear layers in 8 or 4 bits (bitsandbytes); the values of the cache change with it."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.device_map is None or self.quantization is None,
             "engine.device_map and engine.quantization do not go together: a quantised teacher stays on one device",
         )
-        _require(self.tokens_per_batch > 0, "engine.tokens_per_batch must be positive")
-        _require(self.head_rows > 0, "engine.head_rows must be positive")
-        _require(self.prepare_workers >= 0, "engine.prepare_workers must not be negative")
-        _require(self.tensor_parallel > 0, "engine.tensor_parallel must be positive")
-        _require(self.data_parallel > 0, "engine.data_parallel must be positive")
-        _require(
+        require(self.tokens_per_batch > 0, "engine.tokens_per_batch must be positive")
+        require(self.head_rows > 0, "engine.head_rows must be positive")
+        require(self.tensor_parallel > 0, "engine.tensor_parallel must be positive")
+        require(self.data_parallel > 0, "engine.data_parallel must be positive")
+        require(
             self.data_parallel == 1 or ":" not in self.device,
             f"engine.device is {self.device}, but each of {self.data_parallel} processes gets a GPU of its own; "
             "leave engine.device out",
         )
-        _require(
+        require(
             self.data_parallel == 1 or self.device_map is None,
             "engine.data_parallel and engine.device_map do not go together: a device map takes all GPUs",
         )
@@ -156,8 +114,10 @@ class CacheConfig:
     """Path or hub id of the teacher's weights (default: the registry's)."""
     student_tokenizer: str | None = None
     """Path or hub id of the student's tokenizer (default: the registry's partner)."""
-    student_mask_token: str = "<|mask|>"
-    """The student's mask token; where its tokenizer lacks it, it is added at the end of the vocabulary."""
+    student_mask_token: str | None = None
+    """The student's mask token (default: the one that its tokenizer names, else <|mask|>); where the tokenizer lacks
+    it, it is added at the end of the vocabulary.
+    """
     teachers_file: Path | None = None
     """A TOML file with teachers of your own, in the form of registry.toml."""
     out: Path = Path("caches/default")
@@ -169,15 +129,34 @@ class CacheConfig:
     world: int = 1
     store: str | None = None
     """s3://…, gs://…, hf://… or a path: every finished shard is copied there, and what is there is not computed."""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: Sources = field(default_factory=DataConfig)
+    """One source, or several, whose examples are interleaved."""
+    dedup: bool = False
+    """Leave out examples whose content came before."""
+    prepared: Path | None = None
+    """Where prepared data lies, which caches share (default: the folder `prepared` beside the cache)."""
+    prepare_workers: int = 0
+    """Processes that prepare the data; 0: one a core."""
     lengths: LengthConfig = field(default_factory=LengthConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     targets: TargetConfig = field(default_factory=TargetConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
-        _require(self.shard_examples > 0, f"shard_examples is {self.shard_examples}; it must be positive")
-        _require(0 <= self.rank < self.world, f"rank is {self.rank} and world {self.world}; 0 ≤ rank < world must hold")
+        require(self.data != (), "data is empty; name at least one source")
+        require(self.prepare_workers >= 0, f"prepare_workers is {self.prepare_workers}; it must not be negative")
+        require(self.shard_examples > 0, f"shard_examples is {self.shard_examples}; it must be positive")
+        require(0 <= self.rank < self.world, f"rank is {self.rank} and world {self.world}; 0 ≤ rank < world must hold")
+
+    @property
+    def sources(self) -> tuple[DataConfig, ...]:
+        """The sources of the data."""
+        return (self.data,) if isinstance(self.data, DataConfig) else self.data
+
+    @property
+    def prepared_folder(self) -> Path:
+        """Where prepared data lies."""
+        return self.prepared or self.out.parent / "prepared"
 
 
 @strict
@@ -193,12 +172,12 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "layers", "heads", "kv_heads", "intermediate_size"):
-            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
-        _require(
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        require(
             self.hidden_size % (2 * self.heads) == 0,
             f"hidden_size is {self.hidden_size}; it must be an even multiple of heads ({self.heads})",
         )
-        _require(
+        require(
             self.heads % self.kv_heads == 0,
             f"heads is {self.heads}; it must be a multiple of kv_heads ({self.kv_heads})",
         )
@@ -214,7 +193,6 @@ class StudentConfig(ModelShape):
     """Allow new embedding rows where the checkpoint has none for the mask token."""
     attention: Literal["auto", "sdpa", "flex"] = "auto"
     """`auto`: flex_attention with a compiled block mask on CUDA, SDPA with a dense mask elsewhere."""
-    mask_token: str = "<|mask|>"
 
 
 @strict
@@ -258,10 +236,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulation", "learning_rate", "checkpoint_steps", "log_steps"):
-            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
-        _require(
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        require(
             self.checkpoint_steps % self.log_steps == 0,
             f"checkpoint_steps ({self.checkpoint_steps}) must be a multiple of log_steps ({self.log_steps}), "
             "so that a resumed run logs the same curve",
         )
-        _require(self.weight >= 0, f"weight is {self.weight}; it must not be negative")
+        require(self.weight >= 0, f"weight is {self.weight}; it must not be negative")

@@ -16,3 +16,11 @@ class TideError(ValueError):
         if fix is not None:
             parts.append(f"fix: {fix}")
         super().__init__("\n  ".join(parts))
+
+
+class Unusable(TideError):
+    """A row of data that cannot be used. It is left out and counted under `reason`; it never stops a run by itself."""
+
+    def __init__(self, reason: str, what: str | None = None) -> None:
+        self.reason = reason
+        super().__init__(what or reason, fix="mend the data, or choose a model whose chat template takes it as it is")

@@ -1,64 +1,65 @@
 """Chat examples as token ids for student and teacher, with the chunks that both share.
 
-The student's sequence is prompt, response, and EOS up to a whole block; those EOS are part of the response and
-carry loss (DESIGN §3). A teacher that shares the student's tokenizer reads that very sequence; another teacher
-reads the conversation in its own template and tokens, and the chunks of the response tie the two together.
+The student's sequence is prompt and response in turn, and EOS up to a whole block; those EOS are part of the last
+response
+and carry loss (DESIGN §3). A teacher that shares the student's tokenizer reads that very sequence; another teacher
+reads the conversation in its own template and tokens, and the chunks of the responses tie the two together.
 """
 
 from __future__ import annotations
 
-import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from shared.alignment import Chunks, Region, align_tokens, common_prefix
+from shared.alignment import Chunks
 from shared.config import LengthConfig
-from shared.data import ChatExample
-from shared.errors import TideError
+from shared.data.conversation import ChatExample
+from shared.errors import Unusable
+from shared.responses import Side, align_responses
+from shared.templates import RenderedChat, Turns
 from shared.tokenizers import Tokenizer
+
+NO_CHUNKS = np.zeros((0, 4), np.int32)
 
 
 @dataclass(frozen=True)
 class Prepared:
     """One example, ready for draws.
 
-    `student_ids[prompt_length:]` are maskable. `teacher_ids` is None where the teacher reads the student's ids.
-    `chunks` (teacher_start, teacher_end, student_start, student_end) lie wholly in both responses; they are empty
-    where `shared`: then student position i of the response is teacher position i + `offset`.
+    `spans` are the maskable student positions (start, end; rising, apart). `teacher_ids` is None where the teacher
+    reads
+    the student's ids. `chunks` (teacher_start, teacher_end, student_start, student_end) lie wholly in responses of
+    both; they are empty where `shared`: then student position i of span k is teacher position i + `offsets[k]`.
     """
 
     id: str
     student_ids: Int[np.ndarray, " length"]
-    prompt_length: int
+    spans: Int[np.ndarray, "spans 2"]
     teacher_ids: Int[np.ndarray, " teacher_length"] | None
     chunks: Chunks
-    shared: bool = False
-    offset: int = 0
+    shared: bool
+    offsets: Int[np.ndarray, " spans"]
+    label: str = ""
+
+    @property
+    def maskable(self) -> Int[np.ndarray, " maskable"]:
+        """The maskable student positions, rising."""
+        return positions_in(self.spans)
+
+    def teacher_positions(self, masked: Int[np.ndarray, " masked"]) -> Int[np.ndarray, " masked"]:
+        """Where a teacher that shares the tokenizer has these maskable student positions."""
+        span = np.searchsorted(self.spans[:, 0], masked, side="right") - 1
+        return (masked + self.offsets[span]).astype(np.int32)
 
 
-@dataclass
-class PrepareCounts:
-    """What preparation left out, for the manifest and the report."""
-
-    examples: int = 0
-    dropped_long_prompt: int = 0
-    dropped_unshared: int = 0
-    truncated: int = 0
-    unaligned_examples: int = 0
-    unaligned_bytes: int = 0
-    response_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class _Side:
-    """One tokenizer's view of one conversation."""
-
-    prompt: list[int]
-    response: list[int]
-    content: str
+def positions_in(spans: Int[np.ndarray, "spans 2"]) -> Int[np.ndarray, " positions"]:
+    """Every position inside of `spans`."""
+    parts = [np.arange(start, stop, dtype=np.int32) for start, stop in spans.tolist()]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ class SharedVocabulary:
 class Preparer:
     """Turns chat examples into `Prepared` ones.
 
-    `teacher` is a tokenizer of its own, a `SharedVocabulary`, or None where both read the very same ids.
+    `teacher` is a tokenizer of its own, a `SharedVocabulary`, or None where both read the very same ids. `counts` adds
+    up what is lost in rows that are kept: `truncated`, `response_bytes`, `unaligned_bytes`, `unaligned_examples`.
     """
 
     student: Tokenizer
@@ -107,113 +109,135 @@ class Preparer:
     lengths: LengthConfig
     student_mask_id: int
     teacher_mask_id: int | None = None
-    counts: PrepareCounts = field(default_factory=PrepareCounts)
+    turns: Turns = "last"
+    skip_first: bool = False
+    """Position 0 of the teacher's sequence is never asked: a shifted teacher has no row that predicts it."""
+    counts: Counter[str] = field(default_factory=Counter)
 
-    def __call__(self, examples: Sequence[ChatExample]) -> list[Prepared]:
-        """Prepare `examples`; those whose prompt fills the length are dropped and counted.
+    def usable(self, examples: Sequence[ChatExample]) -> list[Prepared]:
+        """Those of `examples` that can be used."""
+        return [found for found in self(examples) if isinstance(found, Prepared)]
 
-        Raises TideError where the text contains a mask token: the model could not tell it from noise.
-        """
-        student = _tokenise(self.student, examples)
-        teacher: Sequence[_Side | None] = [None] * len(examples)
+    def __call__(self, examples: Sequence[ChatExample]) -> list[Prepared | Unusable]:
+        """Prepare `examples`; for one that cannot be used, the reason why."""
+        student = _sides(self.student, examples, self.turns)
+        teacher: Sequence[Side | Unusable | None] = [None] * len(examples)
         if isinstance(self.teacher, Tokenizer):
-            teacher = _tokenise(self.teacher, examples)
-        prepared = (self._one(e, s, t) for e, s, t in zip(examples, student, teacher, strict=True))
-        return [p for p in prepared if p is not None]
+            teacher = _sides(self.teacher, examples, self.turns)
+        return [self._try(e, s, t) for e, s, t in zip(examples, student, teacher, strict=True)]
 
-    def _one(self, example: ChatExample, student: _Side, teacher: _Side | None) -> Prepared | None:
-        self.counts.examples += 1
+    def _try(
+        self, example: ChatExample, student: Side | Unusable, teacher: Side | Unusable | None
+    ) -> Prepared | Unusable:
+        for side in (student, teacher):
+            if isinstance(side, Unusable):
+                return side
+        assert isinstance(student, Side) and not isinstance(teacher, Unusable)
+        try:
+            return self._one(example, student, teacher)
+        except Unusable as reason:
+            return reason
+
+    def _one(self, example: ChatExample, student: Side, teacher: Side | None) -> Prepared:
         limit = self.lengths.student
-        _refuse_mask(example, student, self.student_mask_id, self.student)
-        too_long = len(student.prompt) >= limit
+        _refuse_mask(student, self.student_mask_id, self.student)
         if teacher is not None:
             assert isinstance(self.teacher, Tokenizer) and self.teacher_mask_id is not None
-            _refuse_mask(example, teacher, self.teacher_mask_id, self.teacher)
-            too_long = too_long or len(teacher.prompt) >= self.lengths.teacher
-        if too_long:
-            self.counts.dropped_long_prompt += 1
-            return None
-        ids = student.prompt + student.response
+            _refuse_mask(teacher, self.teacher_mask_id, self.teacher)
+            if teacher.starts[0] >= self.lengths.teacher:
+                raise Unusable("prompt too long", f"the teacher's prompt has {teacher.starts[0]} tokens")
+        if student.starts[0] >= limit:
+            raise Unusable("prompt too long", f"the student's prompt has {student.starts[0]} tokens")
+        ids, spans = student.ids, student.spans
         if len(ids) > limit:
-            self.counts.truncated += 1
+            self.counts["truncated"] += 1
             ids = ids[:limit]
+            spans = np.minimum(spans[spans[:, 0] < limit], limit).astype(np.int32)
         else:
-            ids = ids + [self.student.special_id("eos")] * (-len(ids) % self.lengths.block)
+            fill = self._fill(ids, spans)
+            ids = np.concatenate([ids, np.full(fill, self.student.special_id("eos"), np.int32)])
+            spans = spans.copy()
+            spans[-1, 1] += fill
         if teacher is None:
-            return self._shared(example, student, np.array(ids, np.int32))
-        teacher_ids = np.array((teacher.prompt + teacher.response)[: self.lengths.teacher], np.int32)
-        chunks = self._align(student, teacher)
-        inside = (chunks[:, 1] <= len(teacher_ids)) & (chunks[:, 3] <= len(ids))
-        return Prepared(example.id, np.array(ids, np.int32), len(student.prompt), teacher_ids, chunks[inside])
-
-    def _shared(self, example: ChatExample, student: _Side, ids: Int[np.ndarray, " length"]) -> Prepared | None:
-        """An example whose response the teacher reads in the student's ids."""
-        start, none = len(student.prompt), np.zeros((0, 4), np.int32)
-        if self.teacher is None or (isinstance(self.teacher, SharedVocabulary) and self.teacher.holds(ids)):
-            return Prepared(example.id, ids, start, None, none, shared=True)
-        assert isinstance(self.teacher, SharedVocabulary)
-        if not self.teacher.holds(ids[start:]):
-            self.counts.dropped_unshared += 1
-            return None
-        prompt = np.array(self.teacher.translate(student.prompt, self.student), np.int32)
-        teacher_ids = np.concatenate([prompt, ids[start:]])
-        return Prepared(example.id, ids, start, teacher_ids, none, shared=True, offset=len(prompt) - start)
-
-    def _align(self, student: _Side, teacher: _Side) -> Chunks:
-        """Chunks of the response, in positions of the whole sequences.
-
-        A tokenizer may normalise its text (Qwen's applies NFC). Then the chunks cover the bytes up to the first
-        change; what is lost is counted. Where both normalise alike, nothing is.
-        """
+            return self._shared(example, ids, spans)
         assert isinstance(self.teacher, Tokenizer)
-        if student.content != teacher.content:  # one template altered the content, say by stripping it
-            shared = common_prefix(student.content.encode(), teacher.content.encode())
+        teacher_ids = teacher.ids[: self.lengths.teacher]
+        chunks = align_responses(student, teacher, self.counts)
+        inside = (chunks[:, 1] <= len(teacher_ids)) & (chunks[:, 3] <= len(ids))
+        if self.skip_first:
+            inside &= chunks[:, 0] > 0
+        none = np.zeros(len(spans), np.int32)
+        return Prepared(example.id, ids, spans, teacher_ids, chunks[inside], False, none, example.label)
+
+    def _fill(self, ids: Int[np.ndarray, " length"], spans: Int[np.ndarray, "spans 2"]) -> int:
+        """How many EOS follow: up to a whole block, or a block of them where there would be none at all."""
+        block, fill = self.lengths.block, -len(ids) % self.lengths.block
+        ended = fill > 0 or (ids[spans[-1, 0] :] == self.student.special_id("eos")).any()
+        room = len(ids) + block <= self.lengths.student
+        return fill if ended or not room or not self.lengths.end_block else block
+
+    def _shared(
+        self, example: ChatExample, ids: Int[np.ndarray, " length"], spans: Int[np.ndarray, "spans 2"]
+    ) -> Prepared:
+        """An example whose responses the teacher reads in the student's ids."""
+        still = np.zeros(len(spans), np.int32)
+        if self.teacher is None or (isinstance(self.teacher, SharedVocabulary) and self.teacher.holds(ids)):
+            return Prepared(
+                example.id,
+                ids,
+                self._asked(spans, still),
+                None,
+                NO_CHUNKS,
+                shared=True,
+                offsets=still,
+                label=example.label,
+            )
+        assert isinstance(self.teacher, SharedVocabulary)
+        if not self.teacher.holds(ids[positions_in(spans)]):
+            raise Unusable("token that the teacher writes otherwise", "a response holds an unshared token")
+        parts, at, length = [], 0, 0
+        for k, (start, stop) in enumerate(spans.tolist()):
+            prompt = self.teacher.translate(ids[at:start].tolist(), self.student)
+            parts += [np.array(prompt, np.int32), ids[start:stop]]
+            still[k] = length + len(prompt) - start
+            length, at = length + len(prompt) + stop - start, stop
+        rest = self.teacher.translate(ids[at:].tolist(), self.student)
+        teacher_ids = np.concatenate([*parts, np.array(rest, np.int32)]).astype(np.int32)
+        spans = self._asked(spans, still)
+        return Prepared(example.id, ids, spans, teacher_ids, NO_CHUNKS, shared=True, offsets=still, label=example.label)
+
+    def _asked(
+        self, spans: Int[np.ndarray, "spans 2"], offsets: Int[np.ndarray, " spans"]
+    ) -> Int[np.ndarray, "spans 2"]:
+        """`spans` without the teacher's position 0, where it must not be asked."""
+        if self.skip_first and spans[0, 0] + offsets[0] == 0:
+            spans = spans.copy()
+            spans[0, 0] += 1
+        return spans
+
+
+def _sides(tokenizer: Tokenizer, examples: Sequence[ChatExample], turns: Turns) -> list[Side | Unusable]:
+    """Each example as one tokenizer sees it."""
+    chats: list[RenderedChat | Unusable] = []
+    for example in examples:
+        try:
+            chats.append(tokenizer.render(example.messages, turns, example.tools))
+        except Unusable as reason:
+            chats.append(reason)
+    encoded = iter(tokenizer.encode_chats([chat for chat in chats if isinstance(chat, RenderedChat)]))
+    sides: list[Side | Unusable] = []
+    for chat in chats:
+        parts = chat if isinstance(chat, Unusable) else next(encoded)
+        if isinstance(chat, Unusable) or isinstance(parts, Unusable):
+            sides.append(chat if isinstance(chat, Unusable) else parts)  # type: ignore[arg-type]
+        elif chat.turns[-1].body[0] == chat.turns[-1].body[1]:
+            sides.append(Unusable("empty response", "the last answer is empty"))
         else:
-            shared = len(student.content.encode())
-        s_bytes = b"".join(map(self.student.token_bytes.__getitem__, student.response))
-        t_bytes = b"".join(map(self.teacher.token_bytes.__getitem__, teacher.response))
-        text = student.content.encode()[:shared]
-        length, whole = _common_length(s_bytes, t_bytes, text), len(text)
-        if length < whole:
-            composed = unicodedata.normalize("NFC", student.content).encode()
-            other = _common_length(s_bytes, t_bytes, composed)
-            if other > length:
-                length, whole = other, len(composed)
-        self.counts.response_bytes += whole
-        self.counts.unaligned_bytes += whole - length
-        self.counts.unaligned_examples += length < whole
-        chunks = align_tokens(
-            self.teacher.byte_lengths[teacher.response],
-            self.student.byte_lengths[student.response],
-            [Region(0, 0, length)],
-        )
-        shift = np.array([len(teacher.prompt)] * 2 + [len(student.prompt)] * 2, np.int32)
-        return chunks + shift
-
-
-def _common_length(a: bytes, b: bytes, text: bytes) -> int:
-    """How many bytes of `text` both `a` and `b` start with."""
-    if a.startswith(text) and b.startswith(text):
-        return len(text)
-    return min(common_prefix(a, text), common_prefix(b, text))
-
-
-def _tokenise(tokenizer: Tokenizer, examples: Sequence[ChatExample]) -> list[_Side]:
-    """Prompt and response are tokenised apart, as at inference: no token reaches over their border."""
-    chats = [tokenizer.render(example.messages) for example in examples]
-    ids = tokenizer.encode([t for c in chats for t in (c.text[: c.response_start], c.text[c.response_start :])])
-    sides = []
-    for chat, prompt, response in zip(chats, ids[0::2], ids[1::2], strict=True):
-        span = chat.contents[-1]
-        assert span is not None  # `render` always locates the response
-        sides.append(_Side(prompt, response, chat.text[slice(*span)]))
+            sides.append(Side.of(chat, parts, tokenizer))
     return sides
 
 
-def _refuse_mask(example: ChatExample, side: _Side, mask_id: int, tokenizer: Tokenizer) -> None:
-    if mask_id in side.prompt or mask_id in side.response:
-        raise TideError(
-            f"example {example.id} contains the mask token of {tokenizer.name} ({tokenizer.decode([mask_id])!r})",
-            expected="text without mask tokens: the model cannot tell them from noise",
-            fix="remove the example from the data, or escape the token in its text",
-        )
+def _refuse_mask(side: Side, mask_id: int, tokenizer: Tokenizer) -> None:
+    if (side.ids == mask_id).any():
+        name = f"the mask token of {tokenizer.name} ({tokenizer.decode([mask_id])!r})"
+        raise Unusable("spells a mask token", f"the text holds {name}, which a model cannot tell from noise")

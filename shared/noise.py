@@ -56,11 +56,13 @@ class Draw:
     split: Bool[np.ndarray, " units"]
 
 
-def token_draw(seed: int, example_id: str, draw: int, first: int, length: int, demo_ratio: float) -> Draw:
-    """Mask positions first … length−1 with probability t each; units of the split are masked tokens."""
+def token_draw(
+    seed: int, example_id: str, draw: int, maskable: Int[np.ndarray, " maskable"], demo_ratio: float
+) -> Draw:
+    """Mask each of the `maskable` positions (rising) with probability t; units of the split are masked tokens."""
     t = diffusion_time(seed, example_id, draw)
     stream = generator(seed, example_id, draw, "mask")
-    masked = np.flatnonzero(stream.random(max(length - first, 0)) < t).astype(np.int32) + np.int32(first)
+    masked = maskable[stream.random(maskable.size) < t].astype(np.int32)
     return Draw(t, masked, np.zeros(0, np.int32), _split(seed, example_id, draw, masked.size, demo_ratio))
 
 
@@ -68,21 +70,22 @@ def chunk_draw(
     seed: int,
     example_id: str,
     draw: int,
-    first: int,
+    maskable: Int[np.ndarray, " maskable"],
     length: int,
     student_spans: Int[np.ndarray, "chunks 2"],
     demo_ratio: float,
 ) -> Draw:
     """As `token_draw`, but chunk-consistent: a chunk with a masked token is masked whole.
 
-    Units of the split are active chunks. Chunks that hold a position before `first` (prompt) are never active.
+    Units of the split are active chunks. Chunks that hold a position that is not maskable (prompt) are never active.
     """
-    base = token_draw(seed, example_id, draw, first, length, demo_ratio)
-    mask = np.zeros(length, bool)
-    mask[base.masked] = True
-    hits = np.concatenate([np.zeros(1, np.int64), np.cumsum(mask)])
+    base = token_draw(seed, example_id, draw, maskable, demo_ratio)
+    mask, free = np.zeros(length, bool), np.zeros(length, bool)
+    mask[base.masked], free[maskable] = True, True
+    hits, allowed = (np.concatenate([np.zeros(1, np.int64), np.cumsum(x)]) for x in (mask, free))
     starts, ends = student_spans[:, 0], student_spans[:, 1]
-    active = np.flatnonzero((hits[ends] > hits[starts]) & (starts >= first)).astype(np.int32)
+    whole = allowed[ends] - allowed[starts] == ends - starts
+    active = np.flatnonzero((hits[ends] > hits[starts]) & whole).astype(np.int32)
     edges = np.zeros(length + 1, np.int64)
     np.add.at(edges, starts[active], 1)
     np.add.at(edges, ends[active], -1)

@@ -1,7 +1,7 @@
 """The cache's row: all that stage two needs of one draw of one example (DESIGN §6).
 
-Lists are flat: `chunk_student` holds start, end, start, end, …; `logsumexp` holds one value per position and stored
-temperature, position by position; `topk_ids` and `topk_logp` hold `topk_sizes[i]` entries for position i.
+Lists are flat: `spans` and `chunk_student` hold start, end, start, end, …; `logsumexp` holds one value per position
+and stored temperature, position by position; `topk_ids` and `topk_logp` hold `topk_sizes[i]` entries for position i.
 docs/cache-format.md says how to read it without this package.
 """
 
@@ -18,18 +18,19 @@ from jaxtyping import Bool, Float, Int
 
 from shared.compact import round_logp
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _INTS = pa.list_(pa.int32())
 _FLOATS = pa.list_(pa.float32())
 
 SCHEMA = pa.schema(
     [
-        pa.field("example_id", pa.string(), nullable=False),
+        pa.field("example_id", pa.string(), nullable=False),  # from the content (and the occurrence of a repeat)
+        pa.field("label", pa.string(), nullable=False),  # the row's own id, or empty
         pa.field("draw", pa.int32(), nullable=False),
         pa.field("t", pa.float32(), nullable=False),
         pa.field("student_ids", _INTS, nullable=False),  # x_0, filled with EOS to a whole block
-        pa.field("prompt_length", pa.int32(), nullable=False),
+        pa.field("spans", _INTS, nullable=False),  # maskable student positions: start, end, start, end, … rising
         pa.field("masked", _INTS, nullable=False),  # student positions, rising
         pa.field("teacher_ids", _INTS),  # null: the teacher reads student_ids
         pa.field("teacher_masked", _INTS),  # teacher positions, rising; null: `masked`
@@ -53,10 +54,11 @@ class CacheRow:
     """One row as arrays. Optional parts are None where they are not cached."""
 
     example_id: str
+    label: str
     draw: int
     t: float
     student_ids: Int[np.ndarray, " length"]
-    prompt_length: int
+    spans: Int[np.ndarray, "spans 2"]
     masked: Int[np.ndarray, " masked"]
     teacher_ids: Int[np.ndarray, " teacher_length"] | None
     teacher_masked: Int[np.ndarray, " read"] | None
@@ -70,6 +72,16 @@ class CacheRow:
     chunk_teacher: Int[np.ndarray, "chunks 2"] | None
     chunk_logp: Float[np.ndarray, " chunks"] | None
 
+    @property
+    def prompt_length(self) -> int:
+        """Where the first response begins; the whole length where nothing is trained."""
+        return int(self.spans[0, 0]) if len(self.spans) else len(self.student_ids)
+
+    @property
+    def maskable(self) -> int:
+        """How many positions may be masked."""
+        return int((self.spans[:, 1] - self.spans[:, 0]).sum())
+
 
 def without_masks(row: CacheRow) -> CacheRow:
     """The same example with nothing masked and nothing maskable: it weighs nothing in any loss."""
@@ -77,7 +89,7 @@ def without_masks(row: CacheRow) -> CacheRow:
     spans = None if row.chunk_logp is None else np.zeros((0, 2), np.int32)
     return dataclasses.replace(
         row,
-        prompt_length=len(row.student_ids),
+        spans=np.zeros((0, 2), np.int32),
         masked=none,
         teacher_masked=None if row.teacher_masked is None else none,
         split=np.zeros(0, bool),
@@ -128,7 +140,10 @@ def from_table(table: pa.Table, temperatures: Sequence[float]) -> list[CacheRow]
     one = list(temperatures).index(1.0)
     names = [field.name for field in SCHEMA]
     columns = [_unpack(table.column(name).combine_chunks()) for name in names]
-    shapes = {"logsumexp": (-1, len(temperatures)), "chunk_student": (-1, 2), "chunk_teacher": (-1, 2)}
+    shapes = {
+        "logsumexp": (-1, len(temperatures)),
+        **dict.fromkeys(("spans", "chunk_student", "chunk_teacher"), (-1, 2)),
+    }
     rows = []
     for values in zip(*columns, strict=True):
         cells: dict[str, Any] = {

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from shared.data_config import ONE, SEVERAL
 from shared.errors import TideError
 
 T = TypeVar("T")
@@ -18,7 +19,7 @@ T = TypeVar("T")
 def _explain(error: ValidationError, where: str) -> TideError:
     lines = []
     for item in error.errors():
-        place = ".".join(str(part) for part in item["loc"]) or "the configuration"
+        place = ".".join(str(part) for part in item["loc"] if part not in (ONE, SEVERAL)) or "the configuration"
         reason = "no such setting" if item["type"] == "unexpected_keyword_argument" else item["msg"]
         lines.append(f"{place}: {reason.removeprefix('Value error, ')}")
     return TideError(
@@ -45,14 +46,25 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def set_value(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set `a.b.c` in nested dicts."""
+    """Set `a.b.c` in nested dicts; a number is a member of a list."""
     *path, last = key.split(".")
+    place: Any = values
     for part in path:
-        inner = values.setdefault(part, {})
-        if not isinstance(inner, dict):
+        inner = _member(place, part, key) if isinstance(place, list) else place.setdefault(part, {})
+        if not isinstance(inner, dict | list):
             raise TideError(f"{key}: {part} is a value, not a section")
-        values = inner
-    values[last] = value
+        place = inner
+    if isinstance(place, list):
+        _member(place, last, key)
+        place[int(last)] = value
+    else:
+        place[last] = value
+
+
+def _member(items: list[Any], number: str, key: str) -> Any:
+    if not number.isdigit() or int(number) >= len(items):
+        raise TideError(f"{key}: {number} is no member of a list of {len(items)}", expected=f"0 to {len(items) - 1}")
+    return items[int(number)]
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ _ROWS_PER_GROUP = 64
 _BY_DICTIONARY = ("example_id", "topk_ids.list.element", "student_ids.list.element", "teacher_ids.list.element")
 _ENCODINGS = {
     **{f"{name}.list.element": "DELTA_BINARY_PACKED"
-       for name in ("masked", "teacher_masked", "topk_sizes", "chunk_student", "chunk_teacher")},
+       for name in ("spans", "masked", "teacher_masked", "topk_sizes", "chunk_student", "chunk_teacher")},
     **{f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in ("gold_logit", "logsumexp", "topk_logp", "chunk_logp")},
 }  # fmt: skip
 WRITE_OPTIONS: dict[str, Any] = {

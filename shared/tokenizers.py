@@ -6,10 +6,13 @@ often three tokens). Alignment needs bytes, so a table of every token's bytes is
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +20,34 @@ import numpy as np
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from shared.errors import TideError
-from shared.templates import ChatTemplate, Message, RenderedChat
-
-
-def byte_level_alphabet() -> dict[str, int]:
-    """The GPT-2 alphabet: the printable character that stands for each byte in a byte-level vocabulary."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(b): b for b in printable}
-    table.update({chr(0x100 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)})
-    return table
-
-
-_ALPHABET = byte_level_alphabet()
-
-
-def byte_level_bytes(token: str) -> bytes | None:
-    """Bytes of a token written in the byte-level alphabet; None where a character is not of it."""
-    try:
-        return bytes(_ALPHABET[c] for c in token)
-    except KeyError:
-        return None
-
-
-def _sentencepiece_bytes(token: str) -> bytes:
-    """Bytes of a SentencePiece token: `<0xE4>` is a byte, U+2581 is a space."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes([int(token[3:5], 16)])
-    return token.replace("\u2581", " ").encode()
+from shared.bpe_folder import is_in_parts, tokenizer_from_parts
+from shared.bytes_of_tokens import byte_level_bytes, sentencepiece_bytes
+from shared.errors import TideError, Unusable
+from shared.located import Span
+from shared.templates import ChatTemplate, Message, RenderedChat, Turns
 
 
 class Tokenizer:
     """A tokenizer with its chat template, the bytes of every token and a fingerprint."""
 
-    def __init__(self, backend: Any, name: str) -> None:
+    def __init__(self, backend: Any, name: str, date: datetime.date | None = None) -> None:
         self.backend = backend
         self.name = name
+        self.date = date
+        """What the chat template takes for today; None: today."""
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
+    def load(cls, path: str | Path, date: datetime.date | None = None) -> Tokenizer:
         """Load from a folder or a hub id, without remote code. Raises TideError where that fails."""
         level = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()
         try:
-            backend = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+            if is_in_parts(Path(path)):
+                backend: Any = tokenizer_from_parts(Path(path))
+            else:
+                backend = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        except TideError:
+            raise
         except Exception as error:
             raise TideError(
                 f"no tokenizer could be loaded from {path}: {str(error).splitlines()[0]}",
@@ -69,22 +56,82 @@ class Tokenizer:
             ) from error
         finally:
             transformers_logging.set_verbosity(level)
-        return cls(backend, str(path))
+        return cls(backend, str(path), date)
 
     @cached_property
     def template(self) -> ChatTemplate:
         """The chat template; TideError if the tokenizer has none."""
-        return ChatTemplate(self.backend, self.name)
+        return ChatTemplate(self.backend, self.name, self.date)
 
-    def render(self, messages: Sequence[Message]) -> RenderedChat:
-        """The chat as text, with the places of its contents."""
-        return self.template.render(messages)
+    def render(self, messages: Sequence[Message], turns: Turns = "last", tools: Any = None) -> RenderedChat:
+        """The chat as text, with the places of its contents and of what is trained."""
+        return self.template.render(messages, turns, tools)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text; no token is added that the text does not contain."""
         if not texts:
             return []
         return self.backend(list(texts), add_special_tokens=False)["input_ids"]
+
+    def encode_chats(self, chats: Sequence[RenderedChat]) -> list[list[list[int]] | Unusable]:
+        """Ids of each chat cut at its turns: prompt, response, prompt, response, … Each is tokenised apart, as at
+        inference.
+
+        What contents spell is never a control token. Unusable where they spell one, and cannot be told from the
+        template's own text.
+        """
+        parts, found = [_cuts(chat) for chat in chats], [self._spelled(chat) for chat in chats]
+        easy = [
+            chat.text[a:b]
+            for chat, cuts, plain in zip(chats, parts, found, strict=True)
+            if plain == []
+            for a, b in cuts
+        ]
+        encoded = iter(self.encode(easy))
+        return [
+            plain if isinstance(plain, Unusable)
+            else [self._encode_around(chat.text, a, b, plain) if plain else next(encoded) for a, b in cuts]
+            for chat, cuts, plain in zip(chats, parts, found, strict=True)
+        ]  # fmt: skip
+
+    def encode_prompt(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
+        """Ids of the text after which a model answers `messages`. TideError as in `encode_chats`."""
+        (found,) = self.encode_chats([self.template.prompt(messages, tools)])
+        if isinstance(found, Unusable):
+            raise found
+        return [i for part in found for i in part]
+
+    def _spelled(self, chat: RenderedChat) -> list[Span] | Unusable:
+        """Spans of the text that look like control tokens and are none."""
+        if self._control is None:
+            return []
+        if chat.plain is None:
+            named = [match.group() for text in chat.unplaced for match in self._control.finditer(text)]
+            return Unusable("spells a control token", f"a content spells {named[0]!r}") if named else []
+        found = [match.span() for match in self._control.finditer(chat.text)]
+        return [(a, b) for a, b in found if any(a < stop and b > start for start, stop in chat.plain)]
+
+    def _encode_around(self, text: str, start: int, stop: int, plain: Sequence[Span]) -> list[int]:
+        """Ids of text[start:stop]: control tokens by their ids, but for those at `plain`; the rest as mere text."""
+        ids: list[int] = []
+        at = start
+        assert self._control is not None
+        for match in self._control.finditer(text, start, stop):
+            if match.span() not in plain:
+                ids += self._encode_text(text[at : match.start()])
+                ids.append(int(self.backend.convert_tokens_to_ids(match.group())))
+                at = match.end()
+        return ids + self._encode_text(text[at:stop])
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self.backend(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
+
+    @cached_property
+    def _control(self) -> re.Pattern[str] | None:
+        """Control tokens, the longest first; None where there are none."""
+        added = {str(t.content) for t in self.backend.added_tokens_decoder.values() if t.special}
+        names = sorted({*added, *map(str, self.backend.all_special_tokens)}, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names))) if names else None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens included."""
@@ -122,10 +169,26 @@ class Tokenizer:
         byte_level = all(byte_level_bytes(t) is not None for t, _ in zip(sample, range(4096), strict=False))
         table = [b""] * (max([*vocabulary.values(), *added], default=-1) + 1)
         for token, index in vocabulary.items():
-            table[index] = (byte_level_bytes(token) or token.encode()) if byte_level else _sentencepiece_bytes(token)
+            table[index] = (byte_level_bytes(token) or token.encode()) if byte_level else sentencepiece_bytes(token)
         for index, content in added.items():
             table[index] = content.encode()
         return table
+
+    @cached_property
+    def turn_ends(self) -> tuple[int, ...]:
+        """Ids of the control tokens that the chat template writes behind an answer; none where it has no template."""
+        try:
+            closing = self.template.closing
+        except TideError:
+            return ()
+        found = [] if self._control is None else [match.group() for match in self._control.finditer(closing)]
+        return tuple(int(self.backend.convert_tokens_to_ids(token)) for token in found)
+
+    @cached_property
+    def writes_space_in_front(self) -> bool:
+        """Whether a text without a space in front gets one, as in SentencePiece."""
+        first = self.encode(["a"])[0]
+        return bool(first) and self.token_bytes[first[0]].startswith(b" ")
 
     @cached_property
     def added_ids(self) -> frozenset[int]:
@@ -148,3 +211,10 @@ class Tokenizer:
         else:
             state = sorted(self.backend.get_vocab().items())
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _cuts(chat: RenderedChat) -> list[Span]:
+    """Prompt, response, prompt, response, … and the rest, if any."""
+    edges = [0, *(edge for turn in chat.turns for edge in (turn.start, turn.end))]
+    edges += [len(chat.text)] if edges[-1] < len(chat.text) else []
+    return list(pairwise(edges))

@@ -21,6 +21,12 @@ BY_TYPE = Field(discriminator="type")
 """For unions of variants: pydantic chooses the class by its `type`."""
 
 
+def require(condition: bool, message: str) -> None:
+    """ValueError with `message` where a setting does not hold."""
+    if not condition:
+        raise ValueError(message)
+
+
 class Variant:
     """What every variant has: the name of its kind, also a field of what is read from and written to TOML and JSON."""
 

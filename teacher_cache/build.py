@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from shared.atomic import remove_leftovers
 from shared.config import CacheConfig
 from shared.errors import TideError
+from shared.prepared.folder import totals
+from shared.prepared.report import losses
 from shared.shards import CACHE, Unit, shard_counts
 from shared.stores import Store
 from teacher_cache.engines.choose import load_engine
@@ -39,6 +38,9 @@ class CacheReport:
     elsewhere: int
     """Shards that other ranks compute, or that only the store has."""
     counts: Counter[str]
+    """Of the data: rows, what was left out by reason, what was cut or lost (`shared.prepared`)."""
+    notes: list[str]
+    """The same in words: what was left out, cut, or lost its alignment."""
 
 
 def build_cache(config: CacheConfig) -> CacheReport:
@@ -55,8 +57,6 @@ def build_cache(config: CacheConfig) -> CacheReport:
             plan = dataclasses.replace(plan, stored=store.begin(config.out, plan.manifest))
         missing = plan.missing
         remove_leftovers([config.out] if config.world == 1 else [unit.path(config.out) for unit in missing])
-        for row in plan.data.bad_rows:
-            tqdm.write(f"left out {row.place}: {row.reason}")
         if missing:
             _run(plan, missing)
         if store is not None:
@@ -101,7 +101,7 @@ def _only_writer(config: CacheConfig) -> Iterator[None]:
 
 
 def summarise(plan: CachePlan, computed: int) -> CacheReport:
-    """Add up the counts that the shards at hand carry. TideError where no example was usable."""
+    """Add up the counts that the shards at hand carry."""
     out = plan.config.out
     total: Counter[str] = Counter()
     size = 0
@@ -112,13 +112,16 @@ def summarise(plan: CachePlan, computed: int) -> CacheReport:
         counts = shard_counts(path, plan.manifest.digest)
         total.update({name: n for name, n in counts.items() if name != CACHE})
         size += path.stat().st_size
-    if total["rows"] == 0 and len(here) == len(units):
-        raise TideError(
-            f"no example of {plan.data.source} fits: {json.dumps(total)}",
-            expected="prompts shorter than lengths.student and lengths.teacher",
-            fix="raise the lengths, or use other data",
-        )
     kept, elsewhere = len(here) - computed, len(units) - len(here)
     return CacheReport(
-        out, total["rows"], total["masked"], total["chunks"], size, computed, kept, elsewhere, Counter(total)
+        out,
+        total["rows"],
+        total["masked"],
+        total["chunks"],
+        size,
+        computed,
+        kept,
+        elsewhere,
+        Counter(totals(plan.data.record.sources)),
+        losses(plan.data),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from shared.config import CacheConfig
 from shared.errors import TideError
 from shared.models.checkpoint import Checkpoint
+from shared.models.masks import refuse_as_mask, stated_mask
 from shared.tokenizers import Tokenizer
 from teacher_cache.teachers.registry import TeacherEntry
 
@@ -24,7 +25,7 @@ def _check_sizes(
         raise TideError(
             f"targets.k is {config.targets.k}, but the teacher {config.teacher} has {rows} logits",
             expected=f"k between 1 and {rows}",
-            fix="lower it: --set targets.k=64",
+            fix=f"lower it: --set targets.k={min(64, rows)}",
         )
     if len(tokenizer) > rows:
         raise TideError(
@@ -48,29 +49,14 @@ def _check_sizes(
 
 
 def _check_mask(name: str, entry: TeacherEntry, checkpoint: Checkpoint, tokenizer: Tokenizer, rows: int) -> None:
-    stored = checkpoint.config.get("mask_token_id", entry.mask_id)
-    if stored != entry.mask_id or not 0 <= entry.mask_id < rows:
+    stated = stated_mask(checkpoint, tokenizer)
+    if (stated is not None and stated != entry.mask_id) or not 0 <= entry.mask_id < rows:
         raise TideError(
-            f"the checkpoint {checkpoint.folder} has mask id {stored}, the entry {name} says {entry.mask_id}",
+            f"the checkpoint {checkpoint.folder} has mask id {stated}, the entry {name} says {entry.mask_id}",
             expected=f"one and the same id below {rows}",
             fix="choose the teacher that this checkpoint belongs to, or correct mask_id in your entry",
         )
-    named = getattr(tokenizer.backend, "mask_token_id", None)
-    if named is not None and named != entry.mask_id:
-        raise TideError(
-            f"the tokenizer of {checkpoint.folder} names {tokenizer.decode([named])!r} ({named}) as its mask token, "
-            f"the entry {name} says {entry.mask_id}",
-            expected="one and the same id",
-            fix="use the tokenizer that belongs to the checkpoint, or correct mask_id in your entry",
-        )
-    ordinary = entry.mask_id < len(tokenizer.token_bytes) and entry.mask_id not in tokenizer.added_ids
-    if ordinary and tokenizer.token_bytes[entry.mask_id] != b"":
-        raise TideError(
-            f"the mask id {entry.mask_id} of {name} is an ordinary token of its tokenizer: "
-            f"{tokenizer.decode([entry.mask_id])!r}",
-            expected="a token of its own for the mask",
-            fix="correct mask_id in the entry, or use the tokenizer that belongs to the checkpoint",
-        )
+    refuse_as_mask(entry.mask_id, tokenizer, checkpoint, f"the entry {name}")
 
 
 def _check_specials(name: str, entry: TeacherEntry, checkpoint: Checkpoint, rows: int) -> None:

@@ -40,18 +40,18 @@ class TeacherView:
 
 def draw_for(example: Prepared, noise: NoiseConfig, draw: int) -> Draw:
     """The draw of an example: token masks for a shared tokenizer, chunk-consistent ones across tokenizers."""
-    first, length = example.prompt_length, len(example.student_ids)
+    maskable = example.maskable
     if example.shared:
-        return token_draw(noise.seed, example.id, draw, first, length, noise.demo_ratio)
-    spans = example.chunks[:, 2:]
-    return chunk_draw(noise.seed, example.id, draw, first, length, spans, noise.demo_ratio)
+        return token_draw(noise.seed, example.id, draw, maskable, noise.demo_ratio)
+    spans, length = example.chunks[:, 2:], len(example.student_ids)
+    return chunk_draw(noise.seed, example.id, draw, maskable, length, spans, noise.demo_ratio)
 
 
 def teacher_view(example: Prepared, draw: Draw) -> TeacherView:
     """Where the teacher's sequence is masked under `draw`."""
     ids = example.student_ids if example.teacher_ids is None else example.teacher_ids
     if example.shared:
-        places = (draw.masked + example.offset).astype(np.int32)
+        places = example.teacher_positions(draw.masked)
         return TeacherView(ids, places, draw.split, np.arange(draw.masked.size))
     spans = example.chunks[draw.chunks, :2]
     lengths = spans[:, 1] - spans[:, 0]

@@ -6,7 +6,6 @@ pair of positions in attention, and the LM head at the rows that are read and at
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from shared.config import CacheConfig
-from shared.data import iter_examples
 from shared.schema import CacheRow
 from shared.shards import Unit, write_shard
 from teacher_cache.engines.inputs import width_of
@@ -94,7 +92,7 @@ def assumed_workload(entry: TeacherEntry, config: CacheConfig, examples: int, to
 
 def sampled_workload(plan: CachePlan) -> Workload:
     """The workload of the data itself, from its first examples under all draws."""
-    examples = list(itertools.islice(iter_examples(plan.config.data), _SAMPLE))
+    examples = plan.data.between(0, _SAMPLE)
     draws = range(plan.manifest.draws)
     works = [prepare_unit(plan, Unit(draw, 0), examples) for draw in draws]
     requests = [request for work in works for request in work.requests]
@@ -140,10 +138,11 @@ def _random_row(
     places = np.sort(random.choice(length, masked, replace=False)).astype(np.int32)
     return CacheRow(
         example_id=f"{random.integers(1 << 60):016x}",
+        label="",
         draw=0,
         t=0.5,
         student_ids=ids(length),
-        prompt_length=length - masked,
+        spans=np.array([[0, length]], np.int32),
         masked=places,
         teacher_ids=ids(length) if own_tokens else None,
         teacher_masked=places if own_tokens else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,19 +13,18 @@ from typing import Any
 import numpy as np
 
 from shared.config import CacheConfig
-from shared.data import DataSummary, scan
-from shared.errors import TideError
-from shared.examples import Preparer, SharedVocabulary
+from shared.examples import SharedVocabulary
 from shared.manifest import MANIFEST, Manifest, check_fingerprint, load_manifest
-from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve
+from shared.models.checkpoint import Checkpoint
+from shared.prepared.folder import PreparedData
 from shared.schema import SCHEMA_VERSION
 from shared.settings import to_plain
 from shared.shards import Unit, finished_units, shard_counts
 from shared.tokenizers import Tokenizer
-from teacher_cache.checks import check_teacher
+from teacher_cache.data import Sides, check_alignment, open_sides, prepare_data
 from teacher_cache.engines.settle import settle_engine
 from teacher_cache.targets import TargetSpec
-from teacher_cache.teachers.registry import TeacherEntry, find_teacher
+from teacher_cache.teachers.registry import TeacherEntry
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class CachePlan:
     teacher: Tokenizer
     shared: SharedVocabulary | None
     """What both vocabularies share, where the teacher reads the student's ids; None across tokenizers."""
-    data: DataSummary
+    data: PreparedData
     manifest: Manifest
     stored: frozenset[Unit] = frozenset()
     """Units that the store already has."""
@@ -63,13 +63,6 @@ class CachePlan:
             return lengths.teacher
         return 2 * lengths.student  # a prompt's unshared tokens are spelled out for the teacher
 
-    def preparer(self) -> Preparer:
-        """A fresh preparer, with counts of its own."""
-        student_mask = self.manifest.fingerprint["student"]["mask_id"]
-        if self.shared is not None:
-            return Preparer(self.student, self.shared, self.config.lengths, student_mask)
-        return Preparer(self.student, self.teacher, self.config.lengths, student_mask, self.entry.mask_id)
-
     def shared_ids(self) -> np.ndarray | None:
         """Ids that mean the same to student and teacher, bool[vocabulary]; None across tokenizers."""
         return None if self.shared is None else self.shared.same
@@ -87,15 +80,11 @@ def make_plan(config: CacheConfig, write: bool = True, engine: dict[str, Any] | 
     to look at a cache with another engine than it was made with.
     """
     config = settle_engine(config)
-    entry = find_teacher(config.teacher, config.teachers_file)
-    checkpoint = open_checkpoint(resolve(config.model or entry.model))
-    teacher = Tokenizer.load(checkpoint.folder)
-    student = Tokenizer.load(resolve(config.student_tokenizer or entry.student))
-    check_teacher(config, entry, checkpoint, teacher)
-    student_mask = _student_mask(student, config.student_mask_token)
-    shared = _shared_vocabulary(student, teacher, config) if entry.student_tokens else None
-    data = scan(config.data)
-    fingerprint = _fingerprint(config, entry, checkpoint, student, teacher, student_mask, data)
+    sides = open_sides(config)
+    entry, checkpoint, student, teacher = sides.entry, sides.checkpoint, sides.student, sides.teacher
+    data, day = prepare_data(config, sides)
+    check_alignment(config, sides, data)
+    fingerprint = _fingerprint(config, sides, data, day)
     if engine is not None:
         fingerprint["engine"] = engine
     parts = -(-data.examples // config.shard_examples)
@@ -113,7 +102,7 @@ def make_plan(config: CacheConfig, write: bool = True, engine: dict[str, Any] | 
         if not entry.student_tokens:
             _save_tokenizer(teacher, config.out / "teacher_tokenizer")
         manifest.save(config.out)
-    return CachePlan(config, entry, checkpoint, student, teacher, shared, data, manifest)
+    return CachePlan(config, entry, checkpoint, student, teacher, sides.shared, data, manifest)
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -128,36 +117,8 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
             half.rename(folder)
 
 
-def _student_mask(student: Tokenizer, mask_token: str) -> int:
-    """Id of the student's mask token; one past the vocabulary where the token is still to be added at training."""
-    if mask_token in student.backend.get_vocab():
-        return student.special_id("mask", mask_token)
-    return len(student)
-
-
-def _shared_vocabulary(student: Tokenizer, teacher: Tokenizer, config: CacheConfig) -> SharedVocabulary:
-    """What the two share. TideError unless all ordinary tokens are the same; added tokens may differ."""
-    shared = SharedVocabulary.between(student, teacher)
-    ordinary = [i for t in (student, teacher) for i in t.backend.get_vocab().values() if i not in t.added_ids]
-    different = len(set(ordinary) - set(np.flatnonzero(shared.same).tolist()))
-    if different:
-        raise TideError(
-            f"the tokenizers of teacher {config.teacher} and student {student.name} differ in {different} tokens",
-            expected="vocabularies of one family, the same but for added tokens: this teacher reads the student's ids",
-            fix="give the student that shares the teacher's tokenizer, or use a cross-tokenizer teacher",
-        )
-    return shared
-
-
-def _fingerprint(
-    config: CacheConfig,
-    entry: TeacherEntry,
-    checkpoint: Checkpoint,
-    student: Tokenizer,
-    teacher: Tokenizer,
-    student_mask: int,
-    data: DataSummary,
-) -> dict[str, Any]:
+def _fingerprint(config: CacheConfig, sides: Sides, data: PreparedData, day: datetime.date | None) -> dict[str, Any]:
+    entry, student, teacher = sides.entry, sides.student, sides.teacher
     noise = to_plain(config.noise)
     noise.pop("draws")  # a cache may grow
     targets = to_plain(config.targets)
@@ -173,17 +134,23 @@ def _fingerprint(
             "shift": entry.shift,
             "student_tokens": entry.student_tokens,
             "mask_id": entry.mask_id,
-            "weights": checkpoint.fingerprint(),
+            "weights": sides.checkpoint.fingerprint(),
             "tokenizer": teacher.fingerprint,
             "template": teacher.template.source,
         },
         "student": {
             "tokenizer": student.fingerprint,
             "template": student.template.source,
-            "mask_id": student_mask,
-            "mask_token": config.student_mask_token,
+            "mask_id": sides.student_mask,
+            "mask_token": sides.mask_token,
         },
-        "data": {"content": data.content_hash, "examples": data.examples, "shard_examples": config.shard_examples},
+        "data": {
+            "content": data.record.content,
+            "examples": data.examples,
+            "shard_examples": config.shard_examples,
+            "turns": sorted({source.turns for source in config.sources}),
+            "date": None if day is None else str(day),
+        },
         "lengths": to_plain(config.lengths),
         "noise": noise,
         "targets": targets,

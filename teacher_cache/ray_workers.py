@@ -22,17 +22,17 @@ _LOSSES = 20
 
 
 class _Copy:
-    """What an actor is: one copy of the teacher, and the examples as they come in order."""
+    """What an actor is: one copy of the teacher."""
 
     def __init__(self, plan: CachePlan) -> None:
         from teacher_cache.engines.choose import load_engine
-        from teacher_cache.units import ExampleParts
 
-        self._plan, self._engine, self._parts = plan, load_engine(plan), ExampleParts(plan)
+        self._plan, self._engine = plan, load_engine(plan)
 
     def compute(self, unit: Unit) -> tuple[int, float]:
         """Write the shard of one unit; its examples, and how long the engine was busy."""
         from teacher_cache.overlap import run_pipeline
+        from teacher_cache.units import examples_of
 
         found = (0, 0.0)
 
@@ -40,7 +40,7 @@ class _Copy:
             nonlocal found
             found = (work.examples, busy)
 
-        run_pipeline(self._plan, self._engine, iter([(unit, self._parts.examples(unit))]), heard)
+        run_pipeline(self._plan, self._engine, iter([(unit, examples_of(self._plan, unit))]), heard)
         return found
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from shared.data import ChatExample, iter_examples
+from shared.examples import Prepared
 from shared.shards import Unit
 from teacher_cache.engines.base import Engine
 from teacher_cache.overlap import Source, run_pipeline
@@ -24,27 +23,13 @@ def run_units(plan: CachePlan, engine: Engine, units: Sequence[Unit]) -> None:
         run_pipeline(plan, engine, sources(plan, units), heard)
 
 
-class ExampleParts:
-    """The examples of each unit, read from the data in one sweep a draw where units come in order."""
-
-    def __init__(self, plan: CachePlan) -> None:
-        self._config = plan.config
-        self._examples: Iterator[ChatExample] = iter(())
-        self._next = 0
-        self._restart = True
-
-    def examples(self, unit: Unit) -> list[ChatExample]:
-        """The examples of `unit`."""
-        if self._restart or unit.part < self._next:
-            self._examples, self._next, self._restart = iter_examples(self._config.data), 0, False
-        size = self._config.shard_examples
-        skipped = (unit.part - self._next) * size
-        self._next = unit.part + 1
-        return list(itertools.islice(self._examples, skipped, skipped + size))
+def examples_of(plan: CachePlan, unit: Unit) -> list[Prepared]:
+    """The prepared examples of `unit`."""
+    size = plan.config.shard_examples
+    return plan.data.between(unit.part * size, (unit.part + 1) * size)
 
 
 def sources(plan: CachePlan, units: Sequence[Unit]) -> Source:
     """Each unit with its examples."""
-    parts = ExampleParts(plan)
     for unit in units:
-        yield unit, parts.examples(unit)
+        yield unit, examples_of(plan, unit)

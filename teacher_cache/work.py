@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from shared.data import ChatExample
 from shared.examples import Prepared
 from shared.noise import Draw
 from shared.schema import CacheRow
@@ -40,20 +39,18 @@ class UnitWork:
     examples: int
     items: list[_Item]
     requests: list[Request]
-    counts: dict[str, int]
 
 
-def prepare_unit(plan: CachePlan, unit: Unit, examples: Sequence[ChatExample]) -> UnitWork:
-    """Tokenise, align, draw and split: everything before the engine."""
-    preparer = plan.preparer()
+def prepare_unit(plan: CachePlan, unit: Unit, examples: Sequence[Prepared]) -> UnitWork:
+    """Draw and split: everything before the engine."""
     items, requests = [], []
-    for example in preparer(examples):
+    for example in examples:
         draw = draw_for(example, plan.config.noise, unit.draw)
         view = teacher_view(example, draw)
         pairs = passes(view, plan.entry.mask_id, plan.config.noise.comp_demo)
         requests += [request for request, _ in pairs]
         items.append(_Item(example, draw, view, [rows for _, rows in pairs]))
-    return UnitWork(unit, len(examples), items, requests, dataclasses.asdict(preparer.counts))
+    return UnitWork(unit, len(examples), items, requests)
 
 
 def finish_unit(plan: CachePlan, work: UnitWork, scores: Sequence[Scores]) -> tuple[list[CacheRow], dict[str, Any]]:
@@ -68,7 +65,8 @@ def finish_unit(plan: CachePlan, work: UnitWork, scores: Sequence[Scores]) -> tu
         rows.append(_row(plan, item, work.unit.draw, merged))
     masked = sum(row.masked.size for row in rows)
     chunks = sum(0 if row.chunk_logp is None else row.chunk_logp.size for row in rows)
-    return rows, {**work.counts, "masked": masked, "chunks": chunks, CACHE: plan.manifest.digest}
+    bare = sum(row.chunk_logp is not None and row.masked.size > 0 and row.chunk_logp.size == 0 for row in rows)
+    return rows, {"rows_without_chunks": bare, "masked": masked, "chunks": chunks, CACHE: plan.manifest.digest}
 
 
 def merge_passes(spec: TargetSpec, n: int, parts: Sequence[Scores], rows_of: Sequence[np.ndarray]) -> Scores:
@@ -94,7 +92,7 @@ def _row(plan: CachePlan, item: _Item, draw: int, scores: Scores) -> CacheRow:
     if "chunks" in plan.config.targets.signals:
         if example.shared:  # every masked token is a chunk
             chunk_student = np.stack([masked, masked + 1], axis=1)
-            chunk_teacher = chunk_student + np.int32(example.offset)
+            chunk_teacher = np.stack([view.positions, view.positions + 1], axis=1)
         else:
             chunk_student, chunk_teacher = example.chunks[item.draw.chunks, 2:], example.chunks[item.draw.chunks, :2]
         token_logp = scores.gold_logit - scores.logsumexp[:, plan.target_spec().temperatures.index(1.0)]
@@ -105,10 +103,11 @@ def _row(plan: CachePlan, item: _Item, draw: int, scores: Scores) -> CacheRow:
         ids, top = scores.topk_ids[keep], scores.topk_logits[keep]
     return CacheRow(
         example_id=example.id,
+        label=example.label,
         draw=draw,
         t=item.draw.t,
         student_ids=example.student_ids,
-        prompt_length=example.prompt_length,
+        spans=example.spans,
         masked=masked,
         teacher_ids=example.teacher_ids,
         teacher_masked=None if example.teacher_ids is None else view.positions,

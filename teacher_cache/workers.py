@@ -24,7 +24,7 @@ from teacher_cache.engines.choose import load_engine
 from teacher_cache.overlap import Source, run_pipeline
 from teacher_cache.plan import CachePlan
 from teacher_cache.progress import Progress
-from teacher_cache.units import ExampleParts
+from teacher_cache.units import examples_of
 from teacher_cache.work import UnitWork
 
 _RESTARTS = 3
@@ -56,7 +56,6 @@ def _serve(plan: CachePlan, parent: Connection) -> None:
     """One process: ask for units until there are none, and tell what was written."""
     try:
         engine = load_engine(plan)
-        parts = ExampleParts(plan)
         speaking = threading.Lock()  # units are asked for in one thread, written ones told of in another
 
         def tell(event: object) -> None:
@@ -69,7 +68,7 @@ def _serve(plan: CachePlan, parent: Connection) -> None:
                 unit = parent.recv()
                 if unit is None:
                     return
-                yield unit, parts.examples(unit)
+                yield unit, examples_of(plan, unit)
 
         def progress(work: UnitWork, busy: float) -> None:
             tell(_Wrote(work.unit, work.examples, busy))

@@ -88,6 +88,14 @@ def chats_file() -> Path:
     return folder / "chats.jsonl"
 
 
+@lru_cache
+def heldout_file() -> Path:
+    """The functions of `chats_file` that no cache of the tests holds."""
+    path = chats_file().with_name("heldout.jsonl")
+    path.write_text("".join(line + "\n" for line in chats_file().read_text().splitlines()[24:]))
+    return path
+
+
 def write_chats(path: Path, responses: list[str]) -> dict[str, str]:
     """Chats with these responses as a JSONL file; the settings of a source that reads it."""
     chats = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": r}]} for r in responses]

@@ -11,13 +11,16 @@ import typer
 from pipelines.commands.app import Recipe, Sets, TeacherName, TeachersFile, app
 from shared.errors import TideError
 
+DATA_HELP = "A file, a folder or a glob, hf://OWNER/NAME[:CONFIG][:SPLIT], or stdlib:train (docs/data.md)."
+
 
 @app.command()
 def cache(
     teacher: TeacherName = None,
     model: Annotated[str | None, typer.Option(help="Path or hub id of the teacher's weights.")] = None,
     student_tokenizer: Annotated[str | None, typer.Option(help="Path or hub id of the student's tokenizer.")] = None,
-    data: Annotated[str | None, typer.Option(help="A file, hf://NAME[:SPLIT], or stdlib:train.")] = None,
+    data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
+    prepared: Annotated[Path | None, typer.Option(help="Where prepared data lies (default: caches/prepared).")] = None,
     draws: Annotated[int | None, typer.Option(help="Draws of every example; raise it to grow a cache.")] = None,
     out: Annotated[Path | None, typer.Option(help="The cache's folder (default: caches/TEACHER).")] = None,
     engine: Annotated[str | None, typer.Option(help="transformers, vllm, or auto (docs/engines.md).")] = None,
@@ -42,7 +45,6 @@ def cache(
     from teacher_cache.build import build_cache
 
     extra = [f"noise.draws={draws}"] if draws is not None else []
-    extra += [f"data.source={data}"] if data is not None else []
     extra += [f"engine.type={engine}"] if engine is not None else []
     extra += [f"engine.tensor_parallel={tensor_parallel}"] if tensor_parallel is not None else []
     extra += [f"engine.data_parallel={data_parallel}"] if data_parallel is not None else []
@@ -59,6 +61,8 @@ def cache(
         model=model,
         student_tokenizer=student_tokenizer,
         out=out,
+        data=data,
+        prepared=prepared,
     )
     if random_weights and not dry_run:
         raise TideError(
@@ -71,17 +75,39 @@ def cache(
         typer.echo(plan_from_statement(settings, *stated) if random_weights else plan_from_data(settings, Speed()))
         return
     report = build_cache(settings)
-    counts = report.counts
     typer.echo(
         f"{report.folder}: {report.rows:,} rows, {report.masked:,} masked positions, {report.chunks:,} chunks, "
         f"{report.bytes / 1e6:.1f} MB; {report.computed} shards computed, {report.kept} kept"
         + (f", {report.elsewhere} elsewhere" if report.elsewhere else "")
     )
-    dropped, truncated, lost = (counts[k] for k in ("dropped_long_prompt", "truncated", "unaligned_bytes"))
-    typer.echo(f"prompts that fill the length, dropped: {dropped:,}; responses cut: {truncated:,} (rows, all draws)")
-    if counts["response_bytes"]:
-        share = lost / counts["response_bytes"]
-        typer.echo(f"response bytes without alignment: {lost:,} of {counts['response_bytes']:,} ({share:.2%})")
+    typer.echo("\n".join(report.notes))
+
+
+@app.command()
+def prepare(
+    teacher: TeacherName = None,
+    model: Annotated[str | None, typer.Option(help="Path or hub id of the teacher's weights.")] = None,
+    student_tokenizer: Annotated[str | None, typer.Option(help="Path or hub id of the student's tokenizer.")] = None,
+    data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
+    prepared: Annotated[Path | None, typer.Option(help="Where prepared data lies (default: caches/prepared).")] = None,
+    show: Annotated[int, typer.Option(help="Also print this many examples, trained answers in ⟦ ⟧.")] = 0,
+    config: Recipe = None,
+    teachers_file: TeachersFile = None,
+    sets: Sets = None,
+) -> None:
+    """Render, tokenise and align the data once, and say what became of it. No weight is read."""
+    from pipelines.recipes.read import cache_config
+    from shared.prepared.report import describe
+    from shared.prepared.report import show as show_examples
+    from teacher_cache.data import open_sides, prepare_data
+
+    flags = {"model": model, "student_tokenizer": student_tokenizer, "data": data, "prepared": prepared}
+    settings = cache_config(teacher, config, sets or [], teachers_file, **flags)
+    sides = open_sides(settings, weights=False)
+    found, _ = prepare_data(settings, sides)
+    typer.echo(describe(found))
+    if show > 0:
+        typer.echo("\n" + show_examples(found.between(0, show), sides.student))
 
 
 @app.command()

@@ -65,8 +65,8 @@ def verify(
     from teacher_cache.maintenance.verify import verify_cache
     from teacher_cache.maintenance.wording import in_words
 
-    extra = [f"engine.type={against}", *([f"data.source={data}"] if data is not None else [])]
-    flags = {"model": model, "student_tokenizer": student_tokenizer, "out": out}
+    extra = [f"engine.type={against}"]
+    flags = {"model": model, "student_tokenizer": student_tokenizer, "out": out, "data": data}
     settings = cache_config(teacher, config, [*(sets or []), *extra], teachers_file, **flags)
     checked = check_cache(settings.out)
     typer.echo(in_words(checked))

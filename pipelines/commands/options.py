@@ -22,7 +22,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
 
 
 def _sampling(
-    block: Annotated[int, typer.Option(help="Block of the student's block diffusion.")] = 32,
+    block: Annotated[int | None, typer.Option(help="Default: the block that the student was trained with.")] = None,
     threshold: Annotated[float | None, typer.Option(help="Settle all positions above this probability.")] = None,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
     remasking: Annotated[str, typer.Option(help="low_confidence or random.")] = "low_confidence",
@@ -49,10 +49,12 @@ def takes_sampling(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def sampling_settings(**values: Any) -> SampleConfig:
-    """Settings of sampling from options. TideError where one is out of range."""
+    """Settings of sampling from options; a block that is not given has its default. TideError where one is out of
+    range.
+    """
     from student_train.using.sampler import SampleConfig
 
     try:
-        return SampleConfig(**values)
+        return SampleConfig(**{k: v for k, v in values.items() if k != "block" or v is not None})
     except ValueError as error:
         raise TideError(str(error)) from error

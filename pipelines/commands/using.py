@@ -11,31 +11,16 @@ import typer
 
 from pipelines.commands.app import app
 from pipelines.commands.options import Batch, Device, NewTokens, Steps, Student, sampling_settings, takes_sampling
-from shared.errors import TideError
 
 
-def _chats(prompts: list[str], file: Path | None) -> list[list[dict[str, str]]]:
-    """From arguments, from JSONL (`messages`, or a text under `prompt`), else one from standard input."""
-    if prompts:
-        return [[{"role": "user", "content": prompt}] for prompt in prompts]
-    if file is None:
-        return [[{"role": "user", "content": sys.stdin.read().strip()}]]
-    chats = []
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TideError(f"{file} cannot be read: {error}", expected="a JSONL file") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
-            chats.append([{"role": str(m["role"]), "content": str(m["content"])} for m in messages])
-        except (ValueError, KeyError, TypeError) as error:
-            raise TideError(
-                f"{file}, line {number} is no prompt: {line[:80]}",
-                expected='{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}',
-            ) from error
-    return chats
+def _chats(prompts: list[str], file: Path | None) -> list[list[dict[str, Any]]]:
+    """From arguments, from a file (`messages`, or a text under `prompt`), else one from standard input."""
+    if file is not None:
+        from shared.data.prompts import read_prompts
+
+        return read_prompts(file)
+    texts = prompts or [sys.stdin.read().strip()]
+    return [[{"role": "user", "content": text}] for text in texts]
 
 
 @app.command()
@@ -52,11 +37,13 @@ def sample(
     sampling: dict[str, Any],
 ) -> None:
     """Answer prompts with a student."""
-    from student_train.using.load import load_for_use
+    from student_train.using.load import choose_block, load_for_use
 
-    config = sampling_settings(new_tokens=new_tokens, steps_per_block=steps_per_block, **sampling)
     chats = _chats(prompts or [], file)
+    wanted = {"new_tokens": new_tokens, "steps_per_block": steps_per_block, **sampling}
+    sampling_settings(**wanted)  # says what is out of range
     loaded = load_for_use(student, device)
+    config = sampling_settings(**{**wanted, "block": choose_block(sampling["block"], loaded)})
     for messages, answer in zip(chats, loaded.answer(chats, config, batch), strict=True):
         if file is None:
             typer.echo(answer)
@@ -77,7 +64,9 @@ def chat(
 ) -> None:
     """Talk to a student in the terminal; blocks appear as they settle. Ctrl-D or an empty line ends it."""
     from pipelines.terminal.chat import talk
-    from student_train.using.load import load_for_use
+    from student_train.using.load import choose_block, load_for_use
 
-    config = sampling_settings(new_tokens=new_tokens, steps_per_block=steps_per_block, **sampling)
-    talk(load_for_use(student, device), config, show_diffusion)
+    wanted = {"new_tokens": new_tokens, "steps_per_block": steps_per_block, **sampling}
+    sampling_settings(**wanted)  # says what is out of range
+    loaded = load_for_use(student, device)
+    talk(loaded, sampling_settings(**{**wanted, "block": choose_block(sampling["block"], loaded)}), show_diffusion)

@@ -24,11 +24,11 @@ from pipelines.embedded.tiny_tokenizers import train_student_tokenizer, train_te
 from shared.attention import full
 from shared.config import DataConfig, LengthConfig, ModelShape
 from shared.data import iter_examples
+from shared.data.stdlib_corpus import corpus_origin
 from shared.examples import Prepared, Preparer
 from shared.hardware import choose_device, choose_precision, hardware_line
 from shared.models.fresh import new_model
 from shared.noise import generator
-from shared.stdlib_corpus import corpus_origin
 from shared.tokenizers import Tokenizer
 from student_train.training.heldout import masked_nll, prepare_heldout, teacher_predictor
 from student_train.training.resumable import ResumableTrainer, training_arguments
@@ -64,7 +64,7 @@ def prepare_corpus(tokenizer: Tokenizer, config: TinyTeacherConfig, split: str) 
     """The split's functions as token ids, cut to the teacher's length."""
     lengths = LengthConfig(student=config.length, teacher=config.length, block=config.block)
     preparer = Preparer(tokenizer, None, lengths, tokenizer.special_id("mask"))
-    return preparer(list(iter_examples(DataConfig(source=f"stdlib:{split}"))))
+    return preparer.usable(list(iter_examples(DataConfig(source=f"stdlib:{split}"))))
 
 
 class NoisedBatches(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -102,7 +102,7 @@ class NoisedBatches(torch.utils.data.Dataset[dict[str, Tensor]]):
             stream = generator(self._config.seed, example.id, epoch, "noise")
             low = self._config.smallest_time
             t = low + (1 - low) * ((row + stream.random()) / len(members))
-            first = example.prompt_length if stream.random() < 0.5 else 0
+            first = int(example.spans[0, 0]) if stream.random() < 0.5 else 0
             masked = torch.from_numpy(stream.random(n) < t)
             masked[:first] = False
             clean = torch.from_numpy(example.student_ids).long()
@@ -179,7 +179,7 @@ def train_tiny_teacher(teacher: Path, student_tokenizer: Path, work: Path, confi
         target.mkdir(parents=True, exist_ok=True)
         for file in source.iterdir():
             shutil.copy(file, target / file.name)
-    (teacher / "README.md").write_text(_card(config, model, train, heldout.examples, len(dataset), minutes, nll))
+    (teacher / "README.md").write_text(_card(config, model, train, len(heldout.ids), len(dataset), minutes, nll))
     print(f"held-out masked NLL {nll:.4f} nats a token; {time.monotonic() - started:.0f} s in this run")
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pipelines.evaluation.processes import Processes
 from shared.errors import TideError
 from student_train.using.elbo import ElboConfig, log_likelihoods
-from student_train.using.load import LoadedStudent, load_for_use
+from student_train.using.load import LoadedStudent, choose_block, load_for_use
 from student_train.using.sampler import SampleConfig, sample_steps, until_eos
 
 _DEFAULT_NEW_TOKENS = 256
@@ -43,7 +43,7 @@ class TideBD3LM(TemplateLM):
         device: str | None = None,
         max_new_tokens: int | None = None,
         steps: int | None = None,
-        block_size: int = 32,
+        block_size: int | None = None,
         threshold: float | None = None,
         temperature: float = 0.0,
         remasking: str = "low_confidence",
@@ -69,11 +69,12 @@ class TideBD3LM(TemplateLM):
         self._batch = 8 if batch_size in (None, "auto") else int(batch_size)
         self._max_new_tokens, self._steps, self._seed = max_new_tokens, steps, seed
         self._sampling: dict[str, Any] = {
-            "block": block_size, "threshold": threshold, "remasking": remasking, "guidance": float(guidance),
+            "block": choose_block(block_size, self._student), "threshold": threshold, "remasking": remasking,
+            "guidance": float(guidance),
         }  # fmt: skip
         self._temperature = float(temperature)
         try:
-            self._elbo = ElboConfig(draws=mc_num, block=block_size, seed=seed)
+            self._elbo = ElboConfig(draws=mc_num, block=self._sampling["block"], seed=seed)
             self._settings({}, 0)
         except ValueError as error:
             raise TideError(f"tide_bd3lm: {error}") from error
@@ -105,9 +106,10 @@ class TideBD3LM(TemplateLM):
 
         Without `add_generation_prompt` the last message is the beginning of the response and stays open.
         """
-        turns = [*chat_history, {"role": "assistant", "content": ""}] if add_generation_prompt else chat_history
-        rendered = self._student.tokenizer.render(turns)
-        return rendered.text[: rendered.response_start] + turns[-1]["content"]
+        template = self._student.tokenizer.template
+        if add_generation_prompt:
+            return template.prompt(chat_history).text
+        return template.prompt(chat_history[:-1]).text + chat_history[-1]["content"]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Responses, each cut where its first stop text begins. Long prompts go first; equal settings share batches."""
@@ -134,7 +136,8 @@ class TideBD3LM(TemplateLM):
         """How to sample for a request's options; a repeated request gets noise of its own."""
         tokens = self._max_new_tokens or next((int(options[key]) for key in _LIMITS if options.get(key)), None)
         tokens = tokens or _DEFAULT_NEW_TOKENS
-        warm = float(options.get("temperature") or 0.0) if options.get("do_sample") else 0.0
+        greedy = options.get("do_sample") is False
+        warm = 0.0 if greedy else float(options.get("temperature") or 0.0)
         return SampleConfig(
             new_tokens=tokens,
             steps_per_block=steps_per_block(tokens, self._steps, self._sampling["block"]),

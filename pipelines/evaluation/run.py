@@ -7,7 +7,7 @@ import hashlib
 import logging
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,10 @@ def run_benchmarks(student: str, benchmarks: list[Benchmark], settings: EvalSett
     if unknown:
         names = ", ".join(b.name for b in benchmarks)
         raise TideError(f"--data names {', '.join(sorted(unknown))}", expected=f"benchmarks of this call: {names}")
-    fingerprint = open_checkpoint(resolve(student)).fingerprint()
+    checkpoint = open_checkpoint(resolve(student))
+    fingerprint = checkpoint.fingerprint()
+    block = settings.sampling.get("block_size") or checkpoint.config.get("block_size") or 32
+    settings = replace(settings, sampling={**settings.sampling, "block_size": block})
     described = {b.name: _describe(b, settings, fingerprint) for b in benchmarks}
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from shared.attention import full
 from shared.config import CacheConfig, StudentConfig
-from shared.data import iter_examples
 from shared.errors import TideError
 from shared.hardware import choose_device
 from shared.models.checkpoint import open_checkpoint
@@ -102,8 +101,7 @@ class _Sample:
     """The first examples of the data under their first draw, masked as a cache would have them."""
 
     def __init__(self, plan: CachePlan, examples: int) -> None:
-        prepared = plan.preparer()(list(itertools.islice(iter_examples(plan.config.data), examples)))
-        self.items = [(e, draw_for(e, plan.config.noise, 0)) for e in prepared]
+        self.items = [(e, draw_for(e, plan.config.noise, 0)) for e in plan.data.between(0, examples)]
         self.items = [(e, d) for e, d in self.items if d.masked.size]
         if not self.items:
             raise TideError(f"no example of {plan.data.source} has a masked token", fix="take more examples")

@@ -60,7 +60,10 @@ def cache_config(
     values = {**values, "teacher": name}
     values.setdefault("out", f"caches/{name}")
     values.setdefault("teachers_file", teachers_file)
-    values |= {k: v for k, v in flags.items() if v is not None and "." not in k}
+    values |= {k: v for k, v in flags.items() if v is not None and "." not in k and k != "data"}
+    if (source := flags.get("data")) is not None:  # the recipe's other settings stay, unless it has several sources
+        before = values.get("data")
+        values["data"] = {**(before if isinstance(before, dict) else {}), "source": source}
     apply_overrides(values, overrides)
     return build(CacheConfig, values, "the settings of `tide cache`")
 

@@ -50,7 +50,7 @@ class _Work:
         preparer = Preparer(self.student, self.teacher, LengthConfig(1024, 4096), self.mask, 4095)
         texts = self.texts[number * _BATCH : (number + 1) * _BATCH]
         chats = [({"role": "user", "content": "Go."}, {"role": "assistant", "content": text}) for text in texts]
-        return sum(len(p.chunks) for p in preparer([ChatExample(str(i), c) for i, c in enumerate(chats)]))
+        return sum(len(p.chunks) for p in preparer.usable([ChatExample(str(i), c) for i, c in enumerate(chats)]))
 
 
 _work: _Work | None = None

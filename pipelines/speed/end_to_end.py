@@ -23,7 +23,7 @@ from teacher_cache.engines.choose import load_engine
 from teacher_cache.engines.inputs import build_inputs, width_of
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.plan import CachePlan, make_plan
-from teacher_cache.units import run_units
+from teacher_cache.units import examples_of, run_units
 from teacher_cache.work import prepare_unit
 
 _EMBEDDED = Path(__file__).parents[2] / "teacher_cache" / "teachers" / "tiny"
@@ -69,9 +69,7 @@ def _measure(config: CacheConfig) -> list[str]:
     plan = make_plan(config)
     engine = load_engine(plan)
     assert isinstance(engine, TransformersEngine)
-    examples = list(iter_examples(config.data))
-    size = config.shard_examples
-    works = [prepare_unit(plan, unit, examples[unit.part * size : (unit.part + 1) * size]) for unit in plan.missing]
+    works = [prepare_unit(plan, unit, examples_of(plan, unit)) for unit in plan.missing]
     requests = [request for work in works for request in work.requests]
 
     def scores() -> None:

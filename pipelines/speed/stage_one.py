@@ -11,7 +11,6 @@ from rich.table import Table
 from pipelines.recipes.read import cache_config
 from pipelines.speed.timing import side_by_side
 from shared.attention import full
-from shared.data import iter_examples
 from shared.shards import Unit
 from teacher_cache.engines.choose import load_engine
 from teacher_cache.engines.transformers_engine import TransformersEngine
@@ -31,7 +30,7 @@ def _measure(folder: Path) -> Table:
     plan = make_plan(config)
     engine = load_engine(plan)
     assert isinstance(engine, TransformersEngine)
-    requests = prepare_unit(plan, Unit(0, 0), list(iter_examples(config.data))).requests
+    requests = prepare_unit(plan, Unit(0, 0), plan.data.between(0, 64)).requests
     read = sum(len(r.read) for r in requests)
     before = engine.forward_rows
     engine.score(requests)

@@ -44,8 +44,12 @@ _SAME = (Rename(r"(model\.(embed_tokens|norm)\..*|model\.layers\.\d+\..*|lm_head
 
 
 def _rope(raw: RawConfig, default: float = 10_000.0) -> dict[str, Any]:
-    stored = raw.get("rope_parameters")
-    return dict(stored) if stored else {"rope_type": "default", "rope_theta": float(raw.get("rope_theta", default))}
+    """Of transformers 5 (`rope_parameters`) or 4 (`rope_theta` and `rope_scaling`)."""
+    if stored := raw.get("rope_parameters"):
+        return dict(stored)
+    scaling = dict(raw.get("rope_scaling") or {})
+    kind = scaling.pop("type", "default")
+    return {"rope_type": kind, **scaling, "rope_theta": float(raw.get("rope_theta", default))}
 
 
 def _special(raw: RawConfig) -> dict[str, Any]:

@@ -82,14 +82,14 @@ def resolve(location: str) -> str:
     return str(Path(str(resources.files(package))) / name)
 
 
-def open_checkpoint(location: str) -> Checkpoint:
-    """Find a checkpoint by path or hub id (fetched if need be) and read its config."""
+def open_checkpoint(location: str, weights: bool = True) -> Checkpoint:
+    """Find a checkpoint by path or hub id (fetched if need be, with or without its weights) and read its config."""
     folder = Path(location)
     if not folder.is_dir():
         if location.startswith((".", "/", "~")) or location.count("/") != 1:
             raise TideError(f"there is no folder {location}", expected="a checkpoint's folder, or a hub id OWNER/NAME")
         try:
-            patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+            patterns = ["*.json", *(["*.safetensors"] if weights else []), "*.jinja", "*.txt", "*.model", "*.tiktoken"]
             folder = Path(snapshot_download(location, allow_patterns=patterns))
         except Exception as error:  # the hub client raises many types, all about reaching or finding the model
             raise TideError(

@@ -43,7 +43,7 @@ def collate(rows: Sequence[CacheRow], manifest: Manifest) -> Batch:
         "t": torch.from_numpy(np.repeat(times, sizes)),
         "counts": torch.tensor(
             [
-                sum(len(r.student_ids) - r.prompt_length for r in rows),
+                sum(r.maskable for r in rows),
                 sum(sizes),
                 sum(0 if r.chunk_logp is None else r.chunk_logp.size for r in rows),
             ],

@@ -8,6 +8,7 @@ is one whole batch, found by its number alone: resuming at step n means asking f
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -55,6 +56,8 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
         self._cache, self._manifest = cache, manifest
         self._seed, self._window_parts = seed, window_parts
         self._batch_size, self._processes = batch_size * processes, processes
+        self.totals: Counter[str] = Counter()
+        """Sums of the shards' counts: rows, masked positions, chunks, rows without chunks."""
         self._rows = self._count_rows()
         self._plan_cached = lru_cache(maxsize=4)(self._plan)
         self._read_window = lru_cache(maxsize=2)(self._read_window_uncached)
@@ -68,10 +71,13 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
         """Rows of every shard, by draw and part. Opens each one: a damaged cache is refused before training."""
         refuse_unfinished(self._cache, self._manifest)
         digest = self._manifest.digest
-        counts = [
-            [shard_counts(Unit(draw, part).path(self._cache), digest)["rows"] for part in range(self._manifest.parts)]
+        found = [
+            [shard_counts(Unit(draw, part).path(self._cache), digest) for part in range(self._manifest.parts)]
             for draw in range(self._manifest.draws)
         ]
+        counts = [[shard["rows"] for shard in shards] for shards in found]
+        for shard in (shard for shards in found for shard in shards):
+            self.totals.update({name: n for name, n in shard.items() if isinstance(n, int)})
         if not any(map(sum, counts)):
             raise TideError(f"the cache {self._cache} has no rows", fix="build it from data whose prompts fit")
         return counts

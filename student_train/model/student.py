@@ -19,6 +19,7 @@ from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import Checkpoint, open_checkpoint
 from shared.models.fresh import new_model
 from shared.models.loading import load_model
+from shared.models.masks import stated_mask
 from shared.tokenizers import Tokenizer
 from student_train.model.attention import FLEX, flex_mask, register_flex
 
@@ -62,7 +63,9 @@ def student_for(
     else:
         model = load_model(checkpoint, student_architecture(checkpoint), torch.float32)
         _make_room(model, mask_id, settings)
+        _refuse_other_mask(checkpoint, tokenizer, mask_id)
     model.config.mask_token_id = mask_id
+    model.config.block_size = int(manifest.fingerprint["lengths"]["block"])  # what sampling goes by
     if settings.attention == "flex":
         register_flex()
         model.set_attn_implementation(FLEX)
@@ -71,6 +74,17 @@ def student_for(
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model
+
+
+def _refuse_other_mask(checkpoint: Checkpoint, tokenizer: Tokenizer, mask_id: int) -> None:
+    """TideError where the checkpoint was trained with another mask than the cache's."""
+    stated = stated_mask(checkpoint, tokenizer)
+    if stated is not None and stated != mask_id:
+        raise TideError(
+            f"the student {checkpoint.folder} has mask id {stated}, the cache {mask_id}",
+            expected="one and the same id",
+            fix="build the cache with this student's tokenizer, or correct mask_token_id in config.json",
+        )
 
 
 def student_architecture(checkpoint: Checkpoint) -> str:

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -83,6 +83,23 @@ def uses_liger(config: TrainConfig) -> bool:
         on_gpu = config.device != "cpu" and torch.cuda.is_available()
         return on_gpu and liger_installed() and liger_fits(config.distillation)
     return config.head == "liger"
+
+
+def check_targets(settings: Distillation, totals: Mapping[str, int], cache: Path) -> None:
+    """TideError where the whole cache has nothing for the objective; a warning where most rows have nothing."""
+    if not isinstance(settings, Calm | ReverseCalm):
+        return
+    if not totals["chunks"]:
+        raise TideError(
+            f"{settings.type} learns from chunks, and {cache} has none",
+            fix="look at `tide prepare --show 3`: the two tokenizers align nowhere; or train with type=none",
+        )
+    bare = totals["rows_without_chunks"]
+    if bare > totals["rows"] / 2:
+        warnings.warn(
+            f"{bare:,} of {totals['rows']:,} rows of {cache} have no chunk: they are trained by cross-entropy alone",
+            stacklevel=2,
+        )
 
 
 def check_objective(settings: Distillation, manifest: Manifest, cache: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,10 +18,13 @@ from torch.nn import functional as F
 from shared.attention import full
 from shared.config import DataConfig, LengthConfig
 from shared.data import iter_examples, scan
+from shared.data.conversation import content_of
 from shared.errors import TideError
 from shared.examples import Prepared, Preparer
+from shared.manifest import Manifest
 from shared.noise import token_draw
 from shared.padding import pad
+from shared.shards import Unit
 from shared.tokenizers import Tokenizer
 from student_train.batches.needed import needed_places
 
@@ -31,17 +37,18 @@ class HeldOut:
     """Held-out examples as batches of tensors, with the bytes of each masked token (0 for special tokens)."""
 
     batches: list[dict[str, Tensor]]
-    examples: int
+    ids: tuple[str, ...]
+    """Of the examples."""
     masked: int
 
 
 def prepare_heldout(data: DataConfig, lengths: LengthConfig, tokenizer: Tokenizer, mask_id: int, draws: int) -> HeldOut:
     """Tokenise and mask the held-out examples. t is stratified over each example's `draws`."""
     scan(data)
-    prepared = Preparer(tokenizer, None, lengths, mask_id)(list(iter_examples(data)))
+    prepared = Preparer(tokenizer, None, lengths, mask_id, turns=data.turns).usable(list(iter_examples(data)))
     special = set(tokenizer.backend.all_special_ids)
     byte_lengths = np.array([0 if i in special else n for i, n in enumerate(tokenizer.byte_lengths)], np.int64)
-    rows = [(e, token_draw(_SEED, e.id, d, e.prompt_length, len(e.student_ids), 0.5).masked)
+    rows = [(e, token_draw(_SEED, e.id, d, e.maskable, 0.5).masked)
             for e in prepared for d in range(draws)]  # fmt: skip
     rows = sorted((r for r in rows if r[1].size), key=lambda r: len(r[0].student_ids))
     if not rows:
@@ -53,7 +60,22 @@ def prepare_heldout(data: DataConfig, lengths: LengthConfig, tokenizer: Tokenize
             end += 1
         batches.append(_batch(rows[start:end], mask_id, byte_lengths, lengths.block))
         start = end
-    return HeldOut(batches, len(prepared), sum(masked.size for _, masked in rows))
+    return HeldOut(batches, tuple(e.id for e in prepared), sum(masked.size for _, masked in rows))
+
+
+def warn_of_overlap(heldout: HeldOut, cache: Path, manifest: Manifest) -> None:
+    """A warning, with the count, where the cache trains on held-out contents."""
+    trained: set[str] = set()
+    for part in range(manifest.parts):
+        column = pq.read_table(Unit(0, part).path(cache), columns=["example_id"]).column("example_id")
+        trained |= {content_of(name) for name in column.to_pylist()}
+    both = sum(content_of(name) in trained for name in heldout.ids)
+    if both:
+        warnings.warn(
+            f"{both:,} of {len(heldout.ids):,} held-out examples are also trained on: their score says little. "
+            "data.split and data.heldout_share divide a source by content",
+            stacklevel=2,
+        )
 
 
 def _batch(

@@ -33,12 +33,13 @@ from student_train.model.student import embedding_rows, load_student
 from student_train.training.checks import (
     check_hardware,
     check_objective,
+    check_targets,
     check_trackers,
     settle_attention,
     settle_precision,
     uses_liger,
 )
-from student_train.training.heldout import HeldOut, masked_nll, prepare_heldout
+from student_train.training.heldout import HeldOut, masked_nll, prepare_heldout, warn_of_overlap
 from student_train.training.resumable import ResumableTrainer, training_arguments
 from student_train.training.run_folder import settle_run_folder
 from student_train.training.step import train_on_loss
@@ -166,11 +167,13 @@ def make_trainer(config: TrainConfig) -> tuple[StudentTrainer, Tokenizer]:
         total=config.max_steps * config.accumulation if config.max_steps > 0 else None,
         processes=processes,
     )
+    check_targets(config.distillation, dataset.totals, config.cache)
     steps = math.ceil(len(dataset) / (config.accumulation * processes))
     heldout = None
     if config.heldout is not None:
         mask_id = manifest.fingerprint["student"]["mask_id"]
         heldout = prepare_heldout(config.heldout, lengths, tokenizer, mask_id, config.heldout_draws)
+        warn_of_overlap(heldout, config.cache, manifest)
     if int(os.environ.get("RANK", "0")) == 0:
         settle_run_folder(config, manifest, processes)
     train_on_loss(model, lengths.block, manifest.temperatures, uses_liger(config))

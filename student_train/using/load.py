@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,13 @@ from shared.errors import TideError
 from shared.hardware import choose_device, choose_precision, torch_dtype
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import load_model
+from shared.models.masks import stated_mask
 from shared.templates import Message
 from shared.tokenizers import Tokenizer
 from student_train.model.student import student_architecture
 from student_train.using.sampler import SampleConfig, Special, sample
+
+_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,12 @@ class LoadedStudent:
     model: Any
     tokenizer: Tokenizer
     special: Special
+    block: int | None
+    """Of its block diffusion in training; None where its config does not say."""
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a chat up to where the response begins, as in training (an empty think block included)."""
-        rendered = self.tokenizer.render([*messages, {"role": "assistant", "content": ""}])
-        return self.tokenizer.encode([rendered.text[: rendered.response_start]])[0]
+        return self.tokenizer.encode_prompt(messages)
 
     def text(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""
@@ -55,13 +60,24 @@ def load_for_use(place: str, device: str = "auto") -> LoadedStudent:
     model: Any = load_model(checkpoint, student_architecture(checkpoint), dtype)
     model = model.to(where).eval()
     tokenizer = Tokenizer.load(checkpoint.folder)
-    mask = checkpoint.config.get("mask_token_id", tokenizer.backend.mask_token_id)
+    mask = stated_mask(checkpoint, tokenizer)
     if mask is None:
         raise TideError(
             f"neither the config nor the tokenizer of {place} names a mask token",
             expected="mask_token_id in config.json, as `tide train` writes it",
             fix="give a student, such as runs/NAME/model",
         )
-    eos = tokenizer.special_id("eos")
-    pad = tokenizer.backend.pad_token_id
-    return LoadedStudent(model, tokenizer, Special(int(mask), eos if pad is None else int(pad), eos))
+    eos, pad = tokenizer.special_id("eos"), tokenizer.backend.pad_token_id
+    ends = {*checkpoint.special_ids("eos"), *tokenizer.turn_ends} - {eos}
+    special = Special(mask, eos if pad is None else int(pad), eos, tuple(sorted(ends)), len(tokenizer))
+    return LoadedStudent(model, tokenizer, special, checkpoint.config.get("block_size"))
+
+
+def choose_block(asked: int | None, student: LoadedStudent) -> int:
+    """The block to sample with: the one asked for, else the student's own, else 32.
+
+    Says so on stderr where the student was trained with another.
+    """
+    if asked is not None and student.block is not None and asked != student.block:
+        print(f"the student was trained with blocks of {student.block} and is sampled with {asked}", file=sys.stderr)
+    return asked or student.block or _BLOCK

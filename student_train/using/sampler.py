@@ -62,10 +62,16 @@ class Special:
     mask: int
     pad: int
     eos: int
+    ends: tuple[int, ...] = ()
+    """Other tokens that end a response, such as the chat template's end of turn."""
+    vocabulary: int | None = None
+    """Ids from here on are padding of the embedding: no token has them, and none is sampled."""
 
 
 def sample(model: Any, prompts: Sequence[Sequence[int]], special: Special, config: SampleConfig) -> list[list[int]]:
-    """The response to each prompt, up to its first EOS, which is left out. ValueError where a prompt is empty."""
+    """The response to each prompt, up to its first EOS (or other end), which is left out. ValueError where a prompt
+    is empty.
+    """
     tokens = torch.zeros(len(prompts), 0, dtype=torch.long)
     for tokens, _ in sample_steps(model, prompts, special, config):  # noqa: B007 - the last state counts
         pass
@@ -123,6 +129,7 @@ class _State:
         self._rows = torch.arange(len(prompts), device=self._device)
         self._noise = [_generator(config.seed, prompt) for prompt in prompts]
         self._passes = 0
+        self._ends = torch.tensor([special.eos, *special.ends], device=self._device)
 
     @property
     def all_ended(self) -> bool:
@@ -139,7 +146,7 @@ class _State:
             block = torch.where(settled, tokens, block)
             step += 1
             yield self._with(block), self._passes
-        ends = block == self._special.eos
+        ends = torch.isin(block, self._ends)
         block = torch.where(ends.cumsum(dim=1) > 0, self._special.eos, block)
         self._new = self._with(block)
         self._pending = block.repeat(2, 1) if self._guided else block
@@ -194,10 +201,12 @@ class _State:
         if self._guided:  # away from what a masked prompt gives
             logits = parts[1] + (1 + self._config.guidance) * (logits - parts[1])
         logits[:, self._special.mask] = -torch.inf
+        if self._special.vocabulary is not None:
+            logits[:, self._special.vocabulary :] = -torch.inf
         early = self._config.min_new_tokens - self._new.shape[1]
         if early > 0:
             column = masked.nonzero()[:, 1]
-            logits[:, self._special.eos].masked_fill_(column < early, -torch.inf)
+            logits[:, self._ends] = logits[:, self._ends].masked_fill((column < early)[:, None], -torch.inf)
         return logits
 
     def _head(self, rows: Float[Tensor, "n width"]) -> Float[Tensor, "n vocab"]:

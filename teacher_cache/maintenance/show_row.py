@@ -26,7 +26,7 @@ def find_row(cache: Path, which: str, draw: int) -> CacheRow:
     for unit in units:
         rows = read_shard(Unit(draw, unit.part).path(cache), manifest.temperatures)
         for i, row in enumerate(rows):
-            if row.example_id == which or seen + i == number:
+            if which in (row.example_id, row.label) or seen + i == number:
                 return row
         seen += len(rows)
     raise TideError(f"{cache} has no row {which!r} in draw {draw}", expected=f"an example's id, or 0 to {seen - 1}")
@@ -41,7 +41,7 @@ def describe_row(cache: Path, row: CacheRow) -> str:
     ids = row.teacher_ids if row.teacher_ids is not None else row.student_ids
     places = row.teacher_masked if row.teacher_masked is not None else row.masked
     marks = dict(zip(places.tolist(), np.where(row.split, "A", "B").tolist(), strict=True))
-    maskable = len(row.student_ids) - row.prompt_length
+    maskable = row.maskable
     lines = [
         f"example {row.example_id}, draw {row.draw}: t {row.t:.3f}, {row.masked.size} of {maskable} tokens masked",
         "",

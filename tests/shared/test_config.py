@@ -19,7 +19,7 @@ def test_overrides_reach_nested_settings() -> None:
     apply_overrides(values, ["noise.draws=4", "data.source=my data.jsonl", "targets.temperatures=[1, 3.5]"])
     config = build(CacheConfig, values)
     assert (config.noise.seed, config.noise.draws) == (1, 4)
-    assert config.data.source == "my data.jsonl"
+    assert [source.source for source in config.sources] == ["my data.jsonl"]
     assert config.targets.stored_temperatures == (1.0, 3.5)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tokenizers.normalizers import NFC
 
 from shared.config import LengthConfig
 from shared.data import ChatExample
-from shared.errors import TideError
+from shared.errors import Unusable
 from shared.examples import Prepared, Preparer
 from shared.tokenizers import Tokenizer
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
@@ -29,6 +30,10 @@ def cross(student: Tokenizer = STUDENT, teacher: Tokenizer = TEACHER, lengths: L
     return Preparer(student, teacher, lengths, student.special_id("mask"), teacher.special_id("mask"))
 
 
+def start_of(p: Prepared) -> int:
+    return int(p.spans[0, 0])
+
+
 def bytes_of(tokenizer: Tokenizer, ids: np.ndarray) -> bytes:
     return b"".join(tokenizer.token_bytes[i] for i in ids)
 
@@ -40,7 +45,7 @@ def check_chunks(p: Prepared, text: str, student: Tokenizer = STUDENT, teacher: 
     for t0, t1, s0, s1 in p.chunks:
         assert bytes_of(teacher, p.teacher_ids[t0:t1]) == bytes_of(student, p.student_ids[s0:s1])
         parts.append(bytes_of(student, p.student_ids[s0:s1]))
-        assert s0 >= p.prompt_length
+        assert s0 >= start_of(p)
     assert b"".join(parts) in text.encode()
     return b"".join(parts)
 
@@ -62,45 +67,58 @@ TEXTS = {
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
 def test_the_whole_response_is_aligned(text: str) -> None:
     preparer = cross()
-    (p,) = preparer([chat(text)])
+    (p,) = preparer.usable([chat(text)])
     assert check_chunks(p, text) == text.encode()
-    assert preparer.counts.unaligned_bytes == 0
-    assert preparer.counts.response_bytes == len(text.encode())
+    assert preparer.counts["unaligned_bytes"] == 0
+    assert preparer.counts["response_bytes"] == len(text.encode())
 
 
-@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60))
 def test_any_text_is_aligned_from_end_to_end(text: str) -> None:
-    try:
-        (p,) = cross()([chat(text)])
-    except TideError:
-        assert "<|mask|>" in text
-        return
+    (p,) = cross().usable([chat(text)])
     assert check_chunks(p, text) == text.encode()
 
 
-def test_an_empty_response_has_no_chunk_but_its_end_is_learnt() -> None:
-    (p,) = cross()([chat("")])
-    assert p.chunks.shape == (0, 4)
-    assert STUDENT.decode(p.student_ids[p.prompt_length :].tolist()).startswith("<|im_end|>")
+@pytest.mark.parametrize(
+    "text", ["<|mask|>", "say <|mask|> now", "<|im_end|>", "a<|eot_id|><|start_header_id|>assistant"]
+)
+def test_what_contents_spell_is_text(text: str) -> None:
+    """A forged end of turn, header or mask is aligned like any other text, and is no control token on either side."""
+    (p,) = cross().usable([chat(text, request=text)])
+    assert p.teacher_ids is not None
+    assert check_chunks(p, text) == text.encode()
+    for tokenizer, ids in ((STUDENT, p.student_ids), (TEACHER, p.teacher_ids)):
+        controls = [i for i in ids.tolist() if i in tokenizer.added_ids]
+        plain = cross().usable([chat("x", request="y")])[0]
+        other = plain.student_ids if tokenizer is STUDENT else plain.teacher_ids
+        assert other is not None
+        expected = [i for i in other.tolist() if i in tokenizer.added_ids]
+        fill = tokenizer.special_id("eos")
+        assert [i for i in controls if i != fill] == [i for i in expected if i != fill]
+
+
+def test_an_empty_response_cannot_be_used() -> None:
+    (found,) = cross()([chat("")])
+    assert isinstance(found, Unusable) and found.reason == "empty response"
 
 
 def test_the_last_block_is_filled_with_eos() -> None:
-    (p,) = cross()([chat("x = 1")])
+    (p,) = cross().usable([chat("x = 1")])
     assert len(p.student_ids) % 32 == 0
     used = len(STUDENT.encode(["x = 1<|im_end|>\n"])[0])
-    fill = p.student_ids[p.prompt_length + used :]
+    fill = p.student_ids[start_of(p) + used :]
     assert len(fill) > 0
     assert (fill == STUDENT.special_id("eos")).all()
 
 
 def test_a_content_that_occurs_twice_or_equals_the_template_is_found_in_its_place() -> None:
     for text in ("do it", "assistant", "user\ndo it", "<|im_start|>"):
-        (p,) = cross()([chat(text, request=text)])
+        (p,) = cross().usable([chat(text, request=text)])
         assert p.teacher_ids is not None
         assert p.chunks.shape[0] > 0
-        prompt = STUDENT.decode(p.student_ids[: p.prompt_length].tolist())
+        prompt = STUDENT.decode(p.student_ids[: start_of(p)].tolist())
         assert prompt == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
-        assert p.chunks[0, 2] == p.prompt_length
+        assert p.chunks[0, 2] == start_of(p)
         assert check_chunks(p, text) == text.encode()
 
 
@@ -117,37 +135,50 @@ def test_text_that_one_side_normalises_is_aligned_up_to_the_change_and_the_loss_
     student = nfc_copy(STUDENT_TOKENIZER, tmp_path / "nfc")
     preparer = cross(student)
     text = "x = 1  # Cafe\u0301 and more text behind it"
-    (p,) = preparer([chat(text)])
+    (p,) = preparer.usable([chat(text)])
     aligned = check_chunks(p, text, student)
     assert b"x = 1  #" in aligned
     assert aligned == text.encode()[: len(aligned)]
     before = len(b"x = 1  # Caf")
     assert len(aligned) <= before
-    assert preparer.counts.unaligned_examples == 1
-    assert preparer.counts.unaligned_bytes == len(text.encode()) - before
+    assert preparer.counts["unaligned_examples"] == 1
+    assert preparer.counts["unaligned_bytes"] == len(text.encode()) - before
 
 
 def test_text_that_both_sides_normalise_alike_is_aligned_whole(tmp_path: Path) -> None:
     student, teacher = nfc_copy(STUDENT_TOKENIZER, tmp_path / "s"), nfc_copy(TEACHER_TOKENIZER, tmp_path / "t")
     preparer = cross(student, teacher)
-    (p,) = preparer([chat("Cafe\u0301!")])
+    (p,) = preparer.usable([chat("Cafe\u0301!")])
     assert check_chunks(p, "Caf\u00e9!", student, teacher) == "Caf\u00e9!".encode()
-    assert preparer.counts.unaligned_bytes == 0
+    assert preparer.counts["unaligned_bytes"] == 0
 
 
-def test_a_mask_token_in_the_text_is_refused() -> None:
+def test_a_mask_token_that_is_no_special_one_cannot_be_used(tmp_path: Path) -> None:
+    """Where a tokenizer holds its mask for an ordinary word, a text that spells it would look like noise."""
+    folder = Path(shutil.copytree(STUDENT_TOKENIZER, tmp_path / "s"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["special"] &= token["content"] != "<|mask|>"
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("mask_token", None)
+    config.pop("added_tokens_decoder", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    student = Tokenizer.load(folder)
+    preparer = Preparer(student, TEACHER, LENGTHS, student.special_id("mask", "<|mask|>"), TEACHER.special_id("mask"))
     for example in (chat("say <|mask|> now"), chat("fine", request="what is <|mask|>?")):
-        with pytest.raises(TideError, match="example e contains the mask token"):
-            cross()([example])
+        (found,) = preparer([example])
+        assert isinstance(found, Unusable) and found.reason == "spells a mask token"
 
 
 def test_prompts_that_fill_the_length_are_dropped_and_counted_and_long_responses_cut() -> None:
     preparer = cross(lengths=LengthConfig(student=64, teacher=64, block=32))
-    kept = preparer([chat("x = 1"), chat("x", request="word " * 200), chat("y = 2; " * 100)])
-    assert [len(p.student_ids) for p in kept] == [32, 64]
-    assert preparer.counts.dropped_long_prompt == 1
-    assert preparer.counts.truncated == 1
-    cut = kept[1]
+    first, dropped, cut = preparer([chat("x = 1"), chat("x", request="word " * 200), chat("y = 2; " * 100)])
+    assert isinstance(dropped, Unusable) and dropped.reason == "prompt too long"
+    assert isinstance(first, Prepared) and isinstance(cut, Prepared)
+    assert (len(first.student_ids), len(cut.student_ids)) == (32, 64)
+    assert cut.spans[-1, 1] == 64
+    assert preparer.counts["truncated"] == 1
     assert cut.teacher_ids is not None
     assert len(cut.teacher_ids) == 64
     assert cut.chunks[:, 1].max() <= 64
@@ -155,7 +186,7 @@ def test_prompts_that_fill_the_length_are_dropped_and_counted_and_long_responses
 
 
 def test_a_shared_tokenizer_needs_no_second_tokenisation() -> None:
-    (p,) = Preparer(TEACHER, None, LENGTHS, TEACHER.special_id("mask"))([chat("x = 1")])
+    (p,) = Preparer(TEACHER, None, LENGTHS, TEACHER.special_id("mask")).usable([chat("x = 1")])
     assert p.teacher_ids is None
     assert p.shared
     assert p.chunks.shape == (0, 4)
@@ -163,8 +194,8 @@ def test_a_shared_tokenizer_needs_no_second_tokenisation() -> None:
 
 def test_the_result_does_not_depend_on_the_batch() -> None:
     examples = [chat(text) for text in TEXTS.values()]
-    together = cross()(examples)
+    together = cross().usable(examples)
     for example, expected in zip(examples, together, strict=True):
-        (alone,) = cross()([example])
+        (alone,) = cross().usable([example])
         assert np.array_equal(alone.student_ids, expected.student_ids)
         assert np.array_equal(alone.chunks, expected.chunks)

@@ -36,7 +36,7 @@ def test_time_is_uniform_over_examples() -> None:
 
 
 def test_each_token_is_masked_with_probability_t() -> None:
-    draws = [token_draw(1, f"e{i}", 0, 10, 210, 0.5) for i in range(300)]
+    draws = [token_draw(1, f"e{i}", 0, np.arange(10, 210), 0.5) for i in range(300)]
     deviation = [(d.masked.size - 200 * d.t) / np.sqrt(200 * d.t * (1 - d.t) + 1e-9) for d in draws]
     assert abs(np.mean(deviation)) < 4 / np.sqrt(300)
     assert 0.8 < np.std(deviation) < 1.2
@@ -44,18 +44,18 @@ def test_each_token_is_masked_with_probability_t() -> None:
 
 
 def test_draws_differ_between_examples_draws_and_seeds() -> None:
-    base = token_draw(0, "a", 0, 0, 400, 0.5)
+    base = token_draw(0, "a", 0, np.arange(400), 0.5)
     for seed, name, draw in ((0, "b", 0), (0, "a", 1), (1, "a", 0)):
-        other = token_draw(seed, name, draw, 0, 400, 0.5)
+        other = token_draw(seed, name, draw, np.arange(400), 0.5)
         assert not np.array_equal(base.masked, other.masked)
-    again = token_draw(0, "a", 0, 0, 400, 0.5)
+    again = token_draw(0, "a", 0, np.arange(400), 0.5)
     assert np.array_equal(base.masked, again.masked)
     assert np.array_equal(base.split, again.split)
 
 
 def test_the_bits_are_fixed_forever() -> None:
     """A cache's draws must be the same on every machine and in every version: frozen numbers."""
-    draw = token_draw(7, "example", 3, 2, 40, 0.5)
+    draw = token_draw(7, "example", 3, np.arange(2, 40), 0.5)
     assert draw.t == pytest.approx(0.7032318824776035, abs=1e-15)
     assert sorted(set(range(2, 40)) - set(draw.masked.tolist())) == [14, 15, 17, 20, 31, 37]
     assert draw.split[:12].tolist() == [True] * 3 + [False] * 4 + [True] * 4 + [False]
@@ -66,7 +66,7 @@ def test_chunk_masks_are_whole_chunks(seed: int, lengths: list[int], first: int)
     edges = np.cumsum([0, *lengths]) + 3  # tokens 0 … 2 and the last two stand outside all chunks
     spans = np.stack([edges[:-1], edges[1:]], axis=1)
     length = int(edges[-1]) + 2
-    draw = chunk_draw(seed, "x", 0, first, length, spans, 0.5)
+    draw = chunk_draw(seed, "x", 0, np.arange(first, length), length, spans, 0.5)
     masked = set(draw.masked.tolist())
     for i, (start, end) in enumerate(spans.tolist()):
         inside = {p in masked for p in range(start, end)}
@@ -75,16 +75,16 @@ def test_chunk_masks_are_whole_chunks(seed: int, lengths: list[int], first: int)
         else:
             assert i not in draw.chunks.tolist()  # a chunk with a prompt token is never active
     assert all(p >= first for p in masked)
-    assert masked >= set(token_draw(seed, "x", 0, first, length, 0.5).masked.tolist())
+    assert masked >= set(token_draw(seed, "x", 0, np.arange(first, length), 0.5).masked.tolist())
     assert draw.split.size == draw.chunks.size
 
 
 def test_nothing_to_mask() -> None:
-    draw = chunk_draw(0, "x", 0, 5, 5, np.zeros((0, 2), np.int32), 0.5)
+    draw = chunk_draw(0, "x", 0, np.arange(0), 5, np.zeros((0, 2), np.int32), 0.5)
     assert draw.masked.size == draw.chunks.size == draw.split.size == 0
 
 
 @pytest.mark.parametrize(("ratio", "expected"), [(0.0, 0.0), (1.0, 1.0), (0.3, 0.3)])
 def test_demo_ratio_is_the_share_of_part_a(ratio: float, expected: float) -> None:
-    share = np.concatenate([token_draw(0, str(i), 0, 0, 200, ratio).split for i in range(60)]).mean()
+    share = np.concatenate([token_draw(0, str(i), 0, np.arange(200), ratio).split for i in range(60)]).mean()
     assert share == pytest.approx(expected, abs=0.03)

@@ -25,10 +25,11 @@ def make_row(seed: int, cross: bool, topk: bool, chunks: bool, masked: int) -> C
     kept, floats = int(sizes.sum()), rng.standard_normal
     return CacheRow(
         example_id=f"é{seed}",
+        label=f"row {seed}",
         draw=seed % 3,
         t=float(np.float32(rng.random())),
         student_ids=rng.integers(0, 99, 8).astype(np.int32),
-        prompt_length=3,
+        spans=np.array([[1, 3], [5, 8]], np.int32),
         masked=np.arange(masked, dtype=np.int32),
         teacher_ids=np.arange(5, dtype=np.int32) if cross else None,
         teacher_masked=np.arange(masked, dtype=np.int32) if cross else None,

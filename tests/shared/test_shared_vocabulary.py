@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from shared.data import ChatExample
-from shared.examples import Preparer, SharedVocabulary
+from shared.errors import Unusable
+from shared.examples import Prepared, Preparer, SharedVocabulary
 from shared.models.checkpoint import resolve
 from shared.shards import Unit, read_shard
 from shared.tokenizers import Tokenizer
@@ -23,7 +24,7 @@ def thinking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The teacher's tokenizer with two tokens of the student's own, and a template that uses one in the prompt."""
     folder = tmp_path_factory.mktemp("thinking") / "t"
     backend = Tokenizer.load(TEACHER_TOKENIZER).backend
-    backend.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    backend.add_tokens(["<think>", "</think>"])  # as Qwen has them: tokens of their own, but no control tokens
     backend.chat_template = (
         "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
         "{% if message['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
@@ -40,22 +41,22 @@ def preparer(student: Tokenizer) -> Preparer:
 
 def test_a_token_of_the_students_own_in_the_prompt_is_written_out_for_the_teacher(thinking: Path) -> None:
     student, teacher = Tokenizer.load(thinking), Tokenizer.load(TEACHER_TOKENIZER)
-    (p,) = preparer(student)([chat("x = 1")])
+    (p,) = preparer(student).usable([chat("x = 1")])
     assert p.shared
     assert p.teacher_ids is not None
-    assert p.offset > 0
-    assert 4096 in p.student_ids[: p.prompt_length]
+    assert (p.offsets > 0).all()
+    assert 4096 in p.student_ids[: p.spans[0, 0]]
     assert p.teacher_ids.max() < 4096
     assert teacher.decode(p.teacher_ids.tolist()) == student.decode(p.student_ids.tolist())
-    start = p.prompt_length
-    assert np.array_equal(p.teacher_ids[start + p.offset :], p.student_ids[start:])
+    places = p.teacher_positions(p.maskable)
+    assert np.array_equal(p.teacher_ids[places], p.student_ids[p.maskable])
 
 
 def test_a_response_with_such_a_token_is_left_out_and_counted(thinking: Path) -> None:
     made = preparer(Tokenizer.load(thinking))
-    kept = made([chat("x = 1"), chat("a <think> b")])
-    assert len(kept) == 1
-    assert made.counts.dropped_unshared == 1
+    kept, left_out = made([chat("x = 1"), chat("a <think> b")])
+    assert isinstance(kept, Prepared)
+    assert isinstance(left_out, Unusable) and left_out.reason == "token that the teacher writes otherwise"
 
 
 def test_the_cache_reads_the_right_positions(thinking: Path, random_teacher: Path, tmp_path: Path) -> None:
@@ -96,6 +97,6 @@ def test_ids_that_mean_something_else_never_enter_the_top_k(random_teacher: Path
 
 
 def test_the_same_ids_need_no_second_sequence() -> None:
-    (p,) = preparer(Tokenizer.load(TEACHER_TOKENIZER))([ChatExample("e", chat("x").messages)])
+    (p,) = preparer(Tokenizer.load(TEACHER_TOKENIZER)).usable([ChatExample("e", chat("x").messages)])
     assert p.teacher_ids is None
     assert p.shared

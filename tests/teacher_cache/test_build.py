@@ -23,7 +23,7 @@ from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
 from shared.shards import Unit, finished_units, read_shard
 from teacher_cache.build import build_cache
-from tests.conftest import STUDENT_TOKENIZER, chats_file, small_cache_config, write_chats
+from tests.conftest import STUDENT_TOKENIZER, chats_file, files, small_cache_config, write_chats
 
 
 def contents(cache: Path) -> dict[str, bytes]:
@@ -184,7 +184,7 @@ def test_bad_input_is_refused_before_the_teacher_is_loaded(
     edited = Path(shutil.copytree(random_teacher, tmp_path / "m"))
     values = json.loads((edited / "config.json").read_text())
     (edited / "config.json").write_text(json.dumps({**values, "mask_token_id": 7}))
-    refused("has mask id 7, the entry tiny-shared says 4095", config(model=edited))
+    refused(r"has mask_token_id 7 \('\('\), its tokenizer names '<\|mask\|>' \(4095\)", config(model=edited))
     (edited / "config.json").write_text(json.dumps({**values, "vocab_size": 4090}))
     refused("tokenizer has 4096 tokens, its embedding 4090", config(model=edited))
 
@@ -194,11 +194,21 @@ def empty_file(folder: Path) -> Path:
     return folder / "empty.jsonl"
 
 
-def test_a_mask_token_in_the_data_keeps_finished_shards(random_teacher: Path, tmp_path: Path) -> None:
-    data = write_chats(tmp_path / "d.jsonl", ["x = 1", "y = 2", "a <|mask|> b"])
-    config = small_cache_config("tiny-shared", random_teacher, tmp_path / "c", data=data, shard_examples=1)
-    refused("contains the mask token", config)
-    assert finished_units(tmp_path / "c") == [Unit(0, 0), Unit(0, 1)]
+def test_a_row_that_cannot_be_used_stops_nothing_and_moves_no_other(random_teacher: Path, tmp_path: Path) -> None:
+    """Bad rows in a late shard are left out and counted. Removed as advised, nothing is computed again."""
+    long = {"messages": [{"role": "user", "content": "w " * 400}, {"role": "assistant", "content": "a"}]}
+    source = write_chats(tmp_path / "d.jsonl", [f"x = {i}" for i in range(12)])["source"]
+    good = Path(source).read_text().splitlines()
+    Path(source).write_text("\n".join([*good[:9], json.dumps(long), "{", *good[9:]]) + "\n")
+    config = small_cache_config("tiny-cross", random_teacher, tmp_path / "c", data={"source": source}, shard_examples=4)
+    report = build_cache(config)
+    assert (report.rows, report.computed) == (24, 6)
+    assert any("1 (prompt too long)" in note for note in report.notes)
+    assert any("1 (not JSON)" in note for note in report.notes)
+    before = files(tmp_path / "c")
+    Path(source).write_text("\n".join(good) + "\n")
+    assert build_cache(config).computed == 0
+    assert files(tmp_path / "c") == before
 
 
 def test_data_whose_prompts_never_fit(random_teacher: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,7 +17,9 @@ MASK = 999
 def example(cross: bool) -> Prepared:
     chunks = np.array([[3, 5, 2, 3], [5, 6, 3, 6], [6, 9, 6, 8]], np.int32) if cross else np.zeros((0, 4), np.int32)
     teacher = np.arange(100, 112, dtype=np.int32) if cross else None
-    return Prepared("e", np.arange(10, dtype=np.int32), 2, teacher, chunks, shared=not cross)
+    spans = np.array([[2, 10]], np.int32)
+    ids = np.arange(10, dtype=np.int32)
+    return Prepared("e", ids, spans, teacher, chunks, shared=not cross, offsets=np.zeros(1, np.int32))
 
 
 @given(st.booleans(), st.booleans(), st.integers(0, 300), st.sampled_from([0.0, 0.5, 1.0]))
@@ -63,6 +67,9 @@ def test_chunks_are_never_split_between_the_passes() -> None:
 @pytest.mark.parametrize("cross", [True, False])
 def test_nothing_masked_no_pass(cross: bool) -> None:
     item = example(cross)
-    empty = Prepared("e", item.student_ids[:2], 2, item.teacher_ids, np.zeros((0, 4), np.int32), shared=not cross)
+    none = np.zeros((0, 2), np.int32)
+    empty = dataclasses.replace(
+        item, student_ids=item.student_ids[:2], spans=none, chunks=item.chunks[:0], offsets=item.offsets[:0]
+    )
     view = teacher_view(empty, draw_for(empty, NoiseConfig(), 0))
     assert passes(view, MASK, True) == passes(view, MASK, False) == []

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from shared.shards import finished_units
-from tests.conftest import STUDENT_TOKENIZER, chats_file
+from tests.conftest import STUDENT_TOKENIZER, chats_file, heldout_file
 
 
 def tide(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -34,7 +34,7 @@ def test_cache_then_train_from_the_command_line(random_teacher: Path, tmp_path: 
     assert "3 shards computed, 3 kept" in second.stdout
     train = ["train", "--cache", str(tmp_path / "c"), "--out", str(tmp_path / "r"), "--seed", "1"]
     for setting in ("max_steps=2", "batch_size=4", "checkpoint_steps=2", "log_steps=1", "device=cpu",
-                    "student.layers=1", f"heldout.source={chats_file()}", "heldout.limit=2"):  # fmt: skip
+                    "student.layers=1", f"heldout.source={heldout_file()}", "heldout.limit=2"):  # fmt: skip
         train += ["--set", setting]
     trained = tide(*train)
     assert trained.returncode == 0, trained.stderr

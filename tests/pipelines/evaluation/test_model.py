@@ -70,7 +70,7 @@ def test_the_chat_template_ends_in_its_empty_think_block(loaded: LoadedStudent) 
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}"
         "<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
     )
-    model = TideBD3LM(LoadedStudent(loaded.model, Tokenizer(backend, "think"), loaded.special))
+    model = TideBD3LM(LoadedStudent(loaded.model, Tokenizer(backend, "think"), loaded.special, None))
     shots = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
     asked = [*shots, {"role": "user", "content": "2 + 2?"}]
     text = model.apply_chat_template(asked)

@@ -16,7 +16,7 @@ from pipelines.experiments.ablate import Grid, run_ablation
 from pipelines.recipes.command_line import to_toml
 from shared.errors import TideError
 from shared.settings import build, read_toml
-from tests.conftest import chats_file
+from tests.conftest import chats_file, heldout_file
 
 TEXT = st.text(st.characters(codec="ascii", categories=["L", "P", "N"]))
 KEYS = st.from_regex(r"[a-z]{1,5}", fullmatch=True)
@@ -51,7 +51,7 @@ eval_steps = 2
 device = "cpu"
 precision = "float32"
 student = {{ hidden_size = 32, layers = 1, heads = 2, kv_heads = 1, intermediate_size = 32 }}
-heldout = {{ source = "{chats_file()}", limit = 4 }}
+heldout = {{ source = "{heldout_file()}", limit = 4 }}
 [variants.plain]
 cache = "a"
 train = {{ distillation = {{ type = "none" }} }}

@@ -67,7 +67,7 @@ def test_a_batch_says_what_its_rows_say(caches: dict[str, Path], teacher: str) -
         n += row.masked.size
     counts = counts_of(batch["counts"])
     assert int(counts.masked) == n
-    assert int(counts.maskable) == sum(len(r.student_ids) - r.prompt_length for r in rows)
+    assert int(counts.maskable) == sum(r.maskable for r in rows)
     targets = targets_of(batch, manifest.temperatures)
     assert targets.chunks is not None
     # Every chunk token is found at its own masked row, with its own gold id.

@@ -22,7 +22,7 @@ from shared.settings import build
 from student_train.training.checks import check_objective
 from student_train.training.resumable import complete_checkpoints
 from student_train.training.trainer import train_student
-from tests.conftest import chats_file
+from tests.conftest import heldout_file
 
 STUDENT = {"hidden_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "intermediate_size": 32}
 
@@ -40,7 +40,7 @@ def config(cache: Path, out: Path, **changes: Any) -> TrainConfig:
         "eval_steps": 6,
         "precision": "float32",
         "device": "cpu",
-        "heldout": {"source": str(chats_file()), "limit": 4},
+        "heldout": {"source": str(heldout_file()), "limit": 4},
         "heldout_draws": 2,
         **changes,
     }
@@ -123,7 +123,7 @@ def test_killed_at_random_moments_and_restarted_the_curve_is_the_same(caches: di
     command = [sys.executable, "-c", script, str(torch.get_num_threads()), str(settings.cache), str(settings.out)]
     chance, kills = random.Random(1), 0
     for attempt in range(8):
-        process = subprocess.Popen([*command, str(chats_file())], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([*command, str(heldout_file())], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         checkpoints, had, began = settings.out / "checkpoints", -1, time.monotonic()
         while process.poll() is None and time.monotonic() - began < 120:
             done = complete_checkpoints(checkpoints)
