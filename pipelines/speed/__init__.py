@@ -8,6 +8,7 @@ from pipelines.speed.alignment import bench_alignment
 from pipelines.speed.end_to_end import bench_end_to_end
 from pipelines.speed.engines import bench_engines
 from pipelines.speed.head import bench_head
+from pipelines.speed.preparing import bench_preparing
 from pipelines.speed.stage_one import bench_stage_one
 from pipelines.speed.training import bench_training
 from pipelines.speed.use import bench_use
@@ -15,6 +16,7 @@ from pipelines.terminal.tables import print_table
 from shared.errors import TideError
 
 TABLES = {
+    "preparing": bench_preparing,
     "alignment": bench_alignment,
     "engines": bench_engines,
     "stage-one": bench_stage_one,

@@ -14,7 +14,7 @@ from shared.errors import TideError
 @dataclass(frozen=True)
 class HubName:
     """`OWNER/NAME[:CONFIG][:SPLIT]` or `OWNER/NAME[:CONFIG]#SPLIT`, where SPLIT may be a slice such as
-    `train[:95%]`.
+    `train[:95%]` and CONFIG may be `*`.
     """
 
     name: str
@@ -36,11 +36,12 @@ def hub_rows(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     wanted = HubName.parse(text)
     datasets = _library()
     try:
-        config, split = _config_and_split(datasets, wanted)
-        sliced = "[" in split
-        rows = datasets.load_dataset(wanted.name, config, split=split, streaming=not sliced)
-        for number, row in enumerate(rows, 1):
-            yield f"hf://{text}:{number}", row
+        configs, split = _configs_and_split(datasets, wanted)
+        for config in configs:
+            rows = datasets.load_dataset(wanted.name, config, split=split, streaming="[" not in split)
+            place = f"hf://{wanted.name}" + (f":{config}" if config else "") + f"#{split}"
+            for number, row in enumerate(rows, 1):
+                yield f"{place}:{number}", row
     except TideError:
         raise
     except Exception as error:  # the library raises many types, most of them about the network
@@ -51,21 +52,23 @@ def hub_rows(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         ) from error
 
 
-def _config_and_split(datasets: Any, wanted: HubName) -> tuple[str | None, str]:
-    """A single part is a configuration where the data set has one of that name, else a split."""
-    if len(wanted.parts) == 2:
-        return wanted.parts[0], wanted.parts[1]
+def _configs_and_split(datasets: Any, wanted: HubName) -> tuple[list[str | None], str]:
+    """A single part is a configuration where the data set has one of that name, else a split; `*` means all."""
+    if len(wanted.parts) == 2 and wanted.parts[0] != "*":
+        return [wanted.parts[0]], wanted.parts[1]
     configs = datasets.get_dataset_config_names(wanted.name)
+    if wanted.parts and wanted.parts[0] == "*":
+        return configs, wanted.split or (wanted.parts[1] if len(wanted.parts) == 2 else "train")
     if wanted.parts and (wanted.split is not None or wanted.parts[0] in configs):
-        return wanted.parts[0], wanted.split or "train"
+        return [wanted.parts[0]], wanted.split or "train"
     split = wanted.parts[0] if wanted.parts else wanted.split or "train"
     if len(configs) > 1 and "default" not in configs:
         raise TideError(
             f"hf://{wanted.name} has {len(configs)} configurations and no default: {', '.join(configs[:20])}",
             expected="the name of one",
-            fix=f"write hf://{wanted.name}:{configs[0]}",
+            fix=f"write hf://{wanted.name}:{configs[0]}, or hf://{wanted.name}:* for all of them",
         )
-    return None, split
+    return [None], split
 
 
 def saved_rows(folder: Path, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -38,7 +38,7 @@ from shared.prepared.selecting import Selector
 from shared.prepared.work import Recipe, Worker, prepare_in_worker, start_worker
 from shared.settings import to_plain
 
-_INLINE_PARTS = 4
+_INLINE_PARTS = 12
 """So few new parts are prepared here: starting processes would take longer."""
 
 NOT_BAD = ("prompt too long", "token that the teacher writes otherwise")

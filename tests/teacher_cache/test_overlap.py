@@ -9,7 +9,6 @@ import pytest
 from shared.errors import TideError
 from shared.shards import Unit, finished_units
 from teacher_cache import overlap
-from teacher_cache.build import build_cache
 from teacher_cache.engines.choose import load_engine
 from teacher_cache.plan import CachePlan, make_plan
 from teacher_cache.units import run_units
@@ -87,15 +86,3 @@ def test_an_error_in_preparation_reaches_the_user(plan: CachePlan, monkeypatch: 
     monkeypatch.setattr(overlap, "prepare_unit", fails)
     with pytest.raises(TideError, match="unit 0 cannot be prepared"):
         run_units(plan, load_engine(plan), plan.missing)
-
-
-@pytest.mark.slow
-def test_worker_processes_write_the_same_bytes(random_teacher: Path, tmp_path: Path) -> None:
-    caches = []
-    for workers in (0, 2):
-        engine = {"dtype": "float32", "device": "cpu", "prepare_workers": workers}
-        config = small_cache_config("tiny-cross", random_teacher, tmp_path / str(workers), engine=engine)
-        build_cache(config)
-        caches.append({u: u.path(config.out).read_bytes() for u in finished_units(config.out)})
-    assert caches[0] == caches[1]
-    assert len(caches[0]) == 6

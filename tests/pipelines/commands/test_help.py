@@ -43,7 +43,7 @@ def test_no_word_of_the_help_is_lost(name: str) -> None:
 
 def test_the_tables_of_a_recipe_are_named() -> None:
     assert "[cache] and [train] tables" in shown("cache", "--help")
-    assert "hf://NAME[:SPLIT]" in shown("cache", "--help")
+    assert "hf://OWNER/NAME[:CONFIG][:SPLIT]" in shown("cache", "--help")
 
 
 def test_version_and_completion() -> None:

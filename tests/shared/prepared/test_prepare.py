@@ -178,7 +178,7 @@ def test_cutting_loses_and_reorders_nothing(rows: list[bytes]) -> None:
 
 
 def test_processes_make_the_same_parts(tmp_path: Path) -> None:
-    source = DataConfig(str(write(tmp_path / "d.jsonl", [row(i) for i in range(3000)])))
+    source = DataConfig(str(write(tmp_path / "d.jsonl", [row(i) for i in range(6000)])))
     one, two = (prepare(request(tmp_path / str(n), source, workers=n)) for n in (1, 2))
     assert keys(one) == keys(two)
     names = sorted(p.name for p in (tmp_path / "1" / "parts").iterdir())

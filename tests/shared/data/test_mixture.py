@@ -1,0 +1,92 @@
+"""The paper's four sources, in their own layouts, from the recipe to a cache; rows made up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.recipes.read import cache_config, packaged_recipe
+from shared.data.hub import HubName
+from shared.manifest import load_manifest
+from shared.prepared.report import describe
+from shared.shards import finished_units, read_shard
+from teacher_cache.build import build_cache
+from teacher_cache.data import open_sides, prepare_data
+from tests.shared.data.test_files import hub_folder
+
+
+def tulu(i: int) -> dict[str, Any]:
+    chat = [{"role": "user", "content": f"tulu {i}?"}, {"role": "assistant", "content": f"yes, {i}"}]
+    return {"id": f"tulu_{i}", "messages": chat, "source": "made up"}
+
+
+def smoltalk(i: int) -> dict[str, Any]:
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    return {"messages": [{"content": f"smoltalk {i} {r}", "role": r} for r in roles], "source": "made up"}
+
+
+def stage_one(i: int) -> dict[str, Any]:
+    language = "python" if i % 2 else "rust"
+    return {"instruction": f"stage one {i}", "output": f"```{language}\nx = {i}\n```", "tag": "made up"}
+
+
+def stage_two(i: int) -> dict[str, Any]:
+    return {**stage_one(i), "instruction": f"stage two {i}", "code": "x", "entry_point": "f", "testcase": ["assert x"]}
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> list[str]:
+    """Where the recipe's four data sets lie, in the hub's layout."""
+    names = [
+        ("tulu", {"default": [tulu(i) for i in range(40)]}, ""),
+        ("smoltalk", {"all": [smoltalk(i) for i in range(40)], "other": [smoltalk(99)]}, ":all"),
+        ("one", {name: [stage_one(i) for i in r] for name, r in (("a", range(20)), ("b", range(20, 40)))}, ":*"),
+        ("two", {name: [stage_two(i) for i in r] for name, r in (("a", range(20)), ("b", range(20, 40)))}, ":*"),
+    ]
+    return [f"hf://{hub_folder(tmp_path / name, rows)}{config}#train[:95%]" for name, rows, config in names]
+
+
+@pytest.mark.parametrize("kind", ["cross", "shared"])
+def test_the_recipe_from_four_layouts_to_a_cache(
+    kind: str, sources: list[str], random_teacher: Path, tmp_path: Path
+) -> None:
+    sets = [f"data.{i}.source={json.dumps(source)}" for i, source in enumerate(sources)]
+    sets += [
+        "lengths={student=128, teacher=128}",
+        "noise.draws=1",
+        "targets.k=8",
+        'engine={dtype="float32", device="cpu"}',
+    ]
+    sets += ["shard_examples=16", 'targets.signals=["topk","chunks"]']
+    flags = {"model": str(random_teacher), "out": tmp_path / "cache"}
+    config = cache_config(f"tiny-{kind}", packaged_recipe(kind), sets, **flags)
+    assert [source.source for source in config.sources] == sources
+    data, _ = prepare_data(config, open_sides(config))
+    taken = [(source.rows, source.filtered, source.taken) for source in data.record.sources]
+    assert taken == [(38, 0, 38), (38, 0, 38), (38, 20, 18), (38, 20, 18)]
+    assert "smoltalk:all#train[:95%]" in describe(data)
+    report = build_cache(config)
+    assert report.rows == data.examples == 112
+    manifest = load_manifest(config.out)
+    rows = [r for unit in finished_units(config.out) for r in read_shard(unit.path(config.out), manifest.temperatures)]
+    assert {row.label for row in rows if row.label} == {f"tulu_{i}" for i in range(38)}
+    first = [row.label.startswith("tulu") for row in rows[:30]]
+    assert 8 <= sum(first) <= 12  # interleaved: a third of every stretch
+
+
+def test_every_source_of_the_recipes_is_well_formed() -> None:
+    for kind in ("llada-8b", "wedlm-8b"):
+        config = cache_config(kind, None, [])
+        names = [HubName.parse(source.source.removeprefix("hf://")) for source in config.sources]
+        assert [name.name for name in names] == [
+            "allenai/tulu-3-sft-mixture",
+            "HuggingFaceTB/smoltalk",
+            "OpenCoder-LLM/opc-sft-stage1",
+            "OpenCoder-LLM/opc-sft-stage2",
+        ]
+        assert {name.split for name in names} == {"train[:95%]"}
+        own = cache_config(kind, None, [], data="chats.jsonl")
+        assert [source.source for source in own.sources] == ["chats.jsonl"]
