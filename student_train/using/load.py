@@ -80,4 +80,4 @@ def choose_block(asked: int | None, student: LoadedStudent) -> int:
     """
     if asked is not None and student.block is not None and asked != student.block:
         print(f"the student was trained with blocks of {student.block} and is sampled with {asked}", file=sys.stderr)
-    return asked or student.block or _BLOCK
+    return asked if asked is not None else student.block or _BLOCK

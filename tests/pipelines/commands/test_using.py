@@ -36,10 +36,10 @@ def test_prompts_from_arguments_standard_input_and_files_agree(student: str, tmp
 
 
 def test_bad_input_is_explained(student: str, tmp_path: Path) -> None:
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"question": "b"}\n')
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     for arguments, message in [
-        (["--file", str(tmp_path / "p.jsonl")], "line 2 is no prompt"),
-        (["--file", str(tmp_path / "none.jsonl")], "cannot be read"),
+        (["--file", str(tmp_path / "p.jsonl")], "p.jsonl:2 is no prompt"),
+        (["--file", str(tmp_path / "none.jsonl")], "there is no file"),
         (["x", "--remasking", "best"], "low_confidence or random"),
         (["x", "--new-tokens", "0"], "both must be positive"),
         (["x", "--device", "gpu"], "device is 'gpu'"),

@@ -105,7 +105,8 @@ def test_tokens_and_noise_come_from_the_task_where_the_model_leaves_them(loaded:
     (short,) = generate(loaded, context, free, max_gen_toks=8)
     (long,) = generate(loaded, context, free, max_gen_toks=24)
     assert long.startswith(short) and len(long) > len(short)
-    assert generate(loaded, context, free, max_gen_toks=8, temperature=3.0) == [short]  # do_sample is not asked
+    assert generate(loaded, context, free, max_gen_toks=8, temperature=3.0, do_sample=False) == [short]
+    assert generate(loaded, context, free, max_gen_toks=8, temperature=3.0) != [short]  # a temperature is enough
     warm = generate(loaded, context * 3, free, max_gen_toks=8, temperature=3.0, do_sample=True)
     assert len(set(warm)) == 3  # repeats of one request get noise of their own
     assert warm == generate(loaded, context * 3, free, max_gen_toks=8, temperature=3.0, do_sample=True)
