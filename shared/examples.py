@@ -24,6 +24,7 @@ from shared.templates import RenderedChat, Turns
 from shared.tokenizers import Tokenizer
 
 NO_CHUNKS = np.zeros((0, 4), np.int32)
+_IGNORED = "not written by a template: "
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,10 @@ class Preparer:
 
     def __call__(self, examples: Sequence[ChatExample]) -> list[Prepared | Unusable]:
         """Prepare `examples`; for one that cannot be used, the reason why."""
-        student = _sides(self.student, examples, self.turns)
+        student = _sides(self.student, examples, self.turns, self.counts)
         teacher: Sequence[Side | Unusable | None] = [None] * len(examples)
         if isinstance(self.teacher, Tokenizer):
-            teacher = _sides(self.teacher, examples, self.turns)
+            teacher = _sides(self.teacher, examples, self.turns, self.counts)
         return [self._try(e, s, t) for e, s, t in zip(examples, student, teacher, strict=True)]
 
     def _try(
@@ -216,7 +217,9 @@ class Preparer:
         return spans
 
 
-def _sides(tokenizer: Tokenizer, examples: Sequence[ChatExample], turns: Turns) -> list[Side | Unusable]:
+def _sides(
+    tokenizer: Tokenizer, examples: Sequence[ChatExample], turns: Turns, counts: Counter[str]
+) -> list[Side | Unusable]:
     """Each example as one tokenizer sees it."""
     chats: list[RenderedChat | Unusable] = []
     for example in examples:
@@ -233,6 +236,7 @@ def _sides(tokenizer: Tokenizer, examples: Sequence[ChatExample], turns: Turns) 
         elif chat.turns[-1].body[0] == chat.turns[-1].body[1]:
             sides.append(Unusable("empty response", "the last answer is empty"))
         else:
+            counts.update(f"{_IGNORED}{name}" for name in chat.ignored)
             sides.append(Side.of(chat, parts, tokenizer))
     return sides
 

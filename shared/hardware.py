@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import resource
 import time
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
@@ -138,3 +141,15 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def high_water() -> int:
+    """The most bytes that this process has held; 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return 1024 * int(found[1]) if found else 0
+
+
+def largest_process() -> int:
+    """The most bytes that this process, or one that it has started, has held."""
+    return max(high_water(), 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)

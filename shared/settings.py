@@ -63,7 +63,11 @@ def set_value(values: dict[str, Any], key: str, value: Any) -> None:
 
 def _member(items: list[Any], number: str, key: str) -> Any:
     if not number.isdigit() or int(number) >= len(items):
-        raise TideError(f"{key}: {number} is no member of a list of {len(items)}", expected=f"0 to {len(items) - 1}")
+        raise TideError(
+            f"{key}: there is a list of {len(items)}, and {number} is no member of it",
+            expected=f"a number from 0 to {len(items) - 1}, as in data.0.limit=1000",
+            fix="or replace the list: --data SOURCE, or a recipe of your own",
+        )
     return items[int(number)]
 
 

@@ -8,7 +8,7 @@ and the real text must equal the pieces between them joined by the contents, ver
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -46,6 +46,8 @@ class RenderedChat:
     contents: tuple[Span | None, ...]
     plain: tuple[Span, ...] | None
     unplaced: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    """What the conversation has and the template does not write: tools, parts of earlier answers."""
 
     @property
     def response_start(self) -> int:
@@ -141,8 +143,9 @@ class ChatTemplate:
             text = messages[i].get("content") or ""
             contents[i] = span if real[slice(*span)] in (text, text.strip()) else None
         return RenderedChat(
-            real[: stop + len(probe.closing)], (*earlier, last), tuple(contents), *_plain(spans, messages)
-        )
+            real[: stop + len(probe.closing)], (*earlier, last), tuple(contents), *_plain(spans, messages),
+            tuple(self._ignored(messages, real, tools)),
+        )  # fmt: skip
 
     def _last_turn(
         self, messages: Sequence[Message], real: str, probe: _Probe, spans: list[Span] | None, stop: int, tools: Any
@@ -181,18 +184,15 @@ class ChatTemplate:
             prefix = self._prompt_of(i, probes, self._apply(probes, False, tools), tools)
             ahead = sum(len(p) for p in probe.pieces[: i + 1]) + sum(len(_sentinel(k)) for k in range(i))
             lead = None if prefix is None or prefix > ahead else ahead - prefix
-            if lead and probe.pieces[i][-lead:].strip() and not self._knows_generation(probes[:i], tools):
-                lead = 0  # a header, which a model is not asked for: no part of the answer
+            own = any(messages[i].get(name) for name in _EXTRAS)
+            if lead and not own and probe.pieces[i][-lead:].strip():
+                lead = 0  # the template's own words (a header, an empty think block) are no part of the answer
             probe.leads[i] = lead
         lead = probe.leads[i]
         if spans is not None and lead is not None:
             return spans[i][0] - lead
         found = self._prompt_of(i, messages, real, tools)
         return found if found is not None or spans is None else spans[i][0]
-
-    def _knows_generation(self, messages: Sequence[Message], tools: Any) -> bool:
-        """Whether the template writes a generation prompt."""
-        return self._apply(messages, True, tools) != self._apply(messages, False, tools)
 
     def _prompt_of(self, i: int, messages: Sequence[Message], text: str, tools: Any) -> int | None:
         """Length of the longest prompt of answer `i` that `text` starts with."""
@@ -251,6 +251,16 @@ class ChatTemplate:
         without = [*messages[:-1], {k: v for k, v in messages[-1].items() if k != name}]
         if self._apply(without, False, tools) == real:
             raise Unusable(f"template drops {name}", f"the chat template of {self._name} drops the answer's {name}")
+
+    def _ignored(self, messages: Sequence[Message], real: str, tools: Any) -> Iterator[str]:
+        """What the text would be the same without."""
+        if tools is not None and self._apply(messages, False, None) == real:
+            yield "tools"
+        for name in _EXTRAS:
+            if any(m.get(name) for m in messages[:-1]):
+                without = [{k: v for k, v in m.items() if k != name} for m in messages[:-1]]
+                if self._apply([*without, messages[-1]], False, tools) == real:
+                    yield f"{name} of earlier answers"
 
     def _rewrites(self, answer: Message) -> Unusable:
         content = str(answer.get("content") or "")[:60]

@@ -23,6 +23,7 @@ from teacher_cache.maintenance.inspect import inspect_cache
 from teacher_cache.maintenance.sizes import size_steps
 from tests.conftest import chats_file
 from tests.real_assets import qwen_tokenizer, smollm2
+from tests.shared.models.test_configs import in_parts
 from tests.shared.test_examples import TEXTS, chat, check_chunks
 
 pytestmark = pytest.mark.slow
@@ -85,12 +86,13 @@ def real_config(folder: Path, *changes: str) -> CacheConfig:
         "shift = true\n"
     )
     data = gsm8k()
-    overrides = [f"data.source={data.source}", f"data.limit={data.limit or 36}", "noise.draws=1", "shard_examples=25",
+    overrides = [f"data.limit={data.limit or 36}", "noise.draws=1", "shard_examples=25",
                  "lengths.student=256", "lengths.teacher=512", 'targets.signals=["topk","chunks"]',
                  "engine.dtype=float32", "engine.device=cpu"]  # fmt: skip
     if data.prompt_field:
         overrides += ["data.prompt_field=question", "data.response_field=answer"]
-    return cache_config("smollm2", None, [*overrides, *changes], entries, out=folder / "cache")
+    flags = {"out": folder / "cache", "data": data.source}
+    return cache_config("smollm2", None, [*overrides, *changes], entries, **flags)
 
 
 def test_a_real_model_through_both_stages(tmp_path: Path) -> None:
@@ -160,3 +162,14 @@ def test_what_a_masked_position_takes_on_disk(tmp_path: Path) -> None:
     kept = inspect_cache(config.out).kept
     print({name: round(size, 1) for name, size in adaptive.items()}, round(sum(adaptive.values()), 1), round(kept, 1))
     assert sum(adaptive.values()) < sum(fixed.values())
+
+
+@pytest.mark.slow
+def test_qwens_vocabulary_in_parts_as_dreams_lies_on_the_hub(tmp_path: Path) -> None:
+    """151,643 real tokens: the pattern is found from the vocabulary alone, and every hard text gets the same ids."""
+    whole = qwen_tokenizer()
+    parts = Tokenizer.load(in_parts(whole, tmp_path / "dream"))
+    expected = Tokenizer.load(whole)
+    texts = [*TEXTS.values(), "def f(x):\n    return x + 1  # it's 12345\r\n", "\u00c9te\u0301 \t\n\n x"]
+    assert parts.encode(texts) == expected.encode(texts)
+    assert parts.token_bytes == expected.token_bytes

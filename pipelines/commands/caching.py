@@ -97,6 +97,7 @@ def prepare(
 ) -> None:
     """Render, tokenise and align the data once, and say what became of it. No weight is read."""
     from pipelines.recipes.read import cache_config
+    from shared.hardware import largest_process
     from shared.prepared.report import describe
     from shared.prepared.report import show as show_examples
     from teacher_cache.data import open_sides, prepare_data
@@ -108,6 +109,7 @@ def prepare(
     typer.echo(describe(found))
     if show > 0:
         typer.echo("\n" + show_examples(found.between(0, show), sides.student))
+    typer.echo(f"\npeak memory of the largest process: {largest_process() / 2**20:,.0f} MiB")
 
 
 @app.command()

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-import re
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from shared.errors import TideError
-
-
-def high_water() -> int:
-    """The most bytes that this process has held; 0 where the system does not say."""
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return 1024 * int(found[1]) if found else 0
+from shared.hardware import high_water
 
 
 def in_process(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> int:

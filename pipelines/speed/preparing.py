@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from rich.table import Table
 from pipelines.recipes.read import cache_config
 from shared.config import CacheConfig, DataConfig
 from shared.data import iter_examples
+from shared.hardware import largest_process
 from shared.shards import Unit
 from teacher_cache.data import open_sides, prepare_data
 from teacher_cache.plan import CachePlan, make_plan
@@ -55,8 +55,7 @@ def _measure(folder: Path, source: Path, rows: int) -> Table:
     table.add_row("found again, nothing to prepare", _rate(rows, lambda: _prepare(config(1))))
     plan = make_plan(dataclasses.replace(config(1), shard_examples=rows))
     table.add_row("a draw: ids read, time, mask and split drawn", _rate(rows, lambda: _draw(plan, rows)))
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
-    table.add_row("peak memory of the largest process, MiB", f"{peak:,.0f}")
+    table.add_row("peak memory of the largest process, MiB", f"{largest_process() / 2**20:,.0f}")
     return table
 
 

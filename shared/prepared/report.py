@@ -49,6 +49,9 @@ def losses(data: PreparedData) -> list[str]:
 def _losses(sums: dict[str, int]) -> Iterator[str]:
     if sums.get("truncated"):
         yield f"answers cut        {sums['truncated']:,}, at the student's length"
+    for name, n in sums.items():
+        if name.startswith("not written"):
+            yield f"{name}, in {n:,} conversations"
     if sums.get("response_bytes"):
         lost = sums.get("unaligned_bytes", 0)
         yield (

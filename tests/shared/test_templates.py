@@ -112,6 +112,10 @@ def test_tool_calls_and_reasoning_are_rendered_or_refused() -> None:
     for messages, name in ((call, "tool_calls"), (thought, "reasoning_content")):
         with pytest.raises(Unusable, match=f"drops the answer's {name}"):
             ignores.render(messages)
+    earlier = [*call, *chat("and?", "sun")]
+    assert ignores.render(earlier, tools=[{"name": "w"}]).ignored == ("tools", "tool_calls of earlier answers")
+    assert knows.render(earlier).ignored == ()
+    assert knows.render([*thought, *chat("and?", "sun")]).ignored == ("reasoning_content of earlier answers",)
 
 
 def test_a_template_without_a_generation_prompt_lets_the_answer_begin_with_its_content() -> None:
