@@ -31,8 +31,8 @@ first is taken.
 """
 
 _BROKEN, _NEARLY = 0.03, 0.001
-"""Shares of the tokens. Real vocabularies hold some that their own pattern cuts (1,673 of 150,195 in Qwen's), so at most
-a few in a hundred may, and patterns that differ by less than one in a thousand are as good as each other.
+"""Shares of the tokens. Real vocabularies hold some that their own pattern cuts (1,673 of 150,195 in Qwen's), so at
+most a few in a hundred may, and patterns that differ by less than one in a thousand are as good as each other.
 """
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token", "sep_token", "cls_token")
 
