@@ -19,8 +19,8 @@ from shared.alignment import Chunks
 from shared.config import LengthConfig
 from shared.data.conversation import ChatExample
 from shared.errors import Unusable
+from shared.rendered import RenderedChat, Turns
 from shared.responses import Side, align_responses
-from shared.templates import RenderedChat, Turns
 from shared.tokenizers import Tokenizer
 
 NO_CHUNKS = np.zeros((0, 4), np.int32)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from shared.alignment import Chunks, Region, align_region, common_prefix, token_boundaries
-from shared.templates import RenderedChat
+from shared.rendered import RenderedChat
 from shared.tokenizers import Tokenizer
 
 

@@ -8,63 +8,15 @@ and the real text must equal the pieces between them joined by the contents, ver
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from shared.errors import TideError, Unusable
 from shared.located import Span, body_span, joined
+from shared.rendered import Message, Probe, RenderedChat, Turn, Turns
 
-Message = Mapping[str, Any]
-Turns = Literal["last", "all"]
 _EXTRAS = ("tool_calls", "reasoning_content")
 """Parts of an answer beside its content."""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A response that is trained, in characters of the text: it goes from `start` to `end`, its end of turn included;
-    its own words, without white space and marks of the template around them, are `body`.
-    """
-
-    message: int
-    start: int
-    end: int
-    body: Span
-
-
-@dataclass(frozen=True)
-class RenderedChat:
-    """A chat as text. What stands outside of `turns` is prompt (no loss).
-
-    `contents[i]` is the span of message i's content, or None where the template altered it. `plain`: all spans of
-    contents, altered or not; None where they could not be told from the template's own text: then `unplaced` has them.
-    """
-
-    text: str
-    turns: tuple[Turn, ...]
-    contents: tuple[Span | None, ...]
-    plain: tuple[Span, ...] | None
-    unplaced: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
-    """What the conversation has and the template does not write: tools, parts of earlier answers."""
-
-    @property
-    def response_start(self) -> int:
-        """Where the last response begins."""
-        return self.turns[-1].start
-
-
-@dataclass(frozen=True)
-class _Probe:
-    """What a template makes of a sequence of roles: the fixed text around the contents (`pieces`), and how much of the
-    piece before each answer belongs to the answer (`leads`; None where the prompt of inference is no prefix). The last
-    piece is `closing` and what a template appends behind it.
-    """
-
-    pieces: list[str]
-    closing: str
-    leads: dict[int, int | None] = field(default_factory=dict)
 
 
 def _sentinel(index: int) -> str:
@@ -82,7 +34,7 @@ class ChatTemplate:
                 fix="use the instruct version of the model, or add a template to the tokenizer's folder",
             )
         self._tokenizer, self._name, self._date = tokenizer, name, date
-        self._probes: dict[tuple[str, ...], _Probe] = {}
+        self._probes: dict[tuple[str, ...], Probe] = {}
 
     @property
     def source(self) -> str:
@@ -148,7 +100,7 @@ class ChatTemplate:
         )  # fmt: skip
 
     def _last_turn(
-        self, messages: Sequence[Message], real: str, probe: _Probe, spans: list[Span] | None, stop: int, tools: Any
+        self, messages: Sequence[Message], real: str, probe: Probe, spans: list[Span] | None, stop: int, tools: Any
     ) -> Turn:
         answer, number = messages[-1], len(messages) - 1
         start = self._start(number, messages, real, probe, spans, tools)
@@ -164,7 +116,7 @@ class ChatTemplate:
         return Turn(number, start, stop + len(probe.closing), body)
 
     def _earlier_turn(
-        self, i: int, messages: Sequence[Message], real: str, probe: _Probe, spans: list[Span] | None, tools: Any
+        self, i: int, messages: Sequence[Message], real: str, probe: Probe, spans: list[Span] | None, tools: Any
     ) -> Turn | None:
         """The turn of answer `i`, which is not the last message; None where it cannot be located."""
         if spans is None or any(messages[i].get(name) for name in _EXTRAS):
@@ -176,7 +128,7 @@ class ChatTemplate:
         return Turn(i, start, stop + (len(probe.closing) if closed else 0), (first, stop))
 
     def _start(
-        self, i: int, messages: Sequence[Message], real: str, probe: _Probe, spans: list[Span] | None, tools: Any
+        self, i: int, messages: Sequence[Message], real: str, probe: Probe, spans: list[Span] | None, tools: Any
     ) -> int | None:
         """Where the prompt of answer `i` ends in the text; None where no prompt is a prefix of it."""
         if i not in probe.leads:
@@ -206,7 +158,7 @@ class ChatTemplate:
                 found.append(len(prompt))
         return max(found, default=None)
 
-    def _probe(self, messages: Sequence[Message], tools: Any) -> _Probe:
+    def _probe(self, messages: Sequence[Message], tools: Any) -> Probe:
         """The fixed text before, between and after the contents. Kept by roles where messages are but texts."""
         plain = tools is None and all(set(m) == {"role", "content"} for m in messages)
         roles = tuple(str(m["role"]) for m in messages)
@@ -224,7 +176,7 @@ class ChatTemplate:
         closing = pieces[-1]
         if text == self._apply(probes, True, tools):  # a header is appended whether or not it is asked for
             closing = self._until_special(closing)
-        made = _Probe(pieces, closing)
+        made = Probe(pieces, closing)
         if plain:
             self._probes[roles] = made
         return made

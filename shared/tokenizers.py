@@ -24,7 +24,8 @@ from shared.bpe_folder import is_in_parts, tokenizer_from_parts
 from shared.bytes_of_tokens import byte_level_bytes, sentencepiece_bytes
 from shared.errors import TideError, Unusable
 from shared.located import Span
-from shared.templates import ChatTemplate, Message, RenderedChat, Turns
+from shared.rendered import Message, RenderedChat, Turns
+from shared.templates import ChatTemplate
 
 
 class Tokenizer:

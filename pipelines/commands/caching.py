@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -41,29 +40,16 @@ def cache(
 ) -> None:
     """Stage one: run the teacher once and write its knowledge to Parquet shards. Run again to resume."""
     from pipelines.planning.plan import Speed, plan_from_data, plan_from_statement
+    from pipelines.recipes.command_line import to_toml
     from pipelines.recipes.read import cache_config
     from teacher_cache.build import build_cache
 
-    extra = [f"noise.draws={draws}"] if draws is not None else []
-    extra += [f"engine.type={engine}"] if engine is not None else []
-    extra += [f"engine.tensor_parallel={tensor_parallel}"] if tensor_parallel is not None else []
-    extra += [f"engine.data_parallel={data_parallel}"] if data_parallel is not None else []
-    extra += [f"engine.workers={engine_workers}"] if engine_workers is not None else []
-    extra += [f"rank={rank}"] if rank is not None else []
-    extra += [f"world={world}"] if world is not None else []
-    extra += [f"store={json.dumps(store)}"] if store is not None else []
-    extra += [f"metrics_file={json.dumps(str(metrics_file))}"] if metrics_file is not None else []
-    settings = cache_config(
-        teacher,
-        config,
-        [*extra, *(sets or [])],
-        teachers_file,
-        model=model,
-        student_tokenizer=student_tokenizer,
-        out=out,
-        data=data,
-        prepared=prepared,
-    )
+    named = {"noise.draws": draws, "engine.type": engine, "engine.tensor_parallel": tensor_parallel,
+             "engine.data_parallel": data_parallel, "engine.workers": engine_workers, "rank": rank, "world": world,
+             "store": store, "metrics_file": None if metrics_file is None else str(metrics_file)}  # fmt: skip
+    extra = [f"{name}={to_toml(value)}" for name, value in named.items() if value is not None]
+    flags = {"model": model, "student_tokenizer": student_tokenizer, "out": out, "data": data, "prepared": prepared}
+    settings = cache_config(teacher, config, [*extra, *(sets or [])], teachers_file, **flags)
     if random_weights and not dry_run:
         raise TideError(
             "--random-weights makes no cache worth keeping",

@@ -14,7 +14,7 @@ from shared.hardware import choose_device, choose_precision, torch_dtype
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import load_model
 from shared.models.masks import stated_mask
-from shared.templates import Message
+from shared.rendered import Message
 from shared.tokenizers import Tokenizer
 from student_train.model.student import student_architecture
 from student_train.using.sampler import SampleConfig, Special, sample
