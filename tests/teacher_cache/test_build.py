@@ -194,6 +194,13 @@ def empty_file(folder: Path) -> Path:
     return folder / "empty.jsonl"
 
 
+def test_data_whose_prompts_never_fit(random_teacher: Path, tmp_path: Path) -> None:
+    chats = [{"messages": [{"role": "user", "content": "word " * 400}, {"role": "assistant", "content": "a"}]}]
+    (tmp_path / "d.jsonl").write_text(json.dumps(chats[0]) + "\n")
+    data = {"source": str(tmp_path / "d.jsonl")}
+    refused("no example of .* fits", small_cache_config("tiny-cross", random_teacher, tmp_path / "c", data=data))
+
+
 def test_a_teacher_that_returns_nan_stops_the_run_and_keeps_finished_shards(
     random_teacher: Path, tmp_path: Path
 ) -> None:
