@@ -9,6 +9,7 @@ import bz2
 import csv
 import gzip
 import io
+import itertools
 import json
 import lzma
 import zlib
@@ -104,14 +105,15 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[Place, Raw]]:
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        if number == 1 or line.lstrip()[:1] in b"[":
-            whole = _whole_document(path, line)
-            if whole is not None:
-                yield from ((f"{path}[{i}]", row) for i, row in enumerate(whole))
-                return
+    lines = ((number, line) for number, line in enumerate(_lines(path), 1) if line.strip())
+    first = next(lines, None)
+    if first is None:
+        return
+    whole = _whole_document(path, first[1])
+    if whole is not None:
+        yield from ((f"{path}[{i}]", row) for i, row in enumerate(whole))
+        return
+    for number, line in itertools.chain([first], lines):
         yield f"{path}:{number}", line
 
 

@@ -28,7 +28,6 @@ class DataSummary:
     examples: int
     content_hash: str
     bad_rows: tuple[BadRow, ...]
-    forms: Counter[str]
 
 
 def decode(raw: Raw) -> Any:
@@ -96,7 +95,7 @@ def scan(config: DataConfig) -> DataSummary:
     refuse_bad_rows(config, len(bad), count + len(bad), bad)
     if count == 0:
         raise TideError(f"{config.source} has no examples", fix="check the file, its filters and data.limit")
-    return DataSummary(describe_source(config.source), count, digest.hexdigest()[:32], tuple(bad), Counter())
+    return DataSummary(describe_source(config.source), count, digest.hexdigest()[:32], tuple(bad))
 
 
 def refuse_bad_rows(config: DataConfig, bad: int, rows: int, first: list[BadRow]) -> None:

@@ -19,7 +19,7 @@ import pytest
 import zstandard
 
 from shared.config import DataConfig
-from shared.data import content_key, iter_examples, scan
+from shared.data import content_key, files, iter_examples, scan
 from shared.errors import TideError
 
 GOOD = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -76,6 +76,19 @@ def test_a_glob_reads_its_files_in_order(tmp_path: Path) -> None:
         write_lines(tmp_path / f"part-{i}.jsonl", [row])
     found = list(iter_examples(DataConfig(str(tmp_path / "part-*.jsonl"))))
     assert [e.messages[0]["content"] for e in found] == [r["messages"][0]["content"] for r in ROWS]
+
+
+def test_lines_that_hold_lists_are_judged_one_by_one_and_the_file_is_read_once_or_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text("\n[1]\n" * 200 + json.dumps(GOOD) + "\n")
+    reads: list[Path] = []
+    blocks = files._blocks
+    monkeypatch.setattr(files, "_blocks", lambda p: (reads.append(p), blocks(p))[1])
+    summary = scan(DataConfig(str(path), allow_bad_rows=200))
+    assert (summary.examples, len(summary.bad_rows), summary.bad_rows[0].place) == (1, 200, f"{path}:2")
+    assert len(reads) <= 2
 
 
 def test_csv_with_named_fields(tmp_path: Path) -> None:
