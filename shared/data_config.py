@@ -8,6 +8,9 @@ from pydantic import Discriminator, Tag
 
 from shared.variants import require, strict
 
+_FEW = 10
+"""Bad rows that a share allows, however few rows there are."""
+
 
 @strict
 class RowFilter:
@@ -53,7 +56,9 @@ class DataConfig:
     limit: int | None = None
     """Take the first `limit` usable examples only."""
     allow_bad_rows: int | float = 0.1
-    """Rows that cannot be used and are left out: a share of all below 1, else a number. More stop the run."""
+    """Rows that cannot be used and are left out: below 1 a share of all (ten are always allowed), 0 none, else a
+    number. More stop the run.
+    """
 
     def __post_init__(self) -> None:
         require(self.limit is None or self.limit > 0, f"data.limit is {self.limit}; it must be positive")
@@ -76,7 +81,9 @@ class DataConfig:
 
     def bad_rows_allowed(self, rows: int) -> int:
         """How many of `rows` rows may be bad."""
-        return int(self.allow_bad_rows * rows) if self.allow_bad_rows < 1 else int(self.allow_bad_rows)
+        if 0 < self.allow_bad_rows < 1:
+            return max(_FEW, int(self.allow_bad_rows * rows))
+        return int(self.allow_bad_rows)
 
 
 def _how_many(value: Any) -> str:

@@ -121,7 +121,7 @@ def _prepare(request: Request, stamps: list[Any]) -> tuple[Record, Any]:
         filtered = sum(report.filtered for report in reports)
         raise TideError(
             f"no example of {' + '.join(r.source for r in reports)} fits: of {rows:,} rows "
-            f"{filtered:,} were filtered, and left out were {json.dumps(reasons)}",
+            f"{filtered:,} were filtered, and left out were {json.dumps(reasons)}{_first_places(reports)}",
             expected="conversations whose prompts are shorter than lengths.student and lengths.teacher",
             fix="raise the lengths, mend the filters, or use other data",
         )
@@ -129,6 +129,12 @@ def _prepare(request: Request, stamps: list[Any]) -> tuple[Record, Any]:
         request.settings, stamps, names, len(entries), content, selector.duplicates, reports, request.recipe.shared
     )
     return record, entries
+
+
+def _first_places(reports: Sequence[SourceReport]) -> str:
+    """The first row of each reason, a line each."""
+    shown = {reason: rows[0] for report in reports for reason, rows in report.places.items() if rows}
+    return "".join(f"\n    {place}: {detail}" for place, detail in shown.values())
 
 
 class _Crew:

@@ -150,13 +150,16 @@ def test_a_row_that_is_no_conversation_stops_with_file_and_line(tmp_path: Path, 
 
 
 def test_how_many_bad_rows_are_allowed(tmp_path: Path) -> None:
-    config = write_lines(tmp_path / "d.jsonl", [*[GOOD] * 19, "{"])
-    with pytest.raises(TideError, match="1 of 20 rows"):
+    config = write_lines(tmp_path / "d.jsonl", [*[GOOD] * 285, *["{"] * 15])
+    with pytest.raises(TideError, match="15 of 300 rows"):
         scan(config)
-    for allowed in (1, 0.05, 0.1):
-        assert scan(DataConfig(config.source, allow_bad_rows=allowed)).examples == 19
-    with pytest.raises(TideError, match=r"0 are allowed"):
-        scan(DataConfig(config.source, allow_bad_rows=0.04))
+    for allowed in (15, 0.05, 0.1):
+        assert scan(DataConfig(config.source, allow_bad_rows=allowed)).examples == 285
+    for allowed, words in ((0.04, "12 are allowed"), (0.001, "10 are allowed"), (14, "14 are allowed")):
+        with pytest.raises(TideError, match=words):
+            scan(DataConfig(config.source, allow_bad_rows=allowed))
+    few = write_lines(tmp_path / "few.jsonl", [GOOD, "{", "{"])  # a share of three rows would be none
+    assert scan(DataConfig(few.source)).examples == 1
 
 
 def test_bad_rows_are_listed_up_to_a_limit(tmp_path: Path) -> None:
