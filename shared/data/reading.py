@@ -53,12 +53,14 @@ def conversation(raw: Raw, config: DataConfig) -> tuple[ChatExample, str] | None
         raise Unusable("not in its form", "it is nested too deeply") from error
 
 
-def _read(config: DataConfig) -> Iterator[ChatExample | BadRow]:
+def _read(config: DataConfig, extras: bool) -> Iterator[ChatExample | BadRow]:
     good = 0
     seen: Counter[str] = Counter()
     for place, raw in source_rows(config.source):
         try:
             found = conversation(raw, config)
+            if found is not None and not extras:
+                _refuse_extras(found[0])
         except Unusable as error:
             yield BadRow(place, error.reason, error.what)
             continue
@@ -73,20 +75,31 @@ def _read(config: DataConfig) -> Iterator[ChatExample | BadRow]:
             good += 1
 
 
-def iter_examples(config: DataConfig) -> Iterator[ChatExample]:
-    """The source's conversations in order. Rows that are none are left out here; `scan` reports them."""
-    return (item for item in _read(config) if isinstance(item, ChatExample))
+def _refuse_extras(example: ChatExample) -> None:
+    """Unusable where an answer is more than a text: who reads contents alone would shorten it without a word."""
+    for message in example.messages:
+        for name in ("tool_calls", "reasoning_content"):
+            if message.get(name):
+                raise Unusable("needs a chat template", f"an answer has {name}, which only a chat template can write")
 
 
-def scan(config: DataConfig) -> DataSummary:
-    """Read a source once: count, hash, and judge every row.
+def iter_examples(config: DataConfig, extras: bool = False) -> Iterator[ChatExample]:
+    """The source's conversations in order. Rows that are none are left out here; `scan` reports them.
+
+    `extras`: answers may hold tool calls and reasoning, for those who give them to a chat template.
+    """
+    return (item for item in _read(config, extras) if isinstance(item, ChatExample))
+
+
+def scan(config: DataConfig, extras: bool = False) -> DataSummary:
+    """Read a source once: count, hash, and judge every row. `extras` as in `iter_examples`.
 
     Raises TideError, with the place of each, when more rows are malformed than `allow_bad_rows` allows, and when there
     is no conversation at all.
     """
     digest, count = hashlib.sha256(), 0
     bad: list[BadRow] = []
-    for item in _read(config):
+    for item in _read(config, extras):
         if isinstance(item, BadRow):
             bad.append(item)
             continue
@@ -94,7 +107,8 @@ def scan(config: DataConfig) -> DataSummary:
         digest.update(json.dumps([item.id, item.messages, item.tools], ensure_ascii=False, sort_keys=True).encode())
     refuse_bad_rows(config, len(bad), count + len(bad), bad)
     if count == 0:
-        raise TideError(f"{config.source} has no examples", fix="check the file, its filters and data.limit")
+        listing = "".join(f"\n    {row}" for row in bad[:_REPORTED])
+        raise TideError(f"{config.source} has no examples{listing}", fix="check the file, its filters and data.limit")
     return DataSummary(describe_source(config.source), count, digest.hexdigest()[:32], tuple(bad))
 
 

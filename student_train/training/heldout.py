@@ -44,8 +44,10 @@ class HeldOut:
 
 def prepare_heldout(data: DataConfig, lengths: LengthConfig, tokenizer: Tokenizer, mask_id: int, draws: int) -> HeldOut:
     """Tokenise and mask the held-out examples. t is stratified over each example's `draws`."""
-    scan(data)
-    prepared = Preparer(tokenizer, None, lengths, mask_id, turns=data.turns).usable(list(iter_examples(data)))
+    scan(data, extras=True)
+    prepared = Preparer(tokenizer, None, lengths, mask_id, turns=data.turns).usable(
+        list(iter_examples(data, extras=True))
+    )
     special = set(tokenizer.backend.all_special_ids)
     byte_lengths = np.array([0 if i in special else n for i, n in enumerate(tokenizer.byte_lengths)], np.int64)
     rows = [(e, token_draw(_SEED, e.id, d, e.maskable, 0.5).masked)

@@ -103,6 +103,19 @@ def test_what_an_answer_has_beside_its_text_is_kept() -> None:
         assert said({"messages": [USER, {**ANSWER, name: "hm"}]})[-1] == {**ANSWER, "reasoning_content": "hm"}
 
 
+def test_who_reads_contents_alone_is_given_no_answer_that_is_more_than_a_text(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    thought = {**ANSWER, "reasoning_content": "Two and two."}
+    source = write(tmp_path / "d.jsonl", [{"messages": [USER, a]} for a in (call, thought)])
+    with pytest.raises(TideError, match="has no examples"):
+        scan(DataConfig(source))
+    strict = DataConfig(source, allow_bad_rows=0)
+    with pytest.raises(TideError, match="tool_calls, which only a chat template can write"):
+        scan(strict)
+    assert scan(strict, extras=True).examples == 2
+    assert [e.messages[-1] for e in iter_examples(strict, extras=True)] == [call, thought]
+
+
 def test_tools_are_part_of_the_content() -> None:
     row = {"messages": [USER, ANSWER]}
     keys = {parse({**row, "tools": tools}, DataConfig("d"))[0].id for tools in (None, [], [{"name": "a"}])}
