@@ -1,9 +1,8 @@
 """Chat examples as token ids for student and teacher, with the chunks that both share.
 
 The student's sequence is prompt and response in turn, and EOS up to a whole block; those EOS are part of the last
-response
-and carry loss (DESIGN §3). A teacher that shares the student's tokenizer reads that very sequence; another teacher
-reads the conversation in its own template and tokens, and the chunks of the responses tie the two together.
+response and carry loss (DESIGN §3). A teacher that shares the student's tokenizer reads that very sequence; another
+teacher reads the conversation in its own template and tokens, and the chunks of the responses tie the two together.
 """
 
 from __future__ import annotations
@@ -32,9 +31,8 @@ class Prepared:
     """One example, ready for draws.
 
     `spans` are the maskable student positions (start, end; rising, apart). `teacher_ids` is None where the teacher
-    reads
-    the student's ids. `chunks` (teacher_start, teacher_end, student_start, student_end) lie wholly in responses of
-    both; they are empty where `shared`: then student position i of span k is teacher position i + `offsets[k]`.
+    reads the student's ids. `chunks` (teacher_start, teacher_end, student_start, student_end) lie wholly in responses
+    of both; they are empty where `shared`: then student position i of span k is teacher position i + `offsets[k]`.
     """
 
     id: str

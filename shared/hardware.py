@@ -13,18 +13,12 @@ import re
 import resource
 import time
 import warnings
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Literal, TypeVar
 
 import torch
 
 from shared.errors import TideError
-
-Precision = Literal["float32", "bfloat16", "float16"]
-Auto = Literal["auto"]
-P = TypeVar("P", bound=str)
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -116,9 +110,9 @@ def describe_hardware() -> list[tuple[str, str]]:
     ]
 
 
-def hardware_line(facts: Sequence[tuple[str, str]] | None = None) -> str:
+def hardware_line() -> str:
     """`describe_hardware` in one line, for reports."""
-    return "; ".join(f"{name}: {value}" for name, value in facts or describe_hardware())
+    return "; ".join(f"{name}: {value}" for name, value in describe_hardware())
 
 
 def _describe_gpu(index: int) -> str:

@@ -11,6 +11,9 @@ from shared.located import Span
 Message = Mapping[str, Any]
 Turns = Literal["last", "all"]
 
+EXTRAS = ("tool_calls", "reasoning_content")
+"""Parts of an answer beside its content."""
+
 
 @dataclass(frozen=True)
 class Turn:

@@ -13,10 +13,7 @@ from typing import Any
 
 from shared.errors import TideError, Unusable
 from shared.located import Span, body_span, joined
-from shared.rendered import Message, Probe, RenderedChat, Turn, Turns
-
-_EXTRAS = ("tool_calls", "reasoning_content")
-"""Parts of an answer beside its content."""
+from shared.rendered import EXTRAS, Message, Probe, RenderedChat, Turn, Turns
 
 
 def _sentinel(index: int) -> str:
@@ -106,10 +103,10 @@ class ChatTemplate:
         start = self._start(number, messages, real, probe, spans, tools)
         if start is None or start > stop:
             raise self._rewrites(answer)
-        for name in _EXTRAS:
+        for name in EXTRAS:
             if answer.get(name):
                 self._refuse_ignored(name, messages, real, tools)
-        extras = any(answer.get(name) for name in _EXTRAS)
+        extras = any(answer.get(name) for name in EXTRAS)
         body = body_span(real, start, stop, None if extras else answer.get("content") or "")
         if body is None:
             raise self._rewrites(answer)
@@ -119,7 +116,7 @@ class ChatTemplate:
         self, i: int, messages: Sequence[Message], real: str, probe: Probe, spans: list[Span] | None, tools: Any
     ) -> Turn | None:
         """The turn of answer `i`, which is not the last message; None where it cannot be located."""
-        if spans is None or any(messages[i].get(name) for name in _EXTRAS):
+        if spans is None or any(messages[i].get(name) for name in EXTRAS):
             return None
         start, (first, stop) = self._start(i, messages, real, probe, spans, tools), spans[i]
         if start is None or start > first:
@@ -136,7 +133,7 @@ class ChatTemplate:
             prefix = self._prompt_of(i, probes, self._apply(probes, False, tools), tools)
             ahead = sum(len(p) for p in probe.pieces[: i + 1]) + sum(len(_sentinel(k)) for k in range(i))
             lead = None if prefix is None or prefix > ahead else ahead - prefix
-            own = any(messages[i].get(name) for name in _EXTRAS)
+            own = any(messages[i].get(name) for name in EXTRAS)
             if lead and not own and probe.pieces[i][-lead:].strip():
                 lead = 0  # the template's own words (a header, an empty think block) are no part of the answer
             probe.leads[i] = lead
@@ -208,7 +205,7 @@ class ChatTemplate:
         """What the text would be the same without."""
         if tools is not None and self._apply(messages, False, None) == real:
             yield "tools"
-        for name in _EXTRAS:
+        for name in EXTRAS:
             if any(m.get(name) for m in messages[:-1]):
                 without = [{k: v for k, v in m.items() if k != name} for m in messages[:-1]]
                 if self._apply([*without, messages[-1]], False, tools) == real:

@@ -16,6 +16,7 @@ from shared.data.forms import parse
 from shared.data.selection import copies, in_split, passes
 from shared.data.sources import describe_source, source_rows
 from shared.errors import TideError, Unusable
+from shared.rendered import EXTRAS
 
 _REPORTED = 20
 
@@ -78,7 +79,7 @@ def _read(config: DataConfig, extras: bool) -> Iterator[ChatExample | BadRow]:
 def _refuse_extras(example: ChatExample) -> None:
     """Unusable where an answer is more than a text: who reads contents alone would shorten it without a word."""
     for message in example.messages:
-        for name in ("tool_calls", "reasoning_content"):
+        for name in EXTRAS:
             if message.get(name):
                 raise Unusable("needs a chat template", f"an answer has {name}, which only a chat template can write")
 

@@ -22,7 +22,8 @@ def source_files(source: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and (is_saved(path) or is_data_file(p)))
+        saved = is_saved(path)
+        found = sorted(p for p in path.rglob("*") if p.is_file() and (saved or is_data_file(p)))
         if not found:
             raise TideError(f"the folder {source} holds no data files", expected=f"files in {', '.join(ENDINGS)}")
         return found

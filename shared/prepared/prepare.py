@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ class Request:
     dedup: bool = False
     workers: int = 0
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """All that the outcome depends on beside the rows."""
         own = {"version": VERSION, **self.identity, "lengths": to_plain(self.recipe.lengths)}
@@ -274,8 +273,3 @@ def _alone(folder: Path) -> Iterator[None]:
             print(f"waiting for another process that prepares data in {folder}", file=sys.stderr)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-
-
-def first_examples(data: PreparedData, n: int) -> Sequence[Any]:
-    """The first `n` examples, or all where there are fewer."""
-    return list(islice(data.between(0, min(n, data.examples)), n))

@@ -38,10 +38,3 @@ def _places(masked: Int[np.ndarray, " _"], length: int, width: int, block: int) 
     noised = (blocks[:, None] * block + np.arange(block)).reshape(-1)
     clean = np.arange(blocks[-1] * block)
     return np.concatenate([noised[noised < length], width + clean]).astype(np.int64)
-
-
-def all_places(lengths: Sequence[int]) -> Int[Tensor, "batch rows"]:
-    """Every real place of [x_t ; x_0], for those who look at more than the masked positions."""
-    width = max(lengths)
-    column = torch.arange(2 * width)
-    return torch.where(column % width < torch.tensor(lengths)[:, None], column, -1)

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_train.batches.needed import all_places, needed_places
+from student_train.batches.needed import needed_places
 from student_train.model.student import masked_hidden
 from tests.student_train.model.test_student import small
+from tests.student_train.places import all_places
 
 
 @st.composite

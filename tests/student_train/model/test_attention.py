@@ -10,10 +10,10 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from shared.attention import block_diffusion, block_diffusion_places
-from student_train.batches.needed import all_places
 from student_train.model.attention import FLEX, flex_mask, register_flex
 from student_train.model.student import masked_hidden
 from tests.student_train.model.test_student import places_of, small
+from tests.student_train.places import all_places
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
