@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
+import re
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from shared.errors import TideError
 
-_SUFFIX = ".tmp"
+_NUMBER = itertools.count()
+_OURS = re.compile(r"\.(?P<name>.+)\.[^.]*-\d+-\d+\.tide-tmp")
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside `path` that no other process, of this host or another, writes to."""
+    host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())
+    return path.with_name(f".{path.name}.{host}-{os.getpid()}-{next(_NUMBER)}.tide-tmp")
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -19,7 +29,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
     Raises TideError when the disk is full or not writable; then `path` is as it was before.
     """
-    temporary = path.with_name(path.name + _SUFFIX)
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as handle:
@@ -66,8 +76,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(places: Sequence[Path]) -> None:
-    """Delete temporary files that a killed process left: those in each folder, or beside each file."""
+    """Delete temporary files that a killed process left: those in each folder, or beside each file.
+
+    Only names that `write_atomically` gives are touched.
+    """
     for place in places:
-        found = place.rglob(f"*{_SUFFIX}") if place.is_dir() else [place.with_name(place.name + _SUFFIX)]
-        for path in found:
-            path.unlink(missing_ok=True)
+        folder = place if place.is_dir() else place.parent
+        for path in folder.rglob(".*.tide-tmp") if place.is_dir() else folder.glob(f".{place.name}.*.tide-tmp"):
+            if _OURS.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)

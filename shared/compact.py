@@ -1,23 +1,81 @@
-"""How finely a cached top-k logit is kept: as a float16, rounded where only the far tail would notice.
+"""How finely numbers are kept: as small integers ("levels"), rounded where no objective would notice.
 
-What is stored is log p = logit − logsumexp at T = 1, so float16 is finest where p is near 1. From −log p = 1 on it is
-rounded to a grid as well: to 1/512, from 2 to 1/128, from 4 to 1/32 nat. A logit is then within 0.0157 nats down to
-p = e⁻⁶⁴ (below, within float16's own 0.1 %), the mass of a top-64 within 0.002; and half of the low bytes are zeros,
-which zstd makes use of.
+Every rounding is uniform in the quantity whose error costs the same everywhere. With p the teacher's probability of a
+token and KL the divergence of what is stored from the truth, a step h in log p costs p·h²/24. So
+* a top-k probability is kept as round(N · p^a), a = 1/(2·T), for the hottest cached T: steps grow as p falls, and cost
+  the same at every rank when the distribution is heated to T;
+* a class's mass M outside of the top-k as round(32 · √M), for each temperature: the same rule at the temperature at
+  which it is used. Classes that round to 0 are taken to be as the prior says, and at most half a level;
+* the tail's mass as a whole as its log-odds, on a grid of 1/256 nat: exact from either side.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
-LARGEST_ERROR = 1 / 64
-"""Nats, down to p = e⁻⁶⁴."""
+ODDS_STEPS, GOLD_STEPS, LOGIT_STEPS = 256, 512, 32
+"""Levels a nat of the tail's log-odds, the gold token's log p, and logsumexp."""
+LARGEST_ODDS = 64.0
+"""Nats: a tail of e⁻⁶⁴ is empty, and the same for a top-k."""
+CLASS_LEVELS = 32
+EMPTY = -1e30
+"""Log-mass of what holds nothing. Finite: 0 · (EMPTY − EMPTY) is 0 where 0 · (−∞ + ∞) is NaN."""
 
 
-def round_logp(logp: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Log-probabilities in float16, on the grid."""
-    drop = np.minimum(-logp.astype(np.float32), 60000.0)
-    steps = np.select([drop >= 4, drop >= 2, drop >= 1], [32.0, 128.0, 512.0], 0.0).astype(np.float32)
-    rounded = np.where(steps > 0, np.round(drop * steps) / np.maximum(steps, 1), drop)
-    return (-rounded).astype(np.float16)
+def top_exponent(temperatures: tuple[float, ...]) -> float:
+    """The power a of probabilities that is kept in equal steps."""
+    return 1.0 / (2.0 * max(2.0, *temperatures))
+
+
+def top_levels(temperatures: tuple[float, ...]) -> int:
+    """The level N of p = 1: 256 where no temperature is above 2."""
+    return round(128 * max(2.0, *temperatures))
+
+
+def to_levels(logp: Float[np.ndarray, " n"], temperatures: tuple[float, ...]) -> Int[np.ndarray, " n"]:
+    """Levels of log-probabilities, at least 1."""
+    scaled = top_levels(temperatures) * np.exp(logp * np.float32(top_exponent(temperatures)))
+    return np.maximum(np.rint(scaled), 1).astype(np.int32)
+
+
+def level_table(temperatures: tuple[float, ...]) -> Float[np.ndarray, " levels"]:
+    """log p of every level, by the level; that of 0 is never looked up."""
+    n = top_levels(temperatures)
+    levels = np.maximum(np.arange(n + 1), 1) / n
+    return (np.log(levels) / top_exponent(temperatures)).astype(np.float32)
+
+
+def half_steps(logp: Float[np.ndarray, " n"], temperatures: tuple[float, ...]) -> Float[np.ndarray, " n"]:
+    """By how much rounding to the levels of these log-probabilities may have moved them, in nats."""
+    a = top_exponent(temperatures)
+    below = np.maximum(np.exp(a * logp.astype(np.float64)) - 0.5 / top_levels(temperatures), 1e-12)
+    return logp - np.log(below) / a
+
+
+def to_class_levels(log_mass: Float[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
+    """Levels of classes' log-masses."""
+    return np.rint(CLASS_LEVELS * np.exp(0.5 * log_mass)).astype(np.uint8)
+
+
+def class_log_mass(
+    levels: Int[Tensor, "*n classes"], odds: Float[Tensor, "*n"], prior: Float[Tensor, " classes"]
+) -> Float[Tensor, "*n classes"]:
+    """Log-masses of classes from their levels: they add up to the tail's whole mass, whose log-odds are `odds`.
+
+    `prior`: each class's share of the mean tail.
+    """
+    tail = torch.sigmoid(odds)[..., None]
+    mass = (levels.to(tail.dtype) / CLASS_LEVELS).square()
+    small = torch.minimum(tail * prior, torch.full_like(tail, (0.5 / CLASS_LEVELS) ** 2))
+    mass = torch.where(levels > 0, mass, small)
+    whole = mass.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
+    log_tail = torch.nn.functional.logsigmoid(odds)[..., None]
+    return (mass.log() - whole.log() + log_tail).clamp_min(EMPTY)
+
+
+def grid(values: Float[np.ndarray, "*shape"], steps: int) -> Int[np.ndarray, "*shape"]:
+    """Integers on a uniform grid of 1/steps."""
+    return np.rint(np.clip(values, -1e6, 1e6) * steps).astype(np.int32)

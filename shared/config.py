@@ -37,6 +37,9 @@ class NoiseConfig:
         require(0 <= self.demo_ratio <= 1, f"noise.demo_ratio is {self.demo_ratio}; it must lie in [0, 1]")
 
 
+MOST_CLASSES = 4096
+
+
 @strict
 class TargetConfig:
     """What is written of the teacher's knowledge."""
@@ -47,13 +50,27 @@ class TargetConfig:
     mass: float = 1.0
     """Keep logits until their mass at the largest temperature reaches this (1.0: always k)."""
     temperatures: tuple[float, ...] = (1.0, 2.0)
-    """Temperatures at which logsumexp is stored; training can use these. 1.0 is always stored."""
+    """Temperatures at which the tail's mass is stored; training can use these. 1.0 is always stored."""
+    tail: Literal["prior", "student"] = "prior"
+    """What the teacher is taken for outside its top-k, inside a class: its mean over a pilot sample, or the student."""
+    classes: int = 64
+    """Classes of the vocabulary whose mass outside the top-k is stored at each temperature (1: the tail as a whole)."""
+    classes_from: str | None = None
+    """Path or hub id of the checkpoint whose LM head is clustered: the student's (default: the teacher's own)."""
+    pilot: int = 4096
+    """Positions of the pilot sample, from which priors and the order of ids are taken before the first shard."""
+    tables_from: Path | None = None
+    """A cache whose classes and priors to take instead of making them: caches of other data that can be merged then."""
+    values: Literal["levels", "float32"] = "levels"
+    """How numbers are kept: rounded to levels (docs/cache-format.md), or exactly."""
 
     def __post_init__(self) -> None:
         require(len(self.signals) > 0, "targets.signals is empty; name topk, chunks or both")
         require(self.k > 0, f"targets.k is {self.k}; it must be positive")
         require(0 < self.mass <= 1, f"targets.mass is {self.mass}; it must lie in (0, 1]")
         require(all(t > 0 for t in self.temperatures), "targets.temperatures must be positive")
+        require(1 <= self.classes <= MOST_CLASSES, f"targets.classes is {self.classes}; it must be 1 to {MOST_CLASSES}")
+        require(self.pilot > 0, f"targets.pilot is {self.pilot}; it must be positive")
 
     @property
     def stored_temperatures(self) -> tuple[float, ...]:
@@ -200,6 +217,12 @@ class TrainConfig:
     """Stage two: `tide train`."""
 
     cache: Path = Path("caches/default")
+    store: str | None = None
+    """s3://…, gs://…, hf://… or a path: shards are brought from there as they are needed, into the folder `cache`."""
+    store_cache_gb: float = 20.0
+    """With `store`: how much of it the folder may hold at a time."""
+    window: int = 8
+    """Shards among whose rows an epoch shuffles; the order of the shards is shuffled whole (docs/cache-format.md)."""
     out: Path = Path("runs/default")
     student: StudentConfig = field(default_factory=StudentConfig)
     distillation: Distillation = field(default_factory=NoDistillation)
@@ -235,7 +258,9 @@ class TrainConfig:
     eval_steps: int = 500
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulation", "learning_rate", "checkpoint_steps", "log_steps"):
+        positive = ("epochs", "window", "store_cache_gb", "batch_size", "accumulation", "learning_rate",
+                    "checkpoint_steps", "log_steps")  # fmt: skip
+        for name in positive:
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
         require(
             self.checkpoint_steps % self.log_steps == 0,

@@ -13,8 +13,9 @@ from typing import Any
 
 from shared.atomic import write_bytes
 from shared.errors import TideError
-from shared.schema import SCHEMA_VERSION
+from shared.schema import SCHEMA_VERSION, Layout
 from shared.shards import Unit, finished_units
+from shared.vocabulary import load_vocabulary
 
 MANIFEST = "manifest.json"
 
@@ -31,7 +32,7 @@ class Manifest:
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """Temperatures whose logsumexp is stored, rising."""
+        """Temperatures at which the tail's mass is stored, rising."""
         return tuple(self.fingerprint["targets"]["temperatures"])
 
     @property
@@ -54,9 +55,17 @@ class Manifest:
         return [Unit(draw, part) for draw in range(self.draws) for part in range(self.parts)]
 
     def save(self, cache: Path) -> None:
-        """Write `manifest.json` atomically, with a checksum over the rest of it."""
-        values = {**asdict(self), "checksum": self.checksum}
-        write_bytes(cache / MANIFEST, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
+        """Write `manifest.json` atomically, with a checksum over the rest of it. One that says the same stays."""
+        content = (json.dumps({**asdict(self), "checksum": self.checksum}, indent=2, sort_keys=True) + "\n").encode()
+        path = cache / MANIFEST
+        if not path.is_file() or path.read_bytes() != content:
+            write_bytes(path, content)
+
+    def layout(self, cache: Path) -> Layout:
+        """How the shards of this cache, which lies in `cache`, are read. TideError where its table does not hold."""
+        digest = self.fingerprint.get("tables")
+        vocabulary = None if digest is None else load_vocabulary(cache, digest)
+        return Layout(self.temperatures, self.fingerprint["targets"]["values"], vocabulary)
 
     @property
     def checksum(self) -> str:
@@ -87,7 +96,7 @@ def load_manifest(cache: Path) -> Manifest:
         raise TideError(
             f"{cache} was written in schema version {manifest.schema_version}",
             expected=f"version {SCHEMA_VERSION}",
-            fix="use the version of this package that wrote it, or build the cache again",
+            fix=f"`tide upgrade {cache} --out NEW` converts versions 2 and 3; others need the package that wrote them",
         )
     return manifest
 

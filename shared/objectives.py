@@ -47,13 +47,19 @@ class _Tempered(Variant):
             raise ValueError(f"temperature is {self.temperature}; it must be positive")
 
 
+@strict
+class _OverTokens(_Tempered):
+    tail: Literal["cache", "prior", "student"] = "cache"
+    """What the teacher is taken for outside its top-k: as the cache says, or another way for an ablation."""
+
+
 @variant("kl")
-class KL(_Tempered):
+class KL(_OverTokens):
     """KL(teacher ‖ student) over token logits; with `tidal`, the teacher is TIDAL's mixture."""
 
 
 @variant("reverse_kl")
-class ReverseKL(_Tempered):
+class ReverseKL(_OverTokens):
     """KL(student ‖ teacher) over token logits."""
 
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 from torch import distributed
+
+
+def first_here() -> bool:
+    """Whether this is the first process of its machine, or the only one."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def part() -> None:

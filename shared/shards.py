@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.atomic import write_atomically
+from shared.atomic import write_bytes
+from shared.columns import from_table, schema_for, to_table
 from shared.errors import TideError
-from shared.schema import SCHEMA, CacheRow, from_table, to_table
+from shared.schema import CacheRow, Layout
 
 _COUNTS_KEY = b"tide.counts"
 CACHE = "cache"
@@ -23,20 +23,25 @@ _ROWS_PER_GROUP = 64
 """Few, so that the dictionary of a group's token ids stays small and its indices short."""
 
 # Parquet's own encodings, by what a column holds (docs/cache-format.md has what each buys).
-_BY_DICTIONARY = ("example_id", "topk_ids.list.element", "student_ids.list.element", "teacher_ids.list.element")
-_ENCODINGS = {
-    **{f"{name}.list.element": "DELTA_BINARY_PACKED"
-       for name in ("spans", "masked", "teacher_masked", "topk_sizes", "chunk_student", "chunk_teacher")},
-    **{f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in ("gold_logit", "logsumexp", "topk_logp", "chunk_logp")},
-}  # fmt: skip
-WRITE_OPTIONS: dict[str, Any] = {
-    "compression": "zstd",
-    "compression_level": _ZSTD_LEVEL,
-    "use_dictionary": list(_BY_DICTIONARY),
-    "column_encoding": _ENCODINGS,
-    "row_group_size": _ROWS_PER_GROUP,
-}
-"""For `pyarrow.parquet.write_table`."""
+_BY_DICTIONARY = ("example_id", "student_ids.list.element", "teacher_ids.list.element")
+_DELTA = ("spans", "masked", "teacher_masked", "topk_sizes", "chunk_student", "chunk_teacher")
+_SPLIT = ("gold_logp", "logsumexp", "topk_ranks", "topk_logp", "tail_odds", "class_mass", "chunk_logp")
+
+
+def write_options(layout: Layout) -> dict[str, Any]:
+    """For `pyarrow.parquet.write_table`."""
+    encodings = {
+        field.name + ".list.element": "DELTA_BINARY_PACKED" if name in _DELTA else "BYTE_STREAM_SPLIT"
+        for field in schema_for(layout)
+        if (name := field.name.removesuffix("_q")) in (*_DELTA, *_SPLIT)
+    }
+    return {
+        "compression": "zstd",
+        "compression_level": _ZSTD_LEVEL,
+        "use_dictionary": list(_BY_DICTIONARY),
+        "column_encoding": encodings,
+        "row_group_size": _ROWS_PER_GROUP,
+    }
 
 
 @dataclass(frozen=True, order=True)
@@ -50,22 +55,35 @@ class Unit:
         """Where the shard of this unit lies."""
         return cache / f"draw={self.draw:02d}" / f"part-{self.part:05d}.parquet"
 
+    @classmethod
+    def at(cls, path: Path) -> Unit | None:
+        """The unit whose shard has this name; None for any other file."""
+        draw, part = path.parent.name.removeprefix("draw="), path.stem.removeprefix("part-")
+        found = cls(int(draw), int(part)) if draw.isdecimal() and part.isdecimal() else None
+        return found if found is not None and found.path(path.parent.parent) == path else None
 
-def write_shard(path: Path, rows: list[CacheRow], temperatures: Sequence[float], counts: dict[str, Any]) -> None:
-    """Write rows with their counts, atomically. The bytes depend on the content alone."""
-    write_table(path, to_table(rows, temperatures), counts)
+
+def write_shard(path: Path, rows: list[CacheRow], layout: Layout, counts: dict[str, Any]) -> bytes:
+    """Write rows with their counts, atomically; what was written. The bytes depend on the content alone."""
+    return write_table(path, to_table(rows, layout), layout, counts)
 
 
-def write_table(path: Path, table: pa.Table, counts: dict[str, Any]) -> None:
-    """`write_shard` for a table of the schema."""
+def write_table(path: Path, table: pa.Table, layout: Layout, counts: dict[str, Any]) -> bytes:
+    """`write_shard` for a table of the layout."""
+    content = table_bytes(table, layout, counts)
+    write_bytes(path, content)
+    return content
+
+
+def table_bytes(table: pa.Table, layout: Layout, counts: dict[str, Any]) -> bytes:
+    """A shard's file as bytes."""
     # A table that was read names the items of its lists in another way: the schema is always our own.
-    schema = SCHEMA.with_metadata({_COUNTS_KEY: json.dumps(counts, sort_keys=True).encode()})
-    table = pa.Table.from_arrays(table.columns, schema=schema)
-
-    def write(handle: Any) -> None:
-        pq.write_table(table, handle, write_page_checksum=True, **WRITE_OPTIONS)
-
-    write_atomically(path, write)
+    schema = schema_for(layout).with_metadata({_COUNTS_KEY: json.dumps(counts, sort_keys=True).encode()})
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        pa.Table.from_arrays(table.columns, schema=schema), sink, write_page_checksum=True, **write_options(layout)
+    )
+    return sink.getvalue().to_pybytes()
 
 
 def _unreadable(path: Path, error: Exception) -> TideError:
@@ -76,79 +94,73 @@ def _unreadable(path: Path, error: Exception) -> TideError:
     )
 
 
-def open_shard(path: Path) -> pq.ParquetFile:
-    """Open a shard and check its schema. TideError where it is truncated, no Parquet, or of another layout."""
+@dataclass(frozen=True)
+class Shard:
+    """A shard as it was read: its columns, and the counts that were stored with it (and its number of `rows`)."""
+
+    table: pa.Table
+    counts: dict[str, Any]
+
+
+def read_table(path: Path, layout: Layout | None = None, content: bytes | None = None) -> Shard:
+    """Read a shard. TideError where a page's checksum does not hold, or what it says of itself, or its columns.
+
+    `content`: the file's bytes, where they are at hand. With `layout` None any columns will do.
+    """
     try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
-        schema = file.schema_arrow
+        file = pq.ParquetFile(path if content is None else pa.BufferReader(content), page_checksum_verification=True)
+        table = file.read()
+        counts = {**json.loads((file.schema_arrow.metadata or {}).get(_COUNTS_KEY, b"{}")), "rows": table.num_rows}
     except Exception as error:  # a footer with a flipped bit leads the library anywhere
         raise _unreadable(path, error) from error
-    if not schema.equals(SCHEMA, check_metadata=False):
-        raise TideError(f"shard {path} has other columns than this version writes", fix="build the cache again")
-    return file
+    if layout is not None and not table.schema.equals(schema_for(layout), check_metadata=False):
+        raise TideError(
+            f"shard {path} has other columns than this cache's", fix="delete it, and run the same `tide cache` again"
+        )
+    _check_counts(table, counts, path)
+    return Shard(table, counts)
 
 
-def shard_counts(path: Path, cache: str | None = None) -> dict[str, Any]:
-    """The counts that were stored with the shard, and its number of `rows`.
+def read_shard(path: Path, layout: Layout, content: bytes | None = None) -> list[CacheRow]:
+    """All rows of a shard. TideError as `read_table`."""
+    shard = read_table(path, layout, content)
+    try:
+        return from_table(shard.table, layout)
+    except (IndexError, ValueError) as error:
+        raise _unreadable(path, error) from error
 
-    `cache`: the digest of the manifest that it must belong to.
-    """
-    counts = _counts_in(open_shard(path), path)
-    if cache is not None and counts.get(CACHE) != cache:
+
+def refuse_other_cache(path: Path, counts: dict[str, Any], cache: str) -> None:
+    """TideError where the shard does not belong to the manifest whose digest is `cache`."""
+    if counts.get(CACHE) != cache:
         raise TideError(
             f"shard {path} belongs to another cache ({counts.get(CACHE)})",
             expected=f"a shard of the cache {cache}, whose folder it lies in",
             fix="delete this file and run the same `tide cache` command again: it computes the missing shard only",
         )
-    return counts
-
-
-def _counts_in(file: pq.ParquetFile, path: Path) -> dict[str, Any]:
-    metadata = file.schema_arrow.metadata or {}
-    try:
-        return {**json.loads(metadata.get(_COUNTS_KEY, b"{}")), "rows": file.metadata.num_rows}
-    except ValueError as error:
-        raise _unreadable(path, error) from error
-
-
-def read_shard(path: Path, temperatures: Sequence[float]) -> list[CacheRow]:
-    """All rows of a shard. TideError where a checksum or a count does not hold."""
-    table = read_table(path)
-    try:
-        return from_table(table, temperatures)
-    except (IndexError, ValueError) as error:
-        raise _unreadable(path, error) from error
-
-
-def read_table(path: Path) -> pa.Table:
-    """A shard as an Arrow table. TideError where a page's checksum does not hold, or a count that it carries."""
-    file = open_shard(path)
-    try:
-        table = file.read()
-    except Exception as error:  # as above
-        raise _unreadable(path, error) from error
-    _check_counts(table, _counts_in(file, path), path)
-    return table
 
 
 def _check_counts(table: pa.Table, counts: dict[str, Any], path: Path) -> None:
-    """Pages carry checksums and the footer does not: what it says must fit what the pages hold."""
+    """Pages carry checksums and the footer does not: what it says must fit what the pages hold and where it lies."""
     found = {"rows": table.num_rows}
-    found |= {name: sum(len(chunk.values) for chunk in table.column(column).chunks)
-              for name, column in (("masked", "masked"), ("chunks", "chunk_logp"))}  # fmt: skip
-    wrong = {name: n for name, n in found.items() if name in counts and counts[name] != n}
-    draw = path.parent.name.removeprefix("draw=")
-    if draw.isdigit() and any(value != int(draw) for value in table.column("draw").unique().to_pylist()):
-        wrong["draw"] = int(draw)
+    for name, column in (("masked", "masked"), ("chunks", "chunk_logp")):
+        if column in table.column_names:
+            found[name] = sum(len(chunk.values) for chunk in table.column(column).chunks)
+    wrong: dict[str, Any] = {name: n for name, n in found.items() if name in counts and counts[name] != n}
+    unit = Unit.at(path)
+    if unit is not None:
+        if "draw" in table.column_names and any(d != unit.draw for d in table.column("draw").unique().to_pylist()):
+            wrong["draw"] = unit.draw
+        wrong |= {
+            name: counts[name]
+            for name in ("draw", "part")
+            if counts.get(name, getattr(unit, name)) != getattr(unit, name)
+        }
     if wrong:
-        raise _unreadable(path, ValueError(f"it holds {wrong}, its footer or its folder says otherwise"))
+        raise _unreadable(path, ValueError(f"it holds {wrong}, its footer or its name says otherwise"))
 
 
 def finished_units(cache: Path) -> list[Unit]:
     """Units whose shards exist, in order."""
-    found = []
-    for path in cache.glob("draw=*/part-*.parquet"):
-        draw, part = path.parent.name.removeprefix("draw="), path.stem.removeprefix("part-")
-        if draw.isdigit() and part.isdigit():
-            found.append(Unit(int(draw), int(part)))
-    return sorted(found)
+    units = (Unit.at(path) for path in cache.glob("draw=*/part-*.parquet"))
+    return sorted(unit for unit in units if unit is not None)

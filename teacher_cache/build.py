@@ -13,15 +13,19 @@ from pathlib import Path
 from shared.atomic import remove_leftovers
 from shared.config import CacheConfig
 from shared.errors import TideError
+from shared.ledger import Ledger, settle_ledger
 from shared.prepared.folder import totals
 from shared.prepared.report import losses
-from shared.shards import CACHE, Unit, shard_counts
+from shared.shards import Unit
 from shared.stores import Store
+from teacher_cache.engines.base import Engine
 from teacher_cache.engines.choose import load_engine
 from teacher_cache.plan import CachePlan, make_plan
-from teacher_cache.ray_workers import run_ray
+from teacher_cache.ray_workers import run_ray, tables_by_ray
+from teacher_cache.tables.pilot import make_tables
+from teacher_cache.tables.settle import settle_tables
 from teacher_cache.units import run_units
-from teacher_cache.workers import run_workers
+from teacher_cache.workers import run_workers, tables_by_worker
 
 
 @dataclass(frozen=True)
@@ -53,25 +57,60 @@ def build_cache(config: CacheConfig) -> CacheReport:
         if store is not None:
             store.bring_manifest(config.out)
         plan = make_plan(config)
-        if store is not None:
-            plan = dataclasses.replace(plan, stored=store.begin(config.out, plan.manifest))
-        missing = plan.missing
-        remove_leftovers([config.out] if config.world == 1 else [unit.path(config.out) for unit in missing])
-        if missing:
-            _run(plan, missing)
-        if store is not None:
-            store.push(config.out, plan.manifest)
-        return summarise(plan, len(missing))
+        engine = _Engine()
+        with closing(engine):
+            plan = settle_tables(plan, engine.make_tables, store)
+            return _fill(plan, engine, store)
 
 
-def _run(plan: CachePlan, missing: list[Unit]) -> None:
-    if plan.config.engine.workers == "ray":
-        run_ray(plan, missing)
-    elif plan.config.engine.data_parallel > 1:
-        run_workers(plan, missing)
-    else:
-        with closing(load_engine(plan)) as engine:
-            run_units(plan, engine, missing)
+def _fill(plan: CachePlan, engine: _Engine, store: Store | None) -> CacheReport:
+    """Compute what is missing of a cache whose manifest is written."""
+    out = plan.config.out
+    if store is not None:
+        plan = dataclasses.replace(plan, stored=store.begin(out, plan.manifest))
+    missing = plan.missing
+    remove_leftovers([out] if plan.config.world == 1 else [unit.path(out) for unit in missing])
+    if missing:
+        engine.run(plan, missing)
+    ledger = settle_ledger(out, plan.manifest)
+    if store is not None:
+        store.push(out, plan.manifest, ledger)
+    return summarise(plan, len(missing), ledger)
+
+
+class _Engine:
+    """Runs the teacher, in this process or in others; one that was loaded for the tables is kept for the shards."""
+
+    def __init__(self) -> None:
+        self._loaded: Engine | None = None
+
+    def make_tables(self, plan: CachePlan) -> None:
+        """Score the pilot sample where the teacher will run."""
+        if plan.config.engine.workers == "ray":
+            tables_by_ray(plan)
+        elif plan.config.engine.data_parallel > 1:
+            tables_by_worker(plan)
+        else:
+            self._loaded = load_engine(plan)
+            make_tables(plan, self._loaded)
+
+    def run(self, plan: CachePlan, missing: list[Unit]) -> None:
+        """Compute units."""
+        if plan.config.engine.workers == "ray":
+            run_ray(plan, missing)
+        elif plan.config.engine.data_parallel > 1:
+            run_workers(plan, missing)
+        else:
+            if self._loaded is None:
+                self._loaded = load_engine(plan)
+            elif plan.vocabulary is not None:
+                self._loaded.use_classes(plan.vocabulary.class_of)
+            run_units(plan, self._loaded, missing)
+
+    def close(self) -> None:
+        """Give back what was loaded."""
+        if self._loaded is not None:
+            self._loaded.close()
 
 
 @contextmanager
@@ -100,25 +139,16 @@ def _only_writer(config: CacheConfig) -> Iterator[None]:
         yield
 
 
-def summarise(plan: CachePlan, computed: int) -> CacheReport:
-    """Add up the counts that the shards at hand carry."""
-    out = plan.config.out
-    total: Counter[str] = Counter()
-    size = 0
-    units = plan.manifest.units()
-    here = [unit for unit in units if unit.path(out).exists()]
-    for unit in here:
-        path = unit.path(out)
-        counts = shard_counts(path, plan.manifest.digest)
-        total.update({name: n for name, n in counts.items() if name != CACHE})
-        size += path.stat().st_size
-    kept, elsewhere = len(here) - computed, len(units) - len(here)
+def summarise(plan: CachePlan, computed: int, ledger: Ledger) -> CacheReport:
+    """Add up what the shards at hand hold."""
+    entries = ledger.values()
+    kept, elsewhere = len(ledger) - computed, len(plan.manifest.units()) - len(ledger)
     return CacheReport(
-        out,
-        total["rows"],
-        total["masked"],
-        total["chunks"],
-        size,
+        plan.config.out,
+        sum(entry.rows for entry in entries),
+        sum(entry.masked for entry in entries),
+        sum(entry.chunks for entry in entries),
+        sum(entry.bytes for entry in entries),
         computed,
         kept,
         elsewhere,

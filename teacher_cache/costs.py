@@ -6,16 +6,16 @@ pair of positions in attention, and the LM head at the rows that are read and at
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from shared.columns import to_table
 from shared.config import CacheConfig
-from shared.schema import CacheRow
-from shared.shards import Unit, write_shard
+from shared.schema import CacheRow, Layout
+from shared.shards import Unit, table_bytes
+from shared.vocabulary import Vocabulary
 from teacher_cache.engines.inputs import width_of
 from teacher_cache.plan import CachePlan
 from teacher_cache.teachers.registry import Native, TeacherEntry, X0Xt
@@ -113,10 +113,13 @@ def sampled_workload(plan: CachePlan) -> Workload:
 def bytes_per_draw(load: Workload, config: CacheConfig, vocabulary: int, own_tokens: bool) -> float:
     """Bytes of one row on disk: a shard of rows of this size, with random ids and logits, is written and weighed."""
     rows = [_random_row(load, config, vocabulary, own_tokens, np.random.default_rng(i)) for i in range(64)]
-    with tempfile.TemporaryDirectory(prefix="tide-weigh-") as folder:
-        path = Path(folder) / "shard.parquet"
-        write_shard(path, rows, config.targets.stored_temperatures, {})
-        return path.stat().st_size / len(rows)
+    targets, tables = config.targets, None
+    if "topk" in targets.signals:
+        class_of = (np.arange(vocabulary) % targets.classes).astype(np.int32)
+        prior = np.full((len(targets.stored_temperatures), vocabulary), 1 / vocabulary, np.float32)
+        tables = Vocabulary(class_of, np.arange(vocabulary, dtype=np.int32), prior)
+    layout = Layout(targets.stored_temperatures, targets.values, tables)
+    return len(table_bytes(to_table(rows, layout), layout, {})) / len(rows)
 
 
 def _random_row(
@@ -130,11 +133,17 @@ def _random_row(
     def ids(n: int) -> np.ndarray:
         return random.integers(0, vocabulary, n, np.int32)
 
+    def often(n: int) -> np.ndarray:  # as lists have them: frequent ids have small ranks
+        return (np.exp(random.uniform(0, np.log(vocabulary), n)) - 1).astype(np.int32)
+
     def spans(n: int) -> np.ndarray:
         starts = np.sort(random.choice(length, n, replace=n > length)).astype(np.int32)
         return np.stack([starts, starts + 1], axis=1)
 
-    logits = -np.sort(-random.normal(0, 4, (masked, k)).astype(np.float32), axis=1)
+    logits = -np.sort(-random.normal(0, 2, (masked, k)).astype(np.float32), axis=1)
+    logp = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)) - 0.2 if k else logits
+    classes = targets.classes if k and targets.classes > 1 else 0
+    shares = random.dirichlet(np.full(max(1, classes), 0.3), (masked, temperatures)).astype(np.float32)
     places = np.sort(random.choice(length, masked, replace=False)).astype(np.int32)
     return CacheRow(
         example_id=f"{random.integers(1 << 60):016x}",
@@ -147,11 +156,13 @@ def _random_row(
         teacher_ids=ids(length) if own_tokens else None,
         teacher_masked=places if own_tokens else None,
         split=random.random(masked) < 0.5,
-        gold_logit=random.normal(0, 4, masked).astype(np.float32),
-        logsumexp=random.normal(0, 4, (masked, temperatures)).astype(np.float32),
+        gold_logp=-random.exponential(2, masked).astype(np.float32),
+        logsumexp=random.normal(0, 4, masked).astype(np.float32),
         topk_sizes=np.full(masked, k, np.int32) if k else None,
-        topk_ids=ids(masked * k) if k else None,
-        topk_logits=logits.reshape(-1) if k else None,
+        topk_ids=often(masked * k) if k else None,
+        topk_logp=logp.reshape(-1) if k else None,
+        tail_odds=random.normal(0, 1, (masked, temperatures)).astype(np.float32) if k else None,
+        class_mass=np.log(0.3 * shares + 1e-12) if classes else None,
         chunk_student=spans(chunks) if with_chunks else None,
         chunk_teacher=spans(chunks) if with_chunks else None,
         chunk_logp=-random.random(chunks).astype(np.float32) if with_chunks else None,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from shared.examples import Prepared
+from shared.ledger import Entry, note
 from shared.shards import Unit, write_shard
 from teacher_cache.engines.base import Engine
 from teacher_cache.plan import CachePlan
@@ -62,4 +63,5 @@ def run_pipeline(plan: CachePlan, engine: Engine, source: Source, progress: Call
 
 def _write(plan: CachePlan, work: UnitWork, scores: Sequence[Scores]) -> None:
     rows, counts = finish_unit(plan, work, scores)
-    write_shard(work.unit.path(plan.config.out), rows, plan.target_spec().temperatures, counts)
+    content = write_shard(work.unit.path(plan.config.out), rows, plan.layout, counts)
+    note(plan.config.out, work.unit, Entry.of(content, {**counts, "rows": len(rows)}))

@@ -15,12 +15,13 @@ import numpy as np
 from shared.config import CacheConfig
 from shared.examples import SharedVocabulary
 from shared.manifest import MANIFEST, Manifest, check_fingerprint, load_manifest
-from shared.models.checkpoint import Checkpoint
+from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve
 from shared.prepared.folder import PreparedData
-from shared.schema import SCHEMA_VERSION
+from shared.schema import SCHEMA_VERSION, Layout
 from shared.settings import to_plain
-from shared.shards import Unit, finished_units, shard_counts
+from shared.shards import Unit, finished_units, read_table, refuse_other_cache
 from shared.tokenizers import Tokenizer
+from shared.vocabulary import Vocabulary, has_tables, load_vocabulary
 from teacher_cache.data import Sides, check_alignment, open_sides, prepare_data
 from teacher_cache.engines.settle import settle_engine
 from teacher_cache.targets import TargetSpec
@@ -40,6 +41,8 @@ class CachePlan:
     """What both vocabularies share, where the teacher reads the student's ids; None across tokenizers."""
     data: PreparedData
     manifest: Manifest
+    """Complete once the tables are there (`tables.settle`)."""
+    vocabulary: Vocabulary | None = None
     stored: frozenset[Unit] = frozenset()
     """Units that the store already has."""
 
@@ -67,14 +70,26 @@ class CachePlan:
         """Ids that mean the same to student and teacher, bool[vocabulary]; None across tokenizers."""
         return None if self.shared is None else self.shared.same
 
+    @property
+    def wants_tables(self) -> bool:
+        """Whether the shards need what is known of the vocabulary as a whole."""
+        return "topk" in self.config.targets.signals
+
+    @property
+    def layout(self) -> Layout:
+        """How the shards are written."""
+        targets = self.config.targets
+        return Layout(targets.stored_temperatures, targets.values, self.vocabulary)
+
     def target_spec(self) -> TargetSpec:
         """What to take of the logits."""
         targets = self.config.targets
-        return TargetSpec(targets.k if "topk" in targets.signals else 0, targets.mass, targets.stored_temperatures)
+        k = targets.k if self.wants_tables else 0
+        return TargetSpec(k, targets.mass, targets.stored_temperatures, self.layout.classes)
 
 
 def make_plan(config: CacheConfig, write: bool = True, engine: dict[str, Any] | None = None) -> CachePlan:
-    """Check everything and write (or compare) the manifest. TideError names the first thing that is wrong.
+    """Check everything, and the manifest that may be there. TideError names the first thing that is wrong.
 
     With `write` False the cache's folder is read only. `engine`: take this for the engine's part of the fingerprint,
     to look at a cache with another engine than it was made with.
@@ -91,17 +106,20 @@ def make_plan(config: CacheConfig, write: bool = True, engine: dict[str, Any] | 
     manifest = Manifest(fingerprint, config.noise.draws, parts, data.examples)
     if (config.out / MANIFEST).exists():
         old = load_manifest(config.out)
+        fingerprint["tables"] = old.fingerprint.get("tables")
         check_fingerprint(config.out, old, fingerprint, "go on with it")
         manifest = Manifest(fingerprint, max(old.draws, manifest.draws), parts, data.examples)
     elif units := finished_units(config.out):  # the manifest was lost: the shards say what they belong to
+        if "topk" in config.targets.signals and has_tables(config.out):
+            fingerprint["tables"] = load_vocabulary(config.out).digest
         for unit in units:
-            shard_counts(unit.path(config.out), manifest.digest)
+            path = unit.path(config.out)
+            refuse_other_cache(path, read_table(path).counts, manifest.digest)
         manifest = dataclasses.replace(manifest, draws=max(manifest.draws, units[-1].draw + 1))
-    if write:  # the tokenizers before the manifest: a cache with a manifest has them
+    if write:  # the tokenizers before the manifest, which comes with the tables: a cache with a manifest has both
         _save_tokenizer(student, config.out / "student_tokenizer")
         if not entry.student_tokens:
             _save_tokenizer(teacher, config.out / "teacher_tokenizer")
-        manifest.save(config.out)
     return CachePlan(config, entry, checkpoint, student, teacher, sides.shared, data, manifest)
 
 
@@ -123,8 +141,11 @@ def _fingerprint(config: CacheConfig, sides: Sides, data: PreparedData, day: dat
     noise.pop("draws")  # a cache may grow
     targets = to_plain(config.targets)
     targets["temperatures"] = list(config.targets.stored_temperatures)
+    targets.pop("tables_from")  # its digest says it
+    if config.targets.classes_from is not None:
+        targets["classes_from"] = open_checkpoint(resolve(config.targets.classes_from)).fingerprint()
     if "topk" not in config.targets.signals:
-        targets |= {"k": 0, "mass": 1.0}
+        targets |= {"k": 0, "mass": 1.0, "tail": "student", "classes": 1, "classes_from": None, "pilot": 0}
     return {
         "schema": SCHEMA_VERSION,
         "teacher": {
@@ -134,6 +155,7 @@ def _fingerprint(config: CacheConfig, sides: Sides, data: PreparedData, day: dat
             "shift": entry.shift,
             "student_tokens": entry.student_tokens,
             "mask_id": entry.mask_id,
+            "vocabulary": sides.checkpoint.embedding_rows,
             "weights": sides.checkpoint.fingerprint(),
             "tokenizer": teacher.fingerprint,
             "template": teacher.template.source,
@@ -143,6 +165,7 @@ def _fingerprint(config: CacheConfig, sides: Sides, data: PreparedData, day: dat
             "template": student.template.source,
             "mask_id": sides.student_mask,
             "mask_token": sides.mask_token,
+            "vocabulary": max(len(student), sides.student_mask + 1),
         },
         "data": {
             "content": data.record.content,
@@ -154,6 +177,7 @@ def _fingerprint(config: CacheConfig, sides: Sides, data: PreparedData, day: dat
         "lengths": to_plain(config.lengths),
         "noise": noise,
         "targets": targets,
+        "tables": None,
         "engine": {
             "type": config.engine.type,
             "dtype": config.engine.dtype,

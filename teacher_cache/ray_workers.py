@@ -43,6 +43,12 @@ class _Copy:
         run_pipeline(self._plan, self._engine, iter([(unit, examples_of(self._plan, unit))]), heard)
         return found
 
+    def tables(self) -> None:
+        """Score the pilot sample and write the tables."""
+        from teacher_cache.tables.pilot import make_tables
+
+        make_tables(self._plan, self._engine)
+
 
 class _Pool:
     """Actors, and the unit that each has in hand."""
@@ -97,6 +103,27 @@ class _Pool:
         tqdm.write("a Ray actor was lost; another takes its place")
         self._todo.appendleft(unit)
         self._give(self._actor.remote(self._plan))
+
+
+def tables_by_ray(plan: CachePlan) -> None:
+    """Score the pilot sample on one of the cluster's actors. TideError where it meets one, or is lost."""
+    connect()
+    import ray
+    import ray.exceptions
+
+    gpus = plan.config.engine.tensor_parallel if ray.cluster_resources().get("GPU") else 0
+    actor: Any = ray.remote(num_gpus=gpus, num_cpus=1)(_Copy).remote(ray.put(plan))
+    try:
+        ray.get(actor.tables.remote())
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, TideError):
+            raise error.cause from error
+        raise TideError(f"the pilot sample failed on a Ray node: {error.cause}", fix="see Ray's logs") from error
+    except ray.exceptions.RayActorError as error:
+        raise TideError(f"the Ray actor that scored the pilot sample was lost: {error}",
+                        fix="run the same command again") from error  # fmt: skip
+    finally:
+        ray.kill(actor)
 
 
 def run_ray(plan: CachePlan, units: Sequence[Unit]) -> None:

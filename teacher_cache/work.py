@@ -66,18 +66,21 @@ def finish_unit(plan: CachePlan, work: UnitWork, scores: Sequence[Scores]) -> tu
     masked = sum(row.masked.size for row in rows)
     chunks = sum(0 if row.chunk_logp is None else row.chunk_logp.size for row in rows)
     bare = sum(row.chunk_logp is not None and row.masked.size > 0 and row.chunk_logp.size == 0 for row in rows)
-    return rows, {"rows_without_chunks": bare, "masked": masked, "chunks": chunks, CACHE: plan.manifest.digest}
+    place = {"draw": work.unit.draw, "part": work.unit.part, CACHE: plan.manifest.digest}
+    return rows, {"rows_without_chunks": bare, "masked": masked, "chunks": chunks, **place}
 
 
 def merge_passes(spec: TargetSpec, n: int, parts: Sequence[Scores], rows_of: Sequence[np.ndarray]) -> Scores:
     """Put the rows of several passes back in the order of the `n` positions; pass i read the rows `rows_of[i]`."""
-    merged = Scores(
-        np.zeros(n, np.float32),
-        np.zeros((n, len(spec.temperatures)), np.float32),
-        np.zeros(n, np.int32) if spec.k else None,
-        np.zeros((n, spec.k), np.int32) if spec.k else None,
-        np.zeros((n, spec.k), np.float32) if spec.k else None,
+    temperatures = len(spec.temperatures)
+    topk = (
+        np.zeros(n, np.int32),
+        np.zeros((n, spec.k), np.int32),
+        np.zeros((n, spec.k), np.float32),
+        np.zeros((n, temperatures), np.float32),
+        np.zeros((n, temperatures, spec.classes), np.float32) if spec.classes > 1 else None,
     )
+    merged = Scores(np.zeros(n, np.float32), np.zeros(n, np.float32), *(topk if spec.k else ()))
     for scores, rows in zip(parts, rows_of, strict=True):
         for field in dataclasses.fields(Scores):
             target = getattr(merged, field.name)
@@ -95,12 +98,11 @@ def _row(plan: CachePlan, item: _Item, draw: int, scores: Scores) -> CacheRow:
             chunk_teacher = np.stack([view.positions, view.positions + 1], axis=1)
         else:
             chunk_student, chunk_teacher = example.chunks[item.draw.chunks, 2:], example.chunks[item.draw.chunks, :2]
-        token_logp = scores.gold_logit - scores.logsumexp[:, plan.target_spec().temperatures.index(1.0)]
-        chunk_logp = np.bincount(view.chunk_of, token_logp, minlength=len(chunk_student)).astype(np.float32)
+        chunk_logp = np.bincount(view.chunk_of, scores.gold_logp, minlength=len(chunk_student)).astype(np.float32)
     ids = top = None
-    if scores.topk_sizes is not None and scores.topk_ids is not None and scores.topk_logits is not None:
+    if scores.topk_sizes is not None and scores.topk_ids is not None and scores.topk_logp is not None:
         keep = np.arange(scores.topk_ids.shape[1]) < scores.topk_sizes[:, None]
-        ids, top = scores.topk_ids[keep], scores.topk_logits[keep]
+        ids, top = scores.topk_ids[keep], scores.topk_logp[keep]
     return CacheRow(
         example_id=example.id,
         label=example.label,
@@ -112,11 +114,13 @@ def _row(plan: CachePlan, item: _Item, draw: int, scores: Scores) -> CacheRow:
         teacher_ids=example.teacher_ids,
         teacher_masked=None if example.teacher_ids is None else view.positions,
         split=view.in_a if plan.config.noise.comp_demo else np.zeros_like(view.in_a),
-        gold_logit=scores.gold_logit,
+        gold_logp=scores.gold_logp,
         logsumexp=scores.logsumexp,
         topk_sizes=scores.topk_sizes,
         topk_ids=ids,
-        topk_logits=top,
+        topk_logp=top,
+        tail_odds=scores.tail_odds,
+        class_mass=scores.class_mass,
         chunk_student=chunk_student,
         chunk_teacher=chunk_teacher,
         chunk_logp=chunk_logp,

@@ -24,6 +24,7 @@ from teacher_cache.engines.choose import load_engine
 from teacher_cache.overlap import Source, run_pipeline
 from teacher_cache.plan import CachePlan
 from teacher_cache.progress import Progress
+from teacher_cache.tables.pilot import make_tables
 from teacher_cache.units import examples_of
 from teacher_cache.work import UnitWork
 
@@ -197,6 +198,41 @@ class _Crew:
                 member.process.join(timeout=10)
             if member.process.is_alive():
                 member.process.kill()
+
+
+def _write_tables(plan: CachePlan, result: Connection) -> None:
+    """A process of its own: score the pilot sample."""
+    try:
+        with closing(load_engine(plan)) as engine:
+            make_tables(plan, engine)
+        result.send(_Done())
+    except TideError as error:
+        result.send(_Failed(str(error)))
+
+
+def tables_by_worker(plan: CachePlan) -> None:
+    """Score the pilot sample in a process that has its GPUs to itself and gives them back. TideError where it ends."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    with _devices(0, plan.config.engine.tensor_parallel):
+        process = context.Process(target=_write_tables, args=(plan, theirs), name="tide-pilot")
+        process.start()
+    theirs.close()
+    try:
+        answer = ours.recv()
+    except EOFError:
+        answer = _Failed("")
+    finally:
+        ours.close()
+        process.join(timeout=30)
+        if process.is_alive():
+            process.terminate()
+            process.join()
+    if isinstance(answer, _Failed):
+        raise TideError(
+            answer.reason or f"the process that scored the pilot sample died (exit code {process.exitcode})",
+            fix=None if answer.reason else "run the same command again; exit code -9 is often a lack of memory",
+        )
 
 
 def run_workers(plan: CachePlan, units: Sequence[Unit]) -> None:

@@ -87,13 +87,26 @@ def prune(
     folder: Cache,
     out: Out,
     k: Annotated[int | None, typer.Option(help="Logits a position, at most.")] = None,
+    classes: Annotated[int | None, typer.Option(help="Classes of the tail.")] = None,
     draws: Annotated[int | None, typer.Option(help="Draws of every example.")] = None,
 ) -> None:
-    """A smaller cache from a larger: the very one that `tide cache` would have written."""
-    from teacher_cache.maintenance.reshape import prune_cache
+    """A smaller cache from a larger; no teacher is loaded."""
+    from teacher_cache.maintenance.prune import prune_cache
 
-    made = prune_cache(folder, out, k, draws)
-    typer.echo(f"{out}: {made.draws} draws of {made.examples:,} examples, k {made.fingerprint['targets']['k']}")
+    made = prune_cache(folder, out, k, draws, classes)
+    targets = made.fingerprint["targets"]
+    typer.echo(
+        f"{out}: {made.draws} draws of {made.examples:,} examples, k {targets['k']}, {targets['classes']} classes"
+    )
+
+
+@app.command()
+def upgrade(folder: Cache, out: Out) -> None:
+    """A cache of format 2 or 3 in today's. Nothing is computed again, so its tail stays one student-shaped class."""
+    from teacher_cache.maintenance.upgrade import upgrade_cache
+
+    made = upgrade_cache(folder, out)
+    typer.echo(f"{out}: {made.draws} draws of {made.examples:,} examples")
 
 
 @app.command()
@@ -130,10 +143,13 @@ def unpack(
 @app.command()
 def push(folder: Cache, store: Annotated[str, typer.Argument(help="s3://…, gs://…, hf://… or a path.")]) -> None:
     """Copy a cache into an object store. Run again to resume."""
+    from shared.ledger import settle_ledger
     from shared.manifest import load_manifest
     from shared.stores import Store
 
-    typer.echo(f"{store}: {Store.open(store).push(folder, load_manifest(folder)):,} shards")
+    manifest = load_manifest(folder)
+    pushed = Store.open(store).push(folder, manifest, settle_ledger(folder, manifest))
+    typer.echo(f"{store}: {pushed:,} shards")
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +17,7 @@ def train(
     teacher: TeacherName = None,
     cache_place: Annotated[
         str | None,
-        typer.Option("--cache", help="A cache, or s3://…, which is pulled first (default: caches/TEACHER)."),
+        typer.Option("--cache", help="A cache, or s3://…, read shard by shard (default: caches/TEACHER)."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder (default: runs/TEACHER).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of initial weights and of the order of the data.")] = None,
@@ -27,13 +27,13 @@ def train(
 ) -> None:
     """Stage two: train a student from a cache. Run again to resume."""
     from pipelines.recipes.read import train_config
-    from shared.stores import local_cache
+    from shared.stores import is_remote
     from student_train.training.trainer import train_student
 
-    cache_folder = None
-    if cache_place is not None:
-        cache_folder = local_cache(cache_place, Path("caches") / cache_place.rstrip("/").rpartition("/")[2])
-    settings = train_config(teacher, config, sets or [], teachers_file, cache=cache_folder, out=out, seed=seed)
+    places: dict[str, Any] = {} if cache_place is None else {"cache": Path(cache_place)}
+    if cache_place is not None and is_remote(cache_place):
+        places = {"cache": Path("caches") / cache_place.rstrip("/").rpartition("/")[2], "store": cache_place}
+    settings = train_config(teacher, config, sets or [], teachers_file, **places, out=out, seed=seed)
     metrics = train_student(settings)
     if int(os.environ.get("RANK", "0")) == 0:
         typer.echo(f"{settings.out}/model: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
@@ -55,23 +55,29 @@ def ablate(
 def fidelity(
     teacher: Annotated[str, typer.Option(help="A teacher that shares the student's tokenizer.")] = "tiny-shared",
     student: Annotated[str | None, typer.Option(help="A student's checkpoint; default: random weights.")] = None,
-    k: Annotated[list[int] | None, typer.Option(help="Repeatable; default 8, 32, 64, 256.")] = None,
+    k: Annotated[list[int] | None, typer.Option(help="Repeatable; default 16, 32, 64.")] = None,
+    classes: Annotated[list[int] | None, typer.Option(help="Of the tail; repeatable; default 1 and 64.")] = None,
+    tail: Annotated[list[str] | None, typer.Option(help="student or prior; repeatable; default both.")] = None,
     temperature: Annotated[list[float] | None, typer.Option(help="Repeatable; default 1 and 2.")] = None,
-    examples: Annotated[int, typer.Option(help="Examples of the sample.")] = 16,
+    objective: Annotated[list[str] | None, typer.Option(help="kl or tidal; repeatable; default tidal.")] = None,
+    examples: Annotated[int, typer.Option(help="Examples of the sample; half of them give the priors.")] = 32,
     model: Annotated[str | None, typer.Option(help="Path or hub id of the teacher's weights.")] = None,
     config: Recipe = None,
     teachers_file: TeachersFile = None,
     sets: Sets = None,
 ) -> None:
-    """The angle between the gradient of a top-k cache and that of full logits, for k and T on a grid."""
-    from pipelines.planning.fidelity import measure_fidelity, table
+    """The angle between the gradient of a cache and that of full logits, for k, classes, shape of the tail and T."""
+    from pipelines.planning.fidelity import Grid, measure_fidelity, table
     from pipelines.recipes.read import cache_config
     from shared.config import StudentConfig
 
     settings = cache_config(teacher, config, sets or [], teachers_file, model=model, out=Path("caches/fidelity"))
-    points = measure_fidelity(
-        settings, StudentConfig(checkpoint=student), k or [8, 32, 64, 256], temperature or [1.0, 2.0], examples
-    )
+    asked = {"ks": k, "classes": classes, "tails": tail, "temperatures": temperature, "objectives": objective}
+    for name, values, allowed in (("tail", tail, ("student", "prior")), ("objective", objective, ("kl", "tidal"))):
+        if wrong := set(values or ()) - set(allowed):
+            raise TideError(f"--{name} is {wrong.pop()!r}", expected=" or ".join(allowed))
+    grid = Grid(**{name: values for name, values in asked.items() if values})
+    points = measure_fidelity(settings, StudentConfig(checkpoint=student), grid, examples)
     typer.echo("\n".join(table(points)))
 
 

@@ -16,14 +16,18 @@ import torch
 from torch import Tensor
 
 from pipelines.conformance.result import Group, absent, load_tensors
+from shared.compact import LARGEST_ODDS
 from shared.errors import TideError
 from shared.objectives import Tidal
-from student_train.losses import calm, kl, tidal
+from student_train.losses import calm, tidal
+from student_train.losses.divergence import token_divergence
 from student_train.losses.schedules import strength, timestep_weight
+from student_train.losses.targets import TopKTargets
 
 _RELATIVE = 1e-5
 _FLOAT32 = torch.finfo(torch.float32).eps
-_TOKEN = {"kl": kl.kl, "reverse_kl": kl.reverse_kl, "tidal_kl": kl.kl, "tidal_reverse_kl": kl.reverse_kl}
+_TOKEN = {"kl": False, "reverse_kl": True, "tidal_kl": False, "tidal_reverse_kl": True}
+"""Whether the divergence is reverse."""
 _CHUNK = {
     "calm": calm.calm,
     "reverse_calm": calm.reverse_calm,
@@ -81,13 +85,15 @@ def _token_case(case: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Tenso
     logits = tensors["student_logits"].clone().requires_grad_()
     masked, temperature = tensors["masked"].bool(), case["temperature"]
     t = tensors["t"][:, None].expand(masked.shape)[masked]
-    student = torch.log_softmax(logits[masked] / temperature, dim=-1)
-    target = torch.log_softmax(tensors["teacher_logits"][masked] / temperature, dim=-1)
-    weight, settings = torch.ones_like(t), _tidal(case)
+    teacher = torch.log_softmax(tensors["teacher_logits"][masked], dim=-1)
+    ids = torch.arange(teacher.shape[1]).expand_as(teacher)
+    empty = torch.full((len(teacher),), -LARGEST_ODDS)  # k = V: nothing is outside the top-k
+    topk = TopKTargets(ids, teacher, torch.ones_like(ids, dtype=torch.bool), {temperature: empty})
+    weight, mixed, settings = torch.ones_like(t), None, _tidal(case)
     if settings is not None:
-        target = tidal.tidal_distribution(target, student, strength(settings, case["progress"], t))
+        mixed = strength(settings, case["progress"], t)
         weight = timestep_weight(settings.timestep_weight, t)
-    per_position = _TOKEN[case["objective"]](target, student)
+    per_position = token_divergence(logits[masked], topk, temperature, mixed, _TOKEN[case["objective"]])
     return temperature**2 * (weight * per_position).sum() / masked.sum(), logits
 
 

@@ -1,11 +1,13 @@
-"""`tide fidelity`: what a top-k cache costs, as the angle between its gradient and that of the teacher's full logits.
+"""`tide fidelity`: what a cache loses, as the angle between its gradient and that of the teacher's full logits.
 
-Nothing is trained. A sample is scored by the teacher with full logits; for every k and temperature on a grid the
-gradient of the objective with k + 1 buckets is set beside the one with all of the vocabulary.
+Nothing is trained. A sample is scored by the teacher with full logits. For every point of a grid it is written as a
+cache of these settings would be and read back, and the gradient of the objective is set beside the one with all of the
+vocabulary. The priors come from one half of the examples, the angles from the other.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,134 +16,164 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from tqdm import tqdm
 
-from shared.attention import full
+from pipelines.planning.recorded import take_sample
+from shared.columns import from_table, to_table
+from shared.compact import LARGEST_ODDS
 from shared.config import CacheConfig, StudentConfig
 from shared.errors import TideError
-from shared.hardware import choose_device
+from shared.manifest import Manifest
 from shared.models.checkpoint import open_checkpoint
-from shared.models.loading import load_model
 from shared.objectives import KL, Tidal
-from shared.padding import pad
-from student_train.batches.needed import needed_places
-from student_train.losses.objective import Targets, TopKTargets, objective
+from shared.schema import CacheRow, Layout
+from shared.shards import table_bytes
+from shared.vocabulary import Vocabulary
+from student_train.batches.collate import TargetReader, collate
+from student_train.losses.objective import objective
+from student_train.losses.targets import Classes, Targets, TopKTargets, rows_of
 from student_train.model.student import masked_hidden, student_for
-from teacher_cache.comp_demo import draw_for, passes, teacher_view
-from teacher_cache.plan import CachePlan, make_plan
-from teacher_cache.targets import TargetSpec, extract
-from teacher_cache.teachers.registry import Full
+from teacher_cache.maintenance.sizes import bytes_of
+from teacher_cache.plan import make_plan
 
 _PROGRESS = 0.5
+_TARGET_COLUMNS = ("topk_sizes", "topk_ranks", "topk_logp", "tail_odds", "class_mass")
+_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is varied."""
+
+    ks: Sequence[int] = (16, 32, 64)
+    classes: Sequence[int] = (1, 64)
+    tails: Sequence[str] = ("student", "prior")
+    temperatures: Sequence[float] = (1.0, 2.0)
+    objectives: Sequence[str] = ("tidal",)
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """One point of the grid. Cosines between the cached and the full gradient; `mass` of the teacher in the top-k."""
+    """One point of the grid: bytes a position on disk, the teacher's mass in the top-k, cosines between the cached and
+    the full gradient, and the ratio of their norms on the hidden states.
+    """
 
     k: int
+    classes: int
+    tail: str
+    objective: str
     temperature: float
+    size: float
     mass: float
     logits: float
     hidden: float
     head: float
+    norm: float
 
 
-def measure_fidelity(
-    config: CacheConfig, student: StudentConfig, ks: Sequence[int], temperatures: Sequence[float], examples: int
-) -> list[Fidelity]:
-    """The grid for KL with TIDAL (axis both, halfway). TideError where teacher and student share no tokenizer."""
-    plan = make_plan(config, write=False)
-    if plan.shared is None or not isinstance(plan.entry.attention, Full) or plan.entry.shift:
+@dataclass(frozen=True)
+class _Student:
+    hidden: Tensor
+    head: Tensor
+
+
+def measure_fidelity(config: CacheConfig, student: StudentConfig, grid: Grid, examples: int) -> list[Fidelity]:
+    """The grid, halfway through training. TideError where teacher and student share no tokenizer."""
+    hottest = tuple(sorted({1.0, *grid.temperatures}))
+    targets = dataclasses.replace(config.targets, signals=("topk",), temperatures=hottest)
+    plan = make_plan(dataclasses.replace(config, targets=targets), write=False)
+    if plan.shared is None:
         raise TideError(
-            f"{config.teacher} gives the student no top-k in its own vocabulary, or not under plain full attention",
-            expected="a teacher under full attention that shares the student's tokenizer",
+            f"{config.teacher} gives the student no top-k in its own vocabulary",
+            expected="a teacher that shares the student's tokenizer",
             fix="use such a teacher, as tiny-shared; chunk likelihoods are cached whole and lose nothing",
         )
-    sample = _Sample(plan, examples)
-    teacher = sample.teacher_logits(plan)
+    sample = take_sample(plan, examples)
     checkpoint = None if student.checkpoint is None else open_checkpoint(student.checkpoint)
     model = student_for(student, checkpoint, plan.student, plan.manifest)
-    hidden, head = sample.student_states(model, config.lengths.block)
-    width = min(teacher.shape[1], head.shape[0])
-    teacher, head = teacher[:, :width], head[:width]
-    points = []
-    for k, temperature in itertools.product(ks, temperatures):
-        if k > width:
-            raise TideError(f"k {k} is more than the {width} tokens of the vocabulary", expected=f"1 to {width}")
-        cached, whole = (_gradient(hidden, head, teacher, sample, size, temperature) for size in (k, width))
-        lse = torch.logsumexp(teacher / temperature, dim=1, keepdim=True)
-        mass = (teacher.topk(k, dim=1).values / temperature - lse).exp().sum(dim=1).mean()
-        pairs = zip(_spread(cached, hidden, head), _spread(whole, hidden, head), strict=True)
-        cosines = [float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0)) for a, b in pairs]
-        points.append(Fidelity(k, temperature, float(mass), *cosines))
+    points: list[Fidelity] = []
+    states: _Student | None = None
+    for k, classes in tqdm(list(itertools.product(grid.ks, grid.classes)), unit="cache", desc="fidelity"):
+        layout, rows = sample.cached(k, classes)
+        table = to_table(rows, layout)
+        size = _bytes(rows, layout)
+        rows = from_table(table, layout)
+        batch = collate(rows, plan.manifest)
+        if states is None:
+            states = _states(model, rows, plan.manifest)
+        read = TargetReader(plan.manifest, layout)(batch)
+        assert read.topk is not None and layout.vocabulary is not None
+        whole = _whole(sample.read_logits(), layout.vocabulary, hottest)
+        for tail, kind, temperature in itertools.product(grid.tails, grid.objectives, grid.temperatures):
+            settings = KL(temperature=temperature, tidal=Tidal() if kind == "tidal" else None)
+            shaped = dataclasses.replace(read.topk, student_shaped=tail == "student")
+            mass = float(torch.sigmoid(-read.topk.odds[temperature]).mean())
+            numbers = _compare(states, dataclasses.replace(read, topk=shaped), whole, settings)
+            points.append(Fidelity(k, classes, tail, kind, temperature, size, mass, *numbers))
     return points
 
 
-def _spread(gradient: Tensor, hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for logits, hidden states and head, in float64: cosines near 1 are what is asked about."""
-    exact = gradient.double()
-    return exact, exact @ head.double(), exact.T @ hidden.double()
+def _bytes(rows: list[CacheRow], layout: Layout) -> float:
+    """Bytes a position of what is kept of the top-k and its tail."""
+    found = bytes_of(table_bytes(to_table(rows, layout), layout, {}))
+    return sum(found[name] for name in _TARGET_COLUMNS) / max(1, sum(row.masked.size for row in rows))
 
 
-def _gradient(hidden: Tensor, head: Tensor, teacher: Tensor, sample: _Sample, k: int, temperature: float) -> Tensor:
-    """The objective's gradient for the student's logits, with the teacher's `k` largest logits."""
-    spec = TargetSpec(k, 1.0, tuple(sorted({1.0, temperature})))
-    _, lse, _, ids, values = extract(teacher, sample.gold, spec)
-    by_temperature = {t: lse[:, i] for i, t in enumerate(spec.temperatures)}
-    topk = TopKTargets(ids, values, torch.ones_like(ids, dtype=torch.bool), by_temperature)
-    logits = (hidden @ head.T).requires_grad_()
-    settings = KL(temperature=temperature, tidal=Tidal())
-    sums = objective(logits, Targets(sample.gold, sample.t, topk), settings, _PROGRESS)
-    (gradient,) = torch.autograd.grad(sums.distillation, logits)
-    return gradient
+@torch.no_grad()
+def _states(model: Any, rows: list[CacheRow], manifest: Manifest) -> _Student:
+    """The student's hidden states at every masked position, and its head."""
+    parts, block = [], int(manifest.fingerprint["lengths"]["block"])
+    for row in rows:
+        batch = collate([row], manifest)
+        keys = ("noised", "clean", "places", "row", "place")
+        parts.append(masked_hidden(model, *(batch[key] for key in keys), block=block))
+    return _Student(torch.cat(parts).float(), model.lm_head.weight.detach().float())
 
 
-class _Sample:
-    """The first examples of the data under their first draw, masked as a cache would have them."""
+def _whole(logits: Tensor, vocabulary: Vocabulary, temperatures: Sequence[float]) -> TopKTargets:
+    """The teacher's full logits as targets: all shared ids are in the list, nothing is outside."""
+    ids = torch.from_numpy(np.flatnonzero(vocabulary.shared)).expand(len(logits), -1)
+    logp = torch.log_softmax(logits.gather(1, ids), dim=1)
+    empty = torch.full((len(logits),), -LARGEST_ODDS)
+    classes = Classes(torch.from_numpy(np.where(vocabulary.shared, 0, -1)).long(), 1, {})
+    kept = torch.ones((), dtype=torch.bool).expand_as(ids)
+    return TopKTargets(ids, logp, kept, dict.fromkeys(temperatures, empty), classes)
 
-    def __init__(self, plan: CachePlan, examples: int) -> None:
-        self.items = [(e, draw_for(e, plan.config.noise, 0)) for e in plan.data.between(0, examples)]
-        self.items = [(e, d) for e, d in self.items if d.masked.size]
-        if not self.items:
-            raise TideError(f"no example of {plan.data.source} has a masked token", fix="take more examples")
-        gold = np.concatenate([e.student_ids[d.masked] for e, d in self.items])
-        self.gold = torch.from_numpy(gold).long()
-        self.t = torch.tensor(np.repeat([d.t for _, d in self.items], [d.masked.size for _, d in self.items])).float()
 
-    @torch.inference_mode()
-    def teacher_logits(self, plan: CachePlan) -> Tensor:
-        """Full logits at every masked position, from the one or two passes of CompDemo."""
-        device = choose_device(plan.config.engine.device)
-        model: Any = load_model(plan.checkpoint, plan.entry.architecture, torch.float32, device)
-        parts = []
-        for example, draw in self.items:
-            view = teacher_view(example, draw)
-            rows = torch.zeros(view.positions.size, model.config.vocab_size)
-            for request, places in passes(view, plan.entry.mask_id, plan.config.noise.comp_demo):
-                ids, valid = pad([request.ids])
-                output = model.model(
-                    input_ids=ids.to(device), attention_mask=full(valid).to(device), use_cache=False
-                ).last_hidden_state
-                rows[torch.from_numpy(places)] = model.lm_head(output[0, torch.from_numpy(request.read).long()]).cpu()
-            parts.append(rows)
-        return torch.cat(parts)
-
-    @torch.no_grad()
-    def student_states(self, model: Any, block: int) -> tuple[Tensor, Tensor]:
-        """Hidden states at every masked position, and the head."""
-        parts = []
-        for example, draw in self.items:
-            clean, _ = pad([example.student_ids])
-            noised = clean.clone()
-            noised[0, torch.from_numpy(draw.masked).long()] = model.config.mask_token_id
-            places, place = needed_places([draw.masked], [len(example.student_ids)], block)
-            parts.append(masked_hidden(model, noised, clean, places, torch.zeros_like(place), place, block))
-        return torch.cat(parts).float(), model.lm_head.weight.detach().float()
+def _compare(student: _Student, cached: Targets, whole: TopKTargets, settings: KL) -> tuple[float, float, float, float]:
+    """Cosines on logits, hidden states and head, and the ratio of norms on the hidden states."""
+    n = len(student.hidden)
+    heads = [torch.zeros_like(student.head) for _ in range(2)]
+    dots = torch.zeros(2, 3, dtype=torch.float64)  # on logits and hidden states: cached·whole, cached², whole²
+    for start in range(0, n, _ROWS):
+        part = slice(start, min(n, start + _ROWS))
+        hidden = student.hidden[part]
+        both = []
+        for i, topk in enumerate((cached.topk, whole)):
+            assert topk is not None
+            targets = Targets(cached.gold[part], cached.t[part], rows_of(topk, part))
+            logits = (hidden @ student.head.T).requires_grad_()
+            (gradient,) = torch.autograd.grad(objective(logits, targets, settings, _PROGRESS).distillation, logits)
+            heads[i] += gradient.T @ hidden
+            both.append((gradient, gradient @ student.head))
+        for j in range(2):
+            a, b = both[0][j].double().flatten(), both[1][j].double().flatten()
+            dots[j] += torch.stack([a @ b, a @ a, b @ b])
+    cosines = (dots[:, 0] / (dots[:, 1] * dots[:, 2]).sqrt()).tolist()
+    a, b = (head.double().flatten() for head in heads)
+    return cosines[0], cosines[1], float(a @ b / (a.norm() * b.norm())), float((dots[1, 1] / dots[1, 2]).sqrt())
 
 
 def table(points: Sequence[Fidelity]) -> list[str]:
     """The grid in lines of Markdown."""
-    lines = ["| k | T | teacher mass in top-k | cosine: logits | hidden | head |", "|---|---|---|---|---|---|"]
-    cells = ((p.k, p.temperature, p.mass, p.logits, p.hidden, p.head) for p in points)
-    return [*lines, *("| {} | {:g} | {:.3f} | {:.4f} | {:.4f} | {:.4f} |".format(*row) for row in cells)]
+    lines = [
+        "| objective | T | k | classes | tail | bytes a position | mass in top-k "
+        "| cosine: logits | hidden | head | norm |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    ordered = sorted(points, key=lambda p: (p.objective, p.temperature, p.k, p.classes, p.tail == "prior"))
+    return lines + [
+        f"| {p.objective} | {p.temperature:g} | {p.k} | {p.classes} | {p.tail} | {p.size:.0f} | {p.mass:.3f} | "
+        f"{p.logits:.4f} | {p.hidden:.4f} | {p.head:.4f} | {p.norm:.3f} |"
+        for p in ordered
+    ]

@@ -5,6 +5,7 @@ Each runs in a process of its own, so that the high-water mark of its memory is 
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import time
 from multiprocessing.connection import Connection
@@ -15,9 +16,10 @@ from rich.table import Table
 from pipelines.speed.memory import high_water
 from shared.objectives import KL, Distillation, NoDistillation, Tidal
 from student_train.losses.fused_head import LossSettings, fused_loss
-from student_train.losses.objective import Counts, Targets, TopKTargets, objective, total
+from student_train.losses.objective import Counts, objective, total
+from student_train.losses.targets import Classes, Targets, TopKTargets
 
-_ROWS, _VOCABULARY, _WIDTH, _K = 4096, 151_936, 1024, 64
+_ROWS, _VOCABULARY, _WIDTH, _K, _CLASSES = 4096, 151_936, 1024, 64, 64
 _OBJECTIVES: dict[str, Distillation] = {"CE only": NoDistillation(), "kl + TIDAL": KL(tidal=Tidal())}
 
 
@@ -62,7 +64,10 @@ def _measure(name: str, way: str, result: Connection) -> None:
 
 def _problem() -> Targets:
     ids = torch.stack([torch.randperm(_VOCABULARY)[:_K] for _ in range(64)]).repeat(_ROWS // 64, 1)
-    logits = torch.randn(_ROWS, _K).sort(dim=1, descending=True).values
-    lse = {t: torch.logsumexp(logits / t, dim=1) + 1.0 for t in (1.0, 2.0)}
-    topk = TopKTargets(ids, logits, torch.ones_like(ids, dtype=torch.bool), lse)
+    logp = torch.randn(_ROWS, _K).sort(dim=1, descending=True).values
+    odds = {t: torch.zeros(_ROWS) for t in (1.0, 2.0)}
+    prior = torch.full((_VOCABULARY,), -math.log(_VOCABULARY))
+    classes = Classes(torch.arange(_VOCABULARY) % _CLASSES, _CLASSES, {1.0: prior, 2.0: prior})
+    mass = {t: torch.full((_ROWS, _CLASSES), math.log(0.5 / _CLASSES)) for t in (1.0, 2.0)}
+    topk = TopKTargets(ids, logp, torch.ones_like(ids, dtype=torch.bool), odds, classes, mass, student_shaped=False)
     return Targets(torch.randint(0, _VOCABULARY, (_ROWS,)), torch.rand(_ROWS) * 0.9 + 0.1, topk)

@@ -15,12 +15,11 @@ from torch import Tensor
 from pipelines.recipes.read import cache_config
 from pipelines.speed.timing import side_by_side
 from shared.attention import full
-from shared.config import StudentConfig
-from shared.manifest import load_manifest
+from shared.config import StudentConfig, TrainConfig
 from shared.models.loading import random_model
 from shared.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL, Tidal
-from student_train.batches.collate import counts_of
-from student_train.batches.loader import BatchDataset
+from student_train.batches.collate import TargetReader, counts_of
+from student_train.batches.opening import open_cache
 from student_train.losses.fused_head import LossSettings
 from student_train.model.student import load_student
 from student_train.training.step import train_on_loss
@@ -51,11 +50,12 @@ def _measure(caches: dict[str, Path]) -> Table:
         "tiny-shared": [KL(), ReverseKL(), KL(tidal=Tidal())],
     }
     for name, cache in caches.items():
-        manifest = load_manifest(cache)
+        config = TrainConfig(cache=cache, batch_size=_BATCH, epochs=1.0)
+        opened = open_cache(config)
         torch.manual_seed(0)
-        model, _ = load_student(_STUDENT, cache, manifest)
-        train_on_loss(model, 32, manifest.temperatures)
-        dataset = BatchDataset(cache, manifest, batch_size=_BATCH, seed=0, epochs=1.0)
+        model, _ = load_student(_STUDENT, cache, opened.manifest)
+        train_on_loss(model, 32, TargetReader(opened.manifest, opened.layout))
+        dataset = opened.batches(config)
         batch = dataset[0]
 
         def step(settings: Distillation, model: Any = model, batch: Any = batch) -> None:

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shared.compact import EMPTY, class_log_mass
 from shared.manifest import Manifest
 from shared.padding import pad
-from shared.schema import CacheRow
+from shared.schema import CacheRow, Layout
 from student_train.batches.needed import needed_places
-from student_train.losses.objective import ChunkTargets, Counts, Targets, TopKTargets
+from student_train.losses.objective import Counts
+from student_train.losses.targets import ChunkTargets, Classes, Targets, TopKTargets
 
 Batch = dict[str, Any]
 """Tensors by name, and `chunk_host`, an array that stays in host memory wherever the tensors go."""
@@ -64,13 +66,15 @@ def _topk(rows: Sequence[CacheRow]) -> dict[str, Tensor]:
     starts = np.cumsum(sizes) - sizes
     # Padding repeats the row's first entry: a repeated id changes nothing in a set of ids.
     flat = np.where(kept, starts[:, None] + np.arange(width), starts[:, None]).astype(np.int64)
-    ids, logits = _join([r.topk_ids for r in rows]), _join([r.topk_logits for r in rows], np.float32)
-    return {
+    ids, logp = _join([r.topk_ids for r in rows]), _join([r.topk_logp for r in rows], np.float32)
+    found = {
         "topk_ids": _longs(ids[flat]),
-        "topk_logits": torch.from_numpy(logits[flat]),
+        "topk_logp": torch.from_numpy(logp[flat]),
         "topk_kept": torch.from_numpy(kept),
-        "logsumexp": torch.from_numpy(np.concatenate([r.logsumexp for r in rows])),
+        "tail_odds": torch.from_numpy(np.concatenate([r.tail_odds for r in rows if r.tail_odds is not None])),
     }
+    masses = [r.class_mass for r in rows if r.class_mass is not None]
+    return found | ({"class_mass": torch.from_numpy(np.concatenate(masses))} if masses else {})
 
 
 def _chunks(rows: Sequence[CacheRow], sizes: Sequence[int], times: np.ndarray) -> Batch:
@@ -96,17 +100,57 @@ def _chunks(rows: Sequence[CacheRow], sizes: Sequence[int], times: np.ndarray) -
     }
 
 
-def targets_of(batch: Batch, temperatures: Sequence[float]) -> Targets:
-    """The batch's targets in the form that `objective` takes."""
-    topk = chunks = None
-    if "topk_ids" in batch:
-        lse = {t: batch["logsumexp"][:, i] for i, t in enumerate(temperatures)}
-        topk = TopKTargets(batch["topk_ids"], batch["topk_logits"], batch["topk_kept"], lse)
+class TargetReader:
+    """From batches to what `objective` takes. Holds the vocabulary's tables on the device of the batches."""
+
+    def __init__(self, manifest: Manifest, layout: Layout) -> None:
+        self.temperatures = layout.temperatures
+        self._student_shaped = manifest.fingerprint["targets"]["tail"] == "student"
+        self._vocabulary = layout.vocabulary
+        self._tables: dict[torch.device, tuple[Classes, dict[float, Tensor]]] = {}
+
+    def __call__(self, batch: Batch) -> Targets:
+        """The targets of a batch."""
+        topk = self._topk(batch) if "topk_ids" in batch else None
+        return Targets(batch["gold"], batch["t"], topk, chunk_targets(batch))
+
+    def _topk(self, batch: Batch) -> TopKTargets:
+        classes, shares = self._on(batch["topk_ids"].device)
+        odds = {t: batch["tail_odds"][:, i] for i, t in enumerate(self.temperatures)}
+        mass = None
+        if "class_mass" in batch:
+            stored = batch["class_mass"]
+            levels = stored.dtype == torch.uint8
+            mass = {
+                t: class_log_mass(stored[:, i], odds[t], shares[t]) if levels else stored[:, i]
+                for i, t in enumerate(self.temperatures)
+            }
+        return TopKTargets(
+            batch["topk_ids"], batch["topk_logp"], batch["topk_kept"], odds, classes, mass, self._student_shaped
+        )
+
+    def _on(self, device: torch.device) -> tuple[Classes, dict[float, Tensor]]:
+        if device not in self._tables:
+            assert self._vocabulary is not None
+            prior = torch.from_numpy(self._vocabulary.prior)
+            log_prior = {t: prior[i].log().clamp_min(EMPTY).to(device) for i, t in enumerate(self.temperatures)}
+            class_of = torch.from_numpy(self._vocabulary.class_of).long().to(device)
+            shares = torch.from_numpy(self._vocabulary.class_prior).to(device)
+            self._tables[device] = (
+                Classes(class_of, self._vocabulary.classes, log_prior),
+                {t: shares[i] for i, t in enumerate(self.temperatures)},
+            )
+        return self._tables[device]
+
+
+def chunk_targets(batch: Batch) -> ChunkTargets | None:
+    """The batch's active chunks, where it has any column of them."""
+    chunks = None
     if "chunk_rows" in batch:
         chunks = ChunkTargets(
             batch["chunk_rows"], batch["chunk_of"], batch["chunk_logp"], batch["chunk_t"], batch["chunk_host"]
         )
-    return Targets(batch["gold"], batch["t"], topk, chunks)
+    return chunks
 
 
 def counts_of(counts: Tensor) -> Counts:

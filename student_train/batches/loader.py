@@ -9,29 +9,31 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from shared.errors import TideError
-from shared.manifest import Manifest, refuse_unfinished
+from shared.ledger import Ledger
+from shared.manifest import Manifest
 from shared.noise import generator
 from shared.schema import CacheRow, without_masks
-from shared.shards import Unit, read_shard, shard_counts
+from shared.shards import Unit
 from student_train.batches.collate import Batch, collate
+from student_train.batches.shards import ShardSource
+
+_RUN = 16
+"""Batches among which rows are sorted by length."""
 
 
 @dataclass(frozen=True)
-class _Window:
-    """Batches first … first+count−1 of an epoch come from these parts."""
+class _Epoch:
+    """The parts of an epoch in their order, window by window, and at which row of the epoch each window begins."""
 
-    parts: tuple[int, ...]
-    first: int
-    count: int
+    parts: np.ndarray
+    starts: np.ndarray
 
 
 class BatchDataset(torch.utils.data.Dataset[Batch]):
@@ -43,55 +45,43 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
 
     def __init__(
         self,
-        cache: Path,
         manifest: Manifest,
+        ledger: Ledger,
+        source: ShardSource,
         *,
         batch_size: int,
         seed: int,
         epochs: float,
         total: int | None = None,
-        window_parts: int = 8,
+        window: int = 8,
         processes: int = 1,
     ) -> None:
-        self._cache, self._manifest = cache, manifest
-        self._seed, self._window_parts = seed, window_parts
+        self._manifest, self._source = manifest, source
+        self._seed, self._window = seed, window
         self._batch_size, self._processes = batch_size * processes, processes
         self.totals: Counter[str] = Counter()
-        """Sums of the shards' counts: rows, masked positions, chunks, rows without chunks."""
-        self._rows = self._count_rows()
-        self._plan_cached = lru_cache(maxsize=4)(self._plan)
+        """Sums over the shards: rows, masked positions, chunks, rows without chunks."""
+        self._rows = np.zeros((manifest.draws, manifest.parts), np.int64)
+        for unit in manifest.units():
+            entry = ledger[unit]
+            self._rows[unit.draw, unit.part] = entry.rows
+            self.totals.update(rows=entry.rows, masked=entry.masked, chunks=entry.chunks,
+                               rows_without_chunks=entry.rows_without_chunks)  # fmt: skip
+        if (self._rows.sum(axis=1) == 0).any():
+            raise TideError("the cache has no rows", fix="build it from data whose prompts fit")
+        self._batches = -(-self._rows.sum(axis=1) // self._batch_size)
+        self._epoch_cached = lru_cache(maxsize=2)(self._epoch)
         self._read_window = lru_cache(maxsize=2)(self._read_window_uncached)
         self._total = total if total is not None else math.ceil(epochs * self.batches_in(0))
 
     def batches_in(self, epoch: int) -> int:
-        """Batches of an epoch (epochs may differ by a few, where shards differ in size)."""
-        return sum(window.count for window in self._plan_cached(epoch))
+        """Batches of an epoch."""
+        return int(self._batches[epoch % self._manifest.draws])
 
-    def _count_rows(self) -> list[list[int]]:
-        """Rows of every shard, by draw and part. Opens each one: a damaged cache is refused before training."""
-        refuse_unfinished(self._cache, self._manifest)
-        digest = self._manifest.digest
-        found = [
-            [shard_counts(Unit(draw, part).path(self._cache), digest) for part in range(self._manifest.parts)]
-            for draw in range(self._manifest.draws)
-        ]
-        counts = [[shard["rows"] for shard in shards] for shards in found]
-        for shard in (shard for shards in found for shard in shards):
-            self.totals.update({name: n for name, n in shard.items() if isinstance(n, int)})
-        if not any(map(sum, counts)):
-            raise TideError(f"the cache {self._cache} has no rows", fix="build it from data whose prompts fit")
-        return counts
-
-    def _plan(self, epoch: int) -> list[_Window]:
-        counts = self._rows[epoch % self._manifest.draws]
-        order = generator(self._seed, epoch, "parts").permutation(len(counts))
-        windows, first = [], 0
-        for i in range(0, len(order), self._window_parts):
-            parts = tuple(int(p) for p in order[i : i + self._window_parts])
-            count = math.ceil(sum(counts[p] for p in parts) / self._batch_size)
-            windows.append(_Window(parts, first, count))
-            first += count
-        return windows
+    def _epoch(self, epoch: int) -> _Epoch:
+        parts = generator(self._seed, epoch, "parts").permutation(self._manifest.parts)
+        ends = np.concatenate([[0], np.cumsum(self._rows[epoch % self._manifest.draws][parts])])
+        return _Epoch(parts, ends[: len(parts) : self._window])
 
     def __len__(self) -> int:
         return self._total * self._processes
@@ -105,29 +95,49 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
         another has too, with nothing of it masked.
         """
         index, part = divmod(index, self._processes)
-        epoch = 0
-        while index >= (count := self.batches_in(epoch)):
-            index -= count
-            epoch += 1
-        window = next(w for w in self._plan_cached(epoch) if index < w.first + w.count)
-        rows, batches = self._read_window(epoch, window)
-        mine = batches[index - window.first][part :: self._processes]
-        if not mine:
-            return [without_masks(rows[batches[index - window.first][0]])]
-        return [rows[i] for i in mine]
+        cycle, index = divmod(index, int(self._batches.sum()))
+        draw = int(np.searchsorted(np.cumsum(self._batches), index, side="right"))
+        batch = index - int(self._batches[:draw].sum())
+        whole = self._slice(cycle * self._manifest.draws + draw, batch * self._batch_size, self._batch_size)
+        mine = whole[part :: self._processes]
+        return mine or [without_masks(whole[0])]
 
-    def _read_window_uncached(self, epoch: int, window: _Window) -> tuple[list[CacheRow], list[list[int]]]:
-        draw = epoch % self._manifest.draws
-        temperatures = self._manifest.temperatures
-        rows = [r for p in window.parts for r in read_shard(Unit(draw, p).path(self._cache), temperatures)]
-        stream = generator(self._seed, epoch, window.first, "rows")
-        return rows, list(self._batches([len(r.student_ids) for r in rows], stream))
+    def _slice(self, epoch: int, start: int, count: int) -> list[CacheRow]:
+        """`count` rows of an epoch from its row number `start` on: of one window, or of two that meet."""
+        starts = self._epoch_cached(epoch).starts
+        number = int(np.searchsorted(starts, start, side="right")) - 1
+        found: list[CacheRow] = []
+        while len(found) < count and number < len(starts):
+            rows = self._read_window(epoch, number)
+            first = max(0, start + len(found) - int(starts[number]))
+            found += rows[first : first + count - len(found)]
+            number += 1
+        return found
 
-    def _batches(self, lengths: list[int], stream: np.random.Generator) -> Iterator[list[int]]:
-        """Shuffle, then sort by length inside runs of 16 batches, then shuffle the batches."""
-        order = stream.permutation(len(lengths))
-        span = 16 * self._batch_size
-        runs = [order[i : i + span] for i in range(0, len(order), span)]
-        by_length = [i for run in runs for i in sorted(run, key=lambda i: lengths[i])]
-        batches = [by_length[i : i + self._batch_size] for i in range(0, len(by_length), self._batch_size)]
-        return ([int(i) for i in batches[b]] for b in stream.permutation(len(batches)))
+    def _parts(self, epoch: int, number: int) -> list[Unit]:
+        chosen = self._epoch_cached(epoch).parts[number * self._window : (number + 1) * self._window]
+        return [Unit(epoch % self._manifest.draws, int(part)) for part in chosen]
+
+    def _read_window_uncached(self, epoch: int, number: int) -> list[CacheRow]:
+        """The rows of a window in the order in which they are trained on."""
+        units = self._parts(epoch, number)
+        self._source.soon(units)
+        rows = [row for unit in units for row in self._source.rows(unit)]
+        self._source.soon(self._parts(epoch, number + 1) or self._parts(epoch + 1, 0))
+        begun = -int(self._epoch_cached(epoch).starts[number]) % self._batch_size
+        stream = generator(self._seed, epoch, number, "rows")
+        return [rows[i] for i in self._order([len(row.student_ids) for row in rows], begun, stream)]
+
+    def _order(self, lengths: list[int], begun: int, stream: np.random.Generator) -> list[int]:
+        """Shuffled; then, but for the `begun` rows that fill up the last window's batch, sorted by length inside runs
+        of 16 batches, and whole batches shuffled.
+        """
+        order = [int(i) for i in stream.permutation(len(lengths))]
+        head, rest = order[:begun], order[begun:]
+        span = _RUN * self._batch_size
+        by_length = [
+            i for at in range(0, len(rest), span) for i in sorted(rest[at : at + span], key=lengths.__getitem__)
+        ]
+        whole = len(by_length) // self._batch_size * self._batch_size
+        batches = [by_length[at : at + self._batch_size] for at in range(0, whole, self._batch_size)]
+        return head + [i for b in stream.permutation(len(batches)) for i in batches[b]] + by_length[whole:]

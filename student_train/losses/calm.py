@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from student_train.losses.buckets import at_least_float32, complement_logsumexp, log1mexp
+from student_train.losses.log_masses import at_least_float32, complement_logsumexp, log1mexp
 
 TEACHER_BOUND = 1e-7
 

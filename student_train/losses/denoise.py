@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from student_train.losses.buckets import at_least_float32
+from student_train.losses.log_masses import at_least_float32
 
 
 def denoise(logits: Float[Tensor, "n vocab"], gold: Int[Tensor, " n"], t: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

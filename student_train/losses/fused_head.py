@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shared.objectives import Distillation
-from student_train.losses.objective import Counts, Sums, Targets, objective, slice_targets, total
+from student_train.losses.objective import Counts, Sums, objective, slice_targets, total
+from student_train.losses.targets import Targets
 
 _LOGITS_PER_SLICE = 1 << 24
 """Numbers in one slice's logits: 64 MiB in float32."""

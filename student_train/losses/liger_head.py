@@ -14,7 +14,8 @@ from torch import Tensor
 
 from shared.objectives import Calm, Distillation, NoDistillation, ReverseCalm
 from student_train.losses.fused_head import LossSettings
-from student_train.losses.objective import Sums, Targets, gold_objective, total
+from student_train.losses.objective import Sums, gold_objective, total
+from student_train.losses.targets import Targets
 
 
 def liger_installed() -> bool:

@@ -6,55 +6,22 @@ batches and processes and divides once, so that the gradient is that of one larg
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from shared.objectives import KL, Calm, ChunkObjective, Distillation, NoDistillation, ReverseCalm, ReverseKL
-from student_train.losses import calm, denoise, kl, tidal
-from student_train.losses.buckets import at_least_float32, student_buckets, teacher_buckets
+from student_train.losses import calm, denoise, tidal
+from student_train.losses.divergence import token_divergence
+from student_train.losses.log_masses import at_least_float32
 from student_train.losses.schedules import strength, timestep_weight
-
-
-@dataclass(frozen=True)
-class TopKTargets:
-    """The teacher at each masked position. `kept` is False at padding, where `ids` repeats a kept id of the row."""
-
-    ids: Int[Tensor, "n k"]
-    logits: Float[Tensor, "n k"]
-    kept: Bool[Tensor, "n k"]
-    logsumexp: Mapping[float, Float[Tensor, " n"]]
-    """By temperature, over all of the teacher's logits."""
-
-
-@dataclass(frozen=True)
-class ChunkTargets:
-    """Active chunks. Token j of the chunks stands at masked row `rows[j]` and belongs to chunk `chunk_of[j]`.
-
-    Both rise with j. `host` is the two as rows of one array in host memory, where there is one: to cut slices without
-    waiting for the device.
-    """
-
-    rows: Int[Tensor, " tokens"]
-    chunk_of: Int[Tensor, " tokens"]
-    teacher_logp: Float[Tensor, " chunks"]
-    t: Float[Tensor, " chunks"]
-    host: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Targets:
-    """All that the losses need to know about a batch, besides the student's logits at its masked positions."""
-
-    gold: Int[Tensor, " n"]
-    t: Float[Tensor, " n"]
-    topk: TopKTargets | None = None
-    chunks: ChunkTargets | None = None
+from student_train.losses.targets import ChunkTargets, Targets, rows_of
 
 
 @dataclass(frozen=True)
@@ -115,9 +82,7 @@ def slice_targets(targets: Targets, size: int) -> Iterator[tuple[slice, Targets]
         part = slice(start, end)
         topk = None
         if targets.topk is not None:
-            all_ = targets.topk
-            lse = {t: values[part] for t, values in all_.logsumexp.items()}
-            topk = TopKTargets(all_.ids[part], all_.logits[part], all_.kept[part], lse)
+            topk = rows_of(targets.topk, part)
         own = chunks
         if chunks is not None and len(edges) > 2:
             own = _slice_chunks(chunks, host, start, end)
@@ -163,19 +128,16 @@ def _token_term(
     logits: Float[Tensor, "n vocab"], targets: Targets, settings: KL | ReverseKL, progress: float
 ) -> Float[Tensor, ""]:
     topk, temperature = targets.topk, settings.temperature
-    if topk is None or temperature not in topk.logsumexp:
+    if topk is None or temperature not in topk.odds:
         raise ValueError(f"the batch has no top-k targets at temperature {temperature}")
-    student = student_buckets(logits, topk.ids, topk.kept, temperature)
-    target = teacher_buckets(topk.logits, topk.kept, topk.logsumexp[temperature], temperature, logits.shape[1])
-    # Both sides must agree on which buckets hold anything: the student's tail is empty where its whole
-    # vocabulary is in the list.
-    target = torch.where(student.detach() <= -1e29, student.detach(), target)
-    weight = torch.ones_like(targets.t)
+    weight, mixed = torch.ones_like(targets.t), None
     if settings.tidal is not None:
-        target = tidal.tidal_distribution(target, student, strength(settings.tidal, progress, targets.t))
+        mixed = strength(settings.tidal, progress, targets.t)
         weight = timestep_weight(settings.tidal.timestep_weight, targets.t)
-    divergence = kl.kl if isinstance(settings, KL) else kl.reverse_kl
-    return temperature**2 * (weight * divergence(target, student)).sum()
+    if settings.tail != "cache":
+        topk = dataclasses.replace(topk, student_shaped=settings.tail == "student")
+    values = token_divergence(logits, topk, temperature, mixed, isinstance(settings, ReverseKL))
+    return temperature**2 * (weight * values).sum()
 
 
 def _chunk_term(

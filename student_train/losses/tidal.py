@@ -1,4 +1,7 @@
-"""TIDAL's interpolated targets (TIDE §2.1): between the student and the teacher, constant for the gradient."""
+"""TIDAL's targets over chunk probabilities (TIDE §2.1): between student and teacher, constant for the gradient.
+
+Over token distributions the mixture is made where the logits are (`divergence`).
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from student_train.losses.calm import bound_probability
-
-
-@torch.no_grad()
-def tidal_distribution(
-    log_teacher: Float[Tensor, "n buckets"], log_student: Float[Tensor, "n buckets"], strength: Float[Tensor, " n"]
-) -> Float[Tensor, "n buckets"]:
-    """Log of r = softmax((1 − λ)·s/T + λ·z/T), from log-probabilities at T.
-
-    Over a top-k with its tail this is exact: inside the tail teacher and student are proportional, so their
-    geometric mixture acts on the tail's mass as a whole.
-    """
-    mixed = (1 - strength[:, None]) * log_student + strength[:, None] * log_teacher
-    return torch.log_softmax(mixed, dim=-1)
 
 
 @torch.no_grad()

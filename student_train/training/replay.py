@@ -17,7 +17,7 @@ import torch
 from shared.config import TrainConfig
 from shared.errors import TideError
 from shared.settings import build
-from student_train.batches.collate import Batch, targets_of
+from student_train.batches.collate import Batch
 from student_train.losses.fused_head import LossSettings
 from student_train.losses.objective import objective
 from student_train.training.resumable import complete_checkpoints
@@ -64,7 +64,7 @@ def _describe(trainer: Any, model: Any, batch: Batch, how: LossSettings, note: d
     weights = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
     logits = model(batch=batch).float()
     bad_rows = (~torch.isfinite(logits).all(dim=1)).nonzero().squeeze(1).tolist()
-    sums = objective(logits, targets_of(batch, trainer.temperatures), how.distillation, how.progress)
+    sums = objective(logits, trainer.read_targets(batch), how.distillation, how.progress)
     wrong = {
         k: int((~torch.isfinite(v)).sum()) for k, v in batch.items() if torch.is_tensor(v) and v.is_floating_point()
     }

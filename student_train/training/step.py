@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
-from student_train.batches.collate import Batch, targets_of
+from student_train.batches.collate import Batch, TargetReader
 from student_train.losses.fused_head import LossSettings, fused_loss
 from student_train.losses.liger_head import liger_loss
-from student_train.losses.objective import Sums, Targets
+from student_train.losses.objective import Sums
+from student_train.losses.targets import Targets
 from student_train.model.student import masked_hidden
 
 
-def train_on_loss(model: Any, block: int, temperatures: Sequence[float], liger: bool = False) -> None:
+def train_on_loss(model: Any, block: int, read: TargetReader, liger: bool = False) -> None:
     """From now on `model(batch=…, settings=…)` returns the loss and its sums; without settings, the logits at the
     masked positions. `liger`: by Liger's kernel rather than in slices.
 
@@ -28,11 +28,7 @@ def train_on_loss(model: Any, block: int, temperatures: Sequence[float], liger: 
     def forward(self: Any, batch: Batch, settings: LossSettings | None = None) -> Any:
         keys = ("noised", "clean", "places", "row", "place")
         hidden = masked_hidden(self, *(batch[key] for key in keys), block=block)
-        return (
-            self.lm_head(hidden)
-            if settings is None
-            else self.lm_head(hidden, targets_of(batch, temperatures), settings)
-        )
+        return self.lm_head(hidden) if settings is None else self.lm_head(hidden, read(batch), settings)
 
     def head(
         self: Any, hidden: Tensor, targets: Targets | None = None, settings: LossSettings | None = None

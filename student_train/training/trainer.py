@@ -19,13 +19,13 @@ from shared.atomic import write_bytes
 from shared.config import LengthConfig, TrainConfig
 from shared.errors import TideError
 from shared.hardware import hardware_line
-from shared.manifest import Manifest, load_manifest
+from shared.manifest import Manifest
 from shared.objectives import KL, ReverseKL
 from shared.processes import part
 from shared.settings import build
 from shared.tokenizers import Tokenizer
-from student_train.batches.collate import Batch, counts_of, targets_of
-from student_train.batches.loader import BatchDataset
+from student_train.batches.collate import Batch, TargetReader, counts_of
+from student_train.batches.opening import open_cache
 from student_train.losses.fused_head import LossSettings
 from student_train.losses.objective import parts_of
 from student_train.losses.schedules import training_strength
@@ -50,10 +50,16 @@ class StudentTrainer(ResumableTrainer):
     """Trains on whole batches; sums are divided once, by counts over all accumulated batches."""
 
     def __init__(
-        self, *args: Any, config: TrainConfig, manifest: Manifest, block: int, heldout: HeldOut | None, **kwargs: Any
+        self,
+        *args: Any,
+        config: TrainConfig,
+        block: int,
+        heldout: HeldOut | None,
+        read_targets: TargetReader,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._config, self._manifest, self._block, self._heldout = config, manifest, block, heldout
+        self._config, self._block, self._heldout, self.read_targets = config, block, heldout, read_targets
         self._watch, self._batches_done = Watch(), 0
         self.at_item: Callable[[int, Any, Batch, LossSettings], None] | None = None
         """Called before each batch with its number in the run, for `tide replay`."""
@@ -62,11 +68,6 @@ class StudentTrainer(ResumableTrainer):
     def block(self) -> int:
         """Block of the student's block diffusion."""
         return self._block
-
-    @property
-    def temperatures(self) -> tuple[float, ...]:
-        """Temperatures that the cache has."""
-        return self._manifest.temperatures
 
     @property
     def progress(self) -> float:
@@ -102,8 +103,7 @@ class StudentTrainer(ResumableTrainer):
         with torch.no_grad():
             mass = None
             if isinstance(config.distillation, KL | ReverseKL):
-                topk = targets_of(inputs, self._manifest.temperatures).topk
-                mass = mass_in_topk(topk, config.distillation.temperature)
+                mass = mass_in_topk(self.read_targets(inputs).topk, config.distillation.temperature)
             self._watch.add(self._item, loss, parts_of(sums, counts, config.distillation), inputs, mass)
         self._batches_done += 1
         return loss * self.accelerator.num_processes
@@ -151,22 +151,15 @@ def make_trainer(config: TrainConfig) -> tuple[StudentTrainer, Tokenizer]:
     check_trackers(config.report_to)
     check_hardware(config)
     config = settle_precision(config)
-    manifest = load_manifest(config.cache)
+    opened = open_cache(config)
+    manifest = opened.manifest
     check_objective(config.distillation, manifest, config.cache)
     lengths = build(LengthConfig, manifest.fingerprint["lengths"])
     set_seed(config.seed)
     model, tokenizer = load_student(settle_attention(config), config.cache, manifest)
     _check_ids(model, manifest)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    dataset = BatchDataset(
-        config.cache,
-        manifest,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        epochs=config.epochs,
-        total=config.max_steps * config.accumulation if config.max_steps > 0 else None,
-        processes=processes,
-    )
+    dataset = opened.batches(config, processes)
     check_targets(config.distillation, dataset.totals, config.cache)
     steps = math.ceil(len(dataset) / (config.accumulation * processes))
     heldout = None
@@ -176,7 +169,8 @@ def make_trainer(config: TrainConfig) -> tuple[StudentTrainer, Tokenizer]:
         warn_of_overlap(heldout, config.cache, manifest)
     if int(os.environ.get("RANK", "0")) == 0:
         settle_run_folder(config, manifest, processes)
-    train_on_loss(model, lengths.block, manifest.temperatures, uses_liger(config))
+    read_targets = TargetReader(manifest, opened.layout)
+    train_on_loss(model, lengths.block, read_targets, uses_liger(config))
     trainer = StudentTrainer(
         model=model,
         args=_arguments(config, steps, heldout is not None),
@@ -184,9 +178,9 @@ def make_trainer(config: TrainConfig) -> tuple[StudentTrainer, Tokenizer]:
         eval_dataset=dataset if heldout is not None else None,
         data_collator=_only,
         config=config,
-        manifest=manifest,
         block=lengths.block,
         heldout=heldout,
+        read_targets=read_targets,
     )
     return trainer, tokenizer
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from shared.atomic import write_bytes
 from shared.errors import TideError
 from student_train.batches.collate import Batch
-from student_train.losses.objective import TopKTargets
+from student_train.losses.targets import TopKTargets
 
 NONFINITE = "nonfinite"
 _NAMES = ("denoise", "distillation", "batches", "tokens", "masked", "chunks", "mass", "mass_rows")
@@ -68,10 +68,7 @@ class Watch:
 
 def mass_in_topk(topk: TopKTargets | None, temperature: float) -> Tensor | None:
     """The teacher's probability inside its cached top-k at `temperature`, one value per masked position."""
-    if topk is None or temperature not in topk.logsumexp:
-        return None
-    inside = (topk.logits.float() / temperature - topk.logsumexp[temperature][:, None]).exp()
-    return (inside * topk.kept).sum(dim=1)
+    return None if topk is None or temperature not in topk.odds else torch.sigmoid(-topk.odds[temperature])
 
 
 def stop_at_nonfinite(out: Path, step: int, number: int, rows: list[Any], batch: Batch) -> TideError:

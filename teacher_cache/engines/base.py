@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+from jaxtyping import Float, Int
+
 from teacher_cache.comp_demo import Request
 from teacher_cache.targets import Scores
 
@@ -15,6 +18,14 @@ class Engine(Protocol):
 
     def score(self, requests: Sequence[Request]) -> list[Scores]:
         """Scores of each request, in order; the LM head runs at the requests' read positions only."""
+        ...
+
+    def outside(self, requests: Sequence[Request]) -> Float[np.ndarray, "temperatures vocab"]:
+        """Sums over all read positions of each token's probability outside of the top-k, by temperature (float64)."""
+        ...
+
+    def use_classes(self, class_of: Int[np.ndarray, " vocab"]) -> None:
+        """From now on scores hold the masses of these classes (−1: a token in none); one class: none."""
         ...
 
     def close(self) -> None:

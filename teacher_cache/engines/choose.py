@@ -10,14 +10,23 @@ from teacher_cache.plan import CachePlan
 
 
 def load_engine(plan: CachePlan) -> Engine:
-    """The engine that the configuration names, with the teacher loaded."""
-    settings = plan.config.engine
-    if settings.type == "vllm":
-        from teacher_cache.engines.vllm_engine.engine import VllmEngine
+    """The engine that the configuration names, with the teacher loaded, and the classes of the plan's tables."""
+    engine = _vllm(plan) if plan.config.engine.type == "vllm" else _transformers(plan)
+    if plan.vocabulary is not None:
+        engine.use_classes(plan.vocabulary.class_of)
+    return engine
 
-        return VllmEngine(
-            plan.checkpoint, plan.entry, plan.target_spec(), settings, plan.longest_pass, plan.shared_ids()
-        )
+
+def _vllm(plan: CachePlan) -> Engine:
+    from teacher_cache.engines.vllm_engine.engine import VllmEngine
+
+    return VllmEngine(
+        plan.checkpoint, plan.entry, plan.target_spec(), plan.config.engine, plan.longest_pass, plan.shared_ids()
+    )
+
+
+def _transformers(plan: CachePlan) -> Engine:
+    settings = plan.config.engine
     model = load_model(
         plan.checkpoint,
         plan.entry.architecture,

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 
 from teacher_cache.comp_demo import Request
 from teacher_cache.engines.base import token_budget_batches
 from teacher_cache.engines.inputs import build_inputs, width_of
-from teacher_cache.targets import Scores, TargetSpec, excluded_ids, extract
+from teacher_cache.targets import (
+    Reading,
+    Scores,
+    TargetSpec,
+    excluded_ids,
+    extract,
+    member_matrix,
+    outside_mass,
+    scores_of,
+)
 from teacher_cache.teachers.registry import Attention
 
 
@@ -42,6 +52,7 @@ class TransformersEngine:
         self._excluded = None
         if shared_ids is not None:
             self._excluded = torch.from_numpy(excluded_ids(shared_ids, model.config.vocab_size))
+        self._members: torch.Tensor | None = None
         self.forward_rows = 0
         """Rows for which the LM head ran, for the benchmark."""
 
@@ -50,46 +61,85 @@ class TransformersEngine:
         """Where the inputs go."""
         return self._model.get_input_embeddings().weight.device
 
+    def use_classes(self, class_of: Int[np.ndarray, " vocab"]) -> None:
+        """From now on scores hold the masses of these classes (see `Engine`)."""
+        classes = int(class_of.max()) + 1
+        self._spec = dataclasses.replace(self._spec, classes=classes)
+        self._members = member_matrix(class_of, classes) if classes > 1 else None
+
     @torch.inference_mode()
     def score(self, requests: Sequence[Request]) -> list[Scores]:
         """Scores of each request, in order (see `Engine`)."""
         results: list[Scores | None] = [None] * len(requests)
-        widths = [width_of(self._attention, request) for request in requests]
-        for batch in token_budget_batches(widths, self._tokens_per_batch):
+        for batch in self._batches(requests):
             for i, scores in zip(batch, self._score_batch([requests[i] for i in batch]), strict=True):
                 results[i] = scores
         return [scores for scores in results if scores is not None]
 
+    @torch.inference_mode()
+    def outside(self, requests: Sequence[Request]) -> Float[np.ndarray, "temperatures vocab"]:
+        """Sums of probabilities outside of the top-k (see `Engine`)."""
+        total = np.zeros((len(self._spec.temperatures), self._model.config.vocab_size))
+        for batch in self._batches(requests):
+            for logits, gold in self._logits([requests[i] for i in batch]):
+                reading = extract(logits, gold, dataclasses.replace(self._spec, classes=1), self._shared_only(logits))
+                shared = self._without_excluded(logits)
+                for i, temperature in enumerate(self._spec.temperatures):
+                    mass, _ = outside_mass(shared, reading.ids, reading.sizes, temperature)
+                    total[i] += mass.sum(dim=0).double().cpu().numpy()
+        return total
+
+    @torch.inference_mode()
+    def logits(self, requests: Sequence[Request]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Full logits in float32 and gold ids at the read positions of each request, in host memory."""
+        found = []
+        for request in requests:
+            parts = [(logits.float().cpu(), gold.cpu()) for logits, gold in self._logits([request])]
+            found.append((torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])))
+        return found
+
     def close(self) -> None:
         """Nothing to give back: the model goes with the engine."""
 
-    def _score_batch(self, requests: Sequence[Request]) -> list[Scores]:
+    def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
+        return token_budget_batches([width_of(self._attention, r) for r in requests], self._tokens_per_batch)
+
+    def _logits(self, requests: Sequence[Request]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Logits and gold ids at the read positions of one batch, some rows at a time."""
         inputs = build_inputs(self._attention, requests).to(self.device)
         output = self._model.model(
             input_ids=inputs.ids, attention_mask=inputs.mask, position_ids=inputs.positions, use_cache=False
         )
-        sizes = [len(r.read) for r in requests]
         last = output.last_hidden_state  # under a device map on the last layer's device
-        row = torch.from_numpy(np.repeat(np.arange(len(requests)), sizes)).to(last.device)
+        row = torch.from_numpy(np.repeat(np.arange(len(requests)), [len(r.read) for r in requests])).to(last.device)
         gold = torch.from_numpy(np.concatenate([r.gold for r in requests])).long()
         hidden = last[row, inputs.columns.to(last.device) - self._shift]
-        parts = [
-            self._extract(hidden[part], gold[part])
-            for part in (slice(i, i + self._head_rows) for i in range(0, len(gold), self._head_rows))
-        ]
         self.forward_rows += len(gold)
-        columns = [torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)]
-        return [
-            self._pack(*cells) for cells in zip(*(np.split(c, np.cumsum(sizes)[:-1]) for c in columns), strict=True)
-        ]
+        for i in range(0, len(gold), self._head_rows):
+            logits = self._model.lm_head(hidden[i : i + self._head_rows])
+            yield logits, gold[i : i + self._head_rows].to(logits.device)
 
-    def _extract(self, hidden: torch.Tensor, gold: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        logits = self._model.lm_head(hidden)
+    def _score_batch(self, requests: Sequence[Request]) -> list[Scores]:
+        parts = []
+        for logits, gold in self._logits(requests):
+            if self._members is not None:
+                self._members = self._members.to(logits.device)
+            parts.append(extract(logits, gold, self._spec, self._shared_only(logits), self._members))
+        ends = np.cumsum([len(r.read) for r in requests])[:-1]
+        columns = [
+            np.split(torch.cat([getattr(part, field.name) for part in parts]).cpu().numpy(), ends)
+            for field in dataclasses.fields(Reading)
+        ]
+        return [scores_of([*cells[:2], cells[2].astype(np.int32), cells[3].astype(np.int32), *cells[4:]], self._spec)
+                for cells in zip(*columns, strict=True)]  # fmt: skip
+
+    def _shared_only(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """The ids that are left out, where the logits are."""
         if self._excluded is not None:
             self._excluded = self._excluded.to(logits.device)
-        return extract(logits, gold.to(logits.device), self._spec, self._excluded)
+        return self._excluded
 
-    def _pack(self, gold: np.ndarray, lse: np.ndarray, sizes: np.ndarray, ids: np.ndarray, top: np.ndarray) -> Scores:
-        if not self._spec.k:
-            return Scores(gold, lse, None, None, None)
-        return Scores(gold, lse, sizes.astype(np.int32), ids.astype(np.int32), top)
+    def _without_excluded(self, logits: torch.Tensor) -> torch.Tensor:
+        excluded = self._shared_only(logits)
+        logits = logits.float()
+        return logits if excluded is None or not excluded.numel() else logits.index_fill(1, excluded, -torch.inf)

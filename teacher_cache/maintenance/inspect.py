@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from shared.checking import in_processes
 from shared.manifest import Manifest, load_manifest
-from shared.schema import CacheRow
+from shared.schema import CacheRow, Layout
 from shared.shards import Unit, finished_units, read_shard
 from teacher_cache.maintenance.sizes import column_bytes
 
@@ -31,33 +33,52 @@ class Inspection:
     """Mean teacher mass inside the top-k at each stored temperature; empty without the signal."""
     kept: float = 0.0
     """Mean logits kept per position."""
+    positions: int = 0
+    """Positions with a top-k."""
     chunk_tokens: Counter[tuple[int, int]] = field(default_factory=Counter)
     """How many chunks have so many teacher and student tokens."""
     likelihoods: np.ndarray = field(default_factory=lambda: np.zeros((5, 7), np.int64))
     """Chunks by t (rows) and log-likelihood (columns, edges `LOGP_EDGES`)."""
     bytes_by_column: Counter[str] = field(default_factory=Counter)
 
+    def add(self, other: Inspection) -> None:
+        """Add the sums over other rows."""
+        for name in ("rows", "masked", "chunks", "kept", "positions"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.masked_by_t += other.masked_by_t
+        self.likelihoods += other.likelihoods
+        for t, mass in other.mass.items():
+            self.mass[t] = self.mass.get(t, 0.0) + mass
+        self.chunk_tokens.update(other.chunk_tokens)
+        self.bytes_by_column.update(other.bytes_by_column)
+
 
 def inspect_cache(folder: Path) -> Inspection:
-    """Read every finished shard of the cache at `folder`, one at a time. TideError where it is no cache."""
+    """Read every finished shard of the cache at `folder`, in several processes. TideError where it is no cache."""
     manifest = load_manifest(folder)
-    found = Inspection(manifest, finished_units(folder))
-    masses = dict.fromkeys(manifest.temperatures, 0.0)
-    kept = positions = 0
-    for unit in found.units:
-        path = unit.path(folder)
-        found.bytes_by_column.update(column_bytes(path))
-        for row in read_shard(path, manifest.temperatures):
-            _count(found, row)
-            if row.topk_sizes is not None and row.topk_logits is not None:
-                kept += int(row.topk_sizes.sum())
-                positions += row.topk_sizes.size
-                owner = np.repeat(np.arange(row.topk_sizes.size), row.topk_sizes)
-                for i, t in enumerate(masses):
-                    masses[t] += float(np.exp(row.topk_logits / t - row.logsumexp[owner, i]).sum())
-    if positions:
-        found.mass = {t: total / positions for t, total in masses.items()}
-        found.kept = kept / positions
+    layout, units = manifest.layout(folder), finished_units(folder)
+    found = Inspection(manifest, units)
+    for part in in_processes(partial(_inspect_shard, folder, manifest, layout), units, "inspect"):
+        found.add(part)
+    if found.positions:
+        found.mass = {t: total / found.positions for t, total in found.mass.items()}
+        found.kept /= found.positions
+    return found
+
+
+def _inspect_shard(folder: Path, manifest: Manifest, layout: Layout, unit: Unit) -> Inspection:
+    """The sums over one shard."""
+    path = unit.path(folder)
+    found = Inspection(manifest, [unit])
+    found.bytes_by_column.update(column_bytes(path))
+    for row in read_shard(path, layout):
+        _count(found, row)
+        if row.topk_sizes is not None and row.tail_odds is not None:
+            found.kept += int(row.topk_sizes.sum())
+            found.positions += row.topk_sizes.size
+            inside = (1 / (1 + np.exp(row.tail_odds.astype(np.float64)))).sum(axis=0)
+            for t, mass in zip(manifest.temperatures, inside.tolist(), strict=True):
+                found.mass[t] = found.mass.get(t, 0.0) + mass
     return found
 
 
@@ -88,7 +109,10 @@ def describe(found: Inspection) -> str:
     ]
     if found.mass:
         masses = ", ".join(f"{mass:.3f} at T = {t:g}" for t, mass in found.mass.items())
+        targets = fingerprint["targets"]
+        tail = f"{targets['classes']} classes" if targets["classes"] > 1 else "one class"
         lines.append(f"top-k: {found.kept:.1f} logits a position, teacher mass {masses}")
+        lines.append(f"tail: {tail}, shaped by the {targets['tail']}; values as {targets['values']}")
     if found.chunks:
         common = ", ".join(f"{t}:{s} {n / found.chunks:.1%}" for (t, s), n in found.chunk_tokens.most_common(6))
         lines.append(f"chunks, teacher tokens : student tokens: {common}")

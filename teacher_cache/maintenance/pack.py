@@ -18,7 +18,9 @@ from tqdm import tqdm
 
 from shared.atomic import write_atomically
 from shared.errors import TideError
+from shared.ledger import LEDGER, settle_ledger
 from shared.manifest import MANIFEST, load_manifest, refuse_unfinished
+from shared.vocabulary import TABLES
 
 CHECKSUMS = "checksums.json"
 _CHUNK = 1 << 20
@@ -29,8 +31,9 @@ def pack_cache(cache: Path, archive: Path) -> int:
     """Write the cache to `archive`; its number of files. TideError where the cache is not finished."""
     manifest = load_manifest(cache)
     refuse_unfinished(cache, manifest)
-    others = [path for path in sorted(cache.glob("*_tokenizer/*")) if path.is_file()]
-    files = [cache / MANIFEST, *others, *(unit.path(cache) for unit in manifest.units())]
+    settle_ledger(cache, manifest)
+    others = [path for path in sorted([*cache.glob("*_tokenizer/*"), *cache.glob(f"{TABLES}/*")]) if path.is_file()]
+    files = [cache / MANIFEST, cache / LEDGER, *others, *(unit.path(cache) for unit in manifest.units())]
     sums = {}
     for path in tqdm(files, unit="file", desc="checksums"):
         sums[path.relative_to(cache).as_posix()] = {"sha256": _sha256(path), "bytes": path.stat().st_size}

@@ -1,6 +1,6 @@
 """Another cache out of finished ones: a smaller one (`tide prune`), or one of several (`tide merge`).
 
-Tables are cut and copied as they are: no number is decoded and rounded again.
+Shards that stay what they are keep their very bytes where they may: their file is linked (or copied) as it is.
 """
 
 from __future__ import annotations
@@ -8,58 +8,39 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from tqdm import tqdm
 
 from shared.atomic import write_bytes
 from shared.errors import TideError
+from shared.ledger import Entry, load_ledger, note, settle_ledger, whole_ledger
 from shared.manifest import Manifest, differences, load_manifest, refuse_unfinished
-from shared.shards import CACHE, Unit, finished_units, read_table, shard_counts, write_table
+from shared.shards import CACHE, Unit, finished_units, read_table, refuse_other_cache, write_table
+from shared.vocabulary import TABLES
 
 
-def prune_cache(source: Path, target: Path, k: int | None = None, draws: int | None = None) -> Manifest:
-    """A cache with at most `k` logits a position and the first `draws` draws: byte for byte the one that `tide cache`
-    writes with these settings. Interrupted and called again, it goes on. TideError where `source` has less.
-    """
-    manifest = _finished(source)
-    has = manifest.fingerprint["targets"]["k"]
-    if k is not None and not 1 <= k <= has:
-        raise TideError(f"k is {k}, and {source} holds {has} logits a position", expected=f"1 to {has}")
-    if draws is not None and not 1 <= draws <= manifest.draws:
-        raise TideError(f"draws is {draws}, and {source} holds {manifest.draws}", expected=f"1 to {manifest.draws}")
-    fingerprint = json.loads(json.dumps(manifest.fingerprint))
-    fingerprint["targets"]["k"] = has if k is None else k
-    made = dataclasses.replace(manifest, fingerprint=fingerprint, draws=draws or manifest.draws)
-    _begin(target, made, source)
-    cut = (lambda table: _cut(table, k)) if k is not None and k < has else (lambda table: table)
-    _copy([(source, unit, unit) for unit in made.units()], target, made, cut, "prune")
-    return made
-
-
-def _cut(table: pa.Table, k: int) -> pa.Table:
-    """The first `k` entries of every position's list."""
-    place = {name: table.schema.get_field_index(name) for name in ("topk_sizes", "topk_ids", "topk_logp")}
-    sizes_column, ids, logp = (table.column(name).combine_chunks() for name in place)
-    sizes = sizes_column.values.to_numpy()
-    starts = np.cumsum(sizes) - sizes
-    rank = np.arange(int(sizes.sum())) - np.repeat(starts, sizes)
-    kept, fewer = rank < k, np.minimum(sizes, k).astype(np.int32)
-    ends = np.concatenate([[0], np.cumsum(fewer)])
-    offsets = pa.array(ends[sizes_column.offsets.to_numpy()].astype(np.int32))
-    new = {
-        "topk_sizes": pa.ListArray.from_arrays(sizes_column.offsets, pa.array(fewer)),
-        "topk_ids": pa.ListArray.from_arrays(offsets, ids.values.filter(pa.array(kept))),
-        "topk_logp": pa.ListArray.from_arrays(offsets, logp.values.filter(pa.array(kept))),
-    }
-    for name, column in new.items():
-        field = table.schema.field(name)
-        table = table.set_column(place[name], field, column.cast(field.type))
-    return table
+def begin(target: Path, manifest: Manifest, source: Path) -> None:
+    """The target's tokenizers, tables and manifest, or TideError where another cache lies there."""
+    if target.exists() and any(target.iterdir()):
+        old = load_manifest(target)
+        lines = differences(dataclasses.asdict(old), json.loads(json.dumps(dataclasses.asdict(manifest))))
+        if lines:
+            raise TideError(
+                f"{target} holds another cache (there → wanted):\n    " + "\n    ".join(lines),
+                fix="choose a new folder",
+            )
+        return
+    same_tables = load_manifest(source).fingerprint.get("tables") == manifest.fingerprint.get("tables")
+    for folder in [*sorted(source.glob("*_tokenizer")), *([source / TABLES] if same_tables else [])]:
+        for file in sorted(folder.glob("*")):
+            write_bytes(target / folder.name / file.name, file.read_bytes())
+    manifest.save(target)
 
 
 def merge_caches(sources: Sequence[Path], target: Path) -> Manifest:
@@ -76,8 +57,9 @@ def merge_caches(sources: Sequence[Path], target: Path) -> Manifest:
         jobs = [(found[unit], unit, unit) for unit in sorted(found)]
     else:
         made, jobs = _one_after_the_other(sources, manifests)
-    _begin(target, made, sources[0])
-    _copy(jobs, target, made, lambda table: table, "merge")
+    begin(target, made, sources[0])
+    _copy(jobs, target, made)
+    settle_ledger(target, made)
     return made
 
 
@@ -86,14 +68,15 @@ def _one_after_the_other(
 ) -> tuple[Manifest, list[tuple[Path, Unit, Unit]]]:
     first = manifests[0]
     for source, manifest in zip(sources, manifests, strict=True):
-        _finished(source)
+        refuse_unfinished(source, manifest)
         theirs = {**manifest.fingerprint, "data": first.fingerprint["data"]}
         lines = differences({"draws": first.draws, **first.fingerprint}, {"draws": manifest.draws, **theirs})
         if lines:
             raise TideError(
                 f"{sources[0]} and {source} were made with other settings:\n    " + "\n    ".join(lines),
                 expected="caches that differ in nothing but their data",
-                fix="build them with the same settings; `tide prune` makes k and draws smaller",
+                fix="build them with the same settings, all but the first with targets.tables_from=FIRST; "
+                "`tide prune` makes k, classes and draws smaller",
             )
     data = [manifest.fingerprint["data"] for manifest in manifests]
     if len({d["content"] for d in data}) < len(data):
@@ -110,42 +93,46 @@ def _one_after_the_other(
     return made, jobs
 
 
-def _finished(cache: Path) -> Manifest:
-    manifest = load_manifest(cache)
-    refuse_unfinished(cache, manifest)
-    return manifest
-
-
-def _begin(target: Path, manifest: Manifest, source: Path) -> None:
-    """The target's tokenizers and manifest, or TideError where another cache lies there."""
-    if target.exists() and any(target.iterdir()):
-        old = load_manifest(target)
-        lines = differences(dataclasses.asdict(old), json.loads(json.dumps(dataclasses.asdict(manifest))))
-        if lines:
-            raise TideError(
-                f"{target} holds another cache (there → wanted):\n    " + "\n    ".join(lines),
-                fix="choose a new folder",
-            )
-        return
-    for folder in sorted(source.glob("*_tokenizer")):
-        for file in folder.iterdir():
-            write_bytes(target / folder.name / file.name, file.read_bytes())
-    manifest.save(target)
-
-
-def _copy(
-    jobs: Sequence[tuple[Path, Unit, Unit]],
-    target: Path,
-    manifest: Manifest,
-    change: Callable[[pa.Table], pa.Table],
-    word: str,
-) -> None:
-    done = set(finished_units(target))
-    digests = {source: load_manifest(source).digest for source in {source for source, _, _ in jobs}}
-    for source, unit, place in tqdm(jobs, unit="shard", desc=word):
+def _copy(jobs: Sequence[tuple[Path, Unit, Unit]], target: Path, manifest: Manifest) -> None:
+    """Shards under the target's manifest. Where nothing in a file changes it is linked, else its columns are copied."""
+    done, known = set(finished_units(target)), {}
+    for source in {source for source, _, _ in jobs}:
+        own = load_manifest(source)
+        known[source] = (own, own.layout(source), load_ledger(source, own))
+    for source, unit, place in tqdm(jobs, unit="shard", desc="merge"):
         if place in done:
             continue
+        own, layout, ledger = known[source]
         path = unit.path(source)
-        counts: dict[str, Any] = shard_counts(path, digests[source])
-        counts.pop("rows")
-        write_table(place.path(target), change(read_table(path)), {**counts, CACHE: manifest.digest})
+        content = path.read_bytes()
+        if unit in ledger:
+            ledger[unit].check(path, content)
+        if own.digest == manifest.digest and unit == place:
+            link(path, place.path(target))
+            entry = ledger.get(unit) or Entry.of(content, read_table(path, layout, content).counts)
+        else:
+            shard = read_table(path, layout, content)
+            refuse_other_cache(path, shard.counts, own.digest)
+            counts: dict[str, Any] = {**shard.counts, "draw": place.draw, "part": place.part, CACHE: manifest.digest}
+            entry = Entry.of(write_table(place.path(target), shard.table, layout, counts), counts)
+        note(target, place, entry)
+
+
+def link(source: Path, target: Path) -> None:
+    """The same file at another place: a hard link, or a copy where the two lie on different file systems."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    half = target.with_name(f".{target.name}.link-{os.getpid()}-0.tide-tmp")
+    half.unlink(missing_ok=True)
+    try:
+        os.link(source, half)
+    except OSError:
+        shutil.copyfile(source, half)
+    half.replace(target)
+
+
+def finished(cache: Path) -> Manifest:
+    """The manifest of a cache that is whole. TideError where it is not."""
+    manifest = load_manifest(cache)
+    whole_ledger(cache, manifest)
+    refuse_unfinished(cache, manifest)
+    return manifest

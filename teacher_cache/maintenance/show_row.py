@@ -18,13 +18,14 @@ _TOP = 3
 def find_row(cache: Path, which: str, draw: int) -> CacheRow:
     """The row of an example's id, or of its number in the draw. TideError where there is none."""
     manifest = load_manifest(cache)
+    layout = manifest.layout(cache)
     number = int(which) if which.isdigit() else None
     units = [unit for unit in finished_units(cache) if unit.draw == draw]
     if not units:
         raise TideError(f"{cache} has no finished shard of draw {draw}", expected=f"0 to {manifest.draws - 1}")
     seen = 0
     for unit in units:
-        rows = read_shard(Unit(draw, unit.part).path(cache), manifest.temperatures)
+        rows = read_shard(Unit(draw, unit.part).path(cache), layout)
         for i, row in enumerate(rows):
             if which in (row.example_id, row.label) or seen + i == number:
                 return row
@@ -53,21 +54,28 @@ def describe_row(cache: Path, row: CacheRow) -> str:
         "",
         "position  part  p(gold)  token, and what the teacher expects",
     ]
-    one = manifest.temperatures.index(1.0)
     ends = np.cumsum(row.topk_sizes) if row.topk_sizes is not None else None
     for i, place in enumerate(places.tolist()):
-        p = np.exp(row.gold_logit[i] - row.logsumexp[i, one])
+        p = np.exp(row.gold_logp[i])
         top = ""
-        if ends is not None and row.topk_ids is not None and row.topk_logits is not None:
+        if ends is not None and row.topk_ids is not None and row.topk_logp is not None:
             first = int(ends[i - 1]) if i else 0
             own_top = range(first, min(first + _TOP, int(ends[i])))
-            shown = [
-                f"{_text(teacher, int(row.topk_ids[j]))} {np.exp(row.topk_logits[j] - row.logsumexp[i, one]):.3f}"
-                for j in own_top
-            ]
-            top = ": " + ", ".join(shown)
+            shown = [f"{_text(teacher, int(row.topk_ids[j]))} {np.exp(row.topk_logp[j]):.3f}" for j in own_top]
+            tails = _tails(row, i, manifest.temperatures)
+            top = (
+                ": "
+                + ", ".join(shown)
+                + f"; outside of the {int(row.topk_sizes[i]) if row.topk_sizes is not None else 0}: {tails}"
+            )
         lines.append(f"{place:>8}  {marks[place]:>4}  {p:>7.4f}  {_text(teacher, int(ids[place]))}{top}")
     return "\n".join([*lines, *_chunks(row, student, teacher, ids)])
+
+
+def _tails(row: CacheRow, i: int, temperatures: tuple[float, ...]) -> str:
+    assert row.tail_odds is not None
+    masses = 1 / (1 + np.exp(-row.tail_odds[i].astype(np.float64)))
+    return ", ".join(f"{mass:.3f} at T = {t:g}" for t, mass in zip(temperatures, masses, strict=True))
 
 
 def _chunks(row: CacheRow, student: Tokenizer, teacher: Tokenizer, ids: np.ndarray) -> list[str]:

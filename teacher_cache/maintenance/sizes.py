@@ -1,64 +1,73 @@
-"""What each of Parquet's encodings buys: one shard written several ways, in bytes a masked position by column."""
+"""What each way of keeping numbers takes: one shard written several ways, in bytes a masked position by column."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shared.columns import to_table
 from shared.errors import TideError
-from shared.shards import WRITE_OPTIONS, finished_units, read_table, shard_counts
+from shared.manifest import load_manifest
+from shared.schema import CacheRow, Layout
+from shared.shards import finished_units, read_shard, write_options
+
+_SHOWN = ("topk_ranks", "topk_logp", "class_mass")
 
 
 def column_bytes(source: Any) -> Counter[str]:
-    """Compressed bytes of each column of a Parquet file (a path or an open file)."""
+    """Compressed bytes of each column of a Parquet file (a path or an open file); `_q` is left out of their names."""
     sizes: Counter[str] = Counter()
     metadata = pq.ParquetFile(source).metadata
     for group in range(metadata.num_row_groups):
         for column in range(metadata.num_columns):
             part = metadata.row_group(group).column(column)
-            sizes[part.path_in_schema.split(".")[0]] += part.total_compressed_size
+            sizes[part.path_in_schema.split(".")[0].removesuffix("_q")] += part.total_compressed_size
     return sizes
 
 
-def size_steps(table: pa.Table) -> dict[str, Counter[str]]:
-    """Bytes by column of `table`, from plain Parquet to what is written, one step after the other."""
-    done = dict(WRITE_OPTIONS)
+def bytes_of(content: bytes) -> Counter[str]:
+    """`column_bytes` of a file's content."""
+    return column_bytes(io.BytesIO(content))
+
+
+def size_steps(rows: list[CacheRow], layout: Layout) -> dict[str, Counter[str]]:
+    """Bytes by column of `rows`, from plain Parquet to what is written, one step after the other."""
+    done = write_options(layout)
     encodings = done["column_encoding"]
     split = {name: kind for name, kind in encodings.items() if kind == "BYTE_STREAM_SPLIT"}
     plain: dict[str, Any] = {"compression": "zstd", "compression_level": 3, "use_dictionary": False}
-    with_ids = {**plain, "use_dictionary": done["use_dictionary"], "row_group_size": done["row_group_size"]}
-    steps: list[tuple[str, pa.Table, dict[str, Any]]] = [
-        ("zstd 3 alone, log p as float32", _wide(table), plain),
-        ("log p as rounded float16", table, plain),
-        ("ids by dictionary, 64 rows a group", table, with_ids),
-        ("floats by byte-stream split", table, {**with_ids, "column_encoding": split}),
-        ("positions by delta", table, {**with_ids, "column_encoding": encodings}),
-        ("zstd 9: what is written", table, done),
-    ]
-    return {name: _written(content, options) for name, content, options in steps}
+    grouped = {**plain, "row_group_size": done["row_group_size"], "use_dictionary": done["use_dictionary"]}
+    steps: dict[str, tuple[Layout, dict[str, Any]]] = {
+        "levels, ids by number, zstd 3": (_by_number(layout), plain),
+        "ids by rank": (layout, grouped),
+        "byte-stream split": (layout, {**grouped, "column_encoding": split}),
+        "positions by delta": (layout, {**grouped, "column_encoding": encodings}),
+        f"zstd {done['compression_level']}: what is written": (layout, done),
+    }
+    return {name: _written(rows, *how) for name, how in steps.items()}
 
 
-def _wide(table: pa.Table) -> pa.Table:
-    """The table with log p in float32, and not as many equal digits as rounding leaves."""
-    place = table.schema.get_field_index("topk_logp")
-    column = table.column(place).combine_chunks()
-    if column.null_count == len(column):
-        return table
-    values = np.asarray(column.values).astype(np.float32)
-    noise = np.random.default_rng(0).uniform(0, 1 / 64, values.size).astype(np.float32)
-    made = pa.ListArray.from_arrays(column.offsets, pa.array(values - noise))
-    return table.set_column(place, "topk_logp", made)
+def _by_number(layout: Layout) -> Layout:
+    """The layout in which ids stand as they are."""
+    if layout.vocabulary is None:
+        return layout
+    same = np.arange(layout.vocabulary.rank_of.size, dtype=np.int32)
+    return dataclasses.replace(layout, vocabulary=dataclasses.replace(layout.vocabulary, rank_of=same))
 
 
-def _written(table: pa.Table, options: dict[str, Any]) -> Counter[str]:
+def _written(rows: list[CacheRow], layout: Layout, options: dict[str, Any]) -> Counter[str]:
     file = io.BytesIO()
-    pq.write_table(table, file, write_page_checksum=True, **options)
+    known = {f"{name}.list.element" for name in to_table(rows[:1], layout).column_names}
+    encoding = {k: v for k, v in options.get("column_encoding", {}).items() if k in known}
+    pq.write_table(
+        to_table(rows, layout), file, write_page_checksum=True, **{**options, "column_encoding": encoding or None}
+    )
     file.seek(0)
     return column_bytes(file)
 
@@ -68,15 +77,19 @@ def describe_first_shard(cache: Path) -> str:
     units = finished_units(cache)
     if not units:
         raise TideError(f"{cache} has no finished shard", expected="a cache from `tide cache`")
-    path = units[0].path(cache)
-    return describe_sizes(read_table(path), shard_counts(path)["masked"])
+    layout = load_manifest(cache).layout(cache)
+    return describe_sizes(read_shard(units[0].path(cache), layout), layout)
 
 
-def describe_sizes(table: pa.Table, masked: int) -> str:
+def describe_sizes(rows: list[CacheRow], layout: Layout) -> str:
     """The steps as a small table."""
+    masked = sum(row.masked.size for row in rows)
     lines = [f"bytes a masked position, {masked:,} of them in one shard", ""]
-    lines.append("| step | all | topk_ids | topk_logp | the rest |\n|---|---|---|---|---|")
-    for name, sizes in size_steps(table).items():
-        ids, logp, total = (x / max(1, masked) for x in (sizes["topk_ids"], sizes["topk_logp"], sizes.total()))
-        lines.append(f"| {name} | {total:.1f} | {ids:.1f} | {logp:.1f} | {total - ids - logp:.1f} |")
+    names = " | ".join(_SHOWN)
+    lines.append(f"| step | all | {names} | the rest |\n|---|---|---|---|---|---|")
+    for name, sizes in size_steps(rows, layout).items():
+        cells = [sizes[column] / max(1, masked) for column in _SHOWN]
+        total = sizes.total() / max(1, masked)
+        shown = " | ".join(f"{cell:.1f}" for cell in cells)
+        lines.append(f"| {name} | {total:.1f} | {shown} | {total - sum(cells):.1f} |")
     return "\n".join(lines)

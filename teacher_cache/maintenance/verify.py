@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shared.compact import LARGEST_ERROR
+from shared.compact import CLASS_LEVELS, GOLD_STEPS, LOGIT_STEPS, ODDS_STEPS, half_steps
 from shared.config import CacheConfig
 from shared.errors import TideError
 from shared.manifest import load_manifest
@@ -19,6 +19,7 @@ from teacher_cache.comp_demo import TeacherView, passes
 from teacher_cache.engines.base import Engine
 from teacher_cache.engines.choose import load_engine
 from teacher_cache.plan import CachePlan, make_plan
+from teacher_cache.tables.settle import with_tables
 from teacher_cache.targets import Scores
 from teacher_cache.work import merge_passes
 
@@ -27,7 +28,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far one quantity lies from its cached value, in nats, over the sample."""
+    """How far one quantity lies from its cached value, in nats (masses: their roots), over the sample."""
 
     name: str
     values: int
@@ -53,14 +54,14 @@ class VerifyReport:
 def verify_cache(config: CacheConfig, rows: int) -> VerifyReport:
     """Compare `rows` rows of the cache at `config.out` with what `config.engine` says now.
 
-    The sample is the same for every engine. Top-k logits are compared rank by rank (ids may change places where two
-    logits are nearly equal), and what counts is the deviation beyond that of their rounding. TideError where the cache,
-    the teacher or the settings do not belong together.
+    The sample is the same for every engine. Top-k log-probabilities are compared rank by rank (ids may change places
+    where two are nearly equal), roots of the classes' masses as they are; what counts is the deviation beyond that of
+    rounding. TideError where the cache, the teacher or the settings do not belong together.
     """
     if rows < 1:
         raise TideError(f"--rows is {rows}", expected="1 or more")
     cached = load_manifest(config.out).fingerprint["engine"]
-    plan = make_plan(config, write=False, engine=cached)
+    plan = with_tables(make_plan(config, write=False, engine=cached))
     sample = list(_sample(plan, rows))
     if not sample:
         raise TideError(f"{config.out} has no finished shard", fix="run `tide cache` first")
@@ -78,7 +79,7 @@ def _sample(plan: CachePlan, rows: int) -> Iterator[CacheRow]:
     for unit in units:
         if left <= 0:
             return
-        content = read_shard(unit.path(plan.config.out), plan.target_spec().temperatures)
+        content = read_shard(unit.path(plan.config.out), plan.layout)
         picked = chosen.sample(content, min(each, left, len(content)))
         left -= len(picked)
         yield from picked
@@ -93,14 +94,14 @@ def compare(plan: CachePlan, engine: Engine, sample: list[CacheRow]) -> VerifyRe
         cells.append((row, view, [indices for _, indices in pairs]))
         requests += [request for request, _ in pairs]
     scores = engine.score(requests)
-    differences: dict[str, list[np.ndarray]] = {"gold logit": [], "logsumexp": [], "top-k logits": []}
+    differences: dict[str, list[np.ndarray]] = {name: [] for name in _QUANTITIES}
     position = 0
     for row, view, indices in cells:
         again = merge_passes(
             plan.target_spec(), view.positions.size, scores[position : position + len(indices)], indices
         )
         position += len(indices)
-        _differences(row, again, differences)
+        _differences(row, again, plan, differences)
     found = [(name, np.concatenate(parts)) for name, parts in differences.items() if parts]
     return VerifyReport(
         plan.config.engine.type,
@@ -117,10 +118,25 @@ def _view(row: CacheRow) -> TeacherView:
     return TeacherView(ids, places, row.split, np.arange(places.size))
 
 
-def _differences(row: CacheRow, again: Scores, into: dict[str, list[np.ndarray]]) -> None:
-    into["gold logit"].append(np.abs(row.gold_logit - again.gold_logit))
-    into["logsumexp"].append(np.abs(row.logsumexp - again.logsumexp).reshape(-1))
-    if row.topk_sizes is not None and row.topk_logits is not None and again.topk_logits is not None:
-        kept = np.arange(again.topk_logits.shape[1]) < row.topk_sizes[:, None]
-        apart = np.abs(row.topk_logits - again.topk_logits[kept])
-        into["top-k logits"].append(np.maximum(apart - LARGEST_ERROR, 0.0))
+_QUANTITIES = ("log p of gold", "logsumexp", "top-k log p", "tail log-odds", "√ class mass")
+
+
+def _differences(row: CacheRow, again: Scores, plan: CachePlan, into: dict[str, list[np.ndarray]]) -> None:
+    rounded = plan.layout.values == "levels"
+
+    def add(name: str, cached: np.ndarray, now: np.ndarray, rounding: np.ndarray | float) -> None:
+        apart = np.abs(cached.astype(np.float64) - now)
+        into[name].append(np.maximum(apart - (rounding if rounded else 0.0), 0.0).reshape(-1))
+
+    add("log p of gold", row.gold_logp, again.gold_logp, 0.5 / GOLD_STEPS)
+    add("logsumexp", row.logsumexp, again.logsumexp, 0.5 / LOGIT_STEPS)
+    if row.topk_sizes is not None and row.topk_logp is not None and again.topk_logp is not None:
+        kept = np.arange(again.topk_logp.shape[1]) < row.topk_sizes[:, None]
+        steps = half_steps(row.topk_logp, plan.layout.temperatures)
+        add("top-k log p", row.topk_logp, again.topk_logp[kept], steps)
+    if row.tail_odds is not None and again.tail_odds is not None:
+        add("tail log-odds", row.tail_odds, again.tail_odds, 0.5 / ODDS_STEPS)
+    if row.class_mass is not None and again.class_mass is not None:
+        levels = row.class_mass.dtype == np.uint8
+        before = row.class_mass / CLASS_LEVELS if levels else np.exp(0.5 * row.class_mass)
+        add("√ class mass", before, np.exp(0.5 * again.class_mass), 0.5 / CLASS_LEVELS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 
 from shared.config import EngineConfig
 from shared.errors import TideError
@@ -77,6 +78,7 @@ class VllmEngine:
             raise problem
         check_weights(checkpoint, entry.architecture)
         self._spec, self._longest = spec, longest
+        self._classes: Path | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="tide-vllm-")
         _write_config(Path(self._folder.name), checkpoint, entry, spec, settings, shared_ids)
         before = set(multiprocessing.active_children())
@@ -93,16 +95,34 @@ class VllmEngine:
                 f"a sequence of {too_long} tokens came to a vLLM engine made for {self._longest}",
                 fix="raise lengths.student: prompts grow where their added tokens are spelled out for the teacher",
             )
+        classes = {} if self._classes is None else {"classes": str(self._classes)}
+        return [unpack(data, self._spec) for data in self._asked(requests, classes)]
+
+    def outside(self, requests: Sequence[Request]) -> Float[np.ndarray, "temperatures vocab"]:
+        """Sums of probabilities outside of the top-k (see `Engine`)."""
+        asked = [request for request in requests if len(request.read)]
+        return np.sum([data.double().numpy() for data in self._asked(asked, {"outside": True})], axis=0)
+
+    def use_classes(self, class_of: Int[np.ndarray, " vocab"]) -> None:
+        """From now on scores hold the masses of these classes (see `Engine`)."""
+        classes = int(class_of.max()) + 1
+        self._spec, self._classes = dataclasses.replace(self._spec, classes=classes), None
+        if classes > 1:
+            self._classes = Path(self._folder.name) / "classes.npy"  # vLLM's processes read it
+            np.save(self._classes, class_of)
+
+    def _asked(self, requests: Sequence[Request], more: dict[str, Any]) -> list[torch.Tensor]:
+        """What the pooler answers to each request."""
         prompts = [{"prompt_token_ids": request.ids.tolist()} for request in requests]
         params = [
             self._params(
                 use_activation=False,
-                extra_kwargs={"positions": request.read.tolist(), "gold": request.gold.tolist()},
+                extra_kwargs={"positions": request.read.tolist(), "gold": request.gold.tolist(), **more},
             )
             for request in requests
         ]
         outputs = self._watched(lambda: self._llm.encode(prompts, params, pooling_task=_TASK, use_tqdm=False))
-        return [unpack(output.outputs.data.cpu(), self._spec) for output in outputs]
+        return [output.outputs.data.cpu() for output in outputs]
 
     def close(self) -> None:
         """End vLLM's processes."""

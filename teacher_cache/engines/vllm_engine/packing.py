@@ -1,7 +1,7 @@
 """One request's scores as one float32 tensor, the only thing that a vLLM pooler can send back.
 
-Columns: gold logit, logsumexp at each temperature, size of the top-k, ids, logits. Ids and sizes stay below 2²⁴ and
-are exact in float32.
+Columns: log p of the gold token, logsumexp, size of the top-k, ids, log p, the tail's log-odds at each temperature, the
+classes' log-masses. Ids and sizes stay below 2²⁴ and are exact in float32.
 """
 
 from __future__ import annotations
@@ -11,27 +11,32 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from teacher_cache.targets import Scores, TargetSpec
+from teacher_cache.targets import Reading, Scores, TargetSpec, scores_of
 
 
 def columns(spec: TargetSpec) -> int:
     """Width of a packed row."""
-    return 2 + len(spec.temperatures) + 2 * spec.k
+    return sum(_widths(spec))
 
 
-def pack(parts: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> Float[Tensor, "read columns"]:
+def _widths(spec: TargetSpec) -> list[int]:
+    t = len(spec.temperatures)
+    if not spec.k:
+        return [1, 1, 1, 0, 0, 0, 0]
+    return [1, 1, 1, spec.k, spec.k, t, t * spec.classes if spec.classes > 1 else 0]
+
+
+def pack(reading: Reading) -> Float[Tensor, "read columns"]:
     """What `targets.extract` returns, side by side."""
-    gold, logsumexp, sizes, ids, logits = parts
-    return torch.cat([gold[:, None], logsumexp, sizes[:, None].float(), ids.float(), logits], dim=1)
+    cells = [reading.gold_logp[:, None], reading.logsumexp[:, None], reading.sizes[:, None], reading.ids,
+             reading.logp, reading.odds, reading.class_mass.flatten(1)]  # fmt: skip
+    return torch.cat([cell.float() for cell in cells], dim=1)
 
 
 def unpack(packed: Float[Tensor, "read columns"], spec: TargetSpec) -> Scores:
     """The inverse, as arrays of their own."""
-    table = packed.float().numpy()
-    t = len(spec.temperatures)
-    gold, logsumexp = table[:, 0].copy(), table[:, 1 : 1 + t].copy()
-    if not spec.k:
-        return Scores(gold, logsumexp, None, None, None)
-    sizes, ids = table[:, 1 + t], table[:, 2 + t : 2 + t + spec.k]
-    logits = table[:, 2 + t + spec.k :].copy()
-    return Scores(gold, logsumexp, sizes.astype(np.int32), ids.astype(np.int32), logits)
+    cells = np.split(packed.float().numpy(), np.cumsum(_widths(spec))[:-1], axis=1)
+    gold, logsumexp, sizes = (cell[:, 0].copy() for cell in cells[:3])
+    ids, logp, odds, mass = (cell.copy() for cell in cells[3:])
+    mass = mass.reshape(len(mass), len(spec.temperatures), -1)
+    return scores_of([gold, logsumexp, sizes.astype(np.int32), ids.astype(np.int32), logp, odds, mass], spec)

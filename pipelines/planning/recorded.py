@@ -1,0 +1,108 @@
+"""A sample of the data with the teacher's full logits, from which the cache of any settings can be made."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.errors import TideError
+from shared.schema import CacheRow, Layout
+from shared.shards import Unit
+from shared.vocabulary import SMALLEST_PRIOR, Vocabulary, ranks
+from teacher_cache.engines.choose import load_engine
+from teacher_cache.engines.transformers_engine import TransformersEngine
+from teacher_cache.plan import CachePlan
+from teacher_cache.tables.classes import classes_for
+from teacher_cache.targets import (
+    Reading,
+    TargetSpec,
+    excluded_ids,
+    extract,
+    member_matrix,
+    outside_mass,
+    scores_of,
+)
+from teacher_cache.work import UnitWork, finish_unit, prepare_unit
+
+
+@dataclass
+class Sample:
+    """Two halves of a sample: one for the priors, one to be cached. Full logits in float32, request by request."""
+
+    plan: CachePlan
+    fit: list[tuple[Tensor, Tensor]]
+    """Logits and gold ids."""
+    work: UnitWork
+    logits: list[tuple[Tensor, Tensor]]
+
+    def read_logits(self) -> Tensor:
+        """Full logits of the half to be cached, in the order of its rows' positions."""
+        parts, at = [], 0
+        for item in self.work.items:
+            whole = torch.zeros(item.view.positions.size, self.logits[0][0].shape[1])
+            for rows in item.rows:
+                whole[torch.from_numpy(rows)] = self.logits[at][0]
+                at += 1
+            parts.append(whole)
+        return torch.cat(parts)
+
+    def cached(self, k: int, classes: int) -> tuple[Layout, list[CacheRow]]:
+        """The rows of a cache with these settings. TideError where there are not so many tokens."""
+        targets = dataclasses.replace(self.plan.config.targets, k=k, classes=classes)
+        plan = dataclasses.replace(self.plan, config=dataclasses.replace(self.plan.config, targets=targets))
+        width = self.logits[0][0].shape[1]
+        if k > width:
+            raise TideError(f"k {k} is more than the {width} tokens of the vocabulary", expected=f"1 to {width}")
+        spec = TargetSpec(k, 1.0, targets.stored_temperatures)
+        class_of, _ = classes_for(plan)
+        plan = dataclasses.replace(plan, vocabulary=self._vocabulary(spec, class_of))
+        members = member_matrix(class_of, classes) if classes > 1 else None
+        spec = dataclasses.replace(spec, classes=classes)
+        readings = [extract(logits, gold, spec, self._excluded(), members) for logits, gold in self.logits]
+        scores = [scores_of(_cells(reading), spec) for reading in readings]
+        return plan.layout, finish_unit(plan, self.work, scores)[0]
+
+    def _excluded(self) -> Tensor:
+        shared = self.plan.shared_ids()
+        assert shared is not None
+        return torch.from_numpy(excluded_ids(shared, self.plan.checkpoint.embedding_rows))
+
+    def _vocabulary(self, spec: TargetSpec, class_of: np.ndarray) -> Vocabulary:
+        """Priors and ranks from the half that is not looked at."""
+        total, ids, positions = np.zeros((len(spec.temperatures), class_of.size)), [], 0
+        for logits, gold in self.fit:
+            reading = extract(logits, gold, spec, self._excluded())
+            shared = logits.float().index_fill(1, self._excluded(), -torch.inf)
+            ids.append(reading.ids.numpy().reshape(-1))
+            positions += len(gold)
+            for i, temperature in enumerate(spec.temperatures):
+                total[i] += outside_mass(shared, reading.ids, reading.sizes, temperature)[0].sum(dim=0).double().numpy()
+        prior = np.where(class_of >= 0, np.maximum(total / max(1, positions), SMALLEST_PRIOR), 0).astype(np.float32)
+        return Vocabulary(class_of, ranks(np.concatenate(ids), prior[0]), prior)
+
+
+def _cells(reading: Reading) -> list[np.ndarray]:
+    kinds = {"sizes": np.int32, "ids": np.int32}
+    return [getattr(reading, f.name).numpy().astype(kinds.get(f.name, np.float32)) for f in dataclasses.fields(Reading)]
+
+
+def take_sample(plan: CachePlan, examples: int) -> Sample:
+    """The first examples of the data under their first draw, every other one for the priors. TideError where nothing of
+    them is masked, or another engine than transformers is asked for.
+    """
+    chosen = plan.data.between(0, min(examples, plan.data.examples))
+    halves = [prepare_unit(plan, Unit(0, 0), part) for part in (chosen[1::2], chosen[0::2])]
+    if not all(half.requests for half in halves):
+        raise TideError(f"no example of {plan.data.source} has a masked token", fix="take more examples")
+    with closing(load_engine(plan)) as engine:
+        if not isinstance(engine, TransformersEngine):
+            raise TideError(
+                "full logits come from the transformers engine alone", fix="use --set engine.type=transformers"
+            )
+        fit, read = (engine.logits(half.requests) for half in halves)
+    return Sample(plan, fit, halves[1], read)

@@ -1,0 +1,57 @@
+"""A finished cache made ready for training: one file says what it holds; no shard is read that passed before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shared.checking import refuse_unsound
+from shared.config import TrainConfig
+from shared.ledger import Ledger, whole_ledger
+from shared.manifest import Manifest, load_manifest, refuse_unfinished
+from shared.processes import first_here
+from shared.schema import Layout
+from shared.stores import Store
+from student_train.batches.loader import BatchDataset
+from student_train.batches.shards import FolderShards, ShardSource, StoredShards
+
+
+@dataclass(frozen=True)
+class OpenCache:
+    """What a cache is, and where its rows come from."""
+
+    manifest: Manifest
+    layout: Layout
+    ledger: Ledger
+    source: ShardSource
+
+    def batches(self, config: TrainConfig, processes: int = 1) -> BatchDataset:
+        """The batches of a run."""
+        return BatchDataset(
+            self.manifest,
+            self.ledger,
+            self.source,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            epochs=config.epochs,
+            total=config.max_steps * config.accumulation if config.max_steps > 0 else None,
+            window=config.window,
+            processes=processes,
+        )
+
+
+def open_cache(config: TrainConfig) -> OpenCache:
+    """Open `config.cache`, or the store whose local side it is. TideError where it is not whole, or does not hold."""
+    cache = config.cache
+    if config.store is not None:
+        store = Store.open(config.store)
+        store.bring(cache)
+        manifest = load_manifest(cache)
+        layout, ledger = manifest.layout(cache), whole_ledger(cache, manifest)
+        limit = round(config.store_cache_gb * 1e9)
+        return OpenCache(manifest, layout, ledger, StoredShards(store, cache, manifest, layout, ledger, limit))
+    manifest = load_manifest(cache)
+    layout, ledger = manifest.layout(cache), whole_ledger(cache, manifest)
+    refuse_unfinished(cache, manifest)
+    if first_here():
+        refuse_unsound(cache, manifest, layout, ledger)
+    return OpenCache(manifest, layout, ledger, FolderShards(cache, layout, ledger))

@@ -1,0 +1,137 @@
+"""Where rows come from: shards of a folder, or of a store from which they are brought as they are needed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+from shared.atomic import write_bytes
+from shared.errors import TideError
+from shared.ledger import Ledger
+from shared.manifest import Manifest
+from shared.schema import CacheRow, Layout
+from shared.shards import Unit, read_shard, read_table
+from shared.soundness import problems_in
+from shared.stores import Store
+
+_AT_ONCE = 4
+
+
+class ShardSource(Protocol):
+    """Gives the rows of a unit."""
+
+    def rows(self, unit: Unit) -> list[CacheRow]:
+        """All rows of one shard. TideError where it is not what the ledger says."""
+        ...
+
+    def soon(self, units: Sequence[Unit]) -> None:
+        """These will be asked for next."""
+        ...
+
+
+class FolderShards:
+    """Shards of a folder, whose values were looked at before (`shared.checking`)."""
+
+    def __init__(self, cache: Path, layout: Layout, ledger: Ledger) -> None:
+        self._cache, self._layout, self._ledger = cache, layout, ledger
+
+    def rows(self, unit: Unit) -> list[CacheRow]:
+        """All rows of one shard (see `ShardSource`)."""
+        path = unit.path(self._cache)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise TideError(
+                f"shard {path} cannot be read: {error.strerror}",
+                expected="all shards that the cache's ledger names",
+                fix="run the same `tide cache` command again: it computes what is missing",
+            ) from error
+        self._ledger[unit].check(path, content)
+        return read_shard(path, self._layout, content)
+
+    def soon(self, units: Sequence[Unit]) -> None:
+        """Nothing to do: files are at hand."""
+
+
+class StoredShards:
+    """Shards of a store, brought ahead into `folder`, which holds `limit` bytes of them and the most recent ones."""
+
+    def __init__(
+        self, store: Store, folder: Path, manifest: Manifest, layout: Layout, ledger: Ledger, limit: int
+    ) -> None:
+        self._store, self._folder, self._manifest, self._layout = store, folder, manifest, layout
+        self._ledger, self._limit = ledger, limit
+        self._lock = threading.Lock()
+        self._coming: dict[Unit, Future[bytes]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self.fetched = 0
+        """Shards that came from the store, for the tests and the benchmark."""
+
+    def __getstate__(self) -> dict[str, object]:
+        """Processes that read for one run have threads of their own."""
+        return {**self.__dict__, "_lock": None, "_coming": {}, "_pool": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__ |= state
+        self._lock = threading.Lock()
+
+    def soon(self, units: Sequence[Unit]) -> None:
+        """Begin to bring these."""
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(_AT_ONCE, "fetch")
+            for unit in units:
+                if unit not in self._coming and not unit.path(self._folder).exists():
+                    self._coming[unit] = self._pool.submit(self._fetch, unit)
+
+    def rows(self, unit: Unit) -> list[CacheRow]:
+        """All rows of one shard (see `ShardSource`)."""
+        with self._lock:
+            coming = self._coming.pop(unit, None)
+        path = unit.path(self._folder)
+        content = coming.result() if coming is not None else self._at_hand(unit) or self._fetch(unit)
+        shard = read_table(path, self._layout, content)
+        problems = problems_in(shard.table, self._layout, self._manifest)
+        if problems:
+            raise TideError(f"shard {path} of {self._store.url} does not hold: {'; '.join(problems)}")
+        return read_shard(path, self._layout, content)
+
+    def _at_hand(self, unit: Unit) -> bytes | None:
+        """The shard's bytes from the folder; None where they are not there, or are not the ledger's."""
+        path = unit.path(self._folder)
+        try:
+            content = path.read_bytes()
+            self._ledger[unit].check(path, content)
+        except (OSError, TideError):
+            return None
+        with suppress(OSError):
+            path.touch()
+        return content
+
+    def _fetch(self, unit: Unit) -> bytes:
+        path = unit.path(self._folder)
+        content = self._store.read(unit.path(Path()).as_posix())
+        self._ledger[unit].check(path, content)
+        write_bytes(path, content)
+        self.fetched += 1
+        self._make_room()
+        return content
+
+    def _make_room(self) -> None:
+        """Remove the shards that were used longest ago, until the rest is within the limit."""
+        with self._lock:
+            found = []
+            for path in self._folder.glob("draw=*/part-*.parquet"):
+                with suppress(OSError):
+                    status = path.stat()
+                    found.append((status.st_mtime_ns, status.st_size, path))
+            total = sum(size for _, size, _ in found)
+            for _, size, path in sorted(found, key=lambda one: one[0])[:-_AT_ONCE]:
+                if total <= self._limit:
+                    break
+                path.unlink(missing_ok=True)
+                total -= size
