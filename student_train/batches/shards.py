@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from shared.atomic import write_bytes
 from shared.errors import TideError
@@ -21,6 +21,7 @@ from shared.stores import Store
 _AT_ONCE = 4
 
 
+@runtime_checkable
 class ShardSource(Protocol):
     """Gives the rows of a unit."""
 

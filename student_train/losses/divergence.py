@@ -6,6 +6,7 @@ The target is dense, so nothing is left to autograd: forward makes the gradient 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class _Divergence(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, topk: TopKTargets, temperature: float, strength: Tensor | None, reverse: bool
     ) -> Tensor:
-        work = compiled if logits.is_cuda else divergence_and_gradient
+        work = compiled() if logits.is_cuda else divergence_and_gradient
         value, gradient = work(logits, topk, temperature, strength, reverse)
         ctx.save_for_backward(gradient)
         return value
@@ -73,8 +74,10 @@ def divergence_and_gradient(
     return value, student.exp_().sub_(mass).div_(temperature)
 
 
-compiled = torch.compile(divergence_and_gradient, dynamic=True)
-"""The same in a few kernels, for devices on which launching many small ones is what takes time."""
+@lru_cache(maxsize=1)
+def compiled() -> Any:
+    """The same in a few kernels, for devices on which launching many small ones is what takes time."""
+    return torch.compile(divergence_and_gradient, dynamic=True)
 
 
 def log_student(logits: Float[Tensor, "n vocab"], topk: TopKTargets, temperature: float) -> Float[Tensor, "n vocab"]:

@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL, Tidal
 from student_train.losses.fused_head import LossSettings, fused_loss
-from student_train.losses.objective import ChunkTargets, Counts, Targets, TopKTargets, objective, slice_targets, total
+from student_train.losses.objective import Counts, objective, slice_targets, total
+from student_train.losses.targets import ChunkTargets, Targets
+from tests.student_train.losses.problems import cached
 
 OBJECTIVES: dict[str, Distillation] = {
     "ce": NoDistillation(),
@@ -31,8 +33,7 @@ def problem(n: int, vocab: int, width: int, seed: int = 0, k: int = 4) -> tuple[
     hidden = torch.randn(n, width, generator=g)
     head = torch.randn(vocab, width, generator=g) / width**0.5 * 3
     teacher = torch.randn(n, vocab, generator=g) * 2
-    values, ids = teacher.topk(min(k, vocab), dim=1)
-    lse = {t: torch.logsumexp(teacher / t, dim=1) for t in (1.0, 2.0)}
+    topk = cached(teacher, min(k, vocab), 3, "prior", seed=seed)
     rows, owner, place, count = [], [], 0, 0
     while place < n:
         length = int(torch.randint(0, 5, (1,), generator=g))
@@ -47,7 +48,6 @@ def problem(n: int, vocab: int, width: int, seed: int = 0, k: int = 4) -> tuple[
         torch.rand(count, generator=g),
     )
     gold = torch.randint(0, vocab, (n,), generator=g)
-    topk = TopKTargets(ids, values, torch.ones_like(ids, dtype=torch.bool), lse)
     targets = Targets(gold, torch.rand(n, generator=g) * 0.9 + 0.05, topk, chunks)
     counts = Counts(torch.tensor(3.0 * n + 1), torch.tensor(float(max(n, 1))), torch.tensor(float(max(count, 1))))
     return hidden, head, targets, counts
@@ -85,10 +85,14 @@ def doubled(targets: Targets) -> Targets:
     """The same targets in float64."""
     assert targets.topk is not None
     assert targets.chunks is not None
+    topk, wide = targets.topk, lambda table: {t: v.double() for t, v in table.items()}
+    assert topk.class_mass is not None and topk.classes is not None
     topk = dataclasses.replace(
-        targets.topk,
-        logits=targets.topk.logits.double(),
-        logsumexp={t: v.double() for t, v in targets.topk.logsumexp.items()},
+        topk,
+        logp=topk.logp.double(),
+        odds=wide(topk.odds),
+        class_mass=wide(topk.class_mass),
+        classes=dataclasses.replace(topk.classes, log_prior=wide(topk.classes.log_prior)),
     )
     chunks = dataclasses.replace(
         targets.chunks, teacher_logp=targets.chunks.teacher_logp.double(), t=targets.chunks.t.double()

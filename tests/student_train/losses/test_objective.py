@@ -8,7 +8,9 @@ from torch import Tensor
 
 from shared.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL, Tidal
 from student_train.losses.calm import chunk_log_likelihood, token_log_likelihood
-from student_train.losses.objective import ChunkTargets, Counts, Targets, TopKTargets, objective, total
+from student_train.losses.objective import Counts, objective, total
+from student_train.losses.targets import ChunkTargets, Targets, rows_of
+from tests.student_train.losses.problems import cached
 
 VOCABULARY, N = 12, 6
 ALL: list[Distillation] = [
@@ -17,12 +19,10 @@ ALL: list[Distillation] = [
 
 
 def targets(teacher: Tensor, k: int = VOCABULARY) -> Targets:
-    values, ids = teacher.topk(k, 1)
-    lse = {t: torch.logsumexp(teacher / t, 1) for t in (1.0, 2.0)}
     return Targets(
         gold=torch.arange(N) % VOCABULARY,
         t=torch.linspace(0.1, 0.9, N),
-        topk=TopKTargets(ids, values, torch.ones_like(ids, dtype=torch.bool), lse),
+        topk=cached(teacher, k),
         chunks=ChunkTargets(
             torch.tensor([0, 1, 3, 4]), torch.tensor([0, 0, 1, 2]), torch.tensor([-1.0, -0.2, -9.0]),
             torch.tensor([0.1, 0.5, 0.9]),
@@ -66,8 +66,7 @@ def test_against_the_definition_in_float64(settings: Any) -> None:
 @pytest.mark.parametrize("settings", ALL, ids=str)
 def test_no_masked_position_no_loss_and_finite_gradients(settings: Any) -> None:
     logits = torch.zeros(0, VOCABULARY, requires_grad=True)
-    ids = torch.zeros(0, 3, dtype=torch.long)
-    topk = TopKTargets(ids, ids.float(), ids.bool(), {2.0: torch.zeros(0)})
+    topk = cached(torch.zeros(0, VOCABULARY), 3)
     chunks = ChunkTargets(torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0), torch.zeros(0))
     sums = objective(logits, Targets(torch.zeros(0).long(), torch.zeros(0), topk, chunks), settings, 0.5)
     zero = torch.zeros(())
@@ -95,12 +94,7 @@ def test_sums_of_two_halves_are_the_sums_of_the_whole() -> None:
     whole = objective(logits, made, KL(), 0.0)
     halves = []
     for part in (slice(0, 2), slice(2, N)):
-        topk = TopKTargets(
-            made.topk.ids[part],
-            made.topk.logits[part],
-            made.topk.kept[part],
-            {t: v[part] for t, v in made.topk.logsumexp.items()},
-        )
+        topk = rows_of(made.topk, part)
         halves.append(objective(logits[part], Targets(made.gold[part], made.t[part], topk), KL(), 0.0))
     torch.testing.assert_close(whole.denoise, halves[0].denoise + halves[1].denoise)
     torch.testing.assert_close(whole.distillation, halves[0].distillation + halves[1].distillation)
