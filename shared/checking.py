@@ -24,7 +24,9 @@ from shared.shards import Unit, read_table, refuse_other_cache
 from shared.soundness import RULES, problems_in
 
 CHECKED = "checked.json"
-_SHARDS_A_PROCESS = 16
+_SHARDS_A_PROCESS = 64
+_HASHED_AT_ONCE = 4_000_000_000
+"""Bytes of a cache that is hashed whole before each training."""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -99,10 +101,18 @@ def remember(cache: Path) -> None:
 
 
 def refuse_unsound(cache: Path, manifest: Manifest, layout: Layout, ledger: Ledger) -> None:
-    """TideError where a shard of a finished cache cannot be trained on. What passed once is not looked at again."""
+    """TideError where a shard of a finished cache cannot be trained on.
+
+    Values that passed once are not looked at again: then the bytes must be those of the ledger, or, of a large cache,
+    their number (each shard's hash is compared when it is read).
+    """
     if passed(cache):
-        return
-    bad = [found for found in check_shards(cache, manifest, layout, ledger, manifest.units()) if found.problems]
+        whole = sum(entry.bytes for entry in ledger.values()) <= _HASHED_AT_ONCE
+        jobs = [(unit, ledger[unit]) for unit in manifest.units()]
+        checks = in_processes(partial(_same_bytes, cache, whole), jobs, "hash")
+        bad = [found for found in checks if found.problems]
+    else:
+        bad = [found for found in check_shards(cache, manifest, layout, ledger, manifest.units()) if found.problems]
     if bad:
         first = bad[0]
         raise TideError(
@@ -112,4 +122,19 @@ def refuse_unsound(cache: Path, manifest: Manifest, layout: Layout, ledger: Ledg
             fix=f"`tide verify --cache {cache} --rows 0` lists all, with --delete-damaged they are removed; the same "
             "`tide cache` command then computes them again",
         )
-    remember(cache)
+    if not passed(cache):
+        remember(cache)
+
+
+def _same_bytes(cache: Path, whole: bool, job: tuple[Unit, Entry]) -> Finding:
+    """Whether a shard is still what the ledger says, by its bytes or their number."""
+    unit, entry = job
+    path = unit.path(cache)
+    try:
+        if whole:
+            entry.check(path, path.read_bytes())
+        elif path.stat().st_size != entry.bytes:
+            return Finding(unit, 0, (f"{path} has {path.stat().st_size:,} bytes instead of {entry.bytes:,}",))
+    except TideError as error:
+        return Finding(unit, 0, (error.what,))
+    return Finding(unit, entry.rows, ())

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 ODDS_STEPS, GOLD_STEPS, LOGIT_STEPS = 256, 512, 32
@@ -48,20 +48,20 @@ def level_table(temperatures: tuple[float, ...]) -> Float[np.ndarray, " levels"]
     return (np.log(levels) / top_exponent(temperatures)).astype(np.float32)
 
 
-def half_steps(logp: Float[np.ndarray, " n"], temperatures: tuple[float, ...]) -> Float[np.ndarray, " n"]:
+def half_steps(logp: Float[np.ndarray, "*shape"], temperatures: tuple[float, ...]) -> Float[np.ndarray, "*shape"]:
     """By how much rounding to the levels of these log-probabilities may have moved them, in nats."""
     a = top_exponent(temperatures)
     below = np.maximum(np.exp(a * logp.astype(np.float64)) - 0.5 / top_levels(temperatures), 1e-12)
     return logp - np.log(below) / a
 
 
-def to_class_levels(log_mass: Float[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
+def to_class_levels(log_mass: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """Levels of classes' log-masses."""
     return np.rint(CLASS_LEVELS * np.exp(0.5 * log_mass)).astype(np.uint8)
 
 
 def class_log_mass(
-    levels: Int[Tensor, "*n classes"], odds: Float[Tensor, "*n"], prior: Float[Tensor, " classes"]
+    levels: UInt8[Tensor, "*n classes"], odds: Float[Tensor, "*n"], prior: Float[Tensor, " classes"]
 ) -> Float[Tensor, "*n classes"]:
     """Log-masses of classes from their levels: they add up to the tail's whole mass, whose log-odds are `odds`.
 

@@ -78,10 +78,9 @@ def extract(
     if excluded is not None and excluded.numel():
         logits = logits.index_fill(1, excluded, -torch.inf)
     whole = torch.logsumexp(logits, dim=1)
-    rows, temperatures = len(gold), len(spec.temperatures)
     if not spec.k:
-        none = logits.new_zeros(rows, 0)
-        return Reading(gold_logp, whole, gold, none.long(), none, none, logits.new_zeros(rows, temperatures, 0))
+        none = logits.new_zeros(len(gold), 0)
+        return Reading(gold_logp, whole, gold, none.long(), none, none, none[:, :, None])
     values, ids = torch.topk(logits, spec.k, dim=1)
     sizes = _sizes(logits, values, spec)
     odds, masses = [], []

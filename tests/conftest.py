@@ -112,7 +112,7 @@ def small_cache_config(teacher: str, model: Path, out: Path, **changes: object) 
         "shard_examples": 8,
         "data": {"source": str(chats_file()), "limit": 24},
         "lengths": {"student": 128, "teacher": 128, "block": 32},
-        "targets": {"k": 8},
+        "targets": {"k": 8, "classes": 5, "pilot": 200},
         "engine": {"dtype": "float32", "device": "cpu"},
         **changes,
     }
@@ -121,7 +121,8 @@ def small_cache_config(teacher: str, model: Path, out: Path, **changes: object) 
 
 def files(cache: Path) -> dict[str, bytes]:
     """Everything that makes a cache."""
-    found = [cache / "manifest.json", *cache.glob("draw=*/*"), *cache.glob("*_tokenizer/*")]
+    found = [cache / "manifest.json", cache / "ledger.parquet"]
+    found += [*cache.glob("draw=*/*"), *cache.glob("*_tokenizer/*"), *cache.glob("tables/*")]
     return {path.relative_to(cache).as_posix(): path.read_bytes() for path in found}
 
 

@@ -15,13 +15,14 @@ from shared.alignment import Region, align_tokens
 from shared.config import CacheConfig, DataConfig, LengthConfig
 from shared.examples import Preparer
 from shared.manifest import load_manifest
-from shared.shards import Unit, read_shard, read_table
+from shared.shards import Unit, read_table
 from shared.tokenizers import Tokenizer
 from student_train.training.trainer import train_student
 from teacher_cache.build import build_cache
 from teacher_cache.maintenance.inspect import inspect_cache
 from teacher_cache.maintenance.sizes import size_steps
 from tests.conftest import chats_file
+from tests.reading import rows_in
 from tests.real_assets import qwen_tokenizer, smollm2
 from tests.shared.models.test_configs import in_parts
 from tests.shared.test_examples import TEXTS, chat, check_chunks
@@ -103,7 +104,7 @@ def test_a_real_model_through_both_stages(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(smollm2())
     likelihoods = []
     for part in range(manifest.parts):
-        for row in read_shard(Unit(0, part).path(tmp_path / "cache"), (1.0, 2.0)):
+        for row in rows_in(tmp_path / "cache", Unit(0, part)):
             assert row.teacher_ids is not None
             assert row.chunk_logp is not None
             likelihoods += row.chunk_logp.tolist()

@@ -132,9 +132,9 @@ class TargetReader:
     def _on(self, device: torch.device) -> tuple[Classes, dict[float, Tensor]]:
         if device not in self._tables:
             assert self._vocabulary is not None
-            prior = torch.from_numpy(self._vocabulary.prior)
+            prior = torch.from_numpy(self._vocabulary.prior.copy())
             log_prior = {t: prior[i].log().clamp_min(EMPTY).to(device) for i, t in enumerate(self.temperatures)}
-            class_of = torch.from_numpy(self._vocabulary.class_of).long().to(device)
+            class_of = torch.from_numpy(self._vocabulary.class_of.astype(np.int64)).to(device)
             shares = torch.from_numpy(self._vocabulary.class_prior).to(device)
             self._tables[device] = (
                 Classes(class_of, self._vocabulary.classes, log_prior),

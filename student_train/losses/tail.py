@@ -54,7 +54,7 @@ def teacher_log_probabilities(
     return made.scatter_(1, topk.ids, top).clamp_min_(EMPTY)
 
 
-def fit(values: Tensor, width: int, fill: float) -> Tensor:
+def fit(values: Tensor, width: int, fill: int | float) -> Tensor:
     """A table of the teacher's vocabulary for a student of `width` rows: cut, or filled up."""
     missing = width - values.shape[0]
     return values[:width] if missing <= 0 else F.pad(values, (0, missing), value=fill)

@@ -93,7 +93,7 @@ def _smaller_tables(source: Path, layout: Layout, k: int, classes: int) -> _Tabl
     centroids, had = load_centroids(source), layout.classes
     merged = np.arange(had, dtype=np.int32)
     if classes < had:
-        merged, centroids = cluster(torch.from_numpy(centroids), np.ones(had, bool), classes)
+        merged, centroids = cluster(torch.from_numpy(centroids.copy()), np.ones(had, bool), classes)
     vocabulary, pilot = smaller(layout.vocabulary, load_pilot(source), layout.temperatures, k, merged)
     return _Tables(vocabulary, pilot, centroids, merged)
 
@@ -132,10 +132,10 @@ def cut(row: CacheRow, layout: Layout, k: int, merged: Int[np.ndarray, " classes
 def _class_masses(row: CacheRow, layout: Layout, i: int) -> Float[np.ndarray, "n classes"]:
     """Log-masses of the row's classes at the i-th temperature."""
     assert row.tail_odds is not None and layout.vocabulary is not None
-    odds = torch.from_numpy(row.tail_odds[:, i])
+    odds = torch.from_numpy(row.tail_odds[:, i].copy())
     if row.class_mass is None:
         return torch.nn.functional.logsigmoid(odds)[:, None].numpy()
     if row.class_mass.dtype != np.uint8:
         return row.class_mass[:, i]
     shares = torch.from_numpy(layout.vocabulary.class_prior[i])
-    return class_log_mass(torch.from_numpy(row.class_mass[:, i]), odds, shares).numpy()
+    return class_log_mass(torch.from_numpy(row.class_mass[:, i].copy()), odds, shares).numpy()

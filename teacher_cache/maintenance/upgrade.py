@@ -2,7 +2,7 @@
 
 Those formats kept a logsumexp for each temperature, log p as rounded float16 and token ids as they are, and the tail as
 one bucket, shaped by the student. All of it is carried over; what they did not keep (priors, classes, the mass of ids
-that only one side has) cannot be, so the tail stays what it was. Where rounding had left nothing for a tail, it has 1e-7.
+that only one side has) cannot be, so the tail stays what it was. Where rounding had left nothing of a tail it is 1e-7.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from teacher_cache.comp_demo import Request
 from teacher_cache.engines.base import Engine
 from teacher_cache.plan import CachePlan
 from teacher_cache.tables.classes import classes_for
+from teacher_cache.targets import refuse_nonfinite
 from teacher_cache.work import prepare_unit
 
 _AT_ONCE = 32
@@ -45,6 +46,7 @@ def make_tables(plan: CachePlan, engine: Engine) -> None:
         total += engine.outside(part)
     sizes, ids, logp, odds = [], [], [], []
     for one in scores:
+        refuse_nonfinite(one, "of the pilot sample")
         assert one.topk_sizes is not None and one.topk_ids is not None
         assert one.topk_logp is not None and one.tail_odds is not None
         kept = np.arange(one.topk_ids.shape[1]) < one.topk_sizes[:, None]

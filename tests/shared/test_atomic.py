@@ -6,7 +6,7 @@ from typing import BinaryIO
 
 import pytest
 
-from shared.atomic import remove_leftovers, write_atomically, write_bytes
+from shared.atomic import _temporary, remove_leftovers, write_atomically, write_bytes
 from shared.errors import TideError
 
 
@@ -24,12 +24,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_really_full_disk() -> None:
+def test_a_really_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """/dev/full answers every write with ENOSPC; the temporary file is a link to it."""
-    folder = Path("/dev/shm")
-    path = folder / f"tide-test-{id(object())}"
-    link = path.with_name(path.name + ".tmp")
+    path, link = tmp_path / "file", tmp_path / "link"
     link.symlink_to("/dev/full")
+    monkeypatch.setattr("shared.atomic._temporary", lambda _path: link)
     with pytest.raises(TideError, match="the disk is full"):
         write_bytes(path, b"x" * 100_000)
     assert not path.exists()
@@ -42,9 +41,24 @@ def test_an_unwritable_folder_is_said(tmp_path: Path) -> None:
         write_bytes(tmp_path / "file" / "inside", b"x")
 
 
-def test_leftovers_of_a_killed_process_go(tmp_path: Path) -> None:
-    (tmp_path / "draw=00").mkdir()
-    (tmp_path / "draw=00" / "part-00000.parquet.tmp").write_bytes(b"half")
-    (tmp_path / "draw=00" / "part-00001.parquet").write_bytes(b"whole")
+def test_leftovers_of_a_killed_process_go_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "draw=00"
+    folder.mkdir()
+    half = _temporary(folder / "part-00000.parquet")
+    half.write_bytes(b"half")
+    kept = ["part-00001.parquet", "chapter.tmp", ".notes.tide-tmp"]
+    for name in kept:
+        (folder / name).write_bytes(b"whole")
+    (folder / "x.tmp").mkdir()
     remove_leftovers([tmp_path])
-    assert [p.name for p in (tmp_path / "draw=00").iterdir()] == ["part-00001.parquet"]
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*kept, "x.tmp"])
+    half.write_bytes(b"half")
+    remove_leftovers([folder / "part-00001.parquet"])
+    assert half.exists()
+    remove_leftovers([folder / "part-00000.parquet"])
+    assert not half.exists()
+
+
+def test_no_two_temporary_files_have_one_name(tmp_path: Path) -> None:
+    names = {_temporary(tmp_path / "manifest.json") for _ in range(9)}
+    assert len(names) == 9

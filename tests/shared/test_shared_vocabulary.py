@@ -12,10 +12,11 @@ from shared.data import ChatExample
 from shared.errors import Unusable
 from shared.examples import Prepared, Preparer, SharedVocabulary
 from shared.models.checkpoint import resolve
-from shared.shards import Unit, read_shard
+from shared.shards import Unit
 from shared.tokenizers import Tokenizer
 from teacher_cache.build import build_cache
 from tests.conftest import TEACHER_TOKENIZER, small_cache_config, write_chats
+from tests.reading import rows_in
 from tests.shared.test_examples import LENGTHS, chat
 
 
@@ -65,7 +66,7 @@ def test_the_cache_reads_the_right_positions(thinking: Path, random_teacher: Pat
         "tiny-shared", random_teacher, tmp_path / "c", data=data, student_tokenizer=str(thinking)
     )
     build_cache(config)
-    for row in read_shard(Unit(0, 0).path(config.out), (1.0, 2.0)):
+    for row in rows_in(config.out, Unit(0, 0)):
         assert row.teacher_ids is not None
         assert row.teacher_masked is not None
         assert np.array_equal(row.teacher_ids[row.teacher_masked], row.student_ids[row.masked])
@@ -88,7 +89,7 @@ def test_ids_that_mean_something_else_never_enter_the_top_k(random_teacher: Path
         "tiny-shared", random_teacher, tmp_path / "c", data=data, student_tokenizer=str(folder), targets={"k": 4095}
     )
     build_cache(config)
-    rows = [r for r in read_shard(Unit(0, 0).path(config.out), (1.0, 2.0)) if r.masked.size]
+    rows = [r for r in rows_in(config.out, Unit(0, 0)) if r.masked.size]
     assert rows
     for row in rows:
         assert row.topk_ids is not None

@@ -65,7 +65,7 @@ class Points:
             return real_replace(path, target)
 
         def opened(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-            if not (path.name.endswith(".tmp") and mode == "wb"):
+            if not (path.name.endswith(".tide-tmp") and mode == "wb"):
                 return real_open(path, mode, *args, **kwargs)
             self.point()
             handle: Any = real_open(path, mode, *args, **kwargs)
@@ -130,7 +130,7 @@ def run(config: dict[str, Any], folder: Path, fault: Fault, ends: int, expected:
         assert code == ends, f"point {at}: exit code {code}"
         assert in_child(meets(settings, 0, fault, "")) == 0, f"point {at}: the next run did not finish"
         assert files(folder / f"at-{at}") == files(whole), f"point {at}: another cache"
-        assert not list((folder / f"at-{at}").rglob("*.tmp")), f"point {at}: leftovers"
+        assert not list((folder / f"at-{at}").rglob(".*.tide-tmp")), f"point {at}: leftovers"
         shutil.rmtree(folder / f"at-{at}")
 
 

@@ -13,10 +13,11 @@ import pytest
 
 from shared.config import CacheConfig
 from shared.manifest import load_manifest
-from shared.shards import Unit, read_shard
+from shared.shards import Unit
 from teacher_cache.build import build_cache
 from teacher_cache.maintenance.check import check_cache
 from tests.conftest import STUDENT_TOKENIZER, files, small_cache_config, write_chats
+from tests.reading import rows_in
 
 
 def test_a_row_that_cannot_be_used_stops_nothing_and_moves_no_other(random_teacher: Path, tmp_path: Path) -> None:
@@ -56,7 +57,7 @@ def test_repeated_rows_make_a_sound_cache_with_masks_of_their_own(random_teacher
     config = small_cache_config("tiny-cross", random_teacher, tmp_path / "c", data=source, noise={"draws": 1})
     build_cache(config)
     assert not check_cache(config.out).problems
-    rows = read_shard(Unit(0, 0).path(config.out), load_manifest(config.out).temperatures)
+    rows = rows_in(config.out, Unit(0, 0))
     assert len({row.example_id for row in rows}) == 6
     assert len({row.t for row in rows}) == 6
 
@@ -80,12 +81,7 @@ def test_a_cache_keeps_the_day_on_which_it_was_begun(
         changes = {"data": source, "student_tokenizer": str(student), "noise": {"draws": draws}}
         config = small_cache_config("tiny-cross", random_teacher, tmp_path / out, **changes)
         build_cache(config)
-        temperatures = load_manifest(config.out).temperatures
-        return [
-            row.student_ids.tolist()
-            for draw in range(draws)
-            for row in read_shard(Unit(draw, 0).path(config.out), temperatures)
-        ]
+        return [row.student_ids.tolist() for draw in range(draws) for row in rows_in(config.out, Unit(draw, 0))]
 
     (first, second) = build(25, 1)
     assert build(26, 2) == [first, second, first, second]

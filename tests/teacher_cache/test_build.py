@@ -16,18 +16,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shared.compact import LARGEST_ERROR
+from shared.compact import half_steps
 from shared.errors import TideError
 from shared.manifest import load_manifest
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
-from shared.shards import Unit, finished_units, read_shard
+from shared.shards import Unit, finished_units
 from teacher_cache.build import build_cache
 from tests.conftest import STUDENT_TOKENIZER, chats_file, small_cache_config, write_chats
+from tests.reading import rows_in
 
 
 def contents(cache: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(cache)): p.read_bytes() for p in sorted(cache.rglob("*.parquet"))}
+    found = sorted([*cache.glob("draw=*/*.parquet"), *cache.glob("tables/*.parquet")])
+    return {str(p.relative_to(cache)): p.read_bytes() for p in found}
 
 
 @pytest.mark.parametrize("teacher", ["tiny-cross", "tiny-shared"])
@@ -36,7 +38,7 @@ def test_rows_hold_what_the_teacher_says(caches: dict[str, Path], random_teacher
     cache = caches[teacher]
     model = load_model(open_checkpoint(str(random_teacher)), "llama", torch.float32)
     checked = 0
-    for row in read_shard(Unit(1, 0).path(cache), (1.0, 2.0)):
+    for row in rows_in(cache, Unit(1, 0)):
         ids = row.student_ids if row.teacher_ids is None else row.teacher_ids
         positions = row.masked if row.teacher_masked is None else row.teacher_masked
         logp = np.zeros(len(ids))
@@ -48,10 +50,14 @@ def test_rows_hold_what_the_teacher_says(caches: dict[str, Path], random_teacher
             with torch.no_grad():
                 logits = model(input_ids=noised, attention_mask=mask).logits[0].double()
             where = np.flatnonzero(row.split == part)
-            np.testing.assert_allclose(row.logsumexp[where, 1], torch.logsumexp(logits[read] / 2, 1), rtol=1e-5)
-            assert row.topk_logits is not None
-            top = row.topk_logits.reshape(-1, 8)[where]
-            np.testing.assert_allclose(top, logits[read].topk(8).values, rtol=0, atol=LARGEST_ERROR + 1e-4)
+            np.testing.assert_allclose(row.logsumexp[where], torch.logsumexp(logits[read], 1), atol=0.5 / 32 + 1e-4)
+            assert row.topk_logp is not None and row.topk_sizes is not None and row.tail_odds is not None
+            truth = torch.log_softmax(logits[read], 1).topk(8).values.numpy().astype(np.float32)
+            apart = np.abs(row.topk_logp.reshape(-1, 8)[where] - truth)
+            assert (apart <= half_steps(truth, (1.0, 2.0)) + 1e-4).all()
+            for i, t in enumerate((1.0, 2.0)):
+                p = torch.softmax(logits[read] / t, 1).topk(8).values.sum(1)
+                np.testing.assert_allclose(row.tail_odds[where, i], torch.log((1 - p) / p), atol=0.5 / 256 + 1e-4)
             logp[read] = torch.log_softmax(logits, 1)[read, ids[read]].numpy()
         assert row.chunk_teacher is not None
         assert row.chunk_logp is not None
@@ -66,7 +72,7 @@ def test_draw_folders_hold_their_draw_and_every_example_once(caches: dict[str, P
     assert len(finished_units(cache)) == 6
     ids = {}
     for draw in (0, 1):
-        rows = [r for part in range(3) for r in read_shard(Unit(draw, part).path(cache), (1.0, 2.0))]
+        rows = [r for part in range(3) for r in rows_in(cache, Unit(draw, part))]
         assert {r.draw for r in rows} == {draw}
         ids[draw] = [r.example_id for r in rows]
         assert len(set(ids[draw])) == len(ids[draw]) > 10
@@ -95,10 +101,13 @@ def test_a_lost_shard_is_computed_again_bit_for_bit(
     cache = Path(shutil.copytree(caches["tiny-shared"], tmp_path / "c"))
     before = contents(cache)
     Unit(1, 1).path(cache).unlink()
-    (cache / "draw=01" / "part-00001.parquet.tmp").write_bytes(b"half a shard")
+    half = cache / "draw=01" / ".part-00001.parquet.host-77-0.tide-tmp"
+    half.write_bytes(b"half a shard")
+    own = cache / "draw=01" / "chapter.tmp"  # not ours
+    own.write_bytes(b"a thesis")
     assert build_cache(small_cache_config("tiny-shared", random_teacher, cache)).computed == 1
     assert contents(cache) == before
-    assert not list(cache.rglob("*.tmp"))
+    assert not half.exists() and own.exists()
 
 
 def test_killed_at_random_moments_and_restarted_the_cache_is_the_same(
@@ -117,7 +126,7 @@ def test_killed_at_random_moments_and_restarted_the_cache_is_the_same(
         str(random_teacher),
     ]
     settings = ["shard_examples=8", f"data.source={chats_file()}", "data.limit=24", "lengths.student=128",
-                "lengths.teacher=128", "targets.k=8", "engine.device=cpu",
+                "lengths.teacher=128", "targets.k=8", "targets.classes=5", "targets.pilot=200", "engine.device=cpu",
                 'targets.signals=["topk","chunks"]']  # fmt: skip
     command += [part for s in settings for part in ("--set", s)] + ["--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -204,7 +213,9 @@ def test_data_whose_prompts_never_fit(random_teacher: Path, tmp_path: Path) -> N
 def test_a_teacher_that_returns_nan_stops_the_run_and_keeps_finished_shards(
     random_teacher: Path, tmp_path: Path
 ) -> None:
-    """A row of NaN in the embedding, for a token that only the third example has."""
+    """A row of NaN in the embedding, for a token that only the third example has. Where there is a pilot sample, it
+    meets the token there.
+    """
     broken = Path(shutil.copytree(random_teacher, tmp_path / "m"))
     tensors = load_file(broken / "model.safetensors")
     from shared.tokenizers import Tokenizer
@@ -215,20 +226,28 @@ def test_a_teacher_that_returns_nan_stops_the_run_and_keeps_finished_shards(
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     data = write_chats(tmp_path / "d.jsonl", ["x = 1", "y = 2", "zebra quartz " * 6])
     noise = {"draws": 1, "seed": 1}
-    config = small_cache_config("tiny-shared", broken, tmp_path / "c", data=data, shard_examples=1, noise=noise)
+    changes: dict[str, Any] = {"data": data, "shard_examples": 1, "noise": noise}
+    config = small_cache_config("tiny-cross", broken, tmp_path / "c", targets={"signals": ["chunks"]}, **changes)
     refused(r"the teacher returned \d+ non-finite rows", config)
     assert finished_units(tmp_path / "c") == [Unit(0, 0), Unit(0, 1)]
+    config = small_cache_config("tiny-shared", broken, tmp_path / "d", **changes)
+    refused(r"non-finite rows of \d+ for example of the pilot sample", config)
 
 
 def test_a_full_disk_stops_the_run_and_keeps_finished_shards(
     random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The third shard's temporary file is a link to /dev/full, which answers writes as a full disk does."""
+    from shared import atomic
+
     config = small_cache_config("tiny-shared", random_teacher, tmp_path / "c")
     target = Unit(0, 2).path(config.out)
     target.parent.mkdir(parents=True)
     monkeypatch.setattr("teacher_cache.build.remove_leftovers", lambda _folder: None)
-    target.with_name(target.name + ".tmp").symlink_to("/dev/full")
+    full = target.with_name("full")
+    full.symlink_to("/dev/full")
+    name = atomic._temporary
+    monkeypatch.setattr(atomic, "_temporary", lambda path: full if path == target else name(path))
     refused("the disk is full", config)
     finished = finished_units(config.out)  # what was scored while the write failed is kept too
     assert finished[:2] == [Unit(0, 0), Unit(0, 1)]
@@ -251,7 +270,8 @@ def test_a_damaged_manifest(caches: dict[str, Path], random_teacher: Path, tmp_p
     (cache / "manifest.json").write_text("{")
     refused("is damaged", small_cache_config("tiny-shared", random_teacher, cache))
     (cache / "manifest.json").unlink()
-    refused("belongs to another cache", small_cache_config("tiny-shared", random_teacher, cache, targets={"k": 9}))
+    other = {"k": 9, "classes": 5, "pilot": 200}
+    refused("belongs to another cache", small_cache_config("tiny-shared", random_teacher, cache, targets=other))
     report = build_cache(small_cache_config("tiny-shared", random_teacher, cache, noise={"draws": 1}))
     assert (report.computed, report.kept) == (0, 6)
     assert load_manifest(cache) == load_manifest(caches["tiny-shared"])
@@ -268,7 +288,7 @@ def test_a_manifest_that_says_something_else_is_damaged(caches: dict[str, Path],
 def test_without_comp_demo_all_is_masked_in_one_pass(random_teacher: Path, tmp_path: Path) -> None:
     config = small_cache_config("tiny-shared", random_teacher, tmp_path / "c", noise={"draws": 1, "comp_demo": False})
     build_cache(config)
-    rows = read_shard(Unit(0, 0).path(config.out), (1.0, 2.0))
+    rows = rows_in(config.out, Unit(0, 0))
     assert not any(row.split.any() for row in rows)
 
 
@@ -276,7 +296,7 @@ def test_adaptive_length_keeps_fewer_logits(random_teacher: Path, tmp_path: Path
     targets = {"k": 64, "mass": 0.03, "signals": ["topk"]}
     config = small_cache_config("tiny-shared", random_teacher, tmp_path / "c", noise={"draws": 1}, targets=targets)
     build_cache(config)
-    rows = [r for r in read_shard(Unit(0, 0).path(config.out), (1.0, 2.0)) if r.masked.size]
+    rows = [r for r in rows_in(config.out, Unit(0, 0)) if r.masked.size]
     sizes = np.concatenate([r.topk_sizes for r in rows if r.topk_sizes is not None])
     assert sizes.min() < 64
     for row in rows:

@@ -51,7 +51,7 @@ def test_alone_and_in_a_batch_are_equal(random_teacher: Path, attention: Attenti
     single = TransformersEngine(model, attention, SPEC, shift=shift, tokens_per_batch=1, head_rows=3)
     for request, expected in zip(asked, together, strict=True):
         (alone,) = single.score([request])
-        for name in ("gold_logit", "logsumexp", "topk_logits"):
+        for name in ("gold_logp", "logsumexp", "topk_logp", "tail_odds"):
             np.testing.assert_allclose(getattr(alone, name), getattr(expected, name), rtol=1e-6, atol=1e-6)
 
 
@@ -68,11 +68,32 @@ def test_scores_are_those_of_the_plain_model(random_teacher: Path) -> None:
                 mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
                 logits = model(input_ids=ids, attention_mask=mask).logits[0].double()
             rows = logits[torch.from_numpy(request.read).long() - shift]
-            np.testing.assert_allclose(scores.logsumexp[:, 1], torch.logsumexp(rows / 2, 1), rtol=1e-5)
-            assert scores.topk_logits is not None
-            np.testing.assert_allclose(scores.topk_logits, rows.topk(8).values, rtol=1e-4, atol=1e-5)
-            gold = rows.gather(1, torch.from_numpy(request.gold).long()[:, None])[:, 0]
-            np.testing.assert_allclose(scores.gold_logit, gold, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(scores.logsumexp, torch.logsumexp(rows, 1), rtol=1e-5)
+            assert scores.topk_logp is not None
+            logp = torch.log_softmax(rows, 1)
+            np.testing.assert_allclose(scores.topk_logp, logp.topk(8).values, rtol=1e-4, atol=1e-5)
+            gold = logp.gather(1, torch.from_numpy(request.gold).long()[:, None])[:, 0]
+            np.testing.assert_allclose(scores.gold_logp, gold, rtol=1e-4, atol=1e-5)
+
+
+def test_sums_of_what_is_outside_are_those_of_full_logits(random_teacher: Path) -> None:
+    model = load_model(open_checkpoint(str(random_teacher)), "llama", torch.float32)
+    asked, shared = requests(5, seed=4), np.arange(4096) % 7 != 0
+    engine = TransformersEngine(model, Full(), SPEC, head_rows=9, tokens_per_batch=64, shared_ids=shared)
+    found = engine.outside(asked)
+    logits = torch.cat([logits for logits, _ in engine.logits(asked)]).double()
+    logits[:, ~torch.from_numpy(shared)] = -torch.inf
+    for i, t in enumerate(SPEC.temperatures):
+        p = torch.softmax(logits / t, 1)
+        expected = p.scatter(1, logits.topk(8, 1).indices, 0.0).sum(0)
+        np.testing.assert_allclose(found[i], expected, rtol=1e-4, atol=1e-7)
+    classes = (np.arange(4096) % 3).astype(np.int32)
+    classes[~shared] = -1
+    engine.use_classes(classes)
+    scores = engine.score(asked)
+    for c in range(3):
+        mass = sum(np.exp(s.class_mass[:, 1, c].astype(np.float64)).sum() for s in scores if s.class_mass is not None)
+        assert mass == pytest.approx(found[1][classes == c].sum(), rel=1e-4)
 
 
 def test_the_head_runs_at_the_rows_that_are_read_and_no_other(random_teacher: Path) -> None:

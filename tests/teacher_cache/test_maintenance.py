@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import zstandard
 from typer.testing import CliRunner
@@ -16,53 +15,96 @@ from typer.testing import CliRunner
 from pipelines.cli import app
 from shared.errors import TideError
 from shared.manifest import load_manifest
-from shared.shards import Unit, finished_units, read_shard, read_table
-from student_train.batches.loader import BatchDataset
+from shared.shards import Unit, finished_units
+from shared.vocabulary import load_vocabulary
 from teacher_cache.build import build_cache
 from teacher_cache.maintenance.check import check_cache, delete_damaged
 from teacher_cache.maintenance.inspect import inspect_cache
 from teacher_cache.maintenance.pack import pack_cache, unpack_cache
-from teacher_cache.maintenance.reshape import merge_caches, prune_cache
+from teacher_cache.maintenance.prune import prune_cache
+from teacher_cache.maintenance.reshape import merge_caches
 from teacher_cache.maintenance.sizes import describe_first_shard, size_steps
 from teacher_cache.maintenance.wording import in_words
 from tests.conftest import chats_file, files, small_cache_config
+from tests.reading import all_rows, change_column, dataset, layout_of, plain_table, rows_in, same_values
 
 
 def ids_in(cache: Path) -> set[str]:
     """The examples of all shards."""
-    return {row.example_id for unit in finished_units(cache) for row in read_shard(unit.path(cache), (1.0, 2.0))}
+    return {row.example_id for unit in finished_units(cache) for row in rows_in(cache, unit)}
 
 
-def test_a_pruned_cache_is_the_one_that_would_have_been_built(
+def test_a_pruned_cache_is_the_one_that_would_have_been_built_up_to_rounding(
     caches: dict[str, Path], random_teacher: Path, tmp_path: Path
 ) -> None:
-    direct = small_cache_config(
-        "tiny-shared", random_teacher, tmp_path / "direct", noise={"draws": 1}, targets={"k": 3}
-    )
-    build_cache(direct)
-    prune_cache(caches["tiny-shared"], tmp_path / "pruned", k=3, draws=1)
-    assert files(tmp_path / "pruned") == files(tmp_path / "direct")
-    (tmp_path / "pruned" / "draw=00" / "part-00001.parquet").unlink()  # interrupted
-    prune_cache(caches["tiny-shared"], tmp_path / "pruned", k=3, draws=1)
-    assert files(tmp_path / "pruned") == files(tmp_path / "direct")
-    for asked in ({"k": 9}, {"k": 0}, {"draws": 3}):
+    source, pruned, direct = caches["tiny-shared"], tmp_path / "pruned", tmp_path / "direct"
+    targets = {"k": 3, "classes": 5, "pilot": 200}
+    build_cache(small_cache_config("tiny-shared", random_teacher, direct, noise={"draws": 1}, targets=targets))
+    prune_cache(source, pruned, k=3, draws=1)
+    assert load_manifest(pruned).fingerprint["targets"]["k"] == 3
+    ours, theirs = (load_vocabulary(cache) for cache in (pruned, direct))
+    assert np.array_equal(ours.class_of, theirs.class_of)
+    assert np.array_equal(ours.rank_of, theirs.rank_of)
+    np.testing.assert_allclose(ours.prior, theirs.prior, rtol=1e-3, atol=1e-12)
+    for a, b in zip(all_rows(pruned), all_rows(direct), strict=True):
+        assert a.topk_ids is not None and b.topk_ids is not None and a.topk_logp is not None and b.topk_logp is not None
+        assert np.array_equal(a.topk_ids, b.topk_ids)
+        assert np.array_equal(a.topk_logp, b.topk_logp)
+        assert a.tail_odds is not None and b.tail_odds is not None
+        np.testing.assert_allclose(a.tail_odds, b.tail_odds, atol=0.06)  # a half step of the smallest p
+        assert a.class_mass is not None and b.class_mass is not None
+        assert np.abs(a.class_mass.astype(int) - b.class_mass.astype(int)).max(initial=0) <= 1
+    assert not check_cache(pruned).problems
+    before = files(pruned)
+    (pruned / "draw=00" / "part-00001.parquet").unlink()  # interrupted
+    prune_cache(source, pruned, k=3, draws=1)
+    assert files(pruned) == before
+    for asked in ({"k": 9}, {"k": 0}, {"draws": 3}, {"classes": 6}):
         with pytest.raises(TideError, match="expected: 1 to"):
-            prune_cache(caches["tiny-shared"], tmp_path / "more", **asked)
+            prune_cache(source, tmp_path / "more", **asked)
     with pytest.raises(TideError, match=r"holds another cache[\s\S]*targets.k: 3 → 2"):
-        prune_cache(caches["tiny-shared"], tmp_path / "pruned", k=2, draws=1)
+        prune_cache(source, pruned, k=2, draws=1)
+
+
+def test_fewer_draws_alone_change_no_byte(caches: dict[str, Path], random_teacher: Path, tmp_path: Path) -> None:
+    prune_cache(caches["tiny-shared"], tmp_path / "pruned", draws=1)
+    build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "direct", noise={"draws": 1}))
+    assert files(tmp_path / "pruned") == files(tmp_path / "direct")
+    shard = Unit(0, 0)
+    assert shard.path(tmp_path / "pruned").stat().st_ino == shard.path(caches["tiny-shared"]).stat().st_ino  # a link
+
+
+@pytest.mark.parametrize("values", ["levels", "float32"])
+def test_fewer_classes_hold_the_same_mass(random_teacher: Path, tmp_path: Path, values: str) -> None:
+    targets = {"k": 4, "classes": 9, "pilot": 200, "values": values, "signals": ["topk"]}
+    config = small_cache_config("tiny-shared", random_teacher, tmp_path / "a", noise={"draws": 1}, targets=targets)
+    build_cache(config)
+    for classes in (3, 1):
+        made = prune_cache(tmp_path / "a", tmp_path / f"c{classes}", classes=classes)
+        assert made.fingerprint["targets"]["classes"] == classes
+        assert not check_cache(tmp_path / f"c{classes}").problems
+        for a, b in zip(all_rows(tmp_path / "a"), all_rows(tmp_path / f"c{classes}"), strict=True):
+            assert a.tail_odds is not None and b.tail_odds is not None
+            np.testing.assert_allclose(a.tail_odds, b.tail_odds, atol=0.01)
+            assert (b.class_mass is None) == (classes == 1)
 
 
 def test_adaptive_lists_are_pruned_to_what_fits(random_teacher: Path, tmp_path: Path) -> None:
-    targets = {"k": 40, "mass": 0.004, "signals": ["topk"]}
+    targets = {"k": 40, "mass": 0.004, "signals": ["topk"], "classes": 1, "pilot": 200}
     changes = {"noise": {"draws": 1}}
     build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "a", targets=targets, **changes))
     build_cache(
         small_cache_config("tiny-shared", random_teacher, tmp_path / "b", targets={**targets, "k": 12}, **changes)
     )
     prune_cache(tmp_path / "a", tmp_path / "c", k=12)
-    assert files(tmp_path / "c") == files(tmp_path / "b")
-    sizes = np.concatenate([r.topk_sizes for r in read_shard(Unit(0, 0).path(tmp_path / "c"), (1.0, 2.0))
-                            if r.topk_sizes is not None])  # fmt: skip
+    for a, b in zip(all_rows(tmp_path / "c"), all_rows(tmp_path / "b"), strict=True):
+        assert (
+            a.topk_sizes is not None and b.topk_sizes is not None and a.topk_ids is not None and b.topk_ids is not None
+        )
+        assert np.array_equal(a.topk_sizes, b.topk_sizes) and np.array_equal(a.topk_ids, b.topk_ids)
+        assert a.tail_odds is not None and b.tail_odds is not None
+        np.testing.assert_allclose(a.tail_odds, b.tail_odds, atol=0.06)  # a half step of the smallest p
+    sizes = np.concatenate([r.topk_sizes for r in all_rows(tmp_path / "c") if r.topk_sizes is not None])
     assert sizes.min() < 12
 
 
@@ -81,18 +123,17 @@ def test_caches_of_different_data_follow_each_other(random_teacher: Path, tmp_pa
     lines = chats_file().read_text().splitlines()
     for name, part in (("a", lines[:10]), ("b", lines[10:24])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(part) + "\n")
-        config = {"data": {"source": str(tmp_path / f"{name}.jsonl")}}
+        targets = {"k": 8, "classes": 5, "pilot": 200, **({} if name == "a" else {"tables_from": tmp_path / "a"})}
+        config = {"data": {"source": str(tmp_path / f"{name}.jsonl")}, "targets": targets}
         build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / name, **config))
     merged = merge_caches([tmp_path / "a", tmp_path / "b"], tmp_path / "ab")
     assert (merged.parts, merged.examples) == (4, 24)
     assert not check_cache(tmp_path / "ab").problems
-    ids = {
-        r.example_id for u in finished_units(tmp_path / "ab") for r in read_shard(u.path(tmp_path / "ab"), (1.0, 2.0))
-    }
-    ours = [{r.example_id for u in finished_units(tmp_path / n) for r in read_shard(u.path(tmp_path / n), (1.0, 2.0))}
+    ids = {r.example_id for u in finished_units(tmp_path / "ab") for r in rows_in(tmp_path / "ab", u)}
+    ours = [{r.example_id for u in finished_units(tmp_path / n) for r in rows_in(tmp_path / n, u)}
             for n in "ab"]  # fmt: skip
     assert ids == ours[0] | ours[1]
-    assert len(BatchDataset(tmp_path / "ab", merged, batch_size=4, seed=0, epochs=1.0)) >= 6
+    assert len(dataset(tmp_path / "ab", batch_size=4, epochs=1.0)) >= 6
     with pytest.raises(TideError, match="same data"):
         merge_caches([tmp_path / "a", tmp_path / "ab", tmp_path / "a"], tmp_path / "twice")
     prune_cache(tmp_path / "b", tmp_path / "b2", k=2)
@@ -145,20 +186,18 @@ def test_check_names_what_is_wrong_and_the_next_run_mends_it(
     one, two, three, four = (Unit(0, 0).path(cache), Unit(0, 1).path(cache), Unit(1, 0).path(cache),
                              Unit(1, 1).path(cache))  # fmt: skip
     one.write_bytes(one.read_bytes()[:-50])
-    table = read_table(two)
-    place = table.schema.get_field_index("gold_logit")
-    column = table.column(place).combine_chunks()
+    column = plain_table(two).column("gold_logp_q").combine_chunks()
     spoiled = np.asarray(column.values).copy()
-    spoiled[3] = np.nan
-    made = pa.ListArray.from_arrays(column.offsets, pa.array(spoiled)).cast(column.type)
-    pq.write_table(table.set_column(place, table.schema.field(place), made), two)
-    shutil.copyfile(Unit(0, 2).path(caches["tiny-cross"]), three)  # of another cache
+    spoiled[3] = -600
+    change_column(cache, Unit(0, 1), "gold_logp_q", same_values(column, pa.array(spoiled)))
+    (cache / "ledger.parquet").unlink()  # who changed it made the ledger anew
+    shutil.copyfile(Unit(1, 0).path(caches["tiny-cross"]), three)  # of another cache
     shutil.copyfile(Unit(0, 1).path(caches["tiny-shared"]), four)  # of another draw
     (cache / "draw=07").mkdir()
     shutil.copyfile(Unit(0, 1).path(caches["tiny-shared"]), Unit(7, 0).path(cache))
     report = check_cache(cache)
     text = in_words(report)
-    for part in ("cannot be read", "1 values of gold_logit are not finite", "belongs to another cache", "'draw': 1",
+    for part in ("cannot be read", "gold_logp is above 0: 1.172", "belongs to another cache", "'draw': 0",
                  "no part of a cache of 2 draws"):  # fmt: skip
         assert part in text
     shutil.rmtree(cache / "draw=07")
@@ -175,7 +214,7 @@ def test_the_commands(caches: dict[str, Path], tmp_path: Path, teacher: str) -> 
         return done.output
 
     cache = caches[teacher]
-    row = next(r for r in read_shard(Unit(1, 0).path(cache), (1.0, 2.0)) if r.masked.size)
+    row = next(r for r in rows_in(cache, Unit(1, 0)) if r.masked.size)
     shown = tide("inspect", cache, "--row", row.example_id, "--draw", 1)
     assert f"{row.masked.size} of" in shown
     assert "⟦A:" in shown or "⟦B:" in shown
@@ -193,8 +232,8 @@ def test_the_commands(caches: dict[str, Path], tmp_path: Path, teacher: str) -> 
 
 
 def test_each_step_of_the_encoding_makes_it_smaller(caches: dict[str, Path]) -> None:
-    path = Unit(0, 0).path(caches["tiny-shared"])
-    totals = [sizes.total() for sizes in size_steps(read_table(path)).values()]
+    cache = caches["tiny-shared"]
+    totals = [sizes.total() for sizes in size_steps(rows_in(cache, Unit(0, 0)), layout_of(cache)).values()]
     assert totals[-1] < totals[0]
     assert sum(inspect_cache(caches["tiny-shared"]).bytes_by_column.values()) > totals[-1]
     assert "| zstd 9" in describe_first_shard(caches["tiny-shared"])
@@ -210,7 +249,7 @@ def test_ten_lines_of_polars_read_a_cache(caches: dict[str, Path]) -> None:
     frame = names["top"]
     assert isinstance(frame, pl.DataFrame)
     unit = finished_units(caches["tiny-shared"])[0]
-    rows = read_shard(unit.path(caches["tiny-shared"]), load_manifest(caches["tiny-shared"]).temperatures)
+    rows = rows_in(caches["tiny-shared"], unit)
     expected = np.concatenate([r.topk_ids for r in rows if r.topk_ids is not None])
     assert frame["id"].to_list() == expected.tolist()
     assert frame["logp"].max() <= 0  # type: ignore[operator]

@@ -17,7 +17,8 @@ from tests.conftest import small_cache_config
 
 @pytest.fixture
 def plan(random_teacher: Path, tmp_path: Path) -> CachePlan:
-    return make_plan(small_cache_config("tiny-cross", random_teacher, tmp_path / "cache"))
+    targets = {"signals": ["chunks"]}
+    return make_plan(small_cache_config("tiny-cross", random_teacher, tmp_path / "cache", targets=targets))
 
 
 class Spy:
@@ -30,6 +31,12 @@ class Spy:
         self.calls += 1
         self._before(self.calls)
         return self._engine.score(requests)
+
+    def outside(self, requests: Any) -> Any:
+        return self._engine.outside(requests)
+
+    def use_classes(self, class_of: Any) -> None:
+        self._engine.use_classes(class_of)
 
     def close(self) -> None:
         self._engine.close()
@@ -51,11 +58,11 @@ def test_the_next_unit_is_prepared_and_the_last_one_written_while_the_engine_wor
             scoring.notify_all()
         return work
 
-    def late_write(path: Path, rows: Any, *rest: Any) -> None:
+    def late_write(path: Path, rows: Any, *rest: Any) -> bytes:
         number = units.index(Unit(int(path.parent.name[-2:]), int(path.stem[-5:]))) + 1
         with scoring:
             assert scoring.wait_for(lambda: calls[0] > number or number == len(units), timeout=30)
-        write(path, rows, *rest)
+        return write(path, rows, *rest)
 
     def before(call: int) -> None:
         with scoring:

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from shared.errors import TideError
@@ -15,6 +14,7 @@ from teacher_cache.maintenance.inspect import describe, inspect_cache
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.maintenance.wording import in_words
 from tests.conftest import TEACHER_TOKENIZER, small_cache_config
+from tests.reading import change_column, plain_table, same_values
 
 
 @pytest.mark.parametrize("teacher", ["tiny-cross", "tiny-shared"])
@@ -23,23 +23,20 @@ def test_a_cache_verifies_against_its_own_engine(caches: dict[str, Path], random
     report = verify_cache(small_cache_config(teacher, random_teacher, caches[teacher]), 20)
     assert report.rows == 20
     assert report.positions > 200
-    assert {d.name for d in report.deviations} == {"gold logit", "logsumexp", "top-k logits"}
-    assert report.largest < 1e-5
+    names = {"log p of gold", "logsumexp", "top-k log p", "tail log-odds", "√ class mass"}
+    assert {d.name for d in report.deviations} == names
+    assert report.largest < 2e-5
     assert "20 rows" in in_words(report)
 
 
 def test_a_changed_value_is_found(caches: dict[str, Path], random_teacher: Path, tmp_path: Path) -> None:
     cache = Path(shutil.copytree(caches["tiny-shared"], tmp_path / "c"))
     for unit in finished_units(cache):
-        table = pq.ParquetFile(unit.path(cache)).read()
-        place = table.schema.get_field_index("gold_logit")
-        column = table.column(place).combine_chunks()
-        moved = pa.ListArray.from_arrays(column.offsets, pa.array(np.asarray(column.values) + np.float32(0.5)))
-        table = table.set_column(place, table.schema.field(place), moved.cast(table.schema.field(place).type))
-        pq.write_table(table, unit.path(cache))
+        column = plain_table(unit.path(cache)).column("gold_logp_q").combine_chunks()
+        change_column(cache, unit, "gold_logp_q", same_values(column, pa.array(np.asarray(column.values) + 256)))
     report = verify_cache(small_cache_config("tiny-shared", random_teacher, cache), 200)
     found = {d.name: d for d in report.deviations}
-    assert found["gold logit"].mean == pytest.approx(0.5, abs=1e-4)
+    assert found["log p of gold"].mean == pytest.approx(0.5, abs=2e-3)
     assert found["logsumexp"].largest < 1e-5
 
 
@@ -52,7 +49,7 @@ def test_what_does_not_belong_together_is_refused(caches: dict[str, Path], rando
     with pytest.raises(TideError, match=r"teacher.weights"):
         verify(teacher=TEACHER_TOKENIZER)
     with pytest.raises(TideError, match=r"targets.k"):
-        verify(targets={"k": 4})
+        verify(targets={"k": 4, "classes": 5, "pilot": 200})
     with pytest.raises(TideError, match="is no cache"):
         verify_cache(small_cache_config("tiny-shared", random_teacher, random_teacher), 5)
 

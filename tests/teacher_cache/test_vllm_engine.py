@@ -19,7 +19,7 @@ from shared.config import EngineConfig
 from shared.errors import TideError
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import load_model
-from shared.shards import finished_units, read_shard
+from shared.shards import finished_units
 from teacher_cache.build import build_cache
 from teacher_cache.comp_demo import Request
 from teacher_cache.engines.transformers_engine import TransformersEngine
@@ -30,6 +30,7 @@ from teacher_cache.targets import Scores, TargetSpec
 from teacher_cache.teachers.registry import TeacherEntry
 from tests.conftest import small_cache_config
 from tests.hub_layouts import ARCHITECTURE_OF, wide_checkpoint
+from tests.reading import rows_in
 
 pytest.importorskip("vllm", reason="vLLM is not installed: `make test-vllm` installs its CPU build and runs this file")
 pytestmark = pytest.mark.filterwarnings("default")  # vLLM's own warnings
@@ -68,7 +69,9 @@ def mixed_requests(vocabulary: int, mask: int) -> list[Request]:
 def furthest(a: list[Scores], b: list[Scores]) -> float:
     """The largest difference in any value; ids may change places at near ties, so logits are compared by rank."""
     pairs = [(getattr(x, n), getattr(y, n)) for x, y in zip(a, b, strict=True)
-             for n in ("gold_logit", "logsumexp", "topk_logits")]  # fmt: skip
+             for n in ("gold_logp", "logsumexp", "topk_logp", "tail_odds")]  # fmt: skip
+    pairs += [(np.exp(x.class_mass), np.exp(y.class_mass)) for x, y in zip(a, b, strict=True)
+              if x.class_mass is not None and y.class_mass is not None]  # fmt: skip
     return max(float(np.abs(x - y).max()) for x, y in pairs)
 
 
@@ -90,6 +93,15 @@ def test_float32_values_are_those_of_transformers(golden: Path, tmp_path: Path, 
     assert ScorePooler.rows_run - before == sum(len(request.read) for request in requests)  # and nowhere else
     model = load_model(checkpoint, architecture, torch.float32)
     reference = TransformersEngine(model, teacher.attention, SPEC, shift=teacher.shift, shared_ids=shared)
+    assert furthest(found, reference.score(requests)) < 1e-4
+    np.testing.assert_allclose(engine.outside(requests), reference.outside(requests), atol=1e-4)
+    classes = (np.arange(160) % 4).astype(np.int32)
+    if shared is not None:
+        classes[~shared] = -1
+    for one in (engine, reference):
+        one.use_classes(classes)
+    found = engine.score(requests)
+    assert all(scores.class_mass is not None and scores.class_mass.shape[2] == 4 for scores in found)
     assert furthest(found, reference.score(requests)) < 1e-4
     if shared is not None:
         assert max(int(scores.topk_ids.max()) for scores in found if scores.topk_ids is not None) < 120
@@ -136,8 +148,8 @@ def small(out: Path, engine: dict[str, Any]) -> Any:
 
 
 def values(config: Any) -> np.ndarray:
-    rows = [row for unit in finished_units(config.out) for row in read_shard(unit.path(config.out), (1.0, 2.0))]
-    return np.concatenate([np.concatenate([r.gold_logit, r.logsumexp.ravel()]) for r in rows])
+    rows = [row for unit in finished_units(config.out) for row in rows_in(config.out, unit)]
+    return np.concatenate([np.concatenate([r.gold_logp, r.logsumexp]) for r in rows])
 
 
 def test_killed_in_the_middle_resumed_and_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ def test_ctrl_c_says_how_to_go_on(random_teacher: Path, tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "the same command goes on from there" in errors
     assert "Traceback" not in errors
-    assert not list((tmp_path / "c").rglob("*.tmp"))
+    assert not list((tmp_path / "c").rglob(".*.tide-tmp"))
 
 
 def test_teachers_are_listed_and_shown() -> None:

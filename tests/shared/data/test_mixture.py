@@ -10,11 +10,11 @@ import pytest
 
 from pipelines.recipes.read import cache_config, packaged_recipe
 from shared.data.hub import HubName
-from shared.manifest import load_manifest
 from shared.prepared.report import describe
-from shared.shards import finished_units, read_shard
+from shared.shards import finished_units
 from teacher_cache.build import build_cache
 from teacher_cache.data import open_sides, prepare_data
+from tests.reading import rows_in
 from tests.shared.data.test_files import hub_folder
 
 
@@ -70,8 +70,7 @@ def test_the_recipe_from_four_layouts_to_a_cache(
     assert "smoltalk:all#train[:95%]" in describe(data)
     report = build_cache(config)
     assert report.rows == data.examples == 112
-    manifest = load_manifest(config.out)
-    rows = [r for unit in finished_units(config.out) for r in read_shard(unit.path(config.out), manifest.temperatures)]
+    rows = [r for unit in finished_units(config.out) for r in rows_in(config.out, unit)]
     assert {row.label for row in rows if row.label} == {f"tulu_{i}" for i in range(38)}
     first = [row.label.startswith("tulu") for row in rows[:30]]
     assert 8 <= sum(first) <= 12  # interleaved: a third of every stretch

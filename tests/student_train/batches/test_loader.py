@@ -10,14 +10,15 @@ import torch
 
 from shared.errors import TideError
 from shared.manifest import load_manifest
-from shared.shards import Unit, read_shard
-from student_train.batches.collate import collate, counts_of, targets_of
+from shared.shards import Unit
+from student_train.batches.collate import TargetReader, collate, counts_of
 from student_train.batches.loader import BatchDataset
+from tests.reading import dataset as batches
+from tests.reading import layout_of, rows_in
 
 
 def dataset(cache: Path, **changes: object) -> BatchDataset:
-    arguments: dict = {"batch_size": 5, "seed": 3, "epochs": 4.0, "window_parts": 2, **changes}
-    return BatchDataset(cache, load_manifest(cache), **arguments)
+    return batches(cache, **{"window": 2, **changes})
 
 
 def test_an_epoch_trains_on_its_draw_and_sees_every_row_once(caches: dict[str, Path]) -> None:
@@ -28,7 +29,7 @@ def test_an_epoch_trains_on_its_draw_and_sees_every_row_once(caches: dict[str, P
         index += data.batches_in(epoch)
         assert {row.draw for row in rows} == {epoch % 2}
         assert set(Counter(row.example_id for row in rows).values()) == {1}
-        expected = sum(len(read_shard(Unit(epoch % 2, p).path(caches["tiny-cross"]), (1.0, 2.0))) for p in range(3))
+        expected = sum(len(rows_in(caches["tiny-cross"], Unit(epoch % 2, p))) for p in range(3))
         assert len(rows) == expected
 
 
@@ -49,7 +50,7 @@ def test_the_order_is_a_function_of_the_seed_alone(caches: dict[str, Path]) -> N
 def test_a_batch_says_what_its_rows_say(caches: dict[str, Path], teacher: str) -> None:
     cache = caches[teacher]
     manifest = load_manifest(cache)
-    rows = list(read_shard(Unit(0, 0).path(cache), (1.0, 2.0)))
+    rows = list(rows_in(cache, Unit(0, 0)))
     batch = collate(rows, manifest)
     mask_id = manifest.fingerprint["student"]["mask_id"]
     n = 0
@@ -68,7 +69,7 @@ def test_a_batch_says_what_its_rows_say(caches: dict[str, Path], teacher: str) -
     counts = counts_of(batch["counts"])
     assert int(counts.masked) == n
     assert int(counts.maskable) == sum(r.maskable for r in rows)
-    targets = targets_of(batch, manifest.temperatures)
+    targets = TargetReader(manifest, layout_of(cache))(batch)
     assert targets.chunks is not None
     # Every chunk token is found at its own masked row, with its own gold id.
     expected = [i for r in rows if r.chunk_student is not None for a, b in r.chunk_student for i in r.student_ids[a:b]]
@@ -79,17 +80,21 @@ def test_a_batch_says_what_its_rows_say(caches: dict[str, Path], teacher: str) -
     if targets.topk is not None:
         flat = np.concatenate([r.topk_ids for r in rows if r.topk_ids is not None])
         assert targets.topk.ids[targets.topk.kept].tolist() == flat.tolist()
-        lse = np.concatenate([r.logsumexp for r in rows])
-        assert targets.topk.logsumexp[2.0].tolist() == lse[:, 1].tolist()
+        odds = np.concatenate([r.tail_odds for r in rows if r.tail_odds is not None])
+        assert targets.topk.odds[2.0].tolist() == odds[:, 1].tolist()
+        assert targets.topk.class_mass is not None and targets.topk.classes is not None
+        assert targets.topk.classes.count == 5
+        tail = torch.sigmoid(targets.topk.odds[2.0])
+        torch.testing.assert_close(targets.topk.class_mass[2.0].exp().sum(1), tail)
 
 
 def test_lists_of_different_lengths_are_padded_with_a_repeated_id(caches: dict[str, Path]) -> None:
     import dataclasses
 
     cache = caches["tiny-shared"]
-    row = next(r for r in read_shard(Unit(0, 0).path(cache), (1.0, 2.0)) if r.masked.size >= 3)
+    row = next(r for r in rows_in(cache, Unit(0, 0)) if r.masked.size >= 3)
     assert row.topk_ids is not None
-    assert row.topk_logits is not None
+    assert row.topk_logp is not None
     sizes = np.full(row.masked.size, 8, np.int32)
     sizes[1] = 2
     keep = np.arange(8) < sizes[:, None]
@@ -97,7 +102,7 @@ def test_lists_of_different_lengths_are_padded_with_a_repeated_id(caches: dict[s
         row,
         topk_sizes=sizes,
         topk_ids=row.topk_ids.reshape(-1, 8)[keep],
-        topk_logits=row.topk_logits.reshape(-1, 8)[keep],
+        topk_logp=row.topk_logp.reshape(-1, 8)[keep],
     )
     batch = collate([shorter], load_manifest(cache))
     assert batch["topk_kept"].sum(1).tolist() == sizes.tolist()
@@ -106,8 +111,32 @@ def test_lists_of_different_lengths_are_padded_with_a_repeated_id(caches: dict[s
     assert ids[2].tolist() == row.topk_ids.reshape(-1, 8)[2].tolist()
 
 
+def test_an_epoch_is_found_by_its_number_alone(caches: dict[str, Path]) -> None:
+    """Epochs have one length each, whatever the order of their shards, and nothing of earlier ones is made."""
+    data = dataset(caches["tiny-cross"], batch_size=7, epochs=400.0)
+    assert data.batches_in(0) * 400 == len(data)
+    planned: list[int] = []
+    plan = data._epoch
+    data._epoch_cached = lambda epoch: (planned.append(epoch), plan(epoch))[1]  # type: ignore[method-assign, assignment]
+    last = data.rows(len(data) - 1)
+    assert set(planned) <= {399, 400}
+    assert {row.draw for row in last} == {1}
+    again = dataset(caches["tiny-cross"], batch_size=7, epochs=400.0).rows(len(data) - 1)
+    assert [row.example_id for row in again] == [row.example_id for row in last]
+
+
+@pytest.mark.parametrize("batch", [3, 5, 7, 100])
+@pytest.mark.parametrize("window", [1, 2, 9])
+def test_batches_are_whole_but_the_last_across_windows(caches: dict[str, Path], batch: int, window: int) -> None:
+    data = dataset(caches["tiny-cross"], batch_size=batch, window=window)
+    sizes = [len(data.rows(i)) for i in range(data.batches_in(0))]
+    rows = sum(sizes)
+    assert sizes[:-1] == [batch] * (len(sizes) - 1)
+    assert 0 < sizes[-1] <= batch and rows == data.totals["rows"] // 2
+
+
 def test_batches_hold_rows_of_like_length(caches: dict[str, Path]) -> None:
-    data = dataset(caches["tiny-cross"], batch_size=4, window_parts=3)
+    data = dataset(caches["tiny-cross"], batch_size=4, window=3)
     tokens = padded = 0
     for i in range(data.batches_in(0)):
         lengths = [len(row.student_ids) for row in data.rows(i)]
@@ -120,7 +149,7 @@ def test_a_cache_that_is_not_whole_is_refused(caches: dict[str, Path], tmp_path:
     shard = Unit(1, 2).path(cache)
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(TideError, match=r"part-00002.parquet cannot be read[\s\S]*delete this file"):
+    with pytest.raises(TideError, match=r"part-00002.parquet is not what the cache's ledger says[\s\S]*tide verify"):
         dataset(cache)
     shard.unlink()
     with pytest.raises(TideError, match="lacks 1 of 6 shards"):

@@ -54,13 +54,12 @@ def dense_teacher(student: Tensor, teacher: Tensor, topk: TopKTargets, temperatu
     q = torch.log_softmax(student.detach().double().masked_fill(~allowed, -torch.inf) / temperature, 1)
     found = torch.full_like(p, -torch.inf)
     for i in range(len(p)):
-        inside = set(topk.ids[i].tolist())
+        inside = topk.ids[i].tolist()
         base = q[i] if topk.student_shaped else topk.classes.log_prior[temperature].double()
-        for v in range(p.shape[1]):
-            if v in inside:
-                found[i, v] = p[i, v]
-            elif allowed[v]:
-                members = [u for u in range(p.shape[1]) if u not in inside and allowed[u] and own[u] == own[v]]
+        found[i, inside] = p[i, inside]
+        for c in set(own[allowed].tolist()):
+            members = [u for u in range(p.shape[1]) if u not in inside and own[u] == c]
+            if members:
                 mass, whole = (torch.logsumexp(x[members], 0) for x in (p[i], base))
-                found[i, v] = mass + base[v] - whole
+                found[i, members] = mass + base[members] - whole
     return found

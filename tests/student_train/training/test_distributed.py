@@ -14,9 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared.manifest import load_manifest
 from shared.settings import to_plain
-from student_train.batches.loader import BatchDataset
+from tests.reading import dataset
 from tests.student_train.training.test_trainer import config, curve
 
 SCRIPT = """
@@ -121,9 +120,8 @@ def compare(cache: Path, folder: Path, distillation: Any, accumulation: int, par
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_the_very_rows_of_one(caches: dict[str, Path], processes: int) -> None:
-    manifest = load_manifest(caches["tiny-cross"])
-    one = BatchDataset(caches["tiny-cross"], manifest, batch_size=2 * processes, seed=3, epochs=2.0)
-    many = BatchDataset(caches["tiny-cross"], manifest, batch_size=2, seed=3, epochs=2.0, processes=processes)
+    one = dataset(caches["tiny-cross"], batch_size=2 * processes, epochs=2.0)
+    many = dataset(caches["tiny-cross"], processes, batch_size=2, epochs=2.0)
     assert len(many) == processes * len(one)
     for i in range(len(one)):
         whole = [(row.example_id, row.draw) for row in one.rows(i)]

@@ -11,13 +11,13 @@ import pytest
 from shared.config import DataConfig
 from shared.data import iter_examples
 from shared.errors import TideError
-from shared.manifest import load_manifest
 from shared.objectives import KL, Calm, NoDistillation, ReverseCalm
-from shared.shards import finished_units, read_shard
+from shared.shards import finished_units
 from student_train.training.checks import check_targets
 from student_train.training.trainer import make_trainer, train_student
 from teacher_cache.build import build_cache
 from tests.conftest import chats_file, small_cache_config, write_chats
+from tests.reading import rows_in
 from tests.student_train.training.test_trainer import config
 
 
@@ -55,8 +55,7 @@ def test_a_split_by_content_shares_nothing(random_teacher: Path, tmp_path: Path)
 
 
 def rows_of(cache: Path) -> list:
-    temperatures = load_manifest(cache).temperatures
-    return [row for unit in finished_units(cache) for row in read_shard(unit.path(cache), temperatures)]
+    return [row for unit in finished_units(cache) for row in rows_in(cache, unit)]
 
 
 @pytest.mark.parametrize("teacher", ["tiny-cross", "tiny-shared"])
