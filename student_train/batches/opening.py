@@ -23,6 +23,7 @@ class OpenCache:
     layout: Layout
     ledger: Ledger
     source: ShardSource
+    store: Store | None = None
 
     def batches(self, config: TrainConfig, processes: int = 1) -> BatchDataset:
         """The batches of a run."""
@@ -48,7 +49,8 @@ def open_cache(config: TrainConfig) -> OpenCache:
         manifest = load_manifest(cache)
         layout, ledger = manifest.layout(cache), whole_ledger(cache, manifest)
         limit = round(config.store_cache_gb * 1e9)
-        return OpenCache(manifest, layout, ledger, StoredShards(store, cache, manifest, layout, ledger, limit))
+        source = StoredShards(store, cache, manifest, layout, ledger, limit)
+        return OpenCache(manifest, layout, ledger, source, store)
     manifest = load_manifest(cache)
     layout, ledger = manifest.layout(cache), whole_ledger(cache, manifest)
     refuse_unfinished(cache, manifest)

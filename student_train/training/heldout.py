@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from shared.attention import full
 from shared.config import DataConfig, LengthConfig
@@ -25,6 +26,7 @@ from shared.manifest import Manifest
 from shared.noise import token_draw
 from shared.padding import pad
 from shared.shards import Unit
+from shared.stores import Store
 from shared.tokenizers import Tokenizer
 from student_train.batches.needed import needed_places
 
@@ -65,11 +67,13 @@ def prepare_heldout(data: DataConfig, lengths: LengthConfig, tokenizer: Tokenize
     return HeldOut(batches, tuple(e.id for e in prepared), sum(masked.size for _, masked in rows))
 
 
-def warn_of_overlap(heldout: HeldOut, cache: Path, manifest: Manifest) -> None:
-    """A warning, with the count, where the cache trains on held-out contents."""
+def warn_of_overlap(heldout: HeldOut, cache: Path, manifest: Manifest, store: Store | None = None) -> None:
+    """A warning, with the count, where the cache (in a folder, or a store) trains on held-out contents."""
     trained: set[str] = set()
-    for part in range(manifest.parts):
-        column = pq.read_table(Unit(0, part).path(cache), columns=["example_id"]).column("example_id")
+    place, files = (cache, None) if store is None else (Path(store.root), store.files)
+    for part in tqdm(range(manifest.parts), unit="shard", desc="held out?", leave=False, delay=2):
+        path = Unit(0, part).path(place).as_posix()
+        column = pq.read_table(path, columns=["example_id"], filesystem=files).column("example_id")
         trained |= {content_of(name) for name in column.to_pylist()}
     both = sum(content_of(name) in trained for name in heldout.ids)
     if both:

@@ -166,7 +166,7 @@ def make_trainer(config: TrainConfig) -> tuple[StudentTrainer, Tokenizer]:
     if config.heldout is not None:
         mask_id = manifest.fingerprint["student"]["mask_id"]
         heldout = prepare_heldout(config.heldout, lengths, tokenizer, mask_id, config.heldout_draws)
-        warn_of_overlap(heldout, config.cache, manifest)
+        warn_of_overlap(heldout, config.cache, manifest, opened.store)
     if int(os.environ.get("RANK", "0")) == 0:
         settle_run_folder(config, manifest, processes)
     read_targets = TargetReader(manifest, opened.layout)

@@ -56,7 +56,9 @@ def cluster(
         )
     chosen = np.flatnonzero(allowed)
     unit = F.normalize(rows[chosen], dim=1).numpy()
-    means: Any = KMeans(classes, n_init="auto", max_iter=_ROUNDS, random_state=0, copy_x=False).fit(unit)
+    means: Any = KMeans(classes, n_init="auto", max_iter=_ROUNDS, random_state=0).fit(unit)
     class_of = np.full(allowed.size, -1, np.int32)
     class_of[chosen] = means.labels_
-    return class_of, means.cluster_centers_.astype(np.float32)
+    # From the labels, not from the library, whose sums depend on the number of threads.
+    centres = [unit[means.labels_ == c].mean(axis=0, dtype=np.float64) for c in range(classes)]
+    return class_of, np.stack(centres).astype(np.float32)

@@ -16,7 +16,6 @@ from student_train.losses.tail import teacher_log_probabilities
 from student_train.losses.targets import TopKTargets
 from tests.student_train.losses.problems import Shape, cached, dense_teacher
 
-
 SHAPES: tuple[Shape, ...] = ("student", "prior")
 
 

@@ -1,0 +1,105 @@
+"""Training from a store: shards come as they are needed, ahead of their use, and a bounded number of them stays."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+
+from shared.config import TrainConfig
+from shared.errors import TideError
+from shared.ledger import LEDGER, settle_ledger
+from shared.manifest import load_manifest
+from shared.shards import Unit, finished_units
+from shared.stores import Store
+from student_train.batches.opening import OpenCache, open_cache
+from student_train.batches.shards import StoredShards
+from student_train.training.trainer import train_student
+from tests.reading import dataset
+from tests.student_train.training.test_trainer import config, curve
+
+
+@pytest.fixture
+def store(caches: dict[str, Path], tmp_path: Path) -> str:
+    """A store with a finished cache, under an address that is a path."""
+    cache, there = caches["tiny-shared"], tmp_path / "store"
+    manifest = load_manifest(cache)
+    Store.open(str(there)).push(cache, manifest, settle_ledger(cache, manifest))
+    return str(there)
+
+
+def opened(store: str, folder: Path, gigabytes: float = 1.0, **changes: object) -> tuple[OpenCache, StoredShards]:
+    values: dict = {"batch_size": 5, "seed": 3, "epochs": 4.0, "window": 2, **changes}
+    found = open_cache(TrainConfig(cache=folder, store=store, store_cache_gb=gigabytes, **values))
+    assert isinstance(found.source, StoredShards)
+    return found, found.source
+
+
+def test_rows_and_their_order_are_those_of_the_folder(caches: dict[str, Path], store: str, tmp_path: Path) -> None:
+    found, source = opened(store, tmp_path / "local")
+    assert finished_units(tmp_path / "local") == []  # nothing is pulled before it is needed
+    data = found.batches(TrainConfig(batch_size=5, seed=3, epochs=4.0, window=2))
+    expected = dataset(caches["tiny-shared"], window=2)
+    assert len(data) == len(expected)
+    for i in range(len(data)):
+        assert [r.example_id for r in data.rows(i)] == [r.example_id for r in expected.rows(i)]
+    assert source.fetched == 6  # each once, in four epochs
+
+
+def test_a_bounded_folder_fetches_again(store: str, tmp_path: Path) -> None:
+    found, source = opened(store, tmp_path / "local", gigabytes=1e-6)
+    data = found.batches(TrainConfig(batch_size=5, seed=3, epochs=4.0, window=2))
+    for i in range(len(data)):
+        assert data.rows(i)
+        assert len(finished_units(tmp_path / "local")) <= 5  # those in use and those on their way
+    assert source.fetched > 6
+
+
+def test_what_is_there_already_is_not_fetched_and_what_is_damaged_is(store: str, tmp_path: Path) -> None:
+    _, source = opened(store, tmp_path / "local")
+    for part in range(3):
+        source.rows(Unit(0, part))
+    again, other = opened(store, tmp_path / "local")
+    path = Unit(0, 1).path(tmp_path / "local")
+    path.write_bytes(path.read_bytes()[:-3])
+    assert len(other.rows(Unit(0, 0))) == again.ledger[Unit(0, 0)].rows
+    assert other.fetched == 0
+    assert len(other.rows(Unit(0, 1))) == again.ledger[Unit(0, 1)].rows
+    assert other.fetched == 1
+
+
+def test_a_shard_that_is_not_the_ledgers_is_refused(store: str, tmp_path: Path) -> None:
+    _, source = opened(store, tmp_path / "local")
+    shutil.copyfile(Path(store) / "draw=00" / "part-00000.parquet", Path(store) / "draw=01" / "part-00002.parquet")
+    with pytest.raises(TideError, match="not what the cache's ledger says"):
+        source.rows(Unit(1, 2))
+    (Path(store) / "draw=01" / "part-00001.parquet").unlink()
+    with pytest.raises(TideError, match=r"part-00001.parquet cannot be read[\s\S]*check the address"):
+        source.rows(Unit(1, 1))
+
+
+def test_a_store_without_a_finished_cache(store: str, tmp_path: Path) -> None:
+    for name in (LEDGER, f"{LEDGER}.ok"):
+        (Path(store) / name).unlink()
+    with pytest.raises(TideError, match=r"ledger.parquet cannot be read"):
+        opened(store, tmp_path / "local")
+    with pytest.raises(TideError, match=r"is no cache: it has no manifest"):
+        opened(str(tmp_path / "nothing"), tmp_path / "local")
+
+
+def test_it_goes_to_other_processes(store: str, tmp_path: Path) -> None:
+    _, source = opened(store, tmp_path / "local")
+    source.soon([Unit(0, 0)])
+    assert len(pickle.loads(pickle.dumps(source)).rows(Unit(0, 1))) > 0
+
+
+def test_a_student_learns_the_same_from_a_store(caches: dict[str, Path], store: str, tmp_path: Path) -> None:
+    objective = {"type": "kl"}
+    one = config(caches["tiny-shared"], tmp_path / "a", distillation=objective, max_steps=4)
+    two = config(tmp_path / "local", tmp_path / "b", distillation=objective, max_steps=4, store=store)
+    for settings in (one, two):
+        train_student(settings)
+    losses = [[e["loss"] for e in curve(tmp_path / name) if "loss" in e] for name in ("a", "b")]
+    assert losses[0] == losses[1]
