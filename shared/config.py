@@ -45,7 +45,7 @@ class TargetConfig:
     """What is written of the teacher's knowledge."""
 
     signals: tuple[Literal["topk", "chunks"], ...] = ("topk", "chunks")
-    k: int = 64
+    k: int = 32
     """Logits kept per position, at most."""
     mass: float = 1.0
     """Keep logits until their mass at the largest temperature reaches this (1.0: always k)."""

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from pipelines.planning import fidelity
+from pipelines.planning.fidelity import Grid, measure_fidelity, table
 from pipelines.recipes.read import cache_config, packaged_recipe, train_config
 from shared.alignment import Region, align_tokens
-from shared.config import CacheConfig, DataConfig, LengthConfig
+from shared.config import CacheConfig, DataConfig, LengthConfig, StudentConfig
 from shared.examples import Preparer
-from shared.manifest import load_manifest
-from shared.shards import Unit, read_table
+from shared.manifest import Manifest, load_manifest
+from shared.models.checkpoint import open_checkpoint, stream_tensors
+from shared.schema import CacheRow
+from shared.shards import Unit
 from shared.tokenizers import Tokenizer
 from student_train.training.trainer import train_student
 from teacher_cache.build import build_cache
 from teacher_cache.maintenance.inspect import inspect_cache
-from teacher_cache.maintenance.sizes import size_steps
+from teacher_cache.maintenance.prune import prune_cache
+from teacher_cache.maintenance.sizes import describe_sizes, size_steps
 from tests.conftest import chats_file
-from tests.reading import rows_in
+from tests.reading import all_rows, layout_of, rows_in
 from tests.real_assets import qwen_tokenizer, smollm2
 from tests.shared.models.test_configs import in_parts
 from tests.shared.test_examples import TEXTS, chat, check_chunks
@@ -128,41 +136,84 @@ def test_a_real_model_through_both_stages(tmp_path: Path) -> None:
     assert all(np.isfinite(entry["loss"]) and entry["distillation"] > 0 for entry in logged)
 
 
-TARGETS = ("topk_sizes", "topk_ids", "topk_logp", "gold_logit", "logsumexp", "chunk_logp")
-
-
-def bytes_of_targets(table: pa.Table) -> dict[str, float]:
-    """Bytes a position that the teacher read, by column, as they would be written."""
-    sizes = list(size_steps(table).values())[-1]
-    positions = sum(len(chunk.values) for chunk in table.column("split").chunks)
-    return {name: sizes[name] / positions for name in TARGETS}
-
-
-def in_a_vocabulary_of(table: pa.Table, vocabulary: int) -> pa.Table:
-    """The same lists with every id at another, random place of a larger vocabulary: the worst case for the ids."""
-    place = table.schema.get_field_index("topk_ids")
-    column = table.column(place).combine_chunks()
-    moved = np.random.default_rng(0).permutation(vocabulary).astype(np.int32)[np.asarray(column.values)]
-    made = pa.ListArray.from_arrays(column.offsets, pa.array(moved)).cast(table.schema.field(place).type)
-    return table.set_column(place, table.schema.field(place), made)
+TARGETS = ("topk_sizes", "topk_ranks", "topk_logp", "tail_odds", "class_mass", "gold_logp", "logsumexp")
+GOALS = {(64, 64): 155, (32, 64): 110, (16, 64): 90, (32, 1): 70}
+"""Bytes a position by k and classes, two temperatures. At k = 64 with 64 classes 130 was hoped for and is not met."""
 
 
 def test_what_a_masked_position_takes_on_disk(tmp_path: Path) -> None:
-    """k = 64 in a vocabulary of 151,936, real logits: at most 220 bytes. Adaptive length is reported (`pytest -s`)."""
-    build_cache(real_config(tmp_path, "targets.k=64", "data.limit=24", "shard_examples=24"))
-    table = in_a_vocabulary_of(read_table(Unit(0, 0).path(tmp_path / "cache")), 151_936)
-    fixed = bytes_of_targets(table)
-    print({name: round(size, 1) for name, size in fixed.items()}, round(sum(fixed.values()), 1))
-    assert sum(fixed.values()) <= 220
-    (tmp_path / "a").mkdir()
-    config = real_config(tmp_path / "a", "targets.k=64", "data.limit=24", "shard_examples=24", "targets.mass=0.999",
-                         "targets.temperatures=[1.0]")  # fmt: skip
+    """Real logits over 49,152 tokens (`pytest -s` prints the tables). Ids are kept by rank, so it is all the same where
+    in a vocabulary they stand.
+    """
+    config = real_config(tmp_path, "targets.k=64", "data.limit=24", "shard_examples=24", 'targets.signals=["topk"]')
     build_cache(config)
-    table = in_a_vocabulary_of(read_table(Unit(0, 0).path(config.out)), 151_936)
-    adaptive = bytes_of_targets(table)
-    kept = inspect_cache(config.out).kept
-    print({name: round(size, 1) for name, size in adaptive.items()}, round(sum(adaptive.values()), 1), round(kept, 1))
-    assert sum(adaptive.values()) < sum(fixed.values())
+    for (k, classes), goal in GOALS.items():
+        cache = tmp_path / f"k{k}-c{classes}"
+        prune_cache(config.out, cache, k=k, classes=classes)
+        layout, rows = layout_of(cache), all_rows(cache)
+        positions = sum(row.split.size for row in rows)
+        sizes = list(size_steps(rows, layout).values())[-1]
+        taken = {name: sizes[name] / positions for name in TARGETS}
+        print(f"k = {k}, {classes} classes: {sum(taken.values()):.1f} bytes a position that the teacher read")
+        print(describe_sizes(rows, layout))
+        assert sum(taken.values()) <= goal
+
+
+def without_layers(folder: Path, out: Path, removed: range) -> Path:
+    """A Llama checkpoint less some of its layers."""
+    checkpoint = open_checkpoint(str(folder))
+    kept = [i for i in range(checkpoint.config["num_hidden_layers"]) if i not in removed]
+    tensors = {}
+    for name, tensor in stream_tensors(checkpoint.weight_files):
+        parts = name.split(".")
+        if parts[:2] == ["model", "layers"]:
+            if int(parts[2]) not in kept:
+                continue
+            parts[2] = str(kept.index(int(parts[2])))
+        tensors[".".join(parts)] = tensor
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    (out / "config.json").write_text(json.dumps({**checkpoint.config, "num_hidden_layers": len(kept)}))
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+def causal_states(model: Any, rows: list[CacheRow], _manifest: Manifest) -> fidelity._Student:
+    """Where a causal model predicts each masked token, from the same noised text as its teacher."""
+    parts = []
+    for row in rows:
+        ids = torch.from_numpy(row.student_ids.astype(np.int64))[None].clone()
+        ids[0, row.masked] = model.config.mask_token_id
+        with torch.no_grad():
+            parts.append(model.model(input_ids=ids, use_cache=False).last_hidden_state[0, row.masked - 1])
+    return fidelity._Student(torch.cat(parts).float(), model.lm_head.weight.detach().float())
+
+
+def test_what_a_cache_of_a_real_model_keeps_of_its_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolLM2 and itself less 6 of its 30 layers, both causal: the angle on the student's hidden states under TIDAL."""
+    monkeypatch.setattr(fidelity, "_states", causal_states)
+    teacher = smollm2()
+    student = without_layers(teacher, tmp_path / "student", range(12, 18))
+    mask_id = Tokenizer.load(teacher).special_id("mask", "<empty_output>")
+    entries = tmp_path / "teachers.toml"
+    entries.write_text(
+        f'[smollm2]\nmodel = "{teacher}"\narchitecture = "llama"\nmask_id = {mask_id}\nstudent_tokens = true\n'
+        f'length = 512\nstudent = "{student}"\nattention = {{ type = "block_causal", block = 1 }}\nshift = true\n'
+    )
+    data = gsm8k()
+    overrides = ["data.limit=40", "noise.comp_demo=false", "engine.dtype=float32", "engine.device=cpu",
+                 "lengths.student=256", 'student_mask_token="<empty_output>"',
+                 f"targets.classes_from={student}"]  # fmt: skip
+    if data.prompt_field:
+        overrides += ["data.prompt_field=question", "data.response_field=answer"]
+    settings = cache_config("smollm2", None, overrides, entries, out=tmp_path / "c", data=data.source)
+    grid = Grid(classes=(1, 64), temperatures=(2.0,), objectives=("tidal",))
+    points = measure_fidelity(settings, StudentConfig(checkpoint=str(student)), grid, 40)
+    print("\n".join(table(points)))
+    by = {(p.k, p.classes, p.tail): p for p in points}
+    for k in (16, 32, 64):
+        assert by[k, 64, "prior"].hidden > by[k, 1, "student"].hidden
+        assert abs(by[k, 64, "prior"].norm - 1) < abs(by[k, 1, "student"].norm - 1)
+    assert by[32, 64, "prior"].hidden > 0.97
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ class Sample:
     """Logits and gold ids."""
     work: UnitWork
     logits: list[tuple[Tensor, Tensor]]
+    _classes: dict[int, np.ndarray] = field(default_factory=dict)
 
     def read_logits(self) -> Tensor:
         """Full logits of the half to be cached, in the order of its rows' positions."""
@@ -59,7 +60,9 @@ class Sample:
         if k > width:
             raise TideError(f"k {k} is more than the {width} tokens of the vocabulary", expected=f"1 to {width}")
         spec = TargetSpec(k, 1.0, targets.stored_temperatures)
-        class_of, _ = classes_for(plan)
+        if classes not in self._classes:
+            self._classes[classes] = classes_for(plan)[0]
+        class_of = self._classes[classes]
         plan = dataclasses.replace(plan, vocabulary=self._vocabulary(spec, class_of))
         members = member_matrix(class_of, classes) if classes > 1 else None
         spec = dataclasses.replace(spec, classes=classes)

@@ -222,7 +222,7 @@ def test_the_commands(caches: dict[str, Path], tmp_path: Path, teacher: str) -> 
     assert tide("inspect", cache, "--row", "0") != shown
     assert "masked positions" in tide("inspect", cache, "--picture", tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 10_000
-    assert "zstd 9: what is written" in tide("inspect", cache, "--encodings")
+    assert "zstd 9 where it pays: what is written" in tide("inspect", cache, "--encodings")
     assert "k 2" in tide("prune", cache, "--k", 2, "--out", tmp_path / "small")
     assert "files" in tide("pack", tmp_path / "small", tmp_path / "x.tar.zst")
     assert "files" in tide("unpack", tmp_path / "x.tar.zst", tmp_path / "y")
