@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -109,8 +109,10 @@ def refuse_unsound(cache: Path, manifest: Manifest, layout: Layout, ledger: Ledg
     if passed(cache):
         whole = sum(entry.bytes for entry in ledger.values()) <= _HASHED_AT_ONCE
         jobs = [(unit, ledger[unit]) for unit in manifest.units()]
-        checks = in_processes(partial(_same_bytes, cache, whole), jobs, "hash")
-        bad = [found for found in checks if found.problems]
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # hashing and reading leave the interpreter to others
+            checks = pool.map(partial(_same_bytes, cache, whole), jobs)
+            shown = tqdm(checks, total=len(jobs), unit="shard", desc="hash", leave=False, delay=2)
+            bad = [found for found in shown if found.problems]
     else:
         bad = [found for found in check_shards(cache, manifest, layout, ledger, manifest.units()) if found.problems]
     if bad:

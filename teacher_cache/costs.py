@@ -6,6 +6,7 @@ pair of positions in attention, and the LM head at the rows that are read and at
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +113,7 @@ def sampled_workload(plan: CachePlan) -> Workload:
 
 def bytes_per_draw(load: Workload, config: CacheConfig, vocabulary: int, own_tokens: bool) -> float:
     """Bytes of one row on disk: a shard of rows of this size, with random ids and logits, is written and weighed."""
-    rows = [_random_row(load, config, vocabulary, own_tokens, np.random.default_rng(i)) for i in range(64)]
+    rows = random_rows(load, config, vocabulary, 64, own_tokens=own_tokens)
     targets, tables = config.targets, None
     if "topk" in targets.signals:
         class_of = (np.arange(vocabulary) % targets.classes).astype(np.int32)
@@ -120,6 +121,14 @@ def bytes_per_draw(load: Workload, config: CacheConfig, vocabulary: int, own_tok
         tables = Vocabulary(class_of, np.arange(vocabulary, dtype=np.int32), prior)
     layout = Layout(targets.stored_temperatures, targets.values, tables)
     return len(table_bytes(to_table(rows, layout), layout, {})) / len(rows)
+
+
+def random_rows(
+    load: Workload, config: CacheConfig, vocabulary: int, count: int, draw: int = 0, own_tokens: bool = False
+) -> list[CacheRow]:
+    """Rows of this size with random values such as a cache holds."""
+    made = (_random_row(load, config, vocabulary, own_tokens, np.random.default_rng(i)) for i in range(count))
+    return [dataclasses.replace(row, draw=draw) for row in made]
 
 
 def _random_row(

@@ -8,6 +8,7 @@ from pipelines.speed.alignment import bench_alignment
 from pipelines.speed.end_to_end import bench_end_to_end
 from pipelines.speed.engines import bench_engines
 from pipelines.speed.head import bench_head
+from pipelines.speed.large_cache import bench_large_cache
 from pipelines.speed.preparing import bench_preparing
 from pipelines.speed.stage_one import bench_stage_one
 from pipelines.speed.training import bench_training
@@ -23,6 +24,7 @@ TABLES = {
     "end-to-end": bench_end_to_end,
     "training": bench_training,
     "head": bench_head,
+    "large-cache": bench_large_cache,
     "use": bench_use,
 }
 

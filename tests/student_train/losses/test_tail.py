@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_k_equal_to_the_vocabulary_is_the_full_loss(reverse: bool) -> None:
 def test_padding_of_shorter_lists_changes_nothing() -> None:
     torch.manual_seed(1)
     student, teacher = torch.randn(1, 20), torch.randn(1, 20) * 3
-    for classes, shape in ((1, "student"), (3, "student"), (1, "prior"), (3, "prior")):
+    for classes, shape in itertools.product((1, 3), SHAPES):
         topk = cached(teacher, 4, classes, shape)
         wide = dataclasses.replace(
             topk,
