@@ -182,9 +182,10 @@ def causal_states(model: Any, rows: list[CacheRow], _manifest: Manifest) -> fide
     parts = []
     for row in rows:
         ids = torch.from_numpy(row.student_ids.astype(np.int64))[None].clone()
-        ids[0, row.masked] = model.config.mask_token_id
+        masked = torch.from_numpy(row.masked.astype(np.int64))
+        ids[0, masked] = model.config.mask_token_id
         with torch.no_grad():
-            parts.append(model.model(input_ids=ids, use_cache=False).last_hidden_state[0, row.masked - 1])
+            parts.append(model.model(input_ids=ids, use_cache=False).last_hidden_state[0, masked - 1])
     return fidelity._Student(torch.cat(parts).float(), model.lm_head.weight.detach().float())
 
 

@@ -1,35 +1,37 @@
 from __future__ import annotations
 
-import shutil
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from shared.errors import TideError
-from shared.shards import finished_units
+from shared.schema import CacheRow
+from student_train.batches import shards
 from student_train.training.replay import replay
 from student_train.training.trainer import train_student
+from tests.reading import all_rows
 from tests.student_train.training.test_trainer import config, curve
 
 
-def poison(cache: Path, example: int) -> str:
-    """Write NaN into the cached logits of one example in every draw; returns its id."""
-    name = ""
-    for unit in finished_units(cache):
-        if unit.part:
-            continue
-        table = pq.ParquetFile(unit.path(cache)).read()
-        name = table.column("example_id")[example].as_py()
-        place = table.schema.get_field_index("topk_logp")
-        column = table.column(place).combine_chunks()
-        values, offsets = np.asarray(column.values).copy(), column.offsets.to_numpy()
-        values[offsets[example] : offsets[example + 1]] = np.nan
-        made = pa.ListArray.from_arrays(column.offsets, pa.array(values)).cast(column.type)
-        pq.write_table(table.set_column(place, table.schema.field(place), made), unit.path(cache))
+@pytest.fixture
+def poisoned(caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> str:
+    """NaN in the top-k of one example, as memory that fails would put it there: no shard holds any. Its id."""
+    name = all_rows(caches["tiny-shared"])[3].example_id
+    read = shards.read_shard
+
+    def spoiled(*args: Any) -> list[CacheRow]:
+        rows = read(*args)
+        return [
+            dataclasses.replace(row, topk_logp=row.topk_logp * np.float32("nan"))
+            if row.example_id == name and row.topk_logp is not None
+            else row
+            for row in rows
+        ]
+
+    monkeypatch.setattr(shards, "read_shard", spoiled)
     return name
 
 
@@ -37,17 +39,17 @@ def settings(cache: Path, out: Path, **changes: Any) -> Any:
     return config(cache, out, distillation={"type": "kl"}, **changes)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_replayed(caches: dict[str, Path], tmp_path: Path) -> None:
-    cache = Path(shutil.copytree(caches["tiny-shared"], tmp_path / "cache"))
-    name = poison(cache, 3)
-    out = tmp_path / "run"
+def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_replayed(
+    caches: dict[str, Path], tmp_path: Path, poisoned: str
+) -> None:
+    name, out = poisoned, tmp_path / "run"
     with pytest.raises(TideError, match=r"not finite at step \d+; examples[\s\S]*tide replay") as stopped:
-        train_student(settings(cache, out))
+        train_student(settings(caches["tiny-shared"], out))
     assert name in str(stopped.value)
     assert not (out / "model").exists()
     report = replay(out)
     assert name in report
-    assert "targets that are not finite: topk_logits" in report
+    assert "targets that are not finite: topk_logp" in report
     assert "weights that are not finite: none" in report  # the very moment: before the step that spoiled them
     assert "sum of distillation nan" in report
 

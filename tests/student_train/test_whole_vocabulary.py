@@ -1,0 +1,71 @@
+"""From chats through Parquet to the gradient: with exact values and k = V it is that of the teacher's full logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shared.manifest import load_manifest
+from shared.objectives import KL, ReverseKL, Tidal
+from shared.shards import Unit
+from student_train.batches.collate import TargetReader, collate
+from student_train.losses.objective import objective
+from student_train.losses.schedules import strength
+from teacher_cache.build import build_cache
+from teacher_cache.engines.choose import load_engine
+from teacher_cache.plan import make_plan
+from teacher_cache.tables.settle import with_tables
+from teacher_cache.work import prepare_unit
+from tests.conftest import small_cache_config
+from tests.reading import layout_of, rows_in
+
+
+@pytest.fixture(scope="module")
+def exact(random_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    """A cache of all 4,096 logits, and the teacher's logits at its masked positions, in the order of its shard."""
+    out = tmp_path_factory.mktemp("exact") / "c"
+    targets = {"k": 4096, "classes": 1, "pilot": 20, "values": "float32", "signals": ["topk"]}
+    data = {"source": small_cache_config("tiny-shared", random_teacher, out).sources[0].source, "limit": 3}
+    config = small_cache_config("tiny-shared", random_teacher, out, targets=targets, noise={"draws": 1}, data=data)
+    build_cache(config)
+    plan = with_tables(make_plan(config, write=False))
+    work = prepare_unit(plan, Unit(0, 0), plan.data.between(0, 3))
+    engine: Any = load_engine(plan)
+    logits, found = iter(engine.logits(work.requests)), []
+    for item in work.items:
+        whole = torch.zeros(item.view.positions.size, 4096)
+        for rows in item.rows:
+            whole[torch.from_numpy(rows)] = next(logits)[0]
+        found.append(whole)
+    return out, torch.cat(found)
+
+
+@pytest.mark.parametrize("kind", [KL, ReverseKL])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("tidal", [None, Tidal()], ids=["plain", "tidal"])
+def test_the_gradient_is_that_of_full_logits(
+    exact: tuple[Path, torch.Tensor], kind: Any, temperature: float, tidal: Tidal | None
+) -> None:
+    cache, teacher = exact
+    manifest = load_manifest(cache)
+    batch = collate(rows_in(cache, Unit(0, 0)), manifest)
+    targets = TargetReader(manifest, layout_of(cache))(batch)
+    torch.manual_seed(0)
+    student = torch.randn(len(teacher), 4096)
+    x = student.clone().requires_grad_()
+    settings = kind(temperature=temperature, tidal=tidal)
+    value = objective(x, targets, settings, 0.5).distillation
+    (slope,) = torch.autograd.grad(value, x)
+    y = student.double().requires_grad_()
+    q, p = torch.log_softmax(y / temperature, 1), torch.log_softmax(teacher.double() / temperature, 1)
+    if tidal is not None:
+        part = strength(tidal, 0.5, targets.t).double()[:, None]
+        p = torch.log_softmax((1 - part) * q.detach() + part * p, 1)
+    a, b = (p, q) if kind is KL else (q, p)
+    expected = temperature**2 * (a.exp() * (a - b)).sum()
+    (gradient,) = torch.autograd.grad(expected, y)
+    assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert float((slope - gradient).norm() / gradient.norm()) < 1e-5
