@@ -56,7 +56,7 @@ def test_it_breaks_where_a_stage_looks_over_the_wall(house: Path, file: str, lin
 
 
 def test_every_package_is_in_the_wheel() -> None:
-    """Packages are listed one by one, so that tests stay out; one that is forgotten is missing where it is installed."""
+    """Packages are listed one by one, so that tests stay out; one that is forgotten is missing once installed."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     found = {
         ".".join(path.parent.relative_to(ROOT).parts) for room in ROOMS for path in (ROOT / room).rglob("__init__.py")

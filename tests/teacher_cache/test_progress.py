@@ -41,7 +41,9 @@ def test_a_run_that_fails_says_so(random_teacher: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(build, "load_engine", broken)
     with pytest.raises(TideError, match="no more"):
-        build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "cache"))
+        build_cache(
+            small_cache_config("tiny-cross", random_teacher, tmp_path / "cache", targets={"signals": ["chunks"]})
+        )
     assert read_status(tmp_path / "cache")["state"] == "failed"
 
 

@@ -23,10 +23,11 @@ def test_the_whole_vocabulary_loses_nothing_and_more_of_it_loses_less(random_tea
     assert len(points) == 3 * 2 * 2 * 2 * 2
     for kind in ("kl", "tidal"):
         for temperature in (1.0, 2.0):
-            one = [
-                p for p in points if (p.objective, p.temperature, p.classes, p.tail) == (kind, temperature, 1, "prior")
-            ]
-            two, some, all_ = one
+            two, some, all_ = (
+                p
+                for p in points
+                if (p.objective, p.temperature, p.classes, p.tail) == (kind, temperature, 1, "student")
+            )
             assert 0 < two.mass < some.mass < all_.mass == pytest.approx(1, abs=1e-4)
             assert two.size < some.size < all_.size
             assert two.logits < some.logits < 0.99999
