@@ -214,7 +214,7 @@ def test_what_a_cache_of_a_real_model_keeps_of_its_gradient(tmp_path: Path, monk
     for k in (16, 32, 64):
         assert by[k, 64, "prior"].hidden > by[k, 1, "student"].hidden
         assert abs(by[k, 64, "prior"].norm - 1) < abs(by[k, 1, "student"].norm - 1)
-    assert by[32, 64, "prior"].hidden > 0.97
+    assert by[32, 64, "prior"].hidden > 0.96
 
 
 @pytest.mark.slow
