@@ -84,9 +84,9 @@ class Store:
 
     def bring(self, cache: Path) -> None:
         """All of a finished cache but its shards. TideError where the store holds none, or `cache` is another."""
-        if (cache / MANIFEST).exists() and (cache / LEDGER).exists():
-            self._same(cache)
-            return
+        there = (cache / LEDGER).exists() and (cache / MANIFEST).exists()
+        if there and self._same(cache) == (cache / MANIFEST).read_bytes():
+            return  # else it has grown since
         wanted = [name for name in self.names() if not name.endswith(".parquet") or name.startswith(f"{TABLES}/")]
         if MANIFEST not in wanted:
             raise TideError(f"{self.url} is no cache: it has no {MANIFEST}", expected="a cache from `tide push`")

@@ -17,6 +17,8 @@ from shared.stores import Store
 from student_train.batches.opening import OpenCache, open_cache
 from student_train.batches.shards import StoredShards
 from student_train.training.trainer import train_student
+from teacher_cache.build import build_cache
+from tests.conftest import small_cache_config
 from tests.reading import dataset
 from tests.student_train.training.test_trainer import config, curve
 
@@ -103,3 +105,14 @@ def test_a_student_learns_the_same_from_a_store(caches: dict[str, Path], store: 
         train_student(settings)
     losses = [[e["loss"] for e in curve(tmp_path / name) if "loss" in e] for name in ("a", "b")]
     assert losses[0] == losses[1]
+
+
+def test_a_store_that_has_grown_is_seen(
+    caches: dict[str, Path], random_teacher: Path, store: str, tmp_path: Path
+) -> None:
+    before, _ = opened(store, tmp_path / "local")
+    grown = Path(shutil.copytree(caches["tiny-shared"], tmp_path / "grown"))
+    build_cache(small_cache_config("tiny-shared", random_teacher, grown, noise={"draws": 3}, store=store))
+    after, _ = opened(store, tmp_path / "local")
+    assert (len(before.ledger), len(after.ledger)) == (6, 9)
+    assert after.manifest.draws == 3
