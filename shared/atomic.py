@@ -7,6 +7,7 @@ import errno
 import itertools
 import os
 import re
+import shutil
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,10 +19,14 @@ _NUMBER = itertools.count()
 _OURS = re.compile(r"\.(?P<name>.+)\.[^.]*-\d+-\d+\.tide-tmp")
 
 
+def this_process() -> str:
+    """A name for a file that no other process has, of this host or another."""
+    return f"{re.sub(r'[^A-Za-z0-9_-]', '_', socket.gethostname())}-{os.getpid()}"
+
+
 def _temporary(path: Path) -> Path:
     """A name beside `path` that no other process, of this host or another, writes to."""
-    host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())
-    return path.with_name(f".{path.name}.{host}-{os.getpid()}-{next(_NUMBER)}.tide-tmp")
+    return path.with_name(f".{path.name}.{this_process()}-{next(_NUMBER)}.tide-tmp")
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -64,6 +69,17 @@ def write_bytes(path: Path, content: bytes) -> None:
         handle.write(content)
 
     write_atomically(path, write)
+
+
+def link(source: Path, target: Path) -> None:
+    """The same file at another place: a hard link, or a copy where the two lie on different file systems."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    half = _temporary(target)
+    try:
+        os.link(source, half)
+    except OSError:
+        shutil.copyfile(source, half)
+    half.replace(target)
 
 
 def sync_folder(folder: Path) -> None:

@@ -57,9 +57,9 @@ def inspect_shard(cache: Path, manifest: Manifest, layout: Layout, job: tuple[Un
         return Finding(unit, 0, (f"shard {path} cannot be read: {error}",))
 
 
-def in_processes(work: Callable[[T], R], jobs: Sequence[T], word: str, each: int = _SHARDS_A_PROCESS) -> Iterator[R]:
+def in_processes(work: Callable[[T], R], jobs: Sequence[T], word: str) -> Iterator[R]:
     """`work` on every job, in their order: here where they are few, else one process a core."""
-    count = min(os.cpu_count() or 1, -(-len(jobs) // each))
+    count = min(os.cpu_count() or 1, -(-len(jobs) // _SHARDS_A_PROCESS))
     with tqdm(total=len(jobs), unit="shard", desc=word, leave=False) as bar:
         if count <= 1:
             for job in jobs:
@@ -106,7 +106,8 @@ def refuse_unsound(cache: Path, manifest: Manifest, layout: Layout, ledger: Ledg
     Values that passed once are not looked at again: then the bytes must be those of the ledger, or, of a large cache,
     their number (each shard's hash is compared when it is read).
     """
-    if passed(cache):
+    known = passed(cache)
+    if known:
         whole = sum(entry.bytes for entry in ledger.values()) <= _HASHED_AT_ONCE
         jobs = [(unit, ledger[unit]) for unit in manifest.units()]
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # hashing and reading leave the interpreter to others
@@ -124,7 +125,7 @@ def refuse_unsound(cache: Path, manifest: Manifest, layout: Layout, ledger: Ledg
             fix=f"`tide verify --cache {cache} --rows 0` lists all, with --delete-damaged they are removed; the same "
             "`tide cache` command then computes them again",
         )
-    if not passed(cache):
+    if not known:
         remember(cache)
 
 

@@ -10,9 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import re
-import socket
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,9 +19,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.atomic import write_atomically
+from shared.atomic import this_process
 from shared.errors import TideError
 from shared.manifest import Manifest
+from shared.parquet import write_parquet
 from shared.shards import Unit, finished_units, read_table, refuse_other_cache
 
 LEDGER = "ledger.parquet"
@@ -65,8 +63,7 @@ Ledger = dict[Unit, Entry]
 
 def note(cache: Path, unit: Unit, entry: Entry) -> None:
     """Add a shard that this process has just written."""
-    host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())
-    path = cache / _NOTES / f"{host}-{os.getpid()}.jsonl"
+    path = cache / _NOTES / f"{this_process()}.jsonl"
     path.parent.mkdir(exist_ok=True)
     line = {"draw": unit.draw, "part": unit.part, "at": time.time(), **dataclasses.asdict(entry)}
     with path.open("a") as handle:
@@ -138,10 +135,7 @@ def save_ledger(cache: Path, manifest: Manifest, ledger: Ledger) -> None:
     schema = pa.schema(list(kinds.items()), metadata={"tide.cache": manifest.digest})
     table = pa.Table.from_pylist(rows, schema=schema)
 
-    def write(handle: Any) -> None:
-        pq.write_table(table, handle, compression="zstd", write_page_checksum=True)
-
-    write_atomically(cache / LEDGER, write)
+    write_parquet(cache / LEDGER, table)
 
 
 def whole_ledger(cache: Path, manifest: Manifest) -> Ledger:

@@ -109,6 +109,13 @@ class Shard:
     table: pa.Table
     counts: dict[str, Any]
 
+    def rows(self, path: Path, layout: Layout) -> list[CacheRow]:
+        """All rows; `path`: where it was read, for the TideError where they cannot be."""
+        try:
+            return from_table(self.table, layout)
+        except (IndexError, ValueError) as error:
+            raise _unreadable(path, error) from error
+
 
 def read_table(path: Path, layout: Layout | None = None, content: bytes | None = None) -> Shard:
     """Read a shard. TideError where a page's checksum does not hold, or what it says of itself, or its columns.
@@ -131,11 +138,7 @@ def read_table(path: Path, layout: Layout | None = None, content: bytes | None =
 
 def read_shard(path: Path, layout: Layout, content: bytes | None = None) -> list[CacheRow]:
     """All rows of a shard. TideError as `read_table`."""
-    shard = read_table(path, layout, content)
-    try:
-        return from_table(shard.table, layout)
-    except (IndexError, ValueError) as error:
-        raise _unreadable(path, error) from error
+    return read_table(path, layout, content).rows(path, layout)
 
 
 def refuse_other_cache(path: Path, counts: dict[str, Any], cache: str) -> None:

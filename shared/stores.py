@@ -63,11 +63,7 @@ class Store:
     def get(self, name: str) -> bytes:
         """A file's content. TideError where it is missing, or not what its marker says."""
         marker = self._marker(name)
-        try:
-            with self.files.open_input_stream(f"{self.root}/{name}") as stream:
-                content = stream.read()
-        except _ERRORS as error:
-            raise self._failed(f"{name} cannot be read", error) from error
+        content = self.read(name)
         if marker is None or marker["sha256"] != hashlib.sha256(content).hexdigest():
             raise TideError(
                 f"{self.url}/{name} is not what its marker says", fix="delete it and its marker, and push it again"

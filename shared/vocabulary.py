@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Float, Int
 
-from shared.atomic import write_atomically
 from shared.errors import TideError
+from shared.parquet import write_parquet
 
 TABLES = "tables"
 _FILE, _PILOT, _CENTROIDS = "vocabulary.parquet", "pilot.parquet", "centroids.parquet"
@@ -34,6 +34,19 @@ class Vocabulary:
     class_of: Int[np.ndarray, " vocab"]
     rank_of: Int[np.ndarray, " vocab"]
     prior: Float[np.ndarray, "temperatures vocab"]
+
+    @classmethod
+    def of(
+        cls,
+        class_of: Int[np.ndarray, " vocab"],
+        outside: Float[np.ndarray, "temperatures vocab"],
+        positions: int,
+        listed: Int[np.ndarray, " kept"],
+    ) -> Vocabulary:
+        """From a sample: the sums of probabilities outside the top-k over its positions, and the ids in its lists."""
+        mean = (outside / max(1, positions)).astype(np.float32)
+        prior = np.where(class_of >= 0, np.maximum(mean, SMALLEST_PRIOR), 0).astype(np.float32)
+        return cls(class_of, ranks(listed, prior[0]), prior)
 
     @property
     def shared(self) -> Bool[np.ndarray, " vocab"]:
@@ -83,27 +96,20 @@ def save_tables(
     """Write all of it; the vocabulary, which says that the rest is there, comes last."""
     lists = pa.ListArray.from_arrays
     ends = pa.array(np.concatenate([[0], np.cumsum(pilot.sizes)]).astype(np.int32))
-    _write(folder / _PILOT, pa.table({
+    write_parquet(folder / _PILOT, pa.table({
         "topk_ids": lists(ends, pa.array(pilot.ids)),
         "topk_logp": lists(ends, pa.array(pilot.logp)),
         "tail_odds": _rows(pilot.odds),
     }))  # fmt: skip
-    _write(folder / _CENTROIDS, pa.table({"centroid": _rows(centroids.astype(np.float32))}))
+    write_parquet(folder / _CENTROIDS, pa.table({"centroid": _rows(centroids.astype(np.float32))}))
     columns: dict[str, Any] = {"class": pa.array(vocabulary.class_of), "rank": pa.array(vocabulary.rank_of)}
     columns |= {f"prior_{i}": pa.array(row) for i, row in enumerate(vocabulary.prior)}
-    _write(folder / _FILE, pa.table(columns))
+    write_parquet(folder / _FILE, pa.table(columns))
 
 
 def _rows(values: np.ndarray) -> pa.ListArray:
     offsets = pa.array((np.arange(len(values) + 1) * values.shape[1]).astype(np.int32))
     return pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1)))
-
-
-def _write(path: Path, table: pa.Table) -> None:
-    def write(handle: Any) -> None:
-        pq.write_table(table, handle, compression="zstd", write_page_checksum=True)
-
-    write_atomically(path, write)
 
 
 def _read(path: Path) -> pa.Table:

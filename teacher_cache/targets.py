@@ -57,7 +57,9 @@ def scores_of(cells: list[np.ndarray], spec: TargetSpec) -> Scores:
     gold, whole, sizes, ids, logp, odds, mass = cells
     if not spec.k:
         return Scores(gold, whole)
-    return Scores(gold, whole, sizes, ids, logp, odds, mass if spec.classes > 1 else None)
+    return Scores(
+        gold, whole, sizes.astype(np.int32), ids.astype(np.int32), logp, odds, mass if spec.classes > 1 else None
+    )
 
 
 def extract(
@@ -75,8 +77,7 @@ def extract(
     """
     logits = logits.float()
     gold_logp = logits.gather(1, gold[:, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
-    if excluded is not None and excluded.numel():
-        logits = logits.index_fill(1, excluded, -torch.inf)
+    logits = _shared_alone(logits, excluded)
     whole = torch.logsumexp(logits, dim=1)
     if not spec.k:
         none = logits.new_zeros(len(gold), 0)
@@ -97,6 +98,20 @@ def extract(
         torch.stack(odds, dim=1).clamp(-LARGEST_ODDS, LARGEST_ODDS),
         torch.stack(masses, dim=1).log().clamp_min(EMPTY),
     )
+
+
+def outside_sums(
+    logits: Float[Tensor, "read vocab"], spec: TargetSpec, excluded: Int[Tensor, " excluded"] | None = None
+) -> Float[Tensor, "temperatures vocab"]:
+    """Sums over rows of each token's probability outside of the top-k that `extract` takes."""
+    logits = _shared_alone(logits.float(), excluded)
+    values, ids = torch.topk(logits, spec.k, dim=1)
+    sizes = _sizes(logits, values, spec)
+    return torch.stack([outside_mass(logits, ids, sizes, t)[0].sum(dim=0) for t in spec.temperatures])
+
+
+def _shared_alone(logits: Tensor, excluded: Tensor | None) -> Tensor:
+    return logits if excluded is None or not excluded.numel() else logits.index_fill(1, excluded, -torch.inf)
 
 
 def _sizes(logits: Tensor, values: Float[Tensor, "read k"], spec: TargetSpec) -> Int[Tensor, " read"]:

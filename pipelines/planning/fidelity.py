@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -93,17 +94,19 @@ def measure_fidelity(config: CacheConfig, student: StudentConfig, grid: Grid, ex
     model = student_for(student, checkpoint, plan.student, plan.manifest)
     points: list[Fidelity] = []
     states: _Student | None = None
+    whole: TopKTargets | None = None
     for k, classes in tqdm(list(itertools.product(grid.ks, grid.classes)), unit="cache", desc="fidelity"):
         layout, rows = sample.cached(k, classes)
         table = to_table(rows, layout)
-        size = _bytes(rows, layout)
+        size = _bytes(table, layout, sum(row.masked.size for row in rows))
         rows = from_table(table, layout)
         batch = collate(rows, plan.manifest)
-        if states is None:
+        assert layout.vocabulary is not None
+        if states is None or whole is None:
             states = _states(model, rows, plan.manifest)
+            whole = _whole(sample.read_logits(), layout.vocabulary, hottest)
         read = TargetReader(plan.manifest, layout)(batch)
-        assert read.topk is not None and layout.vocabulary is not None
-        whole = _whole(sample.read_logits(), layout.vocabulary, hottest)
+        assert read.topk is not None
         for tail, kind, temperature in itertools.product(grid.tails, grid.objectives, grid.temperatures):
             settings = KL(temperature=temperature, tidal=Tidal() if kind == "tidal" else None)
             shaped = dataclasses.replace(read.topk, student_shaped=tail == "student")
@@ -113,10 +116,10 @@ def measure_fidelity(config: CacheConfig, student: StudentConfig, grid: Grid, ex
     return points
 
 
-def _bytes(rows: list[CacheRow], layout: Layout) -> float:
+def _bytes(table: pa.Table, layout: Layout, positions: int) -> float:
     """Bytes a position of what is kept of the top-k and its tail."""
-    found = bytes_of(table_bytes(to_table(rows, layout), layout, {}))
-    return sum(found[name] for name in _TARGET_COLUMNS) / max(1, sum(row.masked.size for row in rows))
+    found = bytes_of(table_bytes(table, layout, {}))
+    return sum(found[name] for name in _TARGET_COLUMNS) / max(1, positions)
 
 
 @torch.no_grad()

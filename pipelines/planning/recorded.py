@@ -13,7 +13,7 @@ from torch import Tensor
 from shared.errors import TideError
 from shared.schema import CacheRow, Layout
 from shared.shards import Unit
-from shared.vocabulary import SMALLEST_PRIOR, Vocabulary, ranks
+from shared.vocabulary import Vocabulary
 from teacher_cache.engines.choose import load_engine
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.plan import CachePlan
@@ -24,7 +24,7 @@ from teacher_cache.targets import (
     excluded_ids,
     extract,
     member_matrix,
-    outside_mass,
+    outside_sums,
     scores_of,
 )
 from teacher_cache.work import UnitWork, finish_unit, prepare_unit
@@ -67,7 +67,10 @@ class Sample:
         members = member_matrix(class_of, classes) if classes > 1 else None
         spec = dataclasses.replace(spec, classes=classes)
         readings = [extract(logits, gold, spec, self._excluded(), members) for logits, gold in self.logits]
-        scores = [scores_of(_cells(reading), spec) for reading in readings]
+        scores = [
+            scores_of([getattr(reading, f.name).numpy() for f in dataclasses.fields(Reading)], spec)
+            for reading in readings
+        ]
         return plan.layout, finish_unit(plan, self.work, scores)[0]
 
     def _excluded(self) -> Tensor:
@@ -77,21 +80,11 @@ class Sample:
 
     def _vocabulary(self, spec: TargetSpec, class_of: np.ndarray) -> Vocabulary:
         """Priors and ranks from the half that is not looked at."""
-        total, ids, positions = np.zeros((len(spec.temperatures), class_of.size)), [], 0
+        total, ids, excluded = np.zeros((len(spec.temperatures), class_of.size)), [], self._excluded()
         for logits, gold in self.fit:
-            reading = extract(logits, gold, spec, self._excluded())
-            shared = logits.float().index_fill(1, self._excluded(), -torch.inf)
-            ids.append(reading.ids.numpy().reshape(-1))
-            positions += len(gold)
-            for i, temperature in enumerate(spec.temperatures):
-                total[i] += outside_mass(shared, reading.ids, reading.sizes, temperature)[0].sum(dim=0).double().numpy()
-        prior = np.where(class_of >= 0, np.maximum(total / max(1, positions), SMALLEST_PRIOR), 0).astype(np.float32)
-        return Vocabulary(class_of, ranks(np.concatenate(ids), prior[0]), prior)
-
-
-def _cells(reading: Reading) -> list[np.ndarray]:
-    kinds = {"sizes": np.int32, "ids": np.int32}
-    return [getattr(reading, f.name).numpy().astype(kinds.get(f.name, np.float32)) for f in dataclasses.fields(Reading)]
+            ids.append(extract(logits, gold, spec, excluded).ids.numpy().reshape(-1))
+            total += outside_sums(logits, spec, excluded).double().numpy()
+        return Vocabulary.of(class_of, total, sum(len(gold) for _, gold in self.fit), np.concatenate(ids))
 
 
 def take_sample(plan: CachePlan, examples: int) -> Sample:

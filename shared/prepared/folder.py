@@ -14,10 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.atomic import write_atomically, write_bytes
+from shared.atomic import write_bytes
 from shared.data.conversation import identity
 from shared.errors import TideError
 from shared.examples import Prepared
+from shared.parquet import write_parquet
 from shared.prepared.parts import read_part
 from shared.prepared.selecting import Entries
 
@@ -77,10 +78,7 @@ def save_index(path: Path, entries: Entries) -> None:
     """Which example is which: part, number in it, occurrence."""
     table = pa.table({name: entries[:, i] for i, name in enumerate(("part", "row", "occurrence"))})
 
-    def write(handle: Any) -> None:
-        pq.write_table(table, handle, compression="zstd", write_page_checksum=True)
-
-    write_atomically(path, write)
+    write_parquet(path, table)
 
 
 def load_index(path: Path) -> Entries:

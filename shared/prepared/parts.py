@@ -10,15 +10,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.atomic import write_atomically
 from shared.errors import TideError
 from shared.examples import Prepared
+from shared.parquet import write_parquet
 
 VERSION = 1
 """Of the layout and of what preparing does: another version prepares anew."""
@@ -84,10 +83,7 @@ def write_part(path: Path, kept: Sequence[tuple[str, int, Prepared]], summary: P
     schema = _SCHEMA.with_metadata({_SUMMARY: json.dumps(asdict(summary), sort_keys=True).encode()})
     table = pa.Table.from_arrays(columns, schema=schema)
 
-    def write(handle: Any) -> None:
-        pq.write_table(table, handle, compression="zstd", write_page_checksum=True)
-
-    write_atomically(path, write)
+    write_parquet(path, table)
 
 
 def read_summary(path: Path) -> PartSummary:

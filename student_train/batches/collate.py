@@ -114,6 +114,10 @@ class TargetReader:
         topk = self._topk(batch) if "topk_ids" in batch else None
         return Targets(batch["gold"], batch["t"], topk, chunk_targets(batch))
 
+    def mass_in_topk(self, batch: Batch, temperature: float) -> Tensor:
+        """The teacher's probability inside its cached top-k at `temperature`, one value per masked position."""
+        return torch.sigmoid(-batch["tail_odds"][:, self.temperatures.index(temperature)])
+
     def _topk(self, batch: Batch) -> TopKTargets:
         classes, shares = self._on(batch["topk_ids"].device)
         odds = {t: batch["tail_odds"][:, i] for i, t in enumerate(self.temperatures)}

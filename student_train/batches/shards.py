@@ -99,7 +99,7 @@ class StoredShards:
         problems = problems_in(shard.table, self._layout, self._manifest)
         if problems:
             raise TideError(f"shard {path} of {self._store.url} does not hold: {'; '.join(problems)}")
-        return read_shard(path, self._layout, content)
+        return shard.rows(path, self._layout)
 
     def _at_hand(self, unit: Unit) -> bytes | None:
         """The shard's bytes from the folder; None where they are not there, or are not the ledger's."""

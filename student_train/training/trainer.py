@@ -43,7 +43,7 @@ from student_train.training.heldout import HeldOut, masked_nll, prepare_heldout,
 from student_train.training.resumable import ResumableTrainer, training_arguments
 from student_train.training.run_folder import settle_run_folder
 from student_train.training.step import train_on_loss
-from student_train.training.watch import Watch, mass_in_topk, stop_at_nonfinite
+from student_train.training.watch import Watch, stop_at_nonfinite
 
 
 class StudentTrainer(ResumableTrainer):
@@ -103,7 +103,7 @@ class StudentTrainer(ResumableTrainer):
         with torch.no_grad():
             mass = None
             if isinstance(config.distillation, KL | ReverseKL):
-                mass = mass_in_topk(self.read_targets(inputs).topk, config.distillation.temperature)
+                mass = self.read_targets.mass_in_topk(inputs, config.distillation.temperature)
             self._watch.add(self._item, loss, parts_of(sums, counts, config.distillation), inputs, mass)
         self._batches_done += 1
         return loss * self.accelerator.num_processes

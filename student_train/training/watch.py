@@ -17,7 +17,6 @@ from torch import Tensor
 from shared.atomic import write_bytes
 from shared.errors import TideError
 from student_train.batches.collate import Batch
-from student_train.losses.targets import TopKTargets
 
 NONFINITE = "nonfinite"
 _NAMES = ("denoise", "distillation", "batches", "tokens", "masked", "chunks", "mass", "mass_rows")
@@ -64,11 +63,6 @@ class Watch:
         if torch.cuda.is_available():
             logs["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         return logs
-
-
-def mass_in_topk(topk: TopKTargets | None, temperature: float) -> Tensor | None:
-    """The teacher's probability inside its cached top-k at `temperature`, one value per masked position."""
-    return None if topk is None or temperature not in topk.odds else torch.sigmoid(-topk.odds[temperature])
 
 
 def stop_at_nonfinite(out: Path, step: int, number: int, rows: list[Any], batch: Batch) -> TideError:

@@ -20,7 +20,7 @@ from teacher_cache.targets import (
     excluded_ids,
     extract,
     member_matrix,
-    outside_mass,
+    outside_sums,
     scores_of,
 )
 from teacher_cache.teachers.registry import Attention
@@ -81,12 +81,8 @@ class TransformersEngine:
         """Sums of probabilities outside of the top-k (see `Engine`)."""
         total = np.zeros((len(self._spec.temperatures), self._model.config.vocab_size))
         for batch in self._batches(requests):
-            for logits, gold in self._logits([requests[i] for i in batch]):
-                reading = extract(logits, gold, dataclasses.replace(self._spec, classes=1), self._shared_only(logits))
-                shared = self._without_excluded(logits)
-                for i, temperature in enumerate(self._spec.temperatures):
-                    mass, _ = outside_mass(shared, reading.ids, reading.sizes, temperature)
-                    total[i] += mass.sum(dim=0).double().cpu().numpy()
+            for logits, _ in self._logits([requests[i] for i in batch]):
+                total += outside_sums(logits, self._spec, self._shared_only(logits)).double().cpu().numpy()
         return total
 
     @torch.inference_mode()
@@ -130,16 +126,10 @@ class TransformersEngine:
             np.split(torch.cat([getattr(part, field.name) for part in parts]).cpu().numpy(), ends)
             for field in dataclasses.fields(Reading)
         ]
-        return [scores_of([*cells[:2], cells[2].astype(np.int32), cells[3].astype(np.int32), *cells[4:]], self._spec)
-                for cells in zip(*columns, strict=True)]  # fmt: skip
+        return [scores_of(list(cells), self._spec) for cells in zip(*columns, strict=True)]
 
     def _shared_only(self, logits: torch.Tensor) -> torch.Tensor | None:
         """The ids that are left out, where the logits are."""
         if self._excluded is not None:
             self._excluded = self._excluded.to(logits.device)
         return self._excluded
-
-    def _without_excluded(self, logits: torch.Tensor) -> torch.Tensor:
-        excluded = self._shared_only(logits)
-        logits = logits.float()
-        return logits if excluded is None or not excluded.numel() else logits.index_fill(1, excluded, -torch.inf)

@@ -15,12 +15,13 @@ import torch
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
+from shared.atomic import link
 from shared.compact import EMPTY, LARGEST_ODDS, class_log_mass
 from shared.errors import TideError
 from shared.ledger import Entry, note, settle_ledger
 from shared.manifest import Manifest
 from shared.schema import CacheRow, Layout
-from shared.shards import CACHE, finished_units, read_shard, read_table, write_shard
+from shared.shards import CACHE, finished_units, read_table, write_shard
 from shared.vocabulary import (
     TABLES,
     Pilot,
@@ -31,7 +32,7 @@ from shared.vocabulary import (
     smaller,
     top_probabilities,
 )
-from teacher_cache.maintenance.reshape import begin, finished, link
+from teacher_cache.maintenance.reshape import begin, finished
 from teacher_cache.tables.classes import cluster
 
 
@@ -65,7 +66,7 @@ def prune_cache(
         fingerprint["pruned_from"] = {name: targets[name] for name in ("k", "classes")}
         fingerprint["tables"] = tables.vocabulary.digest
         made = dataclasses.replace(made, fingerprint=fingerprint)
-    begin(target, made, source)
+    begin(target, made, source, tables is None)
     if tables is not None:
         save_tables(target / TABLES, tables.vocabulary, tables.pilot, tables.centroids)
     _write(source, target, made, layout, tables)
@@ -83,8 +84,9 @@ def _write(source: Path, target: Path, made: Manifest, layout: Layout, tables: _
             note(target, unit, Entry.of(content, read_table(path, layout, content).counts))
             continue
         new = dataclasses.replace(layout, vocabulary=tables.vocabulary)
-        rows = [cut(row, layout, made.fingerprint["targets"]["k"], tables.merged) for row in read_shard(path, layout)]
-        counts = {**read_table(path, layout).counts, CACHE: made.digest}
+        shard = read_table(path, layout)
+        rows = [cut(row, layout, made.fingerprint["targets"]["k"], tables.merged) for row in shard.rows(path, layout)]
+        counts = {**shard.counts, CACHE: made.digest}
         note(target, unit, Entry.of(write_shard(unit.path(target), rows, new, counts), counts))
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from shared.atomic import write_bytes
+from shared.atomic import link, write_bytes
 from shared.errors import TideError
 from shared.ledger import Entry, load_ledger, note, settle_ledger, whole_ledger
 from shared.manifest import Manifest, differences, load_manifest, refuse_unfinished
@@ -25,8 +23,8 @@ from shared.shards import CACHE, Unit, finished_units, read_table, refuse_other_
 from shared.vocabulary import TABLES
 
 
-def begin(target: Path, manifest: Manifest, source: Path) -> None:
-    """The target's tokenizers, tables and manifest, or TideError where another cache lies there."""
+def begin(target: Path, manifest: Manifest, source: Path, tables: bool = True) -> None:
+    """Tokenizers, the tables of `source` where they stay, and manifest. TideError where another cache lies there."""
     if target.exists() and any(target.iterdir()):
         old = load_manifest(target)
         lines = differences(dataclasses.asdict(old), json.loads(json.dumps(dataclasses.asdict(manifest))))
@@ -36,8 +34,7 @@ def begin(target: Path, manifest: Manifest, source: Path) -> None:
                 fix="choose a new folder",
             )
         return
-    same_tables = load_manifest(source).fingerprint.get("tables") == manifest.fingerprint.get("tables")
-    for folder in [*sorted(source.glob("*_tokenizer")), *([source / TABLES] if same_tables else [])]:
+    for folder in [*sorted(source.glob("*_tokenizer")), *([source / TABLES] if tables else [])]:
         for file in sorted(folder.glob("*")):
             write_bytes(target / folder.name / file.name, file.read_bytes())
     manifest.save(target)
@@ -116,18 +113,6 @@ def _copy(jobs: Sequence[tuple[Path, Unit, Unit]], target: Path, manifest: Manif
             counts: dict[str, Any] = {**shard.counts, "draw": place.draw, "part": place.part, CACHE: manifest.digest}
             entry = Entry.of(write_table(place.path(target), shard.table, layout, counts), counts)
         note(target, place, entry)
-
-
-def link(source: Path, target: Path) -> None:
-    """The same file at another place: a hard link, or a copy where the two lie on different file systems."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    half = target.with_name(f".{target.name}.link-{os.getpid()}-0.tide-tmp")
-    half.unlink(missing_ok=True)
-    try:
-        os.link(source, half)
-    except OSError:
-        shutil.copyfile(source, half)
-    half.replace(target)
 
 
 def finished(cache: Path) -> Manifest:

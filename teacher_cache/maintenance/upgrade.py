@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from shared.atomic import write_bytes
 from shared.errors import TideError
 from shared.ledger import Entry, note, settle_ledger
 from shared.manifest import MANIFEST, Manifest
@@ -51,9 +50,9 @@ def upgrade_cache(source: Path, target: Path) -> Manifest:
         0 if layout.vocabulary is None else layout.vocabulary.class_of.size,
     )
     made = Manifest(fingerprint, old["draws"], old["parts"], old["examples"])
+    begin(target, made, source, tables=False)
     if layout.vocabulary is not None:
         save_tables(target / TABLES, layout.vocabulary, _no_pilot(layout), np.zeros((1, 1), np.float32))
-    _begin(source, target, made)
     done = set(finished_units(target))
     for unit in tqdm([unit for unit in units if unit not in done], unit="shard", desc="upgrade"):
         shard = read_table(unit.path(source))
@@ -64,17 +63,6 @@ def upgrade_cache(source: Path, target: Path) -> Manifest:
         note(target, unit, Entry.of(write_shard(unit.path(target), rows, layout, counts), counts))
     settle_ledger(target, made)
     return made
-
-
-def _begin(source: Path, target: Path, made: Manifest) -> None:
-    """Tokenizers and manifest of a new target; of one that is there, that it is this one."""
-    if (target / MANIFEST).exists():
-        begin(target, made, target)
-        return
-    for folder in sorted(source.glob("*_tokenizer")):
-        for file in folder.iterdir():
-            write_bytes(target / folder.name / file.name, file.read_bytes())
-    made.save(target)
 
 
 def _old_manifest(source: Path) -> dict[str, Any]:

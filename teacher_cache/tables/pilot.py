@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from shared.noise import generator
 from shared.shards import Unit
-from shared.vocabulary import SMALLEST_PRIOR, TABLES, Pilot, Vocabulary, ranks, save_tables
+from shared.vocabulary import TABLES, Pilot, Vocabulary, save_tables
 from teacher_cache.comp_demo import Request
 from teacher_cache.engines.base import Engine
 from teacher_cache.plan import CachePlan
@@ -55,6 +55,5 @@ def make_tables(plan: CachePlan, engine: Engine) -> None:
         logp.append(one.topk_logp[kept])
         odds.append(one.tail_odds)
     pilot = Pilot(*(np.concatenate(parts) for parts in (sizes, ids, logp, odds)))
-    prior = (total / max(1, pilot.sizes.size)).astype(np.float32)
-    prior = np.where(class_of >= 0, np.maximum(prior, SMALLEST_PRIOR), 0).astype(np.float32)
-    save_tables(plan.config.out / TABLES, Vocabulary(class_of, ranks(pilot.ids, prior[0]), prior), pilot, centroids)
+    vocabulary = Vocabulary.of(class_of, total, pilot.sizes.size, pilot.ids)
+    save_tables(plan.config.out / TABLES, vocabulary, pilot, centroids)

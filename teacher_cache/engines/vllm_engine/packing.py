@@ -39,4 +39,4 @@ def unpack(packed: Float[Tensor, "read columns"], spec: TargetSpec) -> Scores:
     gold, logsumexp, sizes = (cell[:, 0].copy() for cell in cells[:3])
     ids, logp, odds, mass = (cell.copy() for cell in cells[3:])
     mass = mass.reshape(len(mass), len(spec.temperatures), -1)
-    return scores_of([gold, logsumexp, sizes.astype(np.int32), ids.astype(np.int32), logp, odds, mass], spec)
+    return scores_of([gold, logsumexp, sizes, ids, logp, odds, mass], spec)

@@ -14,7 +14,7 @@ from vllm.tasks import PoolingTask
 from vllm.v1.pool.metadata import PoolingMetadata
 
 from teacher_cache.engines.vllm_engine.packing import columns, pack
-from teacher_cache.targets import TargetSpec, extract, member_matrix, outside_mass
+from teacher_cache.targets import TargetSpec, extract, member_matrix, outside_sums
 
 TASK: PoolingTask = "token_classify"
 
@@ -63,10 +63,7 @@ class ScorePooler(Pooler):
         index = torch.tensor(rows, dtype=torch.long).to(device, non_blocking=True)
         answers = torch.tensor(gold, dtype=torch.long).to(device, non_blocking=True)
         if any(outside):
-            return [
-                self._outside(hidden_states[i], answer)
-                for i, answer in zip(index.split(sizes), answers.split(sizes), strict=True)
-            ]
+            return [self._outside(hidden_states[i]) for i in index.split(sizes)]
         parts = [
             self._score(hidden_states[index[i : i + self._head_rows]], answers[i : i + self._head_rows])
             for i in range(0, len(rows), self._head_rows)
@@ -96,12 +93,9 @@ class ScorePooler(Pooler):
             return torch.zeros(len(gold), columns(self._spec), device=hidden.device)
         return pack(extract(logits, gold, self._spec, self._excluded, self._members))
 
-    def _outside(self, hidden: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
+    def _outside(self, hidden: torch.Tensor) -> torch.Tensor:
         """Sums over rows of probabilities outside of the top-k, a row a temperature."""
         logits = self._logits(hidden)
-        if logits is None or not len(gold):
+        if logits is None or not len(hidden):
             return torch.zeros(len(self._spec.temperatures), 1, device=hidden.device)
-        reading = extract(logits, gold, dataclasses.replace(self._spec, classes=1), self._excluded)
-        shared = logits.float().index_fill(1, self._excluded, -torch.inf)
-        masses = [outside_mass(shared, reading.ids, reading.sizes, t)[0].sum(dim=0) for t in self._spec.temperatures]
-        return torch.stack(masses)
+        return outside_sums(logits, self._spec, self._excluded)
