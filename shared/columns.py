@@ -34,7 +34,7 @@ _SMALL = {
     "class_mass": pa.uint8(),
 }
 """Columns that are rounded, and the integers that they are rounded to."""
-_NULLABLE = {"teacher_ids", "teacher_masked", "topk_sizes", "topk_ranks", "topk_logp", "tail_odds", "class_mass",
+_NULLABLE = {"read", "teacher_ids", "teacher_masked", "topk_sizes", "topk_ranks", "topk_logp", "tail_odds", "class_mass",
              "chunk_student", "chunk_teacher", "chunk_logp"}  # fmt: skip
 _PAIRS = ("spans", "chunk_student", "chunk_teacher")
 
@@ -46,7 +46,9 @@ def schema_for(layout: Layout) -> pa.Schema:
         "label": pa.string(),
         "draw": pa.int32(),
         "t": pa.float32(),
-        **dict.fromkeys(("student_ids", "spans", "masked", "teacher_ids", "teacher_masked"), _INTS),
+        **dict.fromkeys(("student_ids", "spans", "masked"), _INTS),
+        **({"read": _INTS} if layout.partial else {}),
+        **dict.fromkeys(("teacher_ids", "teacher_masked"), _INTS),
         "split": pa.list_(pa.bool_()),
         "gold_logp": _FLOATS,
         "logsumexp": _FLOATS,
@@ -140,7 +142,7 @@ def from_table(table: pa.Table, layout: Layout) -> list[CacheRow]:
                 found[name] = found[name].reshape(shape)
         if found["class_mass"] is not None:
             found["class_mass"] = found["class_mass"].reshape(-1, len(layout.temperatures), layout.classes)
-        rows.append(CacheRow(**found))
+        rows.append(CacheRow(**{"read": None, **found}))
     return rows
 
 

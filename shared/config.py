@@ -63,6 +63,14 @@ class TargetConfig:
     """A cache whose classes and priors to take instead of making them: caches of other data that can be merged then."""
     values: Literal["levels", "float32"] = "levels"
     """How numbers are kept: rounded to levels (docs/cache-format.md), or exactly."""
+    positions: Literal["content", "response"] = "response"
+    """Where a teacher that shares the student's tokenizer is read: at the words of the answers, as the paper does, or
+    at every masked position, the end of turn and the EOS behind it too. (Across tokenizers chunks hold words alone.)
+    """
+    teacher_text: Literal["student", "own"] = "student"
+    """What such a teacher reads: the student's sequence, or the conversation in its own template, as the paper has it;
+    then its positions are those of the words.
+    """
 
     def __post_init__(self) -> None:
         require(len(self.signals) > 0, "targets.signals is empty; name topk, chunks or both")

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from shared.alignment import Chunks
 from shared.config import LengthConfig
@@ -20,6 +21,14 @@ from shared.data.conversation import ChatExample
 from shared.errors import Unusable
 from shared.rendered import RenderedChat, Turns
 from shared.responses import Side, align_responses
+from shared.same_tokens import (
+    SharedVocabulary,
+    positions_in,
+    read_own_text,
+    read_student_text,
+    spans_of,
+    words_in,
+)
 from shared.tokenizers import Tokenizer
 
 NO_CHUNKS = np.zeros((0, 4), np.int32)
@@ -43,56 +52,25 @@ class Prepared:
     shared: bool
     offsets: Int[np.ndarray, " spans"]
     label: str = ""
+    pairs: Int[np.ndarray, "asked 2"] | None = None
+    """Where `shared`: the positions, student's and teacher's, at which the teacher may be asked, rising; None: all
+    maskable ones, by `offsets`.
+    """
 
     @property
     def maskable(self) -> Int[np.ndarray, " maskable"]:
         """The maskable student positions, rising."""
         return positions_in(self.spans)
 
-    def teacher_positions(self, masked: Int[np.ndarray, " masked"]) -> Int[np.ndarray, " masked"]:
-        """Where a teacher that shares the tokenizer has these maskable student positions."""
-        span = np.searchsorted(self.spans[:, 0], masked, side="right") - 1
-        return (masked + self.offsets[span]).astype(np.int32)
-
-
-def positions_in(spans: Int[np.ndarray, "spans 2"]) -> Int[np.ndarray, " positions"]:
-    """Every position inside of `spans`."""
-    parts = [np.arange(start, stop, dtype=np.int32) for start, stop in spans.tolist()]
-    return np.concatenate(parts) if parts else np.zeros(0, np.int32)
-
-
-@dataclass(frozen=True)
-class SharedVocabulary:
-    """A teacher of the student's tokenizer family: ids of which `same` is True mean the same to both.
-
-    Vocabularies of one family differ in their added tokens (Qwen's from 151,646 on). In a prompt such a token is
-    given to the teacher as the teacher would write its text; a response that holds one is left out and counted.
-    """
-
-    teacher: Tokenizer
-    same: Bool[np.ndarray, " vocab"]
-
-    @classmethod
-    def between(cls, student: Tokenizer, teacher: Tokenizer) -> SharedVocabulary:
-        """Compare the two vocabularies token by token."""
-        a, b = student.token_bytes, teacher.token_bytes
-        same = np.zeros(max(len(a), len(b)), bool)
-        same[: min(len(a), len(b))] = [x == y and x != b"" for x, y in zip(a, b, strict=False)]
-        return cls(teacher, same)
-
-    def holds(self, ids: Int[np.ndarray, " length"]) -> bool:
-        """Whether all of `ids` are shared."""
-        return bool(self.same[ids].all())
-
-    def translate(self, ids: Sequence[int], student: Tokenizer) -> list[int]:
-        """`ids` for the teacher: shared ones as they are, others as the teacher tokenises their text."""
-        result: list[int] = []
-        for token in ids:
-            if self.same[token]:
-                result.append(token)
-            else:
-                result += self.teacher.encode([student.token_bytes[token].decode("utf-8", "replace")])[0]
-        return result
+    def asked(self, masked: Int[np.ndarray, " masked"]) -> tuple[Int[np.ndarray, " read"], Int[np.ndarray, " read"]]:
+        """Which of these masked positions (by number) a teacher of the same tokenizer is asked about, and where it has
+        them.
+        """
+        if self.pairs is None:
+            every = np.arange(masked.size)
+            return every, (masked + self.offsets[spans_of(self.spans, masked)]).astype(np.int32)
+        _, which, pair = np.intersect1d(masked, self.pairs[:, 0], assume_unique=True, return_indices=True)
+        return which, self.pairs[pair, 1].astype(np.int32)
 
 
 @dataclass
@@ -100,7 +78,8 @@ class Preparer:
     """Turns chat examples into `Prepared` ones.
 
     `teacher` is a tokenizer of its own, a `SharedVocabulary`, or None where both read the very same ids. `counts` adds
-    up what is lost in rows that are kept: `truncated`, `response_bytes`, `unaligned_bytes`, `unaligned_examples`.
+    up what is lost in rows that are kept: `truncated`, `beyond_teacher`, `response_bytes`, `unaligned_bytes`,
+    `unaligned_examples`.
     """
 
     student: Tokenizer
@@ -109,6 +88,10 @@ class Preparer:
     student_mask_id: int
     teacher_mask_id: int | None = None
     turns: Turns = "last"
+    positions: Literal["content", "response"] = "response"
+    """With a shared tokenizer: where the teacher is asked (`TargetConfig.positions`)."""
+    own_text: bool = False
+    """With a shared tokenizer: the teacher reads its own template (`TargetConfig.teacher_text`)."""
     skip_first: bool = False
     """Position 0 of the teacher's sequence is never asked: a shifted teacher has no row that predicts it."""
     counts: Counter[str] = field(default_factory=Counter)
@@ -123,6 +106,8 @@ class Preparer:
         teacher: Sequence[Side | Unusable | None] = [None] * len(examples)
         if isinstance(self.teacher, Tokenizer):
             teacher = _sides(self.teacher, examples, self.turns, self.counts)
+        elif isinstance(self.teacher, SharedVocabulary) and self.own_text:
+            teacher = _sides(self.teacher.teacher, examples, self.turns, self.counts)
         return [self._try(e, s, t) for e, s, t in zip(examples, student, teacher, strict=True)]
 
     def _try(
@@ -141,14 +126,12 @@ class Preparer:
         limit = self.lengths.student
         _refuse_mask(student, self.student_mask_id, self.student)
         if teacher is not None:
-            assert isinstance(self.teacher, Tokenizer) and self.teacher_mask_id is not None
-            _refuse_mask(teacher, self.teacher_mask_id, self.teacher)
-            if teacher.starts[0] >= self.lengths.teacher:
-                raise Unusable("prompt too long", f"the teacher's prompt has {teacher.starts[0]} tokens")
+            assert self.teacher_mask_id is not None
+            _refuse_mask(teacher, self.teacher_mask_id, teacher.tokenizer)
         if student.starts[0] >= limit:
             raise Unusable("prompt too long", f"the student's prompt has {student.starts[0]} tokens")
-        ids, spans = student.ids, student.spans
-        if len(ids) > limit:
+        ids, spans, whole = student.ids, student.spans, len(student.ids) <= limit
+        if not whole:
             self.counts["truncated"] += 1
             ids = ids[:limit]
             spans = np.minimum(spans[spans[:, 0] < limit], limit).astype(np.int32)
@@ -157,16 +140,23 @@ class Preparer:
             ids = np.concatenate([ids, np.full(fill, self.student.special_id("eos"), np.int32)])
             spans = spans.copy()
             spans[-1, 1] += fill
-        if teacher is None:
-            return self._shared(example, ids, spans)
-        assert isinstance(self.teacher, Tokenizer)
-        teacher_ids = teacher.ids[: self.lengths.teacher]
+        if not isinstance(self.teacher, Tokenizer):
+            return self._same_tokens(example, student, teacher, ids, spans)
+        assert teacher is not None
         chunks = align_responses(student, teacher, self.counts)
-        inside = (chunks[:, 1] <= len(teacher_ids)) & (chunks[:, 3] <= len(ids))
+        inside = (chunks[:, 1] <= self.lengths.teacher) & (chunks[:, 3] <= len(ids))
         if self.skip_first:
             inside &= chunks[:, 0] > 0
+        chunks = chunks[inside]
+        self._count_unread(teacher)
+        # What the student does not have, the teacher does not read: it would tell what comes before it.
+        end = 0 if not len(chunks) else self.lengths.teacher if whole else int(chunks[-1, 1])
         none = np.zeros(len(spans), np.int32)
-        return Prepared(example.id, ids, spans, teacher_ids, chunks[inside], False, none, example.label)
+        return Prepared(example.id, ids, spans, teacher.ids[:end], chunks, False, none, example.label)
+
+    def _count_unread(self, teacher: Side) -> None:
+        """An example whose prompt alone is longer than the teacher may read is trained by cross-entropy alone."""
+        self.counts["beyond_teacher"] += teacher.starts[0] >= self.lengths.teacher
 
     def _fill(self, ids: Int[np.ndarray, " length"], spans: Int[np.ndarray, "spans 2"]) -> int:
         """How many EOS follow: up to a whole block, or a block of them where there would be none at all."""
@@ -175,44 +165,33 @@ class Preparer:
         room = len(ids) + block <= self.lengths.student
         return fill if ended or not room or not self.lengths.end_block else block
 
-    def _shared(
-        self, example: ChatExample, ids: Int[np.ndarray, " length"], spans: Int[np.ndarray, "spans 2"]
+    def _same_tokens(
+        self,
+        example: ChatExample,
+        student: Side,
+        teacher: Side | None,
+        ids: Int[np.ndarray, " length"],
+        spans: Int[np.ndarray, "spans 2"],
     ) -> Prepared:
-        """An example whose responses the teacher reads in the student's ids."""
-        still = np.zeros(len(spans), np.int32)
-        if self.teacher is None or (isinstance(self.teacher, SharedVocabulary) and self.teacher.holds(ids)):
-            return Prepared(
-                example.id,
-                ids,
-                self._asked(spans, still),
-                None,
-                NO_CHUNKS,
-                shared=True,
-                offsets=still,
-                label=example.label,
-            )
-        assert isinstance(self.teacher, SharedVocabulary)
-        if not self.teacher.holds(ids[positions_in(spans)]):
-            raise Unusable("token that the teacher writes otherwise", "a response holds an unshared token")
-        parts, at, length = [], 0, 0
-        for k, (start, stop) in enumerate(spans.tolist()):
-            prompt = self.teacher.translate(ids[at:start].tolist(), self.student)
-            parts += [np.array(prompt, np.int32), ids[start:stop]]
-            still[k] = length + len(prompt) - start
-            length, at = length + len(prompt) + stop - start, stop
-        rest = self.teacher.translate(ids[at:].tolist(), self.student)
-        teacher_ids = np.concatenate([*parts, np.array(rest, np.int32)]).astype(np.int32)
-        spans = self._asked(spans, still)
-        return Prepared(example.id, ids, spans, teacher_ids, NO_CHUNKS, shared=True, offsets=still, label=example.label)
-
-    def _asked(
-        self, spans: Int[np.ndarray, "spans 2"], offsets: Int[np.ndarray, " spans"]
-    ) -> Int[np.ndarray, "spans 2"]:
-        """`spans` without the teacher's position 0, where it must not be asked."""
-        if self.skip_first and spans[0, 0] + offsets[0] == 0:
+        """An example whose answers the teacher reads in the student's tokens."""
+        if teacher is not None:
+            self._count_unread(teacher)
+            found = read_own_text(student, teacher, len(ids), self.lengths, self.counts)
+        else:
+            words = words_in(student, len(ids)) if self.positions == "content" else None
+            found = read_student_text(ids, spans, self.student, self.teacher_vocabulary, self.lengths.teacher, words)
+        pairs = found.pairs
+        if self.skip_first and pairs is not None:
+            pairs = pairs[pairs[:, 1] > 0]
+        elif self.skip_first and spans[0, 0] + found.offsets[0] == 0:
             spans = spans.copy()
             spans[0, 0] += 1
-        return spans
+        return Prepared(example.id, ids, spans, found.ids, NO_CHUNKS, True, found.offsets, example.label, pairs)
+
+    @property
+    def teacher_vocabulary(self) -> SharedVocabulary | None:
+        """What the teacher shares with the student; None where all of it, and across tokenizers."""
+        return self.teacher if isinstance(self.teacher, SharedVocabulary) else None
 
 
 def _sides(

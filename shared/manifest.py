@@ -46,6 +46,11 @@ class Manifest:
         return bool(self.fingerprint["teacher"]["student_tokens"])
 
     @property
+    def partial(self) -> bool:
+        """Whether the teacher may have been read at fewer positions than are masked, by a shared tokenizer."""
+        return bool(self.fingerprint["targets"].get("partial", False))
+
+    @property
     def digest(self) -> str:
         """A short hash of the fingerprint."""
         return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[:16]
@@ -65,7 +70,7 @@ class Manifest:
         """How the shards of this cache, which lies in `cache`, are read. TideError where its table does not hold."""
         digest = self.fingerprint.get("tables")
         vocabulary = None if digest is None else load_vocabulary(cache, digest)
-        return Layout(self.temperatures, self.fingerprint["targets"]["values"], vocabulary)
+        return Layout(self.temperatures, self.fingerprint["targets"]["values"], vocabulary, self.partial)
 
     @property
     def checksum(self) -> str:

@@ -28,6 +28,8 @@ class Layout:
     values: Literal["levels", "float32"] = "levels"
     vocabulary: Vocabulary | None = None
     """None where no top-k is cached."""
+    partial: bool = False
+    """The teacher, of the student's tokenizer, may be read at fewer positions than are masked."""
 
     @property
     def classes(self) -> int:
@@ -65,11 +67,18 @@ class CacheRow:
     chunk_student: Int[np.ndarray, "chunks 2"] | None
     chunk_teacher: Int[np.ndarray, "chunks 2"] | None
     chunk_logp: Float[np.ndarray, " chunks"] | None
+    read: Int[np.ndarray, " read"] | None = None
+    """Those of `masked` at which a teacher of the same tokenizer was read; None: all of them."""
 
     @property
     def prompt_length(self) -> int:
         """Where the first response begins; the whole length where nothing is trained."""
         return int(self.spans[0, 0]) if len(self.spans) else len(self.student_ids)
+
+    @property
+    def asked(self) -> Int[np.ndarray, " read"]:
+        """The student's positions at which a teacher of the same tokenizer was read."""
+        return self.masked if self.read is None else self.read
 
     @property
     def maskable(self) -> int:
@@ -85,6 +94,7 @@ def without_masks(row: CacheRow) -> CacheRow:
         row,
         spans=np.zeros((0, 2), np.int32),
         masked=none,
+        read=None if row.read is None else none,
         teacher_masked=None if row.teacher_masked is None else none,
         split=np.zeros(0, bool),
         gold_logp=number,

@@ -26,7 +26,7 @@ _ROWS_PER_GROUP = 64
 
 # Parquet's own encodings, by what a column holds (docs/cache-format.md has what each buys).
 _BY_DICTIONARY = ("example_id", "student_ids.list.element", "teacher_ids.list.element")
-_DELTA = ("spans", "masked", "teacher_masked", "topk_sizes", "chunk_student", "chunk_teacher")
+_DELTA = ("spans", "masked", "read", "teacher_masked", "topk_sizes", "chunk_student", "chunk_teacher")
 _SPLIT = ("gold_logp", "logsumexp", "topk_ranks", "topk_logp", "tail_odds", "class_mass", "chunk_logp")
 
 

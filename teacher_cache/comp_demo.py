@@ -29,13 +29,16 @@ class Request:
 class TeacherView:
     """The masked teacher positions (rising), the CompDemo part of each (True: A), and each one's active chunk.
 
-    For a shared tokenizer `chunk_of` numbers the positions themselves: every masked token is a chunk of its own.
+    For a shared tokenizer `chunk_of` numbers the positions themselves: every masked token is a chunk of its own; and
+    `student` has the student's positions, which may be fewer than it has masked (`TargetConfig.positions`). What is not
+    read is not masked.
     """
 
     ids: Int[np.ndarray, " length"]
     positions: Int[np.ndarray, " masked"]
     in_a: Bool[np.ndarray, " masked"]
     chunk_of: Int[np.ndarray, " masked"]
+    student: Int[np.ndarray, " masked"] | None = None
 
 
 def draw_for(example: Prepared, noise: NoiseConfig, draw: int) -> Draw:
@@ -51,8 +54,8 @@ def teacher_view(example: Prepared, draw: Draw) -> TeacherView:
     """Where the teacher's sequence is masked under `draw`."""
     ids = example.student_ids if example.teacher_ids is None else example.teacher_ids
     if example.shared:
-        places = example.teacher_positions(draw.masked)
-        return TeacherView(ids, places, draw.split, np.arange(draw.masked.size))
+        which, places = example.asked(draw.masked)
+        return TeacherView(ids, places, draw.split[which], np.arange(which.size), draw.masked[which])
     spans = example.chunks[draw.chunks, :2]
     lengths = spans[:, 1] - spans[:, 0]
     chunk_of = np.repeat(np.arange(len(spans)), lengths)

@@ -10,13 +10,13 @@ import numpy as np
 
 from shared.config import CacheConfig
 from shared.errors import TideError
-from shared.examples import SharedVocabulary
 from shared.manifest import MANIFEST, load_manifest
 from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve
 from shared.models.masks import student_mask
 from shared.prepared.folder import PreparedData, totals
 from shared.prepared.prepare import Request, prepare
 from shared.prepared.work import Recipe
+from shared.same_tokens import SharedVocabulary
 from shared.tokenizers import Tokenizer
 from teacher_cache.checks import check_teacher
 from teacher_cache.teachers.registry import TeacherEntry, find_teacher
@@ -76,10 +76,13 @@ def prepare_data(config: CacheConfig, sides: Sides) -> tuple[PreparedData, datet
         lengths=config.lengths,
         skip_first=entry.shift,
         date=day,
+        positions=config.targets.positions if entry.student_tokens else "content",
+        own_text=entry.student_tokens and config.targets.teacher_text == "own",
     )
+    reads_template = recipe.own_text or not entry.student_tokens
     identity = {
         "student": [student.fingerprint, student.template.source, sides.student_mask],
-        "teacher": [teacher.fingerprint, "" if entry.student_tokens else teacher.template.source, entry.mask_id],
+        "teacher": [teacher.fingerprint, teacher.template.source if reads_template else "", entry.mask_id],
         "shared": entry.student_tokens,
     }
     request = Request(config.sources, recipe, identity, config.prepared_folder, config.dedup, config.prepare_workers)

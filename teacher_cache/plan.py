@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from shared.config import CacheConfig
-from shared.examples import SharedVocabulary
 from shared.manifest import MANIFEST, Manifest, check_fingerprint, load_manifest
 from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve
 from shared.prepared.folder import PreparedData
+from shared.same_tokens import SharedVocabulary
 from shared.schema import SCHEMA_VERSION, Layout
 from shared.settings import to_plain
 from shared.shards import Unit, finished_units, read_table, refuse_other_cache
@@ -61,10 +61,7 @@ class CachePlan:
     @property
     def longest_pass(self) -> int:
         """Tokens of the longest sequence that the teacher may be given."""
-        lengths = self.config.lengths
-        if self.shared is None:
-            return lengths.teacher
-        return 2 * lengths.student  # a prompt's unshared tokens are spelled out for the teacher
+        return self.config.lengths.teacher
 
     def shared_ids(self) -> np.ndarray | None:
         """Ids that mean the same to student and teacher, bool[vocabulary]; None across tokenizers."""
@@ -79,7 +76,7 @@ class CachePlan:
     def layout(self) -> Layout:
         """How the shards are written."""
         targets = self.config.targets
-        return Layout(targets.stored_temperatures, targets.values, self.vocabulary)
+        return Layout(targets.stored_temperatures, targets.values, self.vocabulary, self.manifest.partial)
 
     def target_spec(self) -> TargetSpec:
         """What to take of the logits."""
@@ -123,6 +120,14 @@ def make_plan(config: CacheConfig, write: bool = True, engine: dict[str, Any] | 
     return CachePlan(config, entry, checkpoint, student, teacher, sides.shared, data, manifest)
 
 
+def may_be_partial(config: CacheConfig) -> bool:
+    """Whether a teacher of the student's tokenizer may be read at fewer positions than are masked: by the settings, or
+    because its text (with a prompt's unshared tokens spelled out, longer than the student's) is cut.
+    """
+    targets, lengths = config.targets, config.lengths
+    return targets.teacher_text == "own" or targets.positions == "content" or lengths.teacher < 2 * lengths.student
+
+
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Whole or not at all: a library writes it, so it is written elsewhere and renamed."""
     if folder.exists():
@@ -144,6 +149,11 @@ def _fingerprint(config: CacheConfig, sides: Sides, data: PreparedData, day: dat
     targets.pop("tables_from")  # its digest says it
     if config.targets.classes_from is not None:
         targets["classes_from"] = open_checkpoint(resolve(config.targets.classes_from)).fingerprint()
+    for name, plain in (("positions", "response"), ("teacher_text", "student")):
+        if not entry.student_tokens or targets[name] == plain:
+            targets.pop(name)
+    if entry.student_tokens and may_be_partial(config):
+        targets["partial"] = True
     if "topk" not in config.targets.signals:
         targets |= {"k": 0, "mass": 1.0, "tail": "student", "classes": 1, "classes_from": None, "pilot": 0}
     return {

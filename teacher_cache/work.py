@@ -93,8 +93,8 @@ def _row(plan: CachePlan, item: _Item, draw: int, scores: Scores) -> CacheRow:
     example, view, masked = item.example, item.view, item.draw.masked
     chunk_student = chunk_teacher = chunk_logp = None
     if "chunks" in plan.config.targets.signals:
-        if example.shared:  # every masked token is a chunk
-            chunk_student = np.stack([masked, masked + 1], axis=1)
+        if view.student is not None:  # every masked token that the teacher reads is a chunk
+            chunk_student = np.stack([view.student, view.student + 1], axis=1)
             chunk_teacher = np.stack([view.positions, view.positions + 1], axis=1)
         else:
             chunk_student, chunk_teacher = example.chunks[item.draw.chunks, 2:], example.chunks[item.draw.chunks, :2]
@@ -111,6 +111,7 @@ def _row(plan: CachePlan, item: _Item, draw: int, scores: Scores) -> CacheRow:
         student_ids=example.student_ids,
         spans=example.spans,
         masked=masked,
+        read=view.student if plan.layout.partial else None,
         teacher_ids=example.teacher_ids,
         teacher_masked=None if example.teacher_ids is None else view.positions,
         split=view.in_a if plan.config.noise.comp_demo else np.zeros_like(view.in_a),

@@ -1,7 +1,8 @@
 """`make tiny-teacher`: train the embedded masked-diffusion teacher on the standard-library corpus.
 
-A Llama of 6 M parameters under full attention, trained as LLaDA is: t uniform, each token masked with
-probability t, cross-entropy weighted with 1/t. Half of the examples hide response tokens only, half any token.
+A Llama of 6 M parameters under full attention, trained as LLaDA is: t uniform, each token masked with probability t.
+Half of the examples hide response tokens only, half any token. Every masked token weighs the same: 1/t has the same
+best model, and more noise on the way to it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipelines.embedded.optimizer import MuonWithAdamW
 from pipelines.embedded.tiny_tokenizers import train_student_tokenizer, train_teacher_tokenizer
 from shared.attention import full
 from shared.config import DataConfig, LengthConfig, ModelShape
@@ -45,8 +47,8 @@ class TinyTeacherConfig:
     length: int = 256
     block: int = 32
     tokens_per_batch: int = 4096
-    epochs: int = 5
-    learning_rate: float = 2e-3
+    epochs: int = 4
+    learning_rate: float = 5e-3
     weight_decay: float = 0.05
     seed: int = 0
     smallest_time: float = 0.02
@@ -94,8 +96,7 @@ class NoisedBatches(torch.utils.data.Dataset[dict[str, Tensor]]):
         longest = max(len(self._examples[i].student_ids) for i in members)
         shape = (len(members), longest)
         ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
-        weights, valid = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
-        total = 0
+        valid = torch.zeros(shape, dtype=torch.bool)
         for row, i in enumerate(members):
             example = self._examples[i]
             n = len(example.student_ids)
@@ -108,10 +109,8 @@ class NoisedBatches(torch.utils.data.Dataset[dict[str, Tensor]]):
             clean = torch.from_numpy(example.student_ids).long()
             ids[row, :n] = torch.where(masked, self._mask_id, clean)
             labels[row, :n] = torch.where(masked, clean, -100)
-            weights[row, :n] = 1 / t
             valid[row, :n] = True
-            total += n - first
-        return {"ids": ids, "targets": labels, "weights": weights / max(total, 1), "valid": valid}
+        return {"ids": ids, "targets": labels, "valid": valid}
 
 
 def full_attention_logits(model: Any, ids: Tensor, valid: Tensor, rows: Tensor) -> Tensor:
@@ -121,27 +120,25 @@ def full_attention_logits(model: Any, ids: Tensor, valid: Tensor, rows: Tensor) 
 
 
 class TinyTeacherTrainer(ResumableTrainer):
-    """Hugging Face's loop over whole batches; the loss is a weighted cross-entropy at masked positions."""
+    """Hugging Face's loop over whole batches; the loss is the mean cross-entropy at masked positions."""
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], **_: Any) -> Tensor:  # type: ignore[override]
-        """The batch's loss; its weights are divided by the number of maskable tokens already."""
+        """The batch's loss, in nats a masked token."""
         rows = inputs["targets"] >= 0
         logits = full_attention_logits(model, inputs["ids"], inputs["valid"], rows).float()
-        nll = F.cross_entropy(logits, inputs["targets"][rows], reduction="none")
-        return (nll * inputs["weights"][rows]).sum()
+        return F.cross_entropy(logits, inputs["targets"][rows])
 
 
 def train_tiny_teacher(teacher: Path, student_tokenizer: Path, work: Path, config: TinyTeacherConfig) -> None:
-    """Train tokenizers and teacher, and write them with a model card to `teacher` and `student_tokenizer`.
+    """Train the teacher, and write it with a model card to `teacher`. Tokenizers that lie there and in
+    `student_tokenizer` are kept (caches and students are made for them); where there are none they are trained too.
 
     Killed at any time and started again, it goes on from the last checkpoint in `work`.
     """
     config = dataclasses.replace(config, precision=choose_precision(config.precision, choose_device()))
     started = time.monotonic()
     if not (work / "tokenizer" / "tokenizer.json").exists():
-        texts = list(corpus_texts("train"))
-        train_teacher_tokenizer(texts, work / "tokenizer")
-        train_student_tokenizer(texts, work / "student-tokenizer")
+        _settle_tokenizers(teacher, student_tokenizer, work)
     tokenizer = Tokenizer.load(work / "tokenizer")
     train = prepare_corpus(tokenizer, config, "train")
     torch.manual_seed(config.seed)
@@ -154,8 +151,6 @@ def train_tiny_teacher(teacher: Path, student_tokenizer: Path, work: Path, confi
             per_device_train_batch_size=1,
             num_train_epochs=1,
             learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            adam_beta2=0.98,
             warmup_steps=100,
             lr_scheduler_type="cosine",
             bf16=config.precision == "bfloat16",
@@ -165,6 +160,7 @@ def train_tiny_teacher(teacher: Path, student_tokenizer: Path, work: Path, confi
         ),
         train_dataset=dataset,
         data_collator=lambda batches: batches[0],
+        optimizers=(MuonWithAdamW(model, config.learning_rate, config.weight_decay, (0.9, 0.98)), None),
     )
     trainer.train_resuming()
     minutes = trainer.seconds_trained / 60
@@ -181,6 +177,16 @@ def train_tiny_teacher(teacher: Path, student_tokenizer: Path, work: Path, confi
             shutil.copy(file, target / file.name)
     (teacher / "README.md").write_text(_card(config, model, train, len(heldout.ids), len(dataset), minutes, nll))
     print(f"held-out masked NLL {nll:.4f} nats a token; {time.monotonic() - started:.0f} s in this run")
+
+
+def _settle_tokenizers(teacher: Path, student_tokenizer: Path, work: Path) -> None:
+    if (teacher / "tokenizer.json").exists() and (student_tokenizer / "tokenizer.json").exists():
+        Tokenizer.load(student_tokenizer).backend.save_pretrained(work / "student-tokenizer")
+        Tokenizer.load(teacher).backend.save_pretrained(work / "tokenizer")
+        return
+    texts = list(corpus_texts("train"))
+    train_student_tokenizer(texts, work / "student-tokenizer")
+    train_teacher_tokenizer(texts, work / "tokenizer")
 
 
 def _card(

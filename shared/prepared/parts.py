@@ -19,7 +19,7 @@ from shared.errors import TideError
 from shared.examples import Prepared
 from shared.parquet import write_parquet
 
-VERSION = 1
+VERSION = 2
 """Of the layout and of what preparing does: another version prepares anew."""
 
 _INTS = pa.list_(pa.int32())
@@ -33,6 +33,7 @@ _SCHEMA = pa.schema(
         pa.field("teacher_ids", _INTS),  # null: the teacher reads student_ids
         pa.field("chunks", _INTS, nullable=False),  # teacher start, end, student start, end, …
         pa.field("offsets", _INTS, nullable=False),  # of each span, where the tokenizer is shared
+        pa.field("pairs", _INTS),  # student's and teacher's position, … that may be asked; null: all, by the offsets
     ]
 )
 _SUMMARY = b"tide.summary"
@@ -79,6 +80,7 @@ def write_part(path: Path, kept: Sequence[tuple[str, int, Prepared]], summary: P
         lists([p.teacher_ids for p in examples]),
         lists([p.chunks for p in examples]),
         lists([p.offsets for p in examples]),
+        lists([p.pairs for p in examples]),
     ]
     schema = _SCHEMA.with_metadata({_SUMMARY: json.dumps(asdict(summary), sort_keys=True).encode()})
     table = pa.Table.from_arrays(columns, schema=schema)
@@ -112,18 +114,19 @@ def read_part(path: Path, shared: bool) -> list[tuple[str, Prepared]]:
         if not table.schema.equals(_SCHEMA, check_metadata=False):
             raise ValueError("its columns are others")
         arrays = {
-            name: _arrays(table.column(name)) for name in ("student_ids", "spans", "teacher_ids", "chunks", "offsets")
+            name: _arrays(table.column(name))
+            for name in ("student_ids", "spans", "teacher_ids", "chunks", "offsets", "pairs")
         }
         keys, labels = table.column("key").to_pylist(), table.column("label").to_pylist()
     except Exception as error:
         raise _damaged(path, error) from error
     found = []
     for i, (key, label) in enumerate(zip(keys, labels, strict=True)):
-        ids, spans, teacher, chunks, offsets = (values[i] for values in arrays.values())
+        ids, spans, teacher, chunks, offsets, pairs = (values[i] for values in arrays.values())
         assert ids is not None and spans is not None and chunks is not None and offsets is not None
-        example = Prepared(
-            key, ids, spans.reshape(-1, 2), teacher, chunks.reshape(-1, 4), shared=shared, offsets=offsets, label=label
-        )
+        pairs = None if pairs is None else pairs.reshape(-1, 2)
+        spans, chunks = spans.reshape(-1, 2), chunks.reshape(-1, 4)
+        example = Prepared(key, ids, spans, teacher, chunks, shared, offsets, label, pairs)
         found.append((key, example))
     return found
 

@@ -59,7 +59,8 @@ class Request:
     def settings(self) -> dict[str, Any]:
         """All that the outcome depends on beside the rows."""
         own = {"version": VERSION, **self.identity, "lengths": to_plain(self.recipe.lengths)}
-        own |= {"date": str(self.recipe.date), "skip_first": self.recipe.skip_first}
+        own |= {name: getattr(self.recipe, name) for name in ("skip_first", "positions", "own_text")}
+        own["date"] = str(self.recipe.date)
         return json.loads(json.dumps({**own, "sources": to_plain(self.sources), "dedup": self.dedup}))
 
     @property

@@ -49,6 +49,8 @@ def losses(data: PreparedData) -> list[str]:
 def _losses(sums: dict[str, int]) -> Iterator[str]:
     if sums.get("truncated"):
         yield f"answers cut        {sums['truncated']:,}, at the student's length"
+    if sums.get("beyond_teacher"):
+        yield f"cross-entropy only {sums['beyond_teacher']:,} examples, whose prompt alone exceeds lengths.teacher"
     for name, n in sums.items():
         if name.startswith("not written"):
             yield f"{name}, in {n:,} conversations"

@@ -7,15 +7,17 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from shared.config import DataConfig, LengthConfig
 from shared.data.conversation import ChatExample
 from shared.data.reading import conversation
 from shared.data.selection import in_split
 from shared.errors import Unusable
-from shared.examples import Prepared, Preparer, SharedVocabulary
+from shared.examples import Prepared, Preparer
 from shared.prepared.cutting import RawPart
 from shared.prepared.parts import PartSummary, write_part
+from shared.same_tokens import SharedVocabulary
 from shared.tokenizers import Tokenizer
 
 _BIN = 32
@@ -38,12 +40,22 @@ class Recipe:
     skip_first: bool
     """The teacher's rows predict the next token, so that it can say nothing of position 0."""
     date: datetime.date | None
+    positions: Literal["content", "response"] = "response"
+    own_text: bool = False
 
     def preparer(self, data: DataConfig, student: Tokenizer, teacher: Tokenizer) -> Preparer:
         """What turns this source's conversations into examples."""
-        other = SharedVocabulary.between(student, teacher) if self.shared else teacher
-        mask = None if self.shared else self.teacher_mask_id
-        return Preparer(student, other, self.lengths, self.student_mask_id, mask, data.turns, self.skip_first)
+        return Preparer(
+            student,
+            SharedVocabulary.between(student, teacher) if self.shared else teacher,
+            self.lengths,
+            self.student_mask_id,
+            self.teacher_mask_id,
+            data.turns,
+            self.positions,
+            self.own_text,
+            self.skip_first,
+        )
 
 
 def prepare_part(part: RawPart, data: DataConfig, preparer: Preparer, path: Path) -> PartSummary:
@@ -82,7 +94,8 @@ def _count(summary: PartSummary, kept: list[Prepared], lost: Counter[str]) -> No
         counts["student_tokens"] += length
         counts["teacher_tokens"] += length if example.teacher_ids is None else len(example.teacher_ids)
         counts["maskable"] += len(example.maskable)
-        counts["chunks"] += len(example.maskable) if example.shared else len(example.chunks)
+        pairs = example.maskable if example.pairs is None else example.pairs
+        counts["chunks"] += len(pairs) if example.shared else len(example.chunks)
         counts["turns"] += len(example.spans)
         lengths[str(-(-length // _BIN) * _BIN)] += 1
     summary.kept, summary.counts, summary.lengths = len(kept), dict(counts), dict(lengths)

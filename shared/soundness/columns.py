@@ -24,6 +24,10 @@ class Column:
         """Values of each row."""
         return np.diff(self.offsets)
 
+    def row(self, i: int) -> np.ndarray:
+        """Values of row `i`."""
+        return self.values[self.offsets[i] : self.offsets[i + 1]]
+
     @property
     def owner(self) -> np.ndarray:
         """The row of each value."""
@@ -46,6 +50,25 @@ class Columns:
         offsets = column.offsets.to_numpy().astype(np.int64)
         values = column.values.to_numpy(zero_copy_only=False)
         return Column(values[offsets[0] : offsets[-1]], offsets - offsets[0])
+
+    @property
+    def asked(self) -> Column:
+        """The student's positions at which a teacher of the same tokenizer was read."""
+        return self["read" if self.layout.partial else "masked"]
+
+    def teacher_side(self) -> tuple[np.ndarray, Column]:
+        """Lengths of what the teacher read, and the positions at which it was read: a row's own, or the student's."""
+        student = (self["student_ids"].sizes, self.asked)
+        present = self.table.column("teacher_ids").combine_chunks().is_valid().to_numpy(zero_copy_only=False)
+        if not present.any():
+            return student
+        own = (self["teacher_ids"].sizes, self["teacher_masked"])
+        if present.all():
+            return own
+        lengths = np.where(present, own[0], student[0])
+        parts = [(own if mine else student)[1].row(i) for i, mine in enumerate(present)]
+        offsets = np.concatenate([[0], np.cumsum([part.size for part in parts])])
+        return lengths, Column(np.concatenate(parts), offsets)
 
 
 def rising(column: Column, strict: bool = True) -> bool:

@@ -20,6 +20,8 @@ def nulls(columns: Columns) -> Iterator[str]:
     topk, chunks = "topk" in manifest.signals, "chunks" in manifest.signals
     wanted: dict[str, bool] = dict.fromkeys(("topk_sizes", "topk_ranks", "topk_logp", "tail_odds"), topk)
     wanted |= dict.fromkeys(("chunk_student", "chunk_teacher", "chunk_logp"), chunks)
+    if columns.layout.partial:
+        wanted["read"] = True
     wanted["class_mass"] = topk and columns.layout.classes > 1
     for name, present in wanted.items():
         nulls = columns.table.column(column_name(name, columns.layout)).null_count
@@ -57,9 +59,10 @@ def positions(columns: Columns) -> Iterator[str]:
     if wrong:
         yield f"spans: {wrong}"
         return
-    sides = {"masked": (masked, lengths)}
-    if columns.has("teacher_ids"):
-        sides["teacher_masked"] = (columns["teacher_masked"], columns["teacher_ids"].sizes)
+    teacher_lengths, places = columns.teacher_side()
+    sides = {"masked": (masked, lengths), "teacher_masked": (places, teacher_lengths)}
+    if columns.layout.partial:
+        sides["read"] = (columns["read"], lengths)
     for name, (column, limit) in sides.items():
         if column.values.size and (column.values.min() < 0 or (column.values >= limit[column.owner]).any()):
             yield f"{name} holds a position outside of the tokens"
@@ -72,11 +75,15 @@ def positions(columns: Columns) -> Iterator[str]:
                        inside(spans, marked(masked, lengths), lengths), len(lengths))  # fmt: skip
     if (held != masked.sizes).any():
         yield "masked holds a position outside of the spans"
-    read = sides["teacher_masked" if "teacher_masked" in sides else "masked"][0].sizes
-    if (columns["split"].sizes != read).any():
+    if (columns["split"].sizes != places.sizes).any():
         yield "split does not have one value a position that the teacher read"
-    if columns.manifest.shared_tokenizer and (read != masked.sizes).any():
-        yield "teacher_masked and masked differ in number"
+    asked = columns.asked
+    if columns.manifest.shared_tokenizer and (places.sizes != asked.sizes).any():
+        yield f"teacher_masked and {'read' if columns.layout.partial else 'masked'} differ in number"
+    base = np.concatenate([[0], np.cumsum(lengths)])[:-1]
+    among = base[masked.owner] + masked.values
+    if columns.layout.partial and not np.isin(base[asked.owner] + asked.values, among).all():
+        yield "read holds a position that is not masked"
     if not columns.manifest.fingerprint["noise"]["comp_demo"] and columns["split"].values.any():
         yield "split is set in a cache without CompDemo"
 
@@ -90,12 +97,7 @@ def chunks(columns: Columns) -> Iterator[str]:
         yield f"{int((~np.isfinite(logp.values)).sum())} values of chunk_logp are not finite"
     elif logp.values.max(initial=0.0) > NEAR_ZERO:
         yield f"chunk_logp is above 0: {logp.values.max():.4g}"
-    own = columns.has("teacher_ids")
-    sides = {
-        "student": (columns["student_ids"].sizes, columns["masked"]),
-        "teacher": (columns["teacher_ids" if own else "student_ids"].sizes,
-                    columns["teacher_masked" if own else "masked"]),
-    }  # fmt: skip
+    sides = {"student": (columns["student_ids"].sizes, columns["masked"]), "teacher": columns.teacher_side()}
     for side, (lengths, masked) in sides.items():
         spans = columns[f"chunk_{side}"]
         wrong = spans_hold(spans, lengths)

@@ -22,13 +22,16 @@ Batch = dict[str, Any]
 
 
 def collate(rows: Sequence[CacheRow], manifest: Manifest) -> Batch:
-    """One batch. Padding is to the longest row; masked positions are gathered, not padded."""
+    """One batch. Padding is to the longest row; masked positions are gathered, not padded: row by row, but that those
+    at which a teacher of the student's tokenizer was not read come last.
+    """
     block = int(manifest.fingerprint["lengths"]["block"])
     mask_id = int(manifest.fingerprint["student"]["mask_id"])
     clean, valid = pad([r.student_ids for r in rows])
     sizes = [r.masked.size for r in rows]
-    index = _longs(np.repeat(np.arange(len(rows)), sizes))
-    column = _longs(_join([r.masked for r in rows]))
+    order = _order(rows)
+    index = _longs(np.repeat(np.arange(len(rows)), sizes)[order])
+    column = _longs(_join([r.masked for r in rows])[order])
     places, place = needed_places([r.masked for r in rows], [len(r.student_ids) for r in rows], block)
     noised = clean.clone()
     noised[index, column] = mask_id
@@ -40,13 +43,13 @@ def collate(rows: Sequence[CacheRow], manifest: Manifest) -> Batch:
         "row": index,
         "column": column,
         "places": places,
-        "place": place,
+        "place": place[torch.from_numpy(order)],
         "gold": clean[index, column],
-        "t": torch.from_numpy(np.repeat(times, sizes)),
+        "t": torch.from_numpy(np.repeat(times, sizes)[order]),
         "counts": torch.tensor(
             [
                 sum(r.maskable for r in rows),
-                sum(sizes),
+                sum(r.asked.size for r in rows),
                 sum(0 if r.chunk_logp is None else r.chunk_logp.size for r in rows),
             ],
             dtype=torch.float64,
@@ -55,8 +58,14 @@ def collate(rows: Sequence[CacheRow], manifest: Manifest) -> Batch:
     if "topk" in manifest.signals and manifest.shared_tokenizer:
         batch |= _topk(rows)
     if "chunks" in manifest.signals:
-        batch |= _chunks(rows, sizes, times)
+        batch |= _chunks(rows, sizes, times, order)
     return batch
+
+
+def _order(rows: Sequence[CacheRow]) -> np.ndarray:
+    """Where in the concatenated masked positions each of the batch's stands."""
+    read = [np.ones(r.masked.size, bool) if r.read is None else np.isin(r.masked, r.read) for r in rows]
+    return np.argsort(~_join(read, bool), kind="stable")
 
 
 def _topk(rows: Sequence[CacheRow]) -> dict[str, Tensor]:
@@ -77,7 +86,7 @@ def _topk(rows: Sequence[CacheRow]) -> dict[str, Tensor]:
     return found | ({"class_mass": torch.from_numpy(np.concatenate(masses))} if masses else {})
 
 
-def _chunks(rows: Sequence[CacheRow], sizes: Sequence[int], times: np.ndarray) -> Batch:
+def _chunks(rows: Sequence[CacheRow], sizes: Sequence[int], times: np.ndarray, order: np.ndarray) -> Batch:
     token_rows, chunk_of, counts = [], [], []
     first_row = first_chunk = 0
     for row, size in zip(rows, sizes, strict=True):
@@ -90,7 +99,9 @@ def _chunks(rows: Sequence[CacheRow], sizes: Sequence[int], times: np.ndarray) -
         chunk_of.append(first_chunk + owner)
         counts.append(len(spans))
         first_row, first_chunk = first_row + size, first_chunk + len(spans)
-    host = np.stack([_join(token_rows), _join(chunk_of)])
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    host = np.stack([rank[_join(token_rows)], _join(chunk_of)])
     return {
         "chunk_host": host,
         "chunk_rows": torch.from_numpy(host[0]),
@@ -159,8 +170,7 @@ def chunk_targets(batch: Batch) -> ChunkTargets | None:
 
 def counts_of(counts: Tensor) -> Counts:
     """The three denominators from their summed vector."""
-    maskable, masked, chunks = counts.float().unbind()
-    return Counts(maskable, masked, chunks)
+    return Counts(*counts.float().unbind())
 
 
 def _longs(values: np.ndarray) -> Tensor:

@@ -26,10 +26,12 @@ from student_train.losses.targets import ChunkTargets, Targets, rows_of
 
 @dataclass(frozen=True)
 class Counts:
-    """The denominators: maskable tokens (CE), masked tokens (token objectives), active chunks (chunk objectives)."""
+    """The denominators: maskable tokens (CE), tokens that the teacher was read at (token objectives), active chunks
+    (chunk objectives).
+    """
 
     maskable: Float[Tensor, ""]
-    masked: Float[Tensor, ""]
+    read: Float[Tensor, ""]
     chunks: Float[Tensor, ""]
 
 
@@ -130,10 +132,14 @@ def _token_term(
     topk, temperature = targets.topk, settings.temperature
     if topk is None or temperature not in topk.odds:
         raise ValueError(f"the batch has no top-k targets at temperature {temperature}")
-    weight, mixed = torch.ones_like(targets.t), None
+    read = topk.ids.shape[0]
+    if not read:
+        return logits.sum() * 0.0
+    logits, t = logits[:read], targets.t[:read]
+    weight, mixed = torch.ones_like(t), None
     if settings.tidal is not None:
-        mixed = strength(settings.tidal, progress, targets.t)
-        weight = timestep_weight(settings.tidal.timestep_weight, targets.t)
+        mixed = strength(settings.tidal, progress, t)
+        weight = timestep_weight(settings.tidal.timestep_weight, t)
     if settings.tail != "cache":
         topk = dataclasses.replace(topk, student_shaped=settings.tail == "student")
     values = token_divergence(logits, topk, temperature, mixed, isinstance(settings, ReverseKL))
@@ -158,13 +164,13 @@ def _chunk_term(
 
 
 def parts_of(sums: Sums, counts: Counts, distillation: Distillation) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """CE per maskable token, distillation per masked token or active chunk. A count of 0 contributes 0."""
+    """CE per maskable token, distillation per read token or active chunk. A count of 0 contributes 0."""
     denoised = sums.denoise / counts.maskable.clamp_min(1)
     match distillation:
         case NoDistillation():
             return denoised, torch.zeros_like(denoised)
         case KL() | ReverseKL():
-            return denoised, sums.distillation / counts.masked.clamp_min(1)
+            return denoised, sums.distillation / counts.read.clamp_min(1)
         case Calm() | ReverseCalm():
             return denoised, sums.distillation / counts.chunks.clamp_min(1)
 

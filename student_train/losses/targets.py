@@ -22,7 +22,7 @@ class Classes:
 
 @dataclass(frozen=True)
 class TopKTargets:
-    """The teacher at each masked position. `kept` is False at padding, where `ids` repeats a kept id of the row."""
+    """The teacher at the first n of the masked positions (all, or those at which it was read). `kept` is False at padding, where `ids` repeats a kept id of the row."""
 
     ids: Int[Tensor, "n k"]
     logp: Float[Tensor, "n k"]
@@ -55,7 +55,10 @@ class ChunkTargets:
 
 @dataclass(frozen=True)
 class Targets:
-    """All that the losses need to know about a batch, besides the student's logits at its masked positions."""
+    """All that the losses need to know about a batch, besides the student's logits at its masked positions.
+
+    `topk` may have fewer rows than there are positions: then the teacher was not read at the last ones.
+    """
 
     gold: Int[Tensor, " n"]
     t: Float[Tensor, " n"]

@@ -40,7 +40,7 @@ def describe_row(cache: Path, row: CacheRow) -> str:
     own = row.teacher_ids is not None
     teacher = Tokenizer.load(cache / "teacher_tokenizer") if own else student
     ids = row.teacher_ids if row.teacher_ids is not None else row.student_ids
-    places = row.teacher_masked if row.teacher_masked is not None else row.masked
+    places = row.teacher_masked if row.teacher_masked is not None else row.asked
     marks = dict(zip(places.tolist(), np.where(row.split, "A", "B").tolist(), strict=True))
     maskable = row.maskable
     lines = [

@@ -114,7 +114,7 @@ def compare(plan: CachePlan, engine: Engine, sample: list[CacheRow]) -> VerifyRe
 def _view(row: CacheRow) -> TeacherView:
     """What the teacher saw, from the row alone."""
     ids = row.student_ids if row.teacher_ids is None else row.teacher_ids
-    places = row.masked if row.teacher_masked is None else row.teacher_masked
+    places = row.asked if row.teacher_masked is None else row.teacher_masked
     return TeacherView(ids, places, row.split, np.arange(places.size))
 
 

@@ -180,9 +180,29 @@ def test_prompts_that_fill_the_length_are_dropped_and_counted_and_long_responses
     assert cut.spans[-1, 1] == 64
     assert preparer.counts["truncated"] == 1
     assert cut.teacher_ids is not None
-    assert len(cut.teacher_ids) == 64
-    assert cut.chunks[:, 1].max() <= 64
     assert cut.chunks[:, 3].max() <= 64
+
+
+def test_the_teacher_does_not_read_on_where_the_student_is_cut() -> None:
+    """The rest of the answer, in the clear, would tell the teacher what comes before it."""
+    text = "\n".join(f"y{i} = {i} * {i + 1}" for i in range(60))
+    short, long = (cross(lengths=LengthConfig(student=n, teacher=2048, block=32)) for n in (96, 2048))
+    (cut,), (whole,) = short.usable([chat(text)]), long.usable([chat(text)])
+    assert cut.teacher_ids is not None and whole.teacher_ids is not None
+    assert len(cut.teacher_ids) == cut.chunks[-1, 1] < len(whole.teacher_ids)
+    assert np.array_equal(cut.teacher_ids, whole.teacher_ids[: len(cut.teacher_ids)])
+    assert np.array_equal(cut.chunks, whole.chunks[: len(cut.chunks)])
+    end = TEACHER.special_id("x", "<|eot_id|>")
+    assert end in whole.teacher_ids[whole.chunks[-1, 1] :]  # of a whole answer the teacher reads its end of turn
+
+
+def test_a_prompt_over_the_teachers_length_keeps_its_cross_entropy() -> None:
+    preparer = cross(lengths=LengthConfig(student=512, teacher=32, block=32))
+    far, near = preparer.usable([chat("x = 1", request="word " * 40), chat("y = 2")])
+    assert far.teacher_ids is not None
+    assert (len(far.chunks), len(far.teacher_ids), preparer.counts["beyond_teacher"]) == (0, 0, 1)
+    assert len(far.maskable) > 0
+    assert len(near.chunks) > 0
 
 
 def test_a_shared_tokenizer_needs_no_second_tokenisation() -> None:

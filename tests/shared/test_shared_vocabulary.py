@@ -10,8 +10,9 @@ import pytest
 
 from shared.data import ChatExample
 from shared.errors import Unusable
-from shared.examples import Prepared, Preparer, SharedVocabulary
+from shared.examples import Prepared, Preparer
 from shared.models.checkpoint import resolve
+from shared.same_tokens import SharedVocabulary
 from shared.shards import Unit
 from shared.tokenizers import Tokenizer
 from teacher_cache.build import build_cache
@@ -49,7 +50,7 @@ def test_a_token_of_the_students_own_in_the_prompt_is_written_out_for_the_teache
     assert 4096 in p.student_ids[: p.spans[0, 0]]
     assert p.teacher_ids.max() < 4096
     assert teacher.decode(p.teacher_ids.tolist()) == student.decode(p.student_ids.tolist())
-    places = p.teacher_positions(p.maskable)
+    places = p.asked(p.maskable)[1]
     assert np.array_equal(p.teacher_ids[places], p.student_ids[p.maskable])
 
 

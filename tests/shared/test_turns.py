@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from shared.config import LengthConfig
 from shared.data import ChatExample
-from shared.examples import Prepared, Preparer, SharedVocabulary
+from shared.examples import Prepared, Preparer
 from shared.noise import chunk_draw
+from shared.same_tokens import SharedVocabulary
 from shared.tokenizers import Tokenizer
 from tests.shared.test_examples import STUDENT, TEACHER, bytes_of
 from tests.shared.test_templates import chat
@@ -80,7 +81,7 @@ def test_a_teacher_of_the_family_reads_the_positions_of_every_answer(tmp_path: P
     student = Tokenizer.load(tmp_path / "s")
     p = one(SharedVocabulary.between(student, TEACHER), student=student)
     assert p.teacher_ids is not None and len(set(p.offsets.tolist())) == 3
-    assert np.array_equal(p.teacher_ids[p.teacher_positions(p.maskable)], p.student_ids[p.maskable])
+    assert np.array_equal(p.teacher_ids[p.asked(p.maskable)[1]], p.student_ids[p.maskable])
     assert TEACHER.decode(p.teacher_ids.tolist()) == student.decode(p.student_ids.tolist())
 
 
