@@ -34,8 +34,8 @@ _SMALL = {
     "class_mass": pa.uint8(),
 }
 """Columns that are rounded, and the integers that they are rounded to."""
-_NULLABLE = {"read", "teacher_ids", "teacher_masked", "topk_sizes", "topk_ranks", "topk_logp", "tail_odds", "class_mass",
-             "chunk_student", "chunk_teacher", "chunk_logp"}  # fmt: skip
+_NULLABLE = {"read", "teacher_ids", "teacher_masked", "topk_sizes", "topk_ranks", "topk_logp", "tail_odds",
+             "class_mass", "chunk_student", "chunk_teacher", "chunk_logp"}  # fmt: skip
 _PAIRS = ("spans", "chunk_student", "chunk_teacher")
 
 

@@ -240,9 +240,14 @@ class TrainConfig:
     epochs: float = 10.0
     max_steps: int = -1
     """Optimizer steps; overrides `epochs` where positive."""
+    global_batch: int | None = None
+    """Examples of an optimizer step, on all processes together: divided among these, and further into passes of at most
+    `batch_size`. None: `batch_size` · `accumulation` · processes.
+    """
     batch_size: int = 8
-    """Examples per device and forward pass."""
+    """Examples per device and forward pass; with `global_batch` at most."""
     accumulation: int = 1
+    """Forward passes of a step; with `global_batch` it follows."""
     learning_rate: float = 5e-5
     weight_decay: float = 0.0
     warmup_ratio: float = 0.1
@@ -270,6 +275,10 @@ class TrainConfig:
                     "checkpoint_steps", "log_steps")  # fmt: skip
         for name in positive:
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        require(
+            self.global_batch is None or self.global_batch > 0,
+            f"global_batch is {self.global_batch}; it must be positive",
+        )
         require(
             self.checkpoint_steps % self.log_steps == 0,
             f"checkpoint_steps ({self.checkpoint_steps}) must be a multiple of log_steps ({self.log_steps}), "

@@ -62,7 +62,8 @@ def finish_unit(plan: CachePlan, work: UnitWork, scores: Sequence[Scores]) -> tu
         for part in parts:
             refuse_nonfinite(part, item.example.id)
         merged = merge_passes(plan.target_spec(), item.view.positions.size, parts, item.rows)
-        rows.append(_row(plan, item, work.unit.draw, merged))
+        about = RowSettings(plan.config.targets.signals, plan.config.noise.comp_demo, plan.layout.partial)
+        rows.append(cache_row(item.example, item.draw, work.unit.draw, item.view, merged, about))
     masked = sum(row.masked.size for row in rows)
     chunks = sum(0 if row.chunk_logp is None else row.chunk_logp.size for row in rows)
     bare = sum(row.chunk_logp is not None and row.masked.size > 0 and row.chunk_logp.size == 0 for row in rows)
@@ -89,15 +90,27 @@ def merge_passes(spec: TargetSpec, n: int, parts: Sequence[Scores], rows_of: Seq
     return merged
 
 
-def _row(plan: CachePlan, item: _Item, draw: int, scores: Scores) -> CacheRow:
-    example, view, masked = item.example, item.view, item.draw.masked
+@dataclass(frozen=True)
+class RowSettings:
+    """What of the settings shapes a row: the signals, whether CompDemo split it, whether it says where it was read."""
+
+    signals: tuple[str, ...]
+    comp_demo: bool
+    partial: bool = False
+
+
+def cache_row(
+    example: Prepared, draw: Draw, number: int, view: TeacherView, scores: Scores, about: RowSettings
+) -> CacheRow:
+    """The row of draw `number` of an example, from what the teacher said of `view`."""
+    masked = draw.masked
     chunk_student = chunk_teacher = chunk_logp = None
-    if "chunks" in plan.config.targets.signals:
+    if "chunks" in about.signals:
         if view.student is not None:  # every masked token that the teacher reads is a chunk
             chunk_student = np.stack([view.student, view.student + 1], axis=1)
             chunk_teacher = np.stack([view.positions, view.positions + 1], axis=1)
         else:
-            chunk_student, chunk_teacher = example.chunks[item.draw.chunks, 2:], example.chunks[item.draw.chunks, :2]
+            chunk_student, chunk_teacher = example.chunks[draw.chunks, 2:], example.chunks[draw.chunks, :2]
         chunk_logp = np.bincount(view.chunk_of, scores.gold_logp, minlength=len(chunk_student)).astype(np.float32)
     ids = top = None
     if scores.topk_sizes is not None and scores.topk_ids is not None and scores.topk_logp is not None:
@@ -106,15 +119,15 @@ def _row(plan: CachePlan, item: _Item, draw: int, scores: Scores) -> CacheRow:
     return CacheRow(
         example_id=example.id,
         label=example.label,
-        draw=draw,
-        t=item.draw.t,
+        draw=number,
+        t=draw.t,
         student_ids=example.student_ids,
         spans=example.spans,
         masked=masked,
-        read=view.student if plan.layout.partial else None,
+        read=view.student if about.partial else None,
         teacher_ids=example.teacher_ids,
         teacher_masked=None if example.teacher_ids is None else view.positions,
-        split=view.in_a if plan.config.noise.comp_demo else np.zeros_like(view.in_a),
+        split=view.in_a if about.comp_demo else np.zeros_like(view.in_a),
         gold_logp=scores.gold_logp,
         logsumexp=scores.logsumexp,
         topk_sizes=scores.topk_sizes,

@@ -43,6 +43,33 @@ def show(
     typer.echo(describe_teacher(name, teachers_file))
 
 
+recipes_app = typer.Typer(help="List the packaged recipes, or show one.", invoke_without_command=True)
+app.add_typer(recipes_app, name="recipes")
+
+
+@recipes_app.callback()
+def recipes(context: typer.Context) -> None:
+    """List the packaged recipes."""
+    if context.invoked_subcommand is not None:
+        return
+    from pipelines.recipes.read import packaged_recipes
+    from pipelines.recipes.show import about
+
+    for name in packaged_recipes():
+        typer.echo(f"{name:<14}{about(name)}")
+
+
+@recipes_app.command("show")
+def show_recipe(
+    name: Annotated[str, typer.Argument(help="A recipe of `tide recipes`, or a TOML file.")],
+    against: Annotated[str | None, typer.Option(help="Another recipe (default: the paper's run of its kind).")] = None,
+) -> None:
+    """Print one recipe and its distance from the paper's run, setting by setting."""
+    from pipelines.recipes.show import describe_recipe
+
+    typer.echo(describe_recipe(name, against))
+
+
 @app.command()
 def env() -> None:
     """Print what numbers and speed depend on: CPU, bfloat16, threads, GPU, versions."""
@@ -54,7 +81,7 @@ def env() -> None:
 @app.command()
 def conformance(
     folder: Annotated[Path, typer.Argument(help="A folder of golden numbers.")],
-    only: Annotated[str | None, typer.Option(help="losses, masks, alignment, models or sampler.")] = None,
+    only: Annotated[str | None, typer.Option(help="losses, masks, alignment, models, sampler or step.")] = None,
 ) -> None:
     """Recompute reference numbers: does this install reproduce the reference on this hardware?"""
     from pipelines.conformance import run_conformance

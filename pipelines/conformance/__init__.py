@@ -15,6 +15,7 @@ from pipelines.conformance.masks import mask_groups
 from pipelines.conformance.models import model_groups
 from pipelines.conformance.result import Group
 from pipelines.conformance.sampler import sampler_groups
+from pipelines.conformance.step import step_groups
 from shared.errors import TideError
 
 PARTS: dict[str, Callable[[Path], list[Group]]] = {
@@ -23,6 +24,7 @@ PARTS: dict[str, Callable[[Path], list[Group]]] = {
     "alignment": alignment_groups,
     "models": model_groups,
     "sampler": sampler_groups,
+    "step": step_groups,
 }
 
 
@@ -42,7 +44,7 @@ def run_conformance(folder: Path, only: str | None = None) -> bool:
     if passed + failed == 0:
         raise TideError(
             f"{folder} holds nothing to check" + (f" for {only}" if only else ""),
-            expected="losses.json and losses.safetensors, bd3lm_masks.safetensors, alignment.json, or model folders",
+            expected="losses.json and losses.safetensors, bd3lm_masks.safetensors, alignment.json, model folders, or step/step.json",
         )
     print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
     return failed == 0

@@ -1,4 +1,7 @@
-"""Recipes: TOML files with a `[cache]` and a `[train]` table; one for each embedded teacher, one for each kind."""
+"""Recipes: TOML files with a `[cache]` and a `[train]` table; one for each embedded teacher, one for each kind.
+
+A recipe may name another with `base` (a packaged one, or a path beside it) and say only what differs.
+"""
 
 from __future__ import annotations
 
@@ -28,20 +31,55 @@ def _recipe_for(teacher: str, teachers_file: Path | None) -> Path:
     return packaged_recipe("shared" if find_teacher(teacher, teachers_file).student_tokens else "cross")
 
 
-def own_recipe(teacher: str, section: str) -> dict[str, Any]:
-    """A table of the recipe that belongs to `teacher`."""
-    path = _recipe_for(teacher, None)
-    return dict(_section(read_toml(path), section, path))
+def packaged_recipes() -> list[str]:
+    """Names of the recipes for one cache and one run that ship with the package."""
+    return sorted(p.stem for p in packaged_recipe("x").parent.glob("*.toml") if "variants" not in read_toml(p))
 
 
-def _section(values: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A recipe's tables, those of its `base` below them. TideError where it has others, or its bases go in a circle."""
+    return _read_recipe(path, ())
+
+
+def _read_recipe(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in above:
+        raise TideError(f"{path} is a base of itself", fix="take one `base` out")
+    values = read_toml(path)
+    base = values.pop("base", None)
     unknown = set(values) - {"cache", "train"}
     if unknown:
         raise TideError(f"{path} has unknown tables: {', '.join(sorted(unknown))}", expected="[cache] and [train]")
-    section = values.get(name, {})
-    if not isinstance(section, dict):
-        raise TideError(f"{name} in {path} is a value", expected=f"a table [{name}]")
-    return section
+    for name, section in values.items():
+        if not isinstance(section, dict):
+            raise TideError(f"{name} in {path} is a value", expected=f"a table [{name}]")
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise TideError(f"base in {path} is {base!r}", expected="the name of a packaged recipe, or a path")
+    own = path.parent / base
+    below = own if own.is_file() else packaged_recipe(base)
+    if not below.is_file():
+        raise TideError(f"{path} has the base {base!r}", expected=f"a path, or one of {', '.join(packaged_recipes())}")
+    return _over(_read_recipe(below, (*above, path.resolve())), values)
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested tables with those of `above` over them; a variant (a table with a `type`) replaces the other whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        inner = isinstance(value, dict) and isinstance(old, dict) and "type" not in value
+        merged[key] = _over(old, value) if inner else value  # type: ignore[arg-type]
+    return merged
+
+
+def own_recipe(teacher: str, section: str) -> dict[str, Any]:
+    """A table of the recipe that belongs to `teacher`."""
+    return dict(_section(_recipe_for(teacher, None), section))
+
+
+def _section(path: Path, name: str) -> dict[str, Any]:
+    return read_recipe(path).get(name, {})
 
 
 def cache_config(
@@ -52,11 +90,10 @@ def cache_config(
     **flags: Any,
 ) -> CacheConfig:
     """The settings of `tide cache`: recipe, then flags, then `--set` texts."""
-    values = _section(read_toml(recipe), "cache", recipe) if recipe else {}
+    values = _section(recipe, "cache") if recipe else {}
     name = teacher or values.get("teacher", DEFAULT_TEACHER)
     if recipe is None:
-        path = _recipe_for(name, teachers_file)
-        values = _section(read_toml(path), "cache", path)
+        values = _section(_recipe_for(name, teachers_file), "cache")
     values = {**values, "teacher": name}
     values.setdefault("out", f"caches/{name}")
     values.setdefault("teachers_file", teachers_file)
@@ -77,9 +114,10 @@ def train_config(
 ) -> TrainConfig:
     """The settings of `tide train`. `teacher` chooses the recipe and the default cache and run folders."""
     path = recipe or _recipe_for(teacher or DEFAULT_TEACHER, teachers_file)
-    values = dict(_section(read_toml(path), "train", path))
-    values.setdefault("cache", f"caches/{teacher or DEFAULT_TEACHER}")
-    values.setdefault("out", f"runs/{teacher or DEFAULT_TEACHER}")
+    values = dict(_section(path, "train"))
+    name = teacher or _section(path, "cache").get("teacher", DEFAULT_TEACHER)
+    values.setdefault("cache", f"caches/{name}")
+    values.setdefault("out", f"runs/{name}")
     values |= {k: v for k, v in flags.items() if v is not None}
     apply_overrides(values, overrides)
     return build(TrainConfig, values, "the settings of `tide train`")

@@ -26,17 +26,20 @@ class OpenCache:
     store: Store | None = None
 
     def batches(self, config: TrainConfig, processes: int = 1) -> BatchDataset:
-        """The batches of a run."""
+        """The batches of a run. With `global_batch` a step is one batch, cut into as many parts as passes see it."""
+        parts, steps = processes, config.max_steps * config.accumulation
+        if config.global_batch is not None:
+            parts, steps = processes * config.accumulation, config.max_steps
         return BatchDataset(
             self.manifest,
             self.ledger,
             self.source,
-            batch_size=config.batch_size,
+            batch_size=config.batch_size if config.global_batch is None else config.global_batch // parts,
             seed=config.seed,
             epochs=config.epochs,
-            total=config.max_steps * config.accumulation if config.max_steps > 0 else None,
+            total=steps if config.max_steps > 0 else None,
             window=config.window,
-            processes=processes,
+            processes=parts,
         )
 
 

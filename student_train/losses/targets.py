@@ -22,7 +22,10 @@ class Classes:
 
 @dataclass(frozen=True)
 class TopKTargets:
-    """The teacher at the first n of the masked positions (all, or those at which it was read). `kept` is False at padding, where `ids` repeats a kept id of the row."""
+    """The teacher at the first n of the masked positions: all, or those at which it was read.
+
+    `kept` is False at padding, where `ids` repeats a kept id of the row.
+    """
 
     ids: Int[Tensor, "n k"]
     logp: Float[Tensor, "n k"]

@@ -69,6 +69,28 @@ def settle_precision(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, precision=chosen)
 
 
+def settle_batch(config: TrainConfig, processes: int) -> TrainConfig:
+    """The settings with `batch_size` and `accumulation` as `global_batch` and the number of processes have them."""
+    whole = config.global_batch
+    if whole is None:
+        return config
+    if whole % processes:
+        raise TideError(
+            f"global_batch is {whole}, and {processes} processes cannot share it evenly",
+            expected=f"a multiple of {processes}, such as {-(-whole // processes) * processes}",
+            fix="change the number of processes, or --set global_batch=…",
+        )
+    each = whole // processes
+    size = max(n for n in range(1, min(each, config.batch_size) + 1) if each % n == 0)
+    if config.accumulation not in (1, each // size):
+        raise TideError(
+            f"accumulation is {config.accumulation}, and global_batch {whole} over {processes} processes in passes of "
+            f"{size} makes it {each // size}",
+            fix="leave accumulation out, or global_batch",
+        )
+    return dataclasses.replace(config, batch_size=size, accumulation=each // size)
+
+
 def settle_attention(config: TrainConfig) -> StudentConfig:
     """The student's settings with `attention` decided."""
     if config.student.attention != "auto":

@@ -24,7 +24,11 @@ def settle_run_folder(config: TrainConfig, manifest: Manifest, processes: int) -
     """Write what this run is, or refuse to go on with another one."""
     this = json.loads(json.dumps({"config": to_plain(config), "cache": manifest.digest, "draws": manifest.draws}))
     this["config"].pop("out")
-    this["config"]["batch_size"] *= processes  # the same rows make a step, however many processes share them
+    if config.global_batch is None:
+        this["config"]["batch_size"] *= processes  # the same rows make a step, however many processes share them
+    else:
+        for name in ("batch_size", "accumulation"):  # how a step is divided does not change it
+            this["config"].pop(name)
     before = _read(config.out)
     if not before:
         write_bytes(config.out / _NAME, (json.dumps(this, indent=2) + "\n").encode())

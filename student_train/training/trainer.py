@@ -36,6 +36,7 @@ from student_train.training.checks import (
     check_targets,
     check_trackers,
     settle_attention,
+    settle_batch,
     settle_precision,
     uses_liger,
 )
@@ -150,7 +151,8 @@ def make_trainer(config: TrainConfig) -> tuple[StudentTrainer, Tokenizer]:
     """Everything that a run needs, checked. TideError where something does not fit."""
     check_trackers(config.report_to)
     check_hardware(config)
-    config = settle_precision(config)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    config = settle_batch(settle_precision(config), processes)
     opened = open_cache(config)
     manifest = opened.manifest
     check_objective(config.distillation, manifest, config.cache)
@@ -158,7 +160,6 @@ def make_trainer(config: TrainConfig) -> tuple[StudentTrainer, Tokenizer]:
     set_seed(config.seed)
     model, tokenizer = load_student(settle_attention(config), config.cache, manifest)
     _check_ids(model, manifest)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     dataset = opened.batches(config, processes)
     check_targets(config.distillation, dataset.totals, config.cache)
     steps = math.ceil(len(dataset) / (config.accumulation * processes))

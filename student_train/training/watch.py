@@ -36,8 +36,8 @@ class Watch:
         self._sums, self._first_bad = self._sums.to(device), self._first_bad.to(device)
         none = torch.zeros((), device=device)
         counts = batch["counts"].to(device)
-        values = [*parts, torch.ones_like(none), batch["valid"].sum(), none + batch["gold"].numel(),
-                  counts[2], none if mass is None else mass.sum(), none if mass is None else none + mass.numel()]  # fmt: skip
+        seen = (none, none) if mass is None else (mass.sum(), none + mass.numel())
+        values = [*parts, none + 1, batch["valid"].sum(), none + batch["gold"].numel(), counts[2], *seen]
         self._sums += torch.stack([value.detach().double() for value in values])
         news = (self._first_bad < 0) & ~torch.isfinite(loss.detach())
         self._first_bad = torch.where(news, item, self._first_bad)

@@ -28,7 +28,7 @@ def test_the_golden_folder_passes_whole(golden: Path, capsys: pytest.CaptureFixt
     lines = capsys.readouterr().out.splitlines()
     assert ", 0 failed" in lines[-1]
     models = ("a2d_qwen3", "dream", "llada ", "llada2_moe", "llada_moe", "wedlm")
-    for name in ("losses", "masks", "alignment", *(f"models     {model}" for model in models)):
+    for name in ("losses", "masks", "alignment", "step", *(f"models     {model}" for model in models)):
         assert any(line.startswith(name) and " ok " in line for line in lines), name
 
 
@@ -50,6 +50,13 @@ def test_a_wrong_number_anywhere_fails(copy: Path, part: str, capsys: pytest.Cap
         (copy / "alignment.json").write_text(json.dumps(document))
     elif part == "sampler":
         nudge(copy / "a2d_qwen3" / "expected.safetensors", "sample/steps8-block4-new8", 1)
+    elif part == "step":
+        document = json.loads((copy / "step" / "step.json").read_text())
+        document["shared_kl"]["distillation_value"] *= 1.0003
+        (copy / "step" / "step.json").write_text(json.dumps({"shared_kl": document["shared_kl"]}))
+        assert not run_conformance(copy, part)
+        assert "2 failed" in capsys.readouterr().out  # in memory, and through a shard
+        return
     else:
         nudge(copy / "llada" / "expected.safetensors", "logits", 3e-5)
     assert not run_conformance(copy, part)
