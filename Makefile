@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TEACHER ?= tiny-cross
 ARGS ?=
 
-.PHONY: help demo test test-slow test-vllm test-liger check docs bench cache train report tiny-teacher conformance clean
+.PHONY: help demo test test-slow test-vllm test-liger check docs bench cache train report tiny-teacher tiny-student conformance clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -74,6 +74,9 @@ report: $(VENV)/.ready  ## gather the runs below runs/ into runs/report.md
 
 tiny-teacher: $(VENV)/.ready  ## train the embedded teacher again (about an hour)
 	$(BIN)/tide tiny-teacher $(ARGS)
+
+tiny-student: $(VENV)/.ready  ## pre-train the embedded students again (about an hour)
+	$(BIN)/tide tiny-student $(ARGS)
 
 conformance: $(VENV)/.ready  ## recompute the reference numbers: make conformance ARGS=../shared/golden
 	$(BIN)/tide conformance $(ARGS)

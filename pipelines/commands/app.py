@@ -15,7 +15,7 @@ PANELS = {
     "Stage two: students": ("train", "ablate", "replay", "report"),
     "Look after a cache": ("inspect", "verify", "prune", "upgrade", "merge", "pack", "unpack", "push", "pull"),
     "Use and judge a student": ("sample", "chat", "eval", "lm-eval", "export"),
-    "This installation": ("env", "demo", "conformance", "bench", "tiny-teacher"),
+    "This installation": ("env", "demo", "conformance", "bench", "tiny-teacher", "tiny-student"),
 }
 """The commands as the help shows them."""
 

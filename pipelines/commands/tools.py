@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipelines.commands.app import TeachersFile, app
+from shared.errors import TideError
 
 teachers_app = typer.Typer(help="List the known teachers, or show one.", invoke_without_command=True)
 app.add_typer(teachers_app, name="teachers")
@@ -113,6 +114,22 @@ def tiny_teacher(
     from pipelines.embedded.tiny_teacher import TinyTeacherConfig, train_tiny_teacher
 
     train_tiny_teacher(teacher, student_tokenizer, work, TinyTeacherConfig())
+
+
+@app.command()
+def tiny_student(
+    out: Annotated[Path, typer.Option(help="Where the students go.")] = Path("student_train/tiny_students"),
+    work: Annotated[Path, typer.Option(help="Checkpoints, to resume from.")] = Path("runs/tiny-student"),
+    only: Annotated[str | None, typer.Option(help="cross or shared: the student of one tokenizer.")] = None,
+) -> None:
+    """Pre-train the embedded students again, by cross-entropy alone. Run again to resume."""
+    from pipelines.embedded.tiny_student import TOKENIZERS, TinyStudentConfig, train_tiny_student
+
+    if only is not None and only not in TOKENIZERS:
+        raise TideError(f"--only is {only!r}", expected=" or ".join(TOKENIZERS))
+    for name, tokenizer in TOKENIZERS.items():
+        if only in (None, name):
+            train_tiny_student(tokenizer, out / name, work / name, TinyStudentConfig())
 
 
 @app.command()

@@ -44,7 +44,8 @@ def run_conformance(folder: Path, only: str | None = None) -> bool:
     if passed + failed == 0:
         raise TideError(
             f"{folder} holds nothing to check" + (f" for {only}" if only else ""),
-            expected="losses.json and losses.safetensors, bd3lm_masks.safetensors, alignment.json, model folders, or step/step.json",
+            expected="losses.json and losses.safetensors, bd3lm_masks.safetensors, alignment.json, model folders, or "
+            "step/step.json",
         )
     print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
     return failed == 0

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import statistics
+import os
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+from pipelines.evaluation.use_scores import score_all
 from pipelines.experiments.grid import Job, train_all
 from pipelines.recipes.command_line import train_arguments
 from pipelines.recipes.read import own_recipe
-from pipelines.reports.report import find_runs, gains_by_seed, write_report
+from pipelines.reports.paired import paired_table
+from pipelines.reports.report import find_runs, write_report
 from shared.config import CacheConfig, TrainConfig
 from shared.settings import build, read_toml
 from shared.variants import strict
@@ -24,6 +26,8 @@ class Variant:
 
     cache: str
     train: dict[str, Any] = field(default_factory=dict)
+    against: str | None = None
+    """The variant that it is compared with (default: the undistilled one of its teacher)."""
 
 
 @strict
@@ -34,17 +38,22 @@ class Grid:
     variants: dict[str, Variant]
     seeds: tuple[int, ...] = (0, 1, 2)
     train: dict[str, Any] = field(default_factory=dict)
+    use: bool = False
+    """Score every student in use, too (`evaluation.use_scores`)."""
 
     def __post_init__(self) -> None:
         for name, variant in self.variants.items():
             if variant.cache not in self.caches:
                 raise ValueError(f"variant {name} names the cache {variant.cache!r}; there are {sorted(self.caches)}")
+            if variant.against is not None and variant.against not in self.variants:
+                raise ValueError(f"variant {name} is to be compared with {variant.against!r}, which is no variant")
 
 
 def run_ablation(recipe: Path, out: Path, at_once: int | None = None) -> Path:
     """Build the caches, train every variant at every seed, report. Run again to resume.
 
-    The whole recipe is checked before anything runs.
+    The whole recipe is checked before anything runs. Students start from what the teacher's own recipe names, unless
+    the grid says otherwise.
     """
     grid = build(Grid, read_toml(recipe), str(recipe))
     caches = {name: _cache(name, values, out) for name, values in grid.caches.items()}
@@ -52,15 +61,19 @@ def run_ablation(recipe: Path, out: Path, at_once: int | None = None) -> Path:
     for seed in grid.seeds:
         for name, variant in grid.variants.items():
             cache = str(caches[variant.cache].out)
-            values = {**grid.train, **variant.train, "cache": cache, "seed": seed}
+            own = own_recipe(caches[variant.cache].teacher, "train").get("student")
+            start = {} if own is None else {"student": own}
+            values = {**start, **grid.train, **variant.train, "cache": cache, "seed": seed}
             where = f"variant {name} in {recipe}"
             build(TrainConfig, values, where)
             jobs.append(Job(out / f"{name}-seed{seed}", train_arguments(values)))
     for config in caches.values():
         build_cache(config)
     train_all(jobs, at_once)
-    return write_report(out, f"# {recipe.stem}: {len(grid.variants)} variants, {len(grid.seeds)} seeds\n",
-                        gains(out, grid))  # fmt: skip
+    if grid.use:
+        score_all([job.folder for job in jobs], at_once or os.cpu_count() or 1)
+    head = f"# {recipe.stem}: {len(grid.variants)} variants, {len(grid.seeds)} seeds\n"
+    return write_report(out, head, compared(out, grid))
 
 
 def _cache(name: str, values: Mapping[str, Any], out: Path) -> CacheConfig:
@@ -68,19 +81,19 @@ def _cache(name: str, values: Mapping[str, Any], out: Path) -> CacheConfig:
     return build(CacheConfig, {**base, **values, "out": out / "caches" / name}, f"cache {name}")
 
 
-def gains(out: Path, grid: Grid) -> str:
-    """How much lower each variant's held-out NLL is than that of its cache's `undistilled` one, seed by seed."""
-    runs = find_runs(out)
+def compared(out: Path, grid: Grid) -> str:
+    """Each variant minus the one that it is compared with: `against`, or the undistilled one of its teacher."""
     plain = {
-        v.cache: name for name, v in grid.variants.items() if v.train.get("distillation", {}).get("type") == "none"
+        grid.caches[v.cache].get("teacher", "tiny-cross"): name
+        for name, v in reversed(grid.variants.items())
+        if v.train.get("distillation", {}).get("type") == "none"
     }
-    lines = ["| variant | nats a token below undistilled, mean | by seed |", "|---|---|---|"]
+    pairs = []
     for name, variant in grid.variants.items():
-        teacher = grid.caches[variant.cache].get("teacher")
-        base = plain.get(variant.cache) or next(
-            (n for c, n in plain.items() if grid.caches[c].get("teacher") == teacher), None
-        )
-        found = [] if base in (None, name) else gains_by_seed(runs, str(base), name)
-        if found:
-            lines.append(f"| {name} | {statistics.mean(found):+.3f} | {', '.join(f'{x:+.3f}' for x in found)} |")
-    return "\n".join(lines)
+        base = variant.against or plain.get(grid.caches[variant.cache].get("teacher", "tiny-cross"))
+        if base not in (None, name):
+            pairs.append((str(base), name))
+    return (
+        "Differences, paired by seed, with the 95 % confidence interval of their mean; in bold where it leaves out zero. "
+        f"Less is better for NLL alone.\n\n{paired_table(find_runs(out), pairs)}\n"
+    )

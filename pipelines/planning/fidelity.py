@@ -25,7 +25,7 @@ from shared.compact import LARGEST_ODDS
 from shared.config import CacheConfig, StudentConfig
 from shared.errors import TideError
 from shared.manifest import Manifest
-from shared.models.checkpoint import open_checkpoint
+from shared.models.checkpoint import open_checkpoint, resolve
 from shared.objectives import KL, Tidal
 from shared.schema import CacheRow, Layout
 from shared.shards import table_bytes
@@ -90,7 +90,7 @@ def measure_fidelity(config: CacheConfig, student: StudentConfig, grid: Grid, ex
             fix="use such a teacher, as tiny-shared; chunk likelihoods are cached whole and lose nothing",
         )
     sample = take_sample(plan, examples)
-    checkpoint = None if student.checkpoint is None else open_checkpoint(student.checkpoint)
+    checkpoint = None if student.checkpoint is None else open_checkpoint(resolve(student.checkpoint))
     model = student_for(student, checkpoint, plan.student, plan.manifest)
     points: list[Fidelity] = []
     states: _Student | None = None

@@ -18,6 +18,7 @@ from matplotlib import pyplot as plt
 
 from pipelines.evaluation.results import Score
 from pipelines.evaluation.table import beside_the_paper, find_scores
+from pipelines.evaluation.use_scores import UseScores, read_use
 from pipelines.recipes.command_line import train_command
 from shared.atomic import write_bytes
 from shared.errors import TideError
@@ -39,6 +40,8 @@ class Run:
     command: str
     machine: str
     """The hardware that trained it."""
+    use: UseScores | None = None
+    """What was measured of the finished student in use."""
 
 
 def describe_objective(settings: dict[str, Any], weight: float = 1.0) -> str:
@@ -46,7 +49,8 @@ def describe_objective(settings: dict[str, Any], weight: float = 1.0) -> str:
     if settings["type"] == "none":
         return "CE only"
     text = f"{settings['type']}, T {settings['temperature']}"
-    text += f", TIDAL {settings['tidal']['axis']}" if settings.get("tidal") else ""
+    if tidal := settings.get("tidal"):
+        text += f", TIDAL {tidal['axis']}" + (", midrange" if tidal.get("timestep_weight") == "midrange" else "")
     return text + (f", weight {weight:g}" if weight != 1.0 else "")
 
 
@@ -68,6 +72,7 @@ def find_runs(folder: Path) -> list[Run]:
                 Path(settings["cache"]),
                 train_command(settings),
                 history.get("machine", "unknown"),
+                read_use(path.parent),
             )
         )
     if not runs:
@@ -77,21 +82,16 @@ def find_runs(folder: Path) -> list[Run]:
     return runs
 
 
-def gains_by_seed(runs: list[Run], plain: str, other: str) -> list[float]:
-    """How many nats a token the variant `other` lies below `plain` on held-out text, for each seed that both have."""
-    key = "eval_heldout_nll"
-    a, b = ({r.seed: r.final[key] for r in runs if r.variant == name and key in r.final} for name in (plain, other))
-    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
-
-
-def _spread(values: list[float]) -> str:
+def _spread(values: list[float], digits: int = 3) -> str:
     if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def summary_table(runs: list[Run]) -> pl.DataFrame:
-    """One row a variant: seeds, held-out masked NLL and bits per byte (mean ± standard deviation), seconds."""
+    """One row a variant: seeds, held-out masked NLL, bits per byte and top-1 accuracy, what was measured in use (mean ±
+    standard deviation), seconds.
+    """
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         groups[run.variant].append(run)
@@ -103,6 +103,8 @@ def summary_table(runs: list[Run]) -> pl.DataFrame:
             "seeds": len(group),
             "held-out NLL (nats/token)": _column(group, "eval_heldout_nll"),
             "bits per byte": _column(group, "eval_heldout_bits_per_byte"),
+            "accuracy": _column(group, "eval_heldout_accuracy"),
+            **_use_columns(group),
             "training s": f"{statistics.mean(r.final['seconds'] for r in group):.0f}",
         }
         for variant, group in groups.items()
@@ -132,6 +134,17 @@ def cost_table(runs: list[Run]) -> pl.DataFrame:
 def _column(group: list[Run], key: str) -> str:
     values = [run.final[key] for run in group if key in run.final]
     return _spread(values) if values else "–"
+
+
+def _use_columns(group: list[Run]) -> dict[str, str]:
+    found = [run.use for run in group if run.use is not None]
+    if not found:
+        return {}
+    return {
+        "lines exact": _spread([use.lines for use in found]),
+        "parse": _spread([use.parse for use in found], 2),
+        "tokens a step": _spread([use.tokens_per_step for use in found], 2),
+    }
 
 
 def to_markdown(table: pl.DataFrame) -> str:

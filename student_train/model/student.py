@@ -16,7 +16,7 @@ from shared.config import StudentConfig
 from shared.errors import TideError
 from shared.manifest import Manifest
 from shared.models.architectures import ARCHITECTURES
-from shared.models.checkpoint import Checkpoint, open_checkpoint
+from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve
 from shared.models.fresh import new_model
 from shared.models.loading import load_model
 from shared.models.masks import stated_mask
@@ -33,7 +33,7 @@ def load_student(settings: StudentConfig, cache: Path, manifest: Manifest) -> tu
     Without a checkpoint the weights are random (seed torch first) and the tokenizer is the cache's own copy. A
     mask token that the tokenizer lacks is added at the end, where the cache expects it.
     """
-    checkpoint = None if settings.checkpoint is None else open_checkpoint(settings.checkpoint)
+    checkpoint = None if settings.checkpoint is None else open_checkpoint(resolve(settings.checkpoint))
     tokenizer = Tokenizer.load(cache / "student_tokenizer" if checkpoint is None else checkpoint.folder)
     wanted = manifest.fingerprint["student"]
     if tokenizer.fingerprint != wanted["tokenizer"]:

@@ -29,6 +29,7 @@ from shared.shards import Unit
 from shared.stores import Store
 from shared.tokenizers import Tokenizer
 from student_train.batches.needed import needed_places
+from student_train.model.student import masked_hidden
 
 _SEED = 20_260_429  # fixed: the masks are the same for every student of a tokenizer
 _TOKENS_PER_BATCH = 8192
@@ -114,25 +115,44 @@ def teacher_predictor(model: Any) -> Predict:
     return predict
 
 
+def student_predictor(model: Any, block: int) -> Predict:
+    """A student as transformers loads it, on [x_t ; x_0]."""
+
+    def predict(batch: dict[str, Tensor]) -> Tensor:
+        keys = ("noised", "clean", "places", "row", "place")
+        return model.lm_head(masked_hidden(model, *(batch[key] for key in keys), block=block))
+
+    return predict
+
+
 @torch.no_grad()
 def masked_nll(model: Any, heldout: HeldOut, predict: Predict) -> dict[str, float]:
-    """`nll`: mean −log p in nats per masked token; `bits_per_byte`: over masked tokens that are text.
+    """`nll`: mean −log p in nats per masked token; `bits_per_byte`: over masked tokens that are text; `accuracy`: share
+    of masked tokens that are the likeliest; `confidence`: mean probability of the likeliest.
 
     Bits per byte compare students of different tokenizers; nats per token do not.
     """
     training = model.training
     model.eval()
     device = next(model.parameters()).device
-    total = torch.zeros(2, dtype=torch.float64, device=device)
+    total = torch.zeros(4, dtype=torch.float64, device=device)
     amount = torch.zeros(2, dtype=torch.float64, device=device)
     for cpu_batch in heldout.batches:
         batch = {k: v.to(device) for k, v in cpu_batch.items()}
         gold = batch["clean"][batch["row"], batch["column"]]
-        nll = F.cross_entropy(predict(batch).float(), gold, reduction="none").double()
+        logits = predict(batch).float()
+        nll = F.cross_entropy(logits, gold, reduction="none").double()
+        best, guess = logits.max(dim=1)
+        confidence = (best - torch.logsumexp(logits, dim=1)).exp().double()
         text = batch["bytes"] > 0
-        total += torch.stack([nll.sum(), nll[text].sum()])
+        total += torch.stack([nll.sum(), nll[text].sum(), (guess == gold).double().sum(), confidence.sum()])
         amount += torch.stack([torch.tensor(nll.numel(), device=device), batch["bytes"].sum()])
     model.train(training)
-    nats, text_nats = total.tolist()
+    nats, text_nats, right, confidence = total.tolist()
     tokens, text_bytes = amount.tolist()
-    return {"nll": nats / tokens, "bits_per_byte": text_nats / math.log(2) / max(text_bytes, 1)}
+    return {
+        "nll": nats / tokens,
+        "bits_per_byte": text_nats / math.log(2) / max(text_bytes, 1),
+        "accuracy": right / tokens,
+        "confidence": confidence / tokens,
+    }
