@@ -7,7 +7,7 @@ hide response tokens only, half any token; every masked token weighs the same.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ TOKENIZERS = {
 class TinyStudentConfig:
     """Shape and schedule. The defaults made the embedded students."""
 
-    shape: StudentConfig = StudentConfig()
+    shape: StudentConfig = field(default_factory=StudentConfig)
     length: int = 256
     block: int = 32
     tokens_per_batch: int = 4096
@@ -123,9 +123,9 @@ def _card(
     settings = "\n".join(f"| {k} | {v} |" for k, v in values.items() if k not in ("shape", "checkpoint"))
     return f"""# An embedded student, pre-trained
 
-A block-diffusion language model of {model.num_parameters() / 1e6:.1f} M parameters (Qwen3 architecture, byte-level BPE of
-{model.config.vocab_size:,} tokens), made by `make tiny-student` with cross-entropy alone. The demo and the ablations
-distil from it; it is no model to build on.
+A block-diffusion language model of {model.num_parameters() / 1e6:.1f} M parameters (Qwen3 architecture, byte-level BPE
+of {model.config.vocab_size:,} tokens), made by `make tiny-student` with cross-entropy alone. The demo and the ablations
+start from it; it is no model to build on.
 
 * **Trained on** the functions of the {corpus_origin()}: {functions:,} functions, {tokens:,} tokens in each of
   {config.epochs} epochs, {steps:,} steps. One function in sixteen (by a hash of its source) is held out.

@@ -94,6 +94,6 @@ def compared(out: Path, grid: Grid) -> str:
         if base not in (None, name):
             pairs.append((str(base), name))
     return (
-        "Differences, paired by seed, with the 95 % confidence interval of their mean; in bold where it leaves out zero. "
-        f"Less is better for NLL alone.\n\n{paired_table(find_runs(out), pairs)}\n"
+        "Differences, paired by seed, with the 95 % confidence interval of their mean; in bold where it leaves out "
+        f"zero. Less is better for NLL alone.\n\n{paired_table(find_runs(out), pairs)}\n"
     )

@@ -1,8 +1,8 @@
 """`make demo`: the main job at the size of a laptop. Caches, students at several seeds, one report.
 
-All students start from the embedded, pre-trained one of their tokenizer, and take the same number of steps over the same
-data in the same order; only the distillation term differs. The undistilled student trains on the same cache and ignores
-what it says of the teacher.
+All students start from the embedded, pre-trained one of their tokenizer, and take the same number of steps over the
+same data in the same order; only the distillation term differs. The undistilled student trains on the same cache and
+ignores what it says of the teacher.
 """
 
 from __future__ import annotations
