@@ -26,10 +26,10 @@ from student_train.using.load import LoadedStudent, load_for_use
 from student_train.using.sampler import SampleConfig, sample_steps
 
 USE = "use.json"
-_LINES, _FUNCTIONS = 192, 48
-_LONGEST_LINE, _LONGEST_FUNCTION = 60, 240
-"""Characters of what is asked for, so that a block, or five of them, can hold it in either tokenizer."""
-_BATCH, _BLOCKS = 48, 5
+_LINES, _FUNCTIONS = 192, 32
+_LONGEST_LINE, _LONGEST_FUNCTION = 60, 200
+"""Characters of what is asked for, so that a block, or four of them, can hold it in either tokenizer."""
+_BATCH, _BLOCKS = 64, 4
 
 
 @dataclass(frozen=True)
