@@ -1,4 +1,4 @@
-"""What a person sees of a student, beside its held-out NLL: lines completed, functions that parse, tokens a step.
+"""What a person sees of a student, beside its held-out NLL: lines filled in, functions that parse, tokens a step.
 
 A mode-seeking objective need not lower the NLL; what it buys may be speed at a confidence threshold, or text that holds
 together. Held-out functions of the standard library, greedy, the same ones for every student.
@@ -13,23 +13,34 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import torch
+from jaxtyping import Int
 from tqdm import tqdm
 
+from shared.alignment import token_boundaries
 from shared.atomic import write_bytes
 from shared.config import DataConfig
 from shared.data import ChatExample, iter_examples
+from shared.padding import pad
+from student_train.batches.needed import needed_places
+from student_train.model.student import masked_hidden
 from student_train.using.load import LoadedStudent, load_for_use
-from student_train.using.sampler import SampleConfig, sample_steps
+from student_train.using.sampler import SampleConfig
 
 USE = "use.json"
-_LINES, _FUNCTIONS = 192, 32
-_LONGEST_LINE, _LONGEST_FUNCTION = 60, 200
-"""Characters of what is asked for, so that a block, or four of them, can hold it in either tokenizer."""
-_BATCH, _BLOCKS = 64, 4
+THRESHOLD = 0.5
+"""Of confidence, above which a token is settled; models as small as the embedded ones are seldom surer than 0.9."""
+_LINES, _FUNCTIONS = 160, 24
+_LINE, _LONGEST, _LONGEST_FUNCTION = 16, 192, 160
+"""Tokens of a line and of its conversation, characters of a function to be sampled."""
+_BATCH, _BLOCKS = 32, 3
+_MOST = 400
+"""Functions among which lines and short ones are looked for."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +53,17 @@ class UseScores:
     threshold: float
 
 
-def score_use(model: str, threshold: float = 0.9) -> UseScores:
+def score_use(model: str, threshold: float = THRESHOLD) -> UseScores:
     """Score the student in the folder `model`, settling what is surer than `threshold` at once."""
     student = load_for_use(model, "cpu")
-    lines = [(context, line) for context, line in _lines(student)]
-    exact, tokens, steps = 0, 0, 0
-    for found, passes, (_, line) in zip(*_complete(student, [c for c, _ in lines], threshold), lines, strict=True):
-        exact += student.text(found).partition("\n")[0].rstrip() == line
-        tokens, steps = tokens + len(found), steps + passes
-    return UseScores(exact / len(lines), _parsing(student, threshold), tokens / steps, threshold)
+    gaps = list(itertools.islice(_gaps(student), _LINES))
+    exact = tokens = steps = 0
+    for start in range(0, len(gaps), _BATCH):
+        part = gaps[start : start + _BATCH]
+        for gap, (found, passes) in zip(part, _fill(student, part, threshold), strict=True):
+            exact += found == gap.ids[gap.places].tolist()
+            tokens, steps = tokens + len(found), steps + passes
+    return UseScores(exact / len(gaps), _parsing(student, threshold), tokens / steps, threshold)
 
 
 def score_all(runs: Sequence[Path], workers: int = 2) -> None:
@@ -77,53 +90,65 @@ def _score_run(run: Path) -> None:
     write_bytes(run / USE, (json.dumps(asdict(score_use(str(run / "model")))) + "\n").encode())
 
 
-def _heldout() -> Iterator[ChatExample]:
-    return iter_examples(DataConfig("stdlib:heldout"))
+@lru_cache
+def _heldout() -> tuple[ChatExample, ...]:
+    """The first of the held-out functions, read once a process."""
+    return tuple(itertools.islice(iter_examples(DataConfig("stdlib:heldout")), _MOST))
 
 
-def _lines(student: LoadedStudent) -> Iterator[tuple[list[int], str]]:
-    """The true text up to a line of a function's body, and that line; one line a function, chosen by its hash."""
+@dataclass(frozen=True)
+class _Gap:
+    """A conversation as in training, and the positions of one line of its answer."""
 
-    def every() -> Iterator[tuple[list[int], str]]:
-        for chat in _heldout():
-            text = str(chat.messages[-1]["content"])
-            rows = text.split("\n")
-            fit = [i for i, row in enumerate(rows) if i and len(row.strip()) >= 8 and len(row) <= _LONGEST_LINE]
-            if not fit:
-                continue
-            i = fit[hashlib.sha256(text.encode()).digest()[1] % len(fit)]
-            before = "\n".join(rows[:i]) + "\n"
-            ids = student.prompt(chat.messages[:-1]) + student.tokenizer.encode([before])[0]
-            if len(ids) <= 256:
-                yield ids, rows[i].rstrip()
-
-    return itertools.islice(every(), _LINES)
+    ids: Int[np.ndarray, " length"]
+    places: Int[np.ndarray, " line"]
 
 
-def _complete(
-    student: LoadedStudent, contexts: Sequence[list[int]], threshold: float
-) -> tuple[list[list[int]], list[int]]:
-    """One block after each context, and the steps that each took."""
+def _gaps(student: LoadedStudent) -> Iterator[_Gap]:
+    """One line a function, chosen by its hash: the whole tokens between two line breaks."""
+    for chat in _heldout():
+        text = str(chat.messages[-1]["content"])
+        prompt = student.prompt(chat.messages[:-1])
+        answer = np.array(student.tokenizer.encode([text])[0], np.int32)
+        if len(prompt) + len(answer) > _LONGEST:
+            continue
+        edges = token_boundaries(student.tokenizer.byte_lengths[answer])
+        rows = text.encode().split(b"\n")
+        starts = np.cumsum([0, *(len(row) + 1 for row in rows)])
+        inside = [np.flatnonzero((edges[:-1] >= at) & (edges[1:] <= at + len(row))) for at, row in zip(starts, rows)]  # noqa: B905
+        fit = [places for places in inside[1:] if 3 <= len(places) <= _LINE]
+        if fit:
+            places = fit[hashlib.sha256(text.encode()).digest()[1] % len(fit)]
+            yield _Gap(np.concatenate([np.array(prompt, np.int32), answer]), places + len(prompt))
+
+
+@torch.no_grad()
+def _fill(student: LoadedStudent, gaps: Sequence[_Gap], threshold: float) -> list[tuple[list[int], int]]:
+    """What the student puts in each gap, the rest of the text given, and the steps that it took."""
     block = student.block or 32
-    config = SampleConfig(new_tokens=block, min_new_tokens=block, block=block, threshold=threshold)
-    found: list[list[int]] = []
-    steps: list[int] = []
-    for start in range(0, len(contexts), _BATCH):
-        part = contexts[start : start + _BATCH]
-        own = [0] * len(part)
-        open_ = [True] * len(part)
-        tokens = torch.zeros(0)
-        for tokens, _ in sample_steps(student.model, part, student.special, config):
-            own = [n + going for n, going in zip(own, open_, strict=True)]
-            open_ = (tokens == student.special.mask).any(dim=1).tolist()
-        found += tokens.tolist()
-        steps += own
-    return found, steps
+    clean, _ = pad([gap.ids for gap in gaps])
+    row = torch.from_numpy(np.repeat(np.arange(len(gaps)), [len(gap.places) for gap in gaps]))
+    column = torch.from_numpy(np.concatenate([gap.places for gap in gaps])).long()
+    places, place = needed_places([gap.places for gap in gaps], [len(gap.ids) for gap in gaps], block)
+    noised = clean.clone()
+    noised[row, column] = student.special.mask
+    open_, steps = torch.ones(len(row), dtype=torch.bool), torch.zeros(len(gaps), dtype=torch.long)
+    while open_.any():
+        steps[row[open_].unique()] += 1
+        hidden = masked_hidden(student.model, noised, clean, places, row, place, block)
+        confidence, tokens = student.model.lm_head(hidden).float().softmax(dim=1).max(dim=1)
+        confidence = confidence.where(open_, -1.0)
+        best = torch.full((len(gaps),), -1.0).scatter_reduce(0, row, confidence, "amax")
+        settled = open_ & ((confidence > threshold) | (confidence == best[row]))
+        noised[row[settled], column[settled]] = tokens[settled]
+        open_ &= ~settled
+    found = noised[row, column].split([len(gap.places) for gap in gaps])
+    return [(ids.tolist(), n) for ids, n in zip(found, steps.tolist(), strict=True)]
 
 
 def _parsing(student: LoadedStudent, threshold: float) -> float:
     """The share of short held-out functions, asked for by name, for which what is sampled is a function that parses."""
-    chats = [c for c in _heldout() if len(str(c.messages[-1]["content"])) <= _LONGEST_FUNCTION]
+    chats = (c for c in _heldout() if len(str(c.messages[-1]["content"])) <= _LONGEST_FUNCTION)
     chosen = [list(chat.messages[:-1]) for chat in itertools.islice(chats, _FUNCTIONS)]
     block = student.block or 32
     config = SampleConfig(new_tokens=_BLOCKS * block, block=block, threshold=threshold)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from pipelines.evaluation.use_scores import score_all, score_use
+from pipelines.evaluation.use_scores import THRESHOLD, score_all, score_use
 from pipelines.experiments.grid import Job, train_all
 from pipelines.recipes.read import cache_config, packaged_recipe, train_config
 from pipelines.reports.paired import differences, final, paired, paired_table
@@ -88,8 +88,8 @@ def run_demo(out: Path, seeds: int) -> Path:
     )
     head = (
         "# Demo: students of the embedded teacher\n\nHeld-out functions at fixed masks, mean ± spread over seeds. "
-        "`lines exact`: held-out lines completed to the letter; `parse`: sampled functions that are one; `tokens a "
-        "step`: settled at a time where the student is surer than 0.9.\n"
+        "`lines exact`: held-out lines filled in to the letter; `parse`: sampled functions that are one; `tokens a "
+        f"step`: settled at a time where the student is surer than {THRESHOLD}.\n"
     )
     return write_report(out, head, tail)
 

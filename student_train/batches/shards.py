@@ -117,22 +117,22 @@ class StoredShards:
         path = unit.path(self._folder)
         content = self._store.read(unit.path(Path()).as_posix())
         self._ledger[unit].check(path, content)
-        write_bytes(path, content)
-        self.fetched += 1
-        self._make_room()
+        with self._lock:  # one comes in when another has gone: the folder never holds more than one too many
+            write_bytes(path, content)
+            self.fetched += 1
+            self._make_room()
         return content
 
     def _make_room(self) -> None:
         """Remove the shards that were used longest ago, until the rest is within the limit."""
-        with self._lock:
-            found = []
-            for path in self._folder.glob("draw=*/part-*.parquet"):
-                with suppress(OSError):
-                    status = path.stat()
-                    found.append((status.st_mtime_ns, status.st_size, path))
-            total = sum(size for _, size, _ in found)
-            for _, size, path in sorted(found, key=lambda one: one[0])[:-_AT_ONCE]:
-                if total <= self._limit:
-                    break
-                path.unlink(missing_ok=True)
-                total -= size
+        found = []
+        for path in self._folder.glob("draw=*/part-*.parquet"):
+            with suppress(OSError):
+                status = path.stat()
+                found.append((status.st_mtime_ns, status.st_size, path))
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found, key=lambda one: one[0])[:-_AT_ONCE]:
+            if total <= self._limit:
+                break
+            path.unlink(missing_ok=True)
+            total -= size

@@ -42,6 +42,8 @@ def upgrade_cache(source: Path, target: Path) -> Manifest:
     layout = Layout(tuple(targets["temperatures"]), "levels", _vocabulary(source, units, fingerprint))
     fingerprint |= {"schema": SCHEMA_VERSION, "upgraded_from": old["schema_version"]}
     fingerprint["tables"] = None if layout.vocabulary is None else layout.vocabulary.digest
+    for name in ("partial", "positions", "teacher_text"):  # the old formats know one way to read a teacher
+        fingerprint["targets"].pop(name, None)
     fingerprint["targets"] |= {"tail": "student", "classes": 1, "classes_from": None, "pilot": 0, "values": "levels"}
     fingerprint["student"]["vocabulary"] = _size(source / "student_tokenizer", fingerprint["student"]["mask_id"])
     teacher = source / "teacher_tokenizer"

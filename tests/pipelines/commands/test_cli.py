@@ -41,7 +41,7 @@ def test_cache_then_train_from_the_command_line(random_teacher: Path, tmp_path: 
     assert "eval_heldout_nll" in trained.stdout
     report = tide("report", str(tmp_path))
     assert report.returncode == 0, report.stderr
-    assert "reverse_calm, T 2.0" in report.stdout
+    assert "reverse_calm, T 5.0" in report.stdout
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipelines.evaluation import use_scores
-from pipelines.evaluation.use_scores import USE, _complete, _is_function, read_use, score_all
+from pipelines.evaluation.use_scores import USE, _fill, _gaps, _is_function, read_use, score_all
 from shared.models.checkpoint import resolve
 from student_train.using.load import load_for_use
-from student_train.using.sampler import SampleConfig, sample_steps
 
 STUDENT = resolve("embedded:student_train/tiny_students/cross")
 
@@ -25,17 +25,27 @@ def test_what_counts_as_a_function(text: str, good: bool) -> None:
     assert _is_function(text) == good
 
 
-def test_steps_of_a_row_are_those_that_it_takes_alone() -> None:
+def test_a_gap_is_a_whole_line_of_the_answer() -> None:
     student = load_for_use(STUDENT, "cpu")
-    contexts = [student.prompt([{"role": "user", "content": text}]) for text in ("Write `f`.", "Write `Chunk.close`.")]
-    tokens, steps = _complete(student, contexts, 0.5)
-    block = student.block or 32
-    config = SampleConfig(new_tokens=block, min_new_tokens=block, block=block, threshold=0.5)
-    for context, mine, n in zip(contexts, tokens, steps, strict=True):
-        alone = list(sample_steps(student.model, [context], student.special, config))
-        assert alone[-1][0][0].tolist() == mine
-        assert len(alone) == n
-    assert 1 <= min(steps) <= max(steps) <= block
+    gaps = list(itertools.islice(_gaps(student), 20))
+    assert len(gaps) == 20
+    for gap in gaps:
+        line = student.tokenizer.decode(gap.ids[gap.places].tolist())
+        assert line.strip() and "\n" not in line
+        assert line.strip() in student.tokenizer.decode(gap.ids.tolist()).splitlines()[-60:] or line in (
+            student.tokenizer.decode(gap.ids.tolist())
+        )
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.999])
+def test_gaps_are_filled_together_as_alone(threshold: float) -> None:
+    student = load_for_use(STUDENT, "cpu")
+    gaps = list(itertools.islice(_gaps(student), 5))
+    together = _fill(student, gaps, threshold)
+    for gap, (ids, steps) in zip(gaps, together, strict=True):
+        assert _fill(student, [gap], threshold) == [(ids, steps)]
+        assert len(ids) == len(gap.places) and student.special.mask not in ids
+        assert steps == len(ids) if threshold == 0.999 else steps <= len(ids)
 
 
 def test_scores_are_written_once_and_the_same_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

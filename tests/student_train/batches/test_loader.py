@@ -67,7 +67,7 @@ def test_a_batch_says_what_its_rows_say(caches: dict[str, Path], teacher: str) -
         assert torch.allclose(batch["t"][part], torch.tensor(row.t))
         n += row.masked.size
     counts = counts_of(batch["counts"])
-    assert int(counts.masked) == n
+    assert int(counts.read) == n
     assert int(counts.maskable) == sum(r.maskable for r in rows)
     targets = TargetReader(manifest, layout_of(cache))(batch)
     assert targets.chunks is not None
