@@ -79,8 +79,8 @@ def plain_step(teacher: Any, student: Any, found: dict[str, Any], case: dict[str
         gold = torch.tensor(found["teacher_ids"][i])[torch.tensor(found["teacher_masked"][i])]
         other = torch.log_softmax(theirs, 1).gather(1, gold[:, None])[:, 0]
         for (a, b), (c, d) in zip(found["chunk_student"][i], found["chunk_teacher"][i], strict=True):
-            own = np.isin(found["masked"][i], np.arange(a, b))
-            at = np.isin(found["teacher_masked"][i], np.arange(c, d))
+            own = torch.from_numpy(np.isin(found["masked"][i], np.arange(a, b)))
+            at = torch.from_numpy(np.isin(found["teacher_masked"][i], np.arange(c, d)))
             p, q = (logp[own].sum() / T).exp(), (other[at].sum() / T).exp().clamp(1e-7, 1 - 1e-7)
             terms.append(-(p * q.log() + (1 - p) * (1 - q).log()))
     ce, extra = ce / maskable, torch.stack(terms).mean()

@@ -1,4 +1,4 @@
-"""Scores of use, on a student that knows one line by heart."""
+"""Scores of use, on an embedded student."""
 
 from __future__ import annotations
 
@@ -32,9 +32,7 @@ def test_a_gap_is_a_whole_line_of_the_answer() -> None:
     for gap in gaps:
         line = student.tokenizer.decode(gap.ids[gap.places].tolist())
         assert line.strip() and "\n" not in line
-        assert line.strip() in student.tokenizer.decode(gap.ids.tolist()).splitlines()[-60:] or line in (
-            student.tokenizer.decode(gap.ids.tolist())
-        )
+        assert line in student.tokenizer.decode(gap.ids.tolist())
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.999])
