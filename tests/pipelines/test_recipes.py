@@ -41,7 +41,7 @@ def test_show_prints_the_distance_setting_by_setting() -> None:
     lines = describe_recipe("cross").splitlines()
     found = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line.startswith("  ")}
     assert found["cache.noise.comp_demo"] == "false → true"
-    assert found["train.distillation.temperature"] == "5.0 → 2.0"
+    assert found["cache.noise.draws"] == "10 → 4"
     assert any("settings differ from paper-cross" in line for line in lines)
     assert "No setting differs" in describe_recipe("paper-cross")
     assert paper_of(packaged_recipe("shared")) == paper_of(packaged_recipe("wedlm-8b")) == "paper-shared"
