@@ -128,7 +128,7 @@ def test_plans_and_throughput(random_teacher: Path, tmp_path: Path) -> None:
     plan = tide("cache", "--model", str(random_teacher), "--data", str(chats_file()), "--out", str(out), *CACHE,
                 "--dry-run")  # fmt: skip
     assert plan.returncode == 0, plan.stderr
-    assert "measured on the first 24 examples under 2 draws" in plan.stdout
+    assert "measured on the first 24 examples under 3 draws" in plan.stdout
     assert not (out / "manifest.json").exists()
     dry = tide("cache", "--teacher", "llada-8b", "--random-weights", "--dry-run")
     assert "8.02 B parameters" in dry.stdout
