@@ -142,7 +142,7 @@ def from_table(table: pa.Table, layout: Layout) -> list[CacheRow]:
                 found[name] = found[name].reshape(shape)
         if found["class_mass"] is not None:
             found["class_mass"] = found["class_mass"].reshape(-1, len(layout.temperatures), layout.classes)
-        rows.append(CacheRow(**{"read": None, **found}))
+        rows.append(CacheRow(**found))
     return rows
 
 

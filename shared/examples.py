@@ -178,8 +178,9 @@ class Preparer:
             self._count_unread(teacher)
             found = read_own_text(student, teacher, len(ids), self.lengths, self.counts)
         else:
+            assert not isinstance(self.teacher, Tokenizer)
             words = words_in(student, len(ids)) if self.positions == "content" else None
-            found = read_student_text(ids, spans, self.student, self.teacher_vocabulary, self.lengths.teacher, words)
+            found = read_student_text(ids, spans, self.student, self.teacher, self.lengths.teacher, words)
         pairs = found.pairs
         if self.skip_first and pairs is not None:
             pairs = pairs[pairs[:, 1] > 0]
@@ -187,11 +188,6 @@ class Preparer:
             spans = spans.copy()
             spans[0, 0] += 1
         return Prepared(example.id, ids, spans, found.ids, NO_CHUNKS, True, found.offsets, example.label, pairs)
-
-    @property
-    def teacher_vocabulary(self) -> SharedVocabulary | None:
-        """What the teacher shares with the student; None where all of it, and across tokenizers."""
-        return self.teacher if isinstance(self.teacher, SharedVocabulary) else None
 
 
 def _sides(

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.conformance.result import Group, absent, load_tensors
+from pipelines.conformance.result import Group, absent, known_architecture, load_tensors
 from shared.attention import block_diffusion_batch, repeat_positions
-from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
 from teacher_cache.comp_demo import Request
@@ -33,11 +32,11 @@ def model_groups(folder: Path) -> list[Group]:
 
 def _checkpoint_groups(folder: Path) -> list[Group]:
     checkpoint = open_checkpoint(str(folder))
-    kind = checkpoint.config.get("model_type")
-    known = [name for name, a in ARCHITECTURES.items() if kind in a.model_types]
-    if not known:
+    known = known_architecture(checkpoint)
+    if known is None:
+        kind = checkpoint.config.get("model_type")
         return [Group(folder.name, skipped=1, note=f"no architecture for model_type {kind!r}")]
-    model = load_model(checkpoint, known[0], torch.float32)
+    model = load_model(checkpoint, known, torch.float32)
     expected = load_tensors(folder / "expected.safetensors")
     groups = []
     for key in sorted(k for k in expected if k.startswith("logits")):

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shared.errors import TideError
+from shared.models.architectures import ARCHITECTURES
+from shared.models.checkpoint import Checkpoint
 
 
 @dataclass
@@ -42,6 +44,12 @@ class Group:
 def absent(name: str) -> list[Group]:
     """The groups of a part whose file is not in the folder."""
     return [Group(name, skipped=1, note="not in this folder")]
+
+
+def known_architecture(checkpoint: Checkpoint) -> str | None:
+    """The architecture that a checkpoint's model_type belongs to; None where there is none."""
+    kind = checkpoint.config.get("model_type")
+    return next((name for name, a in ARCHITECTURES.items() if kind in a.model_types), None)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

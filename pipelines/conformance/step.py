@@ -22,11 +22,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pipelines.conformance.result import Group, absent, load_tensors
+from pipelines.conformance.result import Group, absent, known_architecture, load_tensors
 from shared.errors import TideError
 from shared.examples import Prepared
 from shared.manifest import Manifest
-from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import Checkpoint, open_checkpoint
 from shared.models.loading import load_model
 from shared.noise import Draw
@@ -234,11 +233,11 @@ def _flat(tensors: Sequence[Tensor]) -> Float[Tensor, " numbers"]:
 
 
 def _architecture(checkpoint: Checkpoint) -> str:
-    kind = checkpoint.config.get("model_type")
-    known = [name for name, a in ARCHITECTURES.items() if kind in a.model_types]
-    if not known:
+    known = known_architecture(checkpoint)
+    if known is None:
+        kind = checkpoint.config.get("model_type")
         raise TideError(f"{checkpoint.folder} has a config of model_type {kind!r}", expected="a known architecture")
-    return known[0]
+    return known
 
 
 def _attention(case: _Case) -> Attention:

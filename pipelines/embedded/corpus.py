@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,21 +16,20 @@ from shared.noise import generator
 from shared.tokenizers import Tokenizer
 
 
-class CorpusConfig(Protocol):
-    """What of a training's settings the batches depend on."""
+@dataclass(frozen=True)
+class CorpusTraining:
+    """How an embedded model is trained on the corpus."""
 
-    @property
-    def length(self) -> int: ...  # noqa: D102
-    @property
-    def block(self) -> int: ...  # noqa: D102
-    @property
-    def tokens_per_batch(self) -> int: ...  # noqa: D102
-    @property
-    def epochs(self) -> int: ...  # noqa: D102
-    @property
-    def seed(self) -> int: ...  # noqa: D102
-    @property
-    def smallest_time(self) -> float: ...  # noqa: D102
+    length: int = 256
+    block: int = 32
+    tokens_per_batch: int = 4096
+    epochs: int = 1
+    learning_rate: float = 5e-3
+    weight_decay: float = 0.05
+    seed: int = 0
+    smallest_time: float = 0.02
+    precision: str = "auto"
+    """bfloat16 where this machine has it in hardware, float32 elsewhere."""
 
 
 def corpus_texts(split: str) -> Iterator[str]:
@@ -39,7 +38,7 @@ def corpus_texts(split: str) -> Iterator[str]:
         yield "\n\n".join(message["content"] for message in example.messages)
 
 
-def prepare_corpus(tokenizer: Tokenizer, config: CorpusConfig, split: str) -> list[Prepared]:
+def prepare_corpus(tokenizer: Tokenizer, config: CorpusTraining, split: str) -> list[Prepared]:
     """The split's functions as token ids, cut to the config's length."""
     lengths = LengthConfig(student=config.length, teacher=config.length, block=config.block)
     preparer = Preparer(tokenizer, None, lengths, tokenizer.special_id("mask"))
@@ -49,7 +48,7 @@ def prepare_corpus(tokenizer: Tokenizer, config: CorpusConfig, split: str) -> li
 class NoisedBatches(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Every item is one whole batch of like lengths; a pure function of (seed, index), so training can resume."""
 
-    def __init__(self, examples: list[Prepared], mask_id: int, config: CorpusConfig) -> None:
+    def __init__(self, examples: list[Prepared], mask_id: int, config: CorpusTraining) -> None:
         self._examples, self._mask_id, self._config = examples, mask_id, config
         self._plan = [p for epoch in range(config.epochs) for p in self._plan_epoch(epoch)]
 

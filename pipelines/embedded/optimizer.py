@@ -1,4 +1,4 @@
-"""Muon for the matrices of the layers, AdamW for all else: half a small model's training time, measured here."""
+"""Muon for the matrices of the layers, AdamW for all else: a small model learns faster by both than by AdamW alone."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.embedded.corpus import NoisedBatches, prepare_corpus
-from pipelines.embedded.optimizer import MuonWithAdamW
-from shared.config import DataConfig, LengthConfig, StudentConfig
+from pipelines.embedded.corpus import CorpusTraining, NoisedBatches, prepare_corpus
+from pipelines.embedded.training import corpus_trainer, heldout_functions
+from shared.config import StudentConfig
 from shared.data.stdlib_corpus import corpus_origin
 from shared.hardware import choose_device, choose_precision, hardware_line
 from shared.models.checkpoint import resolve
@@ -25,8 +25,8 @@ from shared.models.fresh import new_model
 from shared.tokenizers import Tokenizer
 from student_train.batches.needed import needed_places
 from student_train.model.student import masked_hidden
-from student_train.training.heldout import masked_nll, prepare_heldout, student_predictor
-from student_train.training.resumable import ResumableTrainer, training_arguments
+from student_train.training.heldout import masked_nll, student_predictor
+from student_train.training.resumable import ResumableTrainer
 
 _POSITIONS = 4096
 TOKENIZERS = {
@@ -37,20 +37,11 @@ TOKENIZERS = {
 
 
 @dataclass(frozen=True)
-class TinyStudentConfig:
+class TinyStudentConfig(CorpusTraining):
     """Shape and schedule. The defaults made the embedded students."""
 
     shape: StudentConfig = field(default_factory=StudentConfig)
-    length: int = 256
-    block: int = 32
-    tokens_per_batch: int = 4096
     epochs: int = 2
-    learning_rate: float = 5e-3
-    weight_decay: float = 0.05
-    seed: int = 0
-    smallest_time: float = 0.02
-    precision: str = "auto"
-    """bfloat16 where this machine has it in hardware, float32 elsewhere."""
 
 
 class TinyStudentTrainer(ResumableTrainer):
@@ -83,32 +74,13 @@ def train_tiny_student(tokenizer_folder: Path, out: Path, work: Path, config: Ti
     model: Any = new_model(config.shape, tokenizer, mask_id, _POSITIONS)
     model.config.block_size = config.block
     dataset = NoisedBatches(train, mask_id, config)
-    trainer = TinyStudentTrainer(
-        model=model,
-        args=training_arguments(
-            work / "checkpoints",
-            per_device_train_batch_size=1,
-            num_train_epochs=1,
-            learning_rate=config.learning_rate,
-            warmup_steps=100,
-            lr_scheduler_type="cosine",
-            bf16=config.precision == "bfloat16",
-            use_cpu=True,
-            seed=config.seed,
-            save_steps=250,
-            logging_steps=25,
-        ),
-        train_dataset=dataset,
-        data_collator=lambda batches: batches[0],
-        optimizers=(MuonWithAdamW(model, config.learning_rate, config.weight_decay, (0.9, 0.98)), None),
-    )
+    trainer = corpus_trainer(TinyStudentTrainer, model, dataset, work, config, use_cpu=True)
     trainer.block = config.block
     trainer.train_resuming()
     model.to(torch.bfloat16).save_pretrained(out)
     model.float()
     tokenizer.backend.save_pretrained(out)
-    lengths = LengthConfig(config.length, config.length, config.block)
-    heldout = prepare_heldout(DataConfig("stdlib:heldout"), lengths, tokenizer, mask_id, 4)
+    heldout = heldout_functions(tokenizer, config)
     scores = masked_nll(model, heldout, student_predictor(model, config.block))
     about = (len(train), sum(len(e.student_ids) for e in train), len(dataset), len(heldout.ids))
     (out / "README.md").write_text(_card(config, model, about, trainer.seconds_trained / 60, scores))

@@ -19,38 +19,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines.embedded.corpus import NoisedBatches, corpus_texts, prepare_corpus
-from pipelines.embedded.optimizer import MuonWithAdamW
+from pipelines.embedded.corpus import CorpusTraining, NoisedBatches, corpus_texts, prepare_corpus
 from pipelines.embedded.tiny_tokenizers import train_student_tokenizer, train_teacher_tokenizer
+from pipelines.embedded.training import corpus_trainer, heldout_functions
 from shared.attention import full
-from shared.config import DataConfig, LengthConfig, ModelShape
+from shared.config import ModelShape
 from shared.data.stdlib_corpus import corpus_origin
 from shared.examples import Prepared
 from shared.hardware import choose_device, choose_precision, hardware_line
 from shared.models.fresh import new_model
 from shared.tokenizers import Tokenizer
-from student_train.training.heldout import masked_nll, prepare_heldout, teacher_predictor
-from student_train.training.resumable import ResumableTrainer, training_arguments
+from student_train.training.heldout import masked_nll, teacher_predictor
+from student_train.training.resumable import ResumableTrainer
 
 _POSITIONS = 1024
 _SHAPE = ModelShape("llama", hidden_size=256, layers=6, heads=4, kv_heads=4, intermediate_size=704)
 
 
 @dataclass(frozen=True)
-class TinyTeacherConfig:
+class TinyTeacherConfig(CorpusTraining):
     """Shape and schedule. The defaults made the embedded teacher."""
 
     shape: ModelShape = _SHAPE
-    length: int = 256
-    block: int = 32
-    tokens_per_batch: int = 4096
     epochs: int = 4
-    learning_rate: float = 5e-3
-    weight_decay: float = 0.05
-    seed: int = 0
-    smallest_time: float = 0.02
-    precision: str = "auto"
-    """bfloat16 where this machine has it in hardware, float32 elsewhere."""
 
 
 def full_attention_logits(model: Any, ids: Tensor, valid: Tensor, rows: Tensor) -> Tensor:
@@ -84,32 +75,14 @@ def train_tiny_teacher(teacher: Path, student_tokenizer: Path, work: Path, confi
     torch.manual_seed(config.seed)
     model: Any = new_model(config.shape, tokenizer, tokenizer.special_id("mask"), _POSITIONS)
     dataset = NoisedBatches(train, tokenizer.special_id("mask"), config)
-    trainer = TinyTeacherTrainer(
-        model=model,
-        args=training_arguments(
-            work / "checkpoints",
-            per_device_train_batch_size=1,
-            num_train_epochs=1,
-            learning_rate=config.learning_rate,
-            warmup_steps=100,
-            lr_scheduler_type="cosine",
-            bf16=config.precision == "bfloat16",
-            seed=config.seed,
-            save_steps=250,
-            logging_steps=25,
-        ),
-        train_dataset=dataset,
-        data_collator=lambda batches: batches[0],
-        optimizers=(MuonWithAdamW(model, config.learning_rate, config.weight_decay, (0.9, 0.98)), None),
-    )
+    trainer = corpus_trainer(TinyTeacherTrainer, model, dataset, work, config)
     trainer.train_resuming()
     minutes = trainer.seconds_trained / 60
     rounded = model
     rounded.to(torch.bfloat16)
     rounded.save_pretrained(teacher)
     rounded.float()
-    lengths = LengthConfig(config.length, config.length, config.block)
-    heldout = prepare_heldout(DataConfig("stdlib:heldout"), lengths, tokenizer, tokenizer.special_id("mask"), 4)
+    heldout = heldout_functions(tokenizer, config)
     nll = masked_nll(rounded, heldout, teacher_predictor(rounded))["nll"]
     for source, target in ((work / "tokenizer", teacher), (work / "student-tokenizer", student_tokenizer)):
         target.mkdir(parents=True, exist_ok=True)

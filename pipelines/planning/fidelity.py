@@ -33,7 +33,7 @@ from shared.vocabulary import Vocabulary
 from student_train.batches.collate import TargetReader, collate
 from student_train.losses.objective import objective
 from student_train.losses.targets import Classes, Targets, TopKTargets, rows_of
-from student_train.model.student import masked_hidden, student_for
+from student_train.model.student import batch_hidden, student_for
 from teacher_cache.maintenance.sizes import bytes_of
 from teacher_cache.plan import make_plan
 
@@ -125,11 +125,8 @@ def _bytes(table: pa.Table, layout: Layout, positions: int) -> float:
 @torch.no_grad()
 def _states(model: Any, rows: list[CacheRow], manifest: Manifest) -> _Student:
     """The student's hidden states at every masked position, and its head."""
-    parts, block = [], int(manifest.fingerprint["lengths"]["block"])
-    for row in rows:
-        batch = collate([row], manifest)
-        keys = ("noised", "clean", "places", "row", "place")
-        parts.append(masked_hidden(model, *(batch[key] for key in keys), block=block))
+    block = int(manifest.fingerprint["lengths"]["block"])
+    parts = [batch_hidden(model, collate([row], manifest), block) for row in rows]
     return _Student(torch.cat(parts).float(), model.lm_head.weight.detach().float())
 
 

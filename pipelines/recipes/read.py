@@ -114,8 +114,9 @@ def train_config(
 ) -> TrainConfig:
     """The settings of `tide train`. `teacher` chooses the recipe and the default cache and run folders."""
     path = recipe or _recipe_for(teacher or DEFAULT_TEACHER, teachers_file)
-    values = dict(_section(path, "train"))
-    name = teacher or _section(path, "cache").get("teacher", DEFAULT_TEACHER)
+    tables = read_recipe(path)
+    values = dict(tables.get("train", {}))
+    name = teacher or tables.get("cache", {}).get("teacher", DEFAULT_TEACHER)
     values.setdefault("cache", f"caches/{name}")
     values.setdefault("out", f"runs/{name}")
     values |= {k: v for k, v in flags.items() if v is not None}

@@ -69,11 +69,7 @@ def _distance(path: Path, other: Path) -> list[tuple[str, str, str]]:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    teacher = read_recipe(path).get("cache", {}).get("teacher")
-    both = {
-        "cache": to_plain(cache_config(teacher or "tiny-cross", path, [])),
-        "train": to_plain(train_config(teacher or "tiny-cross", path, [])),
-    }
+    both = {"cache": to_plain(cache_config(None, path, [])), "train": to_plain(train_config(None, path, []))}
     for section in both.values():
         for name in _PLACES:
             section.pop(name, None)

@@ -68,7 +68,7 @@ METRICS: dict[str, tuple[Metric, int]] = {
 
 
 def paired_table(runs: Sequence[Run], pairs: Sequence[tuple[str, str]]) -> str:
-    """A Markdown table, one row a pair (base, other): other minus base with a 95 % confidence interval."""
+    """What is shown, and a Markdown table, one row a pair (base, other): other minus base with its interval."""
     measured = {name: found for name, found in METRICS.items() if any(found[0](run) is not None for run in runs)}
     lines = ["| " + " | ".join(["student", "minus", "seeds", *measured]) + " |", "|" + "---|" * (3 + len(measured))]
     for base, other in pairs:
@@ -79,4 +79,7 @@ def paired_table(runs: Sequence[Run], pairs: Sequence[tuple[str, str]]) -> str:
             cells.append(paired(values).text(digits) if values else "–")
         if seeds:
             lines.append("| " + " | ".join([other, base, str(seeds), *cells]) + " |")
-    return "\n".join(lines)
+    return (
+        "Differences, paired by seed, with the 95 % confidence interval of their mean; in bold where it leaves out "
+        "zero. Less is better for NLL alone.\n\n" + "\n".join(lines)
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,9 @@ def masked_hidden(
         use_cache=False,
     )
     return output.last_hidden_state[row, column]
+
+
+def batch_hidden(model: Any, batch: Mapping[str, Tensor], block: int) -> Float[Tensor, "n width"]:
+    """`masked_hidden` of a collated batch, at its masked positions."""
+    keys = ("noised", "clean", "places", "row", "place")
+    return masked_hidden(model, *(batch[key] for key in keys), block=block)

@@ -29,7 +29,7 @@ from shared.shards import Unit
 from shared.stores import Store
 from shared.tokenizers import Tokenizer
 from student_train.batches.needed import needed_places
-from student_train.model.student import masked_hidden
+from student_train.model.student import batch_hidden
 
 _SEED = 20_260_429  # fixed: the masks are the same for every student of a tokenizer
 _TOKENS_PER_BATCH = 8192
@@ -119,8 +119,7 @@ def student_predictor(model: Any, block: int) -> Predict:
     """A student as transformers loads it, on [x_t ; x_0]."""
 
     def predict(batch: dict[str, Tensor]) -> Tensor:
-        keys = ("noised", "clean", "places", "row", "place")
-        return model.lm_head(masked_hidden(model, *(batch[key] for key in keys), block=block))
+        return model.lm_head(batch_hidden(model, batch, block))
 
     return predict
 

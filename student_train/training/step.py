@@ -12,7 +12,7 @@ from student_train.losses.fused_head import LossSettings, fused_loss
 from student_train.losses.liger_head import liger_loss
 from student_train.losses.objective import Sums
 from student_train.losses.targets import Targets
-from student_train.model.student import masked_hidden
+from student_train.model.student import batch_hidden
 
 
 def train_on_loss(model: Any, block: int, read: TargetReader, liger: bool = False) -> None:
@@ -26,8 +26,7 @@ def train_on_loss(model: Any, block: int, read: TargetReader, liger: bool = Fals
     compute = liger_loss if liger else fused_loss
 
     def forward(self: Any, batch: Batch, settings: LossSettings | None = None) -> Any:
-        keys = ("noised", "clean", "places", "row", "place")
-        hidden = masked_hidden(self, *(batch[key] for key in keys), block=block)
+        hidden = batch_hidden(self, batch, block)
         return self.lm_head(hidden) if settings is None else self.lm_head(hidden, read(batch), settings)
 
     def head(
