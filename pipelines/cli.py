@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+import warnings
+from typing import Any, NoReturn
 
 from pipelines.commands import (  # noqa: F401 - they register their commands
     caching,
@@ -14,7 +15,9 @@ from pipelines.commands import (  # noqa: F401 - they register their commands
     using,
 )
 from pipelines.commands.app import app, arrange_help
+from pipelines.terminal.text import printable
 from shared.errors import TideError
+from shared.stopping import end_with_parent, leave_in_order, stop_in_order
 
 _INTERRUPTED = 130
 
@@ -22,17 +25,29 @@ arrange_help()
 
 
 def main() -> NoReturn:
-    """Entry point: errors that a user can mend end in a message and exit code 2, Ctrl-C in 130."""
+    """Entry point: errors that a user can mend end in a message and exit code 2, Ctrl-C in 130, SIGTERM in 143."""
+    stop_in_order()
+    warnings.formatwarning = _warning
+    end_with_parent()
     try:
         app(standalone_mode=True)
     except TideError as error:
-        print(f"tide: error: {error}", file=sys.stderr)
+        print(f"tide: error: {printable(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a disk that is full, a folder that is not to be written: the last net
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"tide: error: {printable(f'{error.strerror or error}{where}')}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:
             print("\ntide: stopped; what is finished is kept, the same command goes on from there", file=sys.stderr)
+            sys.exit(leave_in_order())
         raise
     sys.exit(0)
+
+
+def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    return f"tide: warning: {printable(str(message))}\n"
 
 
 if __name__ == "__main__":

@@ -9,19 +9,24 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from shared.errors import TideError
 
 _NUMBER = itertools.count()
-_OURS = re.compile(r"\.(?P<name>.+)\.[^.]*-\d+-\d+\.tide-tmp")
+_OURS = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]*)-(?P<pid>\d+)-\d+\.tide-tmp")
 
 
 def this_process() -> str:
     """A name for a file that no other process has, of this host or another."""
-    return f"{re.sub(r'[^A-Za-z0-9_-]', '_', socket.gethostname())}-{os.getpid()}"
+    return f"{_host()}-{os.getpid()}"
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())
 
 
 def _temporary(path: Path) -> Path:
@@ -29,8 +34,8 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{this_process()}-{next(_NUMBER)}.tide-tmp")
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Call `write` on a temporary file beside `path`, sync it to disk, and rename it into place.
+def write_atomically(path: Path, write: Callable[[BinaryIO], None], durable: bool = True) -> None:
+    """Call `write` on a temporary file beside `path`, sync it to disk (where `durable`), and rename it into place.
 
     Raises TideError when the disk is full or not writable; then `path` is as it was before.
     """
@@ -40,9 +45,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
         with temporary.open("wb") as handle:
             write(handle)
             handle.flush()
-            os.fsync(handle.fileno())
+            if durable:
+                os.fsync(handle.fileno())
         temporary.replace(path)
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
     except BaseException as error:  # Ctrl-C too leaves nothing half written behind
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -51,24 +58,31 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
         raise
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNWRITABLE = (
+    errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.EINVAL,
+    errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
+
+
 def _explain(path: Path, error: OSError) -> None:
     """Raise a TideError for what a user can mend."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in _FULL:
         raise TideError(
             f"the disk is full: {path} could not be written",
             fix="free some space and run the same command again; all finished files are kept",
         ) from error
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+    if error.errno in _UNWRITABLE:
         raise TideError(f"{path} cannot be written: {error.strerror}", fix="choose another folder") from error
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
     """`write_atomically` for content at hand."""
 
     def write(handle: BinaryIO) -> None:
         handle.write(content)
 
-    write_atomically(path, write)
+    write_atomically(path, write, durable)
 
 
 def link(source: Path, target: Path) -> None:
@@ -76,10 +90,16 @@ def link(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     half = _temporary(target)
     try:
-        os.link(source, half)
-    except OSError:
-        shutil.copyfile(source, half)
-    half.replace(target)
+        try:
+            os.link(source, half)
+        except OSError:
+            shutil.copyfile(source, half)
+        half.replace(target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            half.unlink(missing_ok=True)
+        _explain(target, error)
+        raise
 
 
 def sync_folder(folder: Path) -> None:
@@ -91,13 +111,67 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove_leftovers(places: Sequence[Path]) -> None:
-    """Delete temporary files that a killed process left: those in each folder, or beside each file.
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, renamed to `folder` at the end; gone where that fails. Where another process was first, its
+    folder stays.
+    """
+    half = _temporary(folder)
+    try:
+        half.mkdir(parents=True)
+    except OSError as error:
+        _explain(folder, error)
+        raise
+    try:
+        yield half
+        for path in half.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        with contextlib.suppress(FileExistsError):
+            _rename_folder(half, folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        if error.errno in _FULL:
+            _explain(folder, error)
+        raise
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
 
-    Only names that `write_atomically` gives are touched.
+
+def _rename_folder(half: Path, folder: Path) -> None:
+    """FileExistsError where something lies at `folder`; an empty folder there gives way."""
+    try:
+        half.rename(folder)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise FileExistsError(error.errno, error.strerror, str(folder)) from error
+        raise
+
+
+def remove_leftovers(places: Sequence[Path]) -> None:
+    """Delete temporary files and folders that a killed process left: those in each folder, or beside each file.
+
+    Only names that this module gives are touched, and of those none whose process lives on this host.
     """
     for place in places:
         folder = place if place.is_dir() else place.parent
         for path in folder.rglob(".*.tide-tmp") if place.is_dir() else folder.glob(f".{place.name}.*.tide-tmp"):
-            if _OURS.fullmatch(path.name) and path.is_file():
-                path.unlink(missing_ok=True)
+            if (name := _OURS.fullmatch(path.name)) and not _at_work(name["host"], int(name["pid"])):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+
+def _at_work(host: str, pid: int) -> bool:
+    """Whether another process of this host has that number."""
+    if host != _host() or pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -22,6 +22,7 @@ from shared.manifest import Manifest
 from shared.schema import Layout
 from shared.shards import Unit, read_table, refuse_other_cache
 from shared.soundness import RULES, problems_in
+from shared.stopping import serve_parent
 
 CHECKED = "checked.json"
 _SHARDS_A_PROCESS = 64
@@ -66,7 +67,7 @@ def in_processes(work: Callable[[T], R], jobs: Sequence[T], word: str) -> Iterat
                 yield work(job)
                 bar.update()
             return
-        with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), serve_parent, (os.getpid(),)) as pool:
             for found in pool.map(work, jobs, chunksize=4):
                 yield found
                 bar.update()

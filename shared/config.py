@@ -6,6 +6,7 @@ types: the distillation objective is one of the classes in `shared.objectives`, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import field
 from pathlib import Path
 from typing import Literal
@@ -34,6 +35,7 @@ class NoiseConfig:
 
     def __post_init__(self) -> None:
         require(1 <= self.draws <= 100, f"noise.draws is {self.draws}; it must be between 1 and 100")
+        require(0 <= self.seed < 1 << 63, f"noise.seed is {self.seed}; it must lie in 0 … 2^63 − 1")
         require(0 <= self.demo_ratio <= 1, f"noise.demo_ratio is {self.demo_ratio}; it must lie in [0, 1]")
 
 
@@ -76,7 +78,7 @@ class TargetConfig:
         require(len(self.signals) > 0, "targets.signals is empty; name topk, chunks or both")
         require(self.k > 0, f"targets.k is {self.k}; it must be positive")
         require(0 < self.mass <= 1, f"targets.mass is {self.mass}; it must lie in (0, 1]")
-        require(all(t > 0 for t in self.temperatures), "targets.temperatures must be positive")
+        require(all(0 < t < math.inf for t in self.temperatures), "targets.temperatures must be positive and finite")
         require(1 <= self.classes <= MOST_CLASSES, f"targets.classes is {self.classes}; it must be 1 to {MOST_CLASSES}")
         require(self.pilot > 0, f"targets.pilot is {self.pilot}; it must be positive")
 
@@ -284,4 +286,10 @@ class TrainConfig:
             f"checkpoint_steps ({self.checkpoint_steps}) must be a multiple of log_steps ({self.log_steps}), "
             "so that a resumed run logs the same curve",
         )
+        require(0 <= self.seed < 1 << 32, f"seed is {self.seed}; it must lie in 0 … 2^32 − 1")
+        require(self.heldout_draws > 0, f"heldout_draws is {self.heldout_draws}; it must be positive")
+        require(self.eval_steps > 0, f"eval_steps is {self.eval_steps}; it must be positive")
+        require(0 <= self.warmup_ratio <= 1, f"warmup_ratio is {self.warmup_ratio}; it must lie in [0, 1]")
+        require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it must not be negative")
+        require(self.max_grad_norm > 0, f"max_grad_norm is {self.max_grad_norm}; it must be positive")
         require(self.weight >= 0, f"weight is {self.weight}; it must not be negative")

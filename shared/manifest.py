@@ -13,6 +13,8 @@ from typing import Any
 
 from shared.atomic import write_bytes
 from shared.errors import TideError
+from shared.files import read_json
+from shared.manifest_rules import problem_in
 from shared.schema import SCHEMA_VERSION, Layout
 from shared.shards import Unit, finished_units
 from shared.vocabulary import load_vocabulary
@@ -75,35 +77,45 @@ class Manifest:
     @property
     def checksum(self) -> str:
         """SHA-256 over everything that the manifest says."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return checksum_of(asdict(self))
+
+
+def checksum_of(values: dict[str, Any]) -> str:
+    """SHA-256 over everything that a manifest says, but its checksum."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def load_manifest(cache: Path) -> Manifest:
     """Read a cache's manifest. TideError where there is none, or it is damaged or of another version."""
     path = cache / MANIFEST
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
         checksum = values.pop("checksum", None)
-        manifest = Manifest(**values)
-        version_known = manifest.schema_version == SCHEMA_VERSION
-        if version_known and checksum != manifest.checksum:
-            raise ValueError("its checksum does not hold")
+        version = values.get("schema_version")
+        if not isinstance(version, int) or isinstance(version, bool) or not 0 < version < 1000:
+            raise ValueError("its schema_version is no version")
+        if version == SCHEMA_VERSION:
+            if checksum != checksum_of(values):
+                raise ValueError("its checksum does not hold")
+            if (problem := problem_in(values)) is not None:
+                raise ValueError(problem)
+            return Manifest(**values)
     except FileNotFoundError as error:
         raise TideError(
             f"{cache} is no cache: it has no {MANIFEST}", fix="build one with `tide cache`, or check the path"
         ) from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OSError) as error:
+        if isinstance(error, TideError):
+            raise
         raise TideError(
-            f"{path} is damaged: {error}",
+            f"{path} is damaged: {str(error)[:500]}",
             fix=f"delete {path} and run the same `tide cache` command again; finished shards are kept",
         ) from error
-    if manifest.schema_version != SCHEMA_VERSION:
-        raise TideError(
-            f"{cache} was written in schema version {manifest.schema_version}",
-            expected=f"version {SCHEMA_VERSION}",
-            fix=f"`tide upgrade {cache} --out NEW` converts versions 2 and 3; others need the package that wrote them",
-        )
-    return manifest
+    raise TideError(
+        f"{cache} was written in schema version {version}",
+        expected=f"version {SCHEMA_VERSION}",
+        fix=f"`tide upgrade {cache} --out NEW` converts versions 2 and 3; others need the package that wrote them",
+    )
 
 
 def refuse_unfinished(cache: Path, manifest: Manifest) -> None:

@@ -5,6 +5,7 @@ These are settings only; the mathematics is in `student_train.losses`, schedules
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from shared.variants import BY_TYPE, Variant, strict, variant
@@ -43,7 +44,7 @@ class _Tempered(Variant):
     tidal: Tidal | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature}; it must be positive")
 
 

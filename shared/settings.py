@@ -12,15 +12,18 @@ from pydantic import TypeAdapter, ValidationError
 
 from shared.data_config import ONE, SEVERAL
 from shared.errors import TideError
+from shared.nearest import advice, names_at
 
 T = TypeVar("T")
 
 
-def _explain(error: ValidationError, where: str) -> TideError:
+def _explain(error: ValidationError, kind: Any, where: str) -> TideError:
     lines = []
     for item in error.errors():
         place = ".".join(str(part) for part in item["loc"] if part not in (ONE, SEVERAL)) or "the configuration"
-        reason = "no such setting" if item["type"] == "unexpected_keyword_argument" else item["msg"]
+        reason = item["msg"]
+        if item["type"] == "unexpected_keyword_argument":
+            reason = f"no such setting; {advice(str(item['loc'][-1]), names_at(kind, item['loc'][:-1]))}"
         lines.append(f"{place}: {reason.removeprefix('Value error, ')}")
     return TideError(
         f"{where} does not hold: " + "; ".join(lines), fix="correct the recipe or the --set option named above"
@@ -32,7 +35,7 @@ def build(kind: type[T], values: Mapping[str, Any], where: str = "the configurat
     try:
         return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:
-        raise _explain(error, where) from error
+        raise _explain(error, kind, where) from error
 
 
 def read_toml(path: Path) -> dict[str, Any]:

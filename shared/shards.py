@@ -67,7 +67,8 @@ class Unit:
     def at(cls, path: Path) -> Unit | None:
         """The unit whose shard has this name; None for any other file."""
         draw, part = path.parent.name.removeprefix("draw="), path.stem.removeprefix("part-")
-        found = cls(int(draw), int(part)) if draw.isdecimal() and part.isdecimal() else None
+        numbers = all(text.isascii() and text.isdecimal() and len(text) < 10 for text in (draw, part))
+        found = cls(int(draw), int(part)) if numbers else None
         return found if found is not None and found.path(path.parent.parent) == path else None
 
 

@@ -11,9 +11,12 @@ import datetime
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from shared.deadline import OutOfTime, within
 from shared.errors import TideError, Unusable
 from shared.located import Span, body_span, joined
 from shared.rendered import EXTRAS, Message, Probe, RenderedChat, Turn, Turns
+
+_SECONDS = 5.0
 
 
 def _sentinel(index: int) -> str:
@@ -220,10 +223,17 @@ class ChatTemplate:
         if self._date is not None:
             settings["strftime_now"] = self._date.strftime
         try:
-            return self._tokenizer.apply_chat_template(
-                [dict(m) for m in messages], tokenize=False, add_generation_prompt=generation,
-                enable_thinking=thinking, **settings,
-            )  # fmt: skip
+            with within(_SECONDS):
+                return self._tokenizer.apply_chat_template(
+                    [dict(m) for m in messages], tokenize=False, add_generation_prompt=generation,
+                    enable_thinking=thinking, **settings,
+                )  # fmt: skip
+        except OutOfTime as error:
+            raise TideError(
+                f"the chat template of {self._name} did not end within {_SECONDS:.0f} seconds",
+                expected="a template that renders a conversation at once",
+                fix="use the model's own template, from a place that you trust",
+            ) from error
         except Exception as error:  # Jinja raises many types; templates also raise on purpose
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise Unusable(

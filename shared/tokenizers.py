@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from shared.bpe_folder import is_in_parts, tokenizer_from_parts
 from shared.bytes_of_tokens import byte_level_bytes, sentencepiece_bytes
 from shared.errors import TideError, Unusable
+from shared.files import refuse_odd_in
 from shared.located import Span
 from shared.rendered import Message, RenderedChat, Turns
 from shared.templates import ChatTemplate
@@ -40,6 +41,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path, date: datetime.date | None = None) -> Tokenizer:
         """Load from a folder or a hub id, without remote code. Raises TideError where that fails."""
+        refuse_odd_in(Path(path))
         level = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()
         try:
@@ -51,7 +53,7 @@ class Tokenizer:
             raise
         except Exception as error:
             raise TideError(
-                f"no tokenizer could be loaded from {path}: {str(error).splitlines()[0]}",
+                f"no tokenizer could be loaded from {path}: {(str(error).splitlines() or [type(error).__name__])[0]}",
                 expected="a folder with tokenizer.json (or a vocabulary) and tokenizer_config.json, or a hub id",
                 fix="check the path; a hub id needs network access",
             ) from error

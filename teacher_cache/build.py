@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -12,8 +11,8 @@ from pathlib import Path
 
 from shared.atomic import remove_leftovers
 from shared.config import CacheConfig
-from shared.errors import TideError
 from shared.ledger import Ledger, settle_ledger
+from shared.locks import hold
 from shared.prepared.folder import totals
 from shared.prepared.report import losses
 from shared.shards import Unit
@@ -119,23 +118,12 @@ def _only_writer(config: CacheConfig) -> Iterator[None]:
 
     Runs of one `world` share the cache's lock and each holds that of its rank.
     """
-    folder = config.out
-    locks = [(".lock", fcntl.LOCK_EX)]
-    if config.world > 1:
-        locks = [(".lock", fcntl.LOCK_SH), (f".lock-{config.rank}-of-{config.world}", fcntl.LOCK_EX)]
+    what = f"the cache {config.out}"
     with ExitStack() as held:
-        for name, kind in locks:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                handle = held.enter_context((folder / name).open("w"))
-            except OSError as error:
-                raise TideError(f"{folder} cannot be written: {error.strerror}", fix="choose another folder") from error
-            try:
-                fcntl.flock(handle, kind | fcntl.LOCK_NB)
-            except OSError as error:
-                raise TideError(
-                    f"another process is writing the cache {folder}", fix="wait for it, or choose another folder"
-                ) from error
+        held.enter_context(hold(config.out / ".lock", what, shared=config.world > 1))
+        if config.world > 1:
+            name = f".lock-{config.rank}-of-{config.world}"
+            held.enter_context(hold(config.out / name, f"rank {config.rank} of {what}"))
         yield
 
 

@@ -89,6 +89,16 @@ def prepare_data(config: CacheConfig, sides: Sides) -> tuple[PreparedData, datet
     return prepare(request), day
 
 
+def refuse_empty(data: PreparedData) -> None:
+    """TideError where no example of the data can be used."""
+    if data.examples == 0:
+        raise TideError(
+            f"none of the {totals(data.record.sources).get('rows', 0):,} rows of the data can be used",
+            expected="at least one conversation with an answer",
+            fix="look at what was left out, and why, with `tide prepare`",
+        )
+
+
 def check_alignment(config: CacheConfig, sides: Sides, data: PreparedData) -> None:
     """TideError where chunks are wanted and the two tokenizers share none; a warning where most bytes are in none."""
     if sides.shared is not None or "chunks" not in config.targets.signals:

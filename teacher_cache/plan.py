@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from shared.atomic import new_folder
 from shared.config import CacheConfig
 from shared.manifest import MANIFEST, Manifest, check_fingerprint, load_manifest
 from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve
@@ -22,8 +21,9 @@ from shared.settings import to_plain
 from shared.shards import Unit, finished_units, read_table, refuse_other_cache
 from shared.tokenizers import Tokenizer
 from shared.vocabulary import Vocabulary, has_tables, load_vocabulary
-from teacher_cache.data import Sides, check_alignment, open_sides, prepare_data
+from teacher_cache.data import Sides, check_alignment, open_sides, prepare_data, refuse_empty
 from teacher_cache.engines.settle import settle_engine
+from teacher_cache.places import check_places
 from teacher_cache.targets import TargetSpec
 from teacher_cache.teachers.registry import TeacherEntry
 
@@ -91,11 +91,13 @@ def make_plan(config: CacheConfig, write: bool = True, engine: dict[str, Any] | 
     With `write` False the cache's folder is read only. `engine`: take this for the engine's part of the fingerprint,
     to look at a cache with another engine than it was made with.
     """
+    check_places(config)
     config = settle_engine(config)
     sides = open_sides(config)
     entry, checkpoint, student, teacher = sides.entry, sides.checkpoint, sides.student, sides.teacher
     data, day = prepare_data(config, sides)
     check_alignment(config, sides, data)
+    refuse_empty(data)
     fingerprint = _fingerprint(config, sides, data, day)
     if engine is not None:
         fingerprint["engine"] = engine
@@ -132,12 +134,8 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Whole or not at all: a library writes it, so it is written elsewhere and renamed."""
     if folder.exists():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as outer:
-        half = Path(outer) / folder.name
+    with new_folder(folder) as half:
         tokenizer.backend.save_pretrained(half)
-        with suppress(OSError):  # another process, of another part of this cache, was first
-            half.rename(folder)
 
 
 def _fingerprint(config: CacheConfig, sides: Sides, data: PreparedData, day: datetime.date | None) -> dict[str, Any]:

@@ -6,8 +6,8 @@ what the cache has cost.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from shared.atomic import write_bytes
+from shared.errors import TideError
 from shared.shards import Unit
 from shared.stores import Store
 from teacher_cache.plan import CachePlan
@@ -104,7 +106,7 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._bar.close()
-        self._write("finished" if kind is None else "stopped" if kind is KeyboardInterrupt else "failed")
+        self._write("finished" if kind is None else "stopped" if issubclass(kind, KeyboardInterrupt) else "failed")
 
 
 def prometheus(status: dict[str, Any], teacher: str) -> str:
@@ -120,9 +122,5 @@ def prometheus(status: dict[str, Any], teacher: str) -> str:
 
 def _replace(path: Path, text: str) -> None:
     """Whole or not at all, but not forced to the disk: the next one comes in seconds. A full disk stops no run."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError, TideError):
+        write_bytes(path, text.encode(), durable=False)

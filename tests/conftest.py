@@ -34,6 +34,7 @@ from shared.models.checkpoint import resolve
 from shared.settings import build
 from teacher_cache.build import build_cache
 
+pytest_plugins = ["tests.faults.counting"]
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 settings.register_profile("tide", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("tide")

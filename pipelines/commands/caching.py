@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from pipelines.commands.app import Recipe, Sets, TeacherName, TeachersFile, app
+from pipelines.commands.options import require_positive
+from pipelines.terminal.text import say
 from shared.errors import TideError
 
 DATA_HELP = "A file, a folder or a glob, hf://OWNER/NAME[:CONFIG][:SPLIT], or stdlib:train (docs/data.md)."
@@ -58,15 +60,15 @@ def cache(
         )
     if dry_run:
         stated = (1_000_000, settings.lengths.student, 0.75, Speed())
-        typer.echo(plan_from_statement(settings, *stated) if random_weights else plan_from_data(settings, Speed()))
+        say(plan_from_statement(settings, *stated) if random_weights else plan_from_data(settings, Speed()))
         return
     report = build_cache(settings)
-    typer.echo(
+    say(
         f"{report.folder}: {report.rows:,} rows, {report.masked:,} masked positions, {report.chunks:,} chunks, "
         f"{report.bytes / 1e6:.1f} MB; {report.computed} shards computed, {report.kept} kept"
         + (f", {report.elsewhere} elsewhere" if report.elsewhere else "")
     )
-    typer.echo("\n".join(report.notes))
+    say("\n".join(report.notes))
 
 
 @app.command()
@@ -92,10 +94,10 @@ def prepare(
     settings = cache_config(teacher, config, sets or [], teachers_file, **flags)
     sides = open_sides(settings, weights=False)
     found, _ = prepare_data(settings, sides)
-    typer.echo(describe(found))
+    say(describe(found))
     if show > 0:
-        typer.echo("\n" + show_examples(found.between(0, show), sides.student))
-    typer.echo(f"\npeak memory of the largest process: {largest_process() / 2**20:,.0f} MiB")
+        say("\n" + show_examples(found.between(0, show), sides.student))
+    say(f"\npeak memory of the largest process: {largest_process() / 2**20:,.0f} MiB")
 
 
 @app.command()
@@ -119,13 +121,19 @@ def plan(
     from pipelines.planning.plan import Prices, Speed, plan_from_statement
     from pipelines.recipes.read import cache_config
 
-    if examples < 1 or tokens < 1 or not 0 < response <= 1 or tflops <= 0 or not 0 < mfu <= 1:
-        raise TideError("these numbers describe no run", expected="positive numbers; response and mfu in (0, 1]")
+    positive = {
+        "examples": examples, "tokens": tokens, "response": response, "tflops": tflops, "mfu": mfu,
+        "tokens-per-second": tokens_per_second, "gpu-hour": gpu_hour, "terabyte-month": terabyte_month,
+    }  # fmt: skip
+    require_positive(positive, may_be_zero=("gpu-hour", "terabyte-month"))
+    for name, share in (("response", response), ("mfu", mfu)):
+        if share > 1:
+            raise TideError(f"--{name} is {share:g}", expected="a share, from 0 to 1")
     extra = [f"noise.draws={draws}"] if draws is not None else []
     settings = cache_config(teacher, config, [*extra, *(sets or [])], teachers_file, model=model)
     prices = None if gpu_hour is None else Prices(gpu_hour, terabyte_month)
     speed = Speed(tokens_per_second, tflops, mfu)
-    typer.echo(plan_from_statement(settings, examples, tokens, response, speed, prices))
+    say(plan_from_statement(settings, examples, tokens, response, speed, prices))
 
 
 @app.command()
@@ -144,5 +152,6 @@ def throughput(
     from pipelines.planning.throughput import measure_throughput
     from pipelines.recipes.read import cache_config
 
+    require_positive({"length": length, "requests": requests, "rounds": rounds, "tflops": tflops})
     settings = cache_config(teacher, config, sets or [], teachers_file, model=model)
-    typer.echo(measure_throughput(settings, length, requests, rounds, tflops))
+    say(measure_throughput(settings, length, requests, rounds, tflops))

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.commands.app import app
-from pipelines.commands.options import Batch, Device, Student, sampling_settings, takes_sampling
+from pipelines.commands.options import Batch, Device, Student, require_positive, sampling_settings, takes_sampling
+from pipelines.terminal.text import say
 from shared.errors import TideError
 
 
@@ -39,10 +40,10 @@ def evaluate(
     sampling: dict[str, Any],
 ) -> None:
     """Score a student on benchmarks. Run again to go on where it stopped."""
-    from pipelines.evaluation.code_eval import Limits
     from pipelines.evaluation.data import parse_places
     from pipelines.evaluation.recipe import choose
     from pipelines.evaluation.run import EvalSettings, default_output, run_benchmarks
+    from pipelines.evaluation.sandbox.run import Limits
     from pipelines.evaluation.table import score_table
 
     sampling_settings(**sampling)  # says what is out of range
@@ -56,6 +57,7 @@ def evaluate(
     ):
         if value is not None and value < 1:
             raise TideError(f"--{name} is {value}", expected="at least 1")
+    require_positive({"code-seconds": code_seconds, "code-gigabytes": code_gigabytes})
     settings = EvalSettings(
         sampling={"block_size": sampling.pop("block"), "mc_num": mc_num, **sampling},
         batch=batch,
@@ -67,7 +69,7 @@ def evaluate(
     )
     scores = run_benchmarks(student, wanted, settings, output or default_output(student))
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(score_table(scores))
+        say(score_table(scores))
 
 
 @app.command(

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipelines.commands.app import Recipe, Sets, TeacherName, TeachersFile, app
+from pipelines.terminal.text import say
 
 Cache = Annotated[Path, typer.Argument(help="A cache, such as caches/TEACHER.")]
 Out = Annotated[Path, typer.Option("--out", help="A new folder.")]
@@ -27,20 +28,20 @@ def inspect(
     if row is not None:
         from teacher_cache.maintenance.show_row import describe_row, find_row
 
-        typer.echo(describe_row(folder, find_row(folder, row, draw)))
+        say(describe_row(folder, find_row(folder, row, draw)))
         return
     if encodings:
         from teacher_cache.maintenance.sizes import describe_first_shard
 
-        typer.echo(describe_first_shard(folder))
+        say(describe_first_shard(folder))
         return
     found = inspect_cache(folder)
-    typer.echo(describe(found))
+    say(describe(found))
     if picture is not None:
         from teacher_cache.maintenance.picture import draw_picture
 
         draw_picture(found, picture)
-        typer.echo(f"\n{picture}")
+        say(f"\n{picture}")
 
 
 @app.command()
@@ -69,15 +70,15 @@ def verify(
     flags = {"model": model, "student_tokenizer": student_tokenizer, "out": out, "data": data}
     settings = cache_config(teacher, config, [*(sets or []), *extra], teachers_file, **flags)
     checked = check_cache(settings.out)
-    typer.echo(in_words(checked))
+    say(in_words(checked))
     if checked.problems:
         if delete_damaged:
-            typer.echo(f"deleted {delete_shards(checked)} shards; `tide cache` computes them again")
+            say(f"deleted {delete_shards(checked)} shards; `tide cache` computes them again")
         raise typer.Exit(1)
     if rows == 0:
         return
     found = verify_cache(settings, rows)
-    typer.echo(in_words(found))
+    say(in_words(found))
     if tolerance is not None and found.largest > tolerance:
         raise typer.Exit(1)
 
@@ -95,9 +96,7 @@ def prune(
 
     made = prune_cache(folder, out, k, draws, classes)
     targets = made.fingerprint["targets"]
-    typer.echo(
-        f"{out}: {made.draws} draws of {made.examples:,} examples, k {targets['k']}, {targets['classes']} classes"
-    )
+    say(f"{out}: {made.draws} draws of {made.examples:,} examples, k {targets['k']}, {targets['classes']} classes")
 
 
 @app.command()
@@ -106,7 +105,7 @@ def upgrade(folder: Cache, out: Out) -> None:
     from teacher_cache.maintenance.upgrade import upgrade_cache
 
     made = upgrade_cache(folder, out)
-    typer.echo(f"{out}: {made.draws} draws of {made.examples:,} examples")
+    say(f"{out}: {made.draws} draws of {made.examples:,} examples")
 
 
 @app.command()
@@ -118,7 +117,7 @@ def merge(
     from teacher_cache.maintenance.reshape import merge_caches
 
     made = merge_caches(folders, out)
-    typer.echo(f"{out}: {made.draws} draws of {made.examples:,} examples")
+    say(f"{out}: {made.draws} draws of {made.examples:,} examples")
 
 
 @app.command()
@@ -126,7 +125,7 @@ def pack(folder: Cache, archive: Annotated[Path, typer.Argument(help="Such as NA
     """A whole cache as one file, with checksums."""
     from teacher_cache.maintenance.pack import pack_cache
 
-    typer.echo(f"{archive}: {pack_cache(folder, archive):,} files, {archive.stat().st_size / 1e6:.1f} MB")
+    say(f"{archive}: {pack_cache(folder, archive):,} files, {archive.stat().st_size / 1e6:.1f} MB")
 
 
 @app.command()
@@ -135,9 +134,9 @@ def unpack(
     folder: Annotated[Path, typer.Argument(help="A new folder.")],
 ) -> None:
     """The cache out of an archive, every byte checked."""
-    from teacher_cache.maintenance.pack import unpack_cache
+    from teacher_cache.maintenance.unpack import unpack_cache
 
-    typer.echo(f"{folder}: {unpack_cache(archive, folder):,} files")
+    say(f"{folder}: {unpack_cache(archive, folder):,} files")
 
 
 @app.command()
@@ -149,7 +148,7 @@ def push(folder: Cache, store: Annotated[str, typer.Argument(help="s3://…, gs:
 
     manifest = load_manifest(folder)
     pushed = Store.open(store).push(folder, manifest, settle_ledger(folder, manifest))
-    typer.echo(f"{store}: {pushed:,} shards")
+    say(f"{store}: {pushed:,} shards")
 
 
 @app.command()
@@ -159,4 +158,4 @@ def pull(
     """Bring a cache from an object store, every file checked. Run again to resume."""
     from shared.stores import Store
 
-    typer.echo(f"{folder}: {Store.open(store).pull(folder):,} files")
+    say(f"{folder}: {Store.open(store).pull(folder):,} files")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -58,3 +59,11 @@ def sampling_settings(**values: Any) -> SampleConfig:
         return SampleConfig(**{k: v for k, v in values.items() if k != "block" or v is not None})
     except ValueError as error:
         raise TideError(str(error)) from error
+
+
+def require_positive(values: Mapping[str, float | None], may_be_zero: Sequence[str] = ()) -> None:
+    """TideError for the first option whose number is not finite, or not positive."""
+    for name, value in values.items():
+        if value is None or (math.isfinite(value) and (value > 0 or (value == 0 and name in may_be_zero))):
+            continue
+        raise TideError(f"--{name} is {value:g}", expected="0 or more" if name in may_be_zero else "a positive number")

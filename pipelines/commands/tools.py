@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipelines.commands.app import TeachersFile, app
+from pipelines.terminal.text import say
 from shared.errors import TideError
 
 teachers_app = typer.Typer(help="List the known teachers, or show one.", invoke_without_command=True)
@@ -41,7 +42,7 @@ def show(
     """Print one teacher's entry, and what loading it checks."""
     from pipelines.planning.show_teacher import describe_teacher
 
-    typer.echo(describe_teacher(name, teachers_file))
+    say(describe_teacher(name, teachers_file))
 
 
 recipes_app = typer.Typer(help="List the packaged recipes, or show one.", invoke_without_command=True)
@@ -57,7 +58,7 @@ def recipes(context: typer.Context) -> None:
     from pipelines.recipes.show import about
 
     for name in packaged_recipes():
-        typer.echo(f"{name:<14}{about(name)}")
+        say(f"{name:<14}{about(name)}")
 
 
 @recipes_app.command("show")
@@ -68,7 +69,7 @@ def show_recipe(
     """Print one recipe and its distance from the paper's run, setting by setting."""
     from pipelines.recipes.show import describe_recipe
 
-    typer.echo(describe_recipe(name, against))
+    say(describe_recipe(name, against))
 
 
 @app.command()
@@ -76,7 +77,7 @@ def env() -> None:
     """Print what numbers and speed depend on: CPU, bfloat16, threads, GPU, versions."""
     from pipelines.terminal.environment import describe_environment
 
-    typer.echo("\n".join(describe_environment()))
+    say("\n".join(describe_environment()))
 
 
 @app.command()
@@ -99,7 +100,7 @@ def demo(
     """The whole pipeline on the embedded teacher: two caches, distilled and undistilled students, a report."""
     from pipelines.experiments.demo import run_demo
 
-    typer.echo(run_demo(out, seeds).read_text())
+    say(run_demo(out, seeds).read_text())
 
 
 @app.command()

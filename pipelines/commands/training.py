@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.commands.app import Recipe, Sets, TeacherName, TeachersFile, app
+from pipelines.commands.options import require_positive
+from pipelines.terminal.text import say
 from shared.errors import TideError
 
 
@@ -27,7 +29,7 @@ def train(
 ) -> None:
     """Stage two: train a student from a cache. Run again to resume."""
     from pipelines.recipes.read import train_config
-    from shared.stores import is_remote
+    from shared.marked_files import is_remote
     from student_train.training.trainer import train_student
 
     places: dict[str, Any] = {} if cache_place is None else {"cache": Path(cache_place)}
@@ -36,7 +38,7 @@ def train(
     settings = train_config(teacher, config, sets or [], teachers_file, **places, out=out, seed=seed)
     metrics = train_student(settings)
     if int(os.environ.get("RANK", "0")) == 0:
-        typer.echo(f"{settings.out}/model: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+        say(f"{settings.out}/model: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
 
 
 @app.command()
@@ -46,9 +48,11 @@ def ablate(
     at_once: Annotated[int | None, typer.Option(help="Students that train at a time (default: one a core).")] = None,
 ) -> None:
     """Train a grid of variants and seeds over shared caches, and report. Run again to resume."""
+    if at_once is not None:
+        require_positive({"at-once": at_once})
     from pipelines.experiments.ablate import run_ablation
 
-    typer.echo(run_ablation(recipe, out or Path("runs") / recipe.stem, at_once).read_text())
+    say(run_ablation(recipe, out or Path("runs") / recipe.stem, at_once).read_text())
 
 
 @app.command()
@@ -77,8 +81,12 @@ def fidelity(
         if wrong := set(values or ()) - set(allowed):
             raise TideError(f"--{name} is {wrong.pop()!r}", expected=" or ".join(allowed))
     grid = Grid(**{name: values for name, values in asked.items() if values})
+    numbers = [*(("k", v) for v in k or ()), *(("classes", v) for v in classes or ()), ("examples", examples),
+               *(("temperature", v) for v in temperature or ())]  # fmt: skip
+    for name, value in numbers:
+        require_positive({name: value})
     points = measure_fidelity(settings, StudentConfig(checkpoint=student), grid, examples)
-    typer.echo("\n".join(table(points)))
+    say("\n".join(table(points)))
 
 
 @app.command()
@@ -86,7 +94,7 @@ def replay(run: Annotated[Path, typer.Argument(help="A run that stopped because 
     """Go to the step whose loss was not finite again, and show where it breaks."""
     from student_train.training.replay import replay as replay_run
 
-    typer.echo(replay_run(run))
+    say(replay_run(run))
 
 
 @app.command()
@@ -101,7 +109,7 @@ def export(
     if layout not in ("hf", "a2d"):
         raise TideError(f"unknown format {layout!r}", expected="hf or a2d")
     export_student(source, target, "hf" if layout == "hf" else "a2d")
-    typer.echo(f"{target}: {layout}")
+    say(f"{target}: {layout}")
 
 
 @app.command()
@@ -109,4 +117,4 @@ def report(folder: Annotated[Path, typer.Argument(help="A folder of runs.")]) ->
     """Gather the runs and benchmark scores below a folder into report.md and report.png."""
     from pipelines.reports.report import write_report
 
-    typer.echo(write_report(folder).read_text())
+    say(write_report(folder).read_text())

@@ -11,6 +11,8 @@ import typer
 
 from pipelines.commands.app import app
 from pipelines.commands.options import Batch, Device, NewTokens, Steps, Student, sampling_settings, takes_sampling
+from pipelines.terminal.text import json_line, say
+from shared.errors import TideError
 
 
 def _chats(prompts: list[str], file: Path | None) -> list[list[dict[str, Any]]]:
@@ -39,6 +41,8 @@ def sample(
     """Answer prompts with a student."""
     from student_train.using.load import choose_block, load_for_use
 
+    if batch < 1:
+        raise TideError(f"--batch is {batch}", expected="at least 1")
     chats = _chats(prompts or [], file)
     wanted = {"new_tokens": new_tokens, "steps_per_block": steps_per_block, **sampling}
     sampling_settings(**wanted)  # says what is out of range
@@ -46,9 +50,9 @@ def sample(
     config = sampling_settings(**{**wanted, "block": choose_block(sampling["block"], loaded)})
     for messages, answer in zip(chats, loaded.answer(chats, config, batch), strict=True):
         if file is None:
-            typer.echo(answer)
+            say(answer)
         else:
-            typer.echo(json.dumps({"messages": messages, "response": answer}, ensure_ascii=False))
+            typer.echo(json_line(json.dumps({"messages": messages, "response": answer}, ensure_ascii=False)))
 
 
 @app.command()

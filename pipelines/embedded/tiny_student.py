@@ -19,7 +19,9 @@ from pipelines.embedded.corpus import CorpusTraining, NoisedBatches, prepare_cor
 from pipelines.embedded.training import corpus_trainer, heldout_functions
 from shared.config import StudentConfig
 from shared.data.stdlib_corpus import corpus_origin
+from shared.files import refuse_unwritable
 from shared.hardware import choose_device, choose_precision, hardware_line
+from shared.locks import hold
 from shared.models.checkpoint import resolve
 from shared.models.fresh import new_model
 from shared.tokenizers import Tokenizer
@@ -66,6 +68,8 @@ def train_tiny_student(tokenizer_folder: Path, out: Path, work: Path, config: Ti
 
     Killed at any time and started again, it goes on from the last checkpoint in `work`.
     """
+    for folder in (work, out):
+        refuse_unwritable(folder)
     config = dataclasses.replace(config, precision=choose_precision(config.precision, choose_device("cpu")))
     tokenizer = Tokenizer.load(tokenizer_folder)
     mask_id = tokenizer.special_id("mask")
@@ -76,7 +80,8 @@ def train_tiny_student(tokenizer_folder: Path, out: Path, work: Path, config: Ti
     dataset = NoisedBatches(train, mask_id, config)
     trainer = corpus_trainer(TinyStudentTrainer, model, dataset, work, config, use_cpu=True)
     trainer.block = config.block
-    trainer.train_resuming()
+    with hold(work / ".lock", f"the checkpoints in {work}"):
+        trainer.train_resuming()
     model.to(torch.bfloat16).save_pretrained(out)
     model.float()
     tokenizer.backend.save_pretrained(out)

@@ -26,7 +26,9 @@ from shared.attention import full
 from shared.config import ModelShape
 from shared.data.stdlib_corpus import corpus_origin
 from shared.examples import Prepared
+from shared.files import refuse_unwritable
 from shared.hardware import choose_device, choose_precision, hardware_line
+from shared.locks import hold
 from shared.models.fresh import new_model
 from shared.tokenizers import Tokenizer
 from student_train.training.heldout import masked_nll, teacher_predictor
@@ -66,6 +68,8 @@ def train_tiny_teacher(teacher: Path, student_tokenizer: Path, work: Path, confi
 
     Killed at any time and started again, it goes on from the last checkpoint in `work`.
     """
+    for folder in (work, teacher):
+        refuse_unwritable(folder)
     config = dataclasses.replace(config, precision=choose_precision(config.precision, choose_device()))
     started = time.monotonic()
     if not (work / "tokenizer" / "tokenizer.json").exists():
@@ -76,7 +80,8 @@ def train_tiny_teacher(teacher: Path, student_tokenizer: Path, work: Path, confi
     model: Any = new_model(config.shape, tokenizer, tokenizer.special_id("mask"), _POSITIONS)
     dataset = NoisedBatches(train, tokenizer.special_id("mask"), config)
     trainer = corpus_trainer(TinyTeacherTrainer, model, dataset, work, config)
-    trainer.train_resuming()
+    with hold(work / ".lock", f"the checkpoints in {work}"):
+        trainer.train_resuming()
     minutes = trainer.seconds_trained / 60
     rounded = model
     rounded.to(torch.bfloat16)

@@ -1,7 +1,8 @@
-"""Running generated code: a process of its own for each program, with limits on time, memory and files.
+"""The metric `code_eval` for code that a student wrote: each program apart, judged by its test (`sandbox`).
 
-The limits stop loops, memory bombs and stray files; they are no jail. A program can still read what you can read and
-use the network. Run benchmarks that execute code in a container or on a machine that holds nothing you would miss.
+A program has limits on time, memory and the size of files, cannot reach the network, other processes or files outside
+its folder (as far as this kernel has Landlock, or bubblewrap is installed), and does not itself decide whether it
+passed. It is no virtual machine: a hole in the kernel is a hole here.
 """
 
 from __future__ import annotations
@@ -9,69 +10,12 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import secrets
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-_RUNNER = """
-import resource, sys
-memory, seconds, size = (int(value) for value in sys.argv[1:])
-resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-token, _, program = sys.stdin.read().partition(chr(10))
-report = sys.stdout
-sys.stdin = sys.stdout = open("/dev/null", "r+")
-exec(compile(program, "program", "exec"), {"__name__": "__main__"})
-report.write(token)
-report.flush()
-"""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of one program: seconds of wall clock and of CPU, bytes of memory, bytes of a file that it writes."""
-
-    seconds: float = 10.0
-    memory: int = 4 << 30
-    file_size: int = 16 << 20
-
-
-def run_program(program: str, limits: Limits) -> str:
-    """Run Python code to its end. "passed", or why not: "timed out", or the last line of its error.
-
-    Passed means that the last line was reached: a program that exits early, with whatever code, has not passed.
-    """
-    token = secrets.token_hex(16)
-    arguments = [str(limits.memory), str(math.ceil(limits.seconds)), str(limits.file_size)]
-    environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    with tempfile.TemporaryDirectory(prefix="tide-code-", ignore_cleanup_errors=True) as folder:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _RUNNER, *arguments],
-            cwd=folder, env={**environment, "TMPDIR": folder, "HOME": folder}, start_new_session=True, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, errors="replace",
-        )  # fmt: skip
-        try:
-            output, errors = process.communicate(f"{token}\n{program}", timeout=limits.seconds)
-        except subprocess.TimeoutExpired:
-            return "timed out"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its children too
-            process.communicate()
-    if output == token:
-        return "passed"
-    if process.returncode == -signal.SIGXCPU:
-        return "timed out"
-    return f"failed: {(errors.strip().splitlines() or [f'ended early, code {process.returncode}'])[-1]}"
+from pipelines.evaluation.sandbox.run import Limits, run_program
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -91,10 +35,10 @@ class CodeEval:
     def compute(
         self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1, 10, 100)
     ) -> tuple[dict[str, float], dict[int, list[tuple[int, dict[str, Any]]]]]:
-        """pass@k over the problems, and what came of each program: `predictions[i]` each followed by its test."""
+        """pass@k over the problems, and what came of each program: `predictions[i]` each judged by its test."""
         jobs = [(i, j, code) for i, tries in enumerate(predictions) for j, code in enumerate(tries)]
         with ThreadPoolExecutor(self._workers) as pool:
-            found = pool.map(lambda job: run_program(f"{job[2]}\n{references[job[0]]}", self._limits), jobs)
+            found = pool.map(lambda job: run_program(job[2], self._limits, str(references[job[0]])), jobs)
             results: dict[int, list[tuple[int, dict[str, Any]]]] = {i: [] for i in range(len(predictions))}
             for (i, j, _), result in zip(jobs, found, strict=True):
                 about = {"task_id": i, "passed": result == "passed", "result": result, "completion_id": j}

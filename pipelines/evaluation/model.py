@@ -15,6 +15,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from pipelines.evaluation.answers import Answers
 from pipelines.evaluation.processes import Processes
 from shared.errors import TideError
 from student_train.using.elbo import ElboConfig, log_likelihoods
@@ -34,6 +35,7 @@ class TideBD3LM(TemplateLM):
     - `max_new_tokens`: of a response; unset, the task's own limit, else 256.
     - `steps`: denoising steps of a whole response; unset, one a token. The paper: 256 tokens in 256 steps.
     - `mc_num`: masks for each block of a likelihood.
+    - `answers`: from Python alone, where answers are kept between interruptions.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class TideBD3LM(TemplateLM):
         mc_num: int = 32,
         max_length: int | None = None,
         max_batch_size: int | None = None,
+        answers: Answers | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -60,7 +63,7 @@ class TideBD3LM(TemplateLM):
                 f"tide_bd3lm has no argument {', '.join(sorted(unknown))}",
                 expected="arguments such as pretrained, max_new_tokens, steps, block_size, threshold or mc_num",
             )
-        self._processes = Processes()
+        self._processes, self._answers = Processes(), answers
         loaded = isinstance(pretrained, LoadedStudent)
         self._student = pretrained if loaded else load_for_use(pretrained, self._processes.device(device))
         self.tokenizer = self._student.tokenizer.backend
@@ -115,22 +118,33 @@ class TideBD3LM(TemplateLM):
         """Responses, each cut where its first stop text begins. Long prompts go first; equal settings share batches."""
         groups: dict[SampleConfig, list[int]] = defaultdict(list)
         repeats: dict[tuple[str, str], int] = defaultdict(int)
+        questions: list[tuple[str, dict[str, Any], int]] = []
         for number, request in enumerate(requests):
             context, options = _arguments(request)
             again = repeats[context, repr(options)]
             repeats[context, repr(options)] += 1
+            questions.append((context, options, again))
             groups[self._settings(options, again)].append(number)
-        answers = [""] * len(requests)
+        answers = [self._known("generate_until", *question) for question in questions]
         with tqdm(total=len(requests), desc="generating", disable=disable_tqdm or self._rank > 0) as bar:
             for config, numbers in groups.items():
-                numbers.sort(key=lambda n: -len(_arguments(requests[n])[0]))
-                for start in range(0, len(numbers), self._batch):
-                    part = numbers[start : start + self._batch]
+                bar.update(sum(answers[n] is not None for n in numbers))
+                asked = sorted((n for n in numbers if answers[n] is None), key=lambda n: -len(questions[n][0]))
+                for start in range(0, len(asked), self._batch):
+                    part = asked[start : start + self._batch]
                     for number, answer in zip(part, self._answer([requests[n] for n in part], config), strict=True):
                         answers[number] = answer
+                        self._keep("generate_until", questions[number], answer)
                         self.cache_hook.add_partial("generate_until", requests[number].args, answer)
                     bar.update(len(part))
         return answers
+
+    def _known(self, kind: str, *question: Any) -> Any:
+        return None if self._answers is None else self._answers.get(kind, *question)
+
+    def _keep(self, kind: str, question: tuple[Any, ...], answer: Any) -> None:
+        if self._answers is not None:
+            self._answers.add(kind, question, answer)
 
     def _settings(self, options: dict[str, Any], repeat: int) -> SampleConfig:
         """How to sample for a request's options; a repeated request gets noise of its own."""
@@ -180,9 +194,10 @@ class TideBD3LM(TemplateLM):
         for number, (_, context, _) in enumerate(requests):
             groups[tuple(context)].append(number)
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        known = {n: tuple(a) for n, (q, _, _) in enumerate(requests) if (a := self._known("loglikelihood", q))}
         with tqdm(total=len(requests), desc="likelihoods", disable=disable_tqdm or self._rank > 0) as bar:
             for key, numbers in groups.items():
-                real = [n for n in numbers if requests[n][2]]
+                real = [n for n in numbers if requests[n][2] and n not in known]
                 longest = max((len(requests[n][2]) for n in real), default=0)
                 room = (self._max_length - longest) // self._elbo.block * self._elbo.block
                 context = self._fit(list(key) or [self.eot_token_id], room)
@@ -193,6 +208,10 @@ class TideBD3LM(TemplateLM):
                 for number, value, same in zip(real, values, greedy, strict=True):
                     results[number] = (value, same)
                 for number in numbers:
+                    if number in known:
+                        results[number] = known[number]
+                        continue
+                    self._keep("loglikelihood", (requests[number][0],), results[number])
                     self.cache_hook.add_partial("loglikelihood", requests[number][0], results[number])
                 bar.update(len(numbers))
         return results
@@ -217,6 +236,9 @@ class TideBD3LM(TemplateLM):
         totals = []
         for request in tqdm(requests, desc="rolling", disable=disable_tqdm or self._rank > 0):
             (text,) = request.args
+            if (kept := self._known("loglikelihood_rolling", text)) is not None:
+                totals.append(kept)
+                continue
             windows = get_rolling_token_windows(
                 token_list=self.tok_encode(text),
                 prefix_token=self.eot_token_id,
@@ -227,6 +249,7 @@ class TideBD3LM(TemplateLM):
             model, special = self._student.model, self._student.special
             total = sum(log_likelihoods(model, c, [t], special, self._elbo)[0] for c, t in pairs)
             totals.append(total)
+            self._keep("loglikelihood_rolling", (text,), total)
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return totals
 

@@ -11,7 +11,9 @@ from typing import Any
 from pipelines.evaluation.recipe import Benchmark
 from shared.atomic import write_bytes
 from shared.errors import TideError
+from shared.files import read_json
 
+_LARGEST = 1 << 30
 _NOT_SHARES = ("word_perplexity", "byte_perplexity", "perplexity", "bits_per_byte")
 
 
@@ -123,7 +125,7 @@ def read_scores(out: Path) -> list[Score]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, _LARGEST)
     except (OSError, ValueError) as error:
         raise TideError(f"{path} cannot be read: {error}", fix="delete it and measure again") from error
     return found if isinstance(found, dict) else {}

@@ -5,19 +5,24 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import os
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipelines.evaluation.code_eval import Limits, code_eval_with_limits
+from pipelines.evaluation.answers import Answers
+from pipelines.evaluation.code_eval import code_eval_with_limits
 from pipelines.evaluation.data import load_tasks
 from pipelines.evaluation.recipe import Benchmark, packaged
 from pipelines.evaluation.results import Score, digest, finished, read_scores, save
+from pipelines.evaluation.sandbox.run import Limits
 from shared.errors import TideError
 from shared.hardware import choose_device
+from shared.locks import hold
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.processes import part
 from student_train.using.load import load_for_use
@@ -54,8 +59,10 @@ def run_benchmarks(student: str, benchmarks: list[Benchmark], settings: EvalSett
         raise TideError(f"{out} cannot be made: {error.strerror}", fix="give another --output") from error
     open_ones = [b for b in benchmarks if not finished(out, b, described[b.name])]
     if open_ones:
-        with code_eval_with_limits(settings.limits):
+        with ExitStack() as held, code_eval_with_limits(settings.limits):
             tasks = _tasks(open_ones, settings)
+            if os.environ.get("RANK", "0") == "0":
+                held.enter_context(hold(out / ".lock", f"the evaluation in {out}"))
             _measure(student, tasks, settings, described, out)
     found = {score.name: score for score in read_scores(out)}
     return [found[b.name] for b in benchmarks if b.name in found]
@@ -106,8 +113,8 @@ def _tasks(benchmarks: list[Benchmark], settings: EvalSettings) -> dict[str, tup
             raise TideError(
                 f"{benchmark.name} runs the code that the student writes",
                 expected="your consent",
-                fix="add --confirm-run-unsafe-code, best in a container: there are limits on time, memory and files, "
-                "but the code can read your files and use the network",
+                fix="add --confirm-run-unsafe-code, best in a container: the code is kept from your files, processes "
+                "and the network as far as this kernel can (docs/benchmarks.md), which is no virtual machine",
             )
         found[benchmark.name] = (benchmark, loaded)
     return found
@@ -137,21 +144,21 @@ def _measure(
     loaded = load_for_use(student, processes.device(settings.device))
     for name, (benchmark, task) in tasks.items():
         started = time.monotonic()
+        answers = Answers(out / f".{name}-{digest(described[name])}_rank{processes.rank}.jsonl")
         model = TideBD3LM(
             loaded,
+            answers=answers,
             batch_size=settings.batch,
             max_new_tokens=benchmark.new_tokens,
             steps=benchmark.steps,
             **settings.sampling,
         )
-        answers = out / f".{name}-{digest(described[name])}"
         evaluate: Any = lm_eval.simple_evaluate
         found = evaluate(
             model=model,
             tasks=[task["groups"].get(benchmark.task) or task["tasks"][benchmark.task]],
             num_fewshot=benchmark.shots,
             limit=settings.limit,
-            use_cache=str(answers),
             apply_chat_template=benchmark.chat,
             fewshot_as_multiturn=benchmark.chat,
             confirm_run_unsafe_code=settings.run_code,
@@ -164,5 +171,5 @@ def _measure(
             if model.truncated:
                 print(f"{name}: {model.truncated} prompts lost their beginning, too long to fit", file=sys.stderr)
         processes.barrier()
-        Path(f"{answers}_rank{processes.rank}.db").unlink(missing_ok=True)
+        answers.discard()
     part()

@@ -10,6 +10,7 @@ import ast
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from shared.atomic import write_bytes
 from shared.config import DataConfig
 from shared.data import ChatExample, iter_examples
 from shared.padding import pad
+from shared.stopping import serve_parent
 from student_train.batches.needed import needed_places
 from student_train.model.student import masked_hidden
 from student_train.using.load import LoadedStudent, load_for_use
@@ -73,7 +75,7 @@ def score_all(runs: Sequence[Path], workers: int = 2) -> None:
     if not waiting:
         return
     with (
-        ProcessPoolExecutor(workers, get_context("spawn")) as pool,
+        ProcessPoolExecutor(workers, get_context("spawn"), serve_parent, (os.getpid(),)) as pool,
         tqdm(total=len(waiting), unit="student", desc="score their use", dynamic_ncols=True) as bar,
     ):
         for _ in pool.map(_score_run, waiting):

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.evaluation.use_scores import score_all
-from pipelines.experiments.grid import Job, train_all
+from pipelines.experiments.grid import LOCK, Job, train_all
 from pipelines.recipes.command_line import train_arguments
 from pipelines.recipes.read import own_recipe
 from pipelines.reports.paired import paired_table
 from pipelines.reports.report import find_runs, write_report
 from shared.config import CacheConfig, TrainConfig
+from shared.locks import hold
 from shared.settings import build, read_toml
 from shared.variants import strict
 from teacher_cache.build import build_cache
@@ -66,11 +67,12 @@ def run_ablation(recipe: Path, out: Path, at_once: int | None = None) -> Path:
             where = f"variant {name} in {recipe}"
             build(TrainConfig, values, where)
             jobs.append(Job(out / f"{name}-seed{seed}", train_arguments(values)))
-    for config in caches.values():
-        build_cache(config)
-    train_all(jobs, at_once)
-    if grid.use:
-        score_all([job.folder for job in jobs], at_once or os.cpu_count() or 1)
+    with hold(out / LOCK, f"the folder of runs {out}"):
+        for config in caches.values():
+            build_cache(config)
+        train_all(jobs, at_once)
+        if grid.use:
+            score_all([job.folder for job in jobs], at_once or os.cpu_count() or 1)
     head = f"# {recipe.stem}: {len(grid.variants)} variants, {len(grid.seeds)} seeds\n"
     return write_report(out, head, compared(out, grid))
 

@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 
 from pipelines.evaluation.use_scores import THRESHOLD, score_all, score_use
-from pipelines.experiments.grid import Job, train_all
+from pipelines.experiments.grid import LOCK, Job, train_all
 from pipelines.recipes.read import cache_config, packaged_recipe, train_config
 from pipelines.reports.paired import differences, final, paired, paired_table
 from pipelines.reports.report import Run, find_runs, write_report
 from shared.config import DataConfig, LengthConfig, TrainConfig
 from shared.errors import TideError
 from shared.hardware import describe_hardware
+from shared.locks import hold
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import load_model
 from shared.tokenizers import Tokenizer
@@ -49,7 +50,6 @@ class Variant:
 VARIANTS = (
     Variant("undistilled-cross", "tiny-cross", False),
     Variant("TIDE-Cross", "tiny-cross"),
-    Variant("best-cross", "tiny-cross-best"),
     Variant("undistilled-shared", "tiny-shared", False),
     Variant("TIDE-Shared", "tiny-shared"),
     Variant("best-shared", "tiny-shared-best"),
@@ -58,7 +58,6 @@ VARIANTS = (
 
 PAIRS = (
     ("undistilled-cross", "TIDE-Cross"),
-    ("undistilled-cross", "best-cross"),
     ("undistilled-shared", "TIDE-Shared"),
     ("undistilled-shared", "best-shared"),
 )
@@ -70,6 +69,11 @@ def run_demo(out: Path, seeds: int) -> Path:
     """Caches, students, report. Interrupted and run again, it goes on where it stopped."""
     if seeds < 1:
         raise TideError(f"seeds is {seeds}", expected="at least 1")
+    with hold(out / LOCK, f"the folder of runs {out}"):
+        return _run(out, seeds)
+
+
+def _run(out: Path, seeds: int) -> Path:
     print("\n".join(f"{name:<16}{value}" for name, value in describe_hardware()), file=sys.stderr)
     started = time.monotonic()
     jobs = [_job(out, variant, seed) for seed in range(seeds) for variant in VARIANTS]

@@ -15,6 +15,10 @@ from typing import Any
 from tqdm import tqdm
 
 from shared.errors import TideError
+from shared.stopping import end_children, start_child
+
+LOCK = ".lock"
+"""In a folder of runs: who works on it holds this."""
 
 
 @dataclass(frozen=True)
@@ -54,19 +58,14 @@ def train_all(jobs: Sequence[Job], at_once: int | None = None) -> None:
                         log = (folder / "log.txt").read_text(errors="replace")[-2000:]
                         raise TideError(f"training {folder.name} failed (exit {process.returncode}):\n{log}")
         finally:
-            for process in running:
-                process.terminate()
-            for process in running:
-                process.wait()
+            end_children(list(running))
 
 
 def _start(job: Job) -> subprocess.Popen[bytes]:
     job.folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pipelines.cli", "train", *job.arguments, "--out", str(job.folder)]
     with (job.folder / "log.txt").open("wb") as log:
-        return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        return start_child(command, {"OMP_NUM_THREADS": "1"}, log)
 
 
 def _steps(jobs: Sequence[Job]) -> tuple[int, int | None]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from shared.config import CacheConfig, TrainConfig
 from shared.errors import TideError
+from shared.nearest import advice
 from shared.settings import apply_overrides, build, read_toml
 from teacher_cache.teachers.registry import find_teacher
 
@@ -48,7 +49,10 @@ def _read_recipe(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     base = values.pop("base", None)
     unknown = set(values) - {"cache", "train"}
     if unknown:
-        raise TideError(f"{path} has unknown tables: {', '.join(sorted(unknown))}", expected="[cache] and [train]")
+        near = advice(min(unknown), ["cache", "train", "base"])
+        raise TideError(
+            f"{path} has unknown tables: {', '.join(sorted(unknown))}", expected="[cache] and [train]", fix=near
+        )
     for name, section in values.items():
         if not isinstance(section, dict):
             raise TideError(f"{name} in {path} is a value", expected=f"a table [{name}]")
@@ -91,6 +95,8 @@ def cache_config(
 ) -> CacheConfig:
     """The settings of `tide cache`: recipe, then flags, then `--set` texts."""
     values = _section(recipe, "cache") if recipe else {}
+    if recipe is not None and "train" in (tables := read_recipe(recipe)):  # a misspelt one is better said now
+        build(TrainConfig, tables["train"], f"[train] of {recipe}")
     name = teacher or values.get("teacher", DEFAULT_TEACHER)
     if recipe is None:
         values = _section(_recipe_for(name, teachers_file), "cache")

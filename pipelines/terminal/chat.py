@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from pipelines.terminal.text import printable
 from student_train.using.load import LoadedStudent
 from student_train.using.sampler import SampleConfig, sample_steps, until_eos
 
@@ -49,7 +50,7 @@ def _draw(student: LoadedStudent, row: list[int]) -> Text:
     run: list[int] = []
     for token in [*row, student.special.eos]:
         if token in (student.special.mask, student.special.eos):
-            text.append(student.text(run))
+            text.append(printable(student.text(run)))
             run = []
         if token == student.special.mask:
             text.append(_MASK, style="dim")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -15,6 +14,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from shared.errors import TideError
+from shared.files import read_json, refuse_odd
 
 _EMBEDDED = "embedded:"
 
@@ -46,14 +46,14 @@ class Checkpoint:
         """The safetensors files, all that the index names where there is one."""
         index = self.folder / "model.safetensors.index.json"
         if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = _indexed(index)
             missing = [name for name in names if not (self.folder / name).exists()]
             if missing:
                 raise TideError(
                     f"{self.folder} lacks {len(missing)} of {len(names)} weight files: {', '.join(missing[:5])}",
                     fix="download the checkpoint again",
                 )
-            return [self.folder / name for name in names]
+            return self._regular([self.folder / name for name in names])
         single = self.folder / "model.safetensors"
         files = [single] if single.exists() else sorted(self.folder.glob("*.safetensors"))
         if not files:
@@ -63,6 +63,12 @@ class Checkpoint:
                 expected="model.safetensors, or shards with model.safetensors.index.json",
                 fix="convert the weights to safetensors; pickles can run code and are never loaded",
             )
+        return self._regular(files)
+
+    @staticmethod
+    def _regular(files: list[Path]) -> list[Path]:
+        for file in files:
+            refuse_odd(file)
         return files
 
     def fingerprint(self) -> str:
@@ -72,6 +78,26 @@ class Checkpoint:
             with file.open("rb") as handle:
                 digest.update(hashlib.file_digest(handle, "sha256").digest())
         return digest.hexdigest()[:32]
+
+
+def _indexed(index: Path) -> list[str]:
+    """The files that an index names, in order. TideError where it is no index, or a name leads out of the folder."""
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("a file has no name")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, TideError):
+            raise
+        raise TideError(f"{index} is no index of weights: {error}", fix="download the checkpoint again") from error
+    strange = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+    if strange or not names:
+        raise TideError(
+            f"{index} names {strange[0][:200]!r}" if strange else f"{index} names no file",
+            expected="safetensors files in the same folder",
+            fix="download the checkpoint again, from a place that you trust",
+        )
+    return names
 
 
 def resolve(location: str) -> str:
@@ -85,6 +111,8 @@ def resolve(location: str) -> str:
 def open_checkpoint(location: str, weights: bool = True) -> Checkpoint:
     """Find a checkpoint by path or hub id (fetched if need be, with or without its weights) and read its config."""
     folder = Path(location)
+    if "\0" in location:
+        raise TideError(f"{location!r} is no path", expected="a checkpoint's folder, or a hub id OWNER/NAME")
     if not folder.is_dir():
         if location.startswith((".", "/", "~")) or location.count("/") != 1:
             raise TideError(f"there is no folder {location}", expected="a checkpoint's folder, or a hub id OWNER/NAME")
@@ -98,8 +126,12 @@ def open_checkpoint(location: str, weights: bool = True) -> Checkpoint:
                 fix="check the name and the network, or download the model and give its path (--model PATH)",
             ) from error
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        config = read_json(folder / "config.json")
+        if not isinstance(config, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError) as error:
+        if isinstance(error, TideError):
+            raise
         raise TideError(
             f"{folder} has no readable config.json: {error}", fix="download the checkpoint again"
         ) from error

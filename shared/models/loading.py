@@ -16,6 +16,7 @@ from shared.models.architectures import ARCHITECTURES, Architecture
 from shared.models.checkpoint import Checkpoint, stream_shapes, stream_tensors
 from shared.models.devices import DeviceMap, device_of, plan_devices, spread
 from shared.models.key_maps import Placement, place
+from shared.models.limits import refuse_sizes
 from shared.models.quantize import Quantization, quantize_linears
 
 
@@ -74,13 +75,19 @@ def check_weights(checkpoint: Checkpoint, architecture: str) -> None:
 
 def _empty_model(kind: Architecture, raw: dict[str, Any], source: str) -> Any:
     """The model with its parameters on the meta device."""
+    refuse_sizes(raw, source)
     try:
         config = kind.config(raw)
+        config._attn_implementation = "sdpa"
+        with init_empty_weights():
+            return kind.model_class(config)
     except KeyError as error:
         raise TideError(f"the config of {source} lacks {error}", fix="download config.json again") from error
-    config._attn_implementation = "sdpa"
-    with init_empty_weights():
-        return kind.model_class(config)
+    except Exception as error:  # values that fit no model lead the library anywhere
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TideError(
+            f"the config of {source} makes no model: {reason[:300]}", fix="download config.json again"
+        ) from error
 
 
 def meta_model(architecture: str, config: dict[str, Any]) -> PreTrainedModel:

@@ -6,17 +6,14 @@ many. What was prepared before is found again by its name, also after rows were 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
 import platform
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,6 +27,7 @@ from shared.data.files import ending
 from shared.data.reading import refuse_bad_rows
 from shared.data.sources import describe_source, source_files, source_rows
 from shared.errors import TideError
+from shared.locks import hold
 from shared.prepared.cutting import RawPart, cut
 from shared.prepared.folder import PreparedData, Record, SourceReport, load_index, part_path, save_index
 from shared.prepared.parts import VERSION, PartSummary, read_keys, read_summary
@@ -85,7 +83,7 @@ def prepare(request: Request) -> PreparedData:
     path = request.folder / f"{request.name}.json"
     index = path.with_suffix(".index.parquet")
     stamps = json.loads(json.dumps([_stamp(source) for source in request.sources]))
-    with _alone(request.folder):
+    with hold(request.folder / ".lock", f"the prepared data in {request.folder}", wait=True):
         record = Record.load(path)
         names = [] if record is None else record.parts
         whole = index.exists() and all(part_path(request.folder, name).exists() for name in names)
@@ -184,7 +182,7 @@ class _Crew:
             context = multiprocessing.get_context("spawn")  # threads of the model do not survive a fork
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
             make = partial(Worker, self._request.recipe)
-            self._pool = ProcessPoolExecutor(self._processes, context, start_worker, (make,))
+            self._pool = ProcessPoolExecutor(self._processes, context, start_worker, (make, os.getpid()))
         future: Future[PartSummary] = self._pool.submit(prepare_in_worker, part, data, path)
         return future.result
 
@@ -257,20 +255,3 @@ def _stamp(data: DataConfig) -> list[Any]:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process prepares, the others wait for it and find what it made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / ".lock").open("w")
-    except OSError as error:
-        raise TideError(f"{folder} cannot be written: {error.strerror}", fix="choose another folder") from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            print(f"waiting for another process that prepares data in {folder}", file=sys.stderr)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

@@ -18,6 +18,7 @@ from shared.examples import Prepared, Preparer
 from shared.prepared.cutting import RawPart
 from shared.prepared.parts import PartSummary, write_part
 from shared.same_tokens import SharedVocabulary
+from shared.stopping import serve_parent
 from shared.tokenizers import Tokenizer
 
 _BIN = 32
@@ -120,8 +121,9 @@ class Worker:
 _worker: Worker | None = None
 
 
-def start_worker(make: Callable[[], Worker]) -> None:
+def start_worker(make: Callable[[], Worker], parent: int) -> None:
     """What a process of the pool does first."""
+    serve_parent(parent)
     global _worker  # noqa: PLW0603 - a process has one worker for its whole life
     _worker = make()
 

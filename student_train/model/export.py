@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save
 
-from shared.atomic import write_bytes
+from shared.atomic import new_folder, write_bytes
 from shared.errors import TideError
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
@@ -28,7 +28,7 @@ def export_student(source: Path, target: Path, layout: Format) -> None:
     Raises TideError where `source` is no student (for a2d: no Qwen3 one), or `target` holds something already.
     """
     checkpoint = open_checkpoint(str(source))
-    if target.exists() and any(target.iterdir()):
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise TideError(f"{target} is not empty", fix="choose another folder")
     architecture = student_architecture(checkpoint)
     if layout == "a2d" and architecture != "qwen3":
@@ -38,14 +38,15 @@ def export_student(source: Path, target: Path, layout: Format) -> None:
             fix="use --format hf",
         )
     model: Any = load_model(checkpoint, architecture, _stored_dtype(checkpoint.config))
-    if layout == "hf":
-        model.save_pretrained(target)
-    else:
-        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        tensors["lm_head.weight"] = model.lm_head.weight.detach().clone()
-        write_bytes(target / "model.safetensors", save(tensors, {"format": "pt"}))
-        write_bytes(target / "config.json", (json.dumps(_a2d_config(model.config), indent=2) + "\n").encode())
-    Tokenizer.load(source).backend.save_pretrained(target)
+    with new_folder(target) as half:
+        if layout == "hf":
+            model.save_pretrained(half)
+        else:
+            tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+            tensors["lm_head.weight"] = model.lm_head.weight.detach().clone()
+            write_bytes(half / "model.safetensors", save(tensors, {"format": "pt"}))
+            write_bytes(half / "config.json", (json.dumps(_a2d_config(model.config), indent=2) + "\n").encode())
+        Tokenizer.load(source).backend.save_pretrained(half)
 
 
 def _stored_dtype(config: dict[str, Any]) -> torch.dtype:

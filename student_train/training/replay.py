@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from shared.settings import build
 from student_train.batches.collate import Batch
 from student_train.losses.fused_head import LossSettings
 from student_train.losses.objective import objective
-from student_train.training.resumable import complete_checkpoints
+from student_train.training.checkpoints import whole_checkpoints
 from student_train.training.trainer import make_trainer
 from student_train.training.watch import NONFINITE
 
@@ -39,12 +40,13 @@ def replay(run: Path) -> str:
             f"{run} has no record of a loss that was not finite ({Path(str(error.filename)).name} is missing)",
             expected="a run that `tide train` stopped for that reason",
         ) from error
-    with tempfile.TemporaryDirectory(prefix="tide-replay-") as folder:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tide-replay-"))
         out = Path(folder) / "run"
-        before = [p for p in complete_checkpoints(run / "checkpoints") if int(p.name.split("-")[1]) <= note["step"]]
+        before = [c.folder for c in whole_checkpoints(run / "checkpoints") if c.step <= note["step"]]
         if before:
             shutil.copytree(before[-1], out / "checkpoints" / before[-1].name)
-        trainer, _ = make_trainer(build(TrainConfig, {**settings, "out": out, "report_to": []}))
+        trainer, _ = make_trainer(build(TrainConfig, {**settings, "out": out, "report_to": []}), stack)
 
         def at_item(item: int, model: Any, batch: Batch, how: LossSettings) -> None:
             if item == note["batch"]:

@@ -1,32 +1,27 @@
-"""Hugging Face's Trainer, made safe against kill -9: only whole checkpoints are resumed from.
-
-A checkpoint is a folder of several files, so a process killed while writing one leaves a broken folder with the
-highest number. Each finished folder therefore gets a marker, written last; folders without it are removed.
-"""
+"""Hugging Face's Trainer, made safe against kill -9: only whole checkpoints are resumed from."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from accelerate.utils import broadcast_object_list
+from transformers import Trainer, TrainingArguments
 
-from shared.atomic import write_bytes
+from student_train.training.checkpoints import clear, mark, rotate, whole_checkpoints
 
-_MARKER = "COMPLETE"
+_KEPT = 2
 
 
 def training_arguments(out: Path, **settings: Any) -> TrainingArguments:
-    """TrainingArguments with this project's defaults: quiet, local, two checkpoints kept, safetensors."""
+    """TrainingArguments with this project's defaults: quiet, local, safetensors."""
     defaults: dict[str, Any] = {
         "output_dir": str(out),
         "report_to": [],
         "save_strategy": "steps",
-        "save_total_limit": 2,
+        "save_total_limit": None,  # transformers goes by dates, which a clock that steps back turns round
         "dataloader_num_workers": 0,
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,
@@ -36,45 +31,18 @@ def training_arguments(out: Path, **settings: Any) -> TrainingArguments:
     return TrainingArguments(**{**defaults, **settings})
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints in `folder`, oldest first."""
-    found = [p.parent for p in folder.glob(f"checkpoint-*/{_MARKER}")]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
-
-
-class _Bookkeeping(TrainerCallback):
-    """Marks finished checkpoints, and carries the training time over interruptions."""
-
-    def __init__(self) -> None:
-        self.seconds_before = 0.0
-        self.started = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self.started
-
-    def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero and args.output_dir is not None:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            for file in folder.iterdir():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-            write_bytes(folder / _MARKER, f"{self.seconds:.3f}\n".encode())
-
-
 class ResumableTrainer(Trainer):
-    """A Trainer that goes on from the last finished checkpoint in its output folder."""
+    """A Trainer that goes on from the last whole checkpoint in its output folder, and keeps two."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._bookkeeping = _Bookkeeping()
-        self.add_callback(self._bookkeeping)
+        self._seconds_before, self._started = 0.0, time.monotonic()
         self.model_accepts_loss_kwargs = True  # the losses are divided by global counts, not by the loop
 
     @property
     def seconds_trained(self) -> float:
         """Seconds of training, those before an interruption included."""
-        return self._bookkeeping.seconds
+        return self._seconds_before + time.monotonic() - self._started
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
         """In order: the data set itself is the shuffled plan of the whole run."""
@@ -82,14 +50,25 @@ class ResumableTrainer(Trainer):
         assert dataset is not None
         return torch.utils.data.SequentialSampler(dataset)  # type: ignore[arg-type]
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Written by all processes; then marked by one, and old ones deleted."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            place, step = Path(str(self.args.output_dir)), self.state.global_step
+            mark(place / f"checkpoint-{step}", step, self.seconds_trained)
+            rotate(place, _KEPT)
+
     def train_resuming(self) -> None:
-        """Train to the end, from the last finished checkpoint if there is one."""
-        folder = Path(str(self.args.output_dir))
-        finished = complete_checkpoints(folder)
+        """Train to the end, from the last whole checkpoint if there is one. Damaged ones are named and passed over."""
+        place = Path(str(self.args.output_dir))
+        last: list[Any] = [None]
         if self.args.process_index == 0:
-            for broken in set(folder.glob("checkpoint-*")) - set(finished):
-                shutil.rmtree(broken)
-        if finished:
-            self._bookkeeping.seconds_before = float((finished[-1] / _MARKER).read_text())
-        self._bookkeeping.started = time.monotonic()
-        self.train(resume_from_checkpoint=str(finished[-1]) if finished else None)
+            whole = whole_checkpoints(place)
+            clear(place, whole)
+            last = [(str(whole[-1].folder), whole[-1].seconds) if whole else None]
+        if self.args.world_size > 1:
+            broadcast_object_list(last)  # on a shared file system all must see the same
+        folder, self._seconds_before = last[0] or (None, 0.0)
+        self._started = time.monotonic()
+        self.train(resume_from_checkpoint=folder)

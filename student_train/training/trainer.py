@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from shared.atomic import write_bytes
 from shared.config import LengthConfig, TrainConfig
 from shared.errors import TideError
 from shared.hardware import hardware_line
+from shared.locks import hold
 from shared.manifest import Manifest
 from shared.objectives import KL, ReverseKL
 from shared.processes import part
@@ -147,8 +148,10 @@ class StudentTrainer(ResumableTrainer):
         return metrics
 
 
-def make_trainer(config: TrainConfig) -> tuple[StudentTrainer, Tokenizer]:
-    """Everything that a run needs, checked. TideError where something does not fit."""
+def make_trainer(config: TrainConfig, held: ExitStack | None = None) -> tuple[StudentTrainer, Tokenizer]:
+    """Everything that a run needs, checked; `held` gets the lock of the run's folder. TideError where something does
+    not fit, or another process trains there.
+    """
     check_trackers(config.report_to)
     check_hardware(config)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -169,6 +172,8 @@ def make_trainer(config: TrainConfig) -> tuple[StudentTrainer, Tokenizer]:
         heldout = prepare_heldout(config.heldout, lengths, tokenizer, mask_id, config.heldout_draws)
         warn_of_overlap(heldout, config.cache, manifest, opened.store)
     if int(os.environ.get("RANK", "0")) == 0:
+        if held is not None:
+            held.enter_context(hold(config.out / ".lock", f"the run {config.out}"))
         settle_run_folder(config, manifest, processes)
     read_targets = TargetReader(manifest, opened.layout)
     train_on_loss(model, lengths.block, read_targets, uses_liger(config))
@@ -191,34 +196,43 @@ def train_student(config: TrainConfig) -> dict[str, float]:
 
     The result is `out/model`, which transformers loads as is, and `out/history.json`, the logged curve.
     """
-    trainer, tokenizer = make_trainer(config)
-    with _explained_full_disk(config.out):
+    with ExitStack() as held, _explained_disk(config.out):
+        trainer, tokenizer = make_trainer(config, held)
         trainer.train_resuming()
-    trainer.refuse_nonfinite()
-    metrics = {**trainer.evaluate(), "seconds": trainer.seconds_trained}
-    state = trainer.accelerator.get_state_dict(trainer.model)  # gathers what FSDP has sharded
-    if trainer.is_world_process_zero():
-        final = trainer.accelerator.unwrap_model(trainer.model)
-        final.save_pretrained(config.out / "model", state_dict=state)
-        tokenizer.backend.save_pretrained(config.out / "model")
-        history = {"steps": trainer.state.log_history, "final": metrics, "machine": hardware_line()}
-        write_bytes(config.out / "history.json", (json.dumps(history, indent=1) + "\n").encode())
-    part()
+        trainer.refuse_nonfinite()
+        metrics = {**trainer.evaluate(), "seconds": trainer.seconds_trained}
+        state = trainer.accelerator.get_state_dict(trainer.model)  # gathers what FSDP has sharded
+        if trainer.is_world_process_zero():
+            final = trainer.accelerator.unwrap_model(trainer.model)
+            final.save_pretrained(config.out / "model", state_dict=state)
+            tokenizer.backend.save_pretrained(config.out / "model")
+            history = {"steps": trainer.state.log_history, "final": metrics, "machine": hardware_line()}
+            write_bytes(config.out / "history.json", (json.dumps(history, indent=1) + "\n").encode())
+        part()
     return metrics
 
 
 @contextmanager
-def _explained_full_disk(out: Path) -> Iterator[None]:
-    """A full disk while a checkpoint is written: an OSError, or an error of the library that was writing."""
+def _explained_disk(out: Path) -> Iterator[None]:
+    """A full disk, or a folder that cannot be written: an OSError, or an error of the library that was writing."""
     try:
         yield
+    except TideError:
+        raise
     except Exception as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in _DISK_FULL):
             raise TideError(
-                f"the disk is full: a checkpoint in {out} could not be written",
+                f"the disk is full: a file in {out} could not be written",
                 fix="free some space and run the same command again; it goes on from the last whole checkpoint",
             ) from error
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EFBIG):
+            raise TideError(f"{out} cannot be written: {error}", fix="choose another folder (--out)") from error
         raise
+
+
+_DISK_FULL = ("No space left on device", "inline_container.cc", "Disk quota exceeded", "File too large")
+"""In the words of the libraries that write checkpoints; torch names the place in its own source alone."""
 
 
 def _only(batches: list[Batch]) -> Batch:

@@ -8,6 +8,7 @@ what each gives alone.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -51,7 +52,7 @@ class SampleConfig:
             raise ValueError(f"remasking is {self.remasking!r}; it must be low_confidence or random")
         if not 0 <= self.min_new_tokens <= self.new_tokens:
             raise ValueError(f"min_new_tokens is {self.min_new_tokens}; it must be 0 to new_tokens, {self.new_tokens}")
-        if self.temperature < 0 or (self.threshold is not None and not 0 <= self.threshold < 1):
+        if not 0 <= self.temperature < math.inf or (self.threshold is not None and not 0 <= self.threshold < 1):
             raise ValueError("temperature must not be negative, threshold must lie in [0, 1)")
 
 

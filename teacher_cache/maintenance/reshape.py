@@ -17,15 +17,20 @@ from tqdm import tqdm
 
 from shared.atomic import link, write_bytes
 from shared.errors import TideError
+from shared.files import refuse_unwritable
 from shared.ledger import Entry, load_ledger, note, settle_ledger, whole_ledger
 from shared.manifest import Manifest, differences, load_manifest, refuse_unfinished
 from shared.shards import CACHE, Unit, finished_units, read_table, refuse_other_cache, write_table
 from shared.vocabulary import TABLES
 
+_BEFORE_MANIFEST = ("student_tokenizer", "teacher_tokenizer", TABLES)
+"""What a killed run may have left before it came to the manifest."""
+
 
 def begin(target: Path, manifest: Manifest, source: Path, tables: bool = True) -> None:
     """Tokenizers, the tables of `source` where they stay, and manifest. TideError where another cache lies there."""
-    if target.exists() and any(target.iterdir()):
+    refuse_unwritable(target)
+    if target.exists() and any(path.name not in _BEFORE_MANIFEST for path in target.iterdir()):
         old = load_manifest(target)
         lines = differences(dataclasses.asdict(old), json.loads(json.dumps(dataclasses.asdict(manifest))))
         if lines:

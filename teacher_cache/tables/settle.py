@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import sys
 import time
 from collections.abc import Callable
 
 from shared.errors import TideError
+from shared.locks import hold
 from shared.manifest import MANIFEST, load_manifest
 from shared.stores import Store
 from shared.vocabulary import TABLES, has_tables, load_centroids, load_pilot, load_vocabulary, save_tables
@@ -51,8 +51,7 @@ def with_tables(plan: CachePlan) -> CachePlan:
 def _once(plan: CachePlan, make: Callable[[CachePlan], None]) -> None:
     """Hold the lock of the tables, which the system drops with the process, and make them where they are not there."""
     out = plan.config.out
-    with (out / ".lock-tables").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with hold(out / ".lock-tables", f"the tables of {out}", wait=True):
         if has_tables(out):
             return
         other = plan.config.targets.tables_from

@@ -99,6 +99,7 @@ CROSS: dict[str, tuple[str, Edit, str]] = {
 }
 
 
+@pytest.mark.faults("values changed under a checksum that holds")
 @pytest.mark.parametrize("case", [*SHARED, *CROSS])
 def test_a_changed_value_is_refused_by_verify_and_by_training(
     caches: dict[str, Path], tmp_path: Path, case: str
@@ -123,6 +124,7 @@ def test_a_changed_value_is_refused_by_verify_and_by_training(
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+@pytest.mark.faults("values changed under a checksum that holds")
 @pytest.mark.parametrize("value", [-1.0, 0.0, 50.0, float("nan")])
 def test_times_that_no_draw_has(caches: dict[str, Path], value: float) -> None:
     cache = caches["tiny-shared"]

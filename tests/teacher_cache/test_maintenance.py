@@ -20,10 +20,11 @@ from shared.vocabulary import load_vocabulary
 from teacher_cache.build import build_cache
 from teacher_cache.maintenance.check import check_cache, delete_damaged
 from teacher_cache.maintenance.inspect import inspect_cache
-from teacher_cache.maintenance.pack import pack_cache, unpack_cache
+from teacher_cache.maintenance.pack import pack_cache
 from teacher_cache.maintenance.prune import prune_cache
 from teacher_cache.maintenance.reshape import merge_caches
 from teacher_cache.maintenance.sizes import describe_first_shard, size_steps
+from teacher_cache.maintenance.unpack import unpack_cache
 from teacher_cache.maintenance.wording import in_words
 from tests.conftest import chats_file, files, small_cache_config
 from tests.reading import all_rows, change_column, dataset, layout_of, plain_table, rows_in, same_values

@@ -37,6 +37,7 @@ def test_two_processes_write_what_one_writes(random_teacher: Path, tmp_path: Pat
     assert shards(one) == shards(two)
 
 
+@pytest.mark.faults("kill -9 at random moments")
 def test_a_killed_process_is_replaced_and_nothing_is_lost(
     random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,305 @@
+"""Runs the test of a program, which itself runs in another process, and alone says whether it passed.
+
+What the program returns comes as plain values and is compared here, so nothing that the program can reach decides.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import contextlib
+import importlib
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pipelines.evaluation.sandbox import jail, plain
+
+BOOT = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from pipelines.evaluation.sandbox.{} import main; sys.path.pop(0); "
+    "del sys.argv[1]; main()"
+)
+"""What an isolated interpreter runs, whose first argument is the folder of the packages."""
+_ROOT = Path(__file__).resolve().parents[3]
+_IMPORTED = frozenset((
+    "bisect", "cmath", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq", "itertools",
+    "json", "math", "numpy", "operator", "random", "re", "statistics", "string", "typing",
+))  # fmt: skip
+"""Modules whose names a test may use because the program imported them: the judge imports them itself."""
+
+
+class _Gone(BaseException):
+    """The player is gone, or speaks nonsense."""
+
+
+class Remote:
+    """Something of the program's that is not plain. It is called and read over there; it equals nothing but itself."""
+
+    def __init__(self, table: _Table, number: int) -> None:
+        self._table, self._number = table, number
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """What it returns over there."""
+        return self._table.call(self, list(args), options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._table.ask("get", self, name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._table.ask("item", self, key)
+
+    def __iter__(self) -> Iterator[Any]:
+        items = self._table.ask("iter", self)
+        while found := self._table.ask("next", items):
+            yield found[0]
+
+    def __len__(self) -> int:
+        return int(self._table.ask("len", self))
+
+    def __contains__(self, item: Any) -> bool:
+        return item in list(self)
+
+    def __bool__(self) -> bool:
+        return bool(self._table.ask("bool", self))
+
+    def __str__(self) -> str:
+        return str(self._table.ask("str", self))
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Remote) and other._number == self._number
+
+
+class _Table:
+    """The judge's side of the socket."""
+
+    def __init__(self, line: plain.Line) -> None:
+        self._line = line
+        self._callbacks: list[Any] = []
+
+    def _keep(self, value: Any) -> Any:
+        if isinstance(value, Remote):
+            return {"kind": "player", "n": value._number}
+        if callable(value):
+            self._callbacks.append(value)
+            return {"kind": "judge", "n": len(self._callbacks) - 1}
+        raise TypeError(f"a test gives the program {type(value).__name__}, which is no plain value")
+
+    def _elsewhere(self, found: dict[str, Any]) -> Any:
+        number = found.get("n")
+        if found.get("kind") == "player" and isinstance(number, int):
+            return Remote(self, number)
+        raise _Gone("nonsense")
+
+    def _plain(self, value: Any) -> Any:
+        return plain.encode(value, self._keep)
+
+    def _value(self, found: Any) -> Any:
+        return plain.decode(found, self._elsewhere)
+
+    def ask(self, do: str, *args: Any) -> Any:
+        """Have something done; its value."""
+        value, _ = self._exchange(do, [self._plain(a) for a in args])
+        return value
+
+    def call(self, function: Remote, args: list[Any], options: dict[str, Any]) -> Any:
+        """Have a function called; what it returned. Lists and the like that it changed are changed here, too."""
+        sent = [self._plain(function), self._plain(args), self._plain(options)]
+        value, after = self._exchange("call", sent)
+        if isinstance(after, list) and len(after) == 3 and isinstance(after[1], list) and after[1] != sent[1]:
+            for ours, theirs in zip(args, self._value(after[1]), strict=False):
+                _update(ours, theirs)
+        return value
+
+    def _exchange(self, do: str, args: list[Any]) -> tuple[Any, Any]:
+        try:
+            self._line.send({"do": do, "args": args})
+            while True:
+                message = self._line.receive()
+                if "callback" not in message:
+                    break
+                self._call_back(message)
+            if "error" not in message:
+                return self._value(message["value"]), message.get("after")
+            names, text, last = message["error"]
+            error = _error(names, text)
+            error.last_line = last  # type: ignore[attr-defined]
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+            raise _Gone(type(problem).__name__) from problem
+        raise error
+
+    def _call_back(self, message: dict[str, Any]) -> None:
+        function = self._callbacks[message["callback"]]
+        try:
+            value = self._plain(function(*[self._value(a) for a in message["args"]]))
+        except Exception as error:
+            self._line.send({"raised": str(error)[:2000]})
+        else:
+            self._line.send({"value": value})
+
+
+def _update(ours: Any, theirs: Any) -> None:
+    """The judge's list, dict, set or bytearray as the program left it."""
+    if type(ours) is not type(theirs) or ours == theirs:
+        return
+    if isinstance(ours, list | bytearray):
+        ours[:] = theirs
+    elif isinstance(ours, dict | set):
+        ours.clear()
+        ours.update(theirs)
+
+
+def _error(names: list[str], text: str) -> Exception:
+    """An error of Python's own that is nearest to the program's, under the program's name for it."""
+    kinds = [getattr(builtins, str(name), None) for name in names]
+    nearest = next((k for k in kinds if isinstance(k, type) and issubclass(k, Exception)), Exception)
+    nearest = nearest if nearest not in (UnicodeDecodeError, UnicodeEncodeError) else ValueError
+    kind = nearest if nearest.__name__ == names[0] else type(str(names[0])[:100], (nearest,), {})
+    return kind(text)
+
+
+def names_read(test: str) -> list[str]:
+    """Names that the test reads and Python has not."""
+    found = {n.id for n in ast.walk(ast.parse(test)) if isinstance(n, ast.Name)}
+    return sorted(found - set(dir(builtins)))
+
+
+def imports_of(program: str) -> dict[str, Any]:
+    """What the program imports at its top from modules that are known to be harmless, imported here."""
+    found: dict[str, Any] = {}
+    try:
+        body = ast.parse(program).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return found
+    for node in body:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.partition(".")[0] in _IMPORTED:
+                    module = importlib.import_module(alias.name)
+                    name = alias.asname or alias.name.partition(".")[0]
+                    found[name] = module if alias.asname else sys.modules[name]
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module in _IMPORTED:
+            module = importlib.import_module(node.module)
+            names = [(a.name, a.asname or a.name) for a in node.names if a.name != "*"]
+            found |= {ours: getattr(module, theirs) for theirs, ours in names if hasattr(module, theirs)}
+    return found
+
+
+def judge(program: str, test: str, table: _Table) -> str:
+    """ "passed", or why not."""
+    try:
+        wanted = names_read(test)
+        names = {"__name__": "__main__", **imports_of(program)}
+        names |= table.ask("load", program, wanted)
+        exec(compile(test, "test", "exec"), names)
+    except Exception as error:
+        last = getattr(error, "last_line", None) or traceback.format_exception_only(error)[-1].strip()
+        return f"failed: {str(last)[:2000]}"
+    return "passed"
+
+
+def descendants(root: int) -> list[int]:
+    """Processes below `root`, orphans among them where it takes these."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                stat = (entry / "stat").read_text()
+                parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
+            except (OSError, ValueError, IndexError):
+                continue
+    found, edge = [], {root}
+    while edge := {pid for pid, parent in parents.items() if parent in edge}:
+        found += sorted(edge)
+    return found
+
+
+def end_all(player: subprocess.Popen[bytes]) -> None:
+    """Kill the player and whatever it began, until nothing of it is left."""
+    for _ in range(1000):
+        alive = [player.pid] if player.poll() is None else []
+        if Path("/proc/self/stat").exists():
+            alive = [*alive, *descendants(os.getpid())]
+        for sign in (signal.SIGSTOP, signal.SIGKILL):  # stopped first: a process that forks cannot outrun this
+            for pid in alive:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, sign)
+        reap()
+        if not alive:
+            return
+
+
+def reap() -> None:
+    """Take note of children that have ended."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
+
+def main() -> None:
+    """A job as JSON on standard input; the verdict on standard output, by this process alone."""
+    job = json.load(sys.stdin)
+    verdict_to = os.dup(1)
+    nothing = os.open("/dev/null", os.O_RDWR)
+    for number in (0, 1, 2):
+        os.dup2(nothing, number)
+    jail.guard_process()
+    proc = ["/proc"] if Path("/proc/self/stat").exists() else []
+    readable = job["readable"]
+    jail.lock_in([*readable, *proc, str(_ROOT)], [job["folder"], "/dev/null"])
+    ours, theirs = socket.socketpair()
+    numbers = [str(job[name]) for name in ("memory", "cpu_seconds", "file_size")]
+    player = subprocess.Popen(
+        [sys.executable, "-I", "-c", BOOT.format("player"), str(_ROOT), str(theirs.fileno()), *numbers, job["folder"],
+         *readable],
+        pass_fds=(theirs.fileno(),), start_new_session=True, stdin=nothing, stdout=nothing, stderr=nothing,
+    )  # fmt: skip
+    theirs.close()
+    resource.setrlimit(resource.RLIMIT_AS, (job["memory"], job["memory"]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    sys.set_int_max_str_digits(0)
+    jail.forbid_calls(signals=False)
+    said = threading.Lock()
+
+    def say(verdict: str) -> NoReturn:
+        with said:  # whoever comes first; the lock is never given back
+            end_all(player)
+            os.write(verdict_to, json.dumps(verdict).encode())
+            os._exit(0)
+
+    clock = threading.Timer(job["seconds"], say, ("timed out",))
+    clock.daemon = True
+    clock.start()
+    try:
+        verdict = judge(job["program"], job["test"], _Table(plain.Line(ours)))
+    except _Gone:
+        verdict = _how_it_ended(player, ours)
+    said.acquire()
+    clock.cancel()
+    said.release()
+    say(verdict)
+
+
+def _how_it_ended(player: subprocess.Popen[bytes], ours: socket.socket) -> str:
+    ours.close()
+    try:
+        code = player.wait(0.5)
+    except subprocess.TimeoutExpired:
+        return "failed: it closed its side, or said what is no value"
+    if code == -signal.SIGXCPU:
+        return "timed out"
+    return f"failed: ended early, code {code}"

@@ -1,0 +1,90 @@
+"""Signals: the first one ends the work in order, a second one at once. Children end with their parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import BinaryIO
+
+_PARENT = "TIDE_PARENT"
+_PR_SET_PDEATHSIG = 1
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM came. Whatever is open is closed on the way out, as with Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__()
+
+
+class _Received:
+    number: int | None = None
+
+
+def stop_in_order() -> None:
+    """From now on SIGINT and SIGTERM raise `Stopped` in the main thread; a second one ends the process at once."""
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if _Received.number is not None:
+            sys.stderr.write("\ntide: stopped at once\n")
+            sys.stderr.flush()
+            os._exit(128 + number)
+        _Received.number = number
+        raise Stopped(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+
+
+def leave_in_order() -> int:
+    """Further signals count for nothing while a stopped process ends. What it ends with: 128 and the signal's number,
+    as shells have it; 130 where none came.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    return 128 + (_Received.number or signal.SIGINT)
+
+
+def end_with_parent() -> None:
+    """Where `start_child` started this process: end (SIGTERM) when the parent is gone, even by kill -9. Linux only."""
+    parent = os.environ.pop(_PARENT, None)
+    if parent is not None:
+        _follow(int(parent))
+
+
+def serve_parent(parent: int) -> None:
+    """The initializer of a pool's processes: they end with their parent, and leave Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _follow(parent)
+
+
+def _follow(parent: int) -> None:
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:  # it went before this was asked for
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def start_child(command: Sequence[str], environment: dict[str, str], log: BinaryIO) -> subprocess.Popen[bytes]:
+    """A `tide` process that ends with this one; what it says goes to `log`."""
+    environment = {**os.environ, **environment, _PARENT: str(os.getpid())}
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def end_children(children: Sequence[subprocess.Popen[bytes]], patience: float = 20.0) -> None:
+    """SIGTERM, and after `patience` seconds SIGKILL."""
+    for child in children:
+        child.terminate()
+    for child in children:
+        try:
+            child.wait(patience)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()

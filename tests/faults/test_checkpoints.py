@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shared.atomic import remove_leftovers
+from student_train.training.checkpoints import MARKER, whole_checkpoints
+from student_train.training.trainer import train_student
+from tests.student_train.training.test_trainer import config, curve
+
+pytestmark = pytest.mark.faults("checkpoints: damaged, or of a clock that steps back")
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def finished(caches: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that ended, with checkpoints 8 and 12."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train_student(settings(caches, out))
+    return out
+
+
+def settings(caches: dict[str, Path], out: Path):
+    return config(caches["tiny-shared"], out, max_steps=STEPS, checkpoint_steps=4, log_steps=2)
+
+
+def copy(finished: Path, out: Path) -> Path:
+    """The run as it was when it had come to its last checkpoint."""
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "model")
+    (out / "history.json").unlink()
+    return out / "checkpoints" / f"checkpoint-{STEPS}"
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def edit_step(path: Path) -> None:
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({**state, "global_step": 3}))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def unlink(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [(name, damage) for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "config.json")
+     for damage in (flip, unlink, empty)] + [("trainer_state.json", edit_step), (MARKER, empty), (MARKER, flip)],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    name: str, damage: Callable[[Path], None], finished: Path, caches: dict[str, Path], tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    last = copy(finished, tmp_path / "run")
+    damage(last / name)
+    train_student(settings(caches, tmp_path / "run"))
+    said = capfd.readouterr().err
+    assert f"{last} is damaged" in said and name in said
+    assert curve(tmp_path / "run") == curve(finished)
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == (
+        finished / "model/model.safetensors"
+    ).read_bytes()
+    assert last.with_name(f"damaged-{last.name}").is_dir()  # put aside, not lost
+
+
+def test_a_marker_of_another_step_is_no_marker(finished: Path, tmp_path: Path) -> None:
+    last = copy(finished, tmp_path / "run")
+    shutil.copytree(last, last.with_name("checkpoint-99"))
+    assert [c.step for c in whole_checkpoints(last.parent)] == [8, 12]
+
+
+def test_a_file_that_was_put_in_later_is_not_loaded(finished: Path, tmp_path: Path) -> None:
+    last = copy(finished, tmp_path / "run")
+    (last / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    assert [c.step for c in whole_checkpoints(last.parent)] == [8]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_gone_on_from(
+    finished: Path, caches: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    last = copy(finished, tmp_path / "run")
+    (last / MARKER).write_text("12.5\n")
+    train_student(settings(caches, tmp_path / "run"))
+    assert "cannot be checked" in capfd.readouterr().err
+    assert curve(tmp_path / "run") == curve(finished)
+
+
+def test_a_clock_that_steps_back_loses_no_checkpoint(finished: Path, caches: dict[str, Path], tmp_path: Path) -> None:
+    """Older checkpoints are dated years ahead: by date, the newest would be the first to go."""
+    last = copy(finished, tmp_path / "run")
+    shutil.rmtree(last)
+    for folder in last.parent.glob("checkpoint-*"):
+        os.utime(folder, (4e9, 4e9))
+    shutil.copytree(last.with_name("checkpoint-8"), last.parent / "checkpoint-4")
+    (last.parent / "checkpoint-4" / MARKER).write_text("1.0\n")
+    os.utime(last.parent / "checkpoint-4", (4.1e9, 4.1e9))
+    train_student(settings(caches, tmp_path / "run"))
+    assert sorted(p.name for p in last.parent.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
+    assert curve(tmp_path / "run") == curve(finished)
+
+
+@pytest.mark.faults("files of the user beside ours")
+def test_what_the_user_keeps_beside_checkpoints_stays(finished: Path, caches: dict[str, Path], tmp_path: Path) -> None:
+    last = copy(finished, tmp_path / "run")
+    mine = [last.parent / name for name in ("checkpoint-8-mine", "checkpoint-best", "checkpoint-08", "checkpoint--1")]
+    for folder in mine:
+        folder.mkdir()
+        (folder / "weights").write_text("mine")
+    (last.parent / "checkpoint-7").write_text("a file")
+    train_student(settings(caches, tmp_path / "run"))
+    assert [(folder / "weights").read_text() for folder in mine] == ["mine"] * 4
+    assert (last.parent / "checkpoint-7").read_text() == "a file"
+
+
+@pytest.mark.faults("files of the user beside ours")
+@pytest.mark.parametrize("name", ["chapter1.tmp", ".chapter1.tmp", ".thesis.tide-tmp", "x.tide-tmp"])
+def test_files_with_names_like_temporary_ones_stay(name: str, tmp_path: Path) -> None:
+    (tmp_path / "thesis" / "x.tmp").mkdir(parents=True)
+    (tmp_path / "thesis" / name).write_text("mine")
+    remove_leftovers([tmp_path])
+    assert (tmp_path / "thesis" / name).read_text() == "mine"
+    assert (tmp_path / "thesis" / "x.tmp").is_dir()

@@ -1,0 +1,206 @@
+"""Two programs in one folder, programs that are told to stop, and programs whose parent is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shared.errors import TideError
+from shared.locks import hold
+from tests.conftest import chats_file
+from tests.pipelines.evaluation.test_code_eval import processes_with
+
+SECONDS = 60
+
+
+@contextlib.contextmanager
+def started(*arguments: str, until: Path) -> Iterator[subprocess.Popen[str]]:
+    """`tide ARGUMENTS`, from the moment on at which a file below `until`'s folder matches its name."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", *arguments],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 2 * SECONDS
+        while not any(until.parent.rglob(until.name)) if until.parent.exists() else True:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def training(cache: Path, out: Path) -> list[str]:
+    """Of a run that takes long."""
+    sets = ("max_steps=4000", "batch_size=4", "checkpoint_steps=5", "log_steps=5", "device=cpu", "student.layers=1",
+            "student.hidden_size=32", "epochs=400")  # fmt: skip
+    return [
+        "train",
+        "--teacher",
+        "tiny-shared",
+        "--cache",
+        str(cache),
+        "--out",
+        str(out),
+        *(word for s in sets for word in ("--set", s)),
+    ]
+
+
+def grid(folder: Path, cache: dict[str, object]) -> list[str]:
+    """Of an ablation that takes long."""
+    recipe = folder / "grid.toml"
+    recipe.write_text(
+        'seeds = [0, 1]\n[caches.c]\nteacher = "tiny-cross"\n'
+        f'data = {{ source = "{chats_file()}", limit = 24 }}\nlengths = {{ student = 128, teacher = 128 }}\n'
+        "[train]\nmax_steps = 4000\nepochs = 400\nbatch_size = 4\ncheckpoint_steps = 5\nlog_steps = 5\n"
+        '[variants.plain]\ncache = "c"\n'
+    )
+    return ["ablate", str(recipe), "--out", str(folder / "grid")]
+
+
+@pytest.mark.faults("two programs in one folder")
+def test_a_second_trainer_says_who_trains_there(caches: dict[str, Path], tmp_path: Path) -> None:
+    command = training(caches["tiny-shared"], tmp_path / "run")
+    with started(*command, until=tmp_path / "run" / "checkpoints" / "COMPLETE") as first:
+        second = subprocess.run(
+            [sys.executable, "-m", "pipelines.cli", *command], capture_output=True, text=True, timeout=SECONDS,
+            check=False,
+        )  # fmt: skip
+        assert second.returncode == 2
+        assert f"in use by process {first.pid} of" in second.stderr
+        assert first.poll() is None
+
+
+@pytest.mark.faults("two programs in one folder")
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+@pytest.mark.parametrize("both", [False, True])
+def test_locks_where_the_file_system_has_no_flock(
+    number: int, both: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    if both:
+        monkeypatch.setattr(fcntl, "lockf", none)
+    code = (
+        "import fcntl\nfrom pathlib import Path\nfrom shared.locks import hold\nfrom shared.errors import TideError\n"
+        f"def none(*_): raise OSError({number}, 'x')\nfcntl.flock = none\n" + ("fcntl.lockf = none\n" if both else "")
+        + f"try:\n    with hold(Path({str(tmp_path / '.lock')!r}), 'it'):\n        print('held')\n"
+        "except TideError as e:\n    print(e)\n"
+    )  # fmt: skip
+
+    def other() -> str:
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+    with hold(tmp_path / ".lock", "it"):
+        assert f"in use by process {os.getpid()} of" in other()
+    assert other() == "held\n"
+    if both:  # a process that was killed while it held the lock
+        (tmp_path / ".lock.held").write_text(json.dumps({"host": os.uname().nodename, "pid": 2**22 + 1, "since": ""}))
+        assert other() == "held\n"
+
+
+@pytest.mark.faults("two programs in one folder")
+def test_a_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
+    code = (
+        "import time\nfrom pathlib import Path\nfrom shared.locks import hold\n"
+        f"with hold(Path({str(tmp_path / '.lock')!r}), 'it'):\n    print('held', flush=True)\n    time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    with pytest.raises(TideError, match=f"it is in use by process {process.pid} of"), hold(tmp_path / ".lock", "it"):
+        pass
+    process.kill()
+    process.communicate()
+    with hold(tmp_path / ".lock", "it"):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.faults("told to stop")
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_the_children_of_an_ablation_end_with_it(sign: signal.Signals, tmp_path: Path) -> None:
+    command = grid(tmp_path, {})
+    with started(*command, until=tmp_path / "grid" / "progress.json") as process:
+        assert processes_with(str(tmp_path / "grid" / "plain-seed0"))
+        os.kill(process.pid, sign)
+        _, said = process.communicate(timeout=SECONDS)
+        assert process.returncode == (-sign if sign == signal.SIGKILL else 128 + sign)
+        assert "Traceback" not in said
+        deadline = time.monotonic() + 30
+        while processes_with(str(tmp_path / "grid" / "plain-seed0")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert processes_with(str(tmp_path / "grid" / "plain-seed0")) == []
+    with started(*command, until=tmp_path / "grid" / "progress.json"):
+        pass  # nobody holds the folder any more
+
+
+@pytest.mark.faults("told to stop")
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_a_trainer_that_is_told_to_stop_goes_without_a_traceback(
+    sign: signal.Signals, caches: dict[str, Path], tmp_path: Path
+) -> None:
+    command = training(caches["tiny-shared"], tmp_path / "run")
+    with started(*command, until=tmp_path / "run" / "checkpoints" / "COMPLETE") as process:
+        os.kill(process.pid, sign)
+        _, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == 128 + sign
+    assert "Traceback" not in said and "the same command goes on from there" in said
+
+
+@pytest.mark.faults("told to stop")
+@pytest.mark.parametrize("signs", [(signal.SIGTERM,), (signal.SIGINT,), (signal.SIGINT, signal.SIGINT)])
+def test_a_cache_that_is_told_to_stop_says_so_in_its_status(
+    signs: tuple[signal.Signals, ...], random_teacher: Path, tmp_path: Path
+) -> None:
+    command = ["cache", "--teacher", "tiny-shared", "--model", str(random_teacher), "--out", str(tmp_path / "c"),
+               "--data", str(chats_file()), "--set", "shard_examples=1", "--set", "lengths.student=128",
+               "--set", "lengths.teacher=128", "--draws", "100", "--set", "engine.device=cpu"]  # fmt: skip
+    with started(*command, until=tmp_path / "c" / "part-*.parquet") as process:
+        for number, sign in enumerate(signs):
+            time.sleep(0.05 * number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, sign)
+        _, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == 128 + signs[0]
+    assert "Traceback" not in said
+    if len(signs) == 1:
+        assert json.loads((tmp_path / "c" / "status.json").read_text())["state"] == "stopped"
+    assert not list((tmp_path / "c").glob(".student_tokenizer-*"))
+
+
+@pytest.mark.faults("told to stop")
+def test_a_prune_that_was_killed_before_its_manifest_goes_on(caches: dict[str, Path], tmp_path: Path) -> None:
+    from shared.atomic import write_bytes
+    from teacher_cache.maintenance.prune import prune_cache
+
+    for file in (caches["tiny-shared"] / "student_tokenizer").iterdir():
+        write_bytes(tmp_path / "p" / "student_tokenizer" / file.name, file.read_bytes())
+    assert prune_cache(caches["tiny-shared"], tmp_path / "p", k=4).fingerprint["targets"]["k"] == 4
+
+
+@pytest.mark.faults("told to stop")
+def test_what_a_killed_run_left_half_written_is_cleared(random_teacher: Path, tmp_path: Path) -> None:
+    from teacher_cache.build import build_cache
+    from tests.conftest import small_cache_config
+
+    left = tmp_path / "c" / f".student_tokenizer.{os.uname().nodename}-{2**22 + 1}-0.tide-tmp"
+    left.mkdir(parents=True)
+    (left / "tokenizer.json").write_text("half")
+    build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "c"))
+    assert not left.exists()
