@@ -63,13 +63,15 @@ COMMANDS = [
     "prepare --config {T} --data {F}/none.jsonl", "prepare --config {T} --prepared {X}",
     TRAIN + "--out {X}", TRAIN + "--out {F}/file", "train --cache {F}/none --out {O}",
     "train --cache foo://x --out {O}",
-    "demo --out {X}", "demo --seeds 0", "tiny-teacher --work {X}", "tiny-student --work {X}", "tiny-student --only other",
+    "demo --out {X}", "demo --seeds 0", "tiny-teacher --work {X}", "tiny-student --work {X}",
+    "tiny-student --only other",
     "export {S} {X}", "export {S} {F}", "export {F}/none {O}", "export {S} {O} --format gguf",
     "pack {C} {X}", "pack {F}/none {F}/a", "unpack {F}/none {O}", "unpack {F}/file {X}", "push {C} foo://x",
     "pull foo://x {O}", "pull {F}/none {O}", "merge {C} --out {O}", "merge {C} {F}/none --out {O}",
     "merge {C} {C} --out {X}", "upgrade {C} --out {X}", "upgrade {F}/none --out {O}", "prune {C} --out {X} --k 4",
     *(f"prune {{C}} --out {{O}} --{name} {value}" for name in ("k", "classes", "draws") for value in (0, -1, 10**9)),
-    "inspect {F}/none", "inspect {C} --row none", "inspect {C} --row 99999999999999999999", "inspect {C} --row 0 --draw 99",
+    "inspect {F}/none", "inspect {C} --row none", "inspect {C} --row 99999999999999999999",
+    "inspect {C} --row 0 --draw 99",
     "inspect {C} --picture {X}", "verify --cache {F}/none", "verify --config {T} --cache {C} --rows -1",
     # settings
     TRAIN + "--seed -1", TRAIN + "--seed 99999999999999999999", TRAIN + "--set student.heads=5",
@@ -102,7 +104,8 @@ COMMANDS = [
     "conformance {F} --only odd", "bench --only odd",
     "eval {S} --tasks none", "eval {S} --tasks humaneval --batch 0", "eval {S} --tasks humaneval --code-seconds 0",
     "eval {S} --tasks humaneval --code-gigabytes nan", "eval {S} --tasks humaneval --data x",
-    "eval {S} --tasks gsm8k --data gsm8k={F}/none", "eval {F}/none --tasks gsm8k", "eval {S} --tasks gsm8k --output {X}",
+    "eval {S} --tasks gsm8k --data gsm8k={F}/none", "eval {F}/none --tasks gsm8k",
+    "eval {S} --tasks gsm8k --output {X}",
 ]  # fmt: skip
 
 

@@ -50,7 +50,8 @@ NOTES: dict[str, Any] = {
     "a size beyond any disk": {SHARD: about(b"x", bytes=1 << 60)}, "nested without end": b"[" * 100_000,
 }  # fmt: skip
 NAMES = ["../x", "/tmp/x", "draw=00/../../x", "x", "manifest.json/", "./manifest.json", ".lock",
-         "draw=00/x.parquet", "student_tokenizer/../x", "student_tokenizer/a/b", "tables/x.py", "draw=00/.part-00000.parquet", ""]  # fmt: skip
+         "draw=00/x.parquet", "student_tokenizer/../x", "student_tokenizer/a/b", "tables/x.py",
+         "draw=00/.part-00000.parquet", ""]  # fmt: skip
 
 
 def refused(archive: Path, target: Path, match: str = "") -> None:

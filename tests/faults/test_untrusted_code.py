@@ -14,6 +14,7 @@ import pytest
 from pipelines.evaluation.sandbox.jail import landlock_version
 from pipelines.evaluation.sandbox.run import Limits, run_program
 from shared.hardware import largest_process
+from tests.faults.forged import FORGED
 from tests.pipelines.evaluation.test_code_eval import processes_with
 
 pytestmark = pytest.mark.faults("code in benchmarks")
@@ -21,23 +22,6 @@ QUICK = Limits(seconds=3.0, memory=1 << 30, file_size=1 << 20)
 TEST = "def check(f):\n    assert f([1, 2]) == 3\n    assert f([]) == 0\n\ncheck(total)"
 WRONG = "def total(xs):\n    return 7\n"
 NEEDS_LANDLOCK = pytest.mark.skipif(landlock_version() < 6, reason="this kernel has no Landlock of version 6")
-
-FORGED = {
-    "exit": "import os\ndef total(xs):\n    os._exit(0)\n",
-    "sys.exit": "import sys\ndef total(xs):\n    sys.exit(0)\n",
-    "the runner's names": "import __main__\nr = getattr(__main__, 'report', None)\nr and r.write(__main__.token)\n" + WRONG,
-    "frames": "import sys\nf = sys._getframe()\nwhile f:\n    f.f_globals.update(passed=True, token='x', verdict='passed')\n    f = f.f_back\n" + WRONG,
-    "every descriptor": "import os\nfor n in range(3, 64):\n    try:\n        os.write(n, b'\"passed\"')\n    except OSError:\n        pass\nos._exit(0)\n",
-    "a reply ahead of time": "import gc, socket\nfor o in gc.get_objects():\n    if isinstance(o, socket.socket):\n        for _ in range(9):\n            o.sendall(b'\\0\\0\\0\\x0c{\"value\": 1}  ')\n" + WRONG,
-    "an object that equals all": "class E:\n    def __eq__(self, o): return True\ndef total(xs):\n    return E()\n",
-    "a number that equals all": "class E(int):\n    def __eq__(self, o): return True\n    __hash__ = int.__hash__\ndef total(xs):\n    return E(7)\n",
-    "a list that equals all": "class E(list):\n    def __eq__(self, o): return True\ndef total(xs):\n    return E([7])\n",
-    "assertions off": "import builtins\nbuiltins.AssertionError = Warning\n" + WRONG,
-    "another check": WRONG + "def check(f):\n    pass\n",
-    "another int": "import builtins\nbuiltins.check = print\n" + WRONG,
-    "a hook at the end": "import atexit, os\natexit.register(os._exit, 0)\n" + WRONG,
-    "the judge's memory": "import os\ntry:\n    open(f'/proc/{os.getppid()}/mem', 'r+b').close()\n    os._exit(0)\nexcept OSError:\n    pass\n" + WRONG,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("how", FORGED)
@@ -57,8 +41,10 @@ RICH = {
     "a class": ("class Stack:\n    def __init__(self): self.items = []\n    def push(self, x): self.items.append(x)",
                 "s = Stack()\ns.push(1)\ns.push(2)\nassert s.items == [1, 2]"),
     "a function of the test's": ("def f(g, x):\n    return g(x) + 1", "assert f(lambda v: v * 2, 3) == 7"),
-    "an error of the program's": ("class Odd(ValueError): pass\ndef f():\n    raise Odd('no')",
-                                  "try:\n    f()\nexcept ValueError as e:\n    assert str(e) == 'no'\nelse:\n    assert False"),
+    "an error of the program's": (
+        "class Odd(ValueError): pass\ndef f():\n    raise Odd('no')",
+        "try:\n    f()\nexcept ValueError as e:\n    assert str(e) == 'no'\nelse:\n    assert False",
+    ),
     "a name it imported": ("import math\ndef f(x):\n    return math.pi", "assert f(0) == math.pi"),
     "a large number": ("def f():\n    return 3 ** 20000", "assert f() == 3 ** 20000"),
     "tuples, sets, dicts": ("def f():\n    return {(1, 2): {3, 4}, 'x': (None, 1.5, b'a')}",
@@ -86,9 +72,10 @@ def test_a_child_in_its_own_session_holds_nobody_up(tmp_path: Path) -> None:
 
 def test_a_daemon_that_forks_twice_is_ended() -> None:
     word = f"daemon-{os.getpid()}"
+    child = f"import time; {word!r}; time.sleep(600)"
     program = (
         "import os, subprocess, sys, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
-        f"        subprocess.run([sys.executable, '-c', 'import time; {word!r}; time.sleep(600)'.replace(chr(39)*2, '')])\n"
+        f"        subprocess.run([sys.executable, '-c', {child!r}])\n"
         "    os._exit(0)\ntime.sleep(0.5)"
     )
     run_program(program, QUICK)
@@ -105,13 +92,17 @@ def test_programs_that_multiply_are_ended() -> None:
 @pytest.mark.parametrize("stream", ["stdout", "stderr", "stdout.buffer"])
 def test_floods_do_not_reach_us(stream: str) -> None:
     before = largest_process()
-    program = f"import sys, time\nend = time.time() + 1\nx = 'x' * (1 << 20)\nwhile time.time() < end:\n    sys.{stream}.write(x{'.encode()' if 'buffer' in stream else ''})"
+    data = "x.encode()" if "buffer" in stream else "x"
+    program = (
+        "import sys, time\nend, x = time.time() + 1, 'x' * (1 << 20)\n"
+        f"while time.time() < end:\n    sys.{stream}.write({data})"
+    )
     assert run_program(program, QUICK) == "passed"
     assert largest_process() - before < 64 << 10  # KiB
 
 
 def test_a_value_without_end_fails() -> None:
-    assert run_program("def total(xs):\n    return 'x' * (1 << 28)", QUICK, TEST).startswith("failed")
+    assert run_program("def total(xs):\n    return 'x' * (1 << 28)", QUICK, TEST) != "passed"
 
 
 def secret_of(pid: str) -> str:
