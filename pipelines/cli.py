@@ -16,6 +16,7 @@ from pipelines.commands import (  # noqa: F401 - they register their commands
 )
 from pipelines.commands.app import app, arrange_help
 from pipelines.terminal.text import printable
+from shared.atomic import disk_is_full
 from shared.errors import TideError
 from shared.stopping import end_with_parent, leave_in_order, stop_in_order
 
@@ -34,9 +35,10 @@ def main() -> NoReturn:
     except TideError as error:
         print(f"tide: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:  # a disk that is full, a folder that is not to be written: the last net
-        where = f" ({error.filename})" if error.filename else ""
-        print(f"tide: error: {printable(f'{error.strerror or error}{where}')}", file=sys.stderr)
+    except Exception as error:  # a disk that is full, a folder that is not to be written: the last net
+        if not isinstance(error, OSError) and not disk_is_full(error):
+            raise
+        print(f"tide: error: {printable(_in_words(error))}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:
@@ -44,6 +46,13 @@ def main() -> NoReturn:
             sys.exit(leave_in_order())
         raise
     sys.exit(0)
+
+
+def _in_words(error: Exception) -> str:
+    if disk_is_full(error):
+        fix = "free some space and run the same command again; what is finished is kept"
+        return f"the disk is full: {error}\n  fix: {fix}"
+    return str(error)
 
 
 def _warning(message: Warning | str, *_: Any, **__: Any) -> str:

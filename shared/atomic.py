@@ -58,16 +58,25 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None], durable: boo
         raise
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNWRITABLE = (
     errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.EINVAL,
     errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
 
 
+_FULL_IN_WORDS = ("No space left on device", "inline_container.cc", "Disk quota exceeded", "File too large")
+"""Of libraries that write files themselves; torch names the place in its own source alone."""
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error, of the system or of a library that was writing, is for want of room on the disk."""
+    return getattr(error, "errno", None) in _FULL or any(words in str(error) for words in _FULL_IN_WORDS)
+
+
 def _explain(path: Path, error: OSError) -> None:
     """Raise a TideError for what a user can mend."""
-    if error.errno in _FULL:
+    if disk_is_full(error):
         raise TideError(
             f"the disk is full: {path} could not be written",
             fix="free some space and run the same command again; all finished files are kept",

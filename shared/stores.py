@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -39,9 +38,8 @@ class Store(MarkedFiles):
         """The store's manifest. TideError where `cache` has another's."""
         content = self.get(MANIFEST)
         if (cache / MANIFEST).exists():
-            check_fingerprint(
-                cache, load_manifest(cache), json.loads(content)["fingerprint"], f"bring it up to {self.url}"
-            )
+            about = self._manifest(content).fingerprint
+            check_fingerprint(cache, load_manifest(cache), about, f"bring it up to {self.url}")
         return content
 
     def units(self) -> list[Unit]:
@@ -72,10 +70,13 @@ class Store(MarkedFiles):
         return frozenset(self.units())
 
     def _refuse_other(self, manifest: Manifest, content: bytes) -> None:
+        check_fingerprint(Path(self.url), self._manifest(content), manifest.fingerprint, "go on with it")
+
+    @staticmethod
+    def _manifest(content: bytes) -> Manifest:
         with tempfile.TemporaryDirectory(prefix="tide-store-") as folder:
             write_bytes(Path(folder) / MANIFEST, content)
-            found = load_manifest(Path(folder))
-        check_fingerprint(Path(self.url), found, manifest.fingerprint, "go on with it")
+            return load_manifest(Path(folder))
 
     def _put_small(self, cache: Path) -> None:
         small = [*sorted(cache.glob("*_tokenizer/*")), *sorted(cache.glob(f"{TABLES}/*.parquet"))]
@@ -142,7 +143,7 @@ class Store(MarkedFiles):
 
     def _check_small(self, cache: Path, manifest: bytes) -> None:
         """TideError where the tokenizers or tables that the manifest speaks of did not come."""
-        about = json.loads(manifest)["fingerprint"]
+        about = self._manifest(manifest).fingerprint
         wanted = ["student_tokenizer/tokenizer.json"]
         wanted += [] if about["teacher"]["student_tokens"] else ["teacher_tokenizer/tokenizer.json"]
         if lost := [name for name in wanted if not (cache / name).exists()]:

@@ -27,6 +27,7 @@ from shared.alignment import token_boundaries
 from shared.atomic import write_bytes
 from shared.config import DataConfig
 from shared.data import ChatExample, iter_examples
+from shared.files import read_json
 from shared.padding import pad
 from shared.stopping import serve_parent
 from student_train.batches.needed import needed_places
@@ -85,7 +86,7 @@ def score_all(runs: Sequence[Path], workers: int = 2) -> None:
 def read_use(run: Path) -> UseScores | None:
     """What `score_all` found of a run; None where it was not asked."""
     path = run / USE
-    return UseScores(**json.loads(path.read_text())) if path.exists() else None
+    return UseScores(**read_json(path)) if path.exists() else None
 
 
 def _score_run(run: Path) -> None:

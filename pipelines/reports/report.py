@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
@@ -21,7 +20,10 @@ from pipelines.evaluation.table import beside_the_paper, find_scores
 from pipelines.evaluation.use_scores import UseScores, read_use
 from pipelines.recipes.command_line import train_command
 from shared.atomic import write_bytes
+from shared.config import TrainConfig
 from shared.errors import TideError
+from shared.files import read_json
+from shared.settings import build
 from teacher_cache.progress import read_status
 
 
@@ -58,28 +60,39 @@ def find_runs(folder: Path) -> list[Run]:
     """The finished runs below `folder`. TideError where there is none."""
     runs = []
     for path in sorted(folder.rglob("history.json")):
-        settings = json.loads((path.parent / "run.json").read_text())["config"]
-        history = json.loads(path.read_text())
-        seed = int(settings["seed"])
-        runs.append(
-            Run(
-                path.parent.name.removesuffix(f"-seed{seed}"),
-                seed,
-                Path(settings["cache"]).name,
-                describe_objective(settings["distillation"], settings["weight"]),
-                history["steps"],
-                history["final"],
-                Path(settings["cache"]),
-                train_command(settings),
-                history.get("machine", "unknown"),
-                read_use(path.parent),
-            )
-        )
+        try:
+            runs.append(_read_run(path.parent))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, TideError):
+                raise
+            raise TideError(
+                f"{path.parent} is no run that can be read: {type(error).__name__}: {error}",
+                expected="run.json and history.json as `tide train` writes them",
+                fix="move the folder elsewhere, or train again",
+            ) from error
     if not runs:
         raise TideError(
             f"{folder} holds no finished runs", expected="folders with run.json and history.json, from `tide train`"
         )
     return runs
+
+
+def _read_run(folder: Path) -> Run:
+    settings, history = read_json(folder / "run.json")["config"], read_json(folder / "history.json")
+    build(TrainConfig, settings, f"{folder}/run.json")
+    seed = int(settings["seed"])
+    return Run(
+        folder.name.removesuffix(f"-seed{seed}"),
+        seed,
+        Path(settings["cache"]).name,
+        describe_objective(settings["distillation"], settings["weight"]),
+        [{**step} for step in history["steps"]],
+        {name: float(value) for name, value in history["final"].items()},
+        Path(settings["cache"]),
+        train_command(settings),
+        str(history.get("machine", "unknown")),
+        read_use(folder),
+    )
 
 
 def _spread(values: list[float], digits: int = 3) -> str:

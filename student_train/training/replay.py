@@ -6,7 +6,6 @@ settings lead to the very weights and batch of that moment.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ import torch
 
 from shared.config import TrainConfig
 from shared.errors import TideError
+from shared.files import read_json
 from shared.settings import build
 from student_train.batches.collate import Batch
 from student_train.losses.fused_head import LossSettings
@@ -33,8 +33,18 @@ class _Reached(Exception):
 def replay(run: Path) -> str:
     """A report on the recorded step of `run`. TideError where nothing is recorded."""
     try:
-        note = json.loads((run / f"{NONFINITE}.json").read_text())
-        settings = json.loads((run / "run.json").read_text())["config"]
+        note = read_json(run / f"{NONFINITE}.json")
+        settings = read_json(run / "run.json")["config"]
+        note = {
+            "step": int(note["step"]),
+            "batch": int(note["batch"]),
+            "example_ids": list(map(str, note["example_ids"])),
+        }
+        settings = {**settings}
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, TideError):
+            raise
+        raise TideError(f"the record of {run} cannot be read: {error}", fix="copy the run's folder again") from error
     except OSError as error:
         raise TideError(
             f"{run} has no record of a loss that was not finite ({Path(str(error.filename)).name} is missing)",

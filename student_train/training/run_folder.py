@@ -9,6 +9,7 @@ from typing import Any
 from shared.atomic import write_bytes
 from shared.config import TrainConfig
 from shared.errors import TideError
+from shared.files import read_json
 from shared.manifest import Manifest, differences
 from shared.settings import to_plain
 
@@ -46,7 +47,7 @@ def _read(out: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
             raise ValueError("it describes no run")
     except ValueError as error:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from shared.atomic import write_bytes
+from shared.atomic import disk_is_full, write_bytes
 from shared.config import LengthConfig, TrainConfig
 from shared.errors import TideError
 from shared.hardware import hardware_line
@@ -220,19 +220,14 @@ def _explained_disk(out: Path) -> Iterator[None]:
     except TideError:
         raise
     except Exception as error:
-        number = getattr(error, "errno", None)
-        if number in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in _DISK_FULL):
+        if disk_is_full(error):
             raise TideError(
                 f"the disk is full: a file in {out} could not be written",
                 fix="free some space and run the same command again; it goes on from the last whole checkpoint",
             ) from error
-        if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EFBIG):
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise TideError(f"{out} cannot be written: {error}", fix="choose another folder (--out)") from error
         raise
-
-
-_DISK_FULL = ("No space left on device", "inline_container.cc", "Disk quota exceeded", "File too large")
-"""In the words of the libraries that write checkpoints; torch names the place in its own source alone."""
 
 
 def _only(batches: list[Batch]) -> Batch:

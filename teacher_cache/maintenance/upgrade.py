@@ -17,8 +17,10 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from shared.errors import TideError
+from shared.files import read_json
 from shared.ledger import Entry, note, settle_ledger
 from shared.manifest import MANIFEST, Manifest
+from shared.manifest_rules import problem_in
 from shared.schema import SCHEMA_VERSION, CacheRow, Layout
 from shared.shards import CACHE, Unit, finished_units, read_table, write_shard
 from shared.tokenizers import Tokenizer
@@ -27,6 +29,12 @@ from teacher_cache.maintenance.reshape import begin
 
 OLD_VERSIONS = (2, 3)
 _SMALLEST_TAIL = 1e-7
+_LATER: dict[str, dict[str, Any]] = {
+    "student": {"vocabulary": 1},
+    "teacher": {"vocabulary": 1},
+    "targets": {"tail": "student", "classes": 1, "values": "levels"},
+}
+"""What manifests of the old formats do not say."""
 
 
 def upgrade_cache(source: Path, target: Path) -> Manifest:
@@ -67,11 +75,21 @@ def upgrade_cache(source: Path, target: Path) -> Manifest:
     return made
 
 
+def _as_today(values: dict[str, Any]) -> dict[str, Any]:
+    """An old manifest with what today's say besides, so that its values are judged by the same rules."""
+    fingerprint = json.loads(json.dumps(values["fingerprint"]))
+    for section, names in _LATER.items():
+        fingerprint[section] = {**names, **fingerprint[section]}
+    return {**values, "fingerprint": fingerprint}
+
+
 def _old_manifest(source: Path) -> dict[str, Any]:
     try:
-        values = json.loads((source / MANIFEST).read_text())
+        values = read_json(source / MANIFEST)
         version = values["schema_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if version in OLD_VERSIONS and (problem := problem_in(_as_today(values))) is not None:
+            raise ValueError(problem)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TideError(f"{source} has no readable {MANIFEST}: {error}", expected="a cache of format 2 or 3") from error
     if version not in OLD_VERSIONS:
         raise TideError(

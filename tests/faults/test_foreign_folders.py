@@ -9,13 +9,15 @@ import pickle
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipelines.evaluation.answers import Answers
+from shared import templates
 from shared.errors import TideError
 from shared.manifest import checksum_of, load_manifest
 from shared.models.checkpoint import open_checkpoint
@@ -134,8 +136,10 @@ LOOPS = {
 @pytest.mark.faults("model folders of strangers")
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("thread", [False, True])
-def test_templates_without_end(loop: str, thread: bool, random_teacher: Path, tmp_path: Path) -> None:
-    from concurrent.futures import ThreadPoolExecutor
+def test_templates_without_end(
+    loop: str, thread: bool, random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "_SECONDS", 0.5)
 
     folder = model(random_teacher, tmp_path / "m")
     (folder / "chat_template.jinja").write_text(LOOPS[loop])
@@ -259,3 +263,68 @@ def test_manifests_that_are_something_else(text: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     with explained():
         load_manifest(tmp_path)
+
+
+GARBAGE = [b"", b"{", b"[]", b"3", b"null", b'{"config": 3}', b'{"config": {}}', b'{"steps": 3, "final": {}}',
+           b"\xff\xfe",
+           b'{"config": {"seed": "x"}}', b'{"steps": [3], "final": {"x": "y"}}', b"[" * 100_000]  # fmt: skip
+
+
+@pytest.mark.faults("run folders of strangers")
+@pytest.mark.parametrize("content", GARBAGE, ids=[str(content[:40]) for content in GARBAGE])
+@pytest.mark.parametrize("name", ["run.json", "history.json", "use.json"])
+def test_reports_of_odd_runs(name: str, content: bytes, tmp_path: Path) -> None:
+    from pipelines.reports.report import find_runs
+    from shared.config import TrainConfig
+    from shared.settings import to_plain
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({"config": to_plain(TrainConfig())}))
+    (run / "history.json").write_text(json.dumps({"steps": [], "final": {}}))
+    find_runs(tmp_path)
+    (run / name).write_bytes(content)
+    if (name, content) != ("run.json", b'{"config": {}}'):  # an empty one has all defaults
+        with explained():
+            find_runs(tmp_path)
+
+
+@pytest.mark.faults("run folders of strangers")
+@pytest.mark.parametrize("content", GARBAGE, ids=[str(content[:40]) for content in GARBAGE])
+@pytest.mark.parametrize("name", ["run.json", "nonfinite.json"])
+def test_replays_of_odd_runs(name: str, content: bytes, tmp_path: Path) -> None:
+    from shared.config import TrainConfig
+    from shared.settings import to_plain
+    from student_train.training.replay import replay
+
+    (tmp_path / "run.json").write_text(json.dumps({"config": {**to_plain(TrainConfig()), "cache": "none"}}))
+    (tmp_path / "nonfinite.json").write_text(json.dumps({"step": 1, "batch": 1, "example_ids": []}))
+    (tmp_path / name).write_bytes(content)
+    with explained():
+        replay(tmp_path)
+
+
+@pytest.mark.faults("run folders of strangers")
+@pytest.mark.parametrize("content", GARBAGE, ids=[str(content[:40]) for content in GARBAGE])
+def test_results_of_odd_evaluations(content: bytes, tmp_path: Path) -> None:
+    from pipelines.evaluation.results import read_scores
+
+    (tmp_path / "gsm8k.json").write_bytes(content)
+    with suppress(TideError):
+        assert read_scores(tmp_path) == []
+
+
+@pytest.mark.faults("manifests of strangers")
+@pytest.mark.parametrize("change", [c for _, c in HOSTILE if not callable(c)], ids=str)
+def test_old_manifests_that_cannot_be(change: dict[str, Any], caches: dict[str, Path], tmp_path: Path) -> None:
+    from teacher_cache.maintenance.upgrade import upgrade_cache
+
+    values = json.loads(json.dumps(dataclasses.asdict(load_manifest(caches["tiny-shared"]))))
+    values["schema_version"] = 3
+    for place, value in change.items():
+        section, _, name = place.partition(".")
+        target = values["fingerprint"][section] if name else values if place in values else values["fingerprint"]
+        target[name or place] = value
+    (tmp_path / "manifest.json").write_text(json.dumps(values))
+    with explained():
+        upgrade_cache(tmp_path, tmp_path / "new")

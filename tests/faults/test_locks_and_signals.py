@@ -60,7 +60,7 @@ def training(cache: Path, out: Path) -> list[str]:
     ]
 
 
-def grid(folder: Path, cache: dict[str, object]) -> list[str]:
+def grid(folder: Path) -> list[str]:
     """Of an ablation that takes long."""
     recipe = folder / "grid.toml"
     recipe.write_text(
@@ -72,6 +72,7 @@ def grid(folder: Path, cache: dict[str, object]) -> list[str]:
     return ["ablate", str(recipe), "--out", str(folder / "grid")]
 
 
+@pytest.mark.slow
 @pytest.mark.faults("two programs in one folder")
 def test_a_second_trainer_says_who_trains_there(caches: dict[str, Path], tmp_path: Path) -> None:
     command = training(caches["tiny-shared"], tmp_path / "run")
@@ -135,7 +136,7 @@ def test_a_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
 @pytest.mark.faults("told to stop")
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_the_children_of_an_ablation_end_with_it(sign: signal.Signals, tmp_path: Path) -> None:
-    command = grid(tmp_path, {})
+    command = grid(tmp_path)
     with started(*command, until=tmp_path / "grid" / "progress.json") as process:
         assert processes_with(str(tmp_path / "grid" / "plain-seed0"))
         os.kill(process.pid, sign)
@@ -150,6 +151,7 @@ def test_the_children_of_an_ablation_end_with_it(sign: signal.Signals, tmp_path:
         pass  # nobody holds the folder any more
 
 
+@pytest.mark.slow
 @pytest.mark.faults("told to stop")
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
 def test_a_trainer_that_is_told_to_stop_goes_without_a_traceback(
@@ -163,6 +165,7 @@ def test_a_trainer_that_is_told_to_stop_goes_without_a_traceback(
     assert "Traceback" not in said and "the same command goes on from there" in said
 
 
+@pytest.mark.slow
 @pytest.mark.faults("told to stop")
 @pytest.mark.parametrize("signs", [(signal.SIGTERM,), (signal.SIGINT,), (signal.SIGINT, signal.SIGINT)])
 def test_a_cache_that_is_told_to_stop_says_so_in_its_status(

@@ -122,6 +122,14 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[object, 
     return stop.value.code, err.getvalue()
 
 
+def test_every_command_is_among_them() -> None:
+    """But `env`, which takes nothing, and `lm-eval`, whose options are lm-eval's."""
+    from pipelines.commands.app import PANELS
+
+    every = {name for names in PANELS.values() for name in names}
+    assert every - {command.split()[0] for command in COMMANDS} == {"env", "lm-eval"}
+
+
 @pytest.mark.faults("values that cannot be, by command")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("command", COMMANDS)
