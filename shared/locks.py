@@ -33,15 +33,18 @@ def hold(path: Path, what: str, *, shared: bool = False, wait: bool = False) -> 
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise TideError(f"{path.parent} cannot be written: {error.strerror}", fix="choose another folder") from error
-    held: Path | None = None
     try:
-        held = _take(descriptor, path, shared, what, wait)
+        stand_in = _take(descriptor, path, shared, what, wait)
         if not shared:
             _sign(descriptor)
-        yield
+        try:
+            yield
+        finally:
+            if not shared:
+                os.ftruncate(descriptor, 0)  # nobody holds it
+            if stand_in is not None:
+                stand_in.unlink(missing_ok=True)
     finally:
-        if held is not None:
-            held.unlink(missing_ok=True)
         os.close(descriptor)
 
 

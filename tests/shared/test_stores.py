@@ -77,7 +77,7 @@ def test_a_file_without_its_marker_is_not_there(caches: dict[str, Path], tmp_pat
         there.get(name)
     assert push(there, source) == 6
     there._write(name, b"spoiled")
-    with pytest.raises(TideError, match=r"not what its marker says[\s\S]*push it again"):
+    with pytest.raises(TideError, match=r"not what the cache's ledger says[\s\S]*copy it again"):
         there.pull(tmp_path / "again")
 
 

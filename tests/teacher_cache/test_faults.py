@@ -112,7 +112,7 @@ def test_two_writers_in_two_processes(random_teacher: Path, tmp_path: Path) -> N
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
         config = small_cache_config("tiny-shared", random_teacher, tmp_path / "c", noise={"draws": 1})
-        with pytest.raises(TideError, match=r"another process is writing[\s\S]*wait for it"):
+        with pytest.raises(TideError, match=r"in use by[\s\S]*wait for it"):
             build_cache(config)
     finally:
         holder.kill()

@@ -169,12 +169,12 @@ def test_pack_and_unpack_give_the_cache_back(caches: dict[str, Path], tmp_path: 
 
 
 def test_an_archive_that_would_write_elsewhere_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "note").write_text(json.dumps({"../evil": {"sha256": "", "bytes": 4}}))
+    (tmp_path / "note").write_text(json.dumps({"../evil": {"sha256": "0" * 64, "bytes": 4}}))
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.add(tmp_path / "note", "checksums.json")
         tar.add(tmp_path / "note", "../evil")
     (tmp_path / "x.tar.zst").write_bytes(zstandard.compress((tmp_path / "x.tar").read_bytes()))
-    with pytest.raises(TideError, match="does not name"):
+    with pytest.raises(TideError, match="no file of a cache"):
         unpack_cache(tmp_path / "x.tar.zst", tmp_path / "deep" / "out")
     assert not (tmp_path / "evil").exists()
 

@@ -56,7 +56,7 @@ def test_cache_then_train_from_the_command_line(random_teacher: Path, tmp_path: 
         (["train", "--cache", "/nowhere"], "is no cache"),
         (["train", "--teacher", "mine"], "unknown teacher 'mine'"),
         (["cache", "--random-weights"], "--random-weights makes no cache"),
-        (["plan", "--teacher", "llada-8b", "--response", "2"], "these numbers describe no run"),
+        (["plan", "--teacher", "llada-8b", "--response", "2"], "--response is 2"),
         (["cache", "--set", "engine.quantization=int8", "--set", "engine.device_map=auto"], "do not go together"),
         (["report", "/nowhere"], "holds no finished runs"),
         (["conformance", "/nowhere"], "there is no folder"),
