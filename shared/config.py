@@ -263,7 +263,13 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: a whole student on each GPU, or weights, gradients and optimizer sharded (FSDP2)."""
     head: Literal["auto", "sliced", "liger"] = "auto"
-    """LM head and loss: in slices, or by Liger's kernel (CE and CALM). `auto`: Liger on CUDA where it is installed."""
+    """LM head and loss: in slices, or by Liger's kernel (CE and CALM, where it is installed). `auto`: in slices."""
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    """AdamW in PyTorch's fused kernel; with its state in 8 bits (bitsandbytes, CUDA); or Adafactor."""
+    gradient_checkpointing: bool = False
+    """Keep only what enters each layer and compute the rest again in the backward pass: the same gradients, less memory,
+    about a third more time.
+    """
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     checkpoint_steps: int = 500
     log_steps: int = 10

@@ -19,7 +19,22 @@ from student_train.losses.objective import Counts, Sums, objective, slice_target
 from student_train.losses.targets import Targets
 
 _LOGITS_PER_SLICE = 1 << 24
-"""Numbers in one slice's logits: 64 MiB in float32."""
+"""Numbers in one slice's logits on a CPU: 64 MiB in float32, about what a cache of the last level holds twice."""
+_SHARE_OF_GPU = 0.1
+_COPIES = 8
+"""Of a slice's logits that a GPU holds at one time: themselves, softmax, targets, their gradients."""
+_MOST_ROWS = 4096
+
+
+def slice_rows(vocabulary: int, memory: int | None = None) -> int:
+    """Rows of logits that exist at a time. `memory`: of the GPU in bytes, of which a slice takes a tenth; None: a CPU.
+
+    Each slice adds its part to the head's gradient, which is as large as the head: on a GPU few large slices are
+    cheaper, down to about a thousand rows.
+    """
+    if memory is None:
+        return max(32, _LOGITS_PER_SLICE // vocabulary)
+    return max(32, min(_MOST_ROWS, int(_SHARE_OF_GPU * memory) // (4 * _COPIES * vocabulary)))
 
 
 @dataclass(frozen=True)
@@ -44,9 +59,14 @@ def fused_loss(
     Equal to the plain computation in value and in the gradients of `hidden` and `head`, up to the order of float32
     sums. Under autocast the products run in its dtype; logits, losses and the head's gradient stay in float32.
     """
-    size = rows_per_slice or max(32, _LOGITS_PER_SLICE // head.shape[0])
+    size = rows_per_slice or slice_rows(head.shape[0], _memory_of(head.device))
     loss, denoise, distillation = _Fused.apply(hidden, head, targets, settings, size)  # type: ignore[misc]
     return loss, Sums(denoise, distillation)
+
+
+def _memory_of(device: torch.device) -> int | None:
+    """Bytes of a GPU; None for a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 class _Fused(torch.autograd.Function):

@@ -34,6 +34,8 @@ def settle_run_folder(config: TrainConfig, manifest: Manifest, processes: int) -
     if not before:
         write_bytes(config.out / _NAME, (json.dumps(this, indent=2) + "\n").encode())
         return
+    known = {name: value for name, value in to_plain(TrainConfig()).items() if name in this["config"]}
+    before = {**before, "config": {**json.loads(json.dumps(known)), **before["config"]}}  # settings that came since
     lines = differences(before, this)
     if lines:
         raise TideError(

@@ -34,6 +34,7 @@ from student_train.model.student import embedding_rows, load_student
 from student_train.training.checks import (
     check_hardware,
     check_objective,
+    check_optimizer,
     check_targets,
     check_trackers,
     settle_attention,
@@ -154,6 +155,7 @@ def make_trainer(config: TrainConfig, held: ExitStack | None = None) -> tuple[St
     """
     check_trackers(config.report_to)
     check_hardware(config)
+    check_optimizer(config)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     config = settle_batch(settle_precision(config), processes)
     opened = open_cache(config)
@@ -230,6 +232,10 @@ def _explained_disk(out: Path) -> Iterator[None]:
         raise
 
 
+_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor"}
+"""In transformers' names."""
+
+
 def _only(batches: list[Batch]) -> Batch:
     """The data set's items are whole batches already."""
     return batches[0]
@@ -261,6 +267,9 @@ def _arguments(config: TrainConfig, steps: int, evaluates: bool) -> Any:
         eval_steps=config.eval_steps,
         report_to=list(config.report_to),
         ddp_find_unused_parameters=False,
+        optim=_OPTIMIZERS[config.optimizer],
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         **({"use_cpu": True} if config.device == "cpu" else {}),
         **({"fsdp": True, "fsdp_config": {"version": 2}} if config.parallel == "fsdp" else {}),
     )

@@ -1,0 +1,89 @@
+"""Switches that change memory and speed, and no value that is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared.errors import TideError
+from student_train.losses.fused_head import slice_rows
+from student_train.training.checks import uses_liger
+from student_train.training.trainer import make_trainer, train_student
+from tests.student_train.training.test_trainer import config, curve
+
+
+def test_gradient_checkpointing_trains_the_same_student(caches: dict[str, Path], tmp_path: Path) -> None:
+    runs = [config(caches["tiny-shared"], tmp_path / str(on), distillation={"type": "kl"}, gradient_checkpointing=on)
+            for on in (False, True)]  # fmt: skip
+    trainer, _ = make_trainer(runs[1])
+    assert trainer.args.gradient_checkpointing
+    for run in runs:
+        train_student(run)
+    assert curve(runs[0].out) == curve(runs[1].out)
+    weights = [(run.out / "model" / "model.safetensors").read_bytes() for run in runs]
+    assert weights[0] == weights[1]
+
+
+def test_activations_are_not_kept(caches: dict[str, Path], tmp_path: Path) -> None:
+    """Numbers that autograd keeps between forward and backward."""
+
+    def kept(on: bool) -> int:
+        trainer, _ = make_trainer(config(caches["tiny-shared"], tmp_path / f"k{on}", gradient_checkpointing=on))
+        if on:
+            trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        total = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal total
+            total += tensor.numel()
+            return tensor
+
+        batch = trainer.get_train_dataloader().dataset[0]
+        model = trainer.model.train()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(batch=batch).sum()
+        return total
+
+    assert kept(True) < 0.7 * kept(False)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw"])
+def test_optimizers_train(name: str, caches: dict[str, Path], tmp_path: Path) -> None:
+    metrics = train_student(config(caches["tiny-shared"], tmp_path / "r", optimizer=name, heldout=None, max_steps=2))
+    assert metrics["seconds"] > 0
+
+
+def test_8_bit_adam_asks_for_what_it_needs(caches: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(TideError, match="adamw_8bit"):
+        make_trainer(config(caches["tiny-shared"], tmp_path / "r", optimizer="adamw_8bit"))
+
+
+def test_slices_are_sized_by_memory() -> None:
+    assert slice_rows(151_936) == 110  # of a CPU
+    assert slice_rows(151_936, 80 << 30) == 1766
+    assert slice_rows(151_936, 24 << 30) == 530
+    assert slice_rows(4096, 80 << 30) == 4096
+    assert slice_rows(10**9, 1 << 30) == 32
+    for memory in (8 << 30, 24 << 30, 141 << 30):  # a tenth of the GPU, at most
+        assert slice_rows(151_936, memory) * 151_936 * 4 * 8 <= 0.1 * memory
+
+
+def test_the_head_runs_in_slices_unless_liger_is_named(caches: dict[str, Path], tmp_path: Path) -> None:
+    assert not uses_liger(config(caches["tiny-cross"], tmp_path / "r"))
+    assert uses_liger(config(caches["tiny-cross"], tmp_path / "r", head="liger"))
+
+
+def test_a_run_that_was_begun_before_a_setting_came_goes_on(caches: dict[str, Path], tmp_path: Path) -> None:
+    run = config(caches["tiny-cross"], tmp_path / "r")
+    train_student(run)
+    path = run.out / "run.json"
+    recorded = json.loads(path.read_text())
+    for name in ("optimizer", "gradient_checkpointing"):
+        recorded["config"].pop(name)
+    path.write_text(json.dumps(recorded))
+    train_student(run)
+    with pytest.raises(TideError, match='optimizer: "adamw" → "adafactor"'):
+        train_student(config(caches["tiny-cross"], tmp_path / "r", optimizer="adafactor"))
