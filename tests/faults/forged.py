@@ -98,4 +98,24 @@ except OSError:
 def total(xs):
     return 7
 """,
+    "the judge's own functions": """
+import sys
+frame = sys._getframe()
+while frame:
+    wanted = frame.f_locals.get("wanted")
+    if isinstance(wanted, list):
+        wanted += ["abs", "all", "len", "check", "__builtins__"]
+    frame = frame.f_back
+__builtins__ = {"abs": lambda x: 0}
+def abs(x): return 0
+def all(x): return True
+def len(x): return 0
+def check(f): pass
+def total(xs):
+    return 7
+""",
+    "an end of every loop": """
+def total(xs):
+    raise StopIteration
+""",
 }

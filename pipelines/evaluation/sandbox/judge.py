@@ -30,6 +30,7 @@ BOOT = (
 )
 """What an isolated interpreter runs, whose first argument is the folder of the packages."""
 _ROOT = Path(__file__).resolve().parents[3]
+_RESERVED = frozenset(("__builtins__", "__name__", "__loader__", "__spec__", "__build_class__", "__import__"))
 _IMPORTED = frozenset((
     "bisect", "cmath", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq", "itertools",
     "json", "math", "numpy", "operator", "random", "re", "statistics", "string", "typing",
@@ -136,7 +137,7 @@ class _Table:
             names, text, last = message["error"]
             error = _error(names, text)
             error.last_line = last  # type: ignore[attr-defined]
-        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+        except Exception as problem:
             raise _Gone(type(problem).__name__) from problem
         raise error
 
@@ -161,11 +162,20 @@ def _update(ours: Any, theirs: Any) -> None:
         ours.update(theirs)
 
 
+_PLAINER: dict[type[Exception], type[Exception]] = {
+    UnicodeDecodeError: ValueError,  # takes more than a text
+    UnicodeEncodeError: ValueError,
+    UnicodeTranslateError: ValueError,
+    StopIteration: RuntimeError,  # would end a loop of the test's
+    StopAsyncIteration: RuntimeError,
+}
+
+
 def _error(names: list[str], text: str) -> Exception:
     """An error of Python's own that is nearest to the program's, under the program's name for it."""
     kinds = [getattr(builtins, str(name), None) for name in names]
     nearest = next((k for k in kinds if isinstance(k, type) and issubclass(k, Exception)), Exception)
-    nearest = nearest if nearest not in (UnicodeDecodeError, UnicodeEncodeError) else ValueError
+    nearest = _PLAINER.get(nearest, nearest)
     kind = nearest if nearest.__name__ == names[0] else type(str(names[0])[:100], (nearest,), {})
     return kind(text)
 
@@ -198,11 +208,16 @@ def imports_of(program: str) -> dict[str, Any]:
 
 
 def judge(program: str, test: str, table: _Table) -> str:
-    """ "passed", or why not."""
+    """The word `passed`, or why not."""
     try:
         wanted = names_read(test)
-        names = {"__name__": "__main__", **imports_of(program)}
-        names |= table.ask("load", program, wanted)
+        imported = imports_of(program)
+        theirs = table.ask("load", program, wanted)
+        if type(theirs) is not dict:
+            raise _Gone("nonsense")
+        # Only what was asked for: a program that could give more would give the test another abs, or other builtins.
+        given = {name: theirs[name] for name in wanted if name in theirs and name not in _RESERVED}
+        names = {"__name__": "__main__", **given, **imported}
         exec(compile(test, "test", "exec"), names)
     except Exception as error:
         last = getattr(error, "last_line", None) or traceback.format_exception_only(error)[-1].strip()
