@@ -22,18 +22,20 @@ from tests.pipelines.evaluation.test_code_eval import processes_with
 pytestmark = pytest.mark.faults("code in benchmarks")
 QUICK = Limits(seconds=3.0, memory=1 << 30, file_size=1 << 20)
 TEST = "def check(f):\n    assert f([1, 2]) == 3\n    assert f([]) == 0\n\ncheck(total)"
-TEST_BY_BUILTINS = (
-    "assert abs(total([1, 2]) - 3) < 1e-6\nassert all(map(lambda x: total(x) == 0, [[], [0]]))\n"
-    "assert len(str(total([]))) == 1"
-)
+TESTS = {
+    "a function": TEST,
+    "abs": "assert abs(total([1, 2]) - 3) < 1e-6",
+    "all and map": "assert all(map(lambda x: total(x) == 0, [[], [0]]))",
+    "len": "assert len([total([]) == 0, total([0]) == 0].count(False) * 'x') == 0",
+}
 WRONG = "def total(xs):\n    return 7\n"
 NEEDS_LANDLOCK = pytest.mark.skipif(landlock_version() < 6, reason="this kernel has no Landlock of version 6")
 
 
 @pytest.mark.parametrize("how", FORGED)
-@pytest.mark.parametrize("test", [TEST, TEST_BY_BUILTINS])
+@pytest.mark.parametrize("test", TESTS)
 def test_a_wrong_program_does_not_pass(how: str, test: str) -> None:
-    assert run_program(FORGED[how], QUICK, test).startswith("failed")
+    assert run_program(FORGED[how], QUICK, TESTS[test]).startswith("failed")
 
 
 def test_a_right_program_passes_and_its_error_is_told() -> None:
