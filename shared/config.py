@@ -282,7 +282,7 @@ class TrainConfig:
         positive = ("epochs", "window", "store_cache_gb", "batch_size", "accumulation", "learning_rate",
                     "checkpoint_steps", "log_steps")  # fmt: skip
         for name in positive:
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+            require(0 < getattr(self, name) < math.inf, f"{name} is {getattr(self, name)}; it must be positive")
         require(
             self.global_batch is None or self.global_batch > 0,
             f"global_batch is {self.global_batch}; it must be positive",
@@ -298,4 +298,4 @@ class TrainConfig:
         require(0 <= self.warmup_ratio <= 1, f"warmup_ratio is {self.warmup_ratio}; it must lie in [0, 1]")
         require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it must not be negative")
         require(self.max_grad_norm > 0, f"max_grad_norm is {self.max_grad_norm}; it must be positive")
-        require(self.weight >= 0, f"weight is {self.weight}; it must not be negative")
+        require(0 <= self.weight < math.inf, f"weight is {self.weight}; it must not be negative")
