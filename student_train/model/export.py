@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from shared.atomic import new_folder, write_bytes
 from shared.errors import TideError
-from shared.models.checkpoint import open_checkpoint
+from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import load_model
 from shared.tokenizers import Tokenizer
 from student_train.model.student import student_architecture
@@ -27,7 +27,7 @@ def export_student(source: Path, target: Path, layout: Format) -> None:
 
     Raises TideError where `source` is no student (for a2d: no Qwen3 one), or `target` holds something already.
     """
-    checkpoint = open_checkpoint(str(source))
+    checkpoint = open_checkpoint(resolve(str(source)))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise TideError(f"{target} is not empty", fix="choose another folder")
     architecture = student_architecture(checkpoint)
@@ -46,7 +46,7 @@ def export_student(source: Path, target: Path, layout: Format) -> None:
             tensors["lm_head.weight"] = model.lm_head.weight.detach().clone()
             write_bytes(half / "model.safetensors", save(tensors, {"format": "pt"}))
             write_bytes(half / "config.json", (json.dumps(_a2d_config(model.config), indent=2) + "\n").encode())
-        Tokenizer.load(source).backend.save_pretrained(half)
+        Tokenizer.load(checkpoint.folder).backend.save_pretrained(half)
 
 
 def _stored_dtype(config: dict[str, Any]) -> torch.dtype:

@@ -168,12 +168,16 @@ def test_six_ranks_released_at_one_moment_make_one_table(
     """Twenty times over, as a Slurm array begins (docs/scaling.md): no rank dies of another's files, and the cache is
     the one of a single process.
     """
-    torch.set_num_threads(1)
-    for trial in range(20):
-        out = tmp_path / f"c{trial}"
-        settings = {"teacher": "tiny-shared", "model": random_teacher, "out": out}
-        assert release(6, settings) == [1] * 6
-        assert files(out) == files(caches["tiny-shared"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # six forks on a few cores
+    try:
+        for trial in range(20):
+            out = tmp_path / f"c{trial}"
+            settings = {"teacher": "tiny-shared", "model": random_teacher, "out": out}
+            assert release(6, settings) == [1] * 6
+            assert files(out) == files(caches["tiny-shared"])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_ranks_without_a_common_disk_wait_for_rank_0(
