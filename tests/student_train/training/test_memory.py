@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,8 +33,9 @@ def test_activations_are_not_kept(caches: dict[str, Path], tmp_path: Path) -> No
 
     def kept(on: bool) -> int:
         trainer, _ = make_trainer(config(caches["tiny-shared"], tmp_path / f"k{on}", gradient_checkpointing=on))
+        model: Any = trainer.model
         if on:
-            trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         total = 0
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -41,8 +43,9 @@ def test_activations_are_not_kept(caches: dict[str, Path], tmp_path: Path) -> No
             total += tensor.numel()
             return tensor
 
-        batch = trainer.get_train_dataloader().dataset[0]
-        model = trainer.model.train()
+        dataset: Any = trainer.train_dataset
+        batch = dataset[0]
+        model.train()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model(batch=batch).sum()
         return total
