@@ -267,9 +267,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
     """AdamW in PyTorch's fused kernel; with its state in 8 bits (bitsandbytes, CUDA); or Adafactor."""
     gradient_checkpointing: bool = False
-    """Keep only what enters each layer and compute the rest again in the backward pass: the same gradients, less
-    memory, about a third more time.
-    """
+    """Keep only what enters each layer and compute the rest again in the backward pass: the same gradients."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     checkpoint_steps: int = 500
     log_steps: int = 10
