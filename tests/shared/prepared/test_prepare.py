@@ -177,6 +177,7 @@ def test_cutting_loses_and_reorders_nothing(rows: list[bytes]) -> None:
     assert [p for part in found for p in part.places] == [str(i) for i in range(len(rows))]
 
 
+@pytest.mark.slow
 def test_processes_make_the_same_parts(tmp_path: Path) -> None:
     source = DataConfig(str(write(tmp_path / "d.jsonl", [row(i) for i in range(6000)])))
     one, two = (prepare(request(tmp_path / str(n), source, workers=n)) for n in (1, 2))
@@ -202,6 +203,7 @@ def start(source: Path, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.faults("kill -9 at random moments")
 def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path: Path) -> None:
     source = write(tmp_path / "d.jsonl", [row(i) for i in range(6000)])
