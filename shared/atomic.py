@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from shared.errors import TideError
+from shared.stopping import lives
 
 _NUMBER = itertools.count()
 _OURS = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]*)-(?P<pid>\d+)-\d+\.tide-tmp")
@@ -175,12 +176,4 @@ def remove_leftovers(places: Sequence[Path]) -> None:
 
 def _at_work(host: str, pid: int) -> bool:
     """Whether another process of this host has that number."""
-    if host != _host() or pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    return host == _host() and pid != os.getpid() and lives(pid)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shared.errors import TideError
+from shared.stopping import lives
 
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 _LOOK_SECONDS = 0.2
@@ -101,14 +102,9 @@ def _dead(path: Path) -> bool:
     """Whether the process that signed `path` was of this host and is no more."""
     try:
         signed = json.loads(path.read_text())
-        if signed["host"] != socket.gethostname():
-            return False
-        os.kill(int(signed["pid"]), 0)
-    except ProcessLookupError:
-        return True
+        return signed["host"] == socket.gethostname() and not lives(int(signed["pid"]))
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return False
+        return False
 
 
 def _sign(descriptor: int) -> None:

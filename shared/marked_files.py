@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -48,6 +48,12 @@ def belongs_to_cache(name: str) -> bool:
         return False
     small = folder in ("student_tokenizer", "teacher_tokenizer") or (folder == TABLES and path.suffix == ".parquet")
     return small or Unit.at(Path(name)) is not None
+
+
+def _marked(listed: Iterable[str]) -> list[str]:
+    """Of all names in a store the cache's files that have a marker, in order."""
+    every = set(listed)
+    return sorted(name for name in every if belongs_to_cache(name) and name + MARKER in every)
 
 
 @dataclass(frozen=True)
@@ -133,15 +139,15 @@ class MarkedFiles:
         """The cache's files that are there (in `folder`), with their markers, in order. TideError for names that lead
         out of the store.
         """
-        sizes = self._listed(folder)
-        return sorted(name for name in sizes if belongs_to_cache(name) and name + MARKER in sizes)
+        return _marked(self._listed(folder))
 
-    def sound(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """Of `names` those whose markers can be read and have the file's size, with their markers."""
-        wanted, sizes = list(names), self._listed()
+    def sound(self, wanted: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
+        """Of the `wanted` names those whose markers can be read and have the file's size, with their markers."""
+        sizes = self._listed()
+        names = [name for name in _marked(sizes) if wanted(name)]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            markers = list(pool.map(self.marker, wanted))
-        return {n: m for n, m in zip(wanted, markers, strict=True) if m is not None and m["bytes"] == sizes.get(n)}
+            markers = list(pool.map(self.marker, names))
+        return {n: m for n, m in zip(names, markers, strict=True) if m is not None and m["bytes"] == sizes.get(n)}
 
     def lost(self) -> list[str]:
         """The cache's files whose markers are there without them."""

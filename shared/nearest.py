@@ -31,7 +31,8 @@ def advice(name: str, names: Sequence[str]) -> str:
 
 
 def _hints(kind: type) -> dict[str, Any]:
-    return {f.name: typing.get_type_hints(kind, include_extras=True)[f.name] for f in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
 
 
 def _dataclasses(kind: Any) -> list[type]:

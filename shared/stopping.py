@@ -51,6 +51,17 @@ def leave_in_order() -> int:
     return 128 + (_Received.number or signal.SIGINT)
 
 
+def lives(pid: int) -> bool:
+    """Whether a process of this host has that number, of whichever user."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def end_with_parent() -> None:
     """Where `start_child` started this process: end (SIGTERM) when the parent is gone, even by kill -9. Linux only."""
     parent = os.environ.pop(_PARENT, None)

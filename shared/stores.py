@@ -47,8 +47,8 @@ class Store(MarkedFiles):
         return sorted(self._markers())
 
     def _markers(self) -> dict[Unit, dict[str, Any]]:
-        shards = {name: unit for name in self.names() if (unit := Unit.at(Path(name))) is not None}
-        return {shards[name]: marker for name, marker in self.sound(shards).items()}
+        found = self.sound(lambda name: Unit.at(Path(name)) is not None)
+        return {unit: marker for name, marker in found.items() if (unit := Unit.at(Path(name))) is not None}
 
     def bring_manifest(self, cache: Path) -> None:
         """The store's manifest, and its tables, to a folder that has none: a run goes on with the store's cache."""
@@ -96,25 +96,26 @@ class Store(MarkedFiles):
         """Copy everything of `cache` that the store lacks; how many shards there are now. Once all are there the ledger
         follows. TideError where a shard is not what the ledger says.
         """
-        if MANIFEST in self.sound([MANIFEST]):  # one that is damaged says nothing: then the ledger tells what is there
+        if self.sound(
+            lambda name: name == MANIFEST
+        ):  # one that is damaged says nothing: then the ledger tells what is there
             self._refuse_other(manifest, self.get(MANIFEST))
         self._put_small(cache)
         there = {unit: marker["sha256"] for unit, marker in self._markers().items()}
         same = {unit for unit, digest in there.items() if unit not in ledger or ledger[unit].sha256 == digest}
         for unit in tqdm([u for u in finished_units(cache) if u not in same], unit="shard", desc="push"):
             self.put_shard(cache, unit, ledger.get(unit))
-        units = self.units()
-        if set(units) == set(manifest.units()):
-            self._put_ledger(cache, manifest, ledger, units)
-        return len(units)
+        markers = self._markers()  # other ranks may have written since
+        if set(markers) == set(manifest.units()):
+            self._put_ledger(manifest, ledger, markers)
+        return len(markers)
 
-    def _put_ledger(self, cache: Path, manifest: Manifest, ledger: Ledger, units: list[Unit]) -> None:
+    def _put_ledger(self, manifest: Manifest, ledger: Ledger, markers: dict[Unit, dict[str, Any]]) -> None:
         """The ledger of all shards; those that another process wrote are known from their markers."""
-        whole: Ledger = {}
-        for unit in units:
-            known = ledger.get(unit)
-            marker = None if known is not None else self.marker(unit.path(Path()).as_posix())
-            whole[unit] = known if known is not None else Entry(**{k: (marker or {})[k] for k in _ENTRY})
+        whole: Ledger = {
+            unit: ledger[unit] if unit in ledger else Entry(**{name: marker[name] for name in _ENTRY})
+            for unit, marker in sorted(markers.items())
+        }
         with tempfile.TemporaryDirectory(prefix="tide-ledger-") as folder:
             save_ledger(Path(folder), manifest, whole)
             self.put(LEDGER, (Path(folder) / LEDGER).read_bytes())

@@ -94,8 +94,9 @@ def cache_config(
     **flags: Any,
 ) -> CacheConfig:
     """The settings of `tide cache`: recipe, then flags, then `--set` texts."""
-    values = _section(recipe, "cache") if recipe else {}
-    if recipe is not None and "train" in (tables := read_recipe(recipe)):  # a misspelt one is better said now
+    tables = read_recipe(recipe) if recipe else {}
+    values = tables.get("cache", {})
+    if "train" in tables:  # a misspelt one is better said now
         build(TrainConfig, tables["train"], f"[train] of {recipe}")
     name = teacher or values.get("teacher", DEFAULT_TEACHER)
     if recipe is None:

@@ -29,7 +29,7 @@ BOOT = (
     "del sys.argv[1]; main()"
 )
 """What an isolated interpreter runs, whose first argument is the folder of the packages."""
-_ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[3]
 _RESERVED = frozenset(("__builtins__", "__name__", "__loader__", "__spec__", "__build_class__", "__import__"))
 _IMPORTED = frozenset((
     "bisect", "cmath", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq", "itertools",
@@ -133,11 +133,11 @@ def main() -> None:
     jail.guard_process()
     proc = ["/proc"] if Path("/proc/self/stat").exists() else []
     readable = job["readable"]
-    jail.lock_in([*readable, *proc, str(_ROOT)], [job["folder"], "/dev/null"])
+    jail.lock_in([*readable, *proc, str(ROOT)], [job["folder"], "/dev/null"])
     ours, theirs = socket.socketpair()
     numbers = [str(job[name]) for name in ("memory", "cpu_seconds", "file_size")]
     player = subprocess.Popen(
-        [sys.executable, "-I", "-c", BOOT.format("player"), str(_ROOT), str(theirs.fileno()), *numbers, job["folder"],
+        [sys.executable, "-I", "-c", BOOT.format("player"), str(ROOT), str(theirs.fileno()), *numbers, job["folder"],
          *readable],
         pass_fds=(theirs.fileno(),), start_new_session=True, stdin=nothing, stdout=nothing, stderr=nothing,
     )  # fmt: skip
@@ -161,9 +161,7 @@ def main() -> None:
         verdict = judge(job["program"], job["test"], Table(plain.Line(ours)))
     except Gone:
         verdict = _how_it_ended(player, ours)
-    said.acquire()
     clock.cancel()
-    said.release()
     say(verdict)
 
 

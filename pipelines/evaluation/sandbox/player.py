@@ -91,9 +91,6 @@ class _Host:
     def _bool(self, value: Any) -> bool:
         return bool(value)
 
-    def _contains(self, value: Any, item: Any) -> bool:
-        return item in value
-
 
 def _told(error: Exception) -> list[Any]:
     """Names of the error's classes, its text, and its last line as in a traceback; each cut to a length."""

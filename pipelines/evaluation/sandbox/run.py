@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.evaluation.sandbox.jail import hide_process, landlock_version
-from pipelines.evaluation.sandbox.judge import BOOT, descendants
+from pipelines.evaluation.sandbox.judge import BOOT, ROOT, descendants
 
-_ROOT = Path(__file__).resolve().parents[3]
 _GRACE = 5.0
 """Seconds that a judge has beyond the program's, to start and to end everything."""
 _LONGEST_VERDICT = 1 << 16
@@ -52,7 +51,7 @@ def run_program(program: str, limits: Limits, test: str = "") -> str:
         (Path(outer) / "job").write_text(json.dumps(job))
         environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
                        "TMPDIR": str(folder), "HOME": str(folder)}  # fmt: skip
-        command = [*_wrapper(folder), sys.executable, "-I", "-c", BOOT.format("judge"), str(_ROOT)]
+        command = [*_wrapper(folder), sys.executable, "-I", "-c", BOOT.format("judge"), str(ROOT)]
         with (Path(outer) / "job").open("rb") as given, (Path(outer) / "verdict").open("w+b") as verdict:
             process = subprocess.Popen(
                 command, cwd=folder, env=environment, start_new_session=True,
@@ -116,6 +115,6 @@ def _spaces() -> list[str]:
 
 def _bound(folder: Path) -> list[str]:
     """The file system inside: what Python needs to be read, and `folder`."""
-    places = [path for path in (*_readable(), str(_ROOT)) if not path.startswith("/dev")]
+    places = [path for path in (*_readable(), str(ROOT)) if not path.startswith("/dev")]
     parts = [part for path in places for part in ("--ro-bind-try", path, path)]
     return [*parts, "--proc", "/proc", "--dev", "/dev", "--bind", str(folder), str(folder), "--chdir", str(folder)]
