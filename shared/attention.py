@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 Order = Literal["xt_x0", "x0_xt"]
@@ -41,29 +41,32 @@ def block_diffusion(
     blocks up to its own. The last block may be shorter than `block`.
     """
     blocks = torch.arange(length, device=device) // block
-    noised = torch.zeros(2 * length, dtype=torch.bool, device=device)
+    clean = torch.zeros(2 * length, dtype=torch.bool, device=device)
     if order == "xt_x0":
-        noised[:length] = True
+        clean[length:] = True
     else:
-        noised[length:] = True
-    block_of = torch.cat([blocks, blocks])
-    return _sees(block_of[:, None], noised[:, None], block_of[None, :], noised[None, :])
+        clean[:length] = True
+    return _sees(torch.cat([blocks, blocks]), clean, clean)
 
 
-def _sees(q_block: Tensor, q_noised: Tensor, k_block: Tensor, k_noised: Tensor) -> Tensor:
-    """The rule of block diffusion: one's own block of one's own half, and the earlier clean blocks."""
-    return ((q_block == k_block) & (q_noised == k_noised)) | ((q_block > k_block) & ~k_noised)
+def _sees(
+    blocks: Int[Tensor, "*batch rows"], copies: Shaped[Tensor, "*batch rows"], clean: Bool[Tensor, "*batch rows"]
+) -> Bool[Tensor, "*batch rows rows"]:
+    """The rule of block diffusion: one's own block of one's own copy, and the earlier clean blocks."""
+    q, k = (..., slice(None), None), (..., None, slice(None))
+    return ((blocks[q] == blocks[k]) & (copies[q] == copies[k])) | ((blocks[q] > blocks[k]) & clean[k])
 
 
 def block_diffusion_places(
-    places: Int[Tensor, "batch rows"], length: int, block: int
+    places: Int[Tensor, "batch rows"], length: int, block: int, draws: int = 1
 ) -> Bool[Tensor, "batch 1 rows rows"]:
-    """`block_diffusion` (x_t before x_0) between chosen places of [x_t ; x_0], each half `length` long.
+    """`block_diffusion` (x_t before x_0) between chosen places of [x_t1 ; … ; x_0], each part `length` long, with
+    `draws` of x_t.
 
     Place −1 is padding: seen by none; it sees itself, so that no row is empty.
     """
-    blocks, noised, seen = places % length // block, places < length, places >= 0
-    mask = _sees(blocks[:, :, None], noised[:, :, None], blocks[:, None, :], noised[:, None, :])
+    blocks, copies, seen = places % length // block, places // length, places >= 0
+    mask = _sees(blocks, copies, copies == draws)
     itself = torch.eye(places.shape[1], dtype=torch.bool, device=places.device)
     return ((mask & seen[:, None, :]) | itself)[:, None]
 

@@ -250,6 +250,10 @@ class TrainConfig:
     """Examples per device and forward pass; with `global_batch` at most."""
     accumulation: int = 1
     """Forward passes of a step; with `global_batch` it follows."""
+    draws_per_step: int = 1
+    """Draws of an example that a step trains on in one pass, over one clean copy of it (docs/speed.md). Batches count
+    draws, and so do epochs: the size and the number of steps do not change.
+    """
     learning_rate: float = 5e-5
     weight_decay: float = 0.0
     warmup_ratio: float = 0.1
@@ -268,6 +272,10 @@ class TrainConfig:
     """AdamW in PyTorch's fused kernel; with its state in 8 bits (bitsandbytes, CUDA); or Adafactor."""
     gradient_checkpointing: bool = False
     """Keep only what enters each layer and compute the rest again in the backward pass: the same gradients."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Decoder layers and the loss compiled one by one (torch.compile), once for all lengths; `auto`: on CUDA."""
+    loader_workers: int = -1
+    """Processes that read and collate ahead of each trainer; −1: one on CUDA, none on a CPU, which they would share."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     checkpoint_steps: int = 500
     log_steps: int = 10
@@ -285,6 +293,8 @@ class TrainConfig:
             self.global_batch is None or self.global_batch > 0,
             f"global_batch is {self.global_batch}; it must be positive",
         )
+        require(self.draws_per_step > 0, f"draws_per_step is {self.draws_per_step}; it must be positive")
+        require(self.loader_workers >= -1, f"loader_workers is {self.loader_workers}; it must be -1 (auto) or more")
         require(
             self.checkpoint_steps % self.log_steps == 0,
             f"checkpoint_steps ({self.checkpoint_steps}) must be a multiple of log_steps ({self.log_steps}), "

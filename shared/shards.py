@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,10 +111,10 @@ class Shard:
     table: pa.Table
     counts: dict[str, Any]
 
-    def rows(self, path: Path, layout: Layout) -> list[CacheRow]:
-        """All rows; `path`: where it was read, for the TideError where they cannot be."""
+    def rows(self, path: Path, layout: Layout, chosen: Sequence[int] | None = None) -> list[CacheRow]:
+        """All rows, or the chosen ones; `path`: where it was read, for the TideError where they cannot be."""
         try:
-            return from_table(self.table, layout)
+            return from_table(self.table if chosen is None else self.table.take(chosen), layout)
         except (IndexError, ValueError) as error:
             raise _unreadable(path, error) from error
 

@@ -13,7 +13,7 @@ from shared.compact import EMPTY, class_log_mass
 from shared.manifest import Manifest
 from shared.padding import pad
 from shared.schema import CacheRow, Layout
-from student_train.batches.needed import needed_places
+from student_train.batches.needed import places_of_draws
 from student_train.losses.objective import Counts
 from student_train.losses.targets import ChunkTargets, Classes, Targets, TopKTargets
 
@@ -24,17 +24,23 @@ Batch = dict[str, Any]
 def collate(rows: Sequence[CacheRow], manifest: Manifest) -> Batch:
     """One batch. Padding is to the longest row; masked positions are gathered, not padded: row by row, but that those
     at which a teacher of the student's tokenizer was not read come last.
+
+    Draws of one example that follow each other share one sequence (`student_train.batches.needed`).
     """
     block = int(manifest.fingerprint["lengths"]["block"])
     mask_id = int(manifest.fingerprint["student"]["mask_id"])
-    clean, valid = pad([r.student_ids for r in rows])
+    sequences = together(rows)
+    clean, valid = pad([draws[0].student_ids for draws in sequences])
     sizes = [r.masked.size for r in rows]
     order = _order(rows)
-    index = _longs(np.repeat(np.arange(len(rows)), sizes)[order])
+    index = _longs(np.repeat([i for i, draws in enumerate(sequences) for _ in draws], sizes)[order])
+    copy = _longs(np.repeat([j for draws in sequences for j in range(len(draws))], sizes)[order])
     column = _longs(_join([r.masked for r in rows])[order])
-    places, place = needed_places([r.masked for r in rows], [len(r.student_ids) for r in rows], block)
-    noised = clean.clone()
-    noised[index, column] = mask_id
+    places, place = places_of_draws(
+        [[r.masked for r in draws] for draws in sequences], [len(draws[0].student_ids) for draws in sequences], block
+    )
+    noised = clean.repeat(1, max(len(draws) for draws in sequences))
+    noised[index, copy * clean.shape[1] + column] = mask_id
     times = np.array([r.t for r in rows], np.float32)
     batch: Batch = {
         "clean": clean,
@@ -46,6 +52,7 @@ def collate(rows: Sequence[CacheRow], manifest: Manifest) -> Batch:
         "place": place[torch.from_numpy(order)],
         "gold": clean[index, column],
         "t": torch.from_numpy(np.repeat(times, sizes)[order]),
+        "tokens": torch.tensor(sum(len(r.student_ids) for r in rows)),
         "counts": torch.tensor(
             [
                 sum(r.maskable for r in rows),
@@ -60,6 +67,18 @@ def collate(rows: Sequence[CacheRow], manifest: Manifest) -> Batch:
     if "chunks" in manifest.signals:
         batch |= _chunks(rows, sizes, times, order)
     return batch
+
+
+def together(rows: Sequence[CacheRow]) -> list[list[CacheRow]]:
+    """Rows that follow each other and are draws of one example."""
+    found: list[list[CacheRow]] = []
+    for row in rows:
+        before = found[-1] if found else []
+        if before and before[0].example_id == row.example_id and all(other.draw != row.draw for other in before):
+            before.append(row)
+        else:
+            found.append([row])
+    return found
 
 
 def _order(rows: Sequence[CacheRow]) -> np.ndarray:

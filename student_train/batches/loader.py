@@ -1,8 +1,9 @@
 """From shards to batches: which rows at which step, as a pure function of the seed (DESIGN §6).
 
-Epoch e trains on draw e mod K and reads nothing else. Rows are shuffled in windows of a few shards, so memory stays
-bounded and files are read in one go; inside a window batches hold rows of like length. Every item of the data set
-is one whole batch, found by its number alone: resuming at step n means asking for batch n.
+Epoch e trains on draw e mod K and reads nothing else; with `draws` m > 1 a pass over the data trains on the next m of
+the K draws of every example at once, which counts as m epochs. Rows are shuffled in windows of a few shards, so memory
+stays bounded and files are read in one go; inside a window batches hold rows of like length. Every item of the data
+set is one whole batch, found by its number alone: resuming at step n means asking for batch n.
 """
 
 from __future__ import annotations
@@ -23,15 +24,22 @@ from shared.schema import CacheRow, without_masks
 from shared.shards import Unit
 from student_train.batches.collate import Batch, collate
 from student_train.batches.shards import ShardSource
+from student_train.batches.windows import Window
 
-_RUN = 16
-"""Batches among which rows are sorted by length."""
+ERROR = "error"
+
+
+def refuse_error(batch: Batch) -> None:
+    """TideError where one stands in the batch's place."""
+    if ERROR in batch:
+        raise TideError(batch[ERROR])
 
 
 @dataclass(frozen=True)
-class _Epoch:
-    """The parts of an epoch in their order, window by window, and at which row of the epoch each window begins."""
+class _Pass:
+    """The parts of a pass over the data in their order, window by window, and at which example each window begins."""
 
+    draws: tuple[int, ...]
     parts: np.ndarray
     starts: np.ndarray
 
@@ -55,10 +63,12 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
         total: int | None = None,
         window: int = 8,
         processes: int = 1,
+        draws: int = 1,
     ) -> None:
         self._manifest, self._source = manifest, source
-        self._seed, self._window = seed, window
-        self._batch_size, self._processes = batch_size * processes, processes
+        self._seed, self._window, self._draws = seed, window, draws
+        self._batch, self._processes = batch_size * processes // draws, processes
+        """Examples of a batch, of all processes together."""
         self.totals: Counter[str] = Counter()
         """Sums over the shards: rows, masked positions, chunks, rows without chunks."""
         self._rows = np.zeros((manifest.draws, manifest.parts), np.int64)
@@ -69,75 +79,91 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
                                rows_without_chunks=entry.rows_without_chunks)  # fmt: skip
         if (self._rows.sum(axis=1) == 0).any():
             raise TideError("the cache has no rows", fix="build it from data whose prompts fit")
-        self._batches = -(-self._rows.sum(axis=1) // self._batch_size)
-        self._epoch_cached = lru_cache(maxsize=2)(self._epoch)
-        self._read_window = lru_cache(maxsize=2)(self._read_window_uncached)
-        self._total = total if total is not None else math.ceil(epochs * self.batches_in(0))
+        cycle = manifest.draws // math.gcd(manifest.draws, draws)
+        self._batches = np.array([-(-int(self._rows[self._draws_of(n)[0]].sum()) // self._batch) for n in range(cycle)])
+        """Batches of each pass, until passes come to the same draws again."""
+        self._remember()
+        self._total = total if total is not None else math.ceil(epochs * self.batches_in(0) / draws)
 
-    def batches_in(self, epoch: int) -> int:
-        """Batches of an epoch."""
-        return int(self._batches[epoch % self._manifest.draws])
+    def _remember(self) -> None:
+        self._pass_cached = lru_cache(maxsize=2)(self._pass)
+        self._window_cached = lru_cache(maxsize=2)(self._open_window)
 
-    def _epoch(self, epoch: int) -> _Epoch:
-        parts = generator(self._seed, epoch, "parts").permutation(self._manifest.parts)
-        ends = np.concatenate([[0], np.cumsum(self._rows[epoch % self._manifest.draws][parts])])
-        return _Epoch(parts, ends[: len(parts) : self._window])
+    def __getstate__(self) -> dict[str, object]:
+        """For a process that works ahead: without the windows that are open here."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_pass_cached", "_window_cached")}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__ |= state
+        self._remember()
+
+    def batches_in(self, number: int) -> int:
+        """Batches of a pass over the data: of an epoch, or of as many as draws are trained on at once."""
+        return int(self._batches[number % len(self._batches)])
+
+    def _draws_of(self, number: int) -> tuple[int, ...]:
+        return tuple((number * self._draws + j) % self._manifest.draws for j in range(self._draws))
+
+    def _pass(self, number: int) -> _Pass:
+        draws = self._draws_of(number)
+        parts = generator(self._seed, number, "parts").permutation(self._manifest.parts)
+        ends = np.concatenate([[0], np.cumsum(self._rows[draws[0]][parts])])
+        return _Pass(draws, parts, ends[: len(parts) : self._window])
 
     def __len__(self) -> int:
         return self._total * self._processes
 
     def __getitem__(self, index: int) -> Batch:
-        """Item number `index` of the run."""
-        return collate(self.rows(index), self._manifest)
+        """Item number `index` of the run. In a process of a DataLoader a TideError comes as `{"error": its text}`, for
+        `refuse_error` to raise where it arrives: PyTorch would put a traceback around it.
+        """
+        try:
+            return collate(self.rows(index), self._manifest)
+        except TideError as error:
+            if torch.utils.data.get_worker_info() is None:
+                raise
+            return {ERROR: str(error)}
 
     def rows(self, index: int) -> list[CacheRow]:
-        """The rows of item number `index`. Where a last batch has fewer rows than processes, some get a row that
+        """The rows of item number `index`. Where a last batch has fewer examples than processes, some get one that
         another has too, with nothing of it masked.
         """
         index, part = divmod(index, self._processes)
         cycle, index = divmod(index, int(self._batches.sum()))
-        draw = int(np.searchsorted(np.cumsum(self._batches), index, side="right"))
-        batch = index - int(self._batches[:draw].sum())
-        whole = self._slice(cycle * self._manifest.draws + draw, batch * self._batch_size, self._batch_size)
-        mine = whole[part :: self._processes]
-        return mine or [without_masks(whole[0])]
+        number = int(np.searchsorted(np.cumsum(self._batches), index, side="right"))
+        start = (index - int(self._batches[:number].sum())) * self._batch
+        number += cycle * len(self._batches)
+        size = min(self._batch, int(self._rows[self._draws_of(number)[0]].sum()) - start)
+        mine = self._examples(number, [start + i for i in range(part, size, self._processes)])
+        if not mine:
+            return [without_masks(self._examples(number, [start])[0][0])]
+        return [row for draws in mine for row in draws]
 
-    def _slice(self, epoch: int, start: int, count: int) -> list[CacheRow]:
-        """`count` rows of an epoch from its row number `start` on: of one window, or of two that meet."""
-        starts = self._epoch_cached(epoch).starts
-        number = int(np.searchsorted(starts, start, side="right")) - 1
-        found: list[CacheRow] = []
-        while len(found) < count and number < len(starts):
-            rows = self._read_window(epoch, number)
-            first = max(0, start + len(found) - int(starts[number]))
-            found += rows[first : first + count - len(found)]
-            number += 1
+    def _examples(self, number: int, places: list[int]) -> list[list[CacheRow]]:
+        """Examples of a pass by their place in it: of one window, or of some that follow each other."""
+        starts = self._pass_cached(number).starts
+        found: list[list[CacheRow]] = []
+        while len(found) < len(places):
+            window = int(np.searchsorted(starts, places[len(found)], side="right")) - 1
+            opened, begin = self._window_cached(number, window), int(starts[window])
+            own = [place - begin for place in places[len(found) :] if place - begin < len(opened)]
+            found += opened.examples(own)
         return found
 
-    def _parts(self, epoch: int, number: int) -> list[Unit]:
-        chosen = self._epoch_cached(epoch).parts[number * self._window : (number + 1) * self._window]
-        return [Unit(epoch % self._manifest.draws, int(part)) for part in chosen]
+    def _units(self, number: int, window: int) -> list[list[Unit]]:
+        """The units of a window, part by part."""
+        here = self._pass_cached(number)
+        chosen = here.parts[window * self._window : (window + 1) * self._window]
+        return [[Unit(draw, int(part)) for draw in here.draws] for part in chosen]
 
-    def _read_window_uncached(self, epoch: int, number: int) -> list[CacheRow]:
-        """The rows of a window in the order in which they are trained on."""
-        units = self._parts(epoch, number)
-        self._source.soon(units)
-        rows = [row for unit in units for row in self._source.rows(unit)]
-        self._source.soon(self._parts(epoch, number + 1) or self._parts(epoch + 1, 0))
-        begun = -int(self._epoch_cached(epoch).starts[number]) % self._batch_size
-        stream = generator(self._seed, epoch, number, "rows")
-        return [rows[i] for i in self._order([len(row.student_ids) for row in rows], begun, stream)]
+    def _open_window(self, number: int, window: int) -> Window:
+        units = self._units(number, window)
+        self._soon(units)
+        shards = [[self._source.shard(unit) for unit in draws] for draws in units]
+        self._soon(self._units(number, window + 1) or self._units(number + 1, 0))
+        begin = int(self._pass_cached(number).starts[window])
+        stream = generator(self._seed, number, window, "rows")
+        return Window(shards, begin, self._batch, self._processes, stream)
 
-    def _order(self, lengths: list[int], begun: int, stream: np.random.Generator) -> list[int]:
-        """Shuffled; then, but for the `begun` rows that fill up the last window's batch, sorted by length inside runs
-        of 16 batches, and whole batches shuffled.
-        """
-        order = [int(i) for i in stream.permutation(len(lengths))]
-        head, rest = order[:begun], order[begun:]
-        span = _RUN * self._batch_size
-        by_length = [
-            i for at in range(0, len(rest), span) for i in sorted(rest[at : at + span], key=lengths.__getitem__)
-        ]
-        whole = len(by_length) // self._batch_size * self._batch_size
-        batches = [by_length[at : at + self._batch_size] for at in range(0, whole, self._batch_size)]
-        return head + [i for b in stream.permutation(len(batches)) for i in batches[b]] + by_length[whole:]
+    def _soon(self, units: list[list[Unit]]) -> None:
+        self._source.soon([unit for draws in units for unit in draws])

@@ -40,6 +40,7 @@ class OpenCache:
             total=steps if config.max_steps > 0 else None,
             window=config.window,
             processes=parts,
+            draws=config.draws_per_step,
         )
 
 

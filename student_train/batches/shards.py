@@ -6,27 +6,56 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Int
 
 from shared.atomic import write_bytes
 from shared.errors import TideError
 from shared.ledger import Ledger
 from shared.manifest import Manifest
 from shared.schema import CacheRow, Layout
-from shared.shards import Unit, read_shard, read_table
+from shared.shards import Shard, Unit, read_table
 from shared.soundness import problems_in
 from shared.stores import Store
 
 _AT_ONCE = 4
 
 
+@dataclass(frozen=True)
+class OpenShard:
+    """A shard whose rows are not decoded yet."""
+
+    path: Path
+    layout: Layout
+    shard: Shard
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " rows"]:
+        """Tokens of the student, row by row."""
+        return pc.list_value_length(self.shard.table.column("student_ids")).to_numpy().astype(np.int64)
+
+    @property
+    def examples(self) -> pa.ChunkedArray:
+        """The ids of the rows' examples."""
+        return self.shard.table.column("example_id")
+
+    def rows(self, chosen: Sequence[int] | None = None) -> list[CacheRow]:
+        """All rows, or the chosen ones. TideError where they cannot be decoded."""
+        return self.shard.rows(self.path, self.layout, chosen)
+
+
 @runtime_checkable
 class ShardSource(Protocol):
-    """Gives the rows of a unit."""
+    """Gives the shard of a unit."""
 
-    def rows(self, unit: Unit) -> list[CacheRow]:
-        """All rows of one shard. TideError where it is not what the ledger says."""
+    def shard(self, unit: Unit) -> OpenShard:
+        """One shard. TideError where it is not what the ledger says."""
         ...
 
     def soon(self, units: Sequence[Unit]) -> None:
@@ -40,8 +69,8 @@ class FolderShards:
     def __init__(self, cache: Path, layout: Layout, ledger: Ledger) -> None:
         self._cache, self._layout, self._ledger = cache, layout, ledger
 
-    def rows(self, unit: Unit) -> list[CacheRow]:
-        """All rows of one shard (see `ShardSource`)."""
+    def shard(self, unit: Unit) -> OpenShard:
+        """One shard (see `ShardSource`)."""
         path = unit.path(self._cache)
         try:
             content = path.read_bytes()
@@ -52,7 +81,7 @@ class FolderShards:
                 fix="run the same `tide cache` command again: it computes what is missing",
             ) from error
         self._ledger[unit].check(path, content)
-        return read_shard(path, self._layout, content)
+        return OpenShard(path, self._layout, read_table(path, self._layout, content))
 
     def soon(self, units: Sequence[Unit]) -> None:
         """Nothing to do: files are at hand."""
@@ -89,8 +118,8 @@ class StoredShards:
                 if unit not in self._coming and not unit.path(self._folder).exists():
                     self._coming[unit] = self._pool.submit(self._fetch, unit)
 
-    def rows(self, unit: Unit) -> list[CacheRow]:
-        """All rows of one shard (see `ShardSource`)."""
+    def shard(self, unit: Unit) -> OpenShard:
+        """One shard (see `ShardSource`)."""
         with self._lock:
             coming = self._coming.pop(unit, None)
         path = unit.path(self._folder)
@@ -99,7 +128,7 @@ class StoredShards:
         problems = problems_in(shard.table, self._layout, self._manifest)
         if problems:
             raise TideError(f"shard {path} of {self._store.url} does not hold: {'; '.join(problems)}")
-        return shard.rows(path, self._layout)
+        return OpenShard(path, self._layout, shard)
 
     def _at_hand(self, unit: Unit) -> bytes | None:
         """The shard's bytes from the folder; None where they are not there, or are not the ledger's."""

@@ -8,6 +8,7 @@ and no second pass over the head), and backward only scales them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shared.objectives import Distillation
-from student_train.losses.objective import Counts, Sums, objective, slice_targets, total
+from student_train.losses.objective import Counts, Sums, lambda_train, objective_at, on_device, slice_targets, total
 from student_train.losses.targets import Targets
 
 _LOGITS_PER_SLICE = 1 << 24
@@ -53,14 +54,16 @@ def fused_loss(
     targets: Targets,
     settings: LossSettings,
     rows_per_slice: int | None = None,
+    compiled: bool = False,
 ) -> tuple[Float[Tensor, ""], Sums]:
     """The loss of `objective` and `total` on `hidden @ head.T`, and its (detached) sums.
 
     Equal to the plain computation in value and in the gradients of `hidden` and `head`, up to the order of float32
     sums. Under autocast the products run in its dtype; logits, losses and the head's gradient stay in float32.
+    `compiled`: the loss of a slice in a few kernels.
     """
     size = rows_per_slice or slice_rows(head.shape[0], _memory_of(head.device))
-    loss, denoise, distillation = _Fused.apply(hidden, head, targets, settings, size)  # type: ignore[misc]
+    loss, denoise, distillation = _Fused.apply(hidden, head, targets, settings, size, compiled)  # type: ignore[misc]
     return loss, Sums(denoise, distillation)
 
 
@@ -69,10 +72,16 @@ def _memory_of(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
+@cache
+def compiled_objective() -> Any:
+    """`objective_at` in a few kernels, forward and backward; once for every number of rows."""
+    return torch.compile(objective_at, dynamic=True)
+
+
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Targets, settings: LossSettings, size: int
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Targets, settings: LossSettings, size: int, compiled: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -82,11 +91,13 @@ class _Fused(torch.autograd.Function):
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         grad_head = torch.zeros_like(head, dtype=exact) if wants_head else None
         sums = torch.zeros(3, dtype=exact, device=hidden.device)
+        measure = compiled_objective() if compiled else objective_at
+        train = sums.new_full((), lambda_train(settings.distillation, settings.progress))
         with torch.autocast(kind, enabled=False):
             for part, own in slice_targets(targets, size):
                 logits = (rows[part] @ weights.T).to(exact).requires_grad_(wants_hidden or wants_head)
                 with torch.enable_grad():
-                    found = objective(logits, own, settings.distillation, settings.progress)
+                    found = measure(logits, on_device(own), settings.distillation, train)
                     loss = total(found, settings.counts, settings.distillation, settings.weight)
                 sums += torch.stack([loss.detach(), found.denoise.detach(), found.distillation.detach()])
                 if not logits.requires_grad:
@@ -103,12 +114,13 @@ class _Fused(torch.autograd.Function):
         return loss_, denoise, distillation
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
         scale = gradients[0]
         return (
             None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
             None if grad_head is None else grad_head * scale.to(grad_head.dtype),
+            None,
             None,
             None,
             None,

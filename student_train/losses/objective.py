@@ -20,7 +20,7 @@ from shared.objectives import KL, Calm, ChunkObjective, Distillation, NoDistilla
 from student_train.losses import calm, denoise, tidal
 from student_train.losses.divergence import token_divergence
 from student_train.losses.log_masses import at_least_float32
-from student_train.losses.schedules import strength, timestep_weight
+from student_train.losses.schedules import strength_at, timestep_weight, training_strength
 from student_train.losses.targets import ChunkTargets, Targets, rows_of
 
 
@@ -48,16 +48,28 @@ def objective(logits: Float[Tensor, "n vocab"], targets: Targets, distillation: 
 
     Raises ValueError where the batch lacks what the objective needs.
     """
+    return objective_at(logits, targets, distillation, lambda_train(distillation, progress))
+
+
+def lambda_train(distillation: Distillation, progress: float) -> float:
+    """TIDAL's λ_train at τ; 0 for objectives without it."""
+    tidal_settings = getattr(distillation, "tidal", None)
+    return 0.0 if tidal_settings is None else training_strength(tidal_settings, progress)
+
+
+def objective_at(
+    logits: Float[Tensor, "n vocab"], targets: Targets, distillation: Distillation, train: float | Float[Tensor, ""]
+) -> Sums:
+    """`objective` from λ_train (`lambda_train`), which may be a tensor."""
     logits = at_least_float32(logits)
     ce = denoise.denoise(logits, targets.gold, targets.t).sum()
-    match distillation:
-        case NoDistillation():
-            extra = torch.zeros((), device=logits.device)
-        case KL() | ReverseKL():
-            extra = _token_term(logits, targets, distillation, progress)
-        case Calm() | ReverseCalm():
-            token_logp = calm.token_log_likelihood(logits, targets.gold)
-            extra = _chunk_term(token_logp, targets, distillation, progress)
+    if isinstance(distillation, NoDistillation):
+        extra = torch.zeros((), device=logits.device)
+    elif isinstance(distillation, KL | ReverseKL):
+        extra = _token_term(logits, targets, distillation, train)
+    else:
+        token_logp = calm.token_log_likelihood(logits, targets.gold)
+        extra = _chunk_term(token_logp, targets, distillation, train)
     return Sums(ce, extra)
 
 
@@ -68,7 +80,13 @@ def gold_objective(
     ce = -(token_logp / targets.t).sum()
     if isinstance(distillation, NoDistillation):
         return Sums(ce, torch.zeros((), device=token_logp.device))
-    return Sums(ce, _chunk_term(token_logp, targets, distillation, progress))
+    return Sums(ce, _chunk_term(token_logp, targets, distillation, lambda_train(distillation, progress)))
+
+
+def on_device(targets: Targets) -> Targets:
+    """The targets without what is in host memory, which only cutting them needs."""
+    chunks = targets.chunks
+    return targets if chunks is None else dataclasses.replace(targets, chunks=dataclasses.replace(chunks, host=None))
 
 
 def slice_targets(targets: Targets, size: int) -> Iterator[tuple[slice, Targets]]:
@@ -127,7 +145,7 @@ def _slice_chunks(chunks: ChunkTargets, host: np.ndarray, start: int, end: int) 
 
 
 def _token_term(
-    logits: Float[Tensor, "n vocab"], targets: Targets, settings: KL | ReverseKL, progress: float
+    logits: Float[Tensor, "n vocab"], targets: Targets, settings: KL | ReverseKL, train: float | Float[Tensor, ""]
 ) -> Float[Tensor, ""]:
     topk, temperature = targets.topk, settings.temperature
     if topk is None or temperature not in topk.odds:
@@ -138,7 +156,7 @@ def _token_term(
     logits, t = logits[:read], targets.t[:read]
     weight, mixed = torch.ones_like(t), None
     if settings.tidal is not None:
-        mixed = strength(settings.tidal, progress, t)
+        mixed = strength_at(settings.tidal, train, t)
         weight = timestep_weight(settings.tidal.timestep_weight, t)
     if settings.tail != "cache":
         topk = dataclasses.replace(topk, student_shaped=settings.tail == "student")
@@ -147,7 +165,7 @@ def _token_term(
 
 
 def _chunk_term(
-    token_logp: Float[Tensor, " n"], targets: Targets, settings: ChunkObjective, progress: float
+    token_logp: Float[Tensor, " n"], targets: Targets, settings: ChunkObjective, train: float | Float[Tensor, ""]
 ) -> Float[Tensor, ""]:
     chunks, temperature = targets.chunks, settings.temperature
     if chunks is None:
@@ -157,7 +175,7 @@ def _chunk_term(
     target = calm.bound_probability((chunks.teacher_logp.to(token_logp.dtype) / temperature).exp())
     weight = torch.ones_like(chunks.t)
     if settings.tidal is not None:
-        target = tidal.tidal_probability(student.exp(), target, strength(settings.tidal, progress, chunks.t))
+        target = tidal.tidal_probability(student.exp(), target, strength_at(settings.tidal, train, chunks.t))
         weight = timestep_weight(settings.tidal.timestep_weight, chunks.t)
     term = calm.calm if isinstance(settings, Calm) else calm.reverse_calm
     return (weight * term(student, target)).sum()

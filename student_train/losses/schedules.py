@@ -27,11 +27,16 @@ def training_strength(tidal: Tidal, progress: float) -> float:
 
 def strength(tidal: Tidal, progress: float, t: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """λ per position or chunk, by axis: λ_train·(1 − t), λ_train, or λ_max·(1 − t)."""
+    return strength_at(tidal, training_strength(tidal, progress), t)
+
+
+def strength_at(tidal: Tidal, train: float | Float[Tensor, ""], t: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """`strength` from λ_train, which may be a tensor: a compiled loss must not be made anew at every step."""
     match tidal.axis:
         case "both":
-            return training_strength(tidal, progress) * (1.0 - t)
+            return train * (1.0 - t)
         case "training_only":
-            return torch.full_like(t, training_strength(tidal, progress))
+            return train * torch.ones_like(t)
         case "timestep_only":
             return tidal.lambda_max * (1.0 - t)
 

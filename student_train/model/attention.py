@@ -21,19 +21,20 @@ FLEX = "tide_flex"
 """The name under which transformers' models find it."""
 
 
-def flex_mask(places: Int[Tensor, "batch rows"], length: int, block: int) -> BlockMask:
+def flex_mask(places: Int[Tensor, "batch rows"], length: int, block: int, draws: int = 1) -> BlockMask:
     """`shared.attention.block_diffusion_places` as a block mask.
 
     Whatever differs between batches is a tensor inside of it, so that nothing is compiled anew.
     """
     batch, rows = places.shape
-    blocks, clean, seen = places % length // block, places >= length, places >= 0
+    blocks, copies, seen = places % length // block, places // length, places >= 0
+    clean = copies == draws
 
     make = _compiled(create_block_mask) if places.is_cuda else create_block_mask
     # A lambda, since tests wrap every `def` in checks of its types, which the compiler cannot read.
     return make(
         lambda b, _, q, k: (
-            (seen[b, k] & (clean[b, q] == clean[b, k]) & (blocks[b, q] == blocks[b, k]))
+            (seen[b, k] & (copies[b, q] == copies[b, k]) & (blocks[b, q] == blocks[b, k]))
             | (seen[b, k] & clean[b, k] & (blocks[b, q] > blocks[b, k]))
             | (q == k)
         ),

@@ -133,20 +133,22 @@ def add_mask_token(tokenizer: Tokenizer, token: str) -> int:
 
 def masked_hidden(
     model: Any,
-    noised: Int[Tensor, "batch length"],
+    noised: Int[Tensor, "batch wide"],
     clean: Int[Tensor, "batch length"],
     places: Int[Tensor, "batch rows"],
     row: Int[Tensor, " n"],
     column: Int[Tensor, " n"],
     block: int,
 ) -> Float[Tensor, "n width"]:
-    """Last hidden states at the entries (row, column) of `places`, from one pass over these places of [x_t ; x_0].
+    """Last hidden states at the entries (row, column) of `places`, from one pass over these places of
+    [x_t1 ; … ; x_tm ; x_0].
 
-    `places`: from `needed_places`, −1 at padding.
+    `noised`: the m draws of x_t one after the other; `places`: from `places_of_draws`, −1 at padding.
     """
-    length = noised.shape[1]
+    length = clean.shape[1]
+    draws = noised.shape[1] // length
     flex = model.config._attn_implementation == FLEX
-    mask: Any = (flex_mask if flex else block_diffusion_places)(places, length, block)
+    mask: Any = (flex_mask if flex else block_diffusion_places)(places, length, block, draws)
     output = model.model(
         input_ids=torch.cat([noised, clean], dim=1).gather(1, places.clamp(min=0)),
         attention_mask=mask,

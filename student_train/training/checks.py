@@ -19,6 +19,7 @@ from shared.manifest import Manifest
 from shared.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL
 from student_train.losses.liger_head import liger_fits, liger_installed
 from student_train.training.run_folder import recorded_settings
+from student_train.training.step import Way
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -80,18 +81,30 @@ def settle_precision(config: TrainConfig) -> TrainConfig:
 
 
 def settle_batch(config: TrainConfig, processes: int) -> TrainConfig:
-    """The settings with `batch_size` and `accumulation` as `global_batch` and the number of processes have them."""
-    whole = config.global_batch
+    """The settings with `batch_size` and `accumulation` as `global_batch` and the number of processes have them.
+    TideError where `draws_per_step` does not divide it.
+    """
+    whole, draws = config.global_batch, config.draws_per_step
     if whole is None:
+        if config.batch_size % draws:
+            raise TideError(
+                f"batch_size is {config.batch_size} and draws_per_step {draws}: a batch holds all {draws} draws of "
+                "each of its examples",
+                expected=f"a multiple of {draws}, such as {-(-config.batch_size // draws) * draws}",
+                fix="change batch_size or draws_per_step",
+            )
         return config
-    if whole % processes:
+    unit = processes * draws
+    if whole % unit:
         raise TideError(
-            f"global_batch is {whole}, and {processes} processes cannot share it evenly",
-            expected=f"a multiple of {processes}, such as {-(-whole // processes) * processes}",
+            f"global_batch is {whole}, and {processes} processes cannot share it evenly"
+            + (f" in examples of {draws} draws" if draws > 1 else ""),
+            expected=f"a multiple of {unit}, such as {-(-whole // unit) * unit}",
             fix="change the number of processes, or --set global_batch=…",
         )
     each = whole // processes
-    size = max(n for n in range(1, min(each, config.batch_size) + 1) if each % n == 0)
+    fits = [n for n in range(draws, min(each, max(config.batch_size, draws)) + 1, draws) if each % n == 0]
+    size = max(fits)
     if config.accumulation not in (1, each // size):
         raise TideError(
             f"accumulation is {config.accumulation}, and global_batch {whole} over {processes} processes in passes of "
@@ -101,19 +114,43 @@ def settle_batch(config: TrainConfig, processes: int) -> TrainConfig:
     return dataclasses.replace(config, batch_size=size, accumulation=each // size)
 
 
+def check_draws(config: TrainConfig, manifest: Manifest) -> None:
+    """TideError where a step wants more draws of an example than the cache has."""
+    if config.draws_per_step > manifest.draws:
+        raise TideError(
+            f"draws_per_step is {config.draws_per_step}, and {config.cache} has {manifest.draws} draws of an example",
+            expected=f"at most {manifest.draws}",
+            fix="grow the cache: run the same `tide cache` with a larger --draws",
+        )
+
+
 def settle_attention(config: TrainConfig) -> StudentConfig:
     """The student's settings with `attention` decided."""
     if config.student.attention != "auto":
         return config.student
-    on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    return dataclasses.replace(config.student, attention="flex" if on_gpu else "sdpa")
+    return dataclasses.replace(config.student, attention="flex" if on_gpu(config) else "sdpa")
 
 
-def uses_liger(config: TrainConfig) -> bool:
-    """Whether the head runs by Liger's kernel. `auto` does not take it: at a vocabulary of 150,000 it works in slices
-    of 16 to 32 rows, each of which adds to the whole gradient of the head.
+def on_gpu(config: TrainConfig) -> bool:
+    """Whether the run is on CUDA."""
+    return config.device != "cpu" and torch.cuda.is_available()
+
+
+def compiles(config: TrainConfig) -> bool:
+    """Whether layers and loss are compiled."""
+    return config.compile == "on" or (config.compile == "auto" and on_gpu(config))
+
+
+def loader_workers(config: TrainConfig) -> int:
+    """Processes that work ahead of each trainer."""
+    return (1 if on_gpu(config) else 0) if config.loader_workers < 0 else config.loader_workers
+
+
+def way_of(config: TrainConfig) -> Way:
+    """How head and loss run. `auto` does not take Liger: at a vocabulary of 150,000 it works in slices of 16 to 32
+    rows, each of which adds to the whole gradient of the head.
     """
-    return config.head == "liger"
+    return "liger" if config.head == "liger" else "compiled" if compiles(config) else "sliced"
 
 
 def check_targets(settings: Distillation, totals: Mapping[str, int], cache: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -14,16 +15,19 @@ from student_train.losses.objective import Sums
 from student_train.losses.targets import Targets
 from student_train.model.student import batch_hidden
 
+Way = Literal["sliced", "compiled", "liger"]
+"""How head and loss run: in slices, their losses compiled or not, or by Liger's kernel."""
 
-def train_on_loss(model: Any, block: int, read: TargetReader, liger: bool = False) -> None:
+
+def train_on_loss(model: Any, block: int, read: TargetReader, way: Way = "sliced") -> None:
     """From now on `model(batch=…, settings=…)` returns the loss and its sums; without settings, the logits at the
-    masked positions. `liger`: by Liger's kernel rather than in slices.
+    masked positions.
 
     DistributedDataParallel and FSDP hook the forwards of modules; a loss computed outside of the model's would escape
     the first, weights read outside of the LM head's the second. The stock forwards stay reachable on the classes, and
     saving and loading do not change.
     """
-    compute = liger_loss if liger else fused_loss
+    compute = liger_loss if way == "liger" else partial(fused_loss, compiled=way == "compiled")
 
     def forward(self: Any, batch: Batch, settings: LossSettings | None = None) -> Any:
         hidden = batch_hidden(self, batch, block)

@@ -26,21 +26,26 @@ from shared.processes import part
 from shared.settings import build
 from shared.tokenizers import Tokenizer
 from student_train.batches.collate import Batch, TargetReader, counts_of
+from student_train.batches.loader import refuse_error
 from student_train.batches.opening import open_cache
 from student_train.losses.fused_head import LossSettings
 from student_train.losses.objective import parts_of
 from student_train.losses.schedules import training_strength
+from student_train.model.compiled import compile_layers
 from student_train.model.student import embedding_rows, load_student
 from student_train.training.checks import (
+    check_draws,
     check_hardware,
     check_objective,
     check_optimizer,
     check_targets,
     check_trackers,
+    compiles,
+    loader_workers,
     settle_attention,
     settle_batch,
     settle_precision,
-    uses_liger,
+    way_of,
 )
 from student_train.training.heldout import HeldOut, masked_nll, prepare_heldout, warn_of_overlap
 from student_train.training.resumable import ResumableTrainer, training_arguments
@@ -80,6 +85,8 @@ class StudentTrainer(ResumableTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The batches of one optimizer step, and the denominators over all of them, on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            refuse_error(batch)
         counts = torch.zeros(3, dtype=torch.float64, device=device)
         for batch in batches:
             counts += batch["counts"].to(device)
@@ -161,6 +168,7 @@ def make_trainer(config: TrainConfig, held: ExitStack | None = None) -> tuple[St
     opened = open_cache(config)
     manifest = opened.manifest
     check_objective(config.distillation, manifest, config.cache)
+    check_draws(config, manifest)
     lengths = build(LengthConfig, manifest.fingerprint["lengths"])
     set_seed(config.seed)
     model, tokenizer = load_student(settle_attention(config), config.cache, manifest)
@@ -178,7 +186,9 @@ def make_trainer(config: TrainConfig, held: ExitStack | None = None) -> tuple[St
             held.enter_context(hold(config.out / ".lock", f"the run {config.out}"))
         settle_run_folder(config, manifest, processes)
     read_targets = TargetReader(manifest, opened.layout)
-    train_on_loss(model, lengths.block, read_targets, uses_liger(config))
+    if compiles(config):
+        compile_layers(model)
+    train_on_loss(model, lengths.block, read_targets, way_of(config))
     trainer = StudentTrainer(
         model=model,
         args=_arguments(config, steps, heldout is not None),
@@ -232,6 +242,9 @@ def _explained_disk(out: Path) -> Iterator[None]:
         raise
 
 
+_AHEAD = 16
+"""Batches that a process of the loader has ready."""
+
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor"}
 """In transformers' names."""
 
@@ -246,6 +259,20 @@ def _check_ids(model: Any, manifest: Manifest) -> None:
     k = manifest.fingerprint["targets"]["k"]
     if manifest.shared_tokenizer and k > width:
         raise TideError(f"the cache keeps {k} logits a position, the student has {width}", fix="use another student")
+
+
+def _loading(workers: int) -> dict[str, Any]:
+    """Batches made ahead by `workers` processes, and copied to the device while it computes. They are many ahead, so
+    that the next shards are decoded while the last ones are trained on.
+    """
+    ahead = {} if not workers else {
+        "dataloader_num_workers": workers,
+        "dataloader_prefetch_factor": _AHEAD,
+        "dataloader_persistent_workers": True,
+        "dataloader_multiprocessing_context": "spawn",  # of a process that has CUDA and threads nothing may be forked
+    }  # fmt: skip
+    on_cuda = torch.cuda.is_available()
+    return {**ahead, "dataloader_pin_memory": on_cuda, "accelerator_config": {"non_blocking": on_cuda}}
 
 
 def _arguments(config: TrainConfig, steps: int, evaluates: bool) -> Any:
@@ -270,6 +297,7 @@ def _arguments(config: TrainConfig, steps: int, evaluates: bool) -> Any:
         optim=_OPTIMIZERS[config.optimizer],
         gradient_checkpointing=config.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
+        **_loading(loader_workers(config)),
         **({"use_cpu": True} if config.device == "cpu" else {}),
         **({"fsdp": True, "fsdp_config": {"version": 2}} if config.parallel == "fsdp" else {}),
     )

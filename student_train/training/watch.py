@@ -37,7 +37,7 @@ class Watch:
         none = torch.zeros((), device=device)
         counts = batch["counts"].to(device)
         seen = (none, none) if mass is None else (mass.sum(), none + mass.numel())
-        values = [*parts, none + 1, batch["valid"].sum(), none + batch["gold"].numel(), counts[2], *seen]
+        values = [*parts, none + 1, none + batch["tokens"], none + batch["gold"].numel(), counts[2], *seen]
         self._sums += torch.stack([value.detach().double() for value in values])
         news = (self._first_bad < 0) & ~torch.isfinite(loss.detach())
         self._first_bad = torch.where(news, item, self._first_bad)

@@ -116,8 +116,8 @@ def test_an_epoch_is_found_by_its_number_alone(caches: dict[str, Path]) -> None:
     data = dataset(caches["tiny-cross"], batch_size=7, epochs=400.0)
     assert data.batches_in(0) * 400 == len(data)
     planned: list[int] = []
-    plan = data._epoch
-    data._epoch_cached = lambda epoch: (planned.append(epoch), plan(epoch))[1]  # type: ignore[method-assign, assignment]
+    plan = data._pass
+    data._pass_cached = lambda epoch: (planned.append(epoch), plan(epoch))[1]  # type: ignore[method-assign, assignment]
     last = data.rows(len(data) - 1)
     assert set(planned) <= {399, 400}
     assert {row.draw for row in last} == {1}

@@ -62,13 +62,13 @@ def test_a_bounded_folder_fetches_again(store: str, tmp_path: Path) -> None:
 def test_what_is_there_already_is_not_fetched_and_what_is_damaged_is(store: str, tmp_path: Path) -> None:
     _, source = opened(store, tmp_path / "local")
     for part in range(3):
-        source.rows(Unit(0, part))
+        source.shard(Unit(0, part)).rows()
     again, other = opened(store, tmp_path / "local")
     path = Unit(0, 1).path(tmp_path / "local")
     path.write_bytes(path.read_bytes()[:-3])
-    assert len(other.rows(Unit(0, 0))) == again.ledger[Unit(0, 0)].rows
+    assert len(other.shard(Unit(0, 0)).rows()) == again.ledger[Unit(0, 0)].rows
     assert other.fetched == 0
-    assert len(other.rows(Unit(0, 1))) == again.ledger[Unit(0, 1)].rows
+    assert len(other.shard(Unit(0, 1)).rows()) == again.ledger[Unit(0, 1)].rows
     assert other.fetched == 1
 
 
@@ -76,10 +76,10 @@ def test_a_shard_that_is_not_the_ledgers_is_refused(store: str, tmp_path: Path) 
     _, source = opened(store, tmp_path / "local")
     shutil.copyfile(Path(store) / "draw=00" / "part-00000.parquet", Path(store) / "draw=01" / "part-00002.parquet")
     with pytest.raises(TideError, match="not what the cache's ledger says"):
-        source.rows(Unit(1, 2))
+        source.shard(Unit(1, 2))
     (Path(store) / "draw=01" / "part-00001.parquet").unlink()
     with pytest.raises(TideError, match=r"part-00001.parquet cannot be read[\s\S]*check the address"):
-        source.rows(Unit(1, 1))
+        source.shard(Unit(1, 1))
 
 
 def test_a_store_without_a_finished_cache(store: str, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_store_without_a_finished_cache(store: str, tmp_path: Path) -> None:
 def test_it_goes_to_other_processes(store: str, tmp_path: Path) -> None:
     _, source = opened(store, tmp_path / "local")
     source.soon([Unit(0, 0)])
-    assert len(pickle.loads(pickle.dumps(source)).rows(Unit(0, 1))) > 0
+    assert len(pickle.loads(pickle.dumps(source)).shard(Unit(0, 1)).rows()) > 0
 
 
 def test_a_student_learns_the_same_from_a_store(caches: dict[str, Path], store: str, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from shared.errors import TideError
 from student_train.losses.fused_head import slice_rows
-from student_train.training.checks import uses_liger
+from student_train.training.checks import way_of
 from student_train.training.trainer import make_trainer, train_student
 from tests.student_train.training.test_trainer import config, curve
 
@@ -75,8 +75,9 @@ def test_slices_are_sized_by_memory() -> None:
 
 
 def test_the_head_runs_in_slices_unless_liger_is_named(caches: dict[str, Path], tmp_path: Path) -> None:
-    assert not uses_liger(config(caches["tiny-cross"], tmp_path / "r"))
-    assert uses_liger(config(caches["tiny-cross"], tmp_path / "r", head="liger"))
+    assert way_of(config(caches["tiny-cross"], tmp_path / "r")) == "sliced"
+    assert way_of(config(caches["tiny-cross"], tmp_path / "r", head="liger")) == "liger"
+    assert way_of(config(caches["tiny-cross"], tmp_path / "r", compile="on")) == "compiled"
 
 
 def test_a_run_that_was_begun_before_a_setting_came_goes_on(caches: dict[str, Path], tmp_path: Path) -> None:
