@@ -101,6 +101,8 @@ class EngineConfig:
     """Padded tokens in one forward pass, at most (one longer sequence still goes alone)."""
     head_rows: int = 1024
     """Rows whose full-vocabulary logits exist at one time."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Decoder layers of the transformers engine by torch.compile, once for all lengths; `auto`: on CUDA."""
     workers: Literal["local", "ray"] = "local"
     """Where `data_parallel` copies run: processes of this machine, or actors of the Ray cluster that is at hand."""
     tensor_parallel: int = 1

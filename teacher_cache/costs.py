@@ -17,9 +17,9 @@ from shared.config import CacheConfig
 from shared.schema import CacheRow, Layout
 from shared.shards import Unit, table_bytes
 from shared.vocabulary import Vocabulary
-from teacher_cache.engines.inputs import width_of
+from teacher_cache.engines.packs import pack_requests
 from teacher_cache.plan import CachePlan
-from teacher_cache.teachers.registry import Native, TeacherEntry, X0Xt
+from teacher_cache.teachers.registry import BlockCausal, Full, TeacherEntry
 from teacher_cache.work import prepare_unit
 
 _SAMPLE = 256
@@ -82,13 +82,16 @@ def assumed_workload(entry: TeacherEntry, config: CacheConfig, examples: int, to
     Half of the maskable tokens are masked on average over t; a student's token is taken to be a teacher's token.
     """
     passes = 2.0 if config.noise.comp_demo else 1.0
-    copies = 2 if isinstance(entry.attention, X0Xt | Native) else 1
     masked = tokens * response / 2
+    each = passes * tokens
+    if not isinstance(entry.attention, Full):  # what all passes of all draws have in common runs once (`engines.packs`)
+        common = tokens * (1 - response) if isinstance(entry.attention, BlockCausal) else tokens
+        each = common / config.noise.draws + passes * tokens * response
     chunks = masked if entry.student_tokens else masked * 0.8
     words = (
         f"stated: {tokens} tokens an example, {response:.0%} of them response; chunks of 1.25 tokens across tokenizers"
     )
-    return Workload(examples, passes, passes * copies * tokens, masked, float(tokens), chunks, words)
+    return Workload(examples, passes, each, masked, float(tokens), chunks, words)
 
 
 def sampled_workload(plan: CachePlan) -> Workload:
@@ -97,13 +100,14 @@ def sampled_workload(plan: CachePlan) -> Workload:
     draws = range(plan.manifest.draws)
     works = [prepare_unit(plan, Unit(draw, 0), examples) for draw in draws]
     requests = [request for work in works for request in work.requests]
+    packs = pack_requests(plan.entry.attention, requests, int(plan.entry.shift), plan.config.engine.tokens_per_batch)
     items = [item for work in works for item in work.items]
     n = max(1, len(items))
     shared = plan.shared is not None
     return Workload(
         examples=round(plan.data.examples * len(items) / (len(draws) * max(1, len(examples)))),
         passes=len(requests) / n,
-        tokens=sum(width_of(plan.entry.attention, request) for request in requests) / n,
+        tokens=sum(pack.width for pack in packs) / n,
         masked=sum(item.view.positions.size for item in items) / n,
         student_tokens=sum(len(item.example.student_ids) for item in items) / n,
         chunks=sum(item.view.positions.size if shared else len(item.draw.chunks) for item in items) / n,

@@ -19,22 +19,32 @@ from teacher_cache.plan import CachePlan
 from teacher_cache.targets import Scores
 from teacher_cache.work import UnitWork, finish_unit, prepare_unit
 
-Source = Iterator[tuple[Unit, list[Prepared]]]
+Group = list[tuple[Unit, list[Prepared]]]
+"""Units that are scored together, with their examples."""
+Source = Iterator[Group]
 _AHEAD = 2
 
 
-def drawn_ahead(plan: CachePlan, source: Source) -> Iterator[UnitWork]:
-    """The units of `source` in their order, read and drawn in a thread while the caller works on earlier ones."""
+def drawn_ahead(plan: CachePlan, source: Source) -> Iterator[list[UnitWork]]:
+    """The groups of `source` in their order, read and drawn in a thread while the caller works on earlier ones."""
 
-    def work() -> UnitWork | None:
+    def work() -> list[UnitWork] | None:
         read = next(source, None)
-        return None if read is None else prepare_unit(plan, *read)
+        return None if read is None else [prepare_unit(plan, *one) for one in read]
 
     with ThreadPoolExecutor(1, "draw") as reader:
         waiting = deque([reader.submit(work) for _ in range(_AHEAD)])
         while (found := waiting.popleft().result()) is not None:
             waiting.append(reader.submit(work))
             yield found
+
+
+def score_together(engine: Engine, works: Sequence[UnitWork]) -> tuple[list[list[Scores]], float]:
+    """The scores of each unit, all scored in one go, and for how many seconds the engine was busy with each."""
+    begun = time.perf_counter()
+    scores = iter(engine.score([request for work in works for request in work.requests]))
+    each = [[next(scores) for _ in work.requests] for work in works]
+    return each, (time.perf_counter() - begun) / len(works)
 
 
 def run_pipeline(plan: CachePlan, engine: Engine, source: Source, progress: Callable[[UnitWork, float], None]) -> None:
@@ -51,17 +61,17 @@ def run_pipeline(plan: CachePlan, engine: Engine, source: Source, progress: Call
 
     with ThreadPoolExecutor(1, "write") as writer:
         try:
-            for work in drawn_ahead(plan, source):
-                begun = time.perf_counter()
-                scores = engine.score(work.requests)
-                busy = time.perf_counter() - begun
-                pending.append((work, busy, writer.submit(_write, plan, work, scores)))
-                settle(1)
+            for works in drawn_ahead(plan, source):
+                scores, busy = score_together(engine, works)
+                for work, own in zip(works, scores, strict=True):
+                    pending.append((work, busy, writer.submit(write_unit, plan, work, own)))
+                settle(len(works))
         finally:
             settle(0)
 
 
-def _write(plan: CachePlan, work: UnitWork, scores: Sequence[Scores]) -> None:
+def write_unit(plan: CachePlan, work: UnitWork, scores: Sequence[Scores]) -> None:
+    """Write the shard of a unit and its entry for the ledger."""
     rows, counts = finish_unit(plan, work, scores)
     content = write_shard(work.unit.path(plan.config.out), rows, plan.layout, counts)
     note(plan.config.out, work.unit, Entry.of(content, {**counts, "rows": len(rows)}))

@@ -25,7 +25,7 @@ from teacher_cache.data import Sides, check_alignment, open_sides, prepare_data,
 from teacher_cache.engines.settle import settle_engine
 from teacher_cache.places import check_places
 from teacher_cache.targets import TargetSpec
-from teacher_cache.teachers.registry import TeacherEntry
+from teacher_cache.teachers.registry import Full, TeacherEntry
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,11 @@ class CachePlan:
     def missing(self) -> list[Unit]:
         """Units of this rank whose shards are not there yet, neither here nor in the store."""
         done = {*finished_units(self.config.out), *self.stored}
-        mine = self.manifest.units()[self.config.rank :: self.config.world]
+        rank, world = self.config.rank, self.config.world
+        units = self.manifest.units()
+        # Where passes share a clean copy all draws of a part are one rank's.
+        alone = isinstance(self.entry.attention, Full)
+        mine = units[rank::world] if alone else [unit for unit in units if unit.part % world == rank]
         return [unit for unit in mine if unit not in done]
 
     def examples_in(self, unit: Unit) -> int:

@@ -6,6 +6,7 @@ The cache's folder must be the same place for driver and nodes; the driver shows
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -17,31 +18,38 @@ from shared.shards import Unit
 from teacher_cache.plan import CachePlan
 from teacher_cache.progress import Progress
 from teacher_cache.ray_cluster import connect
+from teacher_cache.units import together
 
 _LOSSES = 20
+_IN_HAND = 3
+"""Calls of one actor at a time: one draws, one has the engine, one writes."""
 
 
 class _Copy:
-    """What an actor is: one copy of the teacher."""
+    """What an actor is: one copy of the teacher. Several calls run at a time, of which one has the engine: the others
+    draw what comes next and write what came before.
+    """
 
     def __init__(self, plan: CachePlan) -> None:
         from teacher_cache.engines.choose import load_engine
 
-        self._plan, self._engine = plan, load_engine(plan)
+        self._plan, self._engine, self._free = plan, load_engine(plan), threading.Lock()
 
-    def compute(self, unit: Unit) -> tuple[int, float]:
-        """Write the shard of one unit; its examples, and how long the engine was busy."""
-        from teacher_cache.overlap import run_pipeline
-        from teacher_cache.units import examples_of
+    def compute(self, units: list[Unit]) -> tuple[list[int], float]:
+        """Write the shards of units that are scored together; the examples of each, and how long the engine was busy
+        with each.
+        """
+        from teacher_cache.overlap import score_together, write_unit
+        from teacher_cache.units import sources
+        from teacher_cache.work import prepare_unit
 
-        found = (0, 0.0)
-
-        def heard(work: Any, busy: float) -> None:
-            nonlocal found
-            found = (work.examples, busy)
-
-        run_pipeline(self._plan, self._engine, iter([(unit, examples_of(self._plan, unit))]), heard)
-        return found
+        (group,) = sources(self._plan, [units])
+        works = [prepare_unit(self._plan, *one) for one in group]
+        with self._free:
+            scores, busy = score_together(self._engine, works)
+        for work, own in zip(works, scores, strict=True):
+            write_unit(self._plan, work, own)
+        return [work.examples for work in works], busy
 
     def tables(self) -> None:
         """Score the pilot sample and write the tables."""
@@ -51,7 +59,7 @@ class _Copy:
 
 
 class _Pool:
-    """Actors, and the unit that each has in hand."""
+    """Actors, and the units that each has in hand."""
 
     def __init__(self, plan: CachePlan, units: Sequence[Unit]) -> None:
         import ray
@@ -61,48 +69,59 @@ class _Pool:
         self._plan = ray.put(plan)
         engine = plan.config.engine
         gpus = engine.tensor_parallel if ray.cluster_resources().get("GPU") else 0
-        self._actor = ray.remote(num_gpus=gpus, num_cpus=1)(_Copy)
-        self._todo = deque(units)
-        self._running: dict[Any, tuple[Any, Unit]] = {}
-        self._losses = 0
-        for _ in range(min(engine.data_parallel, len(units))):
-            self._give(self._actor.remote(self._plan))
+        self._actor: Any = ray.remote(num_gpus=gpus, num_cpus=1, max_concurrency=_IN_HAND)(_Copy)
+        self._todo = deque(together(plan, units))
+        self._running: dict[Any, tuple[Any, list[Unit]]] = {}
+        self._gone: set[Any] = set()
+        self._newest: Any = None
+        for actor in [self._actor.remote(self._plan) for _ in range(min(engine.data_parallel, len(self._todo)))]:
+            self._give(actor)
+        for actor in [actor for actor, _ in self._running.values()]:
+            for _ in range(_IN_HAND - 1):
+                self._give(actor)
 
     def _give(self, actor: Any) -> None:
         if self._todo:
-            unit = self._todo.popleft()
-            self._running[actor.compute.remote(unit)] = (actor, unit)
+            units = self._todo.popleft()
+            self._running[actor.compute.remote(units)] = (actor, units)
 
     def run(self, progress: Progress, engines: int) -> None:
         """Until every unit is written. TideError where an actor meets one, or too many are lost."""
         while self._running:
             (ready,), _ = self._ray.wait(list(self._running), num_returns=1)
-            actor, unit = self._running.pop(ready)
+            actor, units = self._running.pop(ready)
             try:
                 examples, busy = self._ray.get(ready)
             except self._exceptions.RayActorError as error:
-                self._lost(unit, error)
-                progress.failed()
+                self._lost(actor, units, error, progress)
                 continue
             except self._exceptions.RayTaskError as error:
                 cause = error.cause
                 if isinstance(cause, TideError):
                     raise cause from error
-                raise TideError(f"unit {unit} failed on a Ray node: {cause}", fix="see Ray's logs") from error
-            progress.wrote(unit, examples, busy, engines)
+                raise TideError(f"units {units} failed on a Ray node: {cause}", fix="see Ray's logs") from error
+            for unit, count in zip(units, examples, strict=True):
+                progress.wrote(unit, count, busy, engines)
             self._give(actor)
 
-    def _lost(self, unit: Unit, error: Exception) -> None:
-        self._losses += 1
-        if self._losses > _LOSSES:
-            raise TideError(
-                f"{self._losses} Ray actors were lost, the last with: {error}",
-                fix="run the same command again: finished shards are kept. A lack of memory is the usual reason: "
-                "lower engine.tokens_per_batch",
-            ) from error
-        tqdm.write("a Ray actor was lost; another takes its place")
-        self._todo.appendleft(unit)
-        self._give(self._actor.remote(self._plan))
+    def _lost(self, actor: Any, units: list[Unit], error: Exception, progress: Progress) -> None:
+        """Put back what an actor had in hand, and start another in its place; its calls fail one by one."""
+        self._todo.appendleft(units)
+        if actor not in self._gone:
+            self._gone.add(actor)
+            progress.failed()
+            if len(self._gone) > _LOSSES:
+                raise TideError(
+                    f"{len(self._gone)} Ray actors were lost, the last with: {error}",
+                    fix="run the same command again: finished shards are kept. A lack of memory is the usual reason: "
+                    "lower engine.tokens_per_batch",
+                ) from error
+            tqdm.write("a Ray actor was lost; another takes its place")
+            self._newest = self._actor.remote(self._plan)
+            for _ in range(_IN_HAND):
+                self._give(self._newest)
+        else:  # all others may be done, and ask for nothing more
+            self._give(self._newest)
 
 
 def tables_by_ray(plan: CachePlan) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from shared.examples import Prepared
 from shared.shards import Unit
@@ -10,6 +10,7 @@ from teacher_cache.engines.base import Engine
 from teacher_cache.overlap import Source, run_pipeline
 from teacher_cache.plan import CachePlan
 from teacher_cache.progress import Progress
+from teacher_cache.teachers.registry import Full
 from teacher_cache.work import UnitWork
 
 
@@ -20,7 +21,7 @@ def run_units(plan: CachePlan, engine: Engine, units: Sequence[Unit]) -> None:
         def heard(work: UnitWork, busy_seconds: float) -> None:
             progress.wrote(work.unit, work.examples, busy_seconds)
 
-        run_pipeline(plan, engine, sources(plan, units), heard)
+        run_pipeline(plan, engine, sources(plan, together(plan, units)), heard)
 
 
 def examples_of(plan: CachePlan, unit: Unit) -> list[Prepared]:
@@ -29,7 +30,20 @@ def examples_of(plan: CachePlan, unit: Unit) -> list[Prepared]:
     return plan.data.between(unit.part * size, (unit.part + 1) * size)
 
 
-def sources(plan: CachePlan, units: Sequence[Unit]) -> Source:
-    """Each unit with its examples."""
+def together(plan: CachePlan, units: Sequence[Unit]) -> list[list[Unit]]:
+    """The units in groups that are scored together: where passes share a clean copy (`engines.packs`), all draws of a
+    part; else each alone.
+    """
+    if isinstance(plan.entry.attention, Full):
+        return [[unit] for unit in units]
+    groups: dict[int, list[Unit]] = {}
     for unit in units:
-        yield unit, examples_of(plan, unit)
+        groups.setdefault(unit.part, []).append(unit)
+    return list(groups.values())
+
+
+def sources(plan: CachePlan, groups: Iterable[Sequence[Unit]]) -> Source:
+    """Each group with its examples."""
+    for group in groups:
+        examples = examples_of(plan, group[0])
+        yield [(unit, examples if unit.part == group[0].part else examples_of(plan, unit)) for unit in group]

@@ -25,7 +25,7 @@ from teacher_cache.overlap import Source, run_pipeline
 from teacher_cache.plan import CachePlan
 from teacher_cache.progress import Progress
 from teacher_cache.tables.pilot import make_tables
-from teacher_cache.units import examples_of
+from teacher_cache.units import sources, together
 from teacher_cache.work import UnitWork
 
 _RESTARTS = 3
@@ -33,7 +33,7 @@ _RESTARTS = 3
 
 @dataclass(frozen=True)
 class _Ask:
-    """A process wants a unit."""
+    """A process wants units."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ def _serve(plan: CachePlan, parent: Connection) -> None:
         def taken() -> Source:
             while True:
                 tell(_Ask())
-                unit = parent.recv()
-                if unit is None:
+                units = parent.recv()
+                if units is None:
                     return
-                yield unit, examples_of(plan, unit)
+                yield from sources(plan, [units])
 
         def progress(work: UnitWork, busy: float) -> None:
             tell(_Wrote(work.unit, work.examples, busy))
@@ -114,7 +114,7 @@ class _Crew:
     def __init__(self, plan: CachePlan, units: Sequence[Unit]) -> None:
         self._context = multiprocessing.get_context("spawn")
         self._plan = plan
-        self._todo = deque(units)
+        self._todo = deque(together(plan, units))
         self._waiting: list[_Member] = []
         self._deaths = 0
         self.on_death: Callable[[], None] = lambda: None
@@ -157,18 +157,18 @@ class _Crew:
     def _hand_out(self) -> None:
         """Units to those who wait. Who finds none left is sent home once no unit can come back any more."""
         while self._waiting and self._todo:
-            member, unit = self._waiting.pop(0), self._todo.popleft()
-            member.in_hand.add(unit)
-            self._tell(member, unit)
+            member, units = self._waiting.pop(0), self._todo.popleft()
+            member.in_hand |= set(units)
+            self._tell(member, units)
         if not self._todo:
             for member in self._waiting:
                 self._tell(member, None)
             self._waiting.clear()
 
     @staticmethod
-    def _tell(member: _Member, unit: Unit | None) -> None:
+    def _tell(member: _Member, units: list[Unit] | None) -> None:
         with suppress(BrokenPipeError, ConnectionResetError):  # it died just now: its pipe's end will say so
-            member.pipe.send(unit)
+            member.pipe.send(units)
 
     def _replace(self, index: int, member: _Member) -> None:
         """Put a dead process's units back and start another in its place."""
@@ -183,7 +183,7 @@ class _Crew:
                 "lower engine.data_parallel or engine.tokens_per_batch",
             )
         tqdm.write(f"worker {index} died (exit code {member.process.exitcode}); another takes its place")
-        self._todo.extendleft(sorted(member.in_hand, reverse=True))
+        self._todo.extendleft(reversed(together(self._plan, sorted(member.in_hand))))
         self._waiting = [other for other in self._waiting if other is not member]
         self._members[index] = self._start(index)
 

@@ -18,7 +18,7 @@ from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import random_model
 from teacher_cache.comp_demo import Request
 from teacher_cache.costs import Workload, in_bytes, size_of
-from teacher_cache.engines.inputs import width_of
+from teacher_cache.engines.choose import compiles
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.targets import TargetSpec
 from teacher_cache.teachers.registry import find_teacher, known_shape
@@ -44,6 +44,7 @@ def measure_throughput(config: CacheConfig, length: int, requests: int, rounds: 
         shift=entry.shift,
         tokens_per_batch=config.engine.tokens_per_batch,
         head_rows=config.engine.head_rows,
+        compiled=compiles(config.engine, device),
     )
     work = _requests(int(model.config.vocab_size), length, requests)
     engine.score(work[:2])
@@ -53,7 +54,7 @@ def measure_throughput(config: CacheConfig, length: int, requests: int, rounds: 
         engine.score(work)
         seconds.append(time.perf_counter() - started)
     median = float(np.median(seconds))
-    tokens = sum(width_of(entry.attention, request) for request in work)
+    tokens = sum(pack.width for batch in engine.batches(work) for pack in batch)
     read = sum(len(request.read) for request in work)
     load = Workload(1, requests, tokens, read, length, 0, "")
     flops = size_of(model).flops(load, tokens / requests)

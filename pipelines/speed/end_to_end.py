@@ -18,9 +18,7 @@ from pipelines.speed.timing import side_by_side
 from shared.config import CacheConfig, DataConfig
 from shared.data import iter_examples
 from shared.shards import Unit
-from teacher_cache.engines.base import token_budget_batches
 from teacher_cache.engines.choose import load_engine
-from teacher_cache.engines.inputs import build_inputs, width_of
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.plan import CachePlan, make_plan
 from teacher_cache.units import examples_of, run_units
@@ -86,23 +84,15 @@ def _measure(config: CacheConfig) -> list[str]:
 
 def _bare(plan: CachePlan, engine: TransformersEngine, requests: list) -> Callable[[], None]:
     """The same batches, built beforehand, through model and head; nothing is taken from the logits."""
-    widths = [width_of(plan.entry.attention, request) for request in requests]
     per_unit = len(requests) // 6
-    batches, budget = [], plan.config.engine.tokens_per_batch
+    made = []
     for start in range(0, len(requests), per_unit):  # batches never span shards
-        part = requests[start : start + per_unit]
-        own = token_budget_batches(widths[start : start + per_unit], budget)
-        batches += [[part[i] for i in batch] for batch in own]
-    inputs = [(build_inputs(plan.entry.attention, batch), [len(r.read) for r in batch]) for batch in batches]
+        made += [engine.batch(packs) for packs in engine.batches(requests[start : start + per_unit])]
 
     @torch.inference_mode()
     def run() -> None:
-        for made, sizes in inputs:
-            output = engine._model.model(
-                input_ids=made.ids, attention_mask=made.mask, position_ids=made.positions, use_cache=False
-            )
-            row = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-            hidden = output.last_hidden_state[row, made.columns]
+        for batch in made:
+            hidden = engine.hidden(batch)
             for start in range(0, len(hidden), plan.config.engine.head_rows):
                 engine._model.lm_head(hidden[start : start + plan.config.engine.head_rows])
 

@@ -8,11 +8,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Int
 
 from shared.atomic import write_bytes
@@ -38,7 +37,8 @@ class OpenShard:
     @property
     def lengths(self) -> Int[np.ndarray, " rows"]:
         """Tokens of the student, row by row."""
-        return pc.list_value_length(self.shard.table.column("student_ids")).to_numpy().astype(np.int64)
+        column: Any = self.shard.table.column("student_ids").combine_chunks()
+        return column.value_lengths().to_numpy().astype(np.int64)
 
     @property
     def examples(self) -> pa.ChunkedArray:

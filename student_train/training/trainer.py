@@ -21,6 +21,7 @@ from shared.errors import TideError
 from shared.hardware import hardware_line
 from shared.locks import hold
 from shared.manifest import Manifest
+from shared.models.compiled import compile_layers
 from shared.objectives import KL, ReverseKL
 from shared.processes import part
 from shared.settings import build
@@ -31,7 +32,6 @@ from student_train.batches.opening import open_cache
 from student_train.losses.fused_head import LossSettings
 from student_train.losses.objective import parts_of
 from student_train.losses.schedules import training_strength
-from student_train.model.compiled import compile_layers
 from student_train.model.student import embedding_rows, load_student
 from student_train.training.checks import (
     check_draws,

@@ -31,15 +31,3 @@ class Engine(Protocol):
     def close(self) -> None:
         """Give back what the engine holds: processes, files."""
         ...
-
-
-def token_budget_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices in batches of like length, longest first, each at most `budget` padded tokens (or one request)."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    batches: list[list[int]] = []
-    for i in order:
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches

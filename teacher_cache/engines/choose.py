@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+
+from shared.config import EngineConfig
 from shared.hardware import choose_device, torch_dtype
 from shared.models.loading import load_model
 from teacher_cache.engines.base import Engine
@@ -27,11 +30,12 @@ def _vllm(plan: CachePlan) -> Engine:
 
 def _transformers(plan: CachePlan) -> Engine:
     settings = plan.config.engine
+    device = choose_device(settings.device)
     model = load_model(
         plan.checkpoint,
         plan.entry.architecture,
         torch_dtype(settings.dtype),
-        choose_device(settings.device),
+        device,
         device_map=settings.device_map,
         quantization=settings.quantization,
     )
@@ -43,4 +47,12 @@ def _transformers(plan: CachePlan) -> Engine:
         tokens_per_batch=settings.tokens_per_batch,
         head_rows=settings.head_rows,
         shared_ids=plan.shared_ids(),
+        compiled=compiles(settings, device),
     )
+
+
+def compiles(settings: EngineConfig, device: torch.device) -> bool:
+    """Whether the engine's layers are compiled: where that was left open, on CUDA, with all layers on one GPU."""
+    if settings.compile != "auto":
+        return settings.compile == "on"
+    return device.type == "cuda" and settings.device_map is None and settings.quantization is None

@@ -1,4 +1,5 @@
-"""What the model is fed in each attention mode: ids, position ids, an explicit mask, and where to read.
+"""The definition of each attention mode: whole sequences, an explicit mask, and where to read. What an engine runs
+(`packs`) gives the same values with fewer rows.
 
 Modes that run on two copies of the sequence rebuild the clean copy x_0 from the request's gold ids.
 """
@@ -28,15 +29,6 @@ class Inputs:
     mask: Bool[Tensor, "batch 1 width width"]
     columns: Int[Tensor, " read"]
 
-    def to(self, device: torch.device) -> Inputs:
-        """The same on a device."""
-        return Inputs(*(t.to(device) for t in (self.ids, self.positions, self.mask, self.columns)))
-
-
-def width_of(attention: Attention, request: Request) -> int:
-    """Columns that a request takes: its length, twice where the mode runs on two copies."""
-    return len(request.ids) * (2 if isinstance(attention, X0Xt | Native) else 1)
-
 
 def build_inputs(attention: Attention, requests: Sequence[Request]) -> Inputs:
     """The batch in the form that the attention mode asks for (DESIGN §5)."""
@@ -50,11 +42,11 @@ def build_inputs(attention: Attention, requests: Sequence[Request]) -> Inputs:
         case BlockCausal(block=block):
             return Inputs(ids, single, block_causal(valid, block), read)
         case X0Xt(block=block):
-            clean, _ = pad([_clean(r) for r in requests])
+            clean, _ = pad([clean_ids(r) for r in requests])
             mask = block_diffusion_batch(valid, block, "x0_xt")
             return Inputs(torch.cat([clean, ids], 1), repeat_positions(length, batch), mask, read + length)
         case Native(block=block):
-            clean, _ = pad([_clean(r) for r in requests])
+            clean, _ = pad([clean_ids(r) for r in requests])
             orders = [observed_first(r, block) for r in requests]
             permuted, _ = pad([r.ids[order] for r, order in zip(requests, orders, strict=True)])
             places, _ = pad(orders)
@@ -67,7 +59,8 @@ def build_inputs(attention: Attention, requests: Sequence[Request]) -> Inputs:
             )
 
 
-def _clean(request: Request) -> Int[np.ndarray, " length"]:
+def clean_ids(request: Request) -> Int[np.ndarray, " length"]:
+    """x_0: the request's ids with the gold ones in place."""
     ids = request.ids.copy()
     ids[request.read] = request.gold
     return ids

@@ -1,4 +1,6 @@
-"""The reference engine: a stock transformers model in length-bucketed batches (DESIGN §7)."""
+"""The reference engine: a stock transformers model. Under full attention sequences lie one behind the other, without
+padding and mask; elsewhere passes over one text share what they have in common (DESIGN §7).
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,11 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
+from shared.models.compiled import compile_layers
+from shared.models.packed_attention import use_packed_attention
 from teacher_cache.comp_demo import Request
-from teacher_cache.engines.base import token_budget_batches
-from teacher_cache.engines.inputs import build_inputs, width_of
+from teacher_cache.engines.batches import Batch, fill, one_behind_the_other, side_by_side
+from teacher_cache.engines.packs import Pack, pack_requests
 from teacher_cache.targets import (
     Reading,
     Scores,
@@ -23,13 +27,14 @@ from teacher_cache.targets import (
     outside_sums,
     scores_of,
 )
-from teacher_cache.teachers.registry import Attention
+from teacher_cache.teachers.registry import Attention, Full
 
 
 class TransformersEngine:
     """Scores requests with `model`.
 
     `shift`: row i of the model predicts token i + 1 (Dream). `shared_ids`: only ids marked True enter a top-k.
+    `compiled`: decoder layers by torch.compile.
     """
 
     def __init__(
@@ -42,8 +47,14 @@ class TransformersEngine:
         tokens_per_batch: int = 16384,
         head_rows: int = 1024,
         shared_ids: Bool[np.ndarray, " vocab"] | None = None,
+        compiled: bool = False,
     ) -> None:
         self._model = model.eval()
+        self._packed = isinstance(attention, Full)
+        if self._packed:
+            use_packed_attention(model)
+        if compiled:
+            compile_layers(model)
         self._attention = attention
         self._spec = spec
         self._shift = int(shift)
@@ -55,6 +66,8 @@ class TransformersEngine:
         self._members: torch.Tensor | None = None
         self.forward_rows = 0
         """Rows for which the LM head ran, for the benchmark."""
+        self.trunk_rows = 0
+        """Rows that the layers ran, padding included."""
 
     @property
     def device(self) -> torch.device:
@@ -71,8 +84,8 @@ class TransformersEngine:
     def score(self, requests: Sequence[Request]) -> list[Scores]:
         """Scores of each request, in order (see `Engine`)."""
         results: list[Scores | None] = [None] * len(requests)
-        for batch in self._batches(requests):
-            for i, scores in zip(batch, self._score_batch([requests[i] for i in batch]), strict=True):
+        for packs in self.batches(requests):
+            for i, scores in zip(_members(packs), self._score_batch(packs, requests), strict=True):
                 results[i] = scores
         return [scores for scores in results if scores is not None]
 
@@ -80,8 +93,8 @@ class TransformersEngine:
     def outside(self, requests: Sequence[Request]) -> Float[np.ndarray, "temperatures vocab"]:
         """Sums of probabilities outside of the top-k (see `Engine`)."""
         total = np.zeros((len(self._spec.temperatures), self._model.config.vocab_size))
-        for batch in self._batches(requests):
-            for logits, _ in self._logits([requests[i] for i in batch]):
+        for packs in self.batches(requests):
+            for logits, _ in self._logits(packs, requests):
                 total += outside_sums(logits, self._spec, self._shared_only(logits)).double().cpu().numpy()
         return total
 
@@ -90,38 +103,50 @@ class TransformersEngine:
         """Full logits in float32 and gold ids at the read positions of each request, in host memory."""
         found = []
         for request in requests:
-            parts = [(logits.float().cpu(), gold.cpu()) for logits, gold in self._logits([request])]
+            (packs,) = self.batches([request])
+            parts = [(logits.float().cpu(), gold.cpu()) for logits, gold in self._logits(packs, [request])]
             found.append((torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])))
         return found
 
     def close(self) -> None:
         """Nothing to give back: the model goes with the engine."""
 
-    def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
-        return token_budget_batches([width_of(self._attention, r) for r in requests], self._tokens_per_batch)
+    def batches(self, requests: Sequence[Request]) -> list[list[Pack]]:
+        """The packs of each forward pass."""
+        packs = pack_requests(self._attention, requests, self._shift, self._tokens_per_batch)
+        widths = [pack.width for pack in packs]
+        return [[packs[i] for i in batch] for batch in fill(widths, self._tokens_per_batch, padded=not self._packed)]
 
-    def _logits(self, requests: Sequence[Request]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Logits and gold ids at the read positions of one batch, some rows at a time."""
-        inputs = build_inputs(self._attention, requests).to(self.device)
-        output = self._model.model(
-            input_ids=inputs.ids, attention_mask=inputs.mask, position_ids=inputs.positions, use_cache=False
-        )
+    def batch(self, packs: Sequence[Pack]) -> Batch:
+        """The tensors of one forward pass."""
+        return (one_behind_the_other if self._packed else side_by_side)(packs, self.device)
+
+    def hidden(self, batch: Batch) -> Float[torch.Tensor, "read width"]:
+        """Last hidden states at the read positions, in the order of the packs."""
+        output = self._model.model(**batch.arguments, use_cache=False)
         last = output.last_hidden_state  # under a device map on the last layer's device
-        row = torch.from_numpy(np.repeat(np.arange(len(requests)), [len(r.read) for r in requests])).to(last.device)
-        gold = torch.from_numpy(np.concatenate([r.gold for r in requests])).long()
-        hidden = last[row, inputs.columns.to(last.device) - self._shift]
+        return last[batch.row.to(last.device), batch.column.to(last.device)]
+
+    def _logits(
+        self, packs: Sequence[Pack], requests: Sequence[Request]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Logits and gold ids at the read positions of one batch, some rows at a time."""
+        batch = self.batch(packs)
+        hidden = self.hidden(batch)
+        gold = torch.from_numpy(np.concatenate([requests[i].gold for i in _members(packs)])).long().to(hidden.device)
         self.forward_rows += len(gold)
+        self.trunk_rows += batch.rows
         for i in range(0, len(gold), self._head_rows):
             logits = self._model.lm_head(hidden[i : i + self._head_rows])
             yield logits, gold[i : i + self._head_rows].to(logits.device)
 
-    def _score_batch(self, requests: Sequence[Request]) -> list[Scores]:
+    def _score_batch(self, packs: Sequence[Pack], requests: Sequence[Request]) -> list[Scores]:
         parts = []
-        for logits, gold in self._logits(requests):
+        for logits, gold in self._logits(packs, requests):
             if self._members is not None:
                 self._members = self._members.to(logits.device)
             parts.append(extract(logits, gold, self._spec, self._shared_only(logits), self._members))
-        ends = np.cumsum([len(r.read) for r in requests])[:-1]
+        ends = np.cumsum([len(requests[i].read) for i in _members(packs)])[:-1]
         columns = [
             np.split(torch.cat([getattr(part, field.name) for part in parts]).cpu().numpy(), ends)
             for field in dataclasses.fields(Reading)
@@ -133,3 +158,8 @@ class TransformersEngine:
         if self._excluded is not None:
             self._excluded = self._excluded.to(logits.device)
         return self._excluded
+
+
+def _members(packs: Sequence[Pack]) -> list[int]:
+    """The numbers of the requests of a batch, in the order in which they are read."""
+    return [i for pack in packs for i in pack.members]

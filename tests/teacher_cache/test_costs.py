@@ -70,8 +70,8 @@ def test_the_bytes_of_a_draw_bound_those_of_a_real_cache(random_teacher: Path, t
 
 
 def test_stated_workloads_count_copies_and_passes() -> None:
-    for teacher, passes, tokens in [("llada-8b", 2, 200), ("wedlm-8b", 2, 400), ("sdar-8b", 2, 200)]:
-        config = build(CacheConfig, {"teacher": teacher})
+    for teacher, passes, tokens in [("llada-8b", 2, 200), ("wedlm-8b", 2, 150), ("sdar-8b", 2, 125)]:
+        config = build(CacheConfig, {"teacher": teacher})  # two draws
         load = assumed_workload(find_teacher(teacher), config, 10, 100, 0.5)
         assert (load.passes, load.tokens, load.masked) == (passes, tokens, 25)
     one = build(CacheConfig, {"teacher": "llada-8b", "noise": {"comp_demo": False}})

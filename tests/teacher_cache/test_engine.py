@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
 from teacher_cache.comp_demo import Request
-from teacher_cache.engines.base import token_budget_batches
+from teacher_cache.engines.batches import fill
 from teacher_cache.engines.inputs import build_inputs, observed_first
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.targets import TargetSpec
@@ -36,10 +36,12 @@ def requests(count: int, seed: int = 0) -> list[Request]:
 
 @given(st.lists(st.integers(1, 100), max_size=40), st.integers(1, 300))
 def test_batches_hold_everything_once_within_the_budget(lengths: list[int], budget: int) -> None:
-    batches = token_budget_batches(lengths, budget)
-    assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
-    for batch in batches:
-        assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= budget
+    for padded in (False, True):
+        batches = fill(lengths, budget, padded)
+        assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
+        for batch in batches:
+            own = [lengths[i] for i in batch]
+            assert len(batch) == 1 or (max(own) * len(own) if padded else sum(own)) <= budget
 
 
 @pytest.mark.parametrize("attention", [Full(), BlockCausal(8), X0Xt(8), Native(8)], ids=lambda a: a.type)
@@ -57,11 +59,12 @@ def test_alone_and_in_a_batch_are_equal(random_teacher: Path, attention: Attenti
 
 def test_scores_are_those_of_the_plain_model(random_teacher: Path) -> None:
     """Against a full forward pass with full-vocabulary logits, one sequence at a time."""
-    model = load_model(open_checkpoint(str(random_teacher)), "llama", torch.float32)
+    checkpoint = open_checkpoint(str(random_teacher))
+    model, own = (load_model(checkpoint, "llama", torch.float32) for _ in range(2))
     asked = requests(4, seed=1)
     for shift in (0, 1):
         for request, scores in zip(
-            asked, TransformersEngine(model, Full(), SPEC, shift=bool(shift)).score(asked), strict=True
+            asked, TransformersEngine(own, Full(), SPEC, shift=bool(shift)).score(asked), strict=True
         ):
             ids = torch.from_numpy(request.ids).long()[None]
             with torch.no_grad():

@@ -38,7 +38,12 @@ OBJECTIVES: dict[str, list[Distillation]] = {
 def student(vocabulary: int) -> Any:
     """A small one in float64."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    shape: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     return in_float64(Qwen3ForCausalLM(Qwen3Config(vocab_size=vocabulary, num_hidden_layers=2, head_dim=8, **shape)))
 
 

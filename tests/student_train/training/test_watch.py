@@ -20,7 +20,7 @@ from tests.student_train.training.test_trainer import config, curve
 def poisoned(caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> str:
     """NaN in the top-k of one example, as memory that fails would put it there: no shard holds any. Its id."""
     name = all_rows(caches["tiny-shared"])[3].example_id
-    read = shards.read_shard
+    read = shards.OpenShard.rows
 
     def spoiled(*args: Any) -> list[CacheRow]:
         rows = read(*args)
@@ -31,7 +31,7 @@ def poisoned(caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> str:
             for row in rows
         ]
 
-    monkeypatch.setattr(shards, "read_shard", spoiled)
+    monkeypatch.setattr(shards.OpenShard, "rows", spoiled)
     return name
 
 
