@@ -69,7 +69,8 @@ class _Pool:
         self._plan = ray.put(plan)
         engine = plan.config.engine
         gpus = engine.tensor_parallel if ray.cluster_resources().get("GPU") else 0
-        self._actor: Any = ray.remote(num_gpus=gpus, num_cpus=1, max_concurrency=_IN_HAND)(_Copy)
+        remote: Any = ray.remote
+        self._actor = remote(num_gpus=gpus, num_cpus=1, max_concurrency=_IN_HAND)(_Copy)
         self._todo = deque(together(plan, units))
         self._running: dict[Any, tuple[Any, list[Unit]]] = {}
         self._gone: set[Any] = set()

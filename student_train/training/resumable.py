@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from torch.utils._pytree import tree_map_only
 from transformers import Trainer, TrainingArguments
 
 from student_train.training.checkpoints import clear, mark, rotate, whole_checkpoints
@@ -38,6 +42,10 @@ class ResumableTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._seconds_before, self._started = 0.0, time.monotonic()
         self.model_accepts_loss_kwargs = True  # the losses are divided by global counts, not by the loop
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+        self._later: list[Callable[[], object]] | None = None
+        """Within `_save_checkpoint`: what is written while training goes on."""
 
     @property
     def seconds_trained(self) -> float:
@@ -51,13 +59,52 @@ class ResumableTrainer(Trainer):
         return torch.utils.data.SequentialSampler(dataset)  # type: ignore[arg-type]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Written by all processes; then marked by one, and old ones deleted."""
+        """Weights and optimizer state are copied to host memory, and written while training goes on; what is sharded
+        (FSDP) is written by all processes at once, and waited for. Then one marks it, and deletes old ones.
+        """
+        self.settle()
+        self._later = None if self.is_fsdp_enabled else []
         super()._save_checkpoint(model, trial)
+        later, self._later = self._later or [], None
         self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            place, step = Path(str(self.args.output_dir)), self.state.global_step
-            mark(place / f"checkpoint-{step}", step, self.seconds_trained)
+        if not self.is_world_process_zero():
+            return
+        place, step, seconds = Path(str(self.args.output_dir)), self.state.global_step, self.seconds_trained
+
+        def finish() -> None:
+            for write in later:
+                write()
+            mark(place / f"checkpoint-{step}", step, seconds)
             rotate(place, _KEPT)
+
+        self._pending = self._writer.submit(finish)
+        if self.is_fsdp_enabled:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written; what went wrong with it is raised here."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self._later is None or output_dir is None:
+            super()._save(output_dir, state_dict)
+            return
+        model: Any = self.model
+        state = _in_host_memory(model.state_dict() if state_dict is None else state_dict)
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        self._later.append(partial(super()._save, output_dir, state))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._later is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if not self.args.should_save:
+            return
+        parts: dict[str, Any] = {"optimizer.pt": self.optimizer, "scheduler.pt": self.lr_scheduler}
+        for name, part in parts.items():
+            self._later.append(partial(torch.save, _in_host_memory(part.state_dict()), Path(output_dir) / name))
 
     def train_resuming(self) -> None:
         """Train to the end, from the last whole checkpoint if there is one. Damaged ones are named and passed over."""
@@ -71,4 +118,12 @@ class ResumableTrainer(Trainer):
             broadcast_object_list(last)  # on a shared file system all must see the same
         folder, self._seconds_before = last[0] or (None, 0.0)
         self._started = time.monotonic()
-        self.train(resume_from_checkpoint=folder)
+        try:
+            self.train(resume_from_checkpoint=folder)
+        finally:
+            self.settle()
+
+
+def _in_host_memory(state: Any) -> Any:
+    """The same with copies of its tensors, which training does not change."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
