@@ -11,7 +11,16 @@ import typer
 from typer.models import CommandInfo
 
 PANELS = {
-    "Stage one: the teacher, once": ("teachers", "recipes", "prepare", "plan", "throughput", "fidelity", "cache"),
+    "Stage one: the teacher, once": (
+        "teachers",
+        "recipes",
+        "prepare",
+        "plan",
+        "rehearse",
+        "throughput",
+        "fidelity",
+        "cache",
+    ),
     "Stage two: students": ("train", "ablate", "replay", "report"),
     "Look after a cache": ("inspect", "verify", "prune", "upgrade", "merge", "pack", "unpack", "push", "pull"),
     "Use and judge a student": ("sample", "chat", "eval", "lm-eval", "export"),

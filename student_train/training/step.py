@@ -19,15 +19,19 @@ Way = Literal["sliced", "compiled", "liger"]
 """How head and loss run: in slices, their losses compiled or not, or by Liger's kernel."""
 
 
-def train_on_loss(model: Any, block: int, read: TargetReader, way: Way = "sliced") -> None:
+def train_on_loss(
+    model: Any, block: int, read: TargetReader, way: Way = "sliced", rows_per_slice: int | None = None
+) -> None:
     """From now on `model(batch=…, settings=…)` returns the loss and its sums; without settings, the logits at the
-    masked positions.
+    masked positions. `rows_per_slice`: of logits that exist at a time (default: by the device).
 
     DistributedDataParallel and FSDP hook the forwards of modules; a loss computed outside of the model's would escape
     the first, weights read outside of the LM head's the second. The stock forwards stay reachable on the classes, and
     saving and loading do not change.
     """
-    compute = liger_loss if way == "liger" else partial(fused_loss, compiled=way == "compiled")
+    compute = (
+        liger_loss if way == "liger" else partial(fused_loss, compiled=way == "compiled", rows_per_slice=rows_per_slice)
+    )
 
     def forward(self: Any, batch: Batch, settings: LossSettings | None = None) -> Any:
         hidden = batch_hidden(self, batch, block)

@@ -140,12 +140,17 @@ class TransformersEngine:
             logits = self._model.lm_head(hidden[i : i + self._head_rows])
             yield logits, gold[i : i + self._head_rows].to(logits.device)
 
-    def _score_batch(self, packs: Sequence[Pack], requests: Sequence[Request]) -> list[Scores]:
+    def readings(self, packs: Sequence[Pack], requests: Sequence[Request]) -> list[Reading]:
+        """What is kept of one batch's logits, on the device, some rows at a time."""
         parts = []
         for logits, gold in self._logits(packs, requests):
             if self._members is not None:
                 self._members = self._members.to(logits.device)
             parts.append(extract(logits, gold, self._spec, self._shared_only(logits), self._members))
+        return parts
+
+    def _score_batch(self, packs: Sequence[Pack], requests: Sequence[Request]) -> list[Scores]:
+        parts = self.readings(packs, requests)
         ends = np.cumsum([len(requests[i].read) for i in _members(packs)])[:-1]
         columns = [
             np.split(torch.cat([getattr(part, field.name) for part in parts]).cpu().numpy(), ends)

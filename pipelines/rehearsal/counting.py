@@ -1,0 +1,197 @@
+"""Operators as they come, with their FLOPs and bytes; and what they would be with all runs of element-wise work fused.
+
+Tensors have no content (FakeTensorMode), so true shapes cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from pipelines.rehearsal.cards import Card
+
+_OWN_KERNEL = (
+    "mm", "attention", "attn", "embedding", "index", "gather", "scatter", "sort", "topk", "_fused_", "cumsum",
+    "_foreach", "bincount",
+)  # fmt: skip
+"""Parts of the names of operators that no compiler joins with their neighbours."""
+_NO_KERNEL = (
+    "empty", "detach", "device", "_local_scalar_dense", "profiler", "_record_function", "resize_", "set_",
+    "_unsafe_view",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel. `reads` and `writes`: bytes by storage, so that a compiler's fusion can leave some out."""
+
+    name: str
+    phase: str
+    flops: float
+    reads: dict[int, int]
+    writes: dict[int, int]
+
+    @property
+    def bytes(self) -> int:
+        """Moved to and from the GPU's memory."""
+        return sum(self.reads.values()) + sum(self.writes.values())
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether it stays a kernel of its own when its neighbours are compiled."""
+        return self.flops > 0 or any(part in self.name for part in _OWN_KERNEL)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Sums over kernels."""
+
+    kernels: int
+    flops: float
+    bytes: float
+    seconds: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.kernels + other.kernels, self.flops + other.flops, self.bytes + other.bytes,
+            self.seconds + other.seconds,
+        )  # fmt: skip
+
+
+def cost(kernels: list[Kernel], card: Card) -> Cost:
+    """Kernels one after the other on a card, launches not counted."""
+    return Cost(
+        len(kernels),
+        sum(k.flops for k in kernels),
+        sum(k.bytes for k in kernels),
+        sum(card.seconds(k.flops, k.bytes) for k in kernels),
+    )
+
+
+class Counter(TorchDispatchMode):
+    """Takes note of every operator. It keeps all tensors, so that no storage's number is given twice: for content that
+    takes no memory only.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[Kernel] = []
+        self._phase, self._kept, self._numbers = "", [], dict[int, int]()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What comes inside belongs to a part of the work."""
+        before, self._phase = self._phase, name
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    def enter(self, name: str) -> None:
+        """As `phase`, from here on."""
+        self._phase = name
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func._overloadpacket.__name__
+        if not _is_view(func) and not any(name.startswith(part) for part in _NO_KERNEL):
+            inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+            count = flop_registry.get(func._overloadpacket)
+            flops = float(count(*args, **kwargs, out_val=out)) if count is not None else 0.0
+            self.kernels.append(Kernel(name, self._phase, flops, self._sizes(inputs), self._sizes(outputs)))
+        return out
+
+    def _sizes(self, tensors: list[torch.Tensor]) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._kept.append(storage)
+            own = tensor.numel() * tensor.element_size()
+            seen = min(own, storage.nbytes())  # what is expanded is read once
+            found[storage._cdata] = max(found.get(storage._cdata, 0), seen)
+        return found
+
+
+def _is_view(func: Any) -> bool:
+    returns = func._schema.returns
+    return bool(returns) and any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def fused(kernels: list[Kernel], phases: tuple[str, ...]) -> list[Kernel]:
+    """The kernels where a compiler makes one of each run of element-wise work and reductions in these phases. Such a
+    kernel reads what came from outside of it, once, and writes what is read after it.
+    """
+    last_read: dict[int, int] = {}
+    for i, kernel in enumerate(kernels):
+        for storage in kernel.reads:
+            last_read[storage] = i
+    found: list[Kernel] = []
+    run: list[int] = []
+
+    def flush() -> None:
+        if not run:
+            return
+        written: dict[int, int] = {}
+        reads: dict[int, int] = {}
+        for i in run:
+            for storage, size in kernels[i].reads.items():
+                if storage not in written:
+                    reads[storage] = max(reads.get(storage, 0), size)
+            for storage, size in kernels[i].writes.items():
+                written[storage] = max(written.get(storage, 0), size)
+        # What nobody reads later may be a result (a gradient): it stays unless something in the run read it.
+        inside = {storage for i in run for storage in kernels[i].reads}
+        writes = {s: n for s, n in written.items() if last_read.get(s, -1) > run[-1] or s not in inside}
+        found.append(Kernel("fused", kernels[run[0]].phase, 0.0, reads, writes))
+        run.clear()
+
+    for i, kernel in enumerate(kernels):
+        if run and kernel.phase != kernels[run[0]].phase:
+            flush()
+        if kernel.phase in phases and not kernel.stands_alone:
+            run.append(i)
+            continue
+        flush()
+        found.append(kernel)
+    flush()
+    return found
+
+
+@dataclass
+class Phases:
+    """The cost of each part of the work, as it is written and as it is compiled."""
+
+    card: Card
+    plain: dict[str, Cost] = field(default_factory=dict)
+    compiled: dict[str, Cost] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, kernels: list[Kernel], card: Card, phases: tuple[str, ...]) -> Phases:
+        """`phases`: those that are compiled."""
+        made = cls(card)
+        for target, own in ((made.plain, kernels), (made.compiled, fused(kernels, phases))):
+            for name in dict.fromkeys(k.phase for k in own):
+                target[name] = cost([k for k in own if k.phase == name], card)
+        return made
+
+    def total(self, compiled: bool) -> Cost:
+        """Of all parts."""
+        return sum((self.compiled if compiled else self.plain).values(), Cost(0, 0.0, 0.0, 0.0))
+
+    def step_seconds(self, compiled: bool) -> float:
+        """GPU time and the launches, which are taken not to hide behind each other."""
+        whole = self.total(compiled)
+        return whole.seconds + whole.kernels * self.card.launch
+
+    def share_of_peak(self, compiled: bool) -> float:
+        """Of the card's products."""
+        return self.total(compiled).flops / (self.step_seconds(compiled) * self.card.tflops * 1e12)
