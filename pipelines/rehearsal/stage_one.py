@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipelines.rehearsal.attention import rehearse_attention
+from pipelines.rehearsal.content import fill, no_content
 from pipelines.rehearsal.counting import Counter, Kernel
 from pipelines.rehearsal.memory import MemoryWatch
-from pipelines.rehearsal.stage_two import no_content
 from pipelines.rehearsal.work import Conversations, requests_of
 from shared.config import CacheConfig
 from shared.hardware import torch_dtype
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import meta_model
 from teacher_cache.comp_demo import Request
+from teacher_cache.engines.batches import fill as fill_batches
 from teacher_cache.engines.batches import side_by_side
-from teacher_cache.engines.packs import Pack
+from teacher_cache.engines.packs import Pack, pack_requests
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.targets import TargetSpec
 from teacher_cache.teachers.registry import Full, TeacherEntry, find_teacher, known_shape
@@ -39,68 +41,89 @@ class Pass:
     """Examples times draws."""
 
 
-def rehearse_pass(config: CacheConfig, data: Conversations) -> Pass:
+@dataclass(frozen=True)
+class _Work:
+    """What has content: the teacher's entry and sizes, requests for two batches or more."""
+
+    config: CacheConfig
+    entry: TeacherEntry
+    raw: dict[str, Any]
+    vocabulary: int
+    requests: list[Request]
+    draws: int
+    """Examples times draws."""
+
+    @classmethod
+    def of(cls, config: CacheConfig, data: Conversations) -> _Work:
+        entry = find_teacher(config.teacher, config.teachers_file)
+        known = known_shape(entry) if config.model is None else None
+        raw = known or open_checkpoint(resolve(config.model or entry.model), weights=False).config
+        vocabulary = int(meta_model(entry.architecture, raw).config.vocab_size)
+        draws = config.noise.draws
+        examples = max(1, -(-2 * config.engine.tokens_per_batch // data.tokens))
+        requests = requests_of(data, examples, draws, config.noise.comp_demo, vocabulary, config.noise.demo_ratio)
+        return cls(config, entry, raw, vocabulary, requests, examples * draws)
+
+    def engine(self, on_gpu: bool) -> TransformersEngine:
+        """The engine with a model of these sizes."""
+        settings, targets = self.config.engine, self.config.targets
+        dtype = torch_dtype(("bfloat16" if on_gpu else "float32") if settings.dtype == "auto" else settings.dtype)
+        k = targets.k if "topk" in targets.signals else 0
+        spec = TargetSpec(k, targets.mass, targets.stored_temperatures)
+        engine = TransformersEngine(
+            fill(meta_model(self.entry.architecture, self.raw), dtype), self.entry.attention, spec,
+            shift=self.entry.shift, tokens_per_batch=settings.tokens_per_batch, head_rows=settings.head_rows,
+        )  # fmt: skip
+        if k and targets.classes > 1:
+            engine.use_classes((np.arange(self.vocabulary) % targets.classes).astype(np.int32))
+        return engine
+
+
+def rehearse_pass(config: CacheConfig, data: Conversations, on_gpu: bool = True) -> Pass:
     """A batch of `engine.tokens_per_batch` rows. TideError where the teacher's sizes are neither here nor on record."""
-    entry = find_teacher(config.teacher, config.teachers_file)
-    raw = (known_shape(entry) if config.model is None else None) or open_checkpoint(
-        resolve(config.model or entry.model)
-    ).config
-    vocabulary = int(meta_model(entry.architecture, raw).config.vocab_size)
-    draws = config.noise.draws
-    examples = max(1, -(-2 * config.engine.tokens_per_batch // data.tokens))
-    requests = requests_of(data, examples, draws, config.noise.comp_demo, vocabulary)
+    work = _Work.of(config, data)
+    packs = pack_requests(work.entry.attention, work.requests, int(work.entry.shift), config.engine.tokens_per_batch)
+    whole = sum(pack.width for pack in packs)
+    first = _first_batch(work, packs)
+    pairs = _pairs(work.entry, first)
     with no_content(), torch.no_grad():
-        engine = _engine(config, entry, raw, vocabulary)
-        packs = engine.batches(requests)[0]
-        _attend(engine, entry, packs)
-        watch = MemoryWatch(vocabulary)
+        engine = work.engine(on_gpu)
+        if on_gpu:
+            rehearse_attention(engine._model, pairs)
+        watch = MemoryWatch(work.vocabulary)
         watch.hold("weights", [*engine._model.parameters(), *engine._model.buffers()])
         with watch:
-            engine.readings(packs, requests)
-        kernels = _count(engine, packs, requests)
-    rows = sum(pack.width for pack in packs)
-    passes = len(requests) / (examples * draws)
-    return Pass(watch.peak, kernels, rows, sum(len(pack.members) for pack in packs) / passes)
+            engine.readings(first, work.requests)
+        kernels = _count(engine, first, work.requests)
+    rows = sum(pack.width for pack in first)
+    return Pass(watch.peak, kernels, rows, work.draws * rows / whole)
 
 
-def _engine(config: CacheConfig, entry: TeacherEntry, raw: dict[str, Any], vocabulary: int) -> TransformersEngine:
-    model: Any = meta_model(entry.architecture, raw)
-    dtype = torch_dtype("bfloat16" if config.engine.dtype == "auto" else config.engine.dtype)
-    for name, parameter in list(model.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        made = torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype))
-        setattr(model.get_submodule(owner), leaf, made)
-    for name, buffer in list(model.named_buffers()):
-        owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner).register_buffer(
-            leaf, torch.empty(buffer.shape, dtype=buffer.dtype), persistent=False
-        )
-    model.tie_weights()
-    targets = config.targets
-    k = targets.k if "topk" in targets.signals and entry.student_tokens else 0
-    spec = TargetSpec(k, targets.mass, targets.stored_temperatures)
-    engine = TransformersEngine(
-        model, entry.attention, spec, shift=entry.shift, tokens_per_batch=config.engine.tokens_per_batch,
-        head_rows=config.engine.head_rows,
-    )  # fmt: skip
-    if k and targets.classes > 1:
-        engine._spec = dataclasses.replace(spec, classes=targets.classes)
-        engine._members = torch.empty(vocabulary, targets.classes)
-    return engine
+def real_pass(config: CacheConfig, data: Conversations) -> Callable[[], None]:
+    """The very pass with content on this machine's CPU, to measure what it takes."""
+    work = _Work.of(config, data)
+    packs = pack_requests(work.entry.attention, work.requests, int(work.entry.shift), config.engine.tokens_per_batch)
+    first = _first_batch(work, packs)
+
+    def run() -> None:
+        with torch.no_grad():
+            work.engine(on_gpu=False).readings(first, work.requests)
+
+    return run
 
 
-def _attend(engine: TransformersEngine, entry: TeacherEntry, packs: list[Pack]) -> None:
-    """Attention by name; its cost by the pairs that see each other."""
+def _first_batch(work: _Work, packs: list[Pack]) -> list[Pack]:
+    padded = not isinstance(work.entry.attention, Full)
+    (first, *_) = fill_batches([pack.width for pack in packs], work.config.engine.tokens_per_batch, padded)
+    return [packs[i] for i in first]
+
+
+def _pairs(entry: TeacherEntry, packs: list[Pack]) -> int:
+    """How many pairs of rows see each other."""
     if isinstance(entry.attention, Full):
-        pairs = sum(pack.width**2 for pack in packs)
-    else:
-        from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-        with unset_fake_temporarily():
-            pairs = sum(
-                int(side_by_side([pack], torch.device("cpu")).arguments["attention_mask"].sum()) for pack in packs
-            )
-    rehearse_attention(engine._model, pairs)
+        return sum(pack.width**2 for pack in packs)
+    masks = (side_by_side([pack], torch.device("cpu")).arguments["attention_mask"] for pack in packs)
+    return sum(int(mask.sum()) for mask in masks)
 
 
 def _count(engine: TransformersEngine, packs: list[Pack], requests: list[Request]) -> list[Kernel]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tomllib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import clip_grad_norm_
 
 from pipelines.rehearsal.attention import rehearse_attention
+from pipelines.rehearsal.content import fill, no_content
 from pipelines.rehearsal.counting import Counter, Kernel
 from pipelines.rehearsal.memory import MemoryWatch
 from pipelines.rehearsal.syncs import SyncWatch
@@ -116,7 +116,7 @@ class _Step:
     ) -> None:
         real, read = made
         raw = student_config(plan.train.student, plan)
-        self.model: Any = _fill(meta_model(str(raw["model_type"]).removeprefix("a2d-"), raw))
+        self.model: Any = fill(meta_model(str(raw["model_type"]).removeprefix("a2d-"), raw), torch.float32)
         self.model.train()
         block = plan.cache.lengths.block
         rows = slice_rows(plan.vocabulary, plan.gpu_memory)
@@ -151,27 +151,6 @@ class _Step:
         self.optimizer.zero_grad()
         for hook in hooks:
             hook.remove()
-
-
-def _fill(model: Any) -> Any:
-    """A model of the meta device on a CPU, with random weights; under `no_content` without any."""
-    for name, parameter in list(model.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        made = torch.nn.Parameter(torch.empty(parameter.shape).normal_(std=0.02))
-        setattr(model.get_submodule(owner), leaf, made)
-    for name, buffer in list(model.named_buffers()):
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        module.register_buffer(leaf, torch.ones(buffer.shape, dtype=buffer.dtype), persistent=False)
-    model.tie_weights()
-    return model
-
-
-@contextmanager
-def no_content() -> Iterator[FakeTensorMode]:
-    """Inside, tensors have shapes and no content."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        yield mode
 
 
 def step_memory(plan: StepPlan) -> dict[str, int]:
