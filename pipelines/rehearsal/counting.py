@@ -127,8 +127,9 @@ def _is_view(func: Any) -> bool:
 
 
 def fused(kernels: list[Kernel], phases: tuple[str, ...]) -> list[Kernel]:
-    """The kernels where a compiler makes one of each run of element-wise work and reductions in these phases. Such a
-    kernel reads what came from outside of it, once, and writes what is read after it.
+    """The kernels where a compiler makes one of element-wise work and reductions that follow from each other, between
+    two products, in these phases. Such a kernel reads what came from outside of it, once, and writes what is read after
+    it.
     """
     last_read: dict[int, int] = {}
     for i, kernel in enumerate(kernels):
@@ -138,20 +139,7 @@ def fused(kernels: list[Kernel], phases: tuple[str, ...]) -> list[Kernel]:
     run: list[int] = []
 
     def flush() -> None:
-        if not run:
-            return
-        written: dict[int, int] = {}
-        reads: dict[int, int] = {}
-        for i in run:
-            for storage, size in kernels[i].reads.items():
-                if storage not in written:
-                    reads[storage] = max(reads.get(storage, 0), size)
-            for storage, size in kernels[i].writes.items():
-                written[storage] = max(written.get(storage, 0), size)
-        # What nobody reads later may be a result (a gradient): it stays unless something in the run read it.
-        inside = {storage for i in run for storage in kernels[i].reads}
-        writes = {s: n for s, n in written.items() if last_read.get(s, -1) > run[-1] or s not in inside}
-        found.append(Kernel("fused", kernels[run[0]].phase, 0.0, reads, writes))
+        found.extend(_joined(kernels, part, run[-1], last_read) for part in _connected(kernels, run))
         run.clear()
 
     for i, kernel in enumerate(kernels):
@@ -164,6 +152,38 @@ def fused(kernels: list[Kernel], phases: tuple[str, ...]) -> list[Kernel]:
         found.append(kernel)
     flush()
     return found
+
+
+def _connected(kernels: list[Kernel], run: list[int]) -> list[list[int]]:
+    """The run in parts, of which none reads what another wrote."""
+    parts: list[list[int]] = []
+    of_storage: dict[int, list[int]] = {}
+    for i in run:
+        before: list[list[int]] = []
+        for storage in kernels[i].reads:
+            part = of_storage.get(storage)
+            if part is not None and all(part is not one for one in before):
+                before.append(part)
+        mine = sorted([i, *(j for part in before for j in part)])
+        parts = [part for part in parts if all(part is not one for one in before)] + [mine]
+        for j in mine:
+            of_storage |= dict.fromkeys(kernels[j].writes, mine)
+    return parts
+
+
+def _joined(kernels: list[Kernel], part: list[int], end: int, last_read: dict[int, int]) -> Kernel:
+    reads: dict[int, int] = {}
+    written: dict[int, int] = {}
+    for i in part:
+        for storage, size in kernels[i].reads.items():
+            if storage not in written:
+                reads[storage] = max(reads.get(storage, 0), size)
+        for storage, size in kernels[i].writes.items():
+            written[storage] = max(written.get(storage, 0), size)
+    # What nobody reads later may be a result (a gradient): it stays unless something in the part read it.
+    inside = {storage for i in part for storage in kernels[i].reads}
+    writes = {s: n for s, n in written.items() if last_read.get(s, -1) > end or s not in inside}
+    return Kernel("fused", kernels[part[0]].phase, 0.0, reads, writes)
 
 
 @dataclass

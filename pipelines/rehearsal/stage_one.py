@@ -64,6 +64,12 @@ class _Work:
         requests = requests_of(data, examples, draws, config.noise.comp_demo, vocabulary, config.noise.demo_ratio)
         return cls(config, entry, raw, vocabulary, requests, examples * draws)
 
+    def packs(self) -> list[Pack]:
+        """The requests as the engine lays them out."""
+        width = int(meta_model(self.entry.architecture, self.raw).config.hidden_size)
+        budget = self.config.engine.tokens_per_batch
+        return pack_requests(self.entry.attention, self.requests, int(self.entry.shift), budget, width)
+
     def engine(self, on_gpu: bool) -> TransformersEngine:
         """The engine with a model of these sizes."""
         settings, targets = self.config.engine, self.config.targets
@@ -82,7 +88,7 @@ class _Work:
 def rehearse_pass(config: CacheConfig, data: Conversations, on_gpu: bool = True) -> Pass:
     """A batch of `engine.tokens_per_batch` rows. TideError where the teacher's sizes are neither here nor on record."""
     work = _Work.of(config, data)
-    packs = pack_requests(work.entry.attention, work.requests, int(work.entry.shift), config.engine.tokens_per_batch)
+    packs = work.packs()
     whole = sum(pack.width for pack in packs)
     first = _first_batch(work, packs)
     pairs = _pairs(work.entry, first)
@@ -102,7 +108,7 @@ def rehearse_pass(config: CacheConfig, data: Conversations, on_gpu: bool = True)
 def real_pass(config: CacheConfig, data: Conversations) -> Callable[[], None]:
     """The very pass with content on this machine's CPU, to measure what it takes."""
     work = _Work.of(config, data)
-    packs = pack_requests(work.entry.attention, work.requests, int(work.entry.shift), config.engine.tokens_per_batch)
+    packs = work.packs()
     first = _first_batch(work, packs)
 
     def run() -> None:

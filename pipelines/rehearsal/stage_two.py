@@ -172,6 +172,11 @@ def step_memory(plan: StepPlan) -> dict[str, int]:
     return {**watch.peak, "optimizer": round(watch.peak["optimizer"] * _STATE[plan.train.optimizer])}
 
 
+def real_model(plan: StepPlan) -> Any:
+    """The student with random content, which gives its loss as in training."""
+    return _Step(plan, None, make_batch(plan), 0).model
+
+
 def real_step(plan: StepPlan) -> Callable[[], None]:
     """The very step with content on this machine's CPU, to measure what it takes; twice, as `step_memory` counts it."""
     made = make_batch(plan)

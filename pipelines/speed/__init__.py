@@ -10,6 +10,8 @@ from pipelines.speed.engines import bench_engines
 from pipelines.speed.head import bench_head
 from pipelines.speed.large_cache import bench_large_cache
 from pipelines.speed.preparing import bench_preparing
+from pipelines.speed.rehearsed import bench_rehearsed
+from pipelines.speed.shortcuts import bench_shortcuts
 from pipelines.speed.stage_one import bench_stage_one
 from pipelines.speed.training import bench_training
 from pipelines.speed.use import bench_use
@@ -24,6 +26,8 @@ TABLES = {
     "end-to-end": bench_end_to_end,
     "training": bench_training,
     "head": bench_head,
+    "shortcuts": bench_shortcuts,
+    "rehearsed": bench_rehearsed,
     "large-cache": bench_large_cache,
     "use": bench_use,
 }

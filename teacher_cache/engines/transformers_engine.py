@@ -113,7 +113,8 @@ class TransformersEngine:
 
     def batches(self, requests: Sequence[Request]) -> list[list[Pack]]:
         """The packs of each forward pass."""
-        packs = pack_requests(self._attention, requests, self._shift, self._tokens_per_batch)
+        width = int(self._model.config.hidden_size)
+        packs = pack_requests(self._attention, requests, self._shift, self._tokens_per_batch, width)
         widths = [pack.width for pack in packs]
         return [[packs[i] for i in batch] for batch in fill(widths, self._tokens_per_batch, padded=not self._packed)]
 

