@@ -113,13 +113,17 @@ def plan(
     mfu: Annotated[float, typer.Option(help="The share of that peak that is reached.")] = 0.35,
     gpu_hour: Annotated[float | None, typer.Option(help="Price of a GPU hour.")] = None,
     terabyte_month: Annotated[float, typer.Option(help="Price of a terabyte on disk for a month.")] = 23.0,
+    gpu: Annotated[str, typer.Option(help="The card of the rehearsal: h100, h200, a100, 4090 or l40s.")] = "h100",
     config: Recipe = None,
     teachers_file: TeachersFile = None,
     sets: Sets = None,
 ) -> None:
-    """Memory, bytes and GPU hours of a stage-one run, from sizes on record and what you state. Nothing is loaded."""
+    """Memory, bytes and GPU hours of both stages, from sizes on record and what you state. Nothing is loaded."""
     from pipelines.planning.plan import Prices, Speed, plan_from_statement
-    from pipelines.recipes.read import cache_config
+    from pipelines.recipes.read import cache_config, train_config
+    from pipelines.rehearsal.cards import find_card
+    from pipelines.rehearsal.report import summarise_rehearsal
+    from pipelines.rehearsal.work import Conversations
 
     positive = {
         "examples": examples, "tokens": tokens, "response": response, "tflops": tflops, "mfu": mfu,
@@ -133,7 +137,10 @@ def plan(
     settings = cache_config(teacher, config, [*extra, *(sets or [])], teachers_file, model=model)
     prices = None if gpu_hour is None else Prices(gpu_hour, terabyte_month)
     speed = Speed(tokens_per_second, tflops, mfu)
+    card = find_card(gpu)
     say(plan_from_statement(settings, examples, tokens, response, speed, prices))
+    training = train_config(settings.teacher, config, [], teachers_file)
+    say(summarise_rehearsal(settings, training, Conversations(tokens, response), examples, card))
 
 
 @app.command()

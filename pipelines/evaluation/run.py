@@ -81,7 +81,7 @@ def check_installed(quiet: bool = True) -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
-        raise TideError("lm-eval is not installed", fix="pip install 'tide-distill[eval]'") from error
+        raise TideError("lm-eval is not installed", fix="pip install '.[eval]'") from error
     if quiet:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
 

@@ -90,6 +90,27 @@ def describe_rehearsal(
     return "\n".join(lines)
 
 
+def summarise_rehearsal(
+    cache: CacheConfig, train: TrainConfig, data: Conversations, examples: int, card: Card
+) -> str:
+    """Both stages on a card in two lines, for `tide plan`."""
+    one, found = rehearse_one(cache, data, card)
+    plan = step_plan(train, cache, data, card)
+    two = rehearse_two(plan, card)
+    first = one.seconds[1] / found.examples * examples * cache.noise.draws / 3600
+    second = two.seconds[1] * _steps(plan.train, examples) / 3600
+    return (
+        f"rehearsed         stage one on an {card.name}: {in_bytes(one.peak)} at its peak, {first:,.1f} GPU hours\n"
+        f"                  stage two: {in_bytes(two.peak)}, {second:,.1f} GPU hours (`tide rehearse` has the parts)"
+    )
+
+
+def _steps(train: TrainConfig, examples: int) -> int:
+    """Optimizer steps of a run on one GPU."""
+    batch = train.batch_size * train.accumulation
+    return train.max_steps if train.max_steps > 0 else math.ceil(train.epochs * examples / batch)
+
+
 def _first(config: CacheConfig, data: Conversations, examples: int, card: Card) -> list[str]:
     stage, found = rehearse_one(config, data, card)
     draws = examples * config.noise.draws
@@ -106,8 +127,7 @@ def _second(train: TrainConfig, cache: CacheConfig, data: Conversations, example
     plan = step_plan(train, cache, data, card)
     stage = rehearse_two(plan, card)
     settled = plan.train
-    batch = settled.batch_size * settled.accumulation
-    steps = settled.max_steps if settled.max_steps > 0 else math.ceil(settled.epochs * examples / batch)
+    steps = _steps(settled, examples)
     hours = [seconds * steps / 3600 for seconds in stage.seconds]
     fits = largest_batch(plan, _USABLE * card.memory)
     small = dataclasses.replace(settled, gradient_checkpointing=True)

@@ -49,11 +49,19 @@ class StepPlan:
     data: Conversations
     gpu_memory: int | None
     on_gpu: bool = True
+    rows: int | None = None
+    """Of the embedding, where they are not those of the student's checkpoint."""
 
     @property
     def vocabulary(self) -> int:
         """Rows of the student's embedding."""
-        return int(student_config(self.train.student, self)["vocab_size"])
+        return int(self.raw["vocab_size"])
+
+    @property
+    def raw(self) -> dict[str, Any]:
+        """The student's config.json."""
+        found = student_config(self.train.student, self)
+        return found if self.rows is None else {**found, "vocab_size": self.rows}
 
 
 def student_config(settings: StudentConfig, plan: StepPlan | None = None) -> dict[str, Any]:
@@ -115,7 +123,7 @@ class _Step:
         self, plan: StepPlan, mode: FakeTensorMode | None, made: tuple[Batch, TargetReader], pairs: int
     ) -> None:
         real, read = made
-        raw = student_config(plan.train.student, plan)
+        raw = plan.raw
         self.model: Any = fill(meta_model(str(raw["model_type"]).removeprefix("a2d-"), raw), torch.float32)
         self.model.train()
         block = plan.cache.lengths.block

@@ -32,7 +32,7 @@ def bench_end_to_end() -> Table:
     table = Table("teacher", "parameters", "forward and head alone", "with top-k and logsumexp", "stage one",
                   title="speed, forward and head alone = 1")  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="tide-bench-") as folder:
-        for name, width, layers, examples in (("embedded", 0, 0, 192), ("mid-size, random", 640, 12, 48)):
+        for name, width, layers, examples in (("embedded", 0, 0, 192), ("mid-size, random", 640, 12, 24)):
             model = _EMBEDDED if not width else _random_teacher(Path(folder) / "teacher", width, layers)
             changes = [f"data.source={_chats(Path(folder), examples)}", f"shard_examples={examples // 6}",
                        "noise.draws=1"]  # fmt: skip
@@ -75,7 +75,7 @@ def _measure(config: CacheConfig) -> list[str]:
             engine.score(work.requests)
 
     seconds = side_by_side(
-        {"bare": _bare(plan, engine, requests), "scores": scores, "whole": lambda: _whole(plan, engine)}, rounds=3
+        {"bare": _bare(plan, engine, requests), "scores": scores, "whole": lambda: _whole(plan, engine)}, rounds=2
     )
     parameters = sum(p.numel() for p in engine._model.parameters())
     shares = [f"{seconds['bare'] / seconds[name]:.2f}" for name in ("bare", "scores", "whole")]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,15 @@ from rich.table import Table
 from torch import Tensor
 
 from pipelines.recipes.read import cache_config
+from pipelines.rehearsal.stage_two import StepPlan, make_batch, real_model
+from pipelines.rehearsal.work import Conversations
 from pipelines.speed.timing import side_by_side
 from shared.attention import full
-from shared.config import StudentConfig, TrainConfig
+from shared.config import CacheConfig, StudentConfig, TrainConfig
 from shared.models.loading import random_model
 from shared.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL, Tidal
 from student_train.batches.collate import TargetReader, counts_of
-from student_train.batches.opening import open_cache
+from student_train.batches.opening import OpenCache, open_cache
 from student_train.losses.fused_head import LossSettings
 from student_train.model.student import load_student
 from student_train.training.step import train_on_loss
@@ -70,11 +74,44 @@ def _measure(caches: dict[str, Path]) -> Table:
             teacher = _teacher(model)
             ratio = size_of(teacher).active / size_of(model).active
             jobs[f"kl, a teacher {ratio:.1f} times as large in the loop"] = _online(step, batch, teacher)
-            jobs["loading a batch"] = lambda dataset=dataset: dataset[0]
         seconds = side_by_side(jobs)
+        seconds["loading a batch, files and decoding included"] = _loading(opened, config)
         for label, value in seconds.items():
             table.add_row(name, label, f"{value / seconds['CE only']:.2f}")
+    _at_a_real_vocabulary(table)
     return table
+
+
+def _loading(opened: OpenCache, config: TrainConfig) -> float:
+    """Seconds of a batch: a whole epoch, from files on, divided by its batches."""
+    times = []
+    for _ in range(3):
+        data = opened.batches(config)
+        started = time.perf_counter()
+        for i in range(data.batches_in(0)):
+            data[i]
+        times.append((time.perf_counter() - started) / data.batches_in(0))
+    return statistics.median(times)
+
+
+def _at_a_real_vocabulary(table: Table) -> None:
+    """The same at 151,936 tokens, on random rows: there the head weighs more."""
+    ordinary = CacheConfig(teacher="tiny-shared")
+    train = TrainConfig(batch_size=2, precision="float32", device="cpu", student=_STUDENT)
+    plan = StepPlan(train, ordinary, Conversations(256, 2 / 3), None, on_gpu=False, rows=151_936)
+    batch, model = make_batch(plan)[0], real_model(plan)
+
+    def step(settings: Distillation) -> None:
+        model.zero_grad()
+        model(batch=batch, settings=LossSettings(settings, 1.0, counts_of(batch["counts"]), 0.5))[0].backward()
+
+    kinds: list[Distillation] = [NoDistillation(), KL(tidal=Tidal()), ReverseKL(), Calm(), ReverseCalm()]
+    names = ["CE only", "kl + TIDAL", "reverse_kl", "calm", "reverse_calm"]
+    seconds = side_by_side(
+        {name: lambda kind=kind: step(kind) for name, kind in zip(names, kinds, strict=True)}, rounds=3
+    )
+    for name, value in seconds.items():
+        table.add_row("151,936 tokens", name, f"{value / seconds['CE only']:.2f}")
 
 
 def _teacher(student: Any) -> Any:

@@ -20,7 +20,7 @@ def require_bitsandbytes() -> Any:
     except ImportError as error:
         raise TideError(
             "engine.quantization needs bitsandbytes, which is not installed",
-            fix='pip install "tide-distill[quant]", or leave engine.quantization out',
+            fix='pip install ".[quant]", or leave engine.quantization out',
         ) from error
     return bitsandbytes
 

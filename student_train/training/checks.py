@@ -54,7 +54,7 @@ def check_hardware(config: TrainConfig) -> None:
             fix="leave head out: the loss then runs in slices",
         )
     if config.head == "liger" and not liger_installed():
-        raise TideError("head is liger, and liger-kernel is not installed", fix="pip install 'tide-distill[liger]'")
+        raise TideError("head is liger, and liger-kernel is not installed", fix="pip install '.[liger]'")
 
 
 def check_optimizer(config: TrainConfig) -> None:

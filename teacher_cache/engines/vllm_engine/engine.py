@@ -56,7 +56,7 @@ def why_not(entry: TeacherEntry, settings: EngineConfig) -> TideError | None:
         return TideError(
             "the vLLM engine is not installed",
             expected="vllm 0.32",
-            fix='pip install "tide-distill[vllm]" (docs/engines.md has the CPU build), or use --engine transformers',
+            fix='pip install ".[vllm]" (docs/engines.md has the CPU build), or use --engine transformers',
         )
     return None
 
