@@ -65,7 +65,7 @@ def test_8_bit_adam_asks_for_what_it_needs(caches: dict[str, Path], tmp_path: Pa
 
 
 def test_slices_are_sized_by_memory() -> None:
-    assert slice_rows(151_936) == 441  # of a CPU
+    assert slice_rows(151_936) == 220  # of a CPU
     assert slice_rows(151_936, 80 << 30) == 2048
     assert slice_rows(151_936, 24 << 30) == 1130
     assert slice_rows(4096, 80 << 30) == 2048
