@@ -31,7 +31,7 @@ _MOST_ROWS = 2048
 
 
 def slice_rows(vocabulary: int, memory: int | None = None) -> int:
-    """Rows of logits that exist at a time. `memory`: of the GPU in bytes, of which a slice takes a sixth at most; None: a CPU.
+    """Rows of logits that exist at a time. `memory`: of the GPU in bytes, a sixth of which a slice takes; None: a CPU.
 
     Each slice adds its part to the head's gradient, which is as large as the head: on a GPU few large slices are
     cheaper, of a thousand rows and more from 24 GB on.

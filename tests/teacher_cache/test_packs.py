@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -134,3 +138,45 @@ def test_the_row_before_the_first_is_never_asked() -> None:
     request = Request(np.array([MASK, 3], np.int32), np.array([0], np.int32), np.array([5], np.int32))
     with pytest.raises(ValueError, match="no row predicts it"):
         pack_requests(Full(), [request], shift=1)
+
+
+COMPILED = """
+import sys
+import numpy as np, torch
+from torch._dynamo.utils import counters
+from shared.models.checkpoint import open_checkpoint
+from shared.models.loading import load_model
+from teacher_cache.engines.transformers_engine import TransformersEngine
+from teacher_cache.targets import TargetSpec
+from teacher_cache.teachers.registry import Full, Native
+from tests.teacher_cache.test_engine import requests
+
+worst, graphs = 0.0, []
+for attention in (Full(), Native(8)):
+    found = []
+    for compiled in (False, True):
+        counters.clear()
+        model = load_model(open_checkpoint(sys.argv[1]), "llama", torch.float32)
+        spec = TargetSpec(8, 1.0, (1.0,))
+        engine = TransformersEngine(model, attention, spec, tokens_per_batch=90, compiled=compiled)
+        scores = []
+        for seed in range(4):
+            scores += engine.score(requests(9, seed))
+            graphs += [counters["stats"]["unique_graphs"]] if compiled and seed in (0, 3) else []
+        found.append(np.concatenate([s.topk_logp.reshape(-1) for s in scores]))
+    worst = max(worst, float(np.abs(found[0] - found[1]).max()))
+print(worst, *graphs)
+"""
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_and_compile_once(random_teacher: Path) -> None:
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED, str(random_teacher)], cwd=root, env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    worst, *graphs = done.stdout.split()
+    assert float(worst) < 1e-4
+    assert graphs[0] == graphs[1] and graphs[2] == graphs[3]  # four lots of requests of other lengths: nothing anew
