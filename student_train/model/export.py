@@ -45,7 +45,8 @@ def export_student(source: Path, target: Path, layout: Format) -> None:
             tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
             tensors["lm_head.weight"] = model.lm_head.weight.detach().clone()
             write_bytes(half / "model.safetensors", save(tensors, {"format": "pt"}))
-            write_bytes(half / "config.json", (json.dumps(_a2d_config(model.config), indent=2) + "\n").encode())
+            config = {**_a2d_config(model.config), "dtype": str(model.dtype).removeprefix("torch.")}
+            write_bytes(half / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         Tokenizer.load(checkpoint.folder).backend.save_pretrained(half)
 
 
@@ -64,7 +65,6 @@ def _a2d_config(config: Any) -> dict[str, Any]:
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "dtype": str(config.dtype).removeprefix("torch."),
     }
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                  "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps",

@@ -38,6 +38,29 @@ def test_the_round_trip_keeps_every_bit(reference: Path, tmp_path: Path) -> None
         assert new[name] == old[name], name
 
 
+def test_transformers_loads_the_a2d_layout_and_its_config_has_the_references_keys(
+    reference: Path, golden: Path, tmp_path: Path
+) -> None:
+    export_student(reference, tmp_path / "hf", "hf")
+    export_student(tmp_path / "hf", tmp_path / "a2d", "a2d")
+    written = json.loads((tmp_path / "a2d" / "config.json").read_text())
+    stored = load_file(tmp_path / "a2d" / "model.safetensors")
+    assert written["dtype"] == str(stored["lm_head.weight"].dtype).removeprefix("torch.")
+    known = json.loads((golden / "a2d_qwen3" / "config.json").read_text())
+    for name, value in written.items():
+        if name in known and name not in ("transformers_version", "dtype", "_name_or_path", "use_cache"):
+            assert value == known[name], name
+    # transformers knows no a2d-qwen3: what it calls the same model loads these very files.
+    (tmp_path / "a2d" / "config.json").write_text(json.dumps({**written, "model_type": "qwen3"}))
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "a2d", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    expected = load_file(golden / "a2d_qwen3" / "expected.safetensors")
+    mask = torch.ones(2, 1, 16, 16, dtype=torch.bool)
+    with torch.no_grad():
+        logits = model.eval()(input_ids=expected["noised_ids"], attention_mask=mask).logits
+    torch.testing.assert_close(logits, expected["logits_full_attention"], rtol=0, atol=1e-5)
+
+
 def test_transformers_loads_the_hf_layout_and_computes_the_same(reference: Path, golden: Path, tmp_path: Path) -> None:
     export_student(reference, tmp_path / "hf", "hf")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
