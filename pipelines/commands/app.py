@@ -21,7 +21,7 @@ PANELS = {
         "fidelity",
         "cache",
     ),
-    "Stage two: students": ("train", "ablate", "replay", "report"),
+    "Stage two: students": ("train", "ablate", "replay", "report", "compare"),
     "Look after a cache": ("inspect", "verify", "prune", "upgrade", "merge", "pack", "unpack", "push", "pull"),
     "Use and judge a student": ("sample", "chat", "eval", "lm-eval", "export"),
     "This installation": ("env", "demo", "conformance", "bench", "tiny-teacher", "tiny-student"),

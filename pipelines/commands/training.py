@@ -118,3 +118,14 @@ def report(folder: Annotated[Path, typer.Argument(help="A folder of runs.")]) ->
     from pipelines.reports.report import write_report
 
     say(write_report(folder).read_text())
+
+
+@app.command()
+def compare(
+    one: Annotated[Path, typer.Argument(help="A run, or a folder with the seeds of one variant.")],
+    other: Annotated[Path, typer.Argument(help="Another.")],
+) -> None:
+    """Two variants: which settings differ, and differences of their scores, paired by seed."""
+    from pipelines.reports.paired import compare as compare_runs
+
+    say(compare_runs(one, other))

@@ -90,9 +90,7 @@ def describe_rehearsal(
     return "\n".join(lines)
 
 
-def summarise_rehearsal(
-    cache: CacheConfig, train: TrainConfig, data: Conversations, examples: int, card: Card
-) -> str:
+def summarise_rehearsal(cache: CacheConfig, train: TrainConfig, data: Conversations, examples: int, card: Card) -> str:
     """Both stages on a card in two lines, for `tide plan`."""
     one, found = rehearse_one(cache, data, card)
     plan = step_plan(train, cache, data, card)

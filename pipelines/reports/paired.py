@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from scipy.stats import t as student_t
 
-from pipelines.reports.report import Run
+from pipelines.reports.report import Run, find_runs
+from shared.errors import TideError
+from shared.manifest import differences as settings_that_differ
 
 CONFIDENCE = 0.95
 Metric = Callable[[Run], float | None]
@@ -83,3 +87,30 @@ def paired_table(runs: Sequence[Run], pairs: Sequence[tuple[str, str]]) -> str:
         "Differences, paired by seed, with the 95 % confidence interval of their mean; in bold where it leaves out "
         "zero. Less is better for NLL alone.\n\n" + "\n".join(lines)
     )
+
+
+def compare(one: Path, other: Path) -> str:
+    """Two folders of runs, each of one variant: which settings differ, and the other minus the one, paired by seed.
+    TideError where a folder holds several variants, or no seed is in both.
+    """
+    sides = []
+    for name, folder in (("A", one), ("B", other)):
+        runs = find_runs(folder)
+        variants = sorted({run.variant for run in runs})
+        if len(variants) > 1:
+            raise TideError(
+                f"{folder} holds {len(variants)} variants: {', '.join(variants)}",
+                expected="runs that differ in their seed alone",
+                fix="give the folder of one, or of its seeds",
+            )
+        sides.append([dataclasses.replace(run, variant=name) for run in runs])
+    a, b = sides
+    shared = {run.seed for run in a} & {run.seed for run in b}
+    if not shared:
+        raise TideError(
+            f"{one} has the seeds {sorted({run.seed for run in a})}, {other} {sorted({run.seed for run in b})}",
+            expected="a seed that both have",
+        )
+    lines = settings_that_differ(a[0].settings, b[0].settings) or ["nothing but the folder"]
+    said = "\n".join(f"* {line}" for line in lines)
+    return f"A: {one}\nB: {other}\n\nSettings, A → B:\n\n{said}\n\n{paired_table([*a, *b], [('A', 'B')])}"

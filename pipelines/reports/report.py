@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import statistics
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from teacher_cache.progress import read_status
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run: its variant (the folder's name without the seed), settings and curves."""
+    """One finished run: its variant (a name that all runs with its settings have, and no others), settings, curves."""
 
     variant: str
     seed: int
@@ -44,6 +46,10 @@ class Run:
     """The hardware that trained it."""
     use: UseScores | None = None
     """What was measured of the finished student in use."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """All but the seed."""
+    place: Path = Path()
+    """Of the run."""
 
 
 def describe_objective(settings: dict[str, Any], weight: float = 1.0) -> str:
@@ -74,7 +80,7 @@ def find_runs(folder: Path) -> list[Run]:
         raise TideError(
             f"{folder} holds no finished runs", expected="folders with run.json and history.json, from `tide train`"
         )
-    return runs
+    return _named_by_settings(runs)
 
 
 def _read_run(folder: Path) -> Run:
@@ -92,7 +98,30 @@ def _read_run(folder: Path) -> Run:
         train_command(settings),
         str(history.get("machine", "unknown")),
         read_use(folder),
+        {name: value for name, value in settings.items() if name != "seed"},
+        folder,
     )
+
+
+def _named_by_settings(runs: list[Run]) -> list[Run]:
+    """Runs of one name with different settings get names that tell them apart: their folder's, or a number."""
+
+    def kinds(name: str) -> list[str]:
+        found = {json.dumps(run.settings, sort_keys=True) for run in runs if run.variant == name}
+        return sorted(found)
+
+    for longer in (True, False):
+        changed = []
+        for run in runs:
+            own = kinds(run.variant)
+            name = run.variant
+            if len(own) > 1 and longer:
+                name = f"{run.place.parent.name}/{name}"
+            elif len(own) > 1:
+                name = f"{name} #{own.index(json.dumps(run.settings, sort_keys=True)) + 1}"
+            changed.append(dataclasses.replace(run, variant=name))
+        runs = changed
+    return runs
 
 
 def _spread(values: list[float], digits: int = 3) -> str:
@@ -177,12 +206,15 @@ def to_markdown(table: pl.DataFrame) -> str:
 def draw_curves(runs: list[Run], path: Path) -> None:
     """Cross-entropy while training and held-out NLL, one line a variant, the band is the range over seeds."""
     caches = sorted({run.cache for run in runs})
-    figure, axes = plt.subplots(len(caches), 2, figsize=(11, 3.6 * len(caches)), squeeze=False, layout="constrained")
+    panels = {"denoise": "training cross-entropy, 1/t-weighted", "eval_heldout_nll": "held-out masked NLL"}
+    measured = [key for key in panels if any(key in entry for run in runs for entry in run.history)] or ["denoise"]
+    width, height = 5.5 * len(measured), 3.6 * len(caches)
+    figure, axes = plt.subplots(
+        len(caches), len(measured), figsize=(width, height), squeeze=False, layout="constrained"
+    )
     for row, cache in zip(axes, caches, strict=True):
-        for axis, key, title in zip(
-            row, ("denoise", "eval_heldout_nll"), ("training cross-entropy, 1/t-weighted", "held-out masked NLL"),
-            strict=True,
-        ):  # fmt: skip
+        for axis, key in zip(row, measured, strict=True):
+            title = panels[key]
             for variant in sorted({run.variant for run in runs if run.cache == cache}):
                 _draw_variant(axis, [r for r in runs if r.variant == variant], variant, key)
             axis.set(title=f"{cache}: {title}", xlabel="step", ylabel="nats a token")
@@ -202,7 +234,8 @@ def _draw_variant(axis: Any, runs: list[Run], label: str, key: str) -> None:
     steps = sorted(curves)
     if not steps:
         return
-    (line,) = axis.plot(steps, [statistics.mean(curves[s]) for s in steps], label=label, linewidth=1.4)
+    (line,) = axis.plot(steps, [statistics.mean(curves[s]) for s in steps], label=label, linewidth=1.4,
+                        marker="o" if len(steps) == 1 else None)  # fmt: skip
     axis.fill_between(
         steps, [min(curves[s]) for s in steps], [max(curves[s]) for s in steps], alpha=0.2, color=line.get_color()
     )

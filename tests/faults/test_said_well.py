@@ -66,6 +66,7 @@ COMMANDS = [
     "rehearse --gpu none", "rehearse --set batch_size=2", "rehearse --tokens 1", "rehearse --response 2",
     "rehearse --teacher none", "rehearse --set train.student.checkpoint={F}/none",
     "rehearse --set train.draws_per_step=3", "plan --gpu none",
+    "compare {F}/none {F}/none", "compare {F} {F}",
     TRAIN + "--set draws_per_step=99", TRAIN + "--set draws_per_step=0", TRAIN + "--set loader_workers=-2",
     TRAIN + "--set compile=maybe",
     "demo --out {X}", "demo --seeds 0", "tiny-teacher --work {X}", "tiny-student --work {X}",

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from pipelines.experiments.demo import PAIRS, VARIANTS, verdicts
+from pipelines.reports import report
+from pipelines.reports.paired import compare
 from pipelines.reports.report import find_runs, summary_table, write_report
 from shared.errors import TideError
 
@@ -62,3 +64,46 @@ def test_the_verdict_follows_the_numbers(tmp_path: Path, gains: list[float], wor
 def test_no_runs(tmp_path: Path) -> None:
     with pytest.raises(TideError, match="holds no finished runs"):
         find_runs(tmp_path)
+
+
+def test_runs_are_grouped_by_their_settings_never_by_their_folder(tmp_path: Path) -> None:
+    """Two different experiments whose folders are both called `student` are no two seeds of one."""
+    kinds: list[dict[str, Any]] = [{"type": "none"}, {"type": "calm", "temperature": 2.0}]
+    for seed, (name, kind) in enumerate(zip(("monday", "tuesday"), kinds, strict=True)):
+        fake_run(tmp_path / name / "student", seed, "tiny-cross", 4.0, kind)
+    table = summary_table(find_runs(tmp_path))
+    assert sorted(table["student"].to_list()) == ["monday/student", "tuesday/student"]
+    assert table["seeds"].to_list() == [1, 1]
+    fake_run(tmp_path / "monday" / "student-seed7", 7, "tiny-cross", 4.0, kinds[1])
+    fake_run(tmp_path / "monday" / "student-seed8", 8, "tiny-cross", 4.0, {"type": "none"})
+    names = {run.place.name: run.variant for run in find_runs(tmp_path) if run.place.parent.name == "monday"}
+    assert names["student"] == names["student-seed8"] != names["student-seed7"]
+
+
+def test_two_variants_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    for seed, noise in enumerate((0.0, 0.5, -0.5)):
+        fake_run(tmp_path / "a" / f"x-seed{seed}", seed, "tiny-cross", 4.0 + noise, {"type": "none"})
+        fake_run(tmp_path / "b" / f"y-seed{seed}", seed, "tiny-cross", 3.9 + noise + 0.001 * seed,
+                 {"type": "calm", "temperature": 2.0})  # fmt: skip
+    said = compare(tmp_path / "a", tmp_path / "b")
+    assert 'distillation.type: "none" → "calm"' in said
+    assert "| B | A | 3 | **-0.099 ± 0.002** |" in said
+    with pytest.raises(TideError, match="holds 2 variants"):
+        compare(tmp_path, tmp_path / "a")
+    fake_run(tmp_path / "c" / "z-seed9", 9, "tiny-cross", 4.0, {"type": "none"})
+    with pytest.raises(TideError, match="a seed that both have"):
+        compare(tmp_path / "a", tmp_path / "c")
+
+
+def test_a_panel_without_a_curve_is_not_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_run(tmp_path / "x", 0, "tiny-cross", 4.0, {"type": "none"})
+    history = json.loads((tmp_path / "x" / "history.json").read_text())
+    history["steps"] = [entry for entry in history["steps"] if "denoise" in entry][:1]
+    (tmp_path / "x" / "history.json").write_text(json.dumps(history))
+    drawn: list[tuple[int, int]] = []
+    subplots = report.plt.subplots
+    monkeypatch.setattr(
+        report.plt, "subplots", lambda *shape, **more: (drawn.append(shape), subplots(*shape, **more))[1]
+    )
+    write_report(tmp_path)
+    assert drawn == [(1, 1)]
