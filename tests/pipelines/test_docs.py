@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import shlex
@@ -102,3 +103,18 @@ def test_equations_become_mathml() -> None:
     assert text.count("<math") == 2 and 'display="block"' in text and "<msup>" in text
     assert "&#x0003C;" in text or "&lt;" in text
     assert "<mspace" in text
+
+
+def test_the_page_of_settings_has_every_one_in_its_own_words() -> None:
+    """What `shared.config` declares is on the page, and no setting is without a type and a default."""
+    spec = importlib.util.spec_from_file_location("settings", ROOT / "docs" / "_hooks" / "settings.py")
+    assert spec is not None and spec.loader is not None
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    page = hook.on_page_markdown((ROOT / "docs" / "settings.md").read_text())
+    assert "<!--" not in page
+    for kinds in hook.SECTIONS.values():
+        for kind in kinds:
+            for field in dataclasses.fields(kind):
+                assert f"| `{field.name}` |" in page, (kind, field.name)
+    assert "Draws of an example that a step trains on in one pass" in page
