@@ -32,6 +32,7 @@ from student_train.batches.opening import open_cache
 from student_train.losses.fused_head import LossSettings
 from student_train.losses.objective import parts_of
 from student_train.losses.schedules import training_strength
+from student_train.model.card import write_card
 from student_train.model.student import embedding_rows, load_student
 from student_train.training.checks import (
     check_draws,
@@ -64,13 +65,20 @@ class StudentTrainer(ResumableTrainer):
         block: int,
         heldout: HeldOut | None,
         read_targets: TargetReader,
+        manifest: Manifest,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.manifest = manifest
         self._config, self._block, self._heldout, self.read_targets = config, block, heldout, read_targets
         self._watch, self._batches_done = Watch(), 0
         self.at_item: Callable[[int, Any, Batch, LossSettings], None] | None = None
         """Called before each batch with its number in the run, for `tide replay`."""
+
+    @property
+    def config(self) -> TrainConfig:
+        """The run's settings, with all that was left open decided."""
+        return self._config
 
     @property
     def block(self) -> int:
@@ -199,6 +207,7 @@ def make_trainer(config: TrainConfig, held: ExitStack | None = None) -> tuple[St
         block=lengths.block,
         heldout=heldout,
         read_targets=read_targets,
+        manifest=manifest,
     )
     return trainer, tokenizer
 
@@ -218,6 +227,7 @@ def train_student(config: TrainConfig) -> dict[str, float]:
             final = trainer.accelerator.unwrap_model(trainer.model)
             final.save_pretrained(config.out / "model", state_dict=state)
             tokenizer.backend.save_pretrained(config.out / "model")
+            write_card(config.out / "model", trainer.config, trainer.manifest, metrics)
             history = {"steps": trainer.state.log_history, "final": metrics, "machine": hardware_line()}
             write_bytes(config.out / "history.json", (json.dumps(history, indent=1) + "\n").encode())
         part()
