@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,7 +19,7 @@ def test_a_finished_students_folder_is_complete(caches: dict[str, Path], tmp_pat
     cache = caches["tiny-shared"]
     train_student(config(cache, tmp_path / "r", max_steps=2, distillation={"type": "kl"}))
     folder = tmp_path / "r" / "model"
-    card = ModelCard.load(folder / "README.md")
+    card: Any = ModelCard.load(folder / "README.md")
     manifest = load_manifest(cache)
     assert card.data.library_name == "transformers" and "block-diffusion" in card.data.tags
     text = (folder / "README.md").read_text()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,8 @@ def test_transformers_loads_the_a2d_layout_and_its_config_has_the_references_key
             assert value == known[name], name
     # transformers knows no a2d-qwen3: what it calls the same model loads these very files.
     (tmp_path / "a2d" / "config.json").write_text(json.dumps({**written, "model_type": "qwen3"}))
-    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "a2d", output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "a2d", output_loading_info=True)
+    model, report = loaded
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     expected = load_file(golden / "a2d_qwen3" / "expected.safetensors")
     mask = torch.ones(2, 1, 16, 16, dtype=torch.bool)
