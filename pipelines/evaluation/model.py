@@ -23,7 +23,7 @@ from student_train.using.load import LoadedStudent, choose_block, load_for_use
 from student_train.using.sampler import SampleConfig, sample_steps, until_eos
 
 _DEFAULT_NEW_TOKENS = 256
-_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens")
+_LIMITS = ("max_gen_toks", "max_new_tokens", "max_completion_tokens", "max_tokens")
 
 
 class TideBD3LM(TemplateLM):

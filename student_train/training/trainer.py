@@ -34,6 +34,7 @@ from student_train.losses.objective import parts_of
 from student_train.losses.schedules import training_strength
 from student_train.model.card import write_card
 from student_train.model.student import embedding_rows, load_student
+from student_train.training.arguments import arguments
 from student_train.training.checks import (
     check_draws,
     check_hardware,
@@ -42,14 +43,13 @@ from student_train.training.checks import (
     check_targets,
     check_trackers,
     compiles,
-    loader_workers,
     settle_attention,
     settle_batch,
     settle_precision,
     way_of,
 )
 from student_train.training.heldout import HeldOut, masked_nll, prepare_heldout, warn_of_overlap
-from student_train.training.resumable import ResumableTrainer, training_arguments
+from student_train.training.resumable import ResumableTrainer
 from student_train.training.run_folder import settle_run_folder
 from student_train.training.step import train_on_loss
 from student_train.training.watch import Watch, stop_at_nonfinite
@@ -199,7 +199,7 @@ def make_trainer(config: TrainConfig, held: ExitStack | None = None) -> tuple[St
     train_on_loss(model, lengths.block, read_targets, way_of(config))
     trainer = StudentTrainer(
         model=model,
-        args=_arguments(config, steps, heldout is not None),
+        args=arguments(config, steps, heldout is not None),
         train_dataset=dataset,
         eval_dataset=dataset if heldout is not None else None,
         data_collator=_only,
@@ -252,13 +252,6 @@ def _explained_disk(out: Path) -> Iterator[None]:
         raise
 
 
-_AHEAD = 16
-"""Batches that a process of the loader has ready."""
-
-_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor"}
-"""In transformers' names."""
-
-
 def _only(batches: list[Batch]) -> Batch:
     """The data set's items are whole batches already."""
     return batches[0]
@@ -269,45 +262,3 @@ def _check_ids(model: Any, manifest: Manifest) -> None:
     k = manifest.fingerprint["targets"]["k"]
     if manifest.shared_tokenizer and k > width:
         raise TideError(f"the cache keeps {k} logits a position, the student has {width}", fix="use another student")
-
-
-def _loading(workers: int) -> dict[str, Any]:
-    """Batches made ahead by `workers` processes, and copied to the device while it computes. They are many ahead, so
-    that the next shards are decoded while the last ones are trained on.
-    """
-    ahead = {} if not workers else {
-        "dataloader_num_workers": workers,
-        "dataloader_prefetch_factor": _AHEAD,
-        "dataloader_persistent_workers": True,
-        "dataloader_multiprocessing_context": "spawn",  # of a process that has CUDA and threads nothing may be forked
-    }  # fmt: skip
-    on_cuda = torch.cuda.is_available()
-    return {**ahead, "dataloader_pin_memory": on_cuda, "accelerator_config": {"non_blocking": on_cuda}}
-
-
-def _arguments(config: TrainConfig, steps: int, evaluates: bool) -> Any:
-    return training_arguments(
-        config.out / "checkpoints",
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=config.accumulation,
-        max_steps=steps,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        warmup_steps=math.ceil(config.warmup_ratio * steps),
-        lr_scheduler_type=config.schedule,
-        max_grad_norm=config.max_grad_norm,
-        bf16=config.precision == "bfloat16",
-        seed=config.seed,
-        save_steps=config.checkpoint_steps,
-        logging_steps=config.log_steps,
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=config.eval_steps,
-        report_to=list(config.report_to),
-        ddp_find_unused_parameters=False,
-        optim=_OPTIMIZERS[config.optimizer],
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        **_loading(loader_workers(config)),
-        **({"use_cpu": True} if config.device == "cpu" else {}),
-        **({"fsdp": True, "fsdp_config": {"version": 2}} if config.parallel == "fsdp" else {}),
-    )
