@@ -46,7 +46,7 @@ def test_what_vllm_cannot_do_is_refused_with_the_engine_that_can(monkeypatch: py
         with pytest.raises(TideError, match=rf"runs under {mode}[\s\S]*--engine transformers"):
             settle(teacher, "engine.type=vllm")
     monkeypatch.setattr(vllm_engine, "installed", lambda: False)
-    with pytest.raises(TideError, match=r"not installed[\s\S]*tide-distill\[vllm\]"):
+    with pytest.raises(TideError, match=r"not installed[\s\S]*\[vllm\]"):
         settle("llada-8b", "engine.type=vllm")
     with pytest.raises(TideError, match="the transformers engine has no such thing"):
         settle("llada-8b", "engine.tensor_parallel=2")

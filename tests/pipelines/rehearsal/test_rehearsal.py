@@ -45,6 +45,7 @@ def test_memory_is_right_to_a_tenth(tmp_path: Path) -> None:
         assert rehearsed == pytest.approx(measured, rel=0.1), name
 
 
+@pytest.mark.slow
 def test_the_goals_are_met_by_count() -> None:
     """Of the H100's peak: stage one half and more, stage two a quarter and more, at the batch that fits."""
     card = CARDS["h100"]
