@@ -153,22 +153,26 @@ raw = {"model_type": "qwen3", "hidden_size": 256, "num_hidden_layers": 1, "num_a
        "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 768, "vocab_size": 1000, "hidden_act": "silu",
        "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True}
 
-def run(compiled):
+def prepared(compiled):
     model = fill(meta_model("qwen3", raw), torch.float32)
     x, places = torch.randn(1, 512, 256, requires_grad=True), torch.arange(512)[None]
     known = {"position_embeddings": model.model.rotary_emb(x, places), "position_ids": places,
              "attention_mask": torch.ones(1, 1, 512, 512, dtype=torch.bool)}
     layer = torch.compile(model.model.layers[0]) if compiled else model.model.layers[0]
-    with torch.autocast("cpu", torch.bfloat16):
-        out = layer(x, **known)
-    return out[0] if isinstance(out, tuple) else out
+
+    def forward():
+        with torch.autocast("cpu", torch.bfloat16):
+            out = layer(x, **known)
+        return out[0] if isinstance(out, tuple) else out
+
+    return forward
 
 metrics.reset()
-run(True).sum().backward()
+prepared(True)().sum().backward()
 with no_content():
-    counter = Counter()
+    counter, forward = Counter(), prepared(False)
     with counter, counter.phase("layer"):
-        out = run(False)
+        out = forward()
         out.backward(torch.ones_like(out))
 joined = [k for k in fused(counter.kernels, ("layer",)) if not k.stands_alone]
 print(metrics.generated_kernel_count, len(joined))
