@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from shared.columns import to_table
-from shared.config import CacheConfig
+from shared.config import CacheConfig, TargetConfig
 from shared.schema import CacheRow, Layout
 from shared.shards import Unit, table_bytes
 from shared.vocabulary import Vocabulary
@@ -118,13 +118,18 @@ def sampled_workload(plan: CachePlan) -> Workload:
 def bytes_per_draw(load: Workload, config: CacheConfig, vocabulary: int, own_tokens: bool) -> float:
     """Bytes of one row on disk: a shard of rows of this size, with random ids and logits, is written and weighed."""
     rows = random_rows(load, config, vocabulary, 64, own_tokens=own_tokens)
-    targets, tables = config.targets, None
+    layout = even_layout(config.targets, vocabulary)
+    return len(table_bytes(to_table(rows, layout), layout, {})) / len(rows)
+
+
+def even_layout(targets: TargetConfig, vocabulary: int) -> Layout:
+    """A layout before there is a pilot sample: classes of one size, every id as likely as the others."""
+    tables = None
     if "topk" in targets.signals:
         class_of = (np.arange(vocabulary) % targets.classes).astype(np.int32)
         prior = np.full((len(targets.stored_temperatures), vocabulary), 1 / vocabulary, np.float32)
         tables = Vocabulary(class_of, np.arange(vocabulary, dtype=np.int32), prior)
-    layout = Layout(targets.stored_temperatures, targets.values, tables)
-    return len(table_bytes(to_table(rows, layout), layout, {})) / len(rows)
+    return Layout(targets.stored_temperatures, targets.values, tables)
 
 
 def random_rows(

@@ -38,7 +38,8 @@ def all_sections() -> list[str]:
         for kind in kinds:
             if len(kinds) > 1 and "distillation" in title:
                 lines += [f"### `{getattr(kind, 'type', None) or kind.__name__}`", "", inspect.getdoc(kind) or "", ""]
-            rows = [_row(kind, field) for field in dataclasses.fields(kind) if field.name in _own(kind)]
+            words = _own(kind)
+            rows = [_row(field, *words[field.name]) for field in dataclasses.fields(kind) if field.name in words]
             if rows:
                 lines += ["| setting | type | default | |", "|---|---|---|---|", *rows, ""]
     return lines
@@ -66,8 +67,7 @@ def _declared(kind: type) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _row(kind: type, field: dataclasses.Field[Any]) -> str:
-    written, said = _own(kind)[field.name]
+def _row(field: dataclasses.Field[Any], written: str, said: str) -> str:
     if field.default is not dataclasses.MISSING:
         default = f"`{field.default}`"
     else:

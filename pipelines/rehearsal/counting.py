@@ -28,6 +28,10 @@ _NO_KERNEL = (
 )  # fmt: skip
 
 
+OPTIMIZER = "optimizer"
+"""The part that comes once in a step, however many passes it has."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One kernel. `reads` and `writes`: bytes by storage, so that a compiler's fusion can leave some out."""
@@ -63,6 +67,9 @@ class Cost:
             self.kernels + other.kernels, self.flops + other.flops, self.bytes + other.bytes,
             self.seconds + other.seconds,
         )  # fmt: skip
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(self.kernels * times, self.flops * times, self.bytes * times, self.seconds * times)
 
 
 def cost(kernels: list[Kernel], card: Card) -> Cost:
@@ -203,15 +210,18 @@ class Phases:
                 target[name] = cost([k for k in own if k.phase == name], card)
         return made
 
-    def total(self, compiled: bool) -> Cost:
-        """Of all parts."""
-        return sum((self.compiled if compiled else self.plain).values(), Cost(0, 0.0, 0.0, 0.0))
+    def total(self, compiled: bool, passes: int = 1) -> Cost:
+        """Of all parts. `passes`: how often all but the optimizer comes in a step."""
+        parts = self.compiled if compiled else self.plain
+        return sum(
+            (part * (1 if name == OPTIMIZER else passes) for name, part in parts.items()), Cost(0, 0.0, 0.0, 0.0)
+        )
 
-    def step_seconds(self, compiled: bool) -> float:
+    def seconds(self, compiled: bool, passes: int = 1) -> float:
         """GPU time and the launches, which are taken not to hide behind each other."""
-        whole = self.total(compiled)
+        whole = self.total(compiled, passes)
         return whole.seconds + whole.kernels * self.card.launch
 
-    def share_of_peak(self, compiled: bool) -> float:
+    def share_of_peak(self, compiled: bool, passes: int = 1) -> float:
         """Of the card's products."""
-        return self.total(compiled).flops / (self.step_seconds(compiled) * self.card.tflops * 1e12)
+        return self.total(compiled, passes).flops / (self.seconds(compiled, passes) * self.card.tflops * 1e12)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pipelines.rehearsal import stage_one, stage_two
 from pipelines.rehearsal.cards import Card
-from pipelines.rehearsal.counting import Cost, Phases
+from pipelines.rehearsal.counting import Phases
 from pipelines.rehearsal.stage_two import StepPlan, largest_batch, step_kernels, step_memory
 from pipelines.rehearsal.work import Conversations
 from shared.config import CacheConfig, TrainConfig
@@ -37,35 +37,26 @@ class Stage:
         """Bytes, at most."""
         return sum(self.memory.values())
 
+    def hours(self, times: float) -> tuple[float, float]:
+        """GPU hours of so many batches, or steps: as written, and compiled."""
+        return self.seconds[0] * times / 3600, self.seconds[1] * times / 3600
+
 
 def rehearse_one(config: CacheConfig, data: Conversations, card: Card) -> tuple[Stage, stage_one.Pass]:
     """Stage one on a card."""
     found = stage_one.rehearse_pass(config, data)
-    phases = Phases.of(found.kernels, card, stage_one.COMPILED)
-    seconds = (phases.step_seconds(False), phases.step_seconds(True))
-    share = (phases.share_of_peak(False), phases.share_of_peak(True))
-    return Stage(found.memory, phases, {}, seconds, share), found
+    return _stage(found.memory, Phases.of(found.kernels, card, stage_one.COMPILED), {}), found
 
 
 def rehearse_two(plan: StepPlan, card: Card) -> Stage:
     """Stage two on a card: a step of `accumulation` passes."""
     kernels, syncs = step_kernels(plan)
-    phases = Phases.of(kernels, card, stage_two.COMPILED)
-    seconds, share = [], []
-    for compiled in (False, True):
-        parts = phases.compiled if compiled else phases.plain
-        whole = sum(
-            (part if name == "optimizer" else times(part, plan.train.accumulation) for name, part in parts.items()),
-            Cost(0, 0.0, 0.0, 0.0),
-        )
-        seconds.append(whole.seconds + whole.kernels * card.launch)
-        share.append(whole.flops / (seconds[-1] * card.tflops * 1e12))
-    return Stage(step_memory(plan), phases, syncs, (seconds[0], seconds[1]), (share[0], share[1]))
+    return _stage(step_memory(plan), Phases.of(kernels, card, stage_two.COMPILED), syncs, plan.train.accumulation)
 
 
-def times(cost: Cost, number: int) -> Cost:
-    """The same work several times."""
-    return Cost(cost.kernels * number, cost.flops * number, cost.bytes * number, cost.seconds * number)
+def _stage(memory: Mapping[str, int], phases: Phases, syncs: Mapping[str, int], passes: int = 1) -> Stage:
+    plain, compiled = ((phases.seconds(way, passes), phases.share_of_peak(way, passes)) for way in (False, True))
+    return Stage(memory, phases, syncs, (plain[0], compiled[0]), (plain[1], compiled[1]))
 
 
 def step_plan(train: TrainConfig, cache: CacheConfig, data: Conversations, card: Card) -> StepPlan:
@@ -95,8 +86,8 @@ def summarise_rehearsal(cache: CacheConfig, train: TrainConfig, data: Conversati
     one, found = rehearse_one(cache, data, card)
     plan = step_plan(train, cache, data, card)
     two = rehearse_two(plan, card)
-    first = one.seconds[1] / found.examples * examples * cache.noise.draws / 3600
-    second = two.seconds[1] * _steps(plan.train, examples) / 3600
+    first = one.hours(examples * cache.noise.draws / found.examples)[1]
+    second = two.hours(_steps(plan.train, examples))[1]
     return (
         f"rehearsed         stage one on an {card.name}: {in_bytes(one.peak)} at its peak, {first:,.1f} GPU hours\n"
         f"                  stage two: {in_bytes(two.peak)}, {second:,.1f} GPU hours (`tide rehearse` has the parts)"
@@ -112,7 +103,7 @@ def _steps(train: TrainConfig, examples: int) -> int:
 def _first(config: CacheConfig, data: Conversations, examples: int, card: Card) -> list[str]:
     stage, found = rehearse_one(config, data, card)
     draws = examples * config.noise.draws
-    hours = [seconds / found.examples * draws / 3600 for seconds in stage.seconds]
+    hours = stage.hours(draws / found.examples)
     return [
         f"stage one: a batch of {found.rows:,} rows",
         *_memory(stage, card),
@@ -126,7 +117,7 @@ def _second(train: TrainConfig, cache: CacheConfig, data: Conversations, example
     stage = rehearse_two(plan, card)
     settled = plan.train
     steps = _steps(settled, examples)
-    hours = [seconds * steps / 3600 for seconds in stage.seconds]
+    hours = stage.hours(steps)
     fits = largest_batch(plan, _USABLE * card.memory)
     small = dataclasses.replace(settled, gradient_checkpointing=True)
     more = largest_batch(dataclasses.replace(plan, train=small), _USABLE * card.memory)

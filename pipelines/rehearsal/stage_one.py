@@ -19,9 +19,8 @@ from shared.hardware import torch_dtype
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import meta_model
 from teacher_cache.comp_demo import Request
-from teacher_cache.engines.batches import fill as fill_batches
-from teacher_cache.engines.batches import side_by_side
-from teacher_cache.engines.packs import Pack, pack_requests
+from teacher_cache.engines.batches import lay_out, side_by_side
+from teacher_cache.engines.packs import Pack
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.targets import TargetSpec
 from teacher_cache.teachers.registry import Full, TeacherEntry, find_teacher, known_shape
@@ -48,7 +47,8 @@ class _Work:
     config: CacheConfig
     entry: TeacherEntry
     raw: dict[str, Any]
-    vocabulary: int
+    sizes: Any
+    """The model's config, as transformers has it."""
     requests: list[Request]
     draws: int
     """Examples times draws."""
@@ -58,17 +58,16 @@ class _Work:
         entry = find_teacher(config.teacher, config.teachers_file)
         known = known_shape(entry) if config.model is None else None
         raw = known or open_checkpoint(resolve(config.model or entry.model), weights=False).config
-        vocabulary = int(meta_model(entry.architecture, raw).config.vocab_size)
+        sizes: Any = meta_model(entry.architecture, raw).config
         draws = config.noise.draws
         examples = max(1, -(-2 * config.engine.tokens_per_batch // data.tokens))
-        requests = requests_of(data, examples, draws, config.noise.comp_demo, vocabulary, config.noise.demo_ratio)
-        return cls(config, entry, raw, vocabulary, requests, examples * draws)
+        requests = requests_of(data, examples, draws, config.noise.comp_demo, sizes.vocab_size, config.noise.demo_ratio)
+        return cls(config, entry, raw, sizes, requests, examples * draws)
 
-    def packs(self) -> list[Pack]:
+    def batches(self) -> list[list[Pack]]:
         """The requests as the engine lays them out."""
-        width = int(meta_model(self.entry.architecture, self.raw).config.hidden_size)
         budget = self.config.engine.tokens_per_batch
-        return pack_requests(self.entry.attention, self.requests, int(self.entry.shift), budget, width)
+        return lay_out(self.entry.attention, self.requests, int(self.entry.shift), budget, int(self.sizes.hidden_size))
 
     def engine(self, on_gpu: bool) -> TransformersEngine:
         """The engine with a model of these sizes."""
@@ -81,22 +80,22 @@ class _Work:
             shift=self.entry.shift, tokens_per_batch=settings.tokens_per_batch, head_rows=settings.head_rows,
         )  # fmt: skip
         if k and targets.classes > 1:
-            engine.use_classes((np.arange(self.vocabulary) % targets.classes).astype(np.int32))
+            engine.use_classes((np.arange(self.sizes.vocab_size) % targets.classes).astype(np.int32))
         return engine
 
 
 def rehearse_pass(config: CacheConfig, data: Conversations, on_gpu: bool = True) -> Pass:
     """A batch of `engine.tokens_per_batch` rows. TideError where the teacher's sizes are neither here nor on record."""
     work = _Work.of(config, data)
-    packs = work.packs()
-    whole = sum(pack.width for pack in packs)
-    first = _first_batch(work, packs)
+    batches = work.batches()
+    first = batches[0]
+    whole = sum(pack.width for batch in batches for pack in batch)
     pairs = _pairs(work.entry, first)
     with no_content(), torch.no_grad():
         engine = work.engine(on_gpu)
         if on_gpu:
             rehearse_attention(engine._model, pairs)
-        watch = MemoryWatch(work.vocabulary)
+        watch = MemoryWatch(work.sizes.vocab_size)
         watch.hold("weights", [*engine._model.parameters(), *engine._model.buffers()])
         with watch:
             engine.readings(first, work.requests)
@@ -108,20 +107,13 @@ def rehearse_pass(config: CacheConfig, data: Conversations, on_gpu: bool = True)
 def real_pass(config: CacheConfig, data: Conversations) -> Callable[[], None]:
     """The very pass with content on this machine's CPU, to measure what it takes."""
     work = _Work.of(config, data)
-    packs = work.packs()
-    first = _first_batch(work, packs)
+    first = work.batches()[0]
 
     def run() -> None:
         with torch.no_grad():
             work.engine(on_gpu=False).readings(first, work.requests)
 
     return run
-
-
-def _first_batch(work: _Work, packs: list[Pack]) -> list[Pack]:
-    padded = not isinstance(work.entry.attention, Full)
-    (first, *_) = fill_batches([pack.width for pack in packs], work.config.engine.tokens_per_batch, padded)
-    return [packs[i] for i in first]
 
 
 def _pairs(entry: TeacherEntry, packs: list[Pack]) -> int:

@@ -4,38 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import clip_grad_norm_
 
 from pipelines.rehearsal.attention import rehearse_attention
 from pipelines.rehearsal.content import fill, no_content
-from pipelines.rehearsal.counting import Counter, Kernel
+from pipelines.rehearsal.counting import OPTIMIZER, Counter, Kernel
 from pipelines.rehearsal.memory import MemoryWatch
 from pipelines.rehearsal.syncs import SyncWatch
 from pipelines.rehearsal.work import Conversations, manifest_of, rows_of
 from shared.attention import block_diffusion_places
-from shared.config import CacheConfig, StudentConfig, TrainConfig
+from shared.config import CacheConfig, TrainConfig
 from shared.errors import TideError
 from shared.files import read_json
 from shared.models.checkpoint import resolve
 from shared.models.loading import meta_model
-from shared.schema import Layout
-from shared.vocabulary import Vocabulary
 from student_train.batches.collate import Batch, TargetReader, collate, counts_of
 from student_train.losses.fused_head import LossSettings, slice_rows
 from student_train.training.step import train_on_loss
-from teacher_cache.teachers.registry import find_teacher
+from teacher_cache.costs import even_layout
+from teacher_cache.teachers.registry import find_teacher, published_shape
 
 COMPILED = ("trunk forward", "head and loss", "trunk backward")
+_PUBLISHED = "qwen3-0.6b"
+"""A student whose sizes are in shapes.toml."""
 _STATE = {"adamw": 1.0, "adamw_8bit": 0.25}
 """Bytes of the optimizer's state, of those that are rehearsed (AdamW in float32)."""
 
@@ -60,52 +59,47 @@ class StepPlan:
     @property
     def raw(self) -> dict[str, Any]:
         """The student's config.json."""
-        found = student_config(self.train.student, self)
+        found = _student_config(self)
         return found if self.rows is None else {**found, "vocab_size": self.rows}
 
 
-def student_config(settings: StudentConfig, plan: StepPlan | None = None) -> dict[str, Any]:
+def _student_config(plan: StepPlan) -> dict[str, Any]:
     """The student's config.json: of the checkpoint's folder, of published sizes, or of the shape that is set."""
+    settings = plan.train.student
     if settings.checkpoint is not None:
         embedded = settings.checkpoint.startswith("embedded:")
         folder = Path(resolve(settings.checkpoint) if embedded else settings.checkpoint)
         if (folder / "config.json").is_file():
             found: dict[str, Any] = read_json(folder / "config.json")
             return found
-        if "qwen3-0.6b" in settings.checkpoint.lower():
-            text = resources.files("teacher_cache.teachers").joinpath("shapes.toml").read_text(encoding="utf-8")
-            return dict(tomllib.loads(text)["qwen3-0.6b"])
+        known = published_shape(_PUBLISHED) if _PUBLISHED in settings.checkpoint.lower() else None
+        if known is not None:
+            return known
         raise TideError(
             f"the sizes of the student {settings.checkpoint} are not on record, and it is no folder here",
             expected="a folder with a config.json, or a student of Qwen3-0.6B",
             fix="--set train.student.checkpoint=PATH",
         )
-    entry = find_teacher(plan.cache.teacher, plan.cache.teachers_file) if plan is not None else None
     return {
         "model_type": settings.architecture, "hidden_size": settings.hidden_size,
         "num_hidden_layers": settings.layers, "num_attention_heads": settings.heads,
         "num_key_value_heads": settings.kv_heads, "head_dim": settings.hidden_size // settings.heads,
         "intermediate_size": settings.intermediate_size, "tie_word_embeddings": True, "hidden_act": "silu",
         "rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 4096,
-        "vocab_size": (entry.vocabulary if entry is not None else None) or 4096,
+        "vocab_size": find_teacher(plan.cache.teacher, plan.cache.teachers_file).vocabulary or 4096,
     }  # fmt: skip
 
 
 def make_batch(plan: StepPlan) -> tuple[Batch, TargetReader]:
     """A batch with content, and what reads its targets."""
-    vocabulary, targets = plan.vocabulary, plan.cache.targets
+    vocabulary = plan.vocabulary
     draws = plan.train.draws_per_step
     if plan.train.batch_size % draws:
         raise TideError(f"batch_size is {plan.train.batch_size}, draws_per_step {draws}", expected="a multiple of it")
     rows = rows_of(plan.data, plan.cache, vocabulary, plan.train.batch_size // draws, draws)
     entry = find_teacher(plan.cache.teacher, plan.cache.teachers_file)
     manifest = manifest_of(plan.cache, entry, vocabulary - 1)
-    tables = None
-    if "topk" in targets.signals:
-        class_of = (np.arange(vocabulary) % targets.classes).astype(np.int32)
-        prior = np.full((len(targets.stored_temperatures), vocabulary), 1 / vocabulary, np.float32)
-        tables = Vocabulary(class_of, np.arange(vocabulary, dtype=np.int32), prior)
-    return collate(rows, manifest), TargetReader(manifest, Layout(targets.stored_temperatures, targets.values, tables))
+    return collate(rows, manifest), TargetReader(manifest, even_layout(plan.cache.targets, vocabulary))
 
 
 def _pairs(plan: StepPlan, batch: Batch) -> int:
@@ -153,7 +147,7 @@ class _Step:
                 loss, _sums = self.model(batch=self.batch, settings=self.settings)
             enter("trunk backward")
             loss.backward()
-        enter("optimizer")
+        enter(OPTIMIZER)
         clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -161,14 +155,20 @@ class _Step:
             hook.remove()
 
 
+@contextmanager
+def _rehearsed(plan: StepPlan) -> Iterator[_Step]:
+    """A step without content; inside, all tensors are so."""
+    made = make_batch(plan)
+    pairs = _pairs(plan, made[0])
+    with no_content() as mode:
+        yield _Step(plan, mode, made, pairs)
+
+
 def step_memory(plan: StepPlan) -> dict[str, int]:
     """Bytes at the peak of a step, by kind (`memory.KINDS`). TideError for an optimizer that cannot be rehearsed."""
     if plan.train.optimizer not in _STATE:
         raise TideError(f"{plan.train.optimizer} cannot be rehearsed", expected=f"one of {', '.join(_STATE)}")
-    made = make_batch(plan)
-    pairs = _pairs(plan, made[0])
-    with no_content() as mode:
-        step = _Step(plan, mode, made, pairs)
+    with _rehearsed(plan) as step:
         watch = MemoryWatch(plan.vocabulary)
         watch.hold("weights", step.model.parameters())
         watch.hold("activations", [*step.batch.values(), *step.model.buffers()])
@@ -199,10 +199,7 @@ def real_step(plan: StepPlan) -> Callable[[], None]:
 
 def step_kernels(plan: StepPlan) -> tuple[list[Kernel], dict[str, int]]:
     """The kernels of one forward, backward and optimizer step; and the lines that wait for the device."""
-    made = make_batch(plan)
-    pairs = _pairs(plan, made[0])
-    with no_content() as mode:
-        step = _Step(plan, mode, made, pairs)
+    with _rehearsed(plan) as step:
         step.passes(1)
         counter = Counter()
         with counter, SyncWatch() as syncs:

@@ -106,22 +106,24 @@ def _read_run(folder: Path) -> Run:
 def _named_by_settings(runs: list[Run]) -> list[Run]:
     """Runs of one name with different settings get names that tell them apart: their folder's, or a number."""
 
-    def kinds(name: str) -> list[str]:
-        found = {json.dumps(run.settings, sort_keys=True) for run in runs if run.variant == name}
-        return sorted(found)
-
     for longer in (True, False):
+        kinds: dict[str, set[str]] = defaultdict(set)
+        for run in runs:
+            kinds[run.variant].add(_digest(run))
         changed = []
         for run in runs:
-            own = kinds(run.variant)
-            name = run.variant
+            own, name = sorted(kinds[run.variant]), run.variant
             if len(own) > 1 and longer:
                 name = f"{run.place.parent.name}/{name}"
             elif len(own) > 1:
-                name = f"{name} #{own.index(json.dumps(run.settings, sort_keys=True)) + 1}"
+                name = f"{name} #{own.index(_digest(run)) + 1}"
             changed.append(dataclasses.replace(run, variant=name))
         runs = changed
     return runs
+
+
+def _digest(run: Run) -> str:
+    return json.dumps(run.settings, sort_keys=True)
 
 
 def _spread(values: list[float], digits: int = 3) -> str:

@@ -51,14 +51,10 @@ def bench_head() -> Table:
             seconds = side_by_side(jobs, rounds=2)
             memory = ""
             if share == 1.0:
-                found = {way: max(1, in_process(_prepared, case, way)) for way in jobs}
+                found = {way: max(1, in_process(_job, case, way)) for way in jobs}
                 memory = f"{found['fused'] / found['plain']:.2f}"
             table.add_row(name, f"{share:.0%}", f"{seconds['fused'] / seconds['plain']:.2f}", memory)
     return table
-
-
-def _prepared(case: _Case, way: str) -> Callable[[], None]:
-    return _job(case, way)
 
 
 def _job(case: _Case, way: str) -> Callable[[], None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,10 +15,10 @@ from pipelines.speed.timing import side_by_side
 from shared.config import CacheConfig, NoiseConfig, StudentConfig, TrainConfig
 from shared.models.loading import random_model
 from shared.objectives import NoDistillation
-from shared.padding import pad
 from student_train.batches.collate import Batch, counts_of
 from student_train.losses.fused_head import LossSettings
 from teacher_cache.comp_demo import Request
+from teacher_cache.engines.batches import fill
 from teacher_cache.engines.inputs import build_inputs
 from teacher_cache.engines.packs import pack_requests
 from teacher_cache.engines.transformers_engine import TransformersEngine
@@ -83,7 +82,7 @@ def _plan(draws: int) -> StepPlan:
     train = TrainConfig(batch_size=_EXAMPLES * _DRAWS, draws_per_step=draws, precision="float32", device="cpu",
                         student=_STUDENT)  # fmt: skip
     cache = CacheConfig(teacher="tiny-shared", noise=NoiseConfig(draws=_DRAWS))
-    return StepPlan(train, cache, dataclasses.replace(DATA), None, on_gpu=False)
+    return StepPlan(train, cache, DATA, None, on_gpu=False)
 
 
 def _everything(batch: Batch) -> Batch:
@@ -134,9 +133,7 @@ def _of_other_lengths(asked: list[Request]) -> list[Request]:
 
 def _in_batches(attention: Attention, asked: list[Request]) -> list[list[Request]]:
     """Like lengths together, 8,192 padded rows a batch."""
-    order = sorted(asked, key=lambda request: -len(request.ids))
-    size = max(1, 8192 // _width(attention, order[0]))
-    return [order[i : i + size] for i in range(0, len(order), size)]
+    return [[asked[i] for i in batch] for batch in fill([_width(attention, one) for one in asked], 8192, padded=True)]
 
 
 @torch.inference_mode()
@@ -147,6 +144,6 @@ def _whole(model: Any, attention: Attention, batches: list[list[Request]]) -> No
             input_ids=inputs.ids, attention_mask=inputs.mask, position_ids=inputs.positions, use_cache=False
         ).last_hidden_state
         row = np.repeat(np.arange(len(part)), [len(request.read) for request in part])
-        gold, _ = pad([np.concatenate([request.gold for request in part])])
+        gold = torch.from_numpy(np.concatenate([request.gold for request in part])).long()
         logits = model.lm_head(hidden[torch.from_numpy(row), inputs.columns]).float()
-        torch.log_softmax(logits, dim=1).gather(1, gold[0][:, None])
+        torch.log_softmax(logits, dim=1).gather(1, gold[:, None])

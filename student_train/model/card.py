@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCardData
 
@@ -37,7 +36,7 @@ def write_card(folder: Path, config: TrainConfig, manifest: Manifest, metrics: M
               if name.startswith("eval_heldout_")]  # fmt: skip
     table = ["", "Held-out, at fixed masks:", "", "| | |", "|---|---|", *scores] if scores else []
     text = "\n".join([
-        f"---\n{data.to_yaml()}\n---" if data.to_yaml() else "---\n---",
+        f"---\n{data.to_yaml()}\n---",
         "",
         "# A block-diffusion student",
         "",
@@ -73,9 +72,3 @@ def write_card(folder: Path, config: TrainConfig, manifest: Manifest, metrics: M
 def _on_the_hub(name: str) -> bool:
     """Whether a checkpoint's name is a hub id, and no path."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
-
-
-def settings_of(card: str) -> dict[str, Any]:
-    """The settings that a card holds, for the tests."""
-    found: dict[str, Any] = json.loads(card.partition("```json\n")[2].partition("\n```")[0])
-    return found

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from shared.models.packed_attention import packed_arguments
 from shared.padding import pad
-from teacher_cache.engines.packs import Pack
+from teacher_cache.comp_demo import Request
+from teacher_cache.engines.packs import Pack, pack_requests
+from teacher_cache.teachers.registry import Attention, Full
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,15 @@ def fill(widths: Sequence[int], budget: int, padded: bool) -> list[list[int]]:
             batches.append([i])
             total = widths[i]
     return batches
+
+
+def lay_out(
+    attention: Attention, requests: Sequence[Request], shift: int, budget: int, model_width: int
+) -> list[list[Pack]]:
+    """The packs of each forward pass of at most `budget` rows (see `pack_requests`)."""
+    packs = pack_requests(attention, requests, shift, budget, model_width)
+    batches = fill([pack.width for pack in packs], budget, padded=not isinstance(attention, Full))
+    return [[packs[i] for i in batch] for batch in batches]
 
 
 def one_behind_the_other(packs: Sequence[Pack], device: torch.device) -> Batch:

@@ -75,13 +75,19 @@ def pack_requests(
         half = len(members) // 2
         if whole.width > budget:
             return cut(members[:half]) + cut(members[half:])
-        if model_width is None:
+        if model_width is None or not _may_be_cut(whole, model_width):
             return [whole]
         halves = cut(members[:half]) + cut(members[half:])
         cheaper = sum(_cost(pack, model_width) for pack in halves) < _cost(whole, model_width)
         return halves if cheaper else [whole]
 
     return [pack for members in together.values() for pack in cut(members)]
+
+
+def _may_be_cut(pack: Pack, model_width: int) -> bool:
+    """Whether two packs could cost less: at most half of the pairs go, and segment 0 comes once more."""
+    again = int((pack.segments == 0).sum())
+    return pack.width**2 > 2 * again * 6 * model_width
 
 
 def _cost(pack: Pack, model_width: int) -> int:

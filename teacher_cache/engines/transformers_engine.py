@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float, Int
 from shared.models.compiled import compile_layers
 from shared.models.packed_attention import use_packed_attention
 from teacher_cache.comp_demo import Request
-from teacher_cache.engines.batches import Batch, fill, one_behind_the_other, side_by_side
-from teacher_cache.engines.packs import Pack, pack_requests
+from teacher_cache.engines.batches import Batch, lay_out, one_behind_the_other, side_by_side
+from teacher_cache.engines.packs import Pack
 from teacher_cache.targets import (
     Reading,
     Scores,
@@ -114,9 +114,7 @@ class TransformersEngine:
     def batches(self, requests: Sequence[Request]) -> list[list[Pack]]:
         """The packs of each forward pass."""
         width = int(self._model.config.hidden_size)
-        packs = pack_requests(self._attention, requests, self._shift, self._tokens_per_batch, width)
-        widths = [pack.width for pack in packs]
-        return [[packs[i] for i in batch] for batch in fill(widths, self._tokens_per_batch, padded=not self._packed)]
+        return lay_out(self._attention, requests, self._shift, self._tokens_per_batch, width)
 
     def batch(self, packs: Sequence[Pack]) -> Batch:
         """The tensors of one forward pass."""

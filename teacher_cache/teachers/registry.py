@@ -112,5 +112,10 @@ def find_teacher(name: str, extra: Path | None = None) -> TeacherEntry:
 
 def known_shape(entry: TeacherEntry) -> dict[str, Any] | None:
     """The sizes of a published checkpoint, in the keys of its own config; None where they are not recorded."""
+    return published_shape(entry.shape) if entry.shape else None
+
+
+def published_shape(name: str) -> dict[str, Any] | None:
+    """A table of shapes.toml; None where there is none of that name."""
     text = resources.files("teacher_cache.teachers").joinpath("shapes.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text).get(entry.shape) if entry.shape else None
+    return tomllib.loads(text).get(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.manifest import load_manifest
-from student_train.model.card import settings_of
 from student_train.training.trainer import train_student
 from student_train.using.load import load_for_use
 from tests.student_train.training.test_trainer import config
@@ -26,7 +26,8 @@ def test_a_finished_students_folder_is_complete(caches: dict[str, Path], tmp_pat
     for words in (manifest.digest, "tiny-shared", "`generate()` would decode from left to right", "| nll |"):
         assert words in text
     assert str(tmp_path) not in text and str(cache) not in text
-    assert settings_of(text)["distillation"]["type"] == "kl"
+    settings = json.loads(text.partition("```json\n")[2].partition("\n```")[0])
+    assert settings["distillation"]["type"] == "kl"
     known = AutoModelForCausalLM.from_pretrained(folder).config
     assert (known.block_size, known.mask_token_id) == (32, manifest.fingerprint["student"]["mask_id"])
     assert AutoTokenizer.from_pretrained(folder).chat_template
