@@ -18,48 +18,13 @@ from shared.settings import to_plain
 from tests.reading import dataset
 from tests.student_train.training.test_trainer import config, curve
 
-SCRIPT = """
-import json, sys
-import student_train.training.trainer as trainer
-from shared.config import TrainConfig
-from shared.settings import build
-
-# By plain gradient descent with rate 1 the step's change of the weights is the gradient itself.
-arguments = trainer._arguments
-def descend(*args):
-    made = arguments(*args)
-    made.optim = sys.argv[2]
-    return made
-trainer._arguments = descend
-
-if "fsdp" in sys.argv[1]:
-    # accelerate shards on accelerators only. Told that this process is on one, it does the same over gloo.
-    import accelerate.state as state
-    import torch
-    begin = state.PartialState.__init__
-    def told(self, *args, **kwargs):
-        begin(self, *args, **kwargs)
-        if self.distributed_type == state.DistributedType.MULTI_CPU:
-            self.distributed_type = state.DistributedType.MULTI_GPU
-    state.PartialState.__init__ = told
-    torch.accelerator.is_available = lambda: True
-    trainer.check_hardware = lambda config: None
-    evaluate = trainer.StudentTrainer.evaluate
-    def sharded(self, **ignored):
-        assert isinstance(self.model, torch.distributed.fsdp.FSDPModule)
-        return evaluate(self)
-    trainer.StudentTrainer.evaluate = sharded
-trainer.train_student(build(TrainConfig, json.loads(sys.argv[1])))
-"""
-
 
 def run(settings: Any, processes: int, optimizer: str = "sgd") -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launcher = [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc-per-node={processes}",
                                           "--master-port=29611"]  # fmt: skip
-    script = settings.out.parent / "train.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, *launcher, str(script), json.dumps(to_plain(settings)), optimizer]
+    module = ["-m", "tests.student_train.training.descend"]
+    command = [sys.executable, *launcher, *module, json.dumps(to_plain(settings)), optimizer]
     done = subprocess.run(command, env={**environment, "PYTHONPATH": "."}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
