@@ -13,7 +13,7 @@ import typer
 from shared.errors import TideError
 
 if TYPE_CHECKING:
-    from student_train.using.sampler import SampleConfig
+    from student_train.using.settings import SampleConfig
 
 Student = Annotated[str, typer.Argument(help="A student: runs/NAME/model, or a hub id.")]
 NewTokens = Annotated[int, typer.Option(help="Tokens of a response, at most.")]
@@ -53,7 +53,7 @@ def sampling_settings(**values: Any) -> SampleConfig:
     """Settings of sampling from options; a block that is not given has its default. TideError where one is out of
     range.
     """
-    from student_train.using.sampler import SampleConfig
+    from student_train.using.settings import SampleConfig
 
     try:
         return SampleConfig(**{k: v for k, v in values.items() if k != "block" or v is not None})

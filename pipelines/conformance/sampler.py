@@ -11,7 +11,9 @@ from pipelines.conformance.result import Group, absent, load_tensors
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
 from student_train.model.student import student_architecture
-from student_train.using.sampler import SampleConfig, Special, pad_left, sample_steps
+from student_train.using.decoding import pad_left
+from student_train.using.sampler import sample_steps
+from student_train.using.settings import SampleConfig, Special
 
 _SPECIAL = Special(mask=95, pad=93, eos=94)
 """As the reference was run; the checkpoint itself names the mask alone."""

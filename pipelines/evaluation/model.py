@@ -20,7 +20,8 @@ from pipelines.evaluation.processes import Processes
 from shared.errors import TideError
 from student_train.using.elbo import ElboConfig, log_likelihoods
 from student_train.using.load import LoadedStudent, choose_block, load_for_use
-from student_train.using.sampler import SampleConfig, sample_steps, until_eos
+from student_train.using.sampler import sample_steps, until_eos
+from student_train.using.settings import SampleConfig
 
 _DEFAULT_NEW_TOKENS = 256
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_completion_tokens", "max_tokens")

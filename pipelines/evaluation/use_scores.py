@@ -33,7 +33,7 @@ from shared.stopping import serve_parent
 from student_train.batches.needed import needed_places
 from student_train.model.student import masked_hidden
 from student_train.using.load import LoadedStudent, load_for_use
-from student_train.using.sampler import SampleConfig
+from student_train.using.settings import SampleConfig
 
 USE = "use.json"
 THRESHOLD = 0.5

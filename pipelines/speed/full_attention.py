@@ -10,7 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from shared.attention import full
-from student_train.using.sampler import Special, pad_left
+from student_train.using.decoding import pad_left
+from student_train.using.settings import Special
 
 
 @torch.no_grad()

@@ -35,8 +35,10 @@ from shared.data import iter_examples
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import load_model
 from student_train.training.trainer import train_student
+from student_train.using.decoding import pad_left
 from student_train.using.load import LoadedStudent, load_for_use
-from student_train.using.sampler import SampleConfig, pad_left, sample_steps
+from student_train.using.sampler import sample_steps
+from student_train.using.settings import SampleConfig
 from teacher_cache.build import build_cache
 from teacher_cache.teachers.registry import find_teacher
 

@@ -8,7 +8,8 @@ from rich.text import Text
 
 from pipelines.terminal.text import printable
 from student_train.using.load import LoadedStudent
-from student_train.using.sampler import SampleConfig, sample_steps, until_eos
+from student_train.using.sampler import sample_steps, until_eos
+from student_train.using.settings import SampleConfig
 
 _MASK = "░"
 

@@ -20,7 +20,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from student_train.using.sampler import Special, pad_left
+from student_train.using.decoding import pad_left
+from student_train.using.settings import Special
 
 _TOKENS_PER_PASS = 2048
 """Of noised copies; they do not see each other, so more at once would mostly add masked attention."""

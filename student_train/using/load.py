@@ -17,7 +17,8 @@ from shared.models.masks import stated_mask
 from shared.rendered import Message
 from shared.tokenizers import Tokenizer
 from student_train.model.student import student_architecture
-from student_train.using.sampler import SampleConfig, Special, sample
+from student_train.using.sampler import sample
+from student_train.using.settings import SampleConfig, Special
 
 _BLOCK = 32
 

@@ -13,7 +13,7 @@ from pipelines.cli import app
 from pipelines.terminal import chat
 from shared.errors import TideError
 from student_train.using.load import LoadedStudent, load_for_use
-from student_train.using.sampler import SampleConfig
+from student_train.using.settings import SampleConfig
 
 SHORT = ["--new-tokens", "16", "--block", "8", "--device", "cpu"]
 

@@ -15,7 +15,8 @@ from shared.errors import TideError
 from shared.tokenizers import Tokenizer
 from student_train.using.elbo import ElboConfig, log_likelihoods
 from student_train.using.load import LoadedStudent, load_for_use
-from student_train.using.sampler import SampleConfig, sample
+from student_train.using.sampler import sample
+from student_train.using.settings import SampleConfig
 
 PROMPTS = ["Write `f`.", "And now write `g`, which is a longer prompt than that.", "h", "Sort a list."]
 SMALL: dict[str, Any] = {"block_size": 8, "max_new_tokens": 20, "mc_num": 4}

@@ -13,7 +13,7 @@ from pipelines.speed.memory import in_process
 from shared.attention import full
 from shared.errors import TideError
 from student_train.using.load import load_for_use
-from student_train.using.sampler import Special
+from student_train.using.settings import Special
 from tests.student_train.model.test_student import small
 
 SPECIAL = Special(mask=49, pad=47, eos=48)

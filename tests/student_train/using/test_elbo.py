@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from student_train.using.elbo import ElboConfig, log_likelihoods, masks
-from student_train.using.sampler import Special
+from student_train.using.settings import Special
 from tests.student_train.model.test_student import small
 
 SPECIAL = Special(mask=49, pad=47, eos=48)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.conformance import run_conformance
-from student_train.using.sampler import SampleConfig, Special, sample, sample_steps
+from student_train.using.sampler import sample, sample_steps
+from student_train.using.settings import SampleConfig, Special
 from tests.student_train.model.test_student import small
 
 SPECIAL = Special(mask=49, pad=47, eos=48)
