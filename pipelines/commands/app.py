@@ -23,7 +23,7 @@ PANELS = {
     ),
     "Stage two: students": ("train", "ablate", "replay", "report", "compare"),
     "Look after a cache": ("inspect", "verify", "prune", "upgrade", "merge", "pack", "unpack", "push", "pull"),
-    "Use and judge a student": ("sample", "chat", "eval", "lm-eval", "export"),
+    "Use and judge a student": ("sample", "chat", "serve", "eval", "lm-eval", "export", "publish"),
     "This installation": ("env", "demo", "conformance", "bench", "tiny-teacher", "tiny-student"),
 }
 """The commands as the help shows them."""

@@ -33,9 +33,10 @@ def _sampling(
     """How a student's tokens are chosen."""
 
 
-def takes_sampling(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameter `sampling` (a dict) is filled by the options of `_sampling`."""
-    own, group = (inspect.signature(function, eval_str=True).parameters for function in (command, _sampling))
+def takes_sampling(command: Callable[..., None], without: Sequence[str] = ()) -> Callable[..., None]:
+    """A command whose parameter `sampling` (a dict) is filled by the options of `_sampling`, but those `without`."""
+    own, every = (inspect.signature(function, eval_str=True).parameters for function in (command, _sampling))
+    group = {name: option for name, option in every.items() if name not in without}
 
     @functools.wraps(command)
     def wrapped(**values: Any) -> None:

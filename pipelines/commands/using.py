@@ -1,9 +1,11 @@
-"""Use a student: sample, chat."""
+"""Use a student: sample, chat, serve."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,3 +76,41 @@ def chat(
     sampling_settings(**wanted)  # says what is out of range
     loaded = load_for_use(student, device)
     talk(loaded, sampling_settings(**{**wanted, "block": choose_block(sampling["block"], loaded)}), show_diffusion)
+
+
+@app.command()
+@partial(takes_sampling, without=["seed"])  # a request without one gets noise of its own
+def serve(
+    student: Student,
+    host: Annotated[str, typer.Option(help="0.0.0.0: also for other machines.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any that is free.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="Of the model, in requests; default: the run's, or the hub id.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="TIDE_API_KEY", help="What requests must carry as a bearer token.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Responses under way at once.")] = 16,
+    waiting: Annotated[int, typer.Option(help="Responses that may wait for a place.")] = 256,
+    new_tokens: NewTokens = 256,
+    steps_per_block: Steps = None,
+    device: Device = "auto",
+    *,
+    sampling: dict[str, Any],
+) -> None:
+    """Serve a student as OpenAI's API does: /v1/chat/completions, /v1/completions, streamed by block."""
+    from pipelines.serving.run import bind, check_installed, served_name
+    from pipelines.serving.run import serve as run_server
+    from pipelines.serving.settings import ServeConfig
+    from student_train.using.load import choose_block, load_for_use
+
+    check_installed()
+    wanted = {"new_tokens": new_tokens, "steps_per_block": steps_per_block, **sampling}
+    config = ServeConfig(
+        name=served_name(student) if name is None else name, sampling=sampling_settings(**wanted), batch=batch,
+        waiting=waiting, host=host, port=port, api_key=api_key,
+    )  # fmt: skip
+    with bind(config) as bound:
+        loaded = load_for_use(student, device)
+        block = choose_block(sampling["block"], loaded)
+        run_server(loaded, replace(config, sampling=sampling_settings(**{**wanted, "block": block})), bound)

@@ -22,6 +22,7 @@ from student_train.using.elbo import ElboConfig, log_likelihoods
 from student_train.using.load import LoadedStudent, choose_block, load_for_use
 from student_train.using.sampler import sample_steps, until_eos
 from student_train.using.settings import SampleConfig
+from student_train.using.stops import Stops
 
 _DEFAULT_NEW_TOKENS = 256
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_completion_tokens", "max_tokens")
@@ -163,7 +164,7 @@ class TideBD3LM(TemplateLM):
 
     def _answer(self, requests: Sequence[Instance], config: SampleConfig) -> list[str]:
         """One batch. A row leaves it when a stop text stands in its finished blocks."""
-        stops = [_stop_texts(_arguments(request)[1]) for request in requests]
+        stops = [Stops.of(self._student, _arguments(request)[1].get("until")) for request in requests]
         room = (self._max_length - config.new_tokens) // config.block * config.block
         prompts = [
             self._fit(self.tok_encode(_arguments(request)[0]) or [self.eot_token_id], room) for request in requests
@@ -171,12 +172,11 @@ class TideBD3LM(TemplateLM):
         student = self._student
 
         def stop(row: int, tokens: list[int]) -> bool:
-            text = student.text(tokens)
-            return _cut(text, stops[row]) != text
+            return stops[row].cut(tokens)[1]
 
         *_, (tokens, _) = sample_steps(student.model, prompts, student.special, config, stop)
-        texts = [student.text(until_eos(row, self.eot_token_id)) for row in tokens.tolist()]
-        return [_cut(text, end) for text, end in zip(texts, stops, strict=True)]
+        rows = [until_eos(row, self.eot_token_id) for row in tokens.tolist()]
+        return [end.cut(row)[0] for row, end in zip(rows, stops, strict=True)]
 
     def _fit(self, prompt: list[int], room: int) -> list[int]:
         if room < 1:
@@ -279,13 +279,3 @@ def _arguments(request: Instance) -> tuple[str, dict[str, Any]]:
     """Context and options of a generation."""
     context, options = request.args  # type: ignore[misc]
     return context, options
-
-
-def _stop_texts(options: dict[str, Any]) -> list[str]:
-    until = options.get("until") or []
-    return [until] if isinstance(until, str) else [text for text in until if text]
-
-
-def _cut(text: str, stops: Sequence[str]) -> str:
-    """What stands before the first stop text."""
-    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]

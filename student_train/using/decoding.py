@@ -135,8 +135,8 @@ class Decoding:
 
     def _layers(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys and values of each layer."""
-        for layer in self._cache.layers:
-            assert layer.keys is not None and layer.values is not None
+        layers: Any = self._cache.layers
+        for layer in layers:
             yield layer.keys, layer.values
 
     def _widened(self, width: int, like: Decoding) -> Iterator[tuple[Tensor, Tensor]]:

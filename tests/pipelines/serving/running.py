@@ -1,0 +1,50 @@
+"""A server in this process, and clients of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from openai import OpenAI
+
+from pipelines.serving.run import bind
+from pipelines.serving.server import Server
+from pipelines.serving.settings import ServeConfig
+from student_train.using.load import LoadedStudent
+
+_OPEN: list[OpenAI] = []
+
+
+@contextmanager
+def served(student: LoadedStudent, config: ServeConfig) -> Iterator[str]:
+    """Its address, until the block ends."""
+    with bind(config) as bound, closed_clients():
+        listening = threading.Event()
+        server = Server(student, config, listening.set)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        assert listening.wait(30)
+        try:
+            yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@contextmanager
+def closed_clients() -> Iterator[None]:
+    """Closes those that `client` made within."""
+    try:
+        yield
+    finally:
+        while _OPEN:
+            _OPEN.pop().close()
+
+
+def client(address: str, **options: Any) -> OpenAI:
+    """Without retries: an error is seen as it comes."""
+    made = OpenAI(**{"base_url": f"{address}/v1", "api_key": "none", "max_retries": 0, "timeout": 60, **options})
+    _OPEN.append(made)
+    return made

@@ -1,0 +1,55 @@
+"""Whatever the blocks and the stops: what is sent, put together, is the text of the whole."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.serving.answer import Answer
+from student_train.using.load import LoadedStudent, load_for_use
+from student_train.using.sampler import until_eos
+from student_train.using.stops import Stops
+
+
+@pytest.fixture(scope="module")
+def tiny() -> LoadedStudent:
+    return load_for_use("student_train/tiny_students/shared", "cpu")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    text=st.text("ab \nß→🙂", max_size=40),
+    stops=st.lists(st.text("ab \nß🙂", min_size=1, max_size=3), max_size=3),
+    block=st.integers(1, 9),
+    limit=st.integers(1, 60),
+    more=st.integers(0, 8),
+)
+def test_pieces_are_the_whole(
+    tiny: LoadedStudent, text: str, stops: list[str], block: int, limit: int, more: int
+) -> None:
+    ids = [*tiny.tokenizer.encode([text])[0], *[tiny.special.eos] * (1 + more)]
+    ids += [tiny.special.eos] * (-len(ids) % block)
+    answer = Answer(Stops.of(tiny, stops), limit)
+    sent = ""
+    for end in range(block, len(ids) + block, block):
+        piece = answer.read(ids[:end])
+        sent += piece.text
+        assert piece.tokens <= limit
+        if piece.reason is not None:
+            break
+    else:
+        raise AssertionError("it never ended")
+    whole = until_eos(ids, tiny.special.eos)
+    wanted, stopped = Stops.of(tiny, stops).cut(whole[:limit])
+    assert sent == wanted
+    if len(whole) != limit:  # where the end comes just at the limit, it may not have been seen
+        assert piece.reason == ("stop" if stopped or len(whole) < limit else "length")
+
+
+def test_half_a_character_waits(tiny: LoadedStudent) -> None:
+    ids = tiny.tokenizer.encode(["🙂"])[0]
+    assert len(ids) > 1  # else nothing is tested
+    answer = Answer(Stops.of(tiny, None), 100)
+    texts = [answer.read(ids[: i + 1]).text for i in range(len(ids))]
+    assert texts == [""] * (len(ids) - 1) + ["🙂"]
