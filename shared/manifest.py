@@ -31,6 +31,8 @@ class Manifest:
     parts: int
     examples: int
     schema_version: int = SCHEMA_VERSION
+    sources: tuple[str, ...] = ()
+    """Names of the data, for people: of a file the name alone. What is in them the fingerprint says."""
 
     @property
     def temperatures(self) -> tuple[float, ...]:
@@ -99,7 +101,7 @@ def load_manifest(cache: Path) -> Manifest:
                 raise ValueError("its checksum does not hold")
             if (problem := problem_in(values)) is not None:
                 raise ValueError(problem)
-            return Manifest(**values)
+            return Manifest(**{**values, "sources": tuple(values.get("sources", ()))})
     except FileNotFoundError as error:
         raise TideError(
             f"{cache} is no cache: it has no {MANIFEST}", fix="build one with `tide cache`, or check the path"

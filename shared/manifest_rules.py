@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictInt, StringConstraints, TypeAdapter, ValidationError
@@ -94,6 +94,7 @@ class _Manifest:
     draws: Annotated[StrictInt, Field(ge=1, le=100)]
     parts: Annotated[StrictInt, Field(ge=0)]
     examples: Annotated[StrictInt, Field(ge=0, lt=1 << 50)]
+    sources: Annotated[list[_Name], Field(max_length=1000)] = field(default_factory=list)
 
 
 def problem_in(manifest: dict[str, Any]) -> str | None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from shared.atomic import new_folder
 from shared.config import CacheConfig
+from shared.data.sources import public_name
 from shared.manifest import MANIFEST, Manifest, check_fingerprint, load_manifest
 from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve
 from shared.prepared.folder import PreparedData
@@ -106,12 +107,14 @@ def make_plan(config: CacheConfig, write: bool = True, engine: dict[str, Any] | 
     if engine is not None:
         fingerprint["engine"] = engine
     parts = -(-data.examples // config.shard_examples)
-    manifest = Manifest(fingerprint, config.noise.draws, parts, data.examples)
+    names = tuple(dict.fromkeys(public_name(source.source) for source in config.sources))
+    manifest = Manifest(fingerprint, config.noise.draws, parts, data.examples, sources=names)
     if (config.out / MANIFEST).exists():
         old = load_manifest(config.out)
         fingerprint["tables"] = old.fingerprint.get("tables")
         check_fingerprint(config.out, old, fingerprint, "go on with it")
-        manifest = Manifest(fingerprint, max(old.draws, manifest.draws), parts, data.examples)
+        draws = max(old.draws, manifest.draws)
+        manifest = Manifest(fingerprint, draws, parts, data.examples, sources=old.sources or names)
     elif units := finished_units(config.out):  # the manifest was lost: the shards say what they belong to
         if "topk" in config.targets.signals and has_tables(config.out):
             fingerprint["tables"] = load_vocabulary(config.out).digest

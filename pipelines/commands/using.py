@@ -1,4 +1,4 @@
-"""Use a student: sample, chat, serve."""
+"""Use a student: sample, chat, serve, publish."""
 
 from __future__ import annotations
 
@@ -114,3 +114,30 @@ def serve(
         loaded = load_for_use(student, device)
         block = choose_block(sampling["block"], loaded)
         run_server(loaded, replace(config, sampling=sampling_settings(**{**wanted, "block": block})), bound)
+
+
+@app.command()
+def publish(
+    run: Annotated[Path, typer.Argument(help="A run, or a student's folder.")],
+    target: Annotated[str, typer.Argument(help="hf://OWNER/NAME.")],
+    licence: Annotated[str | None, typer.Option("--license", help="Such as apache-2.0; it goes to the card.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "A student of tide-distill",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
+) -> None:
+    """Put a student on the hub, with its card, its scores and its licence. Nothing but what its users need is sent."""
+    from pipelines.publishing.contents import gather
+    from pipelines.publishing.upload import parse_target, upload
+
+    name = parse_target(target)
+    contents = gather(run, name, licence)
+    for file, size in contents.sizes.items():
+        say(f"{file}\t{size:,} bytes")
+    if contents.left_out:
+        say(f"left out: {', '.join(contents.left_out)}")
+    if licence is None:
+        say("no licence is stated (--license); it follows from those of teacher, student and data")
+    if dry_run:
+        say(f"\n{contents.card}\nnothing was sent")
+        return
+    say(upload(contents, name, private, message))

@@ -56,3 +56,12 @@ def source_rows(source: str) -> Iterator[tuple[Place, Raw]]:
 def describe_source(source: str) -> str:
     """The source in words, with what it cannot say of itself."""
     return f"{source} ({corpus_origin()})" if source.startswith("stdlib:") else source
+
+
+def public_name(source: str) -> str:
+    """The source as others may read it: a path of this machine loses its folders."""
+    kind = "hf://" if source.startswith("hf://") else ""
+    name = source.removeprefix(kind)
+    if source.startswith("stdlib:") or (kind and name.count("/") <= 1 and not name.startswith((".", "/", "~"))):
+        return source
+    return kind + name.rstrip("/").rpartition("/")[2]

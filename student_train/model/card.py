@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -14,6 +15,8 @@ from shared.manifest import Manifest
 from shared.settings import to_plain
 
 CARD = "README.md"
+OWN_FOLDER = "THIS_FOLDER"
+"""Stands in the card for wherever the student lies."""
 
 
 def write_card(folder: Path, config: TrainConfig, manifest: Manifest, metrics: Mapping[str, float]) -> None:
@@ -23,6 +26,7 @@ def write_card(folder: Path, config: TrainConfig, manifest: Manifest, metrics: M
     base = config.student.checkpoint
     data = ModelCardData(
         base_model=base if base is not None and _on_the_hub(base) else None,
+        datasets=_hub_data(manifest.sources) or None,
         library_name="transformers",
         tags=["diffusion-language-model", "block-diffusion", "distillation", "tide"],
         license=None,  # whoever publishes it must state one: it follows from teacher, student and data
@@ -46,11 +50,12 @@ def write_card(folder: Path, config: TrainConfig, manifest: Manifest, metrics: M
         "transformers loads it, but its `generate()` would decode from left to right, which this model was never "
         "trained to do. Use",
         "",
-        "```bash\ntide sample THIS_FOLDER \"your question\"\n```",
+        f"```bash\ntide sample {OWN_FOLDER} \"your question\"\n```",
         "",
         "## How it was made",
         "",
         f"* teacher `{teacher['name']}` ({teacher['architecture']}, weights {teacher['weights'][:16]})",
+        f"* data: {', '.join(f'`{name}`' for name in manifest.sources) or 'not on record'}",
         f"* cache {manifest.digest}: {manifest.examples:,} examples, {manifest.draws} draws",
         f"* started from {'random weights' if base is None else f'`{base}`' if _on_the_hub(base) else 'a checkpoint'}",
         *table,
@@ -71,4 +76,10 @@ def write_card(folder: Path, config: TrainConfig, manifest: Manifest, metrics: M
 
 def _on_the_hub(name: str) -> bool:
     """Whether a checkpoint's name is a hub id, and no path."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not Path(name).exists()
+
+
+def _hub_data(sources: Sequence[str]) -> list[str]:
+    """The data sets of the hub among them: OWNER/NAME."""
+    named = (re.fullmatch(r"hf://([\w.-]+/[\w.-]+).*", source) for source in sources)
+    return list(dict.fromkeys(match[1] for match in named if match))

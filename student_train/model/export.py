@@ -17,6 +17,8 @@ from shared.errors import TideError
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import load_model
 from shared.tokenizers import Tokenizer
+from student_train.model.card import CARD
+from student_train.model.saving import save_student
 from student_train.model.student import student_architecture
 
 Format = Literal["hf", "a2d"]
@@ -38,16 +40,20 @@ def export_student(source: Path, target: Path, layout: Format) -> None:
             fix="use --format hf",
         )
     model: Any = load_model(checkpoint, architecture, _stored_dtype(checkpoint.config))
+    tokenizer = Tokenizer.load(checkpoint.folder)
     with new_folder(target) as half:
         if layout == "hf":
-            model.save_pretrained(half)
+            save_student(model, tokenizer, half)
         else:
             tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
             tensors["lm_head.weight"] = model.lm_head.weight.detach().clone()
             write_bytes(half / "model.safetensors", save(tensors, {"format": "pt"}))
             config = {**_a2d_config(model.config), "dtype": str(model.dtype).removeprefix("torch.")}
             write_bytes(half / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-        Tokenizer.load(checkpoint.folder).backend.save_pretrained(half)
+            tokenizer.backend.save_pretrained(half)
+        for name in (CARD, "LICENSE"):
+            if (checkpoint.folder / name).is_file():
+                write_bytes(half / name, (checkpoint.folder / name).read_bytes())
 
 
 def _stored_dtype(config: dict[str, Any]) -> torch.dtype:

@@ -33,6 +33,7 @@ from student_train.losses.fused_head import LossSettings
 from student_train.losses.objective import parts_of
 from student_train.losses.schedules import training_strength
 from student_train.model.card import write_card
+from student_train.model.saving import save_student
 from student_train.model.student import embedding_rows, load_student
 from student_train.training.arguments import arguments
 from student_train.training.checks import (
@@ -225,8 +226,7 @@ def train_student(config: TrainConfig) -> dict[str, float]:
         state = trainer.accelerator.get_state_dict(trainer.model)  # gathers what FSDP has sharded
         if trainer.is_world_process_zero():
             final = trainer.accelerator.unwrap_model(trainer.model)
-            final.save_pretrained(config.out / "model", state_dict=state)
-            tokenizer.backend.save_pretrained(config.out / "model")
+            save_student(final, tokenizer, config.out / "model", state)
             write_card(config.out / "model", trainer.config, trainer.manifest, metrics)
             history = {"steps": trainer.state.log_history, "final": metrics, "machine": hardware_line()}
             write_bytes(config.out / "history.json", (json.dumps(history, indent=1) + "\n").encode())

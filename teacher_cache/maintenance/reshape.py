@@ -86,7 +86,8 @@ def _one_after_the_other(
     content = hashlib.sha256(json.dumps([d["content"] for d in data]).encode()).hexdigest()
     merged = {**data[0], "content": content, "examples": sum(d["examples"] for d in data), "merged_from": data}
     parts = np.cumsum([0, *(manifest.parts for manifest in manifests)]).tolist()
-    made = Manifest({**first.fingerprint, "data": merged}, first.draws, parts[-1], merged["examples"])
+    names = tuple(dict.fromkeys(name for manifest in manifests for name in manifest.sources))
+    made = Manifest({**first.fingerprint, "data": merged}, first.draws, parts[-1], merged["examples"], sources=names)
     jobs = [
         (source, unit, Unit(unit.draw, unit.part + offset))
         for source, manifest, offset in zip(sources, manifests, parts, strict=False)

@@ -73,6 +73,7 @@ COMMANDS = [
     "tiny-student --only other",
     "serve {F}/none", "serve {F}", "serve {S} --port 99999", "serve {S} --batch 0", "serve {S} --host nowhere.invalid",
     "serve {S} --threshold 2", "serve {S} --waiting -1", "serve {S} --device gpu --port 0",
+    "publish {F}/none hf://a/b", "publish {S} a/b", "publish {F} hf://a/b --dry-run",
     "export {S} {X}", "export {S} {F}", "export {F}/none {O}", "export {S} {O} --format gguf",
     "pack {C} {X}", "pack {F}/none {F}/a", "unpack {F}/none {O}", "unpack {F}/file {X}", "push {C} foo://x",
     "pull foo://x {O}", "pull {F}/none {O}", "merge {C} --out {O}", "merge {C} {F}/none --out {O}",
