@@ -134,3 +134,14 @@ def caches(random_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     for teacher in ("tiny-cross", "tiny-shared"):
         build_cache(small_cache_config(teacher, random_teacher, folder / teacher))
     return {teacher: folder / teacher for teacher in ("tiny-cross", "tiny-shared")}
+
+
+@pytest.fixture(scope="session")
+def student(caches: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small student after four steps."""
+    from student_train.training.trainer import train_student
+    from tests.student_train.training.test_trainer import config
+
+    out = tmp_path_factory.mktemp("student") / "run"
+    train_student(config(caches["tiny-cross"], out, max_steps=4))
+    return str(out / "model")

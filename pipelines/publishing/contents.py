@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 
@@ -73,7 +74,7 @@ def gather(run: Path, name: str, licence: str | None) -> Contents:
 def _card(path: Path, name: str, licence: str | None, scores: str | None) -> str:
     """With benchmark scores, unless it has some, and with the licence."""
     try:
-        card = ModelCard(path.read_text())
+        card: Any = ModelCard(path.read_text())
     except Exception as error:  # of the YAML in front
         raise TideError(
             f"{path} is no model card: {(str(error).splitlines() or ['?'])[0]}", fix="mend the lines between `---`"

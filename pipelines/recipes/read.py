@@ -5,7 +5,7 @@ A recipe may name another with `base` (a packaged one, or a path beside it) and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -91,9 +91,10 @@ def cache_config(
     recipe: Path | None,
     overrides: Sequence[str],
     teachers_file: Path | None = None,
+    changes: Mapping[str, Any] | None = None,
     **flags: Any,
 ) -> CacheConfig:
-    """The settings of `tide cache`: recipe, then flags, then `--set` texts."""
+    """The settings of `tide cache`: recipe, then `changes` (nested, as in a recipe), then flags, then `--set` texts."""
     tables = read_recipe(recipe) if recipe else {}
     values = tables.get("cache", {})
     if "train" in tables:  # a misspelt one is better said now
@@ -101,7 +102,7 @@ def cache_config(
     name = teacher or values.get("teacher", DEFAULT_TEACHER)
     if recipe is None:
         values = _section(_recipe_for(name, teachers_file), "cache")
-    values = {**values, "teacher": name}
+    values = _over({**values, "teacher": name}, dict(changes or {}))
     values.setdefault("out", f"caches/{name}")
     values.setdefault("teachers_file", teachers_file)
     values |= {k: v for k, v in flags.items() if v is not None and "." not in k and k != "data"}
@@ -117,12 +118,15 @@ def train_config(
     recipe: Path | None,
     overrides: Sequence[str],
     teachers_file: Path | None = None,
+    changes: Mapping[str, Any] | None = None,
     **flags: Any,
 ) -> TrainConfig:
-    """The settings of `tide train`. `teacher` chooses the recipe and the default cache and run folders."""
+    """The settings of `tide train`, in the order of `cache_config`. `teacher` chooses the recipe and the default cache
+    and run folders.
+    """
     path = recipe or _recipe_for(teacher or DEFAULT_TEACHER, teachers_file)
     tables = read_recipe(path)
-    values = dict(tables.get("train", {}))
+    values = _over(tables.get("train", {}), dict(changes or {}))
     name = teacher or tables.get("cache", {}).get("teacher", DEFAULT_TEACHER)
     values.setdefault("cache", f"caches/{name}")
     values.setdefault("out", f"runs/{name}")

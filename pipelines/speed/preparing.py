@@ -45,8 +45,8 @@ def _measure(folder: Path, source: Path, rows: int) -> Table:
             f"prepare_workers={workers}",
             f"data={{source={json.dumps(str(source))}}}",
         ]
-        flags = {"out": folder / "cache", "prepared": folder / str(workers)}
-        return cache_config("tiny-cross", None, changes, **flags)
+        prepared = folder / str(workers)
+        return cache_config("tiny-cross", None, changes, out=folder / "cache", prepared=prepared)
 
     table = Table("preparing", "rows a second", title=f"{rows:,} rows, student 512 and teacher 1,024 tokens at most")
     for workers in (1, 2):

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tide
+from shared.manifest import load_manifest
+from student_train.using.load import load_for_use
+from student_train.using.settings import SampleConfig
+
+
+def test_settings_are_those_of_a_recipe(random_teacher: Path, tmp_path: Path) -> None:
+    given = {"model": str(random_teacher), "lengths": {"student": 64, "teacher": 64}, "shard_examples": 8,
+             "engine": {"dtype": "float32"}, "data": {"source": "stdlib:train", "limit": 8}}  # fmt: skip
+    made = tide.cache("tiny-cross", **given, noise={"draws": 1}, out=str(tmp_path / "c"))
+    manifest = load_manifest(made.folder)
+    assert (made.examples, made.draws) == (8, 1)
+    assert manifest.fingerprint["lengths"] == {"student": 64, "teacher": 64, "block": 32, "end_block": True}
+    assert manifest.fingerprint["noise"]["comp_demo"] is False  # as the recipe has it
+    grown = tide.cache("tiny-cross", **given, noise={"draws": 2}, out=str(tmp_path / "c"))
+    assert grown.draws == 2 and load_manifest(grown.folder).digest == manifest.digest
+    assert tide.Cache.open(tmp_path / "c") == grown
+
+
+def test_several_sources(tmp_path: Path) -> None:
+    lines = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    (tmp_path / "own.jsonl").write_text(lines)
+    data = tide.prepare("tiny-cross", [str(tmp_path / "own.jsonl"), {"source": "stdlib:train", "limit": 3}],
+                        out=str(tmp_path / "c"))  # fmt: skip
+    assert data.examples == 4 and "4 examples are taken" in str(data)
+    assert data.folder == tmp_path / "prepared"
+
+
+def test_a_student_answers_as_on_the_command_line(student: str) -> None:
+    loaded = load_for_use(student, "cpu")
+    ours = tide.load_student(student, "cpu")
+    chats = [[{"role": "user", "content": "Write `f`."}], [{"role": "user", "content": "g"}]]
+    wanted = list(loaded.answer(chats, SampleConfig(new_tokens=16, block=8, threshold=0.01), 2))
+    assert ours.answers(["Write `f`.", chats[1]], new_tokens=16, block=8, threshold=0.01) == wanted
+    assert ours.answer("Write `f`.", new_tokens=16, block=8, threshold=0.01) == wanted[0]
+    assert "model" in repr(ours) and "Qwen" not in repr(ours)
+
+
+def test_what_cannot_be_is_a_tide_error(student: str, caches: dict[str, Path], tmp_path: Path) -> None:
+    ours = tide.load_student(student, "cpu")
+    for call, words in [
+        (lambda: ours.answer("x", new_tokens=0), "must be positive"),
+        (lambda: ours.answer("x", tokens=5), "tokens"),
+        (lambda: ours.answer([{"role": "user", "content": 3}]), "not text"),
+        (lambda: ours.answers(["x"], batch=0), "batch is 0"),
+        (lambda: ours.log_likelihoods("", ["x"]), "empty"),
+        (lambda: tide.load_student(tmp_path / "none"), "there is no folder"),
+        (lambda: tide.cache("tiny-crss"), "did you mean tiny-cross"),
+        (lambda: tide.cache("tiny-cross", noise={"drws": 2}), "did you mean draws"),
+        (lambda: tide.prepare("tiny-cross", data=str(tmp_path / "none.jsonl")), "none.jsonl"),
+        (lambda: tide.train(tmp_path / "none"), "is no cache"),
+        (lambda: tide.train(caches["tiny-cross"], out=tmp_path / "r", epochz=2), "did you mean epochs"),
+    ]:
+        with pytest.raises(tide.TideError, match=words):
+            call()
+
+
+def test_importing_it_loads_no_model_library() -> None:
+    """A notebook's first cell is quick."""
+    code = "import sys, tide; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ast.literal_eval(done.stdout) == []
