@@ -45,11 +45,12 @@ _SAME = (Rename(r"(model\.(embed_tokens|norm)\..*|model\.layers\.\d+\..*|lm_head
 
 def _rope(raw: RawConfig, default: float = 10_000.0) -> dict[str, Any]:
     """Of transformers 5 (`rope_parameters`) or 4 (`rope_theta` and `rope_scaling`)."""
-    if stored := raw.get("rope_parameters"):
+    stored, scaling, theta = raw.get("rope_parameters"), raw.get("rope_scaling"), raw.get("rope_theta", default)
+    if stored:
         return dict(stored)
-    scaling = dict(raw.get("rope_scaling") or {})
+    scaling = dict(scaling or {})
     kind = scaling.pop("type", "default")
-    return {"rope_type": kind, **scaling, "rope_theta": float(raw.get("rope_theta", default))}
+    return {"rope_type": kind, **scaling, "rope_theta": float(theta)}
 
 
 def _special(raw: RawConfig) -> dict[str, Any]:
@@ -58,7 +59,9 @@ def _special(raw: RawConfig) -> dict[str, Any]:
 
 
 def _llama(raw: RawConfig) -> LlamaConfig:
-    return LlamaConfig(**{k: v for k, v in raw.items() if k not in ("model_type", "architectures")})
+    names = {name for kind in LlamaConfig.__mro__ for name in getattr(kind, "__annotations__", {})}
+    values = {name: raw[name] for name in raw if name in names and name not in ("model_type", "architectures")}
+    return LlamaConfig(**{**values, "rope_parameters": _rope(raw), **_special(raw)})
 
 
 def _llada(raw: RawConfig) -> LlamaConfig:
@@ -135,8 +138,8 @@ def _llada2_moe(raw: RawConfig) -> Glm4MoeConfig:
         **{**_qwen(raw), **_head_dim(raw), "rope_parameters": rope},
         intermediate_size=raw["intermediate_size"],
         moe_intermediate_size=raw["moe_intermediate_size"],
-        attention_bias=raw["use_qkv_bias"],
-        use_qk_norm=raw["use_qk_norm"],
+        attention_bias=raw.get("use_qkv_bias", False),
+        use_qk_norm=raw.get("use_qk_norm", True),
         n_routed_experts=raw["num_experts"],
         n_shared_experts=raw["num_shared_experts"],
         num_experts_per_tok=raw["num_experts_per_tok"],
@@ -188,7 +191,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "dream": Architecture(("Dream",), Qwen2ForCausalLM, _qwen2, _SAME),
     "qwen3": Architecture(("qwen3", "a2d-qwen3", "wedlm", "sdar"), Qwen3ForCausalLM, _qwen3, _SAME),
-    "llada_moe": Architecture(("lladamoe", "llada_moe"), Qwen3MoeForCausalLM, _llada_moe, (*_experts(_K), *_SAME)),
+    "llada_moe": Architecture(
+        ("lladamoe", "llada_moe", "llada"),  # the published ones say llada
+        Qwen3MoeForCausalLM,
+        _llada_moe,
+        (*_experts(_K), *_SAME),
+    ),
     "llada2_moe": Architecture(
         ("llada2_moe",),
         Glm4MoeForCausalLM,

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from shared.errors import TideError
 from shared.models.architectures import ARCHITECTURES, Architecture
 from shared.models.checkpoint import Checkpoint, stream_shapes, stream_tensors
+from shared.models.config_keys import Read, refuse_unread
 from shared.models.devices import DeviceMap, device_of, plan_devices, spread
 from shared.models.key_maps import Placement, place
 from shared.models.limits import refuse_sizes
@@ -76,11 +77,15 @@ def check_weights(checkpoint: Checkpoint, architecture: str) -> None:
 def _empty_model(kind: Architecture, raw: dict[str, Any], source: str) -> Any:
     """The model with its parameters on the meta device."""
     refuse_sizes(raw, source)
+    read = Read(raw)
     try:
-        config = kind.config(raw)
+        config = kind.config(read)
         config._attn_implementation = "sdpa"
+        refuse_unread(read, next(name for name, known in ARCHITECTURES.items() if known is kind), source)
         with init_empty_weights():
             return kind.model_class(config)
+    except TideError:
+        raise
     except KeyError as error:
         raise TideError(f"the config of {source} lacks {error}", fix="download config.json again") from error
     except Exception as error:  # values that fit no model lead the library anywhere

@@ -32,7 +32,9 @@ def begin(target: Path, manifest: Manifest, source: Path, tables: bool = True) -
     refuse_unwritable(target)
     if target.exists() and any(path.name not in _BEFORE_MANIFEST for path in target.iterdir()):
         old = load_manifest(target)
-        lines = differences(dataclasses.asdict(old), json.loads(json.dumps(dataclasses.asdict(manifest))))
+        same_names = dataclasses.replace(manifest, sources=old.sources)  # a name is no difference
+        there, wanted = (json.loads(json.dumps(dataclasses.asdict(part))) for part in (old, same_names))
+        lines = differences(there, wanted)
         if lines:
             raise TideError(
                 f"{target} holds another cache (there → wanted):\n    " + "\n    ".join(lines),

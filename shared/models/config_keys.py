@@ -1,0 +1,109 @@
+"""Every key of a checkpoint's config is obeyed, known to change nothing, or refused by name.
+
+A key that a key map does not read could change what the model computes, in silence. One that is off (null, false, 0,
+empty) changes nothing. Of the others `HARMLESS` are those without influence on logits, and `FIXED` those that must have
+the value for which the transformers class is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from shared.errors import TideError
+
+HARMLESS = frozenset({
+    # what it is, and who wrote it
+    "architectures", "auto_map", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path",
+    "_commit_hash", "tokenizer_class", "_attn_implementation", "attn_implementation", "unsloth_version",
+    "unsloth_fixed", "save_dtype", "language", "name", "license", "task_specific_params", "id2label", "label2id",
+    "num_labels", "problem_type", "finetuning_task", "prefix",
+    # special ids, which are read elsewhere
+    "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "sep_token_id", "decoder_start_token_id",
+    # how text is generated: never by these keys here
+    "max_length", "min_length", "num_beams", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
+    "length_penalty", "num_return_sequences", "num_beam_groups", "do_sample", "block_size", "mask_id",
+    "wedlm_window_size", "wedlm_entropy_threshold", "wedlm_pos_penalty_factor", "generation_config",
+    # how it is trained and run
+    "use_cache", "return_dict", "return_dict_in_generate", "initializer_range", "init_device", "init_fn", "init_std",
+    "init_cutoff_factor", "attention_dropout", "embedding_dropout", "residual_dropout", "output_dropout",
+    "hidden_dropout", "precision", "flash_attention", "router_aux_loss_coef", "output_router_logits", "pretraining_tp",
+    "fuse_cross_entropy", "ep_size", "micro_forward", "skip_checkpoint", "use_deepep", "debug",
+    "chunk_size_feed_forward",
+    # of what is off: ALiBi, windows, the norm that attention_layer_norm would add
+    "alibi_bias_max", "max_window_layers", "sliding_window", "attention_layer_norm_with_affine",
+})  # fmt: skip
+
+FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "": {"use_sliding_window": (False,), "is_encoder_decoder": (False,), "is_decoder": (False, True)},
+    "llada": {
+        "block_type": ("llama",), "block_group_size": (1,), "layer_norm_type": ("rms",), "rope": (True,),
+        "layer_norm_with_affine": (True,), "rope_full_precision": (True,), "tie_word_embeddings": (True, False),
+        "mlp_ratio": (), "vocab_size": (),
+    },
+    "llada2_moe": {
+        "score_function": ("sigmoid",), "router_dtype": ("fp32", "float32"), "moe_router_enable_expert_bias": (True,),
+        "use_rmsnorm": (True,), "rotary_dim": (),
+    },
+    "llada_moe": {
+        "qk_layernorm": (True,), "partial_rotary_factor": (1,), "routed_scaling_factor": (1,),
+        "moe_router_score_function": ("softmax",), "router_num_group": (-2, -1, 0, 1),
+        "router_topk_group": (-2, -1, 0, 1),
+    },
+    "qwen3": {"qk_norm": (True,)},
+}  # fmt: skip
+"""By architecture ("": all), the values that a key may have; none: any, since the key follows from others."""
+
+
+class Read(Mapping[str, Any]):
+    """A config that knows which of its keys were asked for."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+        self.keys_read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.keys_read.add(key)
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def refuse_unread(config: Read, architecture: str, source: str) -> None:
+    """TideError where a key that was not asked for may change what the model computes."""
+    fixed = {**FIXED[""], **FIXED.get(architecture, {})}
+    wrong, unknown = [], []
+    read = set(config.keys_read)
+    for key, value in config.items():
+        if key in fixed and value is not None:
+            if fixed[key] and value not in fixed[key]:
+                wrong.append((key, value, fixed[key]))
+        elif key == "layer_types":
+            if set(value or ()) - {"full_attention"}:
+                wrong.append((key, sorted(set(value)), ("full_attention",)))
+        elif key not in read and key not in HARMLESS and not _off(value):
+            unknown.append((key, value))
+    if wrong:
+        key, value, allowed = wrong[0]
+        raise TideError(
+            f"{key} in the config of {source} is {str(value)[:80]}: such a model is not built here",
+            expected=" or ".join(map(str, allowed)),
+            fix="use another checkpoint",
+        )
+    if unknown:
+        listed = ", ".join(f"{key} ({str(value)[:40]})" for key, value in unknown[:5])
+        raise TideError(
+            f"the config of {source} has keys that nothing here reads, and that may change what the model computes: "
+            f"{listed}",
+            fix="if they change nothing, take them out of config.json in a copy of the folder; else use another "
+            "checkpoint",
+        )
+
+
+def _off(value: Any) -> bool:
+    """Null, false, 0 or empty."""
+    return value is None or value is False or value in (0, "", (), [], {})

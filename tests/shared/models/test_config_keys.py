@@ -1,0 +1,121 @@
+"""No key of a config is passed over in silence: obeyed, harmless, or refused by name. Published configs are taken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shared.errors import TideError
+from shared.models.architectures import ARCHITECTURES
+from shared.models.checkpoint import open_checkpoint
+from shared.models.loading import load_model, meta_model
+
+ARCHITECTURE_OF = {"a2d_qwen3": "qwen3", "llada": "llada", "dream": "dream", "wedlm": "qwen3",
+                   "llada_moe": "llada_moe", "llada2_moe": "llada2_moe", "step/teacher_cross": "llama"}  # fmt: skip
+
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    # GSAI-ML/LLaDA-8B-Instruct, by the config that repositories of LLaDA reprint; layers cut
+    "llada-8b": ("llada", {
+        "activation_type": "silu", "alibi": False, "alibi_bias_max": 8.0, "architectures": ["LLaDAModelLM"],
+        "attention_dropout": 0.0, "attention_layer_norm": False, "attention_layer_norm_with_affine": True,
+        "auto_map": {"AutoConfig": "configuration_llada.LLaDAConfig"}, "bias_for_layer_norm": False,
+        "block_group_size": 1, "block_type": "llama", "d_model": 4096, "embedding_dropout": 0.0,
+        "embedding_size": 126464, "eos_token_id": 126081, "flash_attention": False, "include_bias": False,
+        "include_qkv_bias": False, "init_cutoff_factor": None, "init_device": "meta", "init_fn": "mitchell",
+        "init_std": 0.02, "input_emb_norm": False, "layer_norm_type": "rms", "layer_norm_with_affine": True,
+        "mask_token_id": 126336, "max_sequence_length": 4096, "mlp_hidden_size": 12288, "mlp_ratio": 4,
+        "model_type": "llada", "multi_query_attention": None, "n_heads": 32, "n_kv_heads": 32, "n_layers": 1,
+        "pad_token_id": 126081, "precision": "amp_bf16", "residual_dropout": 0.0, "rms_norm_eps": 1e-05,
+        "rope": True, "rope_full_precision": True, "rope_theta": 500000.0, "scale_logits": False,
+        "transformers_version": "4.46.3", "use_cache": False, "vocab_size": 126464, "weight_tying": False,
+    }),
+    # inclusionAI/LLaDA2.0-mini, by the config in serving engines' own tests, which leaves out use_qkv_bias
+    "llada2-mini": ("llada2_moe", {
+        "dtype": "bfloat16", "first_k_dense_replace": 1, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 5120, "max_position_embeddings": 32768,
+        "model_type": "llada2_moe", "moe_intermediate_size": 512, "n_group": 8, "norm_head": False,
+        "norm_topk_prob": True, "num_attention_heads": 16, "num_experts": 256, "num_experts_per_tok": 8,
+        "num_hidden_layers": 1, "num_key_value_heads": 4, "num_shared_experts": 1, "output_router_logits": False,
+        "pad_token_id": 156892, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-06, "rope_theta": 600000,
+        "routed_scaling_factor": 2.5, "score_function": "sigmoid", "tie_word_embeddings": False, "topk_group": 4,
+        "vocab_size": 157184, "rotary_dim": 64, "router_dtype": "fp32", "moe_router_enable_expert_bias": True,
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_taken(name: str) -> None:
+    meta_model(*PUBLISHED[name])
+
+
+def changed(golden: Path, name: str, folder: Path, **changes: Any) -> tuple[Path, str]:
+    shutil.copytree(golden / name, folder, dirs_exist_ok=True)
+    config = {**json.loads((folder / "config.json").read_text()), **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, ARCHITECTURE_OF[name]
+
+
+def load(place: tuple[Path, str]) -> Any:
+    return load_model(open_checkpoint(str(place[0])), place[1], torch.float32)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURE_OF)
+def test_a_key_that_nothing_reads_is_refused_and_one_that_is_off_is_not(
+    golden: Path, name: str, tmp_path: Path
+) -> None:
+    load(changed(golden, name, tmp_path, logits_scaling=None, embedding_multiplier=0, attn_logit_softcap=False))
+    for value in (8.0, True, [1], "on"):
+        with pytest.raises(TideError, match="logits_scaling"):
+            load(changed(golden, name, tmp_path, logits_scaling=value))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("llada", "block_type", "sequential"),
+        ("llada", "layer_norm_type", "default"),
+        ("llada", "rope", False),
+        ("llada", "alibi", True),
+        ("llada", "scale_logits", True),
+        ("llada", "input_emb_norm", True),
+        ("llada", "multi_query_attention", True),
+        ("llada_moe", "clip_qkv", 8.0),
+        ("llada_moe", "partial_rotary_factor", 0.5),
+        ("llada_moe", "shared_expert_intermediate_size", 64),
+        ("llada_moe", "moe_router_score_function", "sigmoid"),
+        ("llada2_moe", "score_function", "softmax"),
+        ("llada2_moe", "norm_head", True),
+        ("llada2_moe", "use_bias", True),
+        ("dream", "use_sliding_window", True),
+        ("a2d_qwen3", "use_sliding_window", True),
+        ("a2d_qwen3", "layer_types", ["full_attention", "sliding_attention"]),
+        ("wedlm", "qk_norm", False),
+        ("a2d_qwen3", "quantization_config", {"bits": 4}),
+        ("step/teacher_cross", "attention_multiplier", 0.5),
+    ],
+)
+def test_what_is_not_built_is_refused_by_name(golden: Path, name: str, key: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(TideError, match=key) as error:
+        load(changed(golden, name, tmp_path, **{key: value}))
+    assert error.value.fix is not None and str(tmp_path) in str(error.value)
+
+
+def test_the_published_moe_calls_itself_llada(golden: Path, tmp_path: Path) -> None:
+    """Its config.json says so; repositories that load it tell their users to edit the file."""
+    assert "llada" in ARCHITECTURES["llada_moe"].model_types
+    one = load(changed(golden, "llada_moe", tmp_path, model_type="llada"))
+    two = load((golden / "llada_moe", "llada_moe"))
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        assert torch.equal(one(ids).logits, two(ids).logits)
+
+
+def test_every_key_of_a_llama_is_obeyed(golden: Path, tmp_path: Path) -> None:
+    """Of transformers' own fields none is lost: a bias that the config promises must be in the file."""
+    with pytest.raises(TideError, match="bias"):
+        load(changed(golden, "step/teacher_cross", tmp_path, mlp_bias=True))
