@@ -16,6 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from pipelines.evaluation.answers import Answers
+from pipelines.evaluation.likelihoods import Likelihoods
 from pipelines.evaluation.processes import Processes
 from shared.errors import TideError
 from student_train.using.elbo import ElboConfig, log_likelihoods
@@ -78,12 +79,18 @@ class TideBD3LM(TemplateLM):
             "guidance": float(guidance),
         }  # fmt: skip
         self._temperature = float(temperature)
+        self._max_length = max_length or int(getattr(self._student.model.config, "max_position_embeddings", 2048))
+        self._longest_answer = self._max_length - self._sampling["block"]  # a block is the prompt's
+        if (max_new_tokens or 1) > self._longest_answer:
+            raise TideError(
+                f"a response of {max_new_tokens or 1} tokens takes the student's whole length of {self._max_length}",
+                fix="lower max_new_tokens",
+            )
         try:
             self._elbo = ElboConfig(draws=mc_num, block=self._sampling["block"], seed=seed)
             self._settings({}, 0)
         except ValueError as error:
             raise TideError(f"tide_bd3lm: {error}") from error
-        self._max_length = max_length or int(getattr(self._student.model.config, "max_position_embeddings", 2048))
         self.truncated = 0
         """Prompts that were cut on the left because they would not fit."""
 
@@ -150,8 +157,8 @@ class TideBD3LM(TemplateLM):
 
     def _settings(self, options: dict[str, Any], repeat: int) -> SampleConfig:
         """How to sample for a request's options; a repeated request gets noise of its own."""
-        tokens = self._max_new_tokens or next((int(options[key]) for key in _LIMITS if options.get(key)), None)
-        tokens = tokens or _DEFAULT_NEW_TOKENS
+        tokens = next((int(options[key]) for key in _LIMITS if options.get(key)), _DEFAULT_NEW_TOKENS)
+        tokens = self._max_new_tokens or min(tokens, self._longest_answer)  # a task may know of longer models
         greedy = options.get("do_sample") is False
         warm = 0.0 if greedy else float(options.get("temperature") or 0.0)
         return SampleConfig(
@@ -166,10 +173,9 @@ class TideBD3LM(TemplateLM):
         """One batch. A row leaves it when a stop text stands in its finished blocks."""
         stops = [Stops.of(self._student, _arguments(request)[1].get("until")) for request in requests]
         room = (self._max_length - config.new_tokens) // config.block * config.block
-        prompts = [
-            self._fit(self.tok_encode(_arguments(request)[0]) or [self.eot_token_id], room) for request in requests
-        ]
-        student = self._student
+        prompts = [self.tok_encode(_arguments(request)[0]) or [self.eot_token_id] for request in requests]
+        self.truncated += sum(len(prompt) > room for prompt in prompts)
+        prompts, student = [prompt[-room:] for prompt in prompts], self._student
 
         def stop(row: int, tokens: list[int]) -> bool:
             return stops[row].cut(tokens)[1]
@@ -178,59 +184,35 @@ class TideBD3LM(TemplateLM):
         rows = [until_eos(row, self.eot_token_id) for row in tokens.tolist()]
         return [end.cut(row)[0] for row, end in zip(rows, stops, strict=True)]
 
-    def _fit(self, prompt: list[int], room: int) -> list[int]:
-        if room < 1:
-            raise TideError(
-                f"a response takes the student's whole length of {self._max_length} tokens",
-                fix="lower max_new_tokens",
-            )
-        self.truncated += len(prompt) > room
-        return prompt[-room:]
-
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """ELBO of each continuation, and whether greedy sampling would give it. Answers to one context go together."""
+        """ELBO of each continuation, and whether greedy sampling would give it. Answers to one context go together, and
+        several contexts share passes.
+        """
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for number, (_, context, _) in enumerate(requests):
             groups[tuple(context)].append(number)
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         known = {n: tuple(a) for n, (q, _, _) in enumerate(requests) if (a := self._known("loglikelihood", q))}
+        keys = [key for key, numbers in groups.items() if any(requests[n][2] and n not in known for n in numbers)]
+        real = [[n for n in groups[key] if requests[n][2] and n not in known] for key in keys]
+        asked = [(list(key) or [self.eot_token_id], [requests[n][2] for n in numbers])
+                 for key, numbers in zip(keys, real, strict=True)]  # fmt: skip
+        scorer = Likelihoods(self._student, self._elbo, self._max_length, self._batch)
         with tqdm(total=len(requests), desc="likelihoods", disable=disable_tqdm or self._rank > 0) as bar:
-            for key, numbers in groups.items():
-                real = [n for n in numbers if requests[n][2] and n not in known]
-                longest = max((len(requests[n][2]) for n in real), default=0)
-                room = (self._max_length - longest) // self._elbo.block * self._elbo.block
-                context = self._fit(list(key) or [self.eot_token_id], room)
-                continuations = [requests[n][2] for n in real]
-                model, special = self._student.model, self._student.special
-                values = log_likelihoods(model, context, continuations, special, self._elbo) if real else []
-                greedy = self._are_greedy(context, continuations) if real else []
-                for number, value, same in zip(real, values, greedy, strict=True):
-                    results[number] = (value, same)
-                for number in numbers:
-                    if number in known:
-                        results[number] = known[number]
-                        continue
-                    self._keep("loglikelihood", (requests[number][0],), results[number])
-                    self.cache_hook.add_partial("loglikelihood", requests[number][0], results[number])
-                bar.update(len(numbers))
+            bar.update(len(requests) - sum(map(len, real)))
+            for number, answer in known.items():
+                results[number] = answer
+            for question, scores in scorer.score(asked):
+                room = self._max_length - max(map(len, asked[question][1]))
+                self.truncated += len(asked[question][0]) > room
+                for number, score in zip(real[question], scores, strict=True):
+                    results[number] = score
+                    self._keep("loglikelihood", (requests[number][0],), score)
+                    self.cache_hook.add_partial("loglikelihood", requests[number][0], score)
+                bar.update(len(scores))
         return results
-
-    def _are_greedy(self, context: list[int], continuations: Sequence[list[int]]) -> list[bool]:
-        """Whether greedy sampling, one token a step, gives each; given up when every one differs somewhere."""
-        block, mask = self._elbo.block, self._student.special.mask
-        longest = max(map(len, continuations))
-        config = SampleConfig(new_tokens=-(-longest // block) * block, block=block)
-        alike = [True] * len(continuations)
-        for tokens, _ in sample_steps(self._student.model, [context], self._student.special, config):
-            row = tokens[0].tolist()
-            for number, wanted in enumerate(continuations):
-                pairs = zip(row, wanted, strict=False)
-                alike[number] = alike[number] and all(token in (mask, want) for token, want in pairs)
-            if not any(alike):
-                break
-        return alike
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """ELBO of whole texts, in windows of the student's length that do not overlap."""

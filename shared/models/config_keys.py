@@ -83,8 +83,8 @@ def refuse_unread(config: Read, architecture: str, source: str) -> None:
             if fixed[key] and value not in fixed[key]:
                 wrong.append((key, value, fixed[key]))
         elif key == "layer_types":
-            if set(value or ()) - {"full_attention"}:
-                wrong.append((key, sorted(set(value)), ("full_attention",)))
+            if not isinstance(value, list | tuple | None) or set(value or ()) - {"full_attention"}:
+                wrong.append((key, value, ("full_attention alone",)))
         elif key not in read and key not in HARMLESS and not _off(value):
             unknown.append((key, value))
     if wrong:

@@ -52,6 +52,10 @@ class _Copy:
     weight: float
 
 
+Question = tuple[Sequence[int], Sequence[Sequence[int]]]
+"""A context and the continuations to score behind it."""
+
+
 def log_likelihoods(
     model: Any, context: Sequence[int], continuations: Sequence[Sequence[int]], special: Special, config: ElboConfig
 ) -> list[float]:
@@ -59,18 +63,28 @@ def log_likelihoods(
 
     ValueError where the context or a continuation is empty.
     """
-    if not context or not all(continuations):
+    return log_likelihoods_together(model, [(context, continuations)], special, config)[0]
+
+
+def log_likelihoods_together(
+    model: Any, questions: Sequence[Question], special: Special, config: ElboConfig
+) -> list[list[float]]:
+    """The same for several questions at once, each a row of the batch: it scores as alone."""
+    if not all(context and continuations and all(continuations) for context, continuations in questions):
         raise ValueError("the context or a continuation is empty; each needs at least one token")
-    copies = [copy for i, tokens in enumerate(continuations) for copy in _copies(i, tokens, special.mask, config)]
-    scores = torch.zeros(len(continuations), dtype=torch.float64)
+    copies = [
+        [copy for i, tokens in enumerate(continuations) for copy in _copies(i, tokens, special.mask, config)]
+        for _, continuations in questions
+    ]
+    scores = [torch.zeros(len(continuations), dtype=torch.float64) for _, continuations in questions]
     with torch.no_grad():
-        state = _Clean(model, context, continuations, special, config.block)
-        per_pass = max(1, _TOKENS_PER_PASS // config.block)
-        for start in range(0, len(copies), per_pass):
-            part = copies[start : start + per_pass]
-            owners = torch.tensor([copy.owner for copy in part])
-            scores.index_add_(0, owners, state.score(part, continuations).double().cpu())
-    return scores.tolist()
+        state = _Clean(model, questions, special, config.block)
+        per_pass = max(1, _TOKENS_PER_PASS // (config.block * len(questions)))
+        for start in range(0, max(map(len, copies)), per_pass):
+            parts = [row[start : start + per_pass] for row in copies]
+            for row, part, found in zip(scores, parts, state.score(parts, questions), strict=True):
+                row.index_add_(0, torch.tensor([copy.owner for copy in part], dtype=torch.long), found.double().cpu())
+    return [row.tolist() for row in scores]
 
 
 def masks(length: int, index: int, config: ElboConfig) -> list[tuple[Bool[Tensor, " length"], float]]:
@@ -102,70 +116,86 @@ def _copies(owner: int, tokens: Sequence[int], mask_id: int, config: ElboConfig)
     return copies
 
 
-class _Clean:
-    """Context and clean blocks of all continuations in the key-value cache; noised copies are run against it."""
+_SHARED, _NOBODY = -1, -2
+"""Owners of a context's positions, and of padding."""
 
-    def __init__(
-        self,
-        model: Any,
-        context: Sequence[int],
-        continuations: Sequence[Sequence[int]],
-        special: Special,
-        block: int,
-    ) -> None:
-        self._model, self._block = model, block
+
+class _Clean:
+    """Contexts and clean blocks of all continuations in the key-value cache; noised copies are run against it.
+
+    A row is a question: its context, padded on the left to whole blocks, then the clean blocks of each continuation,
+    then padding. Positions are those that each has alone.
+    """
+
+    def __init__(self, model: Any, questions: Sequence[Question], special: Special, block: int) -> None:
+        self._model, self._block, self._special = model, block, special
         self._device = model.get_input_embeddings().weight.device
-        padded, valid = pad_left([context], block, special.pad)
-        self._start = padded.shape[1]
-        shared = [-1] * self._start
-        rows = [(i, [*tokens[: (len(tokens) - 1) // block * block]]) for i, tokens in enumerate(continuations)]
-        ids = padded[0].tolist() + [token for _, tokens in rows for token in tokens]
-        self._owner = torch.tensor(shared + [i for i, tokens in rows for _ in tokens])
-        own = [self._start + at for _, tokens in rows for at in range(len(tokens))]
-        self._position = torch.tensor(list(range(self._start)) + own)
-        self._seen = torch.cat([valid[0], torch.ones(len(own), dtype=torch.bool)])
+        contexts, valid = pad_left([context for context, _ in questions], block, special.pad)
+        width = contexts.shape[1]
+        self._start = torch.tensor([-(-len(context) // block) * block for context, _ in questions])
+        clean = [[list(tokens[: (len(tokens) - 1) // block * block]) for tokens in row] for _, row in questions]
+        own = [[(i, at, token) for i, tokens in enumerate(row) for at, token in enumerate(tokens)] for row in clean]
+        longest = max(map(len, own))
+        behind = torch.tensor(
+            [[*row, *[(_NOBODY, 0, special.pad)] * (longest - len(row))] for row in own], dtype=torch.long
+        ).reshape(len(own), longest, 3)
+        owner, at, tokens = behind.unbind(dim=2)
+        context_position = torch.arange(width)[None] - (width - self._start)[:, None]
+        self._owner = torch.cat([torch.full_like(contexts, _SHARED), owner], dim=1)
+        self._position = torch.cat([context_position, self._start[:, None] + at], dim=1).clamp(min=0)
+        self._seen = torch.cat([valid, owner != _NOBODY], dim=1)
         self._cache = DynamicCache()
-        self._run(torch.tensor(ids), self._position, self._mask(self._owner, self._position, own_block=True))
+        mask = self._mask(self._owner, self._position, own_block=True)
+        self._run(torch.cat([contexts, tokens], dim=1), self._position, mask)
 
     def _mask(
-        self, owner: Int[Tensor, " query"], position: Int[Tensor, " query"], own_block: bool
-    ) -> Bool[Tensor, "query clean"]:
+        self, owner: Int[Tensor, "row query"], position: Int[Tensor, "row query"], own_block: bool
+    ) -> Bool[Tensor, "row query clean"]:
         """Which clean positions are seen: the context's and one's own, of earlier blocks (and of the same block)."""
-        mine = (self._owner[None] == owner[:, None]) | (self._owner[None] < 0)
-        query, key = position[:, None] // self._block, self._position[None] // self._block
-        return mine & ((key <= query) if own_block else (key < query)) & self._seen[None]
+        key_owner = self._owner[:, None]
+        mine = (key_owner == owner[:, :, None]) | (key_owner == _SHARED)
+        query, key = position[:, :, None] // self._block, self._position[:, None] // self._block
+        return mine & ((key <= query) if own_block else (key < query)) & self._seen[:, None]
 
     def _run(
-        self, ids: Int[Tensor, " n"], position: Int[Tensor, " n"], mask: Bool[Tensor, "n keys"]
-    ) -> Float[Tensor, "n width"]:
-        own = torch.arange(len(ids))
-        mask[own, mask.shape[1] - len(ids) + own] = True  # padding sees itself, so that no row is empty
+        self, ids: Int[Tensor, "row n"], position: Int[Tensor, "row n"], mask: Bool[Tensor, "row n keys"]
+    ) -> Float[Tensor, "row n width"]:
+        own = torch.arange(ids.shape[1])
+        mask[:, own, mask.shape[2] - ids.shape[1] + own] = True  # padding sees itself, so that no row is empty
         output = self._model.model(
-            input_ids=ids[None].to(self._device),
-            position_ids=position[None].to(self._device),
-            attention_mask=mask[None, None].to(self._device),
+            input_ids=ids.to(self._device),
+            position_ids=position.to(self._device),
+            attention_mask=mask[:, None].to(self._device),
             past_key_values=self._cache,
             use_cache=True,
         )
-        return output.last_hidden_state[0]
+        return output.last_hidden_state
 
-    def score(self, copies: list[_Copy], continuations: Sequence[Sequence[int]]) -> Float[Tensor, " copies"]:
-        """Weighted Σ log p(gold) of each copy."""
-        block, count = self._block, len(copies)
-        ids = torch.tensor([copy.tokens for copy in copies])
-        starts = torch.tensor([self._start + copy.index * block for copy in copies])
-        position = (starts[:, None] + torch.arange(block)).flatten()
-        owner = torch.tensor([copy.owner for copy in copies]).repeat_interleave(block)
+    def score(self, parts: Sequence[list[_Copy]], questions: Sequence[Question]) -> list[Float[Tensor, " copies"]]:
+        """Weighted Σ log p(gold) of each copy, row by row."""
+        block, count = self._block, max(map(len, parts))
+        empty = _Copy(_NOBODY, 0, [self._special.mask] * block, [], 0.0)
+        whole = [[*part, *[empty] * (count - len(part))] for part in parts]
+        ids = torch.tensor([[copy.tokens for copy in row] for row in whole]).flatten(1)
+        index = torch.tensor([[copy.index for copy in row] for row in whole])
+        position = (self._start[:, None] + index * block)[:, :, None] + torch.arange(block)
+        owner = torch.tensor([[copy.owner for copy in row] for row in whole]).repeat_interleave(block, dim=1)
         copy_of = torch.arange(count).repeat_interleave(block)
-        mask = torch.cat([self._mask(owner, position, own_block=False), copy_of[:, None] == copy_of[None]], dim=1)
-        hidden = self._run(ids.flatten(), position, mask)
+        among = (copy_of[:, None] == copy_of[None]).expand(len(whole), -1, -1)
+        mask = torch.cat([self._mask(owner, position.flatten(1), own_block=False), among], dim=2)
+        hidden = self._run(ids, position.flatten(1), mask)
         self._cache.crop(-count * block)
-        rows = [n * block + at for n, copy in enumerate(copies) for at in copy.scored]
-        gold = [continuations[copy.owner][copy.index * block + at] for copy in copies for at in copy.scored]
-        logp = self._log_probability(hidden[torch.tensor(rows, device=hidden.device)], torch.tensor(gold))
-        weights = torch.tensor([copy.weight for copy in copies for _ in copy.scored])
-        of = torch.tensor([n for n, copy in enumerate(copies) for _ in copy.scored])
-        return torch.zeros(count).index_add_(0, of, logp.cpu() * weights)
+        spots = [
+            (row, n * block + at, questions[row][1][copy.owner][copy.index * block + at], row * count + n, copy.weight)
+            for row, copies in enumerate(parts)
+            for n, copy in enumerate(copies)
+            for at in copy.scored
+        ]
+        rows, columns, gold, of = torch.tensor([spot[:4] for spot in spots], dtype=torch.long).unbind(dim=1)
+        logp = self._log_probability(hidden[rows.to(hidden.device), columns.to(hidden.device)], gold)
+        weights = torch.tensor([spot[4] for spot in spots])
+        found = torch.zeros(len(whole) * count).index_add_(0, of, logp.cpu() * weights).view(len(whole), count)
+        return [row[: len(part)] for row, part in zip(found, parts, strict=True)]
 
     def _log_probability(self, hidden: Float[Tensor, "n width"], gold: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """log p of the gold tokens, in slices: the mask token counts as any other, as in training."""
