@@ -13,6 +13,7 @@ from typing import Literal
 
 from shared.data_config import DataConfig, LengthConfig, RowFilter, Sources
 from shared.objectives import Distillation, NoDistillation
+from shared.student_config import ModelShape, StudentConfig
 from shared.variants import require, strict
 
 __all__ = [
@@ -189,42 +190,6 @@ class CacheConfig:
 
 
 @strict
-class ModelShape:
-    """Sizes of a model that starts from random weights."""
-
-    architecture: Literal["qwen3", "llama"] = "qwen3"
-    hidden_size: int = 128
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int = 2
-    intermediate_size: int = 384
-
-    def __post_init__(self) -> None:
-        for name in ("hidden_size", "layers", "heads", "kv_heads", "intermediate_size"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
-        require(
-            self.hidden_size % (2 * self.heads) == 0,
-            f"hidden_size is {self.hidden_size}; it must be an even multiple of heads ({self.heads})",
-        )
-        require(
-            self.heads % self.kv_heads == 0,
-            f"heads is {self.heads}; it must be a multiple of kv_heads ({self.kv_heads})",
-        )
-
-
-@strict
-class StudentConfig(ModelShape):
-    """The student: a checkpoint, or a new model of this shape with the cache's tokenizer."""
-
-    checkpoint: str | None = None
-    """Path or hub id of an `a2d-qwen3`, Qwen3 or Llama checkpoint; None starts from random weights."""
-    add_mask_row: bool = False
-    """Allow new embedding rows where the checkpoint has none for the mask token."""
-    attention: Literal["auto", "sdpa", "flex"] = "auto"
-    """`auto`: flex_attention with a compiled block mask on CUDA, SDPA with a dense mask elsewhere."""
-
-
-@strict
 class TrainConfig:
     """Stage two: `tide train`."""
 
@@ -279,6 +244,8 @@ class TrainConfig:
     loader_workers: int = -1
     """Processes that read and collate ahead of each trainer; −1: one on CUDA, none on a CPU, which they would share."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    run_name: str | None = None
+    """What trackers call the run (default: the name of its folder)."""
     checkpoint_steps: int = 500
     log_steps: int = 10
     heldout: DataConfig | None = None

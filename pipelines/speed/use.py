@@ -9,6 +9,7 @@ speed and memory are measured, its text is not judged.
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -222,15 +223,28 @@ def _prepare(kind: str, place: str) -> Callable[[], object]:
     return job
 
 
+def _together(points: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Points with their labels; neighbours too close to be read apart get one label, at the first of them."""
+    found: list[tuple[float, float, str]] = []
+    for speed, nll, text in points:
+        if found and abs(math.log(speed / found[-1][0])) < 0.35 and abs(nll - found[-1][1]) < 0.3:
+            found[-1] = (*found[-1][:2], f"{found[-1][2]}, {text}")
+        else:
+            found.append((speed, nll, text))
+    return found
+
+
 def _draw(rows: list[_Row], truth: float, path: Path) -> None:
     """Quality against speed; the best lie at the upper right."""
     figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
     for label, mark in (("teacher", "s"), ("student, threshold", "^"), ("student, steps a block", "o")):
         mine = [(r.speed, r.quality[0], r.name) for r in rows if r.quality and _group(r.name) == label]
         axis.plot([speed for speed, _, _ in mine], [nll for _, nll, _ in mine], mark + "-", label=label, linewidth=1)
-        for speed, nll, name in mine:
-            text = name.partition(", ")[2].removeprefix("threshold ").removesuffix(" steps a block")
-            axis.annotate(text, (speed, nll), textcoords="offset points", xytext=(4, 6), fontsize=8)
+        short = [(speed, nll, name.partition(", ")[2].removeprefix("threshold ").removesuffix(" steps a block"))
+                 for speed, nll, name in mine]  # fmt: skip
+        below = mark == "^"  # where two lines meet, their labels stand on either side
+        for speed, nll, text in _together(short):
+            axis.annotate(text, (speed, nll), textcoords="offset points", xytext=(4, -13 if below else 6), fontsize=8)
     for row in rows:
         if row.quality is None:
             axis.axvline(row.speed, linestyle=":", color="grey", label=f"{row.name} (speed alone)")

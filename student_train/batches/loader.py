@@ -97,6 +97,10 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
         self.__dict__ |= state
         self._remember()
 
+    def epochs_in(self, items: int) -> float:
+        """How many epochs the first `items` items are: one is a draw of every example."""
+        return items / self._processes * self._draws / self.batches_in(0)
+
     def batches_in(self, number: int) -> int:
         """Batches of a pass over the data: of an epoch, or of as many as draws are trained on at once."""
         return int(self._batches[number % len(self._batches)])

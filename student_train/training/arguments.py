@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 import torch
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from shared.config import TrainConfig
+from shared.manifest import Manifest
+from shared.settings import to_plain
 from student_train.training.checks import loader_workers
 from student_train.training.resumable import training_arguments
 
 _AHEAD = 16
 """Batches that a process of the loader has ready."""
 
+TENSORBOARD = "tensorboard"
+
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor"}
 """In transformers' names."""
 
 
-def arguments(config: TrainConfig, steps: int, evaluates: bool) -> Any:
-    """TrainingArguments of a run of `steps` steps."""
-    return training_arguments(
+def arguments(config: TrainConfig, manifest: Manifest, steps: int, evaluates: bool) -> Any:
+    """TrainingArguments of a run of `steps` steps; trackers log the settings as `tide`, with the cache's digest."""
+    about = {"cache_digest": manifest.digest, "teacher": manifest.fingerprint["teacher"]["name"]}
+    made = training_arguments(
         config.out / "checkpoints",
+        run_name=config.run_name or config.out.name,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=config.accumulation,
         max_steps=steps,
@@ -36,7 +44,7 @@ def arguments(config: TrainConfig, steps: int, evaluates: bool) -> Any:
         logging_steps=config.log_steps,
         eval_strategy="steps" if evaluates else "no",
         eval_steps=config.eval_steps,
-        report_to=list(config.report_to),
+        report_to=[name for name in config.report_to if name != TENSORBOARD],
         ddp_find_unused_parameters=False,
         optim=_OPTIMIZERS[config.optimizer],
         gradient_checkpointing=config.gradient_checkpointing,
@@ -45,6 +53,8 @@ def arguments(config: TrainConfig, steps: int, evaluates: bool) -> Any:
         **({"use_cpu": True} if config.device == "cpu" else {}),
         **({"fsdp": True, "fsdp_config": {"version": 2}} if config.parallel == "fsdp" else {}),
     )
+    made.tide = json.loads(json.dumps({**to_plain(config), **about}))
+    return made
 
 
 def _loading(workers: int) -> dict[str, Any]:
@@ -59,3 +69,12 @@ def _loading(workers: int) -> dict[str, Any]:
     }  # fmt: skip
     on_cuda = torch.cuda.is_available()
     return {**ahead, "dataloader_pin_memory": on_cuda, "accelerator_config": {"non_blocking": on_cuda}}
+
+
+def tensorboard(config: TrainConfig) -> list[TensorBoardCallback]:
+    """TensorBoard in the run's own folder, one place for all its resumptions; nothing where it is not asked for."""
+    if TENSORBOARD not in config.report_to:
+        return []
+    callback = TensorBoardCallback()
+    callback.logging_dir = str(config.out / TENSORBOARD)
+    return [callback]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, no_type_check
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -19,7 +21,18 @@ from student_train.training.checkpoints import clear, mark, rotate, whole_checkp
 _KEPT = 2
 
 
-def training_arguments(out: Path, **settings: Any) -> TrainingArguments:
+@no_type_check  # its inherited fields are transformers' own, and not all of the types that they state
+class RecordedArguments(TrainingArguments):
+    """TrainingArguments that tell trackers of `tide` too: the run's own settings, and what it is trained from."""
+
+    tide: Mapping[str, Any] = MappingProxyType({})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What trackers log as the run's configuration."""
+        return {**super().to_dict(), "tide": dict(self.tide)}
+
+
+def training_arguments(out: Path, **settings: Any) -> RecordedArguments:
     """TrainingArguments with this project's defaults: quiet, local, safetensors."""
     defaults: dict[str, Any] = {
         "output_dir": str(out),
@@ -32,7 +45,7 @@ def training_arguments(out: Path, **settings: Any) -> TrainingArguments:
         "logging_first_step": True,
         "use_cpu": not torch.accelerator.is_available(),
     }
-    return TrainingArguments(**{**defaults, **settings})
+    return RecordedArguments(**{**defaults, **settings})
 
 
 class ResumableTrainer(Trainer):
@@ -87,6 +100,11 @@ class ResumableTrainer(Trainer):
         if pending is not None:
             pending.result()
 
+    def _load_callback_state(self) -> None:
+        """Called with a checkpoint's state, which says how often it logged, saved and scored: that may have changed."""
+        self.state.compute_steps(self.args, self.state.max_steps)
+        super()._load_callback_state()
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self._later is None or output_dir is None:
             super()._save(output_dir, state_dict)
@@ -114,6 +132,8 @@ class ResumableTrainer(Trainer):
             whole = whole_checkpoints(place)
             clear(place, whole)
             last = [(str(whole[-1].folder), whole[-1].seconds) if whole else None]
+            if whole:
+                print(_what_resume_does(whole[-1].step, self.args.max_steps), file=sys.stderr)
         if self.args.world_size > 1:
             broadcast_object_list(last)  # on a shared file system all must see the same
         folder, self._seconds_before = last[0] or (None, 0.0)
@@ -122,6 +142,12 @@ class ResumableTrainer(Trainer):
             self.train(resume_from_checkpoint=folder)
         finally:
             self.settle()
+
+
+def _what_resume_does(step: int, steps: int) -> str:
+    if step >= steps:
+        return f"this run has ended, at step {step:,}; with more epochs or max_steps it is extended"
+    return f"the run goes on from checkpoint-{step}: {steps - step:,} of {steps:,} steps are left"
 
 
 def _in_host_memory(state: Any) -> Any:

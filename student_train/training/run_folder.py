@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from shared.manifest import Manifest, differences
 from shared.settings import to_plain
 
 _NAME = "run.json"
+_MAY_CHANGE = ("log_steps", "checkpoint_steps", "eval_steps", "report_to", "run_name", "loader_workers",
+               "store_cache_gb")  # fmt: skip
+"""Settings that change nothing of what is trained."""
 
 
 def recorded_settings(out: Path) -> dict[str, Any]:
@@ -21,9 +25,12 @@ def recorded_settings(out: Path) -> dict[str, Any]:
     return dict(_read(out).get("config", {}))
 
 
-def settle_run_folder(config: TrainConfig, manifest: Manifest, processes: int) -> None:
-    """Write what this run is, or refuse to go on with another one."""
-    this = json.loads(json.dumps({"config": to_plain(config), "cache": manifest.digest, "draws": manifest.draws}))
+def settle_run_folder(config: TrainConfig, manifest: Manifest, processes: int, steps: int) -> None:
+    """Write what this run of `steps` steps is, or refuse to go on with another one. A run may be looked at otherwise
+    (`_MAY_CHANGE`), and it may become longer, which is said.
+    """
+    about = {"config": to_plain(config), "cache": manifest.digest, "draws": manifest.draws, "steps": steps}
+    this = json.loads(json.dumps(about))
     this["config"].pop("out")
     if config.global_batch is None:
         this["config"]["batch_size"] *= processes  # the same rows make a step, however many processes share them
@@ -31,17 +38,31 @@ def settle_run_folder(config: TrainConfig, manifest: Manifest, processes: int) -
         for name in ("batch_size", "accumulation"):  # how a step is divided does not change it
             this["config"].pop(name)
     before = _read(config.out)
-    if not before:
+    if before:
+        known = {name: value for name, value in to_plain(TrainConfig()).items() if name in this["config"]}
+        before = {**before, "config": {**json.loads(json.dumps(known)), **before["config"]}}  # settings that came since
+        longer = steps > before.get("steps", steps)
+        lines = differences(_compared(before, longer), _compared(this, longer))
+        if lines:
+            raise TideError(
+                f"{config.out} holds a run with other settings (run → now):\n    " + "\n    ".join(lines),
+                fix="give back the old settings, or choose another folder (--out)",
+            )
+        if longer:
+            print(
+                f"the run is extended from {before['steps']:,} to {steps:,} steps: from here on the learning rate and "
+                f"TIDAL follow the schedule of {steps:,}",
+                file=sys.stderr,
+            )
+    if before != this:
         write_bytes(config.out / _NAME, (json.dumps(this, indent=2) + "\n").encode())
-        return
-    known = {name: value for name, value in to_plain(TrainConfig()).items() if name in this["config"]}
-    before = {**before, "config": {**json.loads(json.dumps(known)), **before["config"]}}  # settings that came since
-    lines = differences(before, this)
-    if lines:
-        raise TideError(
-            f"{config.out} holds a run with other settings (run → now):\n    " + "\n    ".join(lines),
-            fix="give back the old settings, or choose another folder (--out)",
-        )
+
+
+def _compared(about: dict[str, Any], longer: bool) -> dict[str, Any]:
+    """What must be the same; the length must not where a run becomes longer."""
+    left = {*_MAY_CHANGE, *(("epochs", "max_steps") if longer else ())}
+    config = {name: value for name, value in about["config"].items() if name not in left}
+    return {**about, "config": config, "steps": None}
 
 
 def _read(out: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from student_train.losses.schedules import training_strength
 from student_train.model.card import write_card
 from student_train.model.saving import save_student
 from student_train.model.student import embedding_rows, load_student
-from student_train.training.arguments import arguments
+from student_train.training.arguments import arguments, tensorboard
 from student_train.training.checks import (
     check_draws,
     check_hardware,
@@ -135,6 +135,9 @@ class StudentTrainer(ResumableTrainer):
             tidal = getattr(self._config.distillation, "tidal", None)
             if tidal is not None:
                 logs["tidal_lambda_train"] = training_strength(tidal, self.progress)
+        dataset: Any = self.train_dataset
+        done = self.state.global_step * self._config.accumulation * self.accelerator.num_processes
+        self.state.epoch = dataset.epochs_in(done)  # to transformers the whole run is one epoch
         super().log(logs, *args, **kwargs)
         if not self.is_world_process_zero():
             return
@@ -193,14 +196,15 @@ def make_trainer(config: TrainConfig, held: ExitStack | None = None) -> tuple[St
     if int(os.environ.get("RANK", "0")) == 0:
         if held is not None:
             held.enter_context(hold(config.out / ".lock", f"the run {config.out}"))
-        settle_run_folder(config, manifest, processes)
+        settle_run_folder(config, manifest, processes, steps)
     read_targets = TargetReader(manifest, opened.layout)
     if compiles(config):
         compile_layers(model)
     train_on_loss(model, lengths.block, read_targets, way_of(config))
     trainer = StudentTrainer(
         model=model,
-        args=arguments(config, steps, heldout is not None),
+        args=arguments(config, manifest, steps, heldout is not None),
+        callbacks=tensorboard(config),
         train_dataset=dataset,
         eval_dataset=dataset if heldout is not None else None,
         data_collator=_only,

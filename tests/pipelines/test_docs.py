@@ -118,3 +118,17 @@ def test_the_page_of_settings_has_every_one_in_its_own_words() -> None:
             for field in dataclasses.fields(kind):
                 assert f"| `{field.name}` |" in page, (kind, field.name)
     assert "Draws of an example that a step trains on in one pass" in page
+
+
+def test_error_messages_of_the_page_are_the_programs() -> None:
+    """Every fixed part of every message that the page explains stands in the code, in one error."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    packages = ("shared", "teacher_cache", "student_train", "pipelines", "tide")
+    texts = [path.read_text() for package in packages for path in (ROOT / package).rglob("*.py")]
+    source = "\n".join(re.sub(r'"\s*\n\s*f?"', "", text) for text in texts)  # texts over several lines
+    source = re.sub(r"\{[^{}\n]*(\{[^{}\n]*\}[^{}\n]*)*\}", "…", source)
+    messages = re.findall(r"\*\*`([^`]+)`\*\*", page)
+    assert len(messages) > 25
+    for message in messages:
+        parts = [re.escape(part) for part in re.split(r"…", message.strip())]
+        assert re.search("[^\n]{0,200}?".join(parts), source), message

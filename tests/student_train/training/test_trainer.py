@@ -84,7 +84,7 @@ def test_every_objective_trains(
     for entry in logged:
         assert entry["loss"] == pytest.approx(entry["denoise"] + entry["distillation"], rel=1e-4)
     assert 0 < metrics["eval_heldout_nll"] < 12
-    assert list((tmp_path / "checkpoints").rglob("events.out.tfevents*"))
+    assert list((tmp_path / "tensorboard").glob("events.out.tfevents*"))
 
 
 def test_the_result_loads_with_transformers_alone(caches: dict[str, Path], tmp_path: Path) -> None:
