@@ -42,7 +42,8 @@ def commands() -> dict[str, Any]:
 
 
 def shell_lines(text: str) -> list[str]:
-    blocks = re.findall(r"```(?:bash)?\n(.*?)```", text, re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    blocks = [block for kind, block in fenced if kind in ("", "bash")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(blocks))
     return [line for line in joined.splitlines() if ".venv/bin/tide " in line]
 
