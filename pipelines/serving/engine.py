@@ -73,6 +73,7 @@ class Engine:
     def submit(self, jobs: Sequence[Job]) -> None:
         """All or none. Full where more would wait than may."""
         with self._changed:
+            self._waiting = deque(job for job in self._waiting if not job.cancelled)
             free = self.batch - len(self._running)
             if self._stopping or len(self._waiting) + len(jobs) > self._most + max(free, 0):
                 raise Full
@@ -88,7 +89,7 @@ class Engine:
                 error: Exception = Stopping("the server is stopping")
             except Exception as failure:  # whatever it is, those who wait must hear of it
                 print(f"tide serve: {type(failure).__name__}: {failure}", file=sys.stderr)
-                error = failure
+                error = failure.with_traceback(None)  # its frames would keep the cache of what failed
             self._fail(error)
             if self._stopping:
                 return

@@ -250,6 +250,7 @@ def _draw(rows: list[_Row], truth: float, path: Path) -> None:
             axis.axvline(row.speed, linestyle=":", color="grey", label=f"{row.name} (speed alone)")
     axis.axhline(truth, linestyle="--", color="grey", linewidth=1, label="the true text")
     axis.set(xscale="log", xlabel="tokens a second", ylabel="teacher's NLL, nats a token (better is higher up)")
+    axis.margins(y=0.12)
     axis.invert_yaxis()
     axis.legend(frameon=False, fontsize=8)
     axis.grid(alpha=0.3)
