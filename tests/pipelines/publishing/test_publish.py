@@ -141,6 +141,8 @@ def test_an_exported_student_keeps_its_card(run: Path, tmp_path: Path) -> None:
         out = tmp_path / layout
         export_student(run / "model", out, layout)
         assert (out / "README.md").read_bytes() == (run / "model" / "README.md").read_bytes()
+        said = json.loads((out / "config.json").read_text())
+        assert (said["block_size"], said["mask_token_id"]) == (32, 2047)
         assert (out / "LICENSE").exists() and not (out / "notes.py").exists()
     generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert len(generation["eos_token_id"]) == 1  # its end of turn is its EOS
