@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("shared", "teacher_cache", "student_train", "pipelines")
+ROOMS = ("shared", "teacher_cache", "student_train", "pipelines", "tide")
 
 
 @pytest.fixture

@@ -102,9 +102,10 @@ def main() -> None:
     """Arguments: the socket, and the limits in bytes of memory, seconds of CPU, bytes of a file."""
     end, memory, seconds, size = (int(text) for text in sys.argv[1:5])
     jail.die_with_parent()
-    for kind, limit in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_FSIZE, size),
-                        (resource.RLIMIT_CORE, 0)):  # fmt: skip
+    for kind, limit in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, size), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(kind, (limit, limit))
+    # SIGXCPU first, which says what it is; where both limits are one, SIGKILL comes, which may be anybody's.
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     sys.set_int_max_str_digits(0)
     jail.lock_in(sys.argv[6:], [sys.argv[5], "/dev/null"])
     jail.forbid_calls(signals=jail.landlock_version() < jail.SCOPES_SIGNALS)

@@ -29,7 +29,7 @@ NAMES = {"README.md", "chat_template.jinja", "config.json", "generation_config.j
 def run(student: str, tmp_path: Path) -> Path:
     """A run with a score, and with things that are nobody's business."""
     folder = tmp_path / "run"
-    shutil.copytree(Path(student).parent, folder)
+    shutil.copytree(student, folder / "model")
     (folder / "model" / "training_args.bin").write_bytes(b"pickle")
     (folder / "model" / "notes.py").write_text("print()\n")
     (folder / "model" / "LICENSE").write_text("Apache License\n")
