@@ -14,8 +14,8 @@ from shared.errors import TideError
 
 HARMLESS = frozenset({
     # what it is, and who wrote it
-    "architectures", "auto_map", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path",
-    "_commit_hash", "tokenizer_class", "_attn_implementation", "attn_implementation", "unsloth_version",
+    "architectures", "auto_map", "model_type", "dtype", "torch_dtype", "transformers_version", "tokenizer_class",
+    "attn_implementation", "unsloth_version", "is_llama_config", "transformers.js_config", "model_max_length",
     "unsloth_fixed", "save_dtype", "language", "name", "license", "task_specific_params", "id2label", "label2id",
     "num_labels", "problem_type", "finetuning_task", "prefix",
     # special ids, which are read elsewhere
@@ -26,8 +26,7 @@ HARMLESS = frozenset({
     "wedlm_window_size", "wedlm_entropy_threshold", "wedlm_pos_penalty_factor", "generation_config",
     # how it is trained and run
     "use_cache", "return_dict", "return_dict_in_generate", "initializer_range", "init_device", "init_fn", "init_std",
-    "init_cutoff_factor", "attention_dropout", "embedding_dropout", "residual_dropout", "output_dropout",
-    "hidden_dropout", "precision", "flash_attention", "router_aux_loss_coef", "output_router_logits", "pretraining_tp",
+    "init_cutoff_factor", "precision", "flash_attention", "use_flash_attn", "use_flash_attention", "router_aux_loss_coef", "output_router_logits", "pretraining_tp",
     "fuse_cross_entropy", "ep_size", "micro_forward", "skip_checkpoint", "use_deepep", "debug",
     "chunk_size_feed_forward",
     # of what is off: ALiBi, windows, the norm that attention_layer_norm would add
@@ -85,7 +84,7 @@ def refuse_unread(config: Read, architecture: str, source: str) -> None:
         elif key == "layer_types":
             if not isinstance(value, list | tuple | None) or set(value or ()) - {"full_attention"}:
                 wrong.append((key, value, ("full_attention alone",)))
-        elif key not in read and key not in HARMLESS and not _off(value):
+        elif key not in read and not _harmless(key) and not _off(value):
             unknown.append((key, value))
     if wrong:
         key, value, allowed = wrong[0]
@@ -102,6 +101,11 @@ def refuse_unread(config: Read, architecture: str, source: str) -> None:
             fix="if they change nothing, take them out of config.json in a copy of the folder; else use another "
             "checkpoint",
         )
+
+
+def _harmless(key: str) -> bool:
+    """Of the list, a library's own note (`_name_or_path`, …), or a dropout, which is never used."""
+    return key in HARMLESS or key.startswith("_") or key.endswith(("dropout", "pdrop"))
 
 
 def _off(value: Any) -> bool:

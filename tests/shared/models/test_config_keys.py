@@ -48,6 +48,12 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def test_a_librarys_own_notes_and_dropouts_change_nothing(golden: Path, tmp_path: Path) -> None:
+    """As a model has them that was read out of GGUF, and others of the hub."""
+    notes = {"_model_name_or_path": "x", "_name_or_path": "y", "attn_pdrop": 0.1, "is_llama_config": True}
+    load(changed(golden, "step/teacher_cross", tmp_path, **notes))
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_are_taken(name: str) -> None:
     meta_model(*PUBLISHED[name])
