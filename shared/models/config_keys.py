@@ -26,9 +26,9 @@ HARMLESS = frozenset({
     "wedlm_window_size", "wedlm_entropy_threshold", "wedlm_pos_penalty_factor", "generation_config",
     # how it is trained and run
     "use_cache", "return_dict", "return_dict_in_generate", "initializer_range", "init_device", "init_fn", "init_std",
-    "init_cutoff_factor", "precision", "flash_attention", "use_flash_attn", "use_flash_attention", "router_aux_loss_coef", "output_router_logits", "pretraining_tp",
-    "fuse_cross_entropy", "ep_size", "micro_forward", "skip_checkpoint", "use_deepep", "debug",
-    "chunk_size_feed_forward",
+    "init_cutoff_factor", "precision", "flash_attention", "use_flash_attn", "use_flash_attention",
+    "router_aux_loss_coef", "output_router_logits", "pretraining_tp", "fuse_cross_entropy", "ep_size", "micro_forward",
+    "skip_checkpoint", "use_deepep", "debug", "chunk_size_feed_forward",
     # of what is off: ALiBi, windows, the norm that attention_layer_norm would add
     "alibi_bias_max", "max_window_layers", "sliding_window", "attention_layer_norm_with_affine",
 })  # fmt: skip
