@@ -50,6 +50,7 @@ FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
         "router_topk_group": (-2, -1, 0, 1),
     },
     "qwen3": {"qk_norm": (True,)},
+    "dream": {"head_dim": (), "attention_bias": ()},
 }  # fmt: skip
 """By architecture ("": all), the values that a key may have; none: any, since the key follows from others."""
 
