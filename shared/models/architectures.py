@@ -7,7 +7,7 @@ of the checkpoint where it goes. The loader checks that all go somewhere and tha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import (
@@ -25,6 +25,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from shared.models.config_keys import Fixed
 from shared.models.key_maps import Rename, Rule, SplitRows, StackExperts
 
 RawConfig = Mapping[str, Any]
@@ -38,6 +39,8 @@ class Architecture:
     model_class: type[PreTrainedModel]
     config: Callable[[RawConfig], PreTrainedConfig]
     rules: tuple[Rule, ...]
+    fixed: Fixed = field(default_factory=dict)
+    """Keys of the config that must be as the transformers class has it."""
 
 
 _SAME = (Rename(r"(model\.(embed_tokens|norm)\..*|model\.layers\.\d+\..*|lm_head\.weight)", r"\1"),)
@@ -59,8 +62,8 @@ def _special(raw: RawConfig) -> dict[str, Any]:
 
 
 def _llama(raw: RawConfig) -> LlamaConfig:
-    names = {name for kind in LlamaConfig.__mro__ for name in getattr(kind, "__annotations__", {})}
-    values = {name: raw[name] for name in raw if name in names and name not in ("model_type", "architectures")}
+    names = {field.name for field in fields(LlamaConfig)} - {"architectures"}
+    values = {name: raw[name] for name in raw if name in names}
     return LlamaConfig(**{**values, "rope_parameters": _rope(raw), **_special(raw)})
 
 
@@ -188,14 +191,26 @@ ARCHITECTURES: dict[str, Architecture] = {
             Rename(_B + r"up_proj\.(weight|bias)", _L + r"mlp.up_proj.\2"),
             Rename(_B + r"ff_out\.(weight|bias)", _L + r"mlp.down_proj.\2"),
         ),
+        {
+            "block_type": ("llama",), "block_group_size": (1,), "layer_norm_type": ("rms",), "rope": (True,),
+            "layer_norm_with_affine": (True,), "rope_full_precision": (True,), "tie_word_embeddings": (True, False),
+            "mlp_ratio": (), "vocab_size": (),
+        },
     ),
-    "dream": Architecture(("Dream",), Qwen2ForCausalLM, _qwen2, _SAME),
-    "qwen3": Architecture(("qwen3", "a2d-qwen3", "wedlm", "sdar"), Qwen3ForCausalLM, _qwen3, _SAME),
+    "dream": Architecture(("Dream",), Qwen2ForCausalLM, _qwen2, _SAME, {"head_dim": (), "attention_bias": ()}),
+    "qwen3": Architecture(
+        ("qwen3", "a2d-qwen3", "wedlm", "sdar"), Qwen3ForCausalLM, _qwen3, _SAME, {"qk_norm": (True,)}
+    ),
     "llada_moe": Architecture(
         ("lladamoe", "llada_moe", "llada"),  # the published ones say llada
         Qwen3MoeForCausalLM,
         _llada_moe,
         (*_experts(_K), *_SAME),
+        {
+            "qk_layernorm": (True,), "partial_rotary_factor": (1,), "routed_scaling_factor": (1,),
+            "moe_router_score_function": ("softmax",), "router_num_group": (-2, -1, 0, 1),
+            "router_topk_group": (-2, -1, 0, 1),
+        },
     ),
     "llada2_moe": Architecture(
         ("llada2_moe",),
@@ -215,5 +230,9 @@ ARCHITECTURES: dict[str, Architecture] = {
             *_experts(_K),
             *_SAME,
         ),
+        {
+            "score_function": ("sigmoid",), "router_dtype": ("fp32", "float32"), "use_rmsnorm": (True,),
+            "moe_router_enable_expert_bias": (True,), "rotary_dim": (),
+        },
     ),
-}
+}  # fmt: skip

@@ -2,7 +2,7 @@
 
 A key that a key map does not read could change what the model computes, in silence. One that is off (null, false, 0,
 empty) changes nothing. Of the others `HARMLESS` are those without influence on logits, and `FIXED` those that must have
-the value for which the transformers class is written.
+the value for which the transformers class is written; so must what an architecture fixes of its own.
 """
 
 from __future__ import annotations
@@ -33,26 +33,11 @@ HARMLESS = frozenset({
     "alibi_bias_max", "max_window_layers", "sliding_window", "attention_layer_norm_with_affine",
 })  # fmt: skip
 
-FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "": {"use_sliding_window": (False,), "is_encoder_decoder": (False,), "is_decoder": (False, True)},
-    "llada": {
-        "block_type": ("llama",), "block_group_size": (1,), "layer_norm_type": ("rms",), "rope": (True,),
-        "layer_norm_with_affine": (True,), "rope_full_precision": (True,), "tie_word_embeddings": (True, False),
-        "mlp_ratio": (), "vocab_size": (),
-    },
-    "llada2_moe": {
-        "score_function": ("sigmoid",), "router_dtype": ("fp32", "float32"), "moe_router_enable_expert_bias": (True,),
-        "use_rmsnorm": (True,), "rotary_dim": (),
-    },
-    "llada_moe": {
-        "qk_layernorm": (True,), "partial_rotary_factor": (1,), "routed_scaling_factor": (1,),
-        "moe_router_score_function": ("softmax",), "router_num_group": (-2, -1, 0, 1),
-        "router_topk_group": (-2, -1, 0, 1),
-    },
-    "qwen3": {"qk_norm": (True,)},
-    "dream": {"head_dim": (), "attention_bias": ()},
-}  # fmt: skip
-"""By architecture ("": all), the values that a key may have; none: any, since the key follows from others."""
+Fixed = Mapping[str, tuple[Any, ...]]
+"""The values that a key may have; none: any, since the key follows from others."""
+
+FIXED: Fixed = {"use_sliding_window": (False,), "is_encoder_decoder": (False,), "is_decoder": (False, True)}
+"""Of every architecture; each has its own beside them."""
 
 
 class Read(Mapping[str, Any]):
@@ -73,9 +58,11 @@ class Read(Mapping[str, Any]):
         return len(self._values)
 
 
-def refuse_unread(config: Read, architecture: str, source: str) -> None:
-    """TideError where a key that was not asked for may change what the model computes."""
-    fixed = {**FIXED[""], **FIXED.get(architecture, {})}
+def refuse_unread(config: Read, own: Fixed, source: str) -> None:
+    """TideError where a key that was not asked for may change what the model computes. `own`: what the architecture
+    fixes.
+    """
+    fixed = {**FIXED, **own}
     wrong, unknown = [], []
     read = set(config.keys_read)
     for key, value in config.items():

@@ -81,7 +81,7 @@ def _empty_model(kind: Architecture, raw: dict[str, Any], source: str) -> Any:
     try:
         config = kind.config(read)
         config._attn_implementation = "sdpa"
-        refuse_unread(read, next(name for name, known in ARCHITECTURES.items() if known is kind), source)
+        refuse_unread(read, kind.fixed, source)
         with init_empty_weights():
             return kind.model_class(config)
     except TideError:

@@ -203,11 +203,13 @@ class Decoding:
         logits = self._logits(hidden, masked)
         chosen = self._warmed(logits, masked).argmax(dim=1)
         tokens = torch.full(masked.shape, self._special.mask, device=logits.device).masked_scatter(masked, chosen)
-        probability = logits.softmax(dim=1).gather(1, chosen[:, None])[:, 0]
-        confidence = torch.zeros(masked.shape, device=logits.device).masked_scatter(masked, probability)
-        for i, row in enumerate(self.rows):
-            if row.config.remasking == "random":
-                confidence[i] = torch.rand(masked.shape[1], generator=row.noise).to(confidence.device)
+        confidence = torch.zeros(masked.shape, device=logits.device)
+        random = [row.config.remasking == "random" for row in self.rows]
+        if not all(random):  # random numbers need no probabilities
+            probability = logits.softmax(dim=1).gather(1, chosen[:, None])[:, 0]
+            confidence = confidence.masked_scatter(masked, probability)
+        for i in (i for i, drawn in enumerate(random) if drawn):
+            confidence[i] = torch.rand(masked.shape[1], generator=self.rows[i].noise).to(confidence.device)
         return tokens, confidence
 
     def _warmed(
