@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.data.messages import normal_messages
+from shared.data.prompts import waiting_messages
 from shared.errors import TideError
 
 if TYPE_CHECKING:
@@ -68,4 +68,4 @@ def load_student(place: str | Path, device: str = "auto") -> Student:
 
 
 def _messages(chat: Chat) -> list[Any]:
-    return normal_messages([{"role": "user", "content": chat}] if isinstance(chat, str) else chat)
+    return waiting_messages([{"role": "user", "content": chat}] if isinstance(chat, str) else chat)

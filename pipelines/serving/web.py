@@ -23,7 +23,7 @@ from pipelines.serving.answer import Answer, Piece
 from pipelines.serving.engine import Engine, Event, Full, Job, Stopping
 from pipelines.serving.protocol import ApiError, Asked, ChatRequest, CompletionRequest, Reply, read
 from pipelines.serving.settings import ServeConfig
-from shared.data.messages import normal_messages
+from shared.data.prompts import waiting_messages
 from shared.errors import TideError
 from student_train.using.decoding import Row
 from student_train.using.load import LoadedStudent
@@ -112,11 +112,7 @@ class _Routes:
 
     def _chat_prompt(self, messages: list[Any]) -> list[int]:
         try:
-            clean = normal_messages(messages)
-            if not clean:
-                raise TideError("there are no messages")
-            if clean[-1]["role"] == "assistant":
-                raise TideError("the last message is the assistant's; an answer to it is asked for by nobody")
+            clean = waiting_messages(messages)
             with self._engine.tokenizing:
                 return self._student.prompt(clean)
         except (TideError, RecursionError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,25 @@ def read_prompts(path: Path) -> list[list[Message]]:
     return chats
 
 
+def waiting_messages(messages: Sequence[Any]) -> list[Message]:
+    """Messages that wait for an answer, in one shape. Unusable where there are none, or the last is an answer."""
+    clean = normal_messages(messages)
+    if not clean:
+        raise Unusable("no messages", "there are no messages")
+    if clean[-1]["role"] == "assistant":
+        raise Unusable("answered", "the last message is the assistant's; an answer to it is asked for by nobody")
+    return clean
+
+
 def _prompt(row: Any) -> list[Message]:
     if not isinstance(row, dict):
         raise Unusable("no known form", f"the row is a {type(row).__name__}, not an object")
     for name in _LISTS:
         if isinstance(row.get(name), list) and row[name]:
-            return normal_messages(row[name])
+            messages = normal_messages(row[name])
+            while messages and messages[-1]["role"] == "assistant":  # a row of data: its answer is not the question
+                messages.pop()
+            return waiting_messages(messages)
     for name in _TEXTS:
         if row.get(name) is not None:
             return normal_messages([{"role": "user", "content": row[name]}])

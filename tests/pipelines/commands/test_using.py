@@ -35,6 +35,18 @@ def test_prompts_from_arguments_standard_input_and_files_agree(student: str, tmp
     assert answers == "".join(answer + "\n" for answer in found)
 
 
+def test_the_answer_in_a_row_of_data_is_not_fed_as_the_prompt(student: str, tmp_path: Path) -> None:
+    asked: list[dict[str, str]] = [{"role": "user", "content": "Write `f`."}]
+    answered = [*asked, {"role": "assistant", "content": "def f(): ..."}]
+    rows = [{"messages": asked}, {"messages": answered}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    lines = run("sample", student, "--file", str(tmp_path / "p.jsonl"), *SHORT).splitlines()
+    assert lines[0] == lines[1] and json.loads(lines[1])["messages"] == asked
+    (tmp_path / "p.jsonl").write_text(json.dumps({"messages": answered[1:]}) + "\n")
+    with pytest.raises(TideError, match=r"p\.jsonl:1 is no prompt"):
+        CliRunner().invoke(app, ["sample", student, "--file", str(tmp_path / "p.jsonl")], catch_exceptions=False)
+
+
 def test_bad_input_is_explained(student: str, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     for arguments, message in [
