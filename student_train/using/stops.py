@@ -25,11 +25,15 @@ class Stops:
         return cls(student, tuple(stop for stop in wanted if stop), ids)
 
     def cut(self, ids: Sequence[int]) -> tuple[str, bool]:
-        """The text of `ids` up to where the first stop begins, and whether there is one."""
+        """The text of `ids` up to where the first stop begins, and whether there is one.
+
+        The first is the one that is complete first (of several that end together, the longest): so it is the same
+        one whether the text is read as it grows or all at once, also where a stop lies within another.
+        """
         ends = [i for i, token in enumerate(ids) if token in self.ids]
         text = self.student.text(ids[: ends[0]] if ends else ids)
-        at = min((place for stop in self.texts if (place := text.find(stop)) >= 0), default=len(text))
-        return text[:at], bool(ends) or at < len(text)
+        found = [(at + len(stop), at) for stop in self.texts if (at := text.find(stop)) >= 0]
+        return text[: min(found)[1]] if found else text, bool(ends or found)
 
     def may_begin(self, text: str) -> int:
         """How many characters at the end of `text` may be the beginning of a stop."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipelines.serving.answer import Answer
@@ -25,6 +25,7 @@ def tiny() -> LoadedStudent:
     limit=st.integers(1, 60),
     more=st.integers(0, 8),
 )
+@example(text="aba", stops=["b", "aba"], block=1, limit=2, more=0)  # a stop within another that begins before it
 def test_pieces_are_the_whole(
     tiny: LoadedStudent, text: str, stops: list[str], block: int, limit: int, more: int
 ) -> None:
