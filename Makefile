@@ -5,9 +5,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TEACHER ?= tiny-cross
+MORE ?= 10
 ARGS ?=
 
-.PHONY: help demo test test-faults test-slow test-vllm test-liger check docs bench cache train report tiny-teacher tiny-student conformance clean
+.PHONY: help demo test test-more test-faults test-slow test-vllm test-liger check docs bench cache train report tiny-teacher tiny-student conformance clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -23,6 +24,9 @@ demo: $(VENV)/.ready  ## cache the embedded teacher, train distilled and undisti
 
 test: $(VENV)/.ready  ## the tests, without the slow ones
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-more: $(VENV)/.ready  ## the property tests with MORE (10) times as many examples, others every time
+	TIDE_EXAMPLES=$(MORE) $(BIN)/python -m pytest -m "hypothesis and not slow" $(ARGS)
 
 test-faults: $(VENV)/.ready  ## everything that goes wrong, counted by kind (docs/reliability.md)
 	$(BIN)/python -m pytest -m faults $(ARGS)

@@ -36,8 +36,24 @@ from teacher_cache.build import build_cache
 
 pytest_plugins = ["tests.faults.counting"]
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
-settings.register_profile("tide", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.register_profile(
+    "tide", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 settings.load_profile("tide")
+MORE = int(os.environ.get("TIDE_EXAMPLES", "0"))
+"""How many times the examples of a property test are tried, then at random (`make test-more`); 0: the same ones always,
+so that what fails is what was changed."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`TIDE_EXAMPLES`, over what each property test says of itself."""
+    tests = {getattr(item.obj, "__func__", item.obj) for item in items if isinstance(item, pytest.Function)}
+    for test in tests if MORE else ():
+        own = getattr(test, "_hypothesis_internal_use_settings", None)
+        if own is not None:
+            more = settings(own, max_examples=MORE * own.max_examples, derandomize=False)
+            test._hypothesis_internal_use_settings = more
+
 
 GOLDEN = Path(os.environ.get("TIDE_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
 TEACHER_TOKENIZER = Path(resolve("embedded:teacher_cache.teachers/tiny"))

@@ -91,7 +91,7 @@ def _functions_of(tree: ast.Module, lines: list[str], module: str) -> Iterator[S
                 yield from visit(child, f"{prefix}{child.name}.")
             elif isinstance(child, ast.ClassDef):
                 yield from visit(child, f"{prefix}{child.name}.")
-            else:
+            elif not isinstance(child, ast.expr):  # an expression holds no function that has a name
                 yield from visit(child, prefix)
 
     yield from visit(tree, "")
@@ -109,4 +109,4 @@ def _source_without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, line
     else:
         kept = lines[first:last]
     text = textwrap.dedent("\n".join(kept)).strip("\n")
-    return text if text.isprintable() or all(c.isprintable() or c in "\n\t" for c in text) else None
+    return text if text.replace("\n", "").replace("\t", "").isprintable() else None

@@ -6,7 +6,6 @@ The target is dense, so nothing is left to autograd: forward makes the gradient 
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -39,8 +38,7 @@ class _Divergence(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, topk: TopKTargets, temperature: float, strength: Tensor | None, reverse: bool
     ) -> Tensor:
-        work = compiled() if logits.is_cuda else divergence_and_gradient
-        value, gradient = work(logits, topk, temperature, strength, reverse)
+        value, gradient = divergence_and_gradient(logits, topk, temperature, strength, reverse)
         ctx.save_for_backward(gradient)
         return value
 
@@ -72,12 +70,6 @@ def divergence_and_gradient(
     mass = target.exp()
     value = torch.linalg.vecdot(mass, target.sub_(student))
     return value, student.exp_().sub_(mass).div_(temperature)
-
-
-@lru_cache(maxsize=1)
-def compiled() -> Any:
-    """The same in a few kernels, for devices on which launching many small ones is what takes time."""
-    return torch.compile(divergence_and_gradient, dynamic=True)
 
 
 def log_student(logits: Float[Tensor, "n vocab"], topk: TopKTargets, temperature: float) -> Float[Tensor, "n vocab"]:
