@@ -19,22 +19,16 @@ from pipelines.serving.answer import Piece
 Count = Annotated[int, Field(ge=1, strict=True)]
 
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "top_p": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "logprobs": (False,),
-    "top_logprobs": (),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "modalities": (["text"],),
-    "echo": (False,),
-    "suffix": ("",),
-    "best_of": (1,),
-}
-"""Values at which what is not built changes nothing."""
+class Only:
+    """Of a parameter that is not built: the values at which it changes nothing."""
+
+    def __init__(self, *neutral: Any) -> None:
+        self._neutral = neutral
+
+    def allows(self, value: Any) -> bool:
+        """Left out, or one of them; a number is not a truth value."""
+        return value is None or any(value == own and isinstance(value, bool) == isinstance(own, bool)
+                                    for own in self._neutral)  # fmt: skip
 
 
 class ApiError(Exception):
@@ -71,10 +65,10 @@ class Asked(BaseModel):
     remasking: Literal["low_confidence", "random"] | None = None
     min_tokens: Annotated[int, Field(ge=0, strict=True)] | None = None
 
-    top_p: Any = None
-    frequency_penalty: Any = None
-    presence_penalty: Any = None
-    logit_bias: Any = None
+    top_p: Annotated[Any, Only(1)] = None
+    frequency_penalty: Annotated[Any, Only(0)] = None
+    presence_penalty: Annotated[Any, Only(0)] = None
+    logit_bias: Annotated[Any, Only({})] = None
 
     user: Any = None
     metadata: Any = None
@@ -99,13 +93,13 @@ class ChatRequest(Asked):
 
     messages: list[Any]
     max_completion_tokens: Count | None = None
-    response_format: Any = None
-    logprobs: Any = None
-    top_logprobs: Any = None
-    tools: Any = None
-    tool_choice: Any = None
+    response_format: Annotated[Any, Only({"type": "text"})] = None
+    logprobs: Annotated[Any, Only(False)] = None
+    top_logprobs: Annotated[Any, Only()] = None
+    tools: Annotated[Any, Only([])] = None
+    tool_choice: Annotated[Any, Only("none", "auto")] = None
     parallel_tool_calls: Any = None
-    modalities: Any = None
+    modalities: Annotated[Any, Only(["text"])] = None
 
     @property
     def limit(self) -> int | None:
@@ -117,10 +111,10 @@ class CompletionRequest(Asked):
     """Of `/v1/completions`: texts, or their ids."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
-    echo: Any = None
-    suffix: Any = None
-    best_of: Any = None
-    logprobs: Any = None
+    echo: Annotated[Any, Only(False)] = None
+    suffix: Annotated[Any, Only("")] = None
+    best_of: Annotated[Any, Only(1)] = None
+    logprobs: Annotated[Any, Only(False)] = None
 
     @property
     def prompts(self) -> Sequence[str | list[int]]:
@@ -146,17 +140,12 @@ def read(kind: type[Asked], body: bytes) -> Any:
         came = came if len(came) < 80 else came[:77] + "…"
         what = f"`{place}` is {came}: {first['msg']}" if place else first["msg"]
         raise ApiError(400, what, "invalid_value", place or None) from error
-    for name, values in NEUTRAL.items():
-        value = getattr(asked, name, None)
-        if value is not None and not any(_same(value, neutral) for neutral in values):
+    for name, field in kind.model_fields.items():
+        value = getattr(asked, name)
+        if not all(rule.allows(value) for rule in field.metadata if isinstance(rule, Only)):
             what = f"`{name}` is {str(value)[:80]!r}: this server cannot do it; leave it out"
             raise ApiError(400, what, "unknown_parameter", name)
     return asked
-
-
-def _same(value: Any, neutral: Any) -> bool:
-    """Equal, and not one a number and the other a truth value."""
-    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
 class Reply:

@@ -93,10 +93,10 @@ def test_what_waits_is_found_with_its_line() -> None:
     with SyncWatch() as syncs:
         x.sum().item()
         float(x.sum())
-        x[x > 1]
+        _ = x[x > 1]
         x.cpu()
         x.to("cpu")
-        x + 1
+        _ = x + 1
     assert sum(syncs.lines.values()) == 5
     assert all(line.startswith("tests/pipelines/rehearsal/test_rehearsal.py:") for line in syncs.lines)
 
@@ -106,7 +106,7 @@ def test_kernels_and_bytes_of_operators() -> None:
     counter = Counter()
     with counter, counter.phase("a"):
         y = (x * 2 + 1).view(20, 10)
-        y @ x
+        _ = y @ x
     assert [k.name for k in counter.kernels] == ["mul", "add", "mm"]
     assert [k.bytes for k in counter.kernels] == [1600, 1600, 800 + 800 + 4 * 20 * 20]
     assert counter.kernels[2].flops == 2 * 20 * 10 * 20
