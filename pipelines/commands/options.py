@@ -26,6 +26,8 @@ def _sampling(
     block: Annotated[int | None, typer.Option(help="Default: the block that the student was trained with.")] = None,
     threshold: Annotated[float | None, typer.Option(help="Settle all positions above this probability.")] = None,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample from so many of the likeliest tokens.")] = None,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest that have this probability together.")] = 1.0,
     remasking: Annotated[str, typer.Option(help="low_confidence or random.")] = "low_confidence",
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of temperature and random remasking.")] = 0,

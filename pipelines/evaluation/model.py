@@ -51,6 +51,8 @@ class TideBD3LM(TemplateLM):
         block_size: int | None = None,
         threshold: float | None = None,
         temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
         remasking: str = "low_confidence",
         guidance: float = 0.0,
         seed: int = 0,
@@ -78,7 +80,7 @@ class TideBD3LM(TemplateLM):
             "block": choose_block(block_size, self._student), "threshold": threshold, "remasking": remasking,
             "guidance": float(guidance),
         }  # fmt: skip
-        self._temperature = float(temperature)
+        self._temperature, self._top_k, self._top_p = float(temperature), top_k, top_p
         self._max_length = max_length or int(getattr(self._student.model.config, "max_position_embeddings", 2048))
         self._longest_answer = self._max_length - self._sampling["block"]  # a block is the prompt's
         if (max_new_tokens or 1) > self._longest_answer:
@@ -165,6 +167,8 @@ class TideBD3LM(TemplateLM):
             new_tokens=tokens,
             steps_per_block=steps_per_block(tokens, self._steps, self._sampling["block"]),
             temperature=self._temperature or warm,
+            top_k=self._top_k or (max(int(options.get("top_k") or 0), 0) or None),  # 0 and −1 are other models' "all"
+            top_p=float(self._top_p or options.get("top_p") or 1.0),
             seed=self._seed + repeat,
             **self._sampling,
         )

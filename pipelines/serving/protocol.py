@@ -1,8 +1,8 @@
 """OpenAI's requests, as far as a student can answer them, and the replies.
 
 What changes an answer and is not built is refused by name, unless it has its neutral value; what changes none (`user`,
-`metadata`, …) is taken and not read. `steps_per_block`, `threshold`, `remasking` and `min_tokens` are this server's own
-(with the `openai` client: `extra_body`).
+`metadata`, …) is taken and not read. `top_k`, `steps_per_block`, `threshold`, `remasking` and `min_tokens` are this
+server's own (with the `openai` client: `extra_body`).
 """
 
 from __future__ import annotations
@@ -56,16 +56,17 @@ class Asked(BaseModel):
     stream_options: _StreamOptions | None = None
     max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(strict=True)] | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     n: Count | None = None
 
+    top_k: Count | None = None
     steps_per_block: Count | None = None
     threshold: Annotated[float, Field(ge=0, lt=1)] | None = None
     remasking: Literal["low_confidence", "random"] | None = None
     min_tokens: Annotated[int, Field(ge=0, strict=True)] | None = None
 
-    top_p: Annotated[Any, Only(1)] = None
     frequency_penalty: Annotated[Any, Only(0)] = None
     presence_penalty: Annotated[Any, Only(0)] = None
     logit_bias: Annotated[Any, Only({})] = None

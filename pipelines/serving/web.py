@@ -141,8 +141,9 @@ class _Routes:
         """How one response is sampled; ApiError where it does not fit the student's length."""
         own = self._config.sampling
         given = {
-            "temperature": asked.temperature, "steps_per_block": asked.steps_per_block, "threshold": asked.threshold,
-            "remasking": asked.remasking, "min_new_tokens": asked.min_tokens,
+            "temperature": asked.temperature, "top_k": asked.top_k, "top_p": asked.top_p,
+            "steps_per_block": asked.steps_per_block, "threshold": asked.threshold, "remasking": asked.remasking,
+            "min_new_tokens": asked.min_tokens,
         }  # fmt: skip
         room = None
         if self._length is not None:

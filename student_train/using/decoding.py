@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache
+from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 
 from shared.attention import block_causal
 from student_train.using.settings import SampleConfig, Special
@@ -215,7 +215,9 @@ class Decoding:
     def _warmed(
         self, logits: Float[Tensor, "n vocab"], masked: Bool[Tensor, "batch block"]
     ) -> Float[Tensor, "n vocab"]:
-        """Logits over temperature, with Gumbel noise, in rows that have one; as they are in greedy rows."""
+        """Logits over temperature, inside top_k and top_p, with Gumbel noise, in rows that have a temperature; as they
+        are in greedy rows.
+        """
         if not any(row.config.temperature > 0 for row in self.rows):
             return logits
         parts = []
@@ -224,7 +226,7 @@ class Decoding:
         for row, own, where in zip(self.rows, logits.split(counts), masked, strict=True):
             if row.config.temperature > 0:
                 noise = _gumbel(shape, row.noise)[where.cpu()].to(own.device)
-                parts.append(own / row.config.temperature + noise)
+                parts.append(_narrowed(own / row.config.temperature, row.config) + noise)
             else:
                 parts.append(own)
         return torch.cat(parts)
@@ -246,6 +248,15 @@ def _rule(config: SampleConfig, size: int, step: int) -> tuple[float, float]:
         return 1, config.threshold
     count, more = divmod(size, min(size, config.steps_per_block or size))
     return count + (step < more), torch.inf
+
+
+def _narrowed(logits: Float[Tensor, "n vocab"], config: SampleConfig) -> Float[Tensor, "n vocab"]:
+    """−∞ outside of top_k and top_p, by transformers' filters (which read no ids)."""
+    unread: Any = None
+    kept: Any = logits
+    if config.top_k is not None:
+        kept = TopKLogitsWarper(config.top_k)(unread, kept)
+    return TopPLogitsWarper(config.top_p)(unread, kept) if config.top_p < 1 else kept
 
 
 def _cache_of(layers: Iterable[tuple[Tensor, Tensor]]) -> DynamicCache:

@@ -25,6 +25,10 @@ class SampleConfig:
     threshold: float | None = None
     """Settle every position whose probability exceeds this, at least one a step, in place of a fixed number."""
     temperature: float = 0.0
+    top_k: int | None = None
+    """With a temperature: sampled from so many of the likeliest tokens."""
+    top_p: float = 1.0
+    """With a temperature: sampled from the likeliest tokens that have this probability together, after top_k."""
     guidance: float = 0.0
     """Classifier-free guidance: logits move away from those of a masked prompt by this factor."""
     seed: int = 0
@@ -40,6 +44,8 @@ class SampleConfig:
             raise ValueError(f"min_new_tokens is {self.min_new_tokens}; it must be 0 to new_tokens, {self.new_tokens}")
         if not 0 <= self.temperature < math.inf or (self.threshold is not None and not 0 <= self.threshold < 1):
             raise ValueError("temperature must not be negative, threshold must lie in [0, 1)")
+        if (self.top_k is not None and self.top_k < 1) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_k is {self.top_k}, top_p {self.top_p:g}; top_k must be 1 or more, top_p in (0, 1]")
 
 
 @dataclass(frozen=True)

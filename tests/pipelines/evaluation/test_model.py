@@ -111,6 +111,10 @@ def test_tokens_and_noise_come_from_the_task_where_the_model_leaves_them(loaded:
     warm = generate(loaded, context * 3, free, max_gen_toks=8, temperature=3.0, do_sample=True)
     assert len(set(warm)) == 3  # repeats of one request get noise of their own
     assert warm == generate(loaded, context * 3, free, max_gen_toks=8, temperature=3.0, do_sample=True)
+    for least in ({"top_k": 1}, {"top_p": 1e-6}):  # of the likeliest alone: greedy again
+        assert generate(loaded, context, free, max_gen_toks=8, temperature=3.0, **least) == [short]
+        assert generate(loaded, context, {**free, **least}, max_gen_toks=8, temperature=3.0) == [short]
+    assert warm == generate(loaded, context * 3, free, max_gen_toks=8, temperature=3.0, top_k=0, top_p=1.0)
 
 
 def test_likelihoods_are_elbos_and_greedy_is_what_sampling_gives(loaded: LoadedStudent) -> None:

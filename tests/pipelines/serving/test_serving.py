@@ -67,6 +67,8 @@ def test_settings_of_a_request(loaded: LoadedStudent, address: str) -> None:
     for given, meant in [
         ({"temperature": 1.2, "seed": 7}, {"temperature": 1.2, "seed": 7}),
         ({"extra_body": {"threshold": 0.01}}, {"threshold": 0.01}),
+        ({"temperature": 1.5, "seed": 1, "top_p": 0.3, "extra_body": {"top_k": 50}},
+         {"temperature": 1.5, "seed": 1, "top_p": 0.3, "top_k": 50}),
         ({"extra_body": {"steps_per_block": 2, "remasking": "random"}, "seed": 3},
          {"steps_per_block": 2, "remasking": "random", "seed": 3}),
     ]:  # fmt: skip
@@ -159,7 +161,9 @@ def test_many_at_once_get_what_each_gets_alone(loaded: LoadedStudent, address: s
         ({"messages": [{"role": "user", "content": "a b " * 4400}]}, 400, "more than the student's"),
         ({"messages": [{"role": "user", "content": "a" * 30_000}]}, 413, "more than 20,000 bytes"),
         ({"temperature": -1}, 400, "`temperature` is -1"),
-        ({"top_p": 0.5}, 400, "`top_p` is '0.5': this server cannot do it"),
+        ({"top_p": 1.5}, 400, "`top_p` is 1.5"),
+        ({"extra_body": {"top_k": 0}}, 400, "`top_k` is 0"),
+        ({"frequency_penalty": 0.5}, 400, "`frequency_penalty` is '0.5': this server cannot do it"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "`tools`"),
         ({"logprobs": True}, 400, "`logprobs`"),
         ({"n": 5}, 400, "at most 4"),

@@ -23,6 +23,8 @@ WAYS: list[dict[str, Any]] = [
     {"threshold": 0.03},
     {"temperature": 0.7, "seed": 3},
     {"remasking": "random", "seed": 5},
+    {"temperature": 1.0, "seed": 4, "top_k": 3},
+    {"temperature": 2.0, "top_p": 0.4},
     {"temperature": 1.3, "remasking": "random", "min_new_tokens": 3},
 ]
 

@@ -22,6 +22,7 @@ CONFIGS = {
     "threshold": SampleConfig(new_tokens=16, block=8, threshold=0.05),
     "random": SampleConfig(new_tokens=16, block=4, steps_per_block=2, remasking="random"),
     "warm": SampleConfig(new_tokens=16, block=4, steps_per_block=2, temperature=1.0, seed=3),
+    "nucleus": SampleConfig(new_tokens=16, block=4, steps_per_block=2, temperature=1.0, top_p=0.7, top_k=9),
     "ragged": SampleConfig(new_tokens=11, block=4, steps_per_block=2),
     "three": SampleConfig(new_tokens=3, block=8),
     "guided": SampleConfig(new_tokens=16, block=4, steps_per_block=4, guidance=1.5),
@@ -176,6 +177,35 @@ def test_the_seed_decides(model: Any) -> None:
     assert sample(model, PROMPTS, SPECIAL, warm) != sample(model, PROMPTS, SPECIAL, dataclasses.replace(warm, seed=4))
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    top_k=st.none() | st.integers(1, 60),
+    top_p=st.floats(0.01, 1.0),
+    temperature=st.floats(0.3, 3.0),
+)
+def test_what_is_sampled_lies_in_top_k_and_top_p(
+    model: Any, seed: int, top_k: int | None, top_p: float, temperature: float
+) -> None:
+    """A block settled in one step: each token is among the top_k; likelier ones together have less than top_p."""
+    config = SampleConfig(8, block=8, steps_per_block=1, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    endless = dataclasses.replace(SPECIAL, eos=-1)
+    *_, (tokens, _) = sample_steps(model, [PROMPTS[0]], endless, config)
+    ids = [SPECIAL.pad] * 3 + PROMPTS[0] + [SPECIAL.mask] * 8
+    index = torch.arange(16) // 8
+    seen = ((index[:, None] >= index[None]) & (torch.arange(16) >= 3)[None]) | torch.eye(16, dtype=torch.bool)
+    with torch.no_grad():
+        hidden = model.model(input_ids=torch.tensor([ids]), attention_mask=seen[None, None], use_cache=False)
+        logits = model.lm_head(hidden.last_hidden_state)[0, -8:].double()
+    logits[:, SPECIAL.mask] = -torch.inf
+    order = logits.argsort(dim=1, descending=True)
+    place = (order == tokens[0][:, None]).int().argmax(dim=1)
+    kept = (logits / temperature).gather(1, order)[:, :top_k].softmax(dim=1)
+    assert (place < kept.shape[1]).all()
+    likelier = kept.cumsum(dim=1).gather(1, place[:, None])[:, 0] - kept.gather(1, place[:, None])[:, 0]
+    assert (likelier < top_p + 1e-5).all()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -186,6 +216,9 @@ def test_the_seed_decides(model: Any) -> None:
         ({"steps_per_block": 0}, "1 to 32"),
         ({"temperature": -1.0}, "temperature"),
         ({"threshold": 1.0}, "threshold"),
+        ({"top_k": 0}, "top_k is 0, top_p 1; top_k must be 1 or more"),
+        ({"top_p": 0.0}, r"top_p in \(0, 1\]"),
+        ({"top_p": 1.1}, r"top_p in \(0, 1\]"),
     ],
 )
 def test_settings_that_cannot_work(changes: dict[str, Any], message: str) -> None:
