@@ -101,7 +101,8 @@ COMMANDS = [
     # numbers on the command line
     "sample {S} hi --batch 0", "sample {S} hi --new-tokens 0", "sample {S} hi --steps-per-block 0",
     "sample {S} hi --threshold 2", "sample {S} hi --temperature -1", "sample {S} hi --temperature nan",
-    "sample {S} hi --block 0", "sample {S} hi --top-k 0", "sample {S} hi --top-p 2", "sample {S} hi --device gpu", "sample {S} hi --remasking odd", "sample {F}/none hi",
+    "sample {S} hi --block 0", "sample {S} hi --top-k 0", "sample {S} hi --top-p 2",
+    "sample {S} hi --device gpu", "sample {S} hi --remasking odd", "sample {F}/none hi",
     "sample {S} --file {F}/none", "sample {S} --file {F}/empty.jsonl", "chat {S} --new-tokens 0", "chat {F}/none",
     *(f"plan --{name} {value}" for name in ("examples", "tokens", "response", "tflops", "mfu", "tokens-per-second")
       for value in (0, -1)),
