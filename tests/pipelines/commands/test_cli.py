@@ -123,6 +123,7 @@ def test_a_student_is_exported(golden: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "qwen3"
 
 
+@pytest.mark.slow
 def test_plans_and_throughput(random_teacher: Path, tmp_path: Path) -> None:
     out = tmp_path / "c"
     plan = tide("cache", "--model", str(random_teacher), "--data", str(chats_file()), "--out", str(out), *CACHE,

@@ -104,6 +104,7 @@ def test_a_dry_run_needs_no_network(run: Path, tmp_path: Path) -> None:
     assert all(name in said for name in NAMES) and said.endswith("nothing was sent\n")
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_is_explained(run: Path, hub: tuple[Hub, dict[str, str]], tmp_path: Path) -> None:
     made, environment = hub
     environment |= {"HF_HOME": str(tmp_path / "hf")}

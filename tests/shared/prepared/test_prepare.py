@@ -224,6 +224,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path: Path) -> None:
     assert before.items() <= parts(tmp_path / "killed").items()  # what was there was not made again
 
 
+@pytest.mark.slow
 def test_many_ranks_prepare_once(tmp_path: Path) -> None:
     """Six processes, released at one moment: one prepares, the others wait and find the very same."""
     source = write(tmp_path / "d.jsonl", [row(i) for i in range(400)])
