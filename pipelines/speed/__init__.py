@@ -11,6 +11,7 @@ from pipelines.speed.head import bench_head
 from pipelines.speed.large_cache import bench_large_cache
 from pipelines.speed.preparing import bench_preparing
 from pipelines.speed.rehearsed import bench_rehearsed
+from pipelines.speed.serving import bench_serving
 from pipelines.speed.shortcuts import bench_shortcuts
 from pipelines.speed.stage_one import bench_stage_one
 from pipelines.speed.training import bench_training
@@ -30,6 +31,7 @@ TABLES = {
     "rehearsed": bench_rehearsed,
     "large-cache": bench_large_cache,
     "use": bench_use,
+    "serving": bench_serving,
 }
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from openai import OpenAI
 
-from pipelines.serving.run import bind
-from pipelines.serving.server import Server
+from pipelines.serving import background
 from pipelines.serving.settings import ServeConfig
 from student_train.using.load import LoadedStudent
 
@@ -19,18 +17,9 @@ _OPEN: list[OpenAI] = []
 
 @contextmanager
 def served(student: LoadedStudent, config: ServeConfig) -> Iterator[str]:
-    """Its address, until the block ends."""
-    with bind(config) as bound, closed_clients():
-        listening = threading.Event()
-        server = Server(student, config, listening.set)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-        thread.start()
-        assert listening.wait(30)
-        try:
-            yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
+    """Its address, until the block ends; its clients are closed after it."""
+    with closed_clients(), background.served(student, config) as address:
+        yield address
 
 
 @contextmanager
