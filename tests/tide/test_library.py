@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,16 @@ def test_settings_are_those_of_a_recipe(random_teacher: Path, tmp_path: Path) ->
     grown = tide.cache("tiny-cross", **given, noise={"draws": 2}, out=str(tmp_path / "c"))
     assert grown.draws == 2 and load_manifest(grown.folder).digest == manifest.digest
     assert tide.Cache.open(tmp_path / "c") == grown
+
+
+def test_folders_of_the_same_names_beside_a_notebook_hide_nothing(tmp_path: Path) -> None:
+    for name in ("shared", "pipelines", "tide"):
+        (tmp_path / name).mkdir()
+    code = "import tide, shared.data; print(tide.load_student.__name__, shared.data.iter_examples.__name__)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert done.stdout == "load_student iter_examples\n", done.stderr
 
 
 def test_several_sources(tmp_path: Path) -> None:
