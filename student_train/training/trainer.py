@@ -130,6 +130,7 @@ class StudentTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds what is watched and λ to the training logs. TideError where a loss was not finite."""
         self.refuse_nonfinite()
+        logs.pop("train_samples_per_second", None)  # to transformers a whole batch is one sample
         if "loss" in logs:
             logs = {**logs, **self._watch.read(self.accelerator, self._config.accumulation)}
             tidal = getattr(self._config.distillation, "tidal", None)
