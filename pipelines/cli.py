@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from pipelines.commands import (  # noqa: F401 - they register their commands
@@ -27,10 +30,14 @@ arrange_help()
 
 def main() -> NoReturn:
     """Entry point: errors that a user can mend end in a message and exit code 2, Ctrl-C in 130, SIGTERM in 143."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what an encoding lacks becomes a question mark, and ends nothing
+            stream.reconfigure(errors="replace")
     stop_in_order()
     warnings.formatwarning = _warning
     end_with_parent()
     try:
+        _check_arguments(sys.argv[1:])
         app(standalone_mode=True)
     except TideError as error:
         print(f"tide: error: {printable(str(error))}", file=sys.stderr)
@@ -46,6 +53,17 @@ def main() -> NoReturn:
             sys.exit(leave_in_order())
         raise
     sys.exit(0)
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """TideError for one whose bytes are no text: no tokenizer reads it, and few libraries open such a path."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise TideError(
+                f"the argument {os.fsencode(argument)!r} is not UTF-8", fix="write it in UTF-8, or rename what it names"
+            ) from error
 
 
 def _in_words(error: Exception) -> str:

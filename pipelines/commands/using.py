@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from functools import partial
@@ -23,8 +24,16 @@ def _chats(prompts: list[str], file: Path | None) -> list[list[dict[str, Any]]]:
         from shared.data.prompts import read_prompts
 
         return read_prompts(file)
-    texts = prompts or [sys.stdin.read().strip()]
+    texts = prompts or [_standard_input().strip()]
     return [[{"role": "user", "content": text}] for text in texts]
+
+
+def _standard_input() -> str:
+    """All of it, with line ends as on this machine. TideError where it is not UTF-8."""
+    try:
+        return re.sub("\r\n?", "\n", sys.stdin.buffer.read().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise TideError(f"standard input is not UTF-8: {error}", fix="write it in UTF-8") from error
 
 
 @app.command()

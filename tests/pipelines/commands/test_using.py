@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,11 +31,32 @@ def test_prompts_from_arguments_standard_input_and_files_agree(student: str, tmp
     answers = run("sample", student, "Write `f`.", "And now `g`, which is longer.", *SHORT)
     one = run("sample", student, *SHORT, text="Write `f`.\n")
     assert answers.startswith(one)
+    assert run("sample", student, *SHORT, text="\ufeffWrite `f`.\r\n") == one
     rows = [{"prompt": "Write `f`."}, {"messages": [{"role": "user", "content": "And now `g`, which is longer."}]}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     lines = run("sample", student, "--file", str(tmp_path / "p.jsonl"), *SHORT).splitlines()
     found = [json.loads(line)["response"] for line in lines]
     assert answers == "".join(answer + "\n" for answer in found)
+
+
+def test_bytes_that_are_no_text_are_explained(student: str, caches: dict[str, Path]) -> None:
+    """In arguments and on standard input; what is printed meets a terminal that lacks its characters."""
+    tide = [sys.executable, "-m", "pipelines.cli"]
+    for arguments, given, words in [
+        (["sample", student, b"\xff f", *SHORT], b"", "the argument b'\\xff f' is not UTF-8"),
+        (["cache", "--out", b"caches/\xe9"], b"", "the argument b'caches/\\xe9' is not UTF-8"),
+        (
+            ["sample", student, *SHORT],
+            b"Write \xff",
+            "standard input is not UTF-8: 'utf-8' codec can't decode",
+        ),
+    ]:
+        done = subprocess.run([*tide, *arguments], input=given, capture_output=True, check=False)
+        assert done.returncode == 2
+        assert words in done.stderr.decode() and "Traceback" not in done.stderr.decode()
+    old, cache = {**os.environ, "PYTHONIOENCODING": "latin-1"}, str(caches["tiny-cross"])
+    done = subprocess.run([*tide, "inspect", cache], env=old, capture_output=True, check=False)
+    assert done.returncode == 0 and b"chunk_student" in done.stdout and b"?" in done.stdout, done.stderr
 
 
 def test_the_answer_in_a_row_of_data_is_not_fed_as_the_prompt(student: str, tmp_path: Path) -> None:
