@@ -202,6 +202,12 @@ def test_parts_without_any_place_are_named(random_teacher: Path, monkeypatch: py
         device_of({"lm_head": "cpu"}, "model.norm.weight")
 
 
+def _small(folder: Path) -> Path:
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory accounts")
 def test_loading_a_checkpoint_of_many_shards_takes_the_memory_of_the_model_and_one_shard(tmp_path: Path) -> None:
     """Measured in a process of its own: resident memory at its peak, less what was there before loading."""
@@ -225,6 +231,7 @@ from shared.models.loading import load_model
 def high_water():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
+load_model(open_checkpoint({str(_small(tmp_path / "small"))!r}), "llama", torch.float32)  # libraries are in memory then
 before = high_water()
 load_model(open_checkpoint({str(tmp_path)!r}), "llama", torch.float32)
 print(high_water() - before)
