@@ -45,29 +45,60 @@ def test_cache_then_train_from_the_command_line(random_teacher: Path, tmp_path: 
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["cache", "--teacher", "llada"], "unknown teacher 'llada'"),
-        (["cache", "--set", "targets.k=0"], "targets.k is 0"),
-        (["cache", "--set", "data.source=/nowhere.jsonl"], "there is no data file"),
-        (["cache", "--config", "/nowhere.toml"], "cannot read /nowhere.toml"),
-        (["cache", "--teacher", "llada-8b", "--model", "/nowhere"], "there is no folder /nowhere"),
-        (["train", "--cache", "/nowhere"], "is no cache"),
-        (["train", "--teacher", "mine"], "unknown teacher 'mine'"),
-        (["cache", "--random-weights"], "--random-weights makes no cache"),
-        (["plan", "--teacher", "llada-8b", "--response", "2"], "--response is 2"),
-        (["cache", "--set", "engine.quantization=int8", "--set", "engine.device_map=auto"], "do not go together"),
-        (["report", "/nowhere"], "holds no finished runs"),
-        (["conformance", "/nowhere"], "there is no folder"),
-    ],
-)
-def test_bad_input_is_a_message_and_exit_code_two(arguments: list[str], message: str, tmp_path: Path) -> None:
-    extra = ["--out", str(tmp_path / "out")] if arguments[0] in ("cache", "train") else []
-    result = tide(*arguments, *extra)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+REFUSED = [
+    (["cache", "--teacher", "llada"], "unknown teacher 'llada'"),
+    (["cache", "--set", "targets.k=0"], "targets.k is 0"),
+    (["cache", "--set", "data.source=/nowhere.jsonl"], "there is no data file"),
+    (["cache", "--config", "/nowhere.toml"], "cannot read /nowhere.toml"),
+    (["cache", "--teacher", "llada-8b", "--model", "/nowhere"], "there is no folder /nowhere"),
+    (["train", "--cache", "/nowhere"], "is no cache"),
+    (["train", "--teacher", "mine"], "unknown teacher 'mine'"),
+    (["cache", "--random-weights"], "--random-weights makes no cache"),
+    (["plan", "--teacher", "llada-8b", "--response", "2"], "--response is 2"),
+    (["cache", "--set", "engine.quantization=int8", "--set", "engine.device_map=auto"], "do not go together"),
+    (["report", "/nowhere"], "holds no finished runs"),
+    (["conformance", "/nowhere"], "there is no folder"),
+    (["plan", "--no-such-option"], "No such option"),
+]
+ONE_BY_ONE = """
+import contextlib, io, json, sys
+from pipelines.cli import main
+found = []
+for arguments in json.load(sys.stdin):
+    sys.argv, said = ["tide", *arguments], io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            main()
+        except SystemExit as stop:
+            found.append((stop.code, said.getvalue()))
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str]]:
+    """Exit code and words of each of `REFUSED`, one after the other in one process: starting takes most of the time."""
+    out = ["--out", str(tmp_path_factory.mktemp("refused") / "out")]
+    each = [[*arguments, *(out if arguments[0] in ("cache", "train") else [])] for arguments, _ in REFUSED]
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_BY_ONE], input=json.dumps(each), capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == len(REFUSED)
+    return found
+
+
+@pytest.mark.parametrize("number", range(len(REFUSED)), ids=[" ".join(arguments) for arguments, _ in REFUSED])
+def test_bad_input_is_a_message_and_exit_code_two(refused: list[tuple[int, str]], number: int) -> None:
+    code, said = refused[number]
+    assert code == 2
+    assert REFUSED[number][1] in said
+    assert "Traceback" not in said
+
+
+def test_the_exit_code_is_the_process_own() -> None:
+    done = tide("plan", "--teacher", "llada-8b", "--response", "2")
+    assert done.returncode == 2 and done.stderr.startswith("tide: error: --response is 2")
 
 
 def test_a_failing_conformance_is_exit_code_one(golden: Path, tmp_path: Path) -> None:

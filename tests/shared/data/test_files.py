@@ -20,6 +20,7 @@ import zstandard
 
 from shared.config import DataConfig
 from shared.data import content_key, files, iter_examples, scan
+from shared.data.stdlib_corpus import iter_stdlib_functions
 from shared.errors import TideError
 
 GOOD = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -201,12 +202,13 @@ def test_missing_sources(tmp_path: Path) -> None:
 
 
 def test_the_standard_library_splits_are_disjoint_and_fixed() -> None:
-    train = [e.id for e in iter_examples(DataConfig("stdlib:train"))]
-    heldout = [e.id for e in iter_examples(DataConfig("stdlib:heldout"))]
+    train, heldout = (list(iter_stdlib_functions(split)) for split in ("train", "heldout"))
     assert len(heldout) > 500
     assert len(train) > 10 * len(heldout)
-    assert not set(train) & set(heldout)
-    assert [e.id for e in iter_examples(DataConfig("stdlib:train", limit=50))] == train[:50]
+    assert not {f.source for f in train} & {f.source for f in heldout}
+    for split, functions in (("train", train), ("heldout", heldout)):
+        first = list(iter_examples(DataConfig(f"stdlib:{split}", limit=50)))
+        assert [list(e.messages) for e in first] == [f.messages() for f in functions[:50]]
 
 
 def test_ids_follow_the_content_and_the_occurrence_never_the_rows_own_id(tmp_path: Path) -> None:
