@@ -13,7 +13,6 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -23,16 +22,14 @@ from pipelines.serving.background import served
 from pipelines.serving.run import check_installed
 from pipelines.serving.settings import ServeConfig
 from pipelines.speed.timing import side_by_side
-from shared.models.loading import random_model
+from shared.config import StudentConfig
+from shared.models.fresh import new_model
 from student_train.using.load import LoadedStudent, load_for_use
 from student_train.using.settings import SampleConfig
 
 _EMBEDDED = "student_train/tiny_students/shared"
-_MODEL = {
-    "model_type": "qwen3", "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "head_dim": 64, "intermediate_size": 1536, "vocab_size": 4096, "hidden_act": "silu",
-    "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True,
-}  # fmt: skip
+_SHAPE = StudentConfig(hidden_size=512, layers=8, heads=8, kv_heads=4, intermediate_size=1536)
+_POSITIONS = 4096
 _REQUESTS, _NEW = 16, 64
 _SAMPLING = SampleConfig(new_tokens=_NEW, min_new_tokens=_NEW, block=32, steps_per_block=8)
 _AT_ONCE = (1, 4, 16)
@@ -60,8 +57,9 @@ def bench_serving() -> Table:
 def _student() -> LoadedStudent:
     """Random weights behind the embedded student's tokenizer."""
     torch.manual_seed(0)
-    model: Any = random_model("qwen3", _MODEL, torch.float32)
-    return dataclasses.replace(load_for_use(_EMBEDDED, "cpu"), model=model.eval())
+    embedded = load_for_use(_EMBEDDED, "cpu")
+    model = new_model(_SHAPE, embedded.tokenizer, embedded.special.mask, _POSITIONS)
+    return dataclasses.replace(embedded, model=model.eval())
 
 
 def _ask_all(address: str, model: str, at_once: int) -> list[float]:

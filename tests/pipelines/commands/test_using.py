@@ -45,11 +45,7 @@ def test_bytes_that_are_no_text_are_explained(student: str, caches: dict[str, Pa
     for arguments, given, words in [
         (["sample", student, b"\xff f", *SHORT], b"", "the argument b'\\xff f' is not UTF-8"),
         (["cache", "--out", b"caches/\xe9"], b"", "the argument b'caches/\\xe9' is not UTF-8"),
-        (
-            ["sample", student, *SHORT],
-            b"Write \xff",
-            "standard input is not UTF-8: 'utf-8' codec can't decode",
-        ),
+        (["sample", student, *SHORT], b"Write \xff", "standard input is not UTF-8: 'utf-8' codec can't decode"),
     ]:
         done = subprocess.run([*tide, *arguments], input=given, capture_output=True, check=False)
         assert done.returncode == 2

@@ -6,16 +6,14 @@ import pytest
 from rich.console import Console
 
 from pipelines.speed import serving
+from shared.config import StudentConfig
 from shared.errors import TideError
 
-SMALL = {
-    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
-    "intermediate_size": 64,
-}  # fmt: skip
+SMALL = StudentConfig(hidden_size=32, layers=1, heads=2, kv_heads=1, intermediate_size=64)
 
 
 def test_requests_one_by_one_and_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "_MODEL", {**serving._MODEL, **SMALL})
+    monkeypatch.setattr(serving, "_SHAPE", SMALL)
     monkeypatch.setattr(serving, "_REQUESTS", 3)
     monkeypatch.setattr(serving, "_AT_ONCE", (1, 3))
     table = serving.bench_serving()
@@ -27,7 +25,7 @@ def test_requests_one_by_one_and_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_response_of_another_length_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "_MODEL", {**serving._MODEL, **SMALL})
+    monkeypatch.setattr(serving, "_SHAPE", SMALL)
     monkeypatch.setattr(serving, "_SAMPLING", dataclasses.replace(serving._SAMPLING, new_tokens=32, min_new_tokens=32))
     with pytest.raises(RuntimeError, match="has 32 tokens and not 64"):
         serving.bench_serving()

@@ -44,6 +44,18 @@ def test_a_batch_of_unequal_prompts_is_each_alone(model: Any, name: str) -> None
     assert together == [sample(model, [prompt], SPECIAL, CONFIGS[name])[0] for prompt in PROMPTS]
 
 
+def whole_logits(model: Any, ids: list[int], padding: int, block: int) -> torch.Tensor:
+    """By one pass over everything, in float64; `padding` tokens on the left are hidden, no mask token is likely."""
+    index = torch.arange(len(ids)) // block
+    seen = (index[:, None] >= index[None]) & (torch.arange(len(ids)) >= padding)[None]
+    seen |= torch.eye(len(ids), dtype=torch.bool)
+    with torch.no_grad():
+        hidden = model.model(input_ids=torch.tensor([ids]), attention_mask=seen[None, None], use_cache=False)
+        logits = model.lm_head(hidden.last_hidden_state)[0].double()
+    logits[:, SPECIAL.mask] = -torch.inf
+    return logits
+
+
 def uncached(model: Any, prompt: list[int], config: SampleConfig) -> list[int]:
     """The same by whole passes over everything, in float64, nothing cached."""
     width = -(-len(prompt) // config.block) * config.block
@@ -51,15 +63,9 @@ def uncached(model: Any, prompt: list[int], config: SampleConfig) -> list[int]:
     for start in range(0, config.new_tokens, config.block):
         size = min(config.block, config.new_tokens - start)
         ids += [SPECIAL.mask] * size
-        index = torch.arange(len(ids)) // config.block
-        seen = (index[:, None] >= index[None]) & (torch.arange(len(ids)) >= width - len(prompt))[None]
-        seen |= torch.eye(len(ids), dtype=torch.bool)
         steps = min(size, config.steps_per_block or size)
         for step in range(steps):
-            with torch.no_grad():
-                hidden = model.model(input_ids=torch.tensor([ids]), attention_mask=seen[None, None], use_cache=False)
-                logits = model.lm_head(hidden.last_hidden_state)[0, -size:].double()
-            logits[:, SPECIAL.mask] = -torch.inf
+            logits = whole_logits(model, ids, width - len(prompt), config.block)[-size:]
             confidence, tokens = logits.softmax(-1).max(-1)
             left = [i for i in range(size) if ids[i - size] == SPECIAL.mask]
             count = size // steps + (step < size % steps)
@@ -192,12 +198,7 @@ def test_what_is_sampled_lies_in_top_k_and_top_p(
     endless = dataclasses.replace(SPECIAL, eos=-1)
     *_, (tokens, _) = sample_steps(model, [PROMPTS[0]], endless, config)
     ids = [SPECIAL.pad] * 3 + PROMPTS[0] + [SPECIAL.mask] * 8
-    index = torch.arange(16) // 8
-    seen = ((index[:, None] >= index[None]) & (torch.arange(16) >= 3)[None]) | torch.eye(16, dtype=torch.bool)
-    with torch.no_grad():
-        hidden = model.model(input_ids=torch.tensor([ids]), attention_mask=seen[None, None], use_cache=False)
-        logits = model.lm_head(hidden.last_hidden_state)[0, -8:].double()
-    logits[:, SPECIAL.mask] = -torch.inf
+    logits = whole_logits(model, ids, 3, 8)[-8:]
     order = logits.argsort(dim=1, descending=True)
     place = (order == tokens[0][:, None]).int().argmax(dim=1)
     kept = (logits / temperature).gather(1, order)[:, :top_k].softmax(dim=1)
