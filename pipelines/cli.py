@@ -19,9 +19,9 @@ from pipelines.commands import (  # noqa: F401 - they register their commands
 )
 from pipelines.commands.app import app, arrange_help
 from pipelines.terminal.text import printable
-from shared.atomic import disk_is_full
-from shared.errors import TideError
-from shared.stopping import end_with_parent, leave_in_order, stop_in_order
+from shared.system.atomic import disk_is_full
+from shared.system.errors import TideError
+from shared.system.signals import end_with_parent, leave_in_order, stop_in_order
 
 _INTERRUPTED = 130
 

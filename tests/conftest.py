@@ -18,21 +18,21 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="tide-hf-")  # no data set that 
 from jaxtyping import install_import_hook
 
 with install_import_hook(["shared", "teacher_cache", "student_train"], "beartype.beartype"):
-    import shared.attention
-    import shared.examples  # noqa: F401
+    import shared.aligned.examples  # noqa: F401
+    import shared.diffusion.attention
     import student_train.training.trainer  # noqa: F401
-    import teacher_cache.build  # noqa: F401
+    import teacher_cache.run.build  # noqa: F401
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from shared.config import CacheConfig, DataConfig
 from shared.data import iter_examples
 from shared.models.checkpoint import resolve
-from shared.settings import build
-from teacher_cache.build import build_cache
+from shared.settings.build import build
+from shared.settings.config import CacheConfig, DataConfig
+from teacher_cache.run.build import build_cache
 
 pytest_plugins = ["tests.faults.counting"]
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)

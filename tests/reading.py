@@ -7,12 +7,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.config import TrainConfig
-from shared.manifest import load_manifest
-from shared.schema import CacheRow, Layout
-from shared.shards import Unit, finished_units, read_shard, read_table, write_table
+from shared.cache.manifest import load_manifest
+from shared.cache.row import CacheRow, Layout
+from shared.cache.shards import Unit, finished_units, read_shard, read_table, write_table
+from shared.settings.config import TrainConfig
 from student_train.batches.loader import BatchDataset
-from student_train.batches.opening import open_cache
+from student_train.batches.open_cache import open_cache
 
 
 def layout_of(cache: Path) -> Layout:

@@ -13,27 +13,27 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipelines.planning import fidelity
-from pipelines.planning.fidelity import Grid, measure_fidelity, table
+from pipelines.plan import fidelity
+from pipelines.plan.fidelity import Grid, measure_fidelity, table
 from pipelines.recipes.read import cache_config, packaged_recipe, train_config
-from shared.alignment import Region, align_tokens
-from shared.config import CacheConfig, DataConfig, LengthConfig, StudentConfig
-from shared.examples import Preparer
-from shared.manifest import Manifest, load_manifest
+from shared.aligned.alignment import Region, align_tokens
+from shared.aligned.examples import Preparer
+from shared.cache.manifest import Manifest, load_manifest
+from shared.cache.row import CacheRow
+from shared.cache.shards import Unit
 from shared.models.checkpoint import open_checkpoint, stream_tensors
-from shared.schema import CacheRow
-from shared.shards import Unit
-from shared.tokenizers import Tokenizer
+from shared.settings.config import CacheConfig, DataConfig, LengthConfig, StudentConfig
+from shared.text.tokenizers import Tokenizer
 from student_train.training.trainer import train_student
-from teacher_cache.build import build_cache
 from teacher_cache.maintenance.inspect import inspect_cache
 from teacher_cache.maintenance.prune import prune_cache
 from teacher_cache.maintenance.sizes import describe_sizes, size_steps
+from teacher_cache.run.build import build_cache
 from tests.conftest import chats_file
 from tests.reading import all_rows, layout_of, rows_in
 from tests.real_assets import qwen_tokenizer, smollm2
+from tests.shared.aligned.test_examples import TEXTS, chat, check_chunks
 from tests.shared.models.test_configs import in_parts
-from tests.shared.test_examples import TEXTS, chat, check_chunks
 
 pytestmark = pytest.mark.slow
 

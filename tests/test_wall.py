@@ -40,9 +40,9 @@ def test_the_contract_holds(house: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "line", "chain"),
     [
-        ("student_train/training/trainer.py", "from teacher_cache.build import build_cache", "teacher_cache"),
-        ("teacher_cache/build.py", "from student_train.training.trainer import train_student", "student_train"),
-        ("shared/noise.py", "from teacher_cache.targets import TargetSpec", "teacher_cache"),
+        ("student_train/training/trainer.py", "from teacher_cache.run.build import build_cache", "teacher_cache"),
+        ("teacher_cache/run/build.py", "from student_train.training.trainer import train_student", "student_train"),
+        ("shared/diffusion/noise.py", "from teacher_cache.method.targets import TargetSpec", "teacher_cache"),
         ("shared/models/loading.py", "from pipelines.recipes.read import cache_config", "pipelines"),
     ],
 )

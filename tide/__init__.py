@@ -13,7 +13,7 @@ is kept: called again, each goes on where it stopped. What cannot work raises `T
 
 from __future__ import annotations
 
-from shared.errors import TideError
+from shared.system.errors import TideError
 from tide.results import Cache, Data, Run
 from tide.stages import cache, prepare, train
 from tide.student import Student, load_student

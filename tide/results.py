@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.files import read_json
+from shared.system.files import read_json
 
 if TYPE_CHECKING:
-    from shared.prepared.folder import PreparedData
-    from shared.tokenizers import Tokenizer
+    from shared.text.tokenizers import Tokenizer
+    from teacher_cache.prepared.folder import PreparedData
     from tide.student import Student
 
 
@@ -24,13 +24,13 @@ class Data:
     student_tokenizer: Tokenizer = field(repr=False)
 
     def __str__(self) -> str:
-        from shared.prepared.report import describe
+        from teacher_cache.prepared.report import describe
 
         return describe(self.prepared)
 
     def show(self, count: int = 3) -> str:
         """The first examples as the student reads them, trained answers in ⟦ ⟧."""
-        from shared.prepared.report import show
+        from teacher_cache.prepared.report import show
 
         return show(self.prepared.between(0, count), self.student_tokenizer)
 
@@ -47,7 +47,7 @@ class Cache:
     @classmethod
     def open(cls, folder: str | Path) -> Cache:
         """Of a folder. TideError where it holds none."""
-        from shared.manifest import load_manifest
+        from shared.cache.manifest import load_manifest
 
         manifest = load_manifest(Path(folder))
         return cls(Path(folder), manifest.fingerprint["teacher"]["name"], manifest.examples, manifest.draws)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.recipes.read import cache_config, train_config
-from shared.config import CacheConfig
+from shared.settings.config import CacheConfig
 from tide.results import Cache, Data, Run
 
 Source = str | dict[str, Any] | Sequence[str | dict[str, Any]]
@@ -19,7 +19,7 @@ def prepare(teacher: str | None = None, data: Source | None = None, **settings: 
 
     `recipe` and `teachers_file` are paths; all else are settings of `[cache]`. TideError where the data cannot be used.
     """
-    from teacher_cache.data import open_sides, prepare_data
+    from teacher_cache.run.data import open_sides, prepare_data
 
     config = _cache_config(teacher, data, settings)
     sides = open_sides(config, weights=False)
@@ -33,7 +33,7 @@ def cache(teacher: str | None = None, data: Source | None = None, **settings: An
     Arguments as of `prepare`. What is there already is not computed again. TideError before anything is loaded, where
     that is possible.
     """
-    from teacher_cache.build import build_cache
+    from teacher_cache.run.build import build_cache
 
     return Cache.open(build_cache(_cache_config(teacher, data, settings)).folder)
 

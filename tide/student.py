@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.data.prompts import waiting_messages
-from shared.errors import TideError
+from shared.system.errors import TideError
 
 if TYPE_CHECKING:
     from student_train.using.load import LoadedStudent

@@ -10,7 +10,7 @@ import typer
 from pipelines.commands.app import Recipe, Sets, TeacherName, TeachersFile, app
 from pipelines.commands.options import require_positive
 from pipelines.terminal.text import say
-from shared.errors import TideError
+from shared.system.errors import TideError
 
 DATA_HELP = "A file, a folder or a glob, hf://OWNER/NAME[:CONFIG][:SPLIT], or stdlib:train (docs/data.md)."
 
@@ -41,10 +41,10 @@ def cache(
     ] = False,
 ) -> None:
     """Stage one: run the teacher once and write its knowledge to Parquet shards. Run again to resume."""
-    from pipelines.planning.plan import Speed, plan_from_data, plan_from_statement
+    from pipelines.plan.plan import Speed, plan_from_data, plan_from_statement
     from pipelines.recipes.command_line import to_toml
     from pipelines.recipes.read import cache_config
-    from teacher_cache.build import build_cache
+    from teacher_cache.run.build import build_cache
 
     named = {"noise.draws": draws, "engine.type": engine, "engine.tensor_parallel": tensor_parallel,
              "engine.data_parallel": data_parallel, "engine.workers": engine_workers, "rank": rank, "world": world,
@@ -85,10 +85,10 @@ def prepare(
 ) -> None:
     """Render, tokenise and align the data once, and say what became of it. No weight is read."""
     from pipelines.recipes.read import cache_config
-    from shared.hardware import largest_process
-    from shared.prepared.report import describe
-    from shared.prepared.report import show as show_examples
-    from teacher_cache.data import open_sides, prepare_data
+    from shared.system.hardware import largest_process
+    from teacher_cache.prepared.report import describe
+    from teacher_cache.prepared.report import show as show_examples
+    from teacher_cache.run.data import open_sides, prepare_data
 
     flags = {"model": model, "student_tokenizer": student_tokenizer, "data": data, "prepared": prepared}
     settings = cache_config(teacher, config, sets or [], teachers_file, **flags)
@@ -119,11 +119,11 @@ def plan(
     sets: Sets = None,
 ) -> None:
     """Memory, bytes and GPU hours of both stages, from sizes on record and what you state. Nothing is loaded."""
-    from pipelines.planning.plan import Prices, Speed, plan_from_statement
+    from pipelines.plan.cards import find_card
+    from pipelines.plan.plan import Prices, Speed, plan_from_statement
+    from pipelines.plan.rehearse import summarise_rehearsal
+    from pipelines.plan.work import Conversations
     from pipelines.recipes.read import cache_config, train_config
-    from pipelines.rehearsal.cards import find_card
-    from pipelines.rehearsal.report import summarise_rehearsal
-    from pipelines.rehearsal.work import Conversations
 
     positive = {
         "examples": examples, "tokens": tokens, "response": response, "tflops": tflops, "mfu": mfu,
@@ -156,10 +156,10 @@ def rehearse(
     sets: Annotated[list[str] | None, typer.Option("--set", help="cache.… or train.…; repeatable.")] = None,
 ) -> None:
     """Run both stages on tensors without content: memory, kernels, waits, time and GPU hours on a card."""
+    from pipelines.plan.cards import find_card
+    from pipelines.plan.rehearse import describe_rehearsal
+    from pipelines.plan.work import Conversations
     from pipelines.recipes.read import cache_config, train_config
-    from pipelines.rehearsal.cards import find_card
-    from pipelines.rehearsal.report import describe_rehearsal
-    from pipelines.rehearsal.work import Conversations
 
     require_positive({"examples": examples, "tokens": tokens, "response": response})
     cards = [find_card(name) for name in gpu or ["h100"]]
@@ -187,7 +187,7 @@ def throughput(
     sets: Sets = None,
 ) -> None:
     """Measure a teacher's speed and memory on this machine, with random weights of its true shapes."""
-    from pipelines.planning.throughput import measure_throughput
+    from pipelines.plan.throughput import measure_throughput
     from pipelines.recipes.read import cache_config
 
     require_positive({"length": length, "requests": requests, "rounds": rounds, "tflops": tflops})

@@ -12,7 +12,7 @@ import typer
 from pipelines.commands.app import app
 from pipelines.commands.options import Batch, Device, Student, require_positive, sampling_settings, takes_sampling
 from pipelines.terminal.text import say
-from shared.errors import TideError
+from shared.system.errors import TideError
 
 
 @app.command("eval")

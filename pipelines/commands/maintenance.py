@@ -142,9 +142,9 @@ def unpack(
 @app.command()
 def push(folder: Cache, store: Annotated[str, typer.Argument(help="s3://…, gs://…, hf://… or a path.")]) -> None:
     """Copy a cache into an object store. Run again to resume."""
-    from shared.ledger import settle_ledger
-    from shared.manifest import load_manifest
-    from shared.stores import Store
+    from shared.cache.ledger import settle_ledger
+    from shared.cache.manifest import load_manifest
+    from shared.cache.stores import Store
 
     manifest = load_manifest(folder)
     pushed = Store.open(store).push(folder, manifest, settle_ledger(folder, manifest))
@@ -156,6 +156,6 @@ def pull(
     store: Annotated[str, typer.Argument(help="Where `tide push` or --store put a cache.")], folder: Cache
 ) -> None:
     """Bring a cache from an object store, every file checked. Run again to resume."""
-    from shared.stores import Store
+    from shared.cache.stores import Store
 
     say(f"{folder}: {Store.open(store).pull(folder):,} files")

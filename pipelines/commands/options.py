@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shared.errors import TideError
+from shared.system.errors import TideError
 
 if TYPE_CHECKING:
     from student_train.using.settings import SampleConfig

@@ -9,7 +9,7 @@ import typer
 
 from pipelines.commands.app import TeachersFile, app
 from pipelines.terminal.text import say
-from shared.errors import TideError
+from shared.system.errors import TideError
 
 teachers_app = typer.Typer(help="List the known teachers, or show one.", invoke_without_command=True)
 app.add_typer(teachers_app, name="teachers")
@@ -40,7 +40,7 @@ def show(
     name: Annotated[str, typer.Argument(help="A teacher of `tide teachers`.")], teachers_file: TeachersFile = None
 ) -> None:
     """Print one teacher's entry, and what loading it checks."""
-    from pipelines.planning.show_teacher import describe_teacher
+    from pipelines.plan.show_teacher import describe_teacher
 
     say(describe_teacher(name, teachers_file))
 
@@ -112,7 +112,7 @@ def tiny_teacher(
     ),
 ) -> None:
     """Train the embedded teacher again (about an hour on 2 cores). Run again to resume."""
-    from pipelines.embedded.tiny_teacher import TinyTeacherConfig, train_tiny_teacher
+    from pipelines.tools.tiny_teacher import TinyTeacherConfig, train_tiny_teacher
 
     train_tiny_teacher(teacher, student_tokenizer, work, TinyTeacherConfig())
 
@@ -124,7 +124,7 @@ def tiny_student(
     only: Annotated[str | None, typer.Option(help="cross or shared: the student of one tokenizer.")] = None,
 ) -> None:
     """Pre-train the embedded students again, by cross-entropy alone. Run again to resume."""
-    from pipelines.embedded.tiny_student import TOKENIZERS, TinyStudentConfig, train_tiny_student
+    from pipelines.tools.tiny_student import TOKENIZERS, TinyStudentConfig, train_tiny_student
 
     if only is not None and only not in TOKENIZERS:
         raise TideError(f"--only is {only!r}", expected=" or ".join(TOKENIZERS))

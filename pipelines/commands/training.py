@@ -11,7 +11,7 @@ import typer
 from pipelines.commands.app import Recipe, Sets, TeacherName, TeachersFile, app
 from pipelines.commands.options import require_positive
 from pipelines.terminal.text import say
-from shared.errors import TideError
+from shared.system.errors import TideError
 
 
 @app.command()
@@ -29,7 +29,7 @@ def train(
 ) -> None:
     """Stage two: train a student from a cache. Run again to resume."""
     from pipelines.recipes.read import train_config
-    from shared.marked_files import is_remote
+    from shared.cache.marked_files import is_remote
     from student_train.training.trainer import train_student
 
     places: dict[str, Any] = {} if cache_place is None else {"cache": Path(cache_place)}
@@ -71,9 +71,9 @@ def fidelity(
     sets: Sets = None,
 ) -> None:
     """The angle between the gradient of a cache and that of full logits, for k, classes, shape of the tail and T."""
-    from pipelines.planning.fidelity import Grid, measure_fidelity, table
+    from pipelines.plan.fidelity import Grid, measure_fidelity, table
     from pipelines.recipes.read import cache_config
-    from shared.config import StudentConfig
+    from shared.settings.config import StudentConfig
 
     settings = cache_config(teacher, config, sets or [], teachers_file, model=model, out=Path("caches/fidelity"))
     asked = {"ks": k, "classes": classes, "tails": tail, "temperatures": temperature, "objectives": objective}

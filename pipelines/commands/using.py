@@ -15,7 +15,7 @@ import typer
 from pipelines.commands.app import app
 from pipelines.commands.options import Batch, Device, NewTokens, Steps, Student, sampling_settings, takes_sampling
 from pipelines.terminal.text import json_line, say
-from shared.errors import TideError
+from shared.system.errors import TideError
 
 
 def _chats(prompts: list[str], file: Path | None) -> list[list[dict[str, Any]]]:

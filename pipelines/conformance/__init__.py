@@ -16,7 +16,7 @@ from pipelines.conformance.models import model_groups
 from pipelines.conformance.result import Group
 from pipelines.conformance.sampler import sampler_groups
 from pipelines.conformance.step import step_groups
-from shared.errors import TideError
+from shared.system.errors import TideError
 
 PARTS: dict[str, Callable[[Path], list[Group]]] = {
     "losses": loss_groups,

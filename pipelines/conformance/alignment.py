@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.conformance.result import Group, absent
-from shared.alignment import Region, align_tokens
-from shared.bytes_of_tokens import byte_level_bytes
-from shared.errors import TideError
+from shared.aligned.alignment import Region, align_tokens
+from shared.system.errors import TideError
+from shared.text.bytes_of_tokens import byte_level_bytes
 
 
 def alignment_groups(folder: Path) -> list[Group]:

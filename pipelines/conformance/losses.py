@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from pipelines.conformance.result import Group, absent, load_tensors
-from shared.compact import LARGEST_ODDS
-from shared.errors import TideError
-from shared.objectives import Tidal
+from shared.cache.levels import LARGEST_ODDS
+from shared.settings.objectives import Tidal
+from shared.system.errors import TideError
 from student_train.losses import calm, tidal
 from student_train.losses.divergence import token_divergence
 from student_train.losses.schedules import strength, timestep_weight

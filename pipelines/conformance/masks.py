@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from pipelines.conformance.result import Group, absent, load_tensors
-from shared.attention import block_diffusion
+from shared.diffusion.attention import block_diffusion
 
 
 def mask_groups(folder: Path) -> list[Group]:

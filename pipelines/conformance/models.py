@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from pipelines.conformance.result import Group, absent, known_architecture, load_tensors
-from shared.attention import block_diffusion_batch, repeat_positions
+from shared.diffusion.attention import block_diffusion_batch, repeat_positions
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
-from teacher_cache.comp_demo import Request
 from teacher_cache.engines.inputs import build_inputs, observed_first
+from teacher_cache.method.comp_demo import Request
 from teacher_cache.teachers.registry import Attention, BlockCausal, Full, Native, X0Xt
 
 _TOLERANCE = 1e-5

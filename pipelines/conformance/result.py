@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shared.errors import TideError
 from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import Checkpoint
+from shared.system.errors import TideError
 
 
 @dataclass

@@ -23,18 +23,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipelines.conformance.result import Group, absent, known_architecture, load_tensors
-from shared.errors import TideError
-from shared.examples import Prepared
-from shared.manifest import Manifest
+from shared.aligned.examples import Prepared
+from shared.cache.manifest import Manifest
+from shared.cache.row import CacheRow, Layout
+from shared.cache.shards import read_shard, write_shard
+from shared.cache.vocabulary import Vocabulary
+from shared.diffusion.noise import Draw
 from shared.models.checkpoint import Checkpoint, open_checkpoint
 from shared.models.loading import load_model
-from shared.noise import Draw
-from shared.objectives import KL, Calm, Distillation, NoDistillation, ReverseKL
-from shared.schema import CacheRow, Layout
-from shared.settings import build
-from shared.shards import read_shard, write_shard
-from shared.variants import strict
-from shared.vocabulary import Vocabulary
+from shared.settings.build import build
+from shared.settings.objectives import KL, Calm, Distillation, NoDistillation, ReverseKL
+from shared.settings.variants import strict
+from shared.system.errors import TideError
 from student_train.batches.collate import Batch, TargetReader, collate, counts_of
 from student_train.losses import calm, tidal
 from student_train.losses.fused_head import LossSettings
@@ -42,11 +42,11 @@ from student_train.losses.objective import parts_of
 from student_train.losses.schedules import strength, timestep_weight
 from student_train.model.student import student_architecture
 from student_train.training.step import train_on_loss
-from teacher_cache.comp_demo import passes, teacher_view
 from teacher_cache.engines.transformers_engine import TransformersEngine
-from teacher_cache.targets import TargetSpec
+from teacher_cache.method.comp_demo import passes, teacher_view
+from teacher_cache.method.targets import TargetSpec
+from teacher_cache.run.work import RowSettings, cache_row, merge_passes
 from teacher_cache.teachers.registry import Attention, BlockCausal, Full, Native, X0Xt
-from teacher_cache.work import RowSettings, cache_row, merge_passes
 
 _RELATIVE, _ANGLE = 1e-4, 1e-6
 _TIME = 1e-6

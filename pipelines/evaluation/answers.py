@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shared.errors import TideError
-from shared.files import refuse_odd
+from shared.system.errors import TideError
+from shared.system.files import refuse_odd
 
 _LONGEST_LINE = 1 << 24
 

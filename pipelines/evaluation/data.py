@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.evaluation.recipe import Benchmark
-from shared.errors import TideError
+from shared.system.errors import TideError
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pipelines.evaluation.answers import Answers
 from pipelines.evaluation.likelihoods import Likelihoods
 from pipelines.evaluation.processes import Processes
-from shared.errors import TideError
+from shared.system.errors import TideError
 from student_train.using.elbo import ElboConfig, log_likelihoods
 from student_train.using.load import LoadedStudent, choose_block, load_for_use
 from student_train.using.sampler import sample_steps, until_eos

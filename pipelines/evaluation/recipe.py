@@ -7,8 +7,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from shared.errors import TideError
-from shared.settings import read_toml
+from shared.settings.build import read_toml
+from shared.system.errors import TideError
 
 PAPER = "paper"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.evaluation.recipe import Benchmark
-from shared.atomic import write_bytes
-from shared.errors import TideError
-from shared.files import read_json
+from shared.system.atomic import write_bytes
+from shared.system.errors import TideError
+from shared.system.files import read_json
 
 _LARGEST = 1 << 30
 _NOT_SHARES = ("word_perplexity", "byte_perplexity", "perplexity", "bits_per_byte")

@@ -20,11 +20,11 @@ from pipelines.evaluation.data import load_tasks
 from pipelines.evaluation.recipe import Benchmark, packaged
 from pipelines.evaluation.results import Score, digest, finished, read_scores, save
 from pipelines.evaluation.sandbox.run import Limits
-from shared.errors import TideError
-from shared.hardware import choose_device
-from shared.locks import hold
 from shared.models.checkpoint import open_checkpoint, resolve
-from shared.processes import part
+from shared.system.errors import TideError
+from shared.system.hardware import choose_device
+from shared.system.locks import hold
+from shared.system.processes import part
 from student_train.using.load import load_for_use
 
 

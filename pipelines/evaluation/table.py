@@ -9,7 +9,7 @@ import polars as pl
 
 from pipelines.evaluation.recipe import packaged, paper_benchmarks
 from pipelines.evaluation.results import Score, read_scores
-from shared.settings import read_toml
+from shared.settings.build import read_toml
 
 
 def score_table(scores: list[Score]) -> str:

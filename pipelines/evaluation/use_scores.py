@@ -23,14 +23,14 @@ import torch
 from jaxtyping import Int
 from tqdm import tqdm
 
-from shared.alignment import token_boundaries
-from shared.atomic import write_bytes
-from shared.config import DataConfig
+from shared.aligned.alignment import token_boundaries
 from shared.data import ChatExample, iter_examples
-from shared.files import read_json
-from shared.padding import pad
-from shared.stopping import serve_parent
-from student_train.batches.needed import needed_places
+from shared.diffusion.padding import pad
+from shared.settings.config import DataConfig
+from shared.system.atomic import write_bytes
+from shared.system.files import read_json
+from shared.system.signals import serve_parent
+from student_train.batches.visible_rows import needed_places
 from student_train.model.student import masked_hidden
 from student_train.using.load import LoadedStudent, load_for_use
 from student_train.using.settings import SampleConfig

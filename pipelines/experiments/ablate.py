@@ -14,11 +14,11 @@ from pipelines.recipes.command_line import train_arguments
 from pipelines.recipes.read import own_recipe
 from pipelines.reports.paired import paired_table
 from pipelines.reports.report import find_runs, write_report
-from shared.config import CacheConfig, TrainConfig
-from shared.locks import hold
-from shared.settings import build, read_toml
-from shared.variants import strict
-from teacher_cache.build import build_cache
+from shared.settings.build import build, read_toml
+from shared.settings.config import CacheConfig, TrainConfig
+from shared.settings.variants import strict
+from shared.system.locks import hold
+from teacher_cache.run.build import build_cache
 
 
 @strict

@@ -20,16 +20,16 @@ from pipelines.experiments.grid import LOCK, Job, train_all
 from pipelines.recipes.read import cache_config, packaged_recipe, train_config
 from pipelines.reports.paired import differences, final, paired, paired_table
 from pipelines.reports.report import Run, find_runs, write_report
-from shared.config import DataConfig, LengthConfig, TrainConfig
-from shared.errors import TideError
-from shared.hardware import describe_hardware
-from shared.locks import hold
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import load_model
-from shared.tokenizers import Tokenizer
+from shared.settings.config import DataConfig, LengthConfig, TrainConfig
+from shared.system.errors import TideError
+from shared.system.hardware import describe_hardware
+from shared.system.locks import hold
+from shared.text.tokenizers import Tokenizer
 from student_train.model.student import student_architecture
 from student_train.training.heldout import masked_nll, prepare_heldout, student_predictor, teacher_predictor
-from teacher_cache.build import build_cache
+from teacher_cache.run.build import build_cache
 from teacher_cache.teachers.registry import find_teacher
 
 

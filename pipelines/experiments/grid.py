@@ -14,8 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from shared.errors import TideError
-from shared.stopping import end_children, start_child
+from shared.system.errors import TideError
+from shared.system.signals import end_children, start_child
 
 LOCK = ".lock"
 """In a folder of runs: who works on it holds this."""

@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard
 
 from pipelines.evaluation.results import read_scores
 from pipelines.evaluation.table import score_table
-from shared.errors import TideError
-from shared.files import refuse_odd
+from shared.system.errors import TideError
+from shared.system.files import refuse_odd
 from student_train.model.card import CARD, OWN_FOLDER
 from student_train.using.load import load_for_use
 

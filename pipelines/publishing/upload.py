@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from pipelines.publishing.contents import Contents
-from shared.errors import TideError
+from shared.system.errors import TideError
 from student_train.model.card import CARD
 
 _SCHEME = "hf://"

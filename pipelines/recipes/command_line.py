@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shared.config import TrainConfig
-from shared.errors import TideError
-from shared.settings import to_plain
+from shared.settings.build import to_plain
+from shared.settings.config import TrainConfig
+from shared.system.errors import TideError
 
 _EMPTY = Path(__file__).parent / "empty.toml"
 

@@ -10,10 +10,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from shared.config import CacheConfig, TrainConfig
-from shared.errors import TideError
-from shared.nearest import advice
-from shared.settings import apply_overrides, build, read_toml
+from shared.settings.build import apply_overrides, build, read_toml
+from shared.settings.config import CacheConfig, TrainConfig
+from shared.settings.nearest import advice
+from shared.system.errors import TideError
 from teacher_cache.teachers.registry import find_teacher
 
 DEFAULT_TEACHER = "tiny-cross"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.recipes.read import cache_config, packaged_recipe, packaged_recipes, read_recipe, train_config
-from shared.errors import TideError
-from shared.settings import to_plain
+from shared.settings.build import to_plain
+from shared.system.errors import TideError
 from teacher_cache.teachers.registry import find_teacher
 
 _PLACES = ("out", "cache", "teacher")

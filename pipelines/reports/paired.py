@@ -11,8 +11,8 @@ from pathlib import Path
 from scipy.stats import t as student_t
 
 from pipelines.reports.report import Run, find_runs
-from shared.errors import TideError
-from shared.manifest import differences as settings_that_differ
+from shared.cache.manifest import differences as settings_that_differ
+from shared.system.errors import TideError
 
 CONFIDENCE = 0.95
 Metric = Callable[[Run], float | None]

@@ -21,12 +21,12 @@ from pipelines.evaluation.results import Score
 from pipelines.evaluation.table import beside_the_paper, find_scores
 from pipelines.evaluation.use_scores import UseScores, read_use
 from pipelines.recipes.command_line import train_command
-from shared.atomic import write_bytes
-from shared.config import TrainConfig
-from shared.errors import TideError
-from shared.files import read_json
-from shared.settings import build
-from teacher_cache.progress import read_status
+from shared.settings.build import build
+from shared.settings.config import TrainConfig
+from shared.system.atomic import write_bytes
+from shared.system.errors import TideError
+from shared.system.files import read_json
+from teacher_cache.run.progress import read_status
 
 
 @dataclass(frozen=True)

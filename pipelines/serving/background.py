@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from pipelines.serving.run import bind
 from pipelines.serving.settings import ServeConfig
-from shared.errors import TideError
+from shared.system.errors import TideError
 from student_train.using.load import LoadedStudent
 
 _PATIENCE = 30

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from pipelines.serving.settings import ServeConfig
-from shared.errors import TideError
+from shared.system.errors import TideError
 from student_train.using.load import LoadedStudent
 
 

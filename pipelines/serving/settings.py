@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shared.errors import TideError
+from shared.system.errors import TideError
 from student_train.using.settings import SampleConfig
 
 

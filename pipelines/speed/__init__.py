@@ -17,7 +17,7 @@ from pipelines.speed.stage_one import bench_stage_one
 from pipelines.speed.training import bench_training
 from pipelines.speed.use import bench_use
 from pipelines.terminal.tables import print_table
-from shared.errors import TideError
+from shared.system.errors import TideError
 
 TABLES = {
     "preparing": bench_preparing,

@@ -11,12 +11,12 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 from rich.table import Table
 
-from shared.alignment import Region, align_tokens
-from shared.config import DataConfig, LengthConfig
+from shared.aligned.alignment import Region, align_tokens
+from shared.aligned.examples import Preparer
 from shared.data import ChatExample, iter_examples
-from shared.examples import Preparer
 from shared.models.checkpoint import resolve
-from shared.tokenizers import Tokenizer
+from shared.settings.config import DataConfig, LengthConfig
+from shared.text.tokenizers import Tokenizer
 from teacher_cache.teachers.registry import find_teacher
 
 _TOKENS = 512

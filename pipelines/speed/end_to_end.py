@@ -15,14 +15,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipelines.recipes.read import cache_config
 from pipelines.speed.timing import side_by_side
-from shared.config import CacheConfig, DataConfig
+from shared.cache.shards import Unit
 from shared.data import iter_examples
-from shared.shards import Unit
-from teacher_cache.engines.choose import load_engine
+from shared.settings.config import CacheConfig, DataConfig
 from teacher_cache.engines.transformers_engine import TransformersEngine
-from teacher_cache.plan import CachePlan, make_plan
-from teacher_cache.units import examples_of, run_units
-from teacher_cache.work import prepare_unit
+from teacher_cache.run.load_engine import load_engine
+from teacher_cache.run.plan import CachePlan, make_plan
+from teacher_cache.run.units import examples_of, run_units
+from teacher_cache.run.work import prepare_unit
 
 _EMBEDDED = Path(__file__).parents[2] / "teacher_cache" / "teachers" / "tiny"
 

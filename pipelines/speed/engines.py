@@ -15,13 +15,13 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from pipelines.speed.timing import side_by_side
-from shared.config import EngineConfig
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model, random_model
-from teacher_cache.comp_demo import Request
+from shared.settings.config import EngineConfig
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.engines.vllm_engine.engine import VllmEngine, installed
-from teacher_cache.targets import TargetSpec
+from teacher_cache.method.comp_demo import Request
+from teacher_cache.method.targets import TargetSpec
 from teacher_cache.teachers.registry import TeacherEntry
 
 _LONGEST = 512

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from shared.attention import full
+from shared.diffusion.attention import full
 from student_train.using.decoding import pad_left
 from student_train.using.settings import Special
 

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from pipelines.speed.memory import in_process
 from pipelines.speed.timing import side_by_side
-from shared.hardware import bfloat16_in_hardware
-from shared.objectives import KL, Distillation, ReverseCalm, Tidal
+from shared.settings.objectives import KL, Distillation, ReverseCalm, Tidal
+from shared.system.hardware import bfloat16_in_hardware
 from student_train.losses.fused_head import LossSettings, fused_loss
 from student_train.losses.objective import Counts, objective, total
 from student_train.losses.targets import ChunkTargets, Classes, Targets, TopKTargets

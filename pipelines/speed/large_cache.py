@@ -19,16 +19,16 @@ import pyarrow as pa
 import torch
 from rich.table import Table
 
-from shared.checking import inspect_shard, remember
-from shared.config import CacheConfig, TargetConfig, TrainConfig
-from shared.ledger import Entry, load_ledger, save_ledger
-from shared.manifest import Manifest, load_manifest
-from shared.schema import Layout
-from shared.shards import Unit, read_shard, write_shard
-from shared.vocabulary import TABLES, Pilot, Vocabulary, save_tables
+from shared.cache.checking import inspect_shard, remember
+from shared.cache.ledger import Entry, load_ledger, save_ledger
+from shared.cache.manifest import Manifest, load_manifest
+from shared.cache.row import Layout
+from shared.cache.shards import Unit, read_shard, write_shard
+from shared.cache.vocabulary import TABLES, Pilot, Vocabulary, save_tables
+from shared.settings.config import CacheConfig, TargetConfig, TrainConfig
 from student_train.batches.collate import TargetReader, collate
-from student_train.batches.opening import open_cache
-from teacher_cache.costs import Workload, random_rows
+from student_train.batches.open_cache import open_cache
+from teacher_cache.run.costs import Workload, random_rows
 
 _DRAWS, _ROWS, _VOCABULARY = 4, 512, 151_936
 _SIZES = (10_000, 100_000, 1_000_000)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from shared.errors import TideError
-from shared.hardware import high_water
+from shared.system.errors import TideError
+from shared.system.hardware import high_water
 
 
 def in_process(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> int:

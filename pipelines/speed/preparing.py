@@ -13,13 +13,13 @@ from pathlib import Path
 from rich.table import Table
 
 from pipelines.recipes.read import cache_config
-from shared.config import CacheConfig, DataConfig
+from shared.cache.shards import Unit
 from shared.data import iter_examples
-from shared.hardware import largest_process
-from shared.shards import Unit
-from teacher_cache.data import open_sides, prepare_data
-from teacher_cache.plan import CachePlan, make_plan
-from teacher_cache.work import prepare_unit
+from shared.settings.config import CacheConfig, DataConfig
+from shared.system.hardware import largest_process
+from teacher_cache.run.data import open_sides, prepare_data
+from teacher_cache.run.plan import CachePlan, make_plan
+from teacher_cache.run.work import prepare_unit
 
 _ROWS = 16_000
 

@@ -6,10 +6,10 @@ import dataclasses
 
 from rich.table import Table
 
+from pipelines.plan.cards import find_card
+from pipelines.plan.rehearse import Stage, rehearse_one, rehearse_two, step_plan
+from pipelines.plan.work import Conversations
 from pipelines.recipes.read import cache_config, train_config
-from pipelines.rehearsal.cards import find_card
-from pipelines.rehearsal.report import Stage, rehearse_one, rehearse_two, step_plan
-from pipelines.rehearsal.work import Conversations
 
 _DATA = Conversations(512, 2 / 3)
 

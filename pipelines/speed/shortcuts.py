@@ -9,20 +9,20 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from pipelines.rehearsal.stage_two import StepPlan, make_batch, real_model
-from pipelines.rehearsal.work import Conversations, requests_of
+from pipelines.plan.stage_two import StepPlan, make_batch, real_model
+from pipelines.plan.work import Conversations, requests_of
 from pipelines.speed.timing import side_by_side
-from shared.config import CacheConfig, NoiseConfig, StudentConfig, TrainConfig
 from shared.models.loading import random_model
-from shared.objectives import NoDistillation
+from shared.settings.config import CacheConfig, NoiseConfig, StudentConfig, TrainConfig
+from shared.settings.objectives import NoDistillation
 from student_train.batches.collate import Batch, counts_of
 from student_train.losses.fused_head import LossSettings
-from teacher_cache.comp_demo import Request
 from teacher_cache.engines.batches import fill
 from teacher_cache.engines.inputs import build_inputs
 from teacher_cache.engines.packs import pack_requests
 from teacher_cache.engines.transformers_engine import TransformersEngine
-from teacher_cache.targets import TargetSpec
+from teacher_cache.method.comp_demo import Request
+from teacher_cache.method.targets import TargetSpec
 from teacher_cache.teachers.registry import Attention, BlockCausal, Full, Native, X0Xt
 
 DATA = Conversations(384, 2 / 3)

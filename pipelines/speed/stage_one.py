@@ -10,14 +10,14 @@ from rich.table import Table
 
 from pipelines.recipes.read import cache_config
 from pipelines.speed.timing import side_by_side
+from shared.cache.shards import Unit
 from shared.models.loading import load_model
-from shared.shards import Unit
-from teacher_cache.engines.choose import load_engine
 from teacher_cache.engines.inputs import build_inputs
 from teacher_cache.engines.transformers_engine import TransformersEngine
-from teacher_cache.plan import make_plan
+from teacher_cache.run.load_engine import load_engine
+from teacher_cache.run.plan import make_plan
+from teacher_cache.run.work import prepare_unit
 from teacher_cache.teachers.registry import Full
-from teacher_cache.work import prepare_unit
 
 
 def bench_stage_one() -> Table:

@@ -14,21 +14,21 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
+from pipelines.plan.stage_two import StepPlan, make_batch, real_model
+from pipelines.plan.work import Conversations
 from pipelines.recipes.read import cache_config
-from pipelines.rehearsal.stage_two import StepPlan, make_batch, real_model
-from pipelines.rehearsal.work import Conversations
 from pipelines.speed.timing import side_by_side
-from shared.attention import full
-from shared.config import CacheConfig, StudentConfig, TrainConfig
+from shared.diffusion.attention import full
 from shared.models.loading import random_model
-from shared.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL, Tidal
+from shared.settings.config import CacheConfig, StudentConfig, TrainConfig
+from shared.settings.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL, Tidal
 from student_train.batches.collate import TargetReader, counts_of
-from student_train.batches.opening import OpenCache, open_cache
+from student_train.batches.open_cache import OpenCache, open_cache
 from student_train.losses.fused_head import LossSettings
 from student_train.model.student import load_student
 from student_train.training.step import train_on_loss
-from teacher_cache.build import build_cache
-from teacher_cache.costs import size_of
+from teacher_cache.run.build import build_cache
+from teacher_cache.run.costs import size_of
 
 _BATCH = 8
 _STUDENT = StudentConfig(hidden_size=256, layers=6, heads=4, kv_heads=2, intermediate_size=768)

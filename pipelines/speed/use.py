@@ -30,17 +30,17 @@ from pipelines.recipes.read import cache_config, train_config
 from pipelines.speed.full_attention import sample_full_attention
 from pipelines.speed.memory import in_process
 from pipelines.speed.timing import side_by_side
-from shared.attention import full
-from shared.config import DataConfig
 from shared.data import iter_examples
+from shared.diffusion.attention import full
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import load_model
+from shared.settings.config import DataConfig
 from student_train.training.trainer import train_student
 from student_train.using.decoding import pad_left
 from student_train.using.load import LoadedStudent, load_for_use
 from student_train.using.sampler import sample_steps
 from student_train.using.settings import SampleConfig
-from teacher_cache.build import build_cache
+from teacher_cache.run.build import build_cache
 from teacher_cache.teachers.registry import find_teacher
 
 _TEACHER = "tiny-shared"

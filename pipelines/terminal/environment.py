@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from shared.hardware import describe_hardware
+from shared.system.hardware import describe_hardware
 
 _PACKAGES = (
     "tide-distill", "transformers", "accelerate", "pyarrow", "vllm", "liger-kernel", "lm-eval", "bitsandbytes", "ray",

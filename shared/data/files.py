@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from shared.errors import TideError
+from shared.system.errors import TideError
 
 Place = str
 Raw = bytes | dict[str, Any]

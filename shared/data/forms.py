@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from shared.config import DataConfig
 from shared.data.conversation import ChatExample, Message, content_key
 from shared.data.messages import cut_after_last_answer, normal_messages, tools_of
-from shared.errors import Unusable
+from shared.settings.config import DataConfig
+from shared.system.errors import Unusable
 
 Row = dict[str, Any]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import TideError
+from shared.system.errors import TideError
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from shared.data.conversation import Message
-from shared.errors import Unusable
+from shared.system.errors import Unusable
 
 _ROLES = {
     "developer": "system",

@@ -10,7 +10,7 @@ from shared.data.conversation import Message
 from shared.data.files import file_rows
 from shared.data.messages import normal_messages
 from shared.data.reading import decode
-from shared.errors import TideError, Unusable
+from shared.system.errors import TideError, Unusable
 
 _TEXTS = ("prompt", "question", "instruction")
 _LISTS = ("messages", "conversations", "prompt")

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from shared.config import DataConfig
 from shared.data.conversation import BadRow, ChatExample, identity
 from shared.data.files import Raw
 from shared.data.forms import parse
 from shared.data.selection import copies, in_split, passes
 from shared.data.sources import describe_source, source_rows
-from shared.errors import TideError, Unusable
-from shared.rendered import EXTRAS
+from shared.settings.config import DataConfig
+from shared.system.errors import TideError, Unusable
+from shared.text.rendered import EXTRAS
 
 _REPORTED = 20
 

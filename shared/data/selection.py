@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from shared.config import DataConfig, RowFilter
+from shared.settings.config import DataConfig, RowFilter
 
 
 def passes(row: dict[str, Any], config: DataConfig) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from shared.data.files import ENDINGS, Place, Raw, file_rows, is_data_file
 from shared.data.hub import hub_rows, is_saved, saved_rows, split_of
 from shared.data.stdlib_corpus import corpus_origin, iter_stdlib_functions
-from shared.errors import TideError
+from shared.system.errors import TideError
 
 
 def source_files(source: str) -> list[Path]:

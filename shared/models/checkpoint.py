@@ -13,8 +13,8 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from shared.errors import TideError
-from shared.files import read_json, refuse_odd
+from shared.system.errors import TideError
+from shared.system.files import read_json, refuse_odd
 
 _EMBEDDED = "embedded:"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from shared.errors import TideError
+from shared.system.errors import TideError
 
 HARMLESS = frozenset({
     # what it is, and who wrote it

@@ -8,7 +8,7 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory, get_max_memory
 
-from shared.errors import TideError
+from shared.system.errors import TideError
 
 DeviceMap = Literal["auto", "balanced", "sequential"]
 """`auto` and `balanced` spread layers evenly over the GPUs, `sequential` fills one after the other."""

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from shared.config import ModelShape
-from shared.tokenizers import Tokenizer
+from shared.settings.config import ModelShape
+from shared.text.tokenizers import Tokenizer
 
 
 def new_model(shape: ModelShape, tokenizer: Tokenizer, mask_id: int, positions: int) -> PreTrainedModel:

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shared.errors import TideError
 from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import Checkpoint, stream_tensors
 from shared.models.key_maps import place
+from shared.system.errors import TideError
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 

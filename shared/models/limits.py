@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shared.errors import TideError
+from shared.system.errors import TideError
 
 _LAYERS, _EXPERTS, _WIDTH, _VOCABULARY = 1024, 4096, 1 << 18, 1 << 24
 _MOST = {

@@ -11,7 +11,6 @@ import torch
 from accelerate import init_empty_weights
 from transformers import PreTrainedModel
 
-from shared.errors import TideError
 from shared.models.architectures import ARCHITECTURES, Architecture
 from shared.models.checkpoint import Checkpoint, stream_shapes, stream_tensors
 from shared.models.config_keys import Read, refuse_unread
@@ -19,6 +18,7 @@ from shared.models.devices import DeviceMap, device_of, plan_devices, spread
 from shared.models.key_maps import Placement, place
 from shared.models.limits import refuse_sizes
 from shared.models.quantize import Quantization, quantize_linears
+from shared.system.errors import TideError
 
 
 def _architecture(checkpoint: Checkpoint, name: str) -> Architecture:

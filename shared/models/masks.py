@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from shared.errors import TideError
 from shared.models.checkpoint import Checkpoint
-from shared.tokenizers import Tokenizer
+from shared.system.errors import TideError
+from shared.text.tokenizers import Tokenizer
 
 DEFAULT_MASK = "<|mask|>"
 """Added to a student's tokenizer that names none."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from shared.errors import TideError
+from shared.system.errors import TideError
 
 Quantization = Literal["int8", "int4"]
 """`int8`: LLM.int8() with float16-outlier columns. `int4`: NF4 in blocks of 64."""

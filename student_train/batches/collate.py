@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.compact import EMPTY, class_log_mass
-from shared.manifest import Manifest
-from shared.padding import pad
-from shared.schema import CacheRow, Layout
-from student_train.batches.needed import places_of_draws
+from shared.cache.levels import EMPTY, class_log_mass
+from shared.cache.manifest import Manifest
+from shared.cache.row import CacheRow, Layout
+from shared.diffusion.padding import pad
+from student_train.batches.visible_rows import places_of_draws
 from student_train.losses.objective import Counts
 from student_train.losses.targets import ChunkTargets, Classes, Targets, TopKTargets
 
@@ -25,7 +25,7 @@ def collate(rows: Sequence[CacheRow], manifest: Manifest) -> Batch:
     """One batch. Padding is to the longest row; masked positions are gathered, not padded: row by row, but that those
     at which a teacher of the student's tokenizer was not read come last.
 
-    Draws of one example that follow each other share one sequence (`student_train.batches.needed`).
+    Draws of one example that follow each other share one sequence (`student_train.batches.visible_rows`).
     """
     block = int(manifest.fingerprint["lengths"]["block"])
     mask_id = int(manifest.fingerprint["student"]["mask_id"])

@@ -16,12 +16,12 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from shared.errors import TideError
-from shared.ledger import Ledger
-from shared.manifest import Manifest
-from shared.noise import generator
-from shared.schema import CacheRow, without_masks
-from shared.shards import Unit
+from shared.cache.ledger import Ledger
+from shared.cache.manifest import Manifest
+from shared.cache.row import CacheRow, without_masks
+from shared.cache.shards import Unit
+from shared.diffusion.noise import generator
+from shared.system.errors import TideError
 from student_train.batches.collate import Batch, collate
 from student_train.batches.shards import ShardSource
 from student_train.batches.windows import Window

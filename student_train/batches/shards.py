@@ -14,14 +14,14 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
-from shared.atomic import write_bytes
-from shared.errors import TideError
-from shared.ledger import Ledger
-from shared.manifest import Manifest
-from shared.schema import CacheRow, Layout
-from shared.shards import Shard, Unit, read_table
-from shared.soundness import problems_in
-from shared.stores import Store
+from shared.cache.ledger import Ledger
+from shared.cache.manifest import Manifest
+from shared.cache.row import CacheRow, Layout
+from shared.cache.shards import Shard, Unit, read_table
+from shared.cache.stores import Store
+from shared.cache.value_checks import problems_in
+from shared.system.atomic import write_bytes
+from shared.system.errors import TideError
 
 _AT_ONCE = 4
 
@@ -64,7 +64,7 @@ class ShardSource(Protocol):
 
 
 class FolderShards:
-    """Shards of a folder, whose values were looked at before (`shared.checking`)."""
+    """Shards of a folder, whose values were looked at before (`shared.cache.checking`)."""
 
     def __init__(self, cache: Path, layout: Layout, ledger: Ledger) -> None:
         self._cache, self._layout, self._ledger = cache, layout, ledger

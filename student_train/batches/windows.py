@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shared.errors import TideError
-from shared.schema import CacheRow
+from shared.cache.row import CacheRow
+from shared.system.errors import TideError
 from student_train.batches.shards import OpenShard
 
 _RUN = 16

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from shared.compact import EMPTY
+from shared.cache.levels import EMPTY
 from student_train.losses.log_masses import at_least_float32
 from student_train.losses.tail import fit, teacher_log_probabilities
 from student_train.losses.targets import TopKTargets

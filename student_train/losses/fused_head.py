@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shared.objectives import Distillation
+from shared.settings.objectives import Distillation
 from student_train.losses.objective import Counts, Sums, lambda_train, objective_at, on_device, slice_targets, total
 from student_train.losses.targets import Targets
 

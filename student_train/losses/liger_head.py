@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shared.objectives import Calm, Distillation, NoDistillation, ReverseCalm
+from shared.settings.objectives import Calm, Distillation, NoDistillation, ReverseCalm
 from student_train.losses.fused_head import LossSettings
 from student_train.losses.objective import Sums, gold_objective, total
 from student_train.losses.targets import Targets

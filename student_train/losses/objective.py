@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shared.objectives import KL, Calm, ChunkObjective, Distillation, NoDistillation, ReverseCalm, ReverseKL
+from shared.settings.objectives import KL, Calm, ChunkObjective, Distillation, NoDistillation, ReverseCalm, ReverseKL
 from student_train.losses import calm, denoise, tidal
 from student_train.losses.divergence import token_divergence
 from student_train.losses.log_masses import at_least_float32

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shared.objectives import Growth, Tidal, TimestepWeight
+from shared.settings.objectives import Growth, Tidal, TimestepWeight
 
 _MIDRANGE_CENTRE, _MIDRANGE_WIDTH = 0.5, 0.15
 

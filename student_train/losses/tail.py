@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from shared.compact import EMPTY
+from shared.cache.levels import EMPTY
 from student_train.losses.targets import Classes, TopKTargets
 
 

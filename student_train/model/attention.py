@@ -1,7 +1,7 @@
 """The student's attention by flex_attention: a compiled block mask that skips what block diffusion hides.
 
 On CUDA both the kernel and the mask are compiled once, for all shapes. On a CPU they run uncompiled and PyTorch has no
-gradient for them, which is only good for tests: SDPA with the dense mask of `shared.attention` is used there.
+gradient for them, which is only good for tests: SDPA with the dense mask of `shared.diffusion.attention` is used there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FLEX = "tide_flex"
 
 
 def flex_mask(places: Int[Tensor, "batch rows"], length: int, block: int, draws: int = 1) -> BlockMask:
-    """`shared.attention.block_diffusion_places` as a block mask.
+    """`shared.diffusion.attention.block_diffusion_places` as a block mask.
 
     Whatever differs between batches is a tensor inside of it, so that nothing is compiled anew.
     """

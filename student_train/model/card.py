@@ -9,10 +9,10 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from shared.atomic import write_bytes
-from shared.config import TrainConfig
-from shared.manifest import Manifest
-from shared.settings import to_plain
+from shared.cache.manifest import Manifest
+from shared.settings.build import to_plain
+from shared.settings.config import TrainConfig
+from shared.system.atomic import write_bytes
 
 CARD = "README.md"
 OWN_FOLDER = "THIS_FOLDER"

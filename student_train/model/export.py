@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save
 
-from shared.atomic import new_folder, write_bytes
-from shared.errors import TideError
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import load_model
-from shared.tokenizers import Tokenizer
+from shared.system.atomic import new_folder, write_bytes
+from shared.system.errors import TideError
+from shared.text.tokenizers import Tokenizer
 from student_train.model.card import CARD
 from student_train.model.saving import save_student
 from student_train.model.student import student_architecture

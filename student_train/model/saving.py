@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from shared.tokenizers import Tokenizer
+from shared.text.tokenizers import Tokenizer
 
 
 def save_student(model: Any, tokenizer: Tokenizer, folder: Path, state: dict[str, Any] | None = None) -> None:

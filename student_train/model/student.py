@@ -12,16 +12,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shared.attention import block_diffusion_places
-from shared.config import StudentConfig
-from shared.errors import TideError
-from shared.manifest import Manifest
+from shared.cache.manifest import Manifest
+from shared.diffusion.attention import block_diffusion_places
 from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve
 from shared.models.fresh import new_model
 from shared.models.loading import load_model
 from shared.models.masks import stated_mask
-from shared.tokenizers import Tokenizer
+from shared.settings.config import StudentConfig
+from shared.system.errors import TideError
+from shared.text.tokenizers import Tokenizer
 from student_train.model.attention import FLEX, flex_mask, register_flex
 
 _POSITIONS = 4096

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from shared.config import TrainConfig
-from shared.manifest import Manifest
-from shared.settings import to_plain
-from student_train.training.checks import loader_workers
+from shared.cache.manifest import Manifest
+from shared.settings.build import to_plain
+from shared.settings.config import TrainConfig
+from student_train.training.preflight import loader_workers
 from student_train.training.resumable import training_arguments
 
 _AHEAD = 16

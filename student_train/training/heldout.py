@@ -16,19 +16,19 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from shared.attention import full
-from shared.config import DataConfig, LengthConfig
+from shared.aligned.examples import Prepared, Preparer
+from shared.cache.manifest import Manifest
+from shared.cache.shards import Unit
+from shared.cache.stores import Store
 from shared.data import iter_examples, scan
 from shared.data.conversation import content_of
-from shared.errors import TideError
-from shared.examples import Prepared, Preparer
-from shared.manifest import Manifest
-from shared.noise import token_draw
-from shared.padding import pad
-from shared.shards import Unit
-from shared.stores import Store
-from shared.tokenizers import Tokenizer
-from student_train.batches.needed import needed_places
+from shared.diffusion.attention import full
+from shared.diffusion.noise import token_draw
+from shared.diffusion.padding import pad
+from shared.settings.config import DataConfig, LengthConfig
+from shared.system.errors import TideError
+from shared.text.tokenizers import Tokenizer
+from student_train.batches.visible_rows import needed_places
 from student_train.model.student import batch_hidden
 
 _SEED = 20_260_429  # fixed: the masks are the same for every student of a tokenizer

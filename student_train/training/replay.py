@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from shared.config import TrainConfig
-from shared.errors import TideError
-from shared.files import read_json
-from shared.settings import build
+from shared.settings.build import build
+from shared.settings.config import TrainConfig
+from shared.system.errors import TideError
+from shared.system.files import read_json
 from student_train.batches.collate import Batch
 from student_train.losses.fused_head import LossSettings
 from student_train.losses.objective import objective
 from student_train.training.checkpoints import whole_checkpoints
+from student_train.training.metrics import NONFINITE
 from student_train.training.trainer import make_trainer
-from student_train.training.watch import NONFINITE
 
 
 class _Reached(Exception):

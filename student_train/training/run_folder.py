@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from shared.atomic import write_bytes
-from shared.config import TrainConfig
-from shared.errors import TideError
-from shared.files import read_json
-from shared.manifest import Manifest, differences
-from shared.settings import to_plain
+from shared.cache.manifest import Manifest, differences
+from shared.settings.build import to_plain
+from shared.settings.config import TrainConfig
+from shared.system.atomic import write_bytes
+from shared.system.errors import TideError
+from shared.system.files import read_json
 
 _NAME = "run.json"
 _MAY_CHANGE = ("log_steps", "checkpoint_steps", "eval_steps", "report_to", "run_name", "loader_workers",

@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from shared.atomic import disk_is_full, write_bytes
-from shared.config import LengthConfig, TrainConfig
-from shared.errors import TideError
-from shared.hardware import hardware_line
-from shared.locks import hold
-from shared.manifest import Manifest
+from shared.cache.manifest import Manifest
 from shared.models.compiled import compile_layers
-from shared.objectives import KL, ReverseKL
-from shared.processes import part
-from shared.settings import build
-from shared.tokenizers import Tokenizer
+from shared.settings.build import build
+from shared.settings.config import LengthConfig, TrainConfig
+from shared.settings.objectives import KL, ReverseKL
+from shared.system.atomic import disk_is_full, write_bytes
+from shared.system.errors import TideError
+from shared.system.hardware import hardware_line
+from shared.system.locks import hold
+from shared.system.processes import part
+from shared.text.tokenizers import Tokenizer
 from student_train.batches.collate import Batch, TargetReader, counts_of
 from student_train.batches.loader import refuse_error
-from student_train.batches.opening import open_cache
+from student_train.batches.open_cache import open_cache
 from student_train.losses.fused_head import LossSettings
 from student_train.losses.objective import parts_of
 from student_train.losses.schedules import training_strength
@@ -36,7 +36,9 @@ from student_train.model.card import write_card
 from student_train.model.saving import save_student
 from student_train.model.student import embedding_rows, load_student
 from student_train.training.arguments import arguments, tensorboard
-from student_train.training.checks import (
+from student_train.training.heldout import HeldOut, masked_nll, prepare_heldout, warn_of_overlap
+from student_train.training.metrics import Watch, stop_at_nonfinite
+from student_train.training.preflight import (
     check_draws,
     check_hardware,
     check_objective,
@@ -49,11 +51,9 @@ from student_train.training.checks import (
     settle_precision,
     way_of,
 )
-from student_train.training.heldout import HeldOut, masked_nll, prepare_heldout, warn_of_overlap
 from student_train.training.resumable import ResumableTrainer
 from student_train.training.run_folder import settle_run_folder
 from student_train.training.step import train_on_loss
-from student_train.training.watch import Watch, stop_at_nonfinite
 
 
 class StudentTrainer(ResumableTrainer):

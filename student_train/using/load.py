@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from shared.errors import TideError
-from shared.hardware import choose_device, choose_precision, torch_dtype
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import load_model
 from shared.models.masks import stated_mask
-from shared.rendered import Message
-from shared.tokenizers import Tokenizer
+from shared.system.errors import TideError
+from shared.system.hardware import choose_device, choose_precision, torch_dtype
+from shared.text.rendered import Message
+from shared.text.tokenizers import Tokenizer
 from student_train.model.student import student_architecture
 from student_train.using.sampler import sample
 from student_train.using.settings import SampleConfig, Special

@@ -8,8 +8,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Int
 
-from teacher_cache.comp_demo import Request
-from teacher_cache.targets import Scores
+from teacher_cache.method.comp_demo import Request
+from teacher_cache.method.targets import Scores
 
 
 @runtime_checkable

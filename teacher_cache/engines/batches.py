@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from shared.diffusion.padding import pad
 from shared.models.packed_attention import packed_arguments
-from shared.padding import pad
-from teacher_cache.comp_demo import Request
 from teacher_cache.engines.packs import Pack, pack_requests
+from teacher_cache.method.comp_demo import Request
 from teacher_cache.teachers.registry import Attention, Full
 
 

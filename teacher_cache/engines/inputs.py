@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from shared.attention import block_causal, block_diffusion_batch, full, repeat_positions, within_block_causal
-from shared.padding import pad
-from teacher_cache.comp_demo import Request
+from shared.diffusion.attention import block_causal, block_diffusion_batch, full, repeat_positions, within_block_causal
+from shared.diffusion.padding import pad
+from teacher_cache.method.comp_demo import Request
 from teacher_cache.teachers.registry import Attention, BlockCausal, Full, Native, X0Xt
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from teacher_cache.comp_demo import Request
 from teacher_cache.engines.inputs import clean_ids, observed_first
+from teacher_cache.method.comp_demo import Request
 from teacher_cache.teachers.registry import Attention, BlockCausal, Full, Native, X0Xt
 
 Row = Int[np.ndarray, " _"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.checking import CHECKED, check_shards, remember
-from shared.errors import TideError
-from shared.ledger import LEDGER, Ledger, load_ledger, settle_ledger
-from shared.manifest import Manifest, load_manifest
-from shared.shards import finished_units
+from shared.cache.checking import CHECKED, check_shards, remember
+from shared.cache.ledger import LEDGER, Ledger, load_ledger, settle_ledger
+from shared.cache.manifest import Manifest, load_manifest
+from shared.cache.shards import finished_units
+from shared.system.errors import TideError
 
 
 @dataclass(frozen=True)

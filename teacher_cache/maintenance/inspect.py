@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.checking import in_processes
-from shared.manifest import Manifest, load_manifest
-from shared.schema import CacheRow, Layout
-from shared.shards import Unit, finished_units, read_shard
+from shared.cache.checking import in_processes
+from shared.cache.manifest import Manifest, load_manifest
+from shared.cache.row import CacheRow, Layout
+from shared.cache.shards import Unit, finished_units, read_shard
 from teacher_cache.maintenance.sizes import column_bytes
 
 T_EDGES = np.linspace(0.0, 1.0, 6)

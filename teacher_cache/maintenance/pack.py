@@ -12,10 +12,10 @@ from typing import BinaryIO
 import zstandard
 from tqdm import tqdm
 
-from shared.atomic import write_atomically
-from shared.ledger import LEDGER, settle_ledger
-from shared.manifest import MANIFEST, load_manifest, refuse_unfinished
-from shared.vocabulary import TABLES
+from shared.cache.ledger import LEDGER, settle_ledger
+from shared.cache.manifest import MANIFEST, load_manifest, refuse_unfinished
+from shared.cache.vocabulary import TABLES
+from shared.system.atomic import write_atomically
 
 CHECKSUMS = "checksums.json"
 _LEVEL = 3  # shards are compressed already

@@ -14,7 +14,7 @@ mpl.use("Agg")
 
 from matplotlib import pyplot as plt
 
-from shared.atomic import write_bytes
+from shared.system.atomic import write_bytes
 from teacher_cache.maintenance.inspect import LOGP_EDGES, T_EDGES, Inspection
 
 

@@ -15,14 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from shared.atomic import link
-from shared.compact import EMPTY, LARGEST_ODDS, class_log_mass
-from shared.errors import TideError
-from shared.ledger import Entry, note, settle_ledger
-from shared.manifest import Manifest
-from shared.schema import CacheRow, Layout
-from shared.shards import CACHE, finished_units, read_table, write_shard
-from shared.vocabulary import (
+from shared.cache.ledger import Entry, note, settle_ledger
+from shared.cache.levels import EMPTY, LARGEST_ODDS, class_log_mass
+from shared.cache.manifest import Manifest
+from shared.cache.row import CacheRow, Layout
+from shared.cache.shards import CACHE, finished_units, read_table, write_shard
+from shared.cache.vocabulary import (
     TABLES,
     Pilot,
     Vocabulary,
@@ -32,8 +30,10 @@ from shared.vocabulary import (
     smaller,
     top_probabilities,
 )
+from shared.system.atomic import link
+from shared.system.errors import TideError
 from teacher_cache.maintenance.reshape import begin, finished
-from teacher_cache.tables.classes import cluster
+from teacher_cache.run.tables.classes import cluster
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from shared.atomic import link, write_bytes
-from shared.errors import TideError
-from shared.files import refuse_unwritable
-from shared.ledger import Entry, load_ledger, note, settle_ledger, whole_ledger
-from shared.manifest import Manifest, differences, load_manifest, refuse_unfinished
-from shared.shards import CACHE, Unit, finished_units, read_table, refuse_other_cache, write_table
-from shared.vocabulary import TABLES
+from shared.cache.ledger import Entry, load_ledger, note, settle_ledger, whole_ledger
+from shared.cache.manifest import Manifest, differences, load_manifest, refuse_unfinished
+from shared.cache.shards import CACHE, Unit, finished_units, read_table, refuse_other_cache, write_table
+from shared.cache.vocabulary import TABLES
+from shared.system.atomic import link, write_bytes
+from shared.system.errors import TideError
+from shared.system.files import refuse_unwritable
 
 _BEFORE_MANIFEST = ("student_tokenizer", "teacher_tokenizer", TABLES)
 """What a killed run may have left before it came to the manifest."""

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.errors import TideError
-from shared.manifest import load_manifest
-from shared.schema import CacheRow
-from shared.shards import Unit, finished_units, read_shard
-from shared.tokenizers import Tokenizer
+from shared.cache.manifest import load_manifest
+from shared.cache.row import CacheRow
+from shared.cache.shards import Unit, finished_units, read_shard
+from shared.system.errors import TideError
+from shared.text.tokenizers import Tokenizer
 
 _TOP = 3
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from shared.columns import to_table
-from shared.errors import TideError
-from shared.manifest import load_manifest
-from shared.schema import CacheRow, Layout
-from shared.shards import finished_units, read_shard, write_options
+from shared.cache.columns import to_table
+from shared.cache.manifest import load_manifest
+from shared.cache.row import CacheRow, Layout
+from shared.cache.shards import finished_units, read_shard, write_options
+from shared.system.errors import TideError
 
 _SHOWN = ("topk_ranks", "topk_logp", "class_mass")
 

@@ -17,11 +17,11 @@ from typing import Any
 import zstandard
 from tqdm import tqdm
 
-from shared.atomic import new_folder, remove_leftovers
-from shared.errors import TideError
-from shared.files import refuse_odd
-from shared.manifest import load_manifest
-from shared.marked_files import belongs_to_cache
+from shared.cache.manifest import load_manifest
+from shared.cache.marked_files import belongs_to_cache
+from shared.system.atomic import new_folder, remove_leftovers
+from shared.system.errors import TideError
+from shared.system.files import refuse_odd
 from teacher_cache.maintenance.pack import CHECKSUMS
 
 _CHUNK = 1 << 20

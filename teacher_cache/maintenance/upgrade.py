@@ -16,15 +16,15 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from shared.errors import TideError
-from shared.files import read_json
-from shared.ledger import Entry, note, settle_ledger
-from shared.manifest import MANIFEST, Manifest
-from shared.manifest_rules import problem_in
-from shared.schema import SCHEMA_VERSION, CacheRow, Layout
-from shared.shards import CACHE, Unit, finished_units, read_table, write_shard
-from shared.tokenizers import Tokenizer
-from shared.vocabulary import TABLES, Pilot, Vocabulary, save_tables
+from shared.cache.ledger import Entry, note, settle_ledger
+from shared.cache.manifest import MANIFEST, Manifest
+from shared.cache.manifest_rules import problem_in
+from shared.cache.row import SCHEMA_VERSION, CacheRow, Layout
+from shared.cache.shards import CACHE, Unit, finished_units, read_table, write_shard
+from shared.cache.vocabulary import TABLES, Pilot, Vocabulary, save_tables
+from shared.system.errors import TideError
+from shared.system.files import read_json
+from shared.text.tokenizers import Tokenizer
 from teacher_cache.maintenance.reshape import begin
 
 OLD_VERSIONS = (2, 3)

@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shared.compact import CLASS_LEVELS, GOLD_STEPS, LOGIT_STEPS, ODDS_STEPS, half_steps
-from shared.config import CacheConfig
-from shared.errors import TideError
-from shared.manifest import load_manifest
-from shared.schema import CacheRow
-from shared.shards import finished_units, read_shard
-from teacher_cache.comp_demo import TeacherView, passes
+from shared.cache.levels import CLASS_LEVELS, GOLD_STEPS, LOGIT_STEPS, ODDS_STEPS, half_steps
+from shared.cache.manifest import load_manifest
+from shared.cache.row import CacheRow
+from shared.cache.shards import finished_units, read_shard
+from shared.settings.config import CacheConfig
+from shared.system.errors import TideError
 from teacher_cache.engines.base import Engine
-from teacher_cache.engines.choose import load_engine
-from teacher_cache.plan import CachePlan, make_plan
-from teacher_cache.tables.settle import with_tables
-from teacher_cache.targets import Scores
-from teacher_cache.work import merge_passes
+from teacher_cache.method.comp_demo import TeacherView, passes
+from teacher_cache.method.targets import Scores
+from teacher_cache.run.load_engine import load_engine
+from teacher_cache.run.plan import CachePlan, make_plan
+from teacher_cache.run.tables.settle import with_tables
+from teacher_cache.run.work import merge_passes
 
 _SEED = 0
 

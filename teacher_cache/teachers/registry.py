@@ -13,9 +13,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-from shared.errors import TideError
-from shared.settings import build, read_toml
-from shared.variants import BY_TYPE, Variant, strict, variant
+from shared.settings.build import build, read_toml
+from shared.settings.variants import BY_TYPE, Variant, strict, variant
+from shared.system.errors import TideError
 
 
 @variant("full")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.atomic import remove_leftovers
+from shared.system.atomic import remove_leftovers
 from student_train.training.checkpoints import MARKER, whole_checkpoints
 from student_train.training.trainer import train_student
 from tests.student_train.training.test_trainer import config, curve

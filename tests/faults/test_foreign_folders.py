@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from shared import templates
-from shared.errors import TideError
-from shared.manifest import checksum_of, load_manifest
+from shared.cache.manifest import checksum_of, load_manifest
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import check_weights, load_model
-from shared.tokenizers import Tokenizer
+from shared.system.errors import TideError
+from shared.text.tokenizers import Tokenizer
 
 SECONDS = 12
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipelines.evaluation.answers import Answers
-from shared.errors import TideError
+from shared.system.errors import TideError
 from tests.faults.test_foreign_folders import explained
 
 
@@ -68,8 +68,8 @@ GARBAGE = [b"", b"{", b"[]", b"3", b"null", b'{"config": 3}', b'{"config": {}}',
 @pytest.mark.parametrize("name", ["run.json", "history.json", "use.json"])
 def test_reports_of_odd_runs(name: str, content: bytes, tmp_path: Path) -> None:
     from pipelines.reports.report import find_runs
-    from shared.config import TrainConfig
-    from shared.settings import to_plain
+    from shared.settings.build import to_plain
+    from shared.settings.config import TrainConfig
 
     run = tmp_path / "run"
     run.mkdir()
@@ -86,8 +86,8 @@ def test_reports_of_odd_runs(name: str, content: bytes, tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", GARBAGE, ids=[str(content[:40]) for content in GARBAGE])
 @pytest.mark.parametrize("name", ["run.json", "nonfinite.json"])
 def test_replays_of_odd_runs(name: str, content: bytes, tmp_path: Path) -> None:
-    from shared.config import TrainConfig
-    from shared.settings import to_plain
+    from shared.settings.build import to_plain
+    from shared.settings.config import TrainConfig
     from student_train.training.replay import replay
 
     (tmp_path / "run.json").write_text(json.dumps({"config": {**to_plain(TrainConfig()), "cache": "none"}}))

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.errors import TideError
-from shared.locks import hold
+from shared.system.errors import TideError
+from shared.system.locks import hold
 from tests.conftest import chats_file
 from tests.pipelines.evaluation.test_code_eval import processes_with
 
@@ -99,7 +99,7 @@ def test_locks_where_the_file_system_has_no_flock(
     if both:
         monkeypatch.setattr(fcntl, "lockf", none)
     code = (
-        "import fcntl\nfrom pathlib import Path\nfrom shared.locks import hold\nfrom shared.errors import TideError\n"
+        "import fcntl\nfrom pathlib import Path\nfrom shared.system.locks import hold\nfrom shared.system.errors import TideError\n"
         f"def none(*_): raise OSError({number}, 'x')\nfcntl.flock = none\n" + ("fcntl.lockf = none\n" if both else "")
         + f"try:\n    with hold(Path({str(tmp_path / '.lock')!r}), 'it'):\n        print('held')\n"
         "except TideError as e:\n    print(e)\n"
@@ -119,7 +119,7 @@ def test_locks_where_the_file_system_has_no_flock(
 @pytest.mark.faults("two programs in one folder")
 def test_a_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
     code = (
-        "import time\nfrom pathlib import Path\nfrom shared.locks import hold\n"
+        "import time\nfrom pathlib import Path\nfrom shared.system.locks import hold\n"
         f"with hold(Path({str(tmp_path / '.lock')!r}), 'it'):\n    print('held', flush=True)\n    time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -189,7 +189,7 @@ def test_a_cache_that_is_told_to_stop_says_so_in_its_status(
 
 @pytest.mark.faults("told to stop")
 def test_a_prune_that_was_killed_before_its_manifest_goes_on(caches: dict[str, Path], tmp_path: Path) -> None:
-    from shared.atomic import write_bytes
+    from shared.system.atomic import write_bytes
     from teacher_cache.maintenance.prune import prune_cache
 
     for file in (caches["tiny-shared"] / "student_tokenizer").iterdir():
@@ -199,7 +199,7 @@ def test_a_prune_that_was_killed_before_its_manifest_goes_on(caches: dict[str, P
 
 @pytest.mark.faults("told to stop")
 def test_what_a_killed_run_left_half_written_is_cleared(random_teacher: Path, tmp_path: Path) -> None:
-    from teacher_cache.build import build_cache
+    from teacher_cache.run.build import build_cache
     from tests.conftest import small_cache_config
 
     left = tmp_path / "c" / f".student_tokenizer.{os.uname().nodename}-{2**22 + 1}-0.tide-tmp"

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from shared.errors import TideError
-from shared.ledger import settle_ledger
-from shared.manifest import load_manifest
-from shared.shards import Unit
-from shared.stores import Store
+from shared.cache.ledger import settle_ledger
+from shared.cache.manifest import load_manifest
+from shared.cache.shards import Unit
+from shared.cache.stores import Store
+from shared.system.errors import TideError
 from tests.conftest import files
 
 pytestmark = pytest.mark.faults("stores that lost something")

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import zstandard
 
-from shared.errors import TideError
-from shared.hardware import largest_process
+from shared.system.errors import TideError
+from shared.system.hardware import largest_process
 from teacher_cache.maintenance.pack import CHECKSUMS, pack_cache
 from teacher_cache.maintenance.unpack import unpack_cache
 

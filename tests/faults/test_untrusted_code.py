@@ -15,7 +15,7 @@ import pytest
 from pipelines.evaluation.sandbox import run as run_module
 from pipelines.evaluation.sandbox.jail import landlock_version
 from pipelines.evaluation.sandbox.run import Limits, run_program
-from shared.hardware import largest_process
+from shared.system.hardware import largest_process
 from tests.faults.forged import FORGED
 from tests.pipelines.evaluation.test_code_eval import processes_with
 

@@ -15,7 +15,7 @@ import typer
 from pipelines.cli import app
 from pipelines.evaluation.recipe import paper_benchmarks
 from pipelines.evaluation.table import beside_the_paper
-from pipelines.planning.show_teacher import describe_teacher
+from pipelines.plan.show_teacher import describe_teacher
 from pipelines.reports.report import to_markdown
 from teacher_cache.teachers.registry import all_teachers
 
@@ -107,7 +107,7 @@ def test_equations_become_mathml() -> None:
 
 
 def test_the_page_of_settings_has_every_one_in_its_own_words() -> None:
-    """What `shared.config` declares is on the page, and no setting is without a type and a default."""
+    """What `shared.settings.config` declares is on the page, and no setting is without a type and a default."""
     spec = importlib.util.spec_from_file_location("settings", ROOT / "docs" / "_hooks" / "settings.py")
     assert spec is not None and spec.loader is not None
     hook = importlib.util.module_from_spec(spec)

@@ -8,8 +8,8 @@ import pytest
 
 from pipelines.recipes.read import cache_config, packaged_recipe, read_recipe, train_config
 from pipelines.recipes.show import describe_recipe, paper_of
-from shared.errors import TideError
-from shared.objectives import KL, ReverseCalm
+from shared.settings.objectives import KL, ReverseCalm
+from shared.system.errors import TideError
 
 
 def test_the_papers_runs_are_the_references() -> None:

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from shared.manifest import load_manifest
-from shared.objectives import KL, ReverseKL, Tidal
-from shared.shards import Unit
+from shared.cache.manifest import load_manifest
+from shared.cache.shards import Unit
+from shared.settings.objectives import KL, ReverseKL, Tidal
 from student_train.batches.collate import TargetReader, collate
 from student_train.losses.objective import objective
 from student_train.losses.schedules import strength
-from teacher_cache.build import build_cache
-from teacher_cache.engines.choose import load_engine
-from teacher_cache.plan import make_plan
-from teacher_cache.tables.settle import with_tables
-from teacher_cache.work import prepare_unit
+from teacher_cache.run.build import build_cache
+from teacher_cache.run.load_engine import load_engine
+from teacher_cache.run.plan import make_plan
+from teacher_cache.run.tables.settle import with_tables
+from teacher_cache.run.work import prepare_unit
 from tests.conftest import small_cache_config
 from tests.reading import layout_of, rows_in
 

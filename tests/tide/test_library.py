@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import tide
-from shared.manifest import load_manifest
+from shared.cache.manifest import load_manifest
 from student_train.using.load import load_for_use
 from student_train.using.settings import SampleConfig
 

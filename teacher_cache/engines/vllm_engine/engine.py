@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from shared.config import EngineConfig
-from shared.errors import TideError
 from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import Checkpoint
 from shared.models.loading import check_weights
-from teacher_cache.comp_demo import Request
+from shared.settings.config import EngineConfig
+from shared.system.errors import TideError
 from teacher_cache.engines.vllm_engine.packing import unpack
 from teacher_cache.engines.vllm_engine.plugin import SCORERS
-from teacher_cache.targets import Scores, TargetSpec, excluded_ids
+from teacher_cache.method.comp_demo import Request
+from teacher_cache.method.targets import Scores, TargetSpec, excluded_ids
 from teacher_cache.teachers.registry import Full, TeacherEntry
 
 _TASK = "token_classify"

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from teacher_cache.targets import Reading, Scores, TargetSpec, scores_of
+from teacher_cache.method.targets import Reading, Scores, TargetSpec, scores_of
 
 
 def columns(spec: TargetSpec) -> int:

@@ -14,7 +14,7 @@ from vllm.tasks import PoolingTask
 from vllm.v1.pool.metadata import PoolingMetadata
 
 from teacher_cache.engines.vllm_engine.packing import columns, pack
-from teacher_cache.targets import TargetSpec, extract, member_matrix, outside_sums
+from teacher_cache.method.targets import TargetSpec, extract, member_matrix, outside_sums
 
 TASK: PoolingTask = "token_classify"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.shards import finished_units
+from shared.cache.shards import finished_units
 from tests.conftest import STUDENT_TOKENIZER, chats_file, heldout_file
 
 

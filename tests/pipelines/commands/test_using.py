@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.terminal import chat
-from shared.errors import TideError
+from shared.system.errors import TideError
 from student_train.using.load import LoadedStudent, load_for_use
 from student_train.using.settings import SampleConfig
 

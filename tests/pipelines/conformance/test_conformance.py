@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipelines.conformance import PARTS, run_conformance
-from shared.errors import TideError
+from shared.system.errors import TideError
 from student_train.losses.calm import bound_probability
 
 

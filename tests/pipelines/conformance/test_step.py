@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from pipelines.conformance import run_conformance
-from shared.attention import block_diffusion
+from shared.diffusion.attention import block_diffusion
 
 BLOCK, SIZE, MASK = 4, 61, 60
 SHAPE: dict[str, Any] = {

@@ -11,8 +11,8 @@ from lm_eval.api.registry import Registry, get_model
 
 from pipelines.evaluation.model import TideBD3LM, steps_per_block
 from pipelines.evaluation.register import NAME, register_model
-from shared.errors import TideError
-from shared.tokenizers import Tokenizer
+from shared.system.errors import TideError
+from shared.text.tokenizers import Tokenizer
 from student_train.using.elbo import ElboConfig, log_likelihoods
 from student_train.using.load import LoadedStudent, load_for_use
 from student_train.using.sampler import sample

@@ -8,7 +8,7 @@ from pipelines.evaluation.data import local_rows, parse_places
 from pipelines.evaluation.recipe import choose, paper_benchmarks
 from pipelines.evaluation.results import Score
 from pipelines.evaluation.table import beside_the_paper, paper_scores, score_table
-from shared.errors import TideError
+from shared.system.errors import TideError
 
 
 def test_the_papers_tasks_and_settings() -> None:

@@ -20,7 +20,7 @@ from pipelines.evaluation.recipe import Benchmark, choose
 from pipelines.evaluation.results import read_scores
 from pipelines.evaluation.run import EvalSettings, run_benchmarks
 from pipelines.reports.report import write_report
-from shared.errors import TideError
+from shared.system.errors import TideError
 from tests.pipelines.evaluation import hub_rows
 from tests.real_assets import human_eval
 

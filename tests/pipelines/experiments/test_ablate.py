@@ -14,8 +14,8 @@ from pipelines.cli import app
 from pipelines.experiments import ablate
 from pipelines.experiments.ablate import Grid, run_ablation
 from pipelines.recipes.command_line import to_toml
-from shared.errors import TideError
-from shared.settings import build, read_toml
+from shared.settings.build import build, read_toml
+from shared.system.errors import TideError
 from tests.conftest import chats_file, heldout_file
 
 TEXT = st.text(st.characters(codec="ascii", categories=["L", "P", "N"]))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from pipelines.publishing.contents import gather
 from pipelines.publishing.upload import parse_target
-from shared.errors import TideError
+from shared.system.errors import TideError
 from student_train.model.export import Format, export_student
 from tests.pipelines.publishing.hub import Hub, running
 

@@ -10,7 +10,7 @@ from pipelines.experiments.demo import PAIRS, VARIANTS, verdicts
 from pipelines.reports import report
 from pipelines.reports.paired import compare
 from pipelines.reports.report import find_runs, summary_table, write_report
-from shared.errors import TideError
+from shared.system.errors import TideError
 
 
 def fake_run(folder: Path, seed: int, cache: str, nll: float, distillation: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.serving.run import served_name
-from shared.errors import TideError
+from shared.system.errors import TideError
 from tests.pipelines.serving.running import client, closed_clients
 
 

@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from pipelines.speed import serving
-from shared.config import StudentConfig
-from shared.errors import TideError
+from shared.settings.config import StudentConfig
+from shared.system.errors import TideError
 
 SMALL = StudentConfig(hidden_size=32, layers=1, heads=2, kv_heads=1, intermediate_size=64)
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from pipelines.speed import use
 from pipelines.speed.full_attention import sample_full_attention
 from pipelines.speed.memory import in_process
-from shared.attention import full
-from shared.errors import TideError
+from shared.diffusion.attention import full
+from shared.system.errors import TideError
 from student_train.using.load import load_for_use
 from student_train.using.settings import Special
 from tests.student_train.model.test_student import small

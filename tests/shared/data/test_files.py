@@ -18,10 +18,10 @@ import pyarrow as pa
 import pytest
 import zstandard
 
-from shared.config import DataConfig
 from shared.data import content_key, files, iter_examples, scan
 from shared.data.stdlib_corpus import iter_stdlib_functions
-from shared.errors import TideError
+from shared.settings.config import DataConfig
+from shared.system.errors import TideError
 
 GOOD = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 ROWS = [{"messages": [{"role": "user", "content": f"q {i} é\r\n"}, GOOD["messages"][1]]} for i in range(5)]

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.config import DataConfig, RowFilter
 from shared.data import iter_examples, scan
 from shared.data.forms import parse
 from shared.data.selection import copies, in_split
-from shared.errors import TideError, Unusable
+from shared.settings.config import DataConfig, RowFilter
+from shared.system.errors import TideError, Unusable
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from pipelines.recipes.read import cache_config, packaged_recipe
+from shared.cache.shards import finished_units
 from shared.data.hub import HubName
-from shared.prepared.report import describe
-from shared.shards import finished_units
-from teacher_cache.build import build_cache
-from teacher_cache.data import open_sides, prepare_data
+from teacher_cache.prepared.report import describe
+from teacher_cache.run.build import build_cache
+from teacher_cache.run.data import open_sides, prepare_data
 from tests.reading import rows_in
 from tests.shared.data.test_files import hub_folder
 

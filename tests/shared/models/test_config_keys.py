@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from shared.errors import TideError
 from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model, meta_model
+from shared.system.errors import TideError
 
 ARCHITECTURE_OF = {"a2d_qwen3": "qwen3", "llada": "llada", "dream": "dream", "wedlm": "qwen3",
                    "llada_moe": "llada_moe", "llada2_moe": "llada2_moe", "step/teacher_cross": "llama"}  # fmt: skip

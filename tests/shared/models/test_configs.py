@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from shared.errors import TideError
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
-from shared.tokenizers import Tokenizer
+from shared.system.errors import TideError
+from shared.text.tokenizers import Tokenizer
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
 
 SCALINGS: dict[str, Any] = {

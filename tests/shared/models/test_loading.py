@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from shared.errors import TideError
 from shared.models import devices
 from shared.models.checkpoint import open_checkpoint
 from shared.models.devices import device_of, plan_devices, spread
 from shared.models.loading import load_model, meta_model
+from shared.system.errors import TideError
 from teacher_cache.teachers.registry import all_teachers, find_teacher
 
 

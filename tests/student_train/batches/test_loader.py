@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from shared.errors import TideError
-from shared.manifest import load_manifest
-from shared.shards import Unit
+from shared.cache.manifest import load_manifest
+from shared.cache.shards import Unit
+from shared.system.errors import TideError
 from student_train.batches.collate import TargetReader, collate, counts_of
 from student_train.batches.loader import BatchDataset
 from tests.reading import dataset as batches

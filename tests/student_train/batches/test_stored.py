@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from shared.config import TrainConfig
-from shared.errors import TideError
-from shared.ledger import LEDGER, settle_ledger
-from shared.manifest import load_manifest
-from shared.shards import Unit, finished_units
-from shared.stores import Store
-from student_train.batches.opening import OpenCache, open_cache
+from shared.cache.ledger import LEDGER, settle_ledger
+from shared.cache.manifest import load_manifest
+from shared.cache.shards import Unit, finished_units
+from shared.cache.stores import Store
+from shared.settings.config import TrainConfig
+from shared.system.errors import TideError
+from student_train.batches.open_cache import OpenCache, open_cache
 from student_train.batches.shards import StoredShards
 from student_train.training.trainer import train_student
-from teacher_cache.build import build_cache
+from teacher_cache.run.build import build_cache
 from tests.conftest import small_cache_config
 from tests.reading import dataset
 from tests.student_train.training.test_trainer import config, curve

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shared.compact import LARGEST_ODDS
+from shared.cache.levels import LARGEST_ODDS
 from student_train.losses.targets import Classes, TopKTargets
 
 Shape = Literal["student", "prior"]

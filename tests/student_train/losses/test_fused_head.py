@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shared.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL, Tidal
+from shared.settings.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL, Tidal
 from student_train.losses.fused_head import LossSettings, fused_loss
 from student_train.losses.objective import Counts, objective, slice_targets, total
 from student_train.losses.targets import ChunkTargets, Targets

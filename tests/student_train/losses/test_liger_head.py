@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from shared.objectives import Calm, Distillation, NoDistillation, ReverseCalm, Tidal
+from shared.settings.objectives import Calm, Distillation, NoDistillation, ReverseCalm, Tidal
 from student_train.losses.fused_head import LossSettings, fused_loss
 from student_train.losses.liger_head import liger_fits, liger_installed, liger_loss
 from tests.student_train.losses.test_fused_head import (

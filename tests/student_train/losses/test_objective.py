@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL, Tidal
+from shared.settings.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL, Tidal
 from student_train.losses.calm import chunk_log_likelihood, token_log_likelihood
 from student_train.losses.objective import Counts, objective, total
 from student_train.losses.targets import ChunkTargets, Targets, rows_of

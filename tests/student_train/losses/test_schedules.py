@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from shared.objectives import Tidal
+from shared.settings.objectives import Tidal
 from student_train.losses.schedules import growth, strength, timestep_weight, training_strength
 
 

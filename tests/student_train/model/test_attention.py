@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
-from shared.attention import block_diffusion, block_diffusion_places
+from shared.diffusion.attention import block_diffusion, block_diffusion_places
 from student_train.model.attention import FLEX, flex_mask, register_flex
 from student_train.model.student import masked_hidden
 from tests.student_train.model.test_student import places_of, small

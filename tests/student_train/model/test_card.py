@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shared.manifest import load_manifest
+from shared.cache.manifest import load_manifest
 from student_train.training.trainer import train_student
 from student_train.using.load import load_for_use
 from tests.student_train.training.test_trainer import config

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from shared.errors import TideError
+from shared.system.errors import TideError
 from student_train.model.export import export_student
 from tests.conftest import STUDENT_TOKENIZER
 

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from shared.config import StudentConfig
-from shared.errors import TideError
-from shared.manifest import load_manifest
+from shared.cache.manifest import load_manifest
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
-from student_train.batches.needed import needed_places
+from shared.settings.config import StudentConfig
+from shared.system.errors import TideError
+from student_train.batches.visible_rows import needed_places
 from student_train.model.export import export_student
 from student_train.model.student import load_student, masked_hidden
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER

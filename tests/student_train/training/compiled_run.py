@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
 
-from shared.config import TrainConfig
-from shared.settings import build
+from shared.settings.build import build
+from shared.settings.config import TrainConfig
 from student_train.training.trainer import make_trainer
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from shared.config import TrainConfig
-from shared.settings import build
+from shared.settings.build import build
+from shared.settings.config import TrainConfig
 from student_train.training import trainer
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared.settings import to_plain
+from shared.settings.build import to_plain
 from tests.reading import dataset
 from tests.student_train.training.test_trainer import config, curve
 

@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from shared.config import TrainConfig
-from shared.errors import TideError
-from shared.ledger import Entry
-from shared.manifest import load_manifest
-from shared.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, Tidal
-from shared.shards import Unit
+from shared.cache.ledger import Entry
+from shared.cache.manifest import load_manifest
+from shared.cache.shards import Unit
+from shared.settings.config import TrainConfig
+from shared.settings.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, Tidal
+from shared.system.errors import TideError
 from student_train.batches.collate import TargetReader, collate, counts_of
 from student_train.losses.fused_head import LossSettings
-from student_train.training.checks import settle_batch
+from student_train.training.preflight import settle_batch
 from student_train.training.step import train_on_loss
 from student_train.training.trainer import make_trainer, train_student
 from tests.reading import change_column, dataset, layout_of, plain_table, rows_in

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared.config import TrainConfig
-from shared.errors import TideError
-from student_train.batches.opening import open_cache
-from student_train.training.checks import settle_batch
+from shared.settings.config import TrainConfig
+from shared.system.errors import TideError
+from student_train.batches.open_cache import open_cache
+from student_train.training.preflight import settle_batch
 from student_train.training.trainer import train_student
 from tests.student_train.training.test_trainer import config
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from shared.errors import TideError
-from shared.manifest import load_manifest
+from shared.cache.manifest import load_manifest
+from shared.system.errors import TideError
 from student_train.training.trainer import make_trainer, train_student
 from tests.student_train.training.test_trainer import config, curve
 

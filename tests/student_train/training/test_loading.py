@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.errors import TideError
-from shared.shards import Unit
+from shared.cache.shards import Unit
+from shared.system.errors import TideError
 from student_train.batches.loader import BatchDataset
 from student_train.training.trainer import make_trainer, train_student
 from tests.reading import dataset

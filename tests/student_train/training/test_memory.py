@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from shared.errors import TideError
+from shared.system.errors import TideError
 from student_train.losses.fused_head import slice_rows
-from student_train.training.checks import way_of
+from student_train.training.preflight import way_of
 from student_train.training.trainer import make_trainer, train_student
 from tests.student_train.training.test_trainer import config, curve
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from shared import hardware
-from shared.errors import TideError
-from shared.manifest import load_manifest
+from shared.cache.manifest import load_manifest
+from shared.system.errors import TideError
 from student_train.training.trainer import make_trainer
-from teacher_cache.build import build_cache
+from teacher_cache.run.build import build_cache
 from tests.conftest import files, small_cache_config
 from tests.student_train.training.test_trainer import config
 

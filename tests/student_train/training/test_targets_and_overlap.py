@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from shared.config import DataConfig
+from shared.cache.shards import finished_units
 from shared.data import iter_examples
-from shared.errors import TideError
-from shared.objectives import KL, Calm, NoDistillation, ReverseCalm
-from shared.shards import finished_units
-from student_train.training.checks import check_targets
+from shared.settings.config import DataConfig
+from shared.settings.objectives import KL, Calm, NoDistillation, ReverseCalm
+from shared.system.errors import TideError
+from student_train.training.preflight import check_targets
 from student_train.training.trainer import make_trainer, train_student
-from teacher_cache.build import build_cache
+from teacher_cache.run.build import build_cache
 from tests.conftest import chats_file, small_cache_config, write_chats
 from tests.reading import rows_in
 from tests.student_train.training.test_trainer import config

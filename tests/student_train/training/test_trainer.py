@@ -14,13 +14,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shared.config import TrainConfig
-from shared.errors import TideError
-from shared.manifest import load_manifest
-from shared.objectives import KL, Calm, ReverseCalm, ReverseKL, Tidal
-from shared.settings import build
+from shared.cache.manifest import load_manifest
+from shared.settings.build import build
+from shared.settings.config import TrainConfig
+from shared.settings.objectives import KL, Calm, ReverseCalm, ReverseKL, Tidal
+from shared.system.errors import TideError
 from student_train.training.checkpoints import whole_checkpoints
-from student_train.training.checks import check_objective
+from student_train.training.preflight import check_objective
 from student_train.training.trainer import train_student
 from tests.conftest import heldout_file
 

@@ -12,10 +12,10 @@ import torch
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-from shared.errors import TideError
 from shared.models.checkpoint import open_checkpoint
 from shared.models.masks import stated_mask, student_mask
-from shared.tokenizers import Tokenizer
+from shared.system.errors import TideError
+from shared.text.tokenizers import Tokenizer
 from student_train.training.trainer import train_student
 from student_train.using.load import choose_block, load_for_use
 from student_train.using.sampler import sample

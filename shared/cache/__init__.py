@@ -1,0 +1,1 @@
+"""The format of a cache: rows, shards, identity, checks, stores."""

@@ -1,0 +1,179 @@
+"""Parquet shards: `draw=00/part-00000.parquet`, each whole or absent, readable by any Parquet library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shared.cache.columns import from_table, schema_for, to_table
+from shared.cache.row import CacheRow, Layout
+from shared.system.atomic import write_bytes
+from shared.system.errors import TideError
+
+_COUNTS_KEY = b"tide.counts"
+CACHE = "cache"
+"""Among the counts: the digest of the manifest that a shard belongs to."""
+_ZSTD_LEVEL, _FAST = 9, 1
+_INCOMPRESSIBLE = ("topk_ranks", "topk_logp")
+"""Split into byte streams there is nothing to match in these: a higher level takes four times as long for 2 %."""
+_ROWS_PER_GROUP = 64
+"""Few, so that the dictionary of a group's token ids stays small and its indices short."""
+
+# Parquet's own encodings, by what a column holds (docs/cache-format.md has what each buys).
+_BY_DICTIONARY = ("example_id", "student_ids.list.element", "teacher_ids.list.element")
+_DELTA = ("spans", "masked", "read", "teacher_masked", "topk_sizes", "chunk_student", "chunk_teacher")
+_SPLIT = ("gold_logp", "logsumexp", "topk_ranks", "topk_logp", "tail_odds", "class_mass", "chunk_logp")
+
+
+def write_options(layout: Layout) -> dict[str, Any]:
+    """For `pyarrow.parquet.write_table`."""
+    encodings = {
+        field.name + ".list.element": "DELTA_BINARY_PACKED" if name in _DELTA else "BYTE_STREAM_SPLIT"
+        for field in schema_for(layout)
+        if (name := field.name.removesuffix("_q")) in (*_DELTA, *_SPLIT)
+    }
+    levels = {
+        field.name + (".list.element" if pa.types.is_list(field.type) else ""): (
+            _FAST if field.name.removesuffix("_q") in _INCOMPRESSIBLE else _ZSTD_LEVEL
+        )
+        for field in schema_for(layout)
+    }
+    return {
+        "compression": "zstd",
+        "compression_level": levels,
+        "use_dictionary": list(_BY_DICTIONARY),
+        "column_encoding": encodings,
+        "row_group_size": _ROWS_PER_GROUP,
+    }
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """A unit of work and of storage: one part of the data at one draw."""
+
+    draw: int
+    part: int
+
+    def path(self, cache: Path) -> Path:
+        """Where the shard of this unit lies."""
+        return cache / f"draw={self.draw:02d}" / f"part-{self.part:05d}.parquet"
+
+    @classmethod
+    def at(cls, path: Path) -> Unit | None:
+        """The unit whose shard has this name; None for any other file."""
+        draw, part = path.parent.name.removeprefix("draw="), path.stem.removeprefix("part-")
+        numbers = all(text.isascii() and text.isdecimal() and len(text) < 10 for text in (draw, part))
+        found = cls(int(draw), int(part)) if numbers else None
+        return found if found is not None and found.path(path.parent.parent) == path else None
+
+
+def write_shard(path: Path, rows: list[CacheRow], layout: Layout, counts: dict[str, Any]) -> bytes:
+    """Write rows with their counts, atomically; what was written. The bytes depend on the content alone."""
+    return write_table(path, to_table(rows, layout), layout, counts)
+
+
+def write_table(path: Path, table: pa.Table, layout: Layout, counts: dict[str, Any]) -> bytes:
+    """`write_shard` for a table of the layout."""
+    content = table_bytes(table, layout, counts)
+    write_bytes(path, content)
+    return content
+
+
+def table_bytes(table: pa.Table, layout: Layout, counts: dict[str, Any]) -> bytes:
+    """A shard's file as bytes."""
+    # A table that was read names the items of its lists in another way: the schema is always our own.
+    schema = schema_for(layout).with_metadata({_COUNTS_KEY: json.dumps(counts, sort_keys=True).encode()})
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        pa.Table.from_arrays(table.columns, schema=schema), sink, write_page_checksum=True, **write_options(layout)
+    )
+    return sink.getvalue().to_pybytes()
+
+
+def _unreadable(path: Path, error: Exception) -> TideError:
+    return TideError(
+        f"shard {path} cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}",
+        expected="a whole Parquet file written by `tide cache`",
+        fix="delete this file and run the same `tide cache` command again: it computes the missing shard only",
+    )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard as it was read: its columns, and the counts that were stored with it (and its number of `rows`)."""
+
+    table: pa.Table
+    counts: dict[str, Any]
+
+    def rows(self, path: Path, layout: Layout, chosen: Sequence[int] | None = None) -> list[CacheRow]:
+        """All rows, or the chosen ones; `path`: where it was read, for the TideError where they cannot be."""
+        try:
+            return from_table(self.table if chosen is None else self.table.take(chosen), layout)
+        except (IndexError, ValueError) as error:
+            raise _unreadable(path, error) from error
+
+
+def read_table(path: Path, layout: Layout | None = None, content: bytes | None = None) -> Shard:
+    """Read a shard. TideError where a page's checksum does not hold, or what it says of itself, or its columns.
+
+    `content`: the file's bytes, where they are at hand. With `layout` None any columns will do.
+    """
+    try:
+        file = pq.ParquetFile(path if content is None else pa.BufferReader(content), page_checksum_verification=True)
+        table = file.read()
+        counts = {**json.loads((file.schema_arrow.metadata or {}).get(_COUNTS_KEY, b"{}")), "rows": table.num_rows}
+    except Exception as error:  # a footer with a flipped bit leads the library anywhere
+        raise _unreadable(path, error) from error
+    if layout is not None and not table.schema.equals(schema_for(layout), check_metadata=False):
+        raise TideError(
+            f"shard {path} has other columns than this cache's", fix="delete it, and run the same `tide cache` again"
+        )
+    _check_counts(table, counts, path)
+    return Shard(table, counts)
+
+
+def read_shard(path: Path, layout: Layout, content: bytes | None = None) -> list[CacheRow]:
+    """All rows of a shard. TideError as `read_table`."""
+    return read_table(path, layout, content).rows(path, layout)
+
+
+def refuse_other_cache(path: Path, counts: dict[str, Any], cache: str) -> None:
+    """TideError where the shard does not belong to the manifest whose digest is `cache`."""
+    if counts.get(CACHE) != cache:
+        raise TideError(
+            f"shard {path} belongs to another cache ({counts.get(CACHE)})",
+            expected=f"a shard of the cache {cache}, whose folder it lies in",
+            fix="delete this file and run the same `tide cache` command again: it computes the missing shard only",
+        )
+
+
+def _check_counts(table: pa.Table, counts: dict[str, Any], path: Path) -> None:
+    """Pages carry checksums and the footer does not: what it says must fit what the pages hold and where it lies."""
+    found = {"rows": table.num_rows}
+    for name, column in (("masked", "masked"), ("chunks", "chunk_logp")):
+        if column in table.column_names:
+            found[name] = sum(len(chunk.values) for chunk in table.column(column).chunks)
+    wrong: dict[str, Any] = {name: n for name, n in found.items() if name in counts and counts[name] != n}
+    unit = Unit.at(path)
+    if unit is not None:
+        if "draw" in table.column_names and any(d != unit.draw for d in table.column("draw").unique().to_pylist()):
+            wrong["draw"] = unit.draw
+        wrong |= {
+            name: counts[name]
+            for name in ("draw", "part")
+            if counts.get(name, getattr(unit, name)) != getattr(unit, name)
+        }
+    if wrong:
+        raise _unreadable(path, ValueError(f"it holds {wrong}, its footer or its name says otherwise"))
+
+
+def finished_units(cache: Path) -> list[Unit]:
+    """Units whose shards exist, in order."""
+    units = (Unit.at(path) for path in cache.glob("draw=*/part-*.parquet"))
+    return sorted(unit for unit in units if unit is not None)

@@ -1,0 +1,1 @@
+"""Draws of (t, mask, split), and attention masks."""

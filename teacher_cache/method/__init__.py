@@ -1,0 +1,1 @@
+"""What the teacher sees, and what is kept of its logits."""

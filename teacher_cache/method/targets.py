@@ -1,0 +1,165 @@
+"""What is kept of the teacher's logits at one row: the gold token, the top-k, and the mass of what is outside of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from shared.cache.levels import EMPTY, LARGEST_ODDS
+from shared.system.errors import TideError
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The teacher at the read positions of one request, float32. All but the first two are None where no top-k is asked
+    for, `class_mass` also where the tail has no classes (see `CacheRow`).
+    """
+
+    gold_logp: Float[np.ndarray, " read"]
+    logsumexp: Float[np.ndarray, " read"]
+    topk_sizes: Int[np.ndarray, " read"] | None = None
+    topk_ids: Int[np.ndarray, "read k"] | None = None
+    topk_logp: Float[np.ndarray, "read k"] | None = None
+    tail_odds: Float[np.ndarray, "read temperatures"] | None = None
+    class_mass: Float[np.ndarray, "read temperatures classes"] | None = None
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """Which numbers to take: `k` is 0 where no top-k is cached, `classes` 1 where its tail is kept as a whole."""
+
+    k: int
+    mass: float
+    temperatures: tuple[float, ...]
+    classes: int = 1
+
+
+@dataclass(frozen=True)
+class Reading:
+    """`Scores` of many rows as tensors on the logits' device."""
+
+    gold_logp: Float[Tensor, " read"]
+    logsumexp: Float[Tensor, " read"]
+    sizes: Int[Tensor, " read"]
+    ids: Int[Tensor, "read k"]
+    logp: Float[Tensor, "read k"]
+    odds: Float[Tensor, "read temperatures"]
+    class_mass: Float[Tensor, "read temperatures classes"]
+    """No classes: the last dimension is 0."""
+
+
+def scores_of(cells: list[np.ndarray], spec: TargetSpec) -> Scores:
+    """`Scores` from the arrays of a `Reading`, in their order."""
+    gold, whole, sizes, ids, logp, odds, mass = cells
+    if not spec.k:
+        return Scores(gold, whole)
+    return Scores(
+        gold, whole, sizes.astype(np.int32), ids.astype(np.int32), logp, odds, mass if spec.classes > 1 else None
+    )
+
+
+def extract(
+    logits: Float[Tensor, "read vocab"],
+    gold: Int[Tensor, " read"],
+    spec: TargetSpec,
+    excluded: Int[Tensor, " excluded"] | None = None,
+    members: Float[Tensor, "vocab classes"] | None = None,
+) -> Reading:
+    """What the cache keeps, in float32 before any exp.
+
+    The top-k's `sizes` is the shortest prefix whose mass at the largest temperature reaches `spec.mass`. Ids in
+    `excluded` (those that mean something else to the student) have no part in anything but `gold_logp`, which is over
+    all logits. `members`: 1 where a token belongs to a class; masses are then summed by a product, the same every time.
+    """
+    logits = logits.float()
+    gold_logp = logits.gather(1, gold[:, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
+    logits = _shared_alone(logits, excluded)
+    whole = torch.logsumexp(logits, dim=1)
+    if not spec.k:
+        none = logits.new_zeros(len(gold), 0)
+        return Reading(gold_logp, whole, gold, none.long(), none, none, none[:, :, None])
+    values, ids = torch.topk(logits, spec.k, dim=1)
+    sizes = _sizes(logits, values, spec)
+    odds, masses = [], []
+    for temperature in spec.temperatures:
+        outside, inside = outside_mass(logits, ids, sizes, temperature)
+        odds.append(outside.sum(dim=1).log() - inside.log())
+        masses.append(outside @ members if members is not None else outside[:, :0])
+    return Reading(
+        gold_logp,
+        whole,
+        sizes,
+        ids,
+        values - whole[:, None],
+        torch.stack(odds, dim=1).clamp(-LARGEST_ODDS, LARGEST_ODDS),
+        torch.stack(masses, dim=1).log().clamp_min(EMPTY),
+    )
+
+
+def outside_sums(
+    logits: Float[Tensor, "read vocab"], spec: TargetSpec, excluded: Int[Tensor, " excluded"] | None = None
+) -> Float[Tensor, "temperatures vocab"]:
+    """Sums over rows of each token's probability outside of the top-k that `extract` takes."""
+    logits = _shared_alone(logits.float(), excluded)
+    values, ids = torch.topk(logits, spec.k, dim=1)
+    sizes = _sizes(logits, values, spec)
+    return torch.stack([outside_mass(logits, ids, sizes, t)[0].sum(dim=0) for t in spec.temperatures])
+
+
+def _shared_alone(logits: Tensor, excluded: Tensor | None) -> Tensor:
+    return logits if excluded is None or not excluded.numel() else logits.index_fill(1, excluded, -torch.inf)
+
+
+def _sizes(logits: Tensor, values: Float[Tensor, "read k"], spec: TargetSpec) -> Int[Tensor, " read"]:
+    if spec.mass == 1.0:
+        return torch.full((len(values),), spec.k, device=values.device)
+    hottest = spec.temperatures[-1]
+    mass = torch.exp(values / hottest - torch.logsumexp(logits / hottest, dim=1, keepdim=True)).cumsum(dim=1)
+    return ((mass < spec.mass).sum(dim=1) + 1).clamp_max(spec.k)
+
+
+def outside_mass(
+    logits: Float[Tensor, "read vocab"], ids: Int[Tensor, "read k"], sizes: Int[Tensor, " read"], temperature: float
+) -> tuple[Float[Tensor, "read vocab"], Float[Tensor, " read"]]:
+    """Probabilities at `temperature` with those of each row's kept ids set to 0, and the sum of those."""
+    p = torch.softmax(logits / temperature, dim=1)
+    kept = torch.arange(ids.shape[1], device=ids.device) < sizes[:, None]
+    inside = (p.gather(1, ids) * kept).sum(dim=1)
+    # An id beyond the kept ones keeps its probability: the first of the row, which is always kept, stands in for it.
+    return p.scatter(1, torch.where(kept, ids, ids[:, :1]), 0.0), inside
+
+
+def member_matrix(class_of: Int[np.ndarray, " vocab"], classes: int) -> Float[Tensor, "vocab classes"]:
+    """1 where a token belongs to a class; rows of ids that are in none are 0."""
+    found = torch.zeros(class_of.size, classes)
+    tokens = np.flatnonzero(class_of >= 0)
+    found[torch.from_numpy(tokens), torch.from_numpy(class_of[tokens].astype(np.int64))] = 1.0
+    return found
+
+
+def excluded_ids(shared: Bool[np.ndarray, " ids"], vocabulary: int) -> Int[np.ndarray, " excluded"]:
+    """Ids below `vocabulary` that mean something else, or nothing, to the student."""
+    allowed = np.zeros(vocabulary, bool)
+    allowed[: len(shared)] = shared[:vocabulary]
+    return np.flatnonzero(~allowed)
+
+
+def refuse_nonfinite(scores: Scores, example_id: str) -> None:
+    """Raise TideError where the teacher returned NaN or infinity for an example."""
+    bad = ~(np.isfinite(scores.gold_logp) & np.isfinite(scores.logsumexp))
+    for values in (scores.topk_logp, scores.tail_odds):
+        if values is not None:
+            bad |= ~np.isfinite(values).all(axis=1)
+    if scores.class_mass is not None:
+        bad |= ~np.isfinite(scores.class_mass).all(axis=(1, 2))
+    if bad.any():
+        raise TideError(
+            f"the teacher returned {int(bad.sum())} non-finite rows of {bad.size} for example {example_id}",
+            expected="finite logits",
+            fix="use engine.dtype=bfloat16 or float32 instead of float16, and check the checkpoint; "
+            "finished shards are kept",
+        )

@@ -1,0 +1,1 @@
+"""A run of stage one: planned, carried out, watched."""

@@ -1,0 +1,141 @@
+"""A unit of work: examples made into requests for the engine, and its scores made into rows of the cache.
+
+Both halves are pure functions of the plan and their arguments, so they may run in other threads or processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shared.aligned.examples import Prepared
+from shared.cache.row import CacheRow
+from shared.cache.shards import CACHE, Unit
+from shared.diffusion.noise import Draw
+from teacher_cache.method.comp_demo import Request, TeacherView, draw_for, passes, teacher_view
+from teacher_cache.method.targets import Scores, TargetSpec, refuse_nonfinite
+from teacher_cache.run.plan import CachePlan
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One example under one draw. `rows[i]`: the rows of `view` that the i-th of its requests reads."""
+
+    example: Prepared
+    draw: Draw
+    view: TeacherView
+    rows: list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class UnitWork:
+    """All that the engine must score for one shard, and what its answers belong to."""
+
+    unit: Unit
+    examples: int
+    items: list[_Item]
+    requests: list[Request]
+
+
+def prepare_unit(plan: CachePlan, unit: Unit, examples: Sequence[Prepared]) -> UnitWork:
+    """Draw and split: everything before the engine."""
+    items, requests = [], []
+    for example in examples:
+        draw = draw_for(example, plan.config.noise, unit.draw)
+        view = teacher_view(example, draw)
+        pairs = passes(view, plan.entry.mask_id, plan.config.noise.comp_demo)
+        requests += [request for request, _ in pairs]
+        items.append(_Item(example, draw, view, [rows for _, rows in pairs]))
+    return UnitWork(unit, len(examples), items, requests)
+
+
+def finish_unit(plan: CachePlan, work: UnitWork, scores: Sequence[Scores]) -> tuple[list[CacheRow], dict[str, Any]]:
+    """Rows of the shard, and the counts that are stored with it. TideError where a score is not finite."""
+    rows, position = [], 0
+    for item in work.items:
+        parts = scores[position : position + len(item.rows)]
+        position += len(item.rows)
+        for part in parts:
+            refuse_nonfinite(part, item.example.id)
+        merged = merge_passes(plan.target_spec(), item.view.positions.size, parts, item.rows)
+        about = RowSettings(plan.config.targets.signals, plan.config.noise.comp_demo, plan.layout.partial)
+        rows.append(cache_row(item.example, item.draw, work.unit.draw, item.view, merged, about))
+    masked = sum(row.masked.size for row in rows)
+    chunks = sum(0 if row.chunk_logp is None else row.chunk_logp.size for row in rows)
+    bare = sum(row.chunk_logp is not None and row.masked.size > 0 and row.chunk_logp.size == 0 for row in rows)
+    place = {"draw": work.unit.draw, "part": work.unit.part, CACHE: plan.manifest.digest}
+    return rows, {"rows_without_chunks": bare, "masked": masked, "chunks": chunks, **place}
+
+
+def merge_passes(spec: TargetSpec, n: int, parts: Sequence[Scores], rows_of: Sequence[np.ndarray]) -> Scores:
+    """Put the rows of several passes back in the order of the `n` positions; pass i read the rows `rows_of[i]`."""
+    temperatures = len(spec.temperatures)
+    topk = (
+        np.zeros(n, np.int32),
+        np.zeros((n, spec.k), np.int32),
+        np.zeros((n, spec.k), np.float32),
+        np.zeros((n, temperatures), np.float32),
+        np.zeros((n, temperatures, spec.classes), np.float32) if spec.classes > 1 else None,
+    )
+    merged = Scores(np.zeros(n, np.float32), np.zeros(n, np.float32), *(topk if spec.k else ()))
+    for scores, rows in zip(parts, rows_of, strict=True):
+        for field in dataclasses.fields(Scores):
+            target = getattr(merged, field.name)
+            if target is not None:
+                target[rows] = getattr(scores, field.name)
+    return merged
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """What of the settings shapes a row: the signals, whether CompDemo split it, whether it says where it was read."""
+
+    signals: tuple[str, ...]
+    comp_demo: bool
+    partial: bool = False
+
+
+def cache_row(
+    example: Prepared, draw: Draw, number: int, view: TeacherView, scores: Scores, about: RowSettings
+) -> CacheRow:
+    """The row of draw `number` of an example, from what the teacher said of `view`."""
+    masked = draw.masked
+    chunk_student = chunk_teacher = chunk_logp = None
+    if "chunks" in about.signals:
+        if view.student is not None:  # every masked token that the teacher reads is a chunk
+            chunk_student = np.stack([view.student, view.student + 1], axis=1)
+            chunk_teacher = np.stack([view.positions, view.positions + 1], axis=1)
+        else:
+            chunk_student, chunk_teacher = example.chunks[draw.chunks, 2:], example.chunks[draw.chunks, :2]
+        chunk_logp = np.bincount(view.chunk_of, scores.gold_logp, minlength=len(chunk_student)).astype(np.float32)
+    ids = top = None
+    if scores.topk_sizes is not None and scores.topk_ids is not None and scores.topk_logp is not None:
+        keep = np.arange(scores.topk_ids.shape[1]) < scores.topk_sizes[:, None]
+        ids, top = scores.topk_ids[keep], scores.topk_logp[keep]
+    return CacheRow(
+        example_id=example.id,
+        label=example.label,
+        draw=number,
+        t=draw.t,
+        student_ids=example.student_ids,
+        spans=example.spans,
+        masked=masked,
+        read=view.student if about.partial else None,
+        teacher_ids=example.teacher_ids,
+        teacher_masked=None if example.teacher_ids is None else view.positions,
+        split=view.in_a if about.comp_demo else np.zeros_like(view.in_a),
+        gold_logp=scores.gold_logp,
+        logsumexp=scores.logsumexp,
+        topk_sizes=scores.topk_sizes,
+        topk_ids=ids,
+        topk_logp=top,
+        tail_odds=scores.tail_odds,
+        class_mass=scores.class_mass,
+        chunk_student=chunk_student,
+        chunk_teacher=chunk_teacher,
+        chunk_logp=chunk_logp,
+    )

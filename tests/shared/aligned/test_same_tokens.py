@@ -1,0 +1,91 @@
+"""What a teacher of the student's tokenizer reads, and where it is asked: the words, or all of the response."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.tools.tiny_tokenizers import CHATML_TEMPLATE
+from shared.aligned.examples import Prepared, Preparer
+from shared.aligned.same_tokens import SharedVocabulary
+from shared.settings.config import LengthConfig
+from shared.text.tokenizers import Tokenizer
+from tests.conftest import TEACHER_TOKENIZER
+from tests.shared.aligned.test_examples import LENGTHS, chat
+
+STUDENT = Tokenizer.load(TEACHER_TOKENIZER)
+EOS, EOT = STUDENT.special_id("eos"), STUDENT.special_id("x", "<|eot_id|>")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The same tokens under another template."""
+    folder = tmp_path_factory.mktemp("other")
+    backend = Tokenizer.load(TEACHER_TOKENIZER).backend
+    backend.chat_template = CHATML_TEMPLATE.replace("<|im_start|>", "[").replace("<|im_end|>", "<|eot_id|>")
+    backend.save_pretrained(folder)
+    return Tokenizer.load(folder)
+
+
+def prepared(text: str, teacher: Tokenizer = STUDENT, lengths: LengthConfig = LENGTHS, **settings: Any) -> Prepared:
+    shared = SharedVocabulary.between(STUDENT, teacher)
+    mask = STUDENT.special_id("mask")
+    (found,) = Preparer(STUDENT, shared, lengths, mask, mask, **settings).usable([chat(text)])
+    return found
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1).filter(str.strip))
+def test_the_words_are_the_content_and_nothing_else(text: str) -> None:
+    p = prepared(text, positions="content")
+    assert p.pairs is not None and p.teacher_ids is None
+    assert np.array_equal(p.pairs[:, 0], p.pairs[:, 1])
+    words = p.student_ids[p.pairs[:, 0]]
+    assert not {EOS, EOT} & set(words.tolist())
+    whole = b"".join(STUDENT.token_bytes[i] for i in words.tolist())
+    assert whole == text.encode()[: len(whole)]
+    assert len(whole) == len(text.encode()) or p.spans[-1, 1] == LENGTHS.student
+
+
+def test_all_of_the_response_by_default() -> None:
+    p = prepared("x = 1")
+    assert p.pairs is None
+    which, places = p.asked(p.maskable)
+    assert np.array_equal(which, np.arange(len(p.maskable))) and np.array_equal(places, p.maskable)
+    assert {EOS, EOT} <= set(p.student_ids[places].tolist())
+
+
+def test_its_own_template_with_a_clean_fill(other: Tokenizer) -> None:
+    p = prepared("def f(x):\n    return x + 1", other, own_text=True)
+    assert p.pairs is not None and p.teacher_ids is not None
+    assert other.decode(p.teacher_ids.tolist()).startswith("[user")
+    assert len(p.teacher_ids) % LENGTHS.block == 0 and p.teacher_ids[-1] == EOS
+    assert np.array_equal(p.student_ids[p.pairs[:, 0]], p.teacher_ids[p.pairs[:, 1]])
+    assert not (p.pairs[:, 0] == p.pairs[:, 1]).all()  # two templates: other places
+    assert STUDENT.decode(p.student_ids[p.pairs[:, 0]].tolist()) == "def f(x):\n    return x + 1"
+
+
+def test_of_what_is_masked_the_words_are_asked(other: Tokenizer) -> None:
+    p = prepared("x = 1 + 2 + 3", other, own_text=True)
+    assert p.pairs is not None
+    masked = p.maskable[::2]
+    which, places = p.asked(masked)
+    assert p.teacher_ids is not None
+    assert np.array_equal(p.teacher_ids[places], p.student_ids[masked[which]])
+    assert set(masked[which].tolist()) == set(masked.tolist()) & set(p.pairs[:, 0].tolist())
+
+
+@pytest.mark.parametrize("own_text", [False, True])
+@pytest.mark.parametrize("positions", ["content", "response"])
+def test_lengths_teacher_takes_effect(own_text: bool, positions: str, other: Tokenizer) -> None:
+    text = "; ".join(f"y = {i}" for i in range(40))
+    lengths = dataclasses.replace(LENGTHS, teacher=64)
+    p = prepared(text, other if own_text else STUDENT, lengths, own_text=own_text, positions=positions)
+    assert p.teacher_ids is not None and len(p.teacher_ids) == 64
+    assert p.pairs is not None and 0 < len(p.pairs) < len(p.maskable)
+    assert p.pairs[:, 1].max() < 64
+    assert np.array_equal(p.student_ids[p.pairs[:, 0]], p.teacher_ids[p.pairs[:, 1]])

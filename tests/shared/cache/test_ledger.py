@@ -1,0 +1,106 @@
+"""One file that says what every shard is; what a killed process did not come to write there is found again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from shared.cache.ledger import LEDGER, Entry, load_ledger, note, save_ledger, settle_ledger, whole_ledger
+from shared.cache.manifest import load_manifest
+from shared.cache.shards import Unit, finished_units, read_table
+from shared.system.errors import TideError
+from teacher_cache.run.build import build_cache
+from tests.conftest import files, small_cache_config
+from tests.reading import all_rows, dataset
+
+
+def test_the_ledger_says_what_the_shards_hold(caches: dict[str, Path]) -> None:
+    cache = caches["tiny-cross"]
+    manifest = load_manifest(cache)
+    ledger = load_ledger(cache, manifest)
+    assert sorted(ledger) == finished_units(cache) == manifest.units()
+    for unit, entry in ledger.items():
+        content = unit.path(cache).read_bytes()
+        assert entry == Entry.of(content, read_table(unit.path(cache)).counts)
+        entry.check(unit.path(cache), content)
+    rows = all_rows(cache)
+    assert sum(entry.rows for entry in ledger.values()) == len(rows)
+    assert sum(entry.masked for entry in ledger.values()) == sum(row.masked.size for row in rows)
+    assert not list((cache / "ledger").glob("*"))
+
+
+def test_training_reads_one_file_to_begin_with(caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = caches["tiny-cross"]
+    dataset(cache)  # what was never looked at is looked at once
+    opened: list[str] = []
+    plain = pq.ParquetFile
+    monkeypatch.setattr(pq, "ParquetFile", lambda *a, **k: (opened.append(str(a[0])), plain(*a, **k))[1])
+    data = dataset(cache)
+    assert data.totals["rows"] == 48
+    assert [Path(path).name for path in opened] == ["vocabulary.parquet", "ledger.parquet"]
+
+
+def test_a_shard_that_nobody_noted_is_read(caches: dict[str, Path], tmp_path: Path) -> None:
+    """Killed between the shard's rename and the note."""
+    cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
+    manifest = load_manifest(cache)
+    whole = load_ledger(cache, manifest)
+    save_ledger(cache, manifest, {unit: whole[unit] for unit in list(whole)[:4]})
+    assert settle_ledger(cache, manifest) == whole
+    assert files(cache) == files(caches["tiny-cross"])
+    (cache / LEDGER).unlink()
+    assert whole_ledger(cache, manifest) == whole
+    Unit(1, 1).path(cache).unlink()
+    (cache / LEDGER).unlink()
+    with pytest.raises(TideError, match="lacks 1 of 6 shards"):
+        whole_ledger(cache, manifest)
+    assert not (cache / LEDGER).exists()  # not whole: no ledger that says so
+
+
+def test_the_newest_note_of_a_shard_counts_and_a_torn_line_does_not(caches: dict[str, Path], tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
+    manifest = load_manifest(cache)
+    (cache / LEDGER).unlink()
+    first, second = (Entry(text * 64, 1, 2, 3, 4, 5) for text in "ab")
+    for entry in (first, second):
+        note(cache, Unit(0, 0), entry)
+    (notes,) = (cache / "ledger").glob("*.jsonl")
+    with notes.open("a") as handle:
+        handle.write('{"draw": 0, "part": 1, "at": 9e9, "sha')
+    assert load_ledger(cache, manifest) == {Unit(0, 0): second}
+
+
+def test_a_ledger_that_is_damaged_or_of_another_cache(caches: dict[str, Path], tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
+    manifest = load_manifest(cache)
+    shutil.copyfile(caches["tiny-shared"] / LEDGER, cache / LEDGER)
+    with pytest.raises(TideError, match=r"belongs to another cache[\s\S]*tide verify"):
+        load_ledger(cache, manifest)
+    (cache / LEDGER).write_bytes(b"PAR1 no")
+    with pytest.raises(TideError, match=r"cannot be read[\s\S]*tide verify"):
+        whole_ledger(cache, manifest)
+
+
+def test_a_shard_over_another_parts_name_is_neither_verified_nor_trained_on(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
+    """Also where the ledger is made anew: the shard itself says which part it is."""
+    cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
+    shutil.copyfile(Unit(0, 0).path(cache), Unit(0, 1).path(cache))
+    with pytest.raises(TideError, match="not what the cache's ledger says"):
+        dataset(cache)
+    (cache / LEDGER).unlink()
+    with pytest.raises(TideError, match=r"'part': 0.*its name says otherwise"):
+        dataset(cache)
+
+
+def test_a_cache_that_grows_keeps_its_ledger(caches: dict[str, Path], random_teacher: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
+    build_cache(small_cache_config("tiny-cross", random_teacher, cache, noise={"draws": 3}))
+    manifest = load_manifest(cache)
+    before = load_ledger(caches["tiny-cross"], load_manifest(caches["tiny-cross"]))
+    after = load_ledger(cache, manifest)
+    assert len(after) == 9 and {unit: after[unit] for unit in before} == before

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from shared.cache.columns import from_table, to_table
+from shared.cache.ledger import Entry
+from shared.cache.levels import (
+    CLASS_LEVELS,
+    GOLD_STEPS,
+    LOGIT_STEPS,
+    ODDS_STEPS,
+    class_log_mass,
+    half_steps,
+    level_table,
+    to_class_levels,
+    to_levels,
+)
+from shared.cache.row import CacheRow, Layout
+from shared.cache.shards import Unit, finished_units, read_shard, read_table, write_shard
+from shared.cache.vocabulary import Vocabulary
+from shared.system.errors import TideError
+
+T = (1.0, 2.0)
+CLASSES = 3
+
+
+def vocabulary(classes: int = CLASSES, size: int = 99) -> Vocabulary:
+    """Random classes, ranks and priors."""
+    rng = np.random.default_rng(classes)
+    own = (np.arange(size) % classes).astype(np.int32)
+    return Vocabulary(own, rng.permutation(size).astype(np.int32), rng.random((2, size)).astype(np.float32))
+
+
+LEVELS = Layout(T, "levels", vocabulary())
+EXACT = Layout(T, "float32", vocabulary())
+
+
+def make_row(seed: int, cross: bool, topk: bool, chunks: bool, masked: int) -> CacheRow:
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 5, masked).astype(np.int32)
+    logp = [np.sort(np.log(rng.dirichlet(np.ones(n + 1))[:n]))[::-1] for n in sizes]
+    floats = rng.standard_normal
+    return CacheRow(
+        example_id=f"é{seed}",
+        label=f"row {seed}",
+        draw=seed % 3,
+        t=float(np.float32(rng.random())),
+        student_ids=rng.integers(0, 99, 8).astype(np.int32),
+        spans=np.array([[1, 3], [5, 8]], np.int32),
+        masked=np.arange(masked, dtype=np.int32),
+        teacher_ids=np.arange(5, dtype=np.int32) if cross else None,
+        teacher_masked=np.arange(masked, dtype=np.int32) if cross else None,
+        split=rng.random(masked) < 0.5,
+        gold_logp=-rng.exponential(3, masked).astype(np.float32),
+        logsumexp=floats(masked).astype(np.float32),
+        topk_sizes=sizes if topk else None,
+        topk_ids=rng.integers(0, 99, int(sizes.sum())).astype(np.int32) if topk else None,
+        topk_logp=np.concatenate([*logp, np.zeros(0)]).astype(np.float32) if topk else None,
+        tail_odds=floats((masked, 2)).astype(np.float32) if topk else None,
+        class_mass=np.log(rng.random((masked, 2, CLASSES))).astype(np.float32) if topk else None,
+        chunk_student=rng.integers(0, 8, (2, 2)).astype(np.int32) if chunks else None,
+        chunk_teacher=rng.integers(0, 8, (2, 2)).astype(np.int32) if chunks else None,
+        chunk_logp=floats(2).astype(np.float32) if chunks else None,
+    )
+
+
+BOUNDS = {"gold_logp": 0.5 / GOLD_STEPS, "logsumexp": 0.5 / LOGIT_STEPS, "tail_odds": 0.5 / ODDS_STEPS}
+
+
+def assert_same(a: CacheRow, b: CacheRow, exact: bool) -> None:
+    for name in CacheRow.__dataclass_fields__:
+        x: Any = getattr(a, name)
+        y: Any = getattr(b, name)
+        if not isinstance(x, np.ndarray):
+            assert x == y, name
+        elif exact or name not in (*BOUNDS, "topk_logp", "class_mass"):
+            assert x.dtype == y.dtype
+            assert np.array_equal(x, y), name
+        elif name == "class_mass":
+            assert np.array_equal(y, to_class_levels(x))
+        else:
+            bound = half_steps(x, T) if name == "topk_logp" else BOUNDS[name]
+            assert (np.abs(x - y) <= bound + 1e-5).all(), name
+
+
+row_kinds = st.tuples(st.integers(0, 999), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 6))
+
+
+@pytest.mark.parametrize("layout", [LEVELS, EXACT], ids=["levels", "float32"])
+@given(st.lists(row_kinds, max_size=5))
+def test_a_table_gives_back_its_rows(layout: Layout, kinds: list[tuple[int, bool, bool, bool, int]]) -> None:
+    rows = [make_row(*kind) for kind in kinds]
+    topk = {row.topk_ids is None for row in rows}
+    rows = rows if len(topk) < 2 else [row for row in rows if row.topk_ids is not None]  # a cache has it or has not
+    again = from_table(to_table(rows, layout), layout)
+    assert len(again) == len(rows)
+    for a, b in zip(rows, again, strict=True):
+        assert_same(a, b, layout.values == "float32")
+    assert to_table(again, layout).equals(to_table(rows, layout))  # rounded once is rounded
+
+
+def test_a_shard_gives_back_its_rows_and_plain_polars_reads_it(tmp_path: Path) -> None:
+    rows = [dataclasses.replace(make_row(i, bool(i % 2), True, True, i % 5), draw=3) for i in range(600)]
+    path = Unit(3, 14).path(tmp_path)
+    content = write_shard(path, rows, LEVELS, {"examples": 600, "draw": 3, "part": 14})
+    assert path.read_bytes() == content
+    for a, b in zip(rows, read_shard(path, LEVELS), strict=True):
+        assert_same(a, b, exact=False)
+    counts = read_table(path, LEVELS).counts
+    assert counts == {"examples": 600, "rows": 600, "draw": 3, "part": 14}
+    assert Entry.of(content, counts).rows == 600
+    assert finished_units(tmp_path) == [Unit(3, 14)]
+    assert pl.read_parquet(path)["masked"][3].to_list() == rows[3].masked.tolist()
+
+
+def test_the_same_rows_are_the_same_bytes(tmp_path: Path) -> None:
+    rows = [make_row(i, True, True, True, 4) for i in range(9)]
+    write_shard(tmp_path / "a.parquet", rows, LEVELS, {"b": 1, "a": 2})
+    write_shard(tmp_path / "b.parquet", rows, LEVELS, {"a": 2, "b": 1})
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+
+
+def test_a_damaged_shard_is_an_explained_error_wherever_it_is_damaged(tmp_path: Path) -> None:
+    """Every flipped bit changes the SHA-256; what Parquet itself notices is explained too."""
+    path = tmp_path / "part.parquet"
+    whole = write_shard(path, [make_row(i, True, True, True, 4) for i in range(50)], LEVELS, {})
+    entry = Entry.of(whole, {})
+    for size in (0, 3, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(TideError, match=r"cannot be read[\s\S]*delete this file"):
+            read_shard(path, LEVELS)
+    found = 0
+    for place in range(4, len(whole) - 8, max(len(whole) // 40, 1)):
+        damaged = whole[:place] + bytes([whole[place] ^ 0x40]) + whole[place + 1 :]
+        with pytest.raises(TideError, match="is not what the cache's ledger says"):
+            entry.check(path, damaged)
+        try:
+            read_shard(path, LEVELS, damaged)
+        except TideError:
+            found += 1
+    assert found >= 25  # flips in pages are caught by their checksums; some in the footer change nothing that is read
+
+
+def test_a_parquet_file_of_other_columns_is_refused(tmp_path: Path) -> None:
+    pl.DataFrame({"a": [1]}).write_parquet(tmp_path / "x.parquet")
+    with pytest.raises(TideError, match="other columns"):
+        read_shard(tmp_path / "x.parquet", LEVELS)
+
+
+def test_a_shard_under_another_name_is_refused(tmp_path: Path) -> None:
+    path = Unit(0, 1).path(tmp_path)
+    write_shard(path, [make_row(0, True, True, True, 4)], LEVELS, {"draw": 0, "part": 0})
+    with pytest.raises(TideError, match=r"'part': 0.*its name says otherwise"):
+        read_table(path, LEVELS)
+
+
+@pytest.mark.parametrize("temperatures", [(1.0,), (1.0, 2.0), (1.0, 5.0)])
+@given(arrays(np.float32, st.integers(0, 40), elements=st.floats(-20, 0, width=32)))
+def test_levels_are_bounded_finest_near_certainty_and_taken_once(
+    temperatures: tuple[float, ...], logp: np.ndarray
+) -> None:
+    levels = to_levels(logp, temperatures)
+    back = level_table(temperatures)[levels]
+    inside = logp > -16  # below lies the lowest level of the coarsest of these
+    assert (np.abs(back - logp)[inside] <= half_steps(logp, temperatures)[inside] + 1e-4).all()
+    assert np.array_equal(to_levels(back, temperatures), levels)
+    assert np.all(np.diff(to_levels(np.sort(logp), temperatures)) >= 0)
+
+
+@given(arrays(np.float64, (6,), elements=st.floats(1e-9, 1)), st.floats(-8, 8))
+def test_class_masses_add_up_to_the_tail_and_lie_near_the_truth(shares: np.ndarray, odds: float) -> None:
+    shares = shares / shares.sum()
+    tail = 1 / (1 + np.exp(-odds))
+    levels = to_class_levels(np.log(tail * shares).astype(np.float32))
+    prior = torch.full((6,), 1 / 6)
+    found = class_log_mass(torch.from_numpy(levels)[None], torch.tensor([odds], dtype=torch.float32), prior)[0]
+    mass = found.double().exp().numpy()
+    assert mass.sum() == pytest.approx(tail, rel=1e-5)
+    if levels.any():  # a root of mass is within half a level, before all are scaled to the tail
+        scale = np.sqrt(tail / max(1e-30, (np.maximum(levels, 0.5) ** 2).sum() / CLASS_LEVELS**2))
+        assert np.abs(np.sqrt(mass) - np.sqrt(tail * shares)).max() < (1 / CLASS_LEVELS) * max(1.0, scale) + 0.05

@@ -1,0 +1,104 @@
+"""Teachers of the student's tokenizer family: the same ordinary tokens, other added ones (Qwen's from 151,646 on)."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shared.aligned.examples import Prepared, Preparer
+from shared.aligned.same_tokens import SharedVocabulary
+from shared.cache.shards import Unit
+from shared.data import ChatExample
+from shared.models.checkpoint import resolve
+from shared.system.errors import Unusable
+from shared.text.tokenizers import Tokenizer
+from teacher_cache.run.build import build_cache
+from tests.conftest import TEACHER_TOKENIZER, small_cache_config, write_chats
+from tests.reading import rows_in
+from tests.shared.aligned.test_examples import LENGTHS, chat
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The teacher's tokenizer with two tokens of the student's own, and a template that uses one in the prompt."""
+    folder = tmp_path_factory.mktemp("thinking") / "t"
+    backend = Tokenizer.load(TEACHER_TOKENIZER).backend
+    backend.add_tokens(["<think>", "</think>"])  # as Qwen has them: tokens of their own, but no control tokens
+    backend.chat_template = (
+        "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+        "{% if message['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ message['content'] }}<|eot_id|>{% endfor %}"
+    )
+    backend.save_pretrained(folder)
+    return folder
+
+
+def preparer(student: Tokenizer) -> Preparer:
+    teacher = Tokenizer.load(TEACHER_TOKENIZER)
+    return Preparer(student, SharedVocabulary.between(student, teacher), LENGTHS, student.special_id("mask"))
+
+
+def test_a_token_of_the_students_own_in_the_prompt_is_written_out_for_the_teacher(thinking: Path) -> None:
+    student, teacher = Tokenizer.load(thinking), Tokenizer.load(TEACHER_TOKENIZER)
+    (p,) = preparer(student).usable([chat("x = 1")])
+    assert p.shared
+    assert p.teacher_ids is not None
+    assert (p.offsets > 0).all()
+    assert 4096 in p.student_ids[: p.spans[0, 0]]
+    assert p.teacher_ids.max() < 4096
+    assert teacher.decode(p.teacher_ids.tolist()) == student.decode(p.student_ids.tolist())
+    places = p.asked(p.maskable)[1]
+    assert np.array_equal(p.teacher_ids[places], p.student_ids[p.maskable])
+
+
+def test_a_response_with_such_a_token_is_left_out_and_counted(thinking: Path) -> None:
+    made = preparer(Tokenizer.load(thinking))
+    kept, left_out = made([chat("x = 1"), chat("a <think> b")])
+    assert isinstance(kept, Prepared)
+    assert isinstance(left_out, Unusable) and left_out.reason == "token that the teacher writes otherwise"
+
+
+def test_the_cache_reads_the_right_positions(thinking: Path, random_teacher: Path, tmp_path: Path) -> None:
+    data = write_chats(tmp_path / "d.jsonl", ["x = 1 + 2 + 3", "def f():\n    return 1"])
+    config = small_cache_config(
+        "tiny-shared", random_teacher, tmp_path / "c", data=data, student_tokenizer=str(thinking)
+    )
+    build_cache(config)
+    for row in rows_in(config.out, Unit(0, 0)):
+        assert row.teacher_ids is not None
+        assert row.teacher_masked is not None
+        assert np.array_equal(row.teacher_ids[row.teacher_masked], row.student_ids[row.masked])
+        assert row.topk_ids is not None
+        assert row.topk_ids.max(initial=0) < 4096
+
+
+def test_ids_that_mean_something_else_never_enter_the_top_k(random_teacher: Path, tmp_path: Path) -> None:
+    """A student whose added tokens carry other names: the teacher's logits there are tail."""
+    folder = Path(shutil.copytree(resolve("embedded:teacher_cache.teachers/tiny"), tmp_path / "s"))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        path = folder / name
+        path.write_text(path.read_text().replace("<|start_header_id|>", "<|other|>"))
+    student = Tokenizer.load(folder)
+    same = SharedVocabulary.between(student, Tokenizer.load(TEACHER_TOKENIZER)).same
+    changed = student.special_id("x", "<|other|>")
+    assert np.flatnonzero(~same).tolist() == [changed]
+    data = write_chats(tmp_path / "d.jsonl", ["x = 1 + 2 + 3"] * 3)
+    config = small_cache_config(
+        "tiny-shared", random_teacher, tmp_path / "c", data=data, student_tokenizer=str(folder), targets={"k": 4095}
+    )
+    build_cache(config)
+    rows = [r for r in rows_in(config.out, Unit(0, 0)) if r.masked.size]
+    assert rows
+    for row in rows:
+        assert row.topk_ids is not None
+        assert changed not in row.topk_ids.tolist()
+        assert len(set(row.topk_ids[:4095].tolist())) == 4095
+
+
+def test_the_same_ids_need_no_second_sequence() -> None:
+    (p,) = preparer(Tokenizer.load(TEACHER_TOKENIZER)).usable([ChatExample("e", chat("x").messages)])
+    assert p.teacher_ids is None
+    assert p.shared

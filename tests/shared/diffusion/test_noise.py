@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.diffusion.noise import TIME_EPSILON, chunk_draw, diffusion_time, radical_inverse, token_draw
+
+
+def test_van_der_corput() -> None:
+    assert [radical_inverse(i) for i in range(6)] == [0, 0.5, 0.25, 0.75, 0.125, 0.625]
+
+
+@given(st.integers(0, 2**40), st.text(max_size=12), st.integers(0, 99))
+def test_time_is_pure_and_in_range(seed: int, name: str, draw: int) -> None:
+    t = diffusion_time(seed, name, draw)
+    assert TIME_EPSILON <= t < 1
+    assert t == diffusion_time(seed, name, draw)
+
+
+@pytest.mark.parametrize("draws", [1, 2, 4, 8, 16])
+def test_any_power_of_two_prefix_of_draws_is_stratified(draws: int) -> None:
+    """One draw in each of `draws` equal strata of the circle, for every example."""
+    for example in range(50):
+        times = (np.array([diffusion_time(3, f"e{example}", d) for d in range(draws)]) - TIME_EPSILON) / (
+            1 - TIME_EPSILON
+        )
+        gaps = np.diff(np.sort(times), append=np.sort(times)[0] + 1)
+        assert np.allclose(gaps, 1 / draws)
+
+
+def test_time_is_uniform_over_examples() -> None:
+    times = np.sort([diffusion_time(0, str(i), 1) for i in range(2000)])
+    assert np.abs(times - (np.arange(2000) + 0.5) / 2000).max() < 0.04  # Kolmogorov–Smirnov at p ≈ 0.003
+
+
+def test_each_token_is_masked_with_probability_t() -> None:
+    draws = [token_draw(1, f"e{i}", 0, np.arange(10, 210), 0.5) for i in range(300)]
+    deviation = [(d.masked.size - 200 * d.t) / np.sqrt(200 * d.t * (1 - d.t) + 1e-9) for d in draws]
+    assert abs(np.mean(deviation)) < 4 / np.sqrt(300)
+    assert 0.8 < np.std(deviation) < 1.2
+    assert all(d.masked.min() >= 10 for d in draws if d.masked.size)
+
+
+def test_draws_differ_between_examples_draws_and_seeds() -> None:
+    base = token_draw(0, "a", 0, np.arange(400), 0.5)
+    for seed, name, draw in ((0, "b", 0), (0, "a", 1), (1, "a", 0)):
+        other = token_draw(seed, name, draw, np.arange(400), 0.5)
+        assert not np.array_equal(base.masked, other.masked)
+    again = token_draw(0, "a", 0, np.arange(400), 0.5)
+    assert np.array_equal(base.masked, again.masked)
+    assert np.array_equal(base.split, again.split)
+
+
+def test_the_bits_are_fixed_forever() -> None:
+    """A cache's draws must be the same on every machine and in every version: frozen numbers."""
+    draw = token_draw(7, "example", 3, np.arange(2, 40), 0.5)
+    assert draw.t == pytest.approx(0.7032318824776035, abs=1e-15)
+    assert sorted(set(range(2, 40)) - set(draw.masked.tolist())) == [14, 15, 17, 20, 31, 37]
+    assert draw.split[:12].tolist() == [True] * 3 + [False] * 4 + [True] * 4 + [False]
+
+
+@given(st.integers(0, 10_000), st.lists(st.integers(1, 5), min_size=1, max_size=30), st.integers(0, 6))
+def test_chunk_masks_are_whole_chunks(seed: int, lengths: list[int], first: int) -> None:
+    edges = np.cumsum([0, *lengths]) + 3  # tokens 0 … 2 and the last two stand outside all chunks
+    spans = np.stack([edges[:-1], edges[1:]], axis=1)
+    length = int(edges[-1]) + 2
+    draw = chunk_draw(seed, "x", 0, np.arange(first, length), length, spans, 0.5)
+    masked = set(draw.masked.tolist())
+    for i, (start, end) in enumerate(spans.tolist()):
+        inside = {p in masked for p in range(start, end)}
+        if start >= first:
+            assert inside == {i in draw.chunks.tolist()}  # whole or not at all, and active exactly if masked
+        else:
+            assert i not in draw.chunks.tolist()  # a chunk with a prompt token is never active
+    assert all(p >= first for p in masked)
+    assert masked >= set(token_draw(seed, "x", 0, np.arange(first, length), 0.5).masked.tolist())
+    assert draw.split.size == draw.chunks.size
+
+
+def test_nothing_to_mask() -> None:
+    draw = chunk_draw(0, "x", 0, np.arange(0), 5, np.zeros((0, 2), np.int32), 0.5)
+    assert draw.masked.size == draw.chunks.size == draw.split.size == 0
+
+
+@pytest.mark.parametrize(("ratio", "expected"), [(0.0, 0.0), (1.0, 1.0), (0.3, 0.3)])
+def test_demo_ratio_is_the_share_of_part_a(ratio: float, expected: float) -> None:
+    share = np.concatenate([token_draw(0, str(i), 0, np.arange(200), ratio).split for i in range(60)]).mean()
+    assert share == pytest.approx(expected, abs=0.03)

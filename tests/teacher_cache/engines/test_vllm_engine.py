@@ -1,0 +1,190 @@
+"""vLLM against transformers on random checkpoints in the hub's layouts. Run by `make test-vllm`."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from shared.cache.shards import finished_units
+from shared.models.checkpoint import open_checkpoint, resolve
+from shared.models.loading import load_model
+from shared.settings.config import EngineConfig
+from shared.system.errors import TideError
+from teacher_cache.engines.transformers_engine import TransformersEngine
+from teacher_cache.engines.vllm_engine.engine import VllmEngine
+from teacher_cache.engines.vllm_engine.plugin import SCORERS, register
+from teacher_cache.maintenance.verify import verify_cache
+from teacher_cache.method.comp_demo import Request
+from teacher_cache.method.targets import Scores, TargetSpec
+from teacher_cache.run.build import build_cache
+from teacher_cache.teachers.registry import TeacherEntry
+from tests.conftest import small_cache_config
+from tests.hub_layouts import ARCHITECTURE_OF, wide_checkpoint
+from tests.reading import rows_in
+
+pytest.importorskip("vllm", reason="vLLM is not installed: `make test-vllm` installs its CPU build and runs this file")
+pytestmark = pytest.mark.filterwarnings("default")  # vLLM's own warnings
+
+SPEC = TargetSpec(8, 1.0, (1.0, 2.0))
+TINY = Path(resolve("embedded:teacher_cache.teachers/tiny"))
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """vLLM inside this process, which starts in a second; its groups are taken down for the next model."""
+    from vllm.distributed import cleanup_dist_env_and_memory  # pyright: ignore[reportMissingImports]
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    yield
+    cleanup_dist_env_and_memory()
+
+
+def entry(architecture: str, **more: Any) -> TeacherEntry:
+    values = {"model": "x", "mask_id": 159, "student_tokens": False, "length": 512, "student": "x", **more}
+    return TeacherEntry(architecture=architecture, **values)
+
+
+def mixed_requests(vocabulary: int, mask: int) -> list[Request]:
+    random = np.random.default_rng(0)
+    requests = []
+    for length in (5, 17, 300, 33, 64, 2, 129):
+        ids = random.integers(0, vocabulary, length, np.int32)
+        read = np.sort(random.choice(np.arange(1, length), max(1, length // 3), replace=False)).astype(np.int32)
+        gold = ids[read]
+        ids[read] = mask
+        requests.append(Request(ids, read, gold))
+    return requests
+
+
+def furthest(a: list[Scores], b: list[Scores]) -> float:
+    """The largest difference in any value; ids may change places at near ties, so logits are compared by rank."""
+    pairs = [(getattr(x, n), getattr(y, n)) for x, y in zip(a, b, strict=True)
+             for n in ("gold_logp", "logsumexp", "topk_logp", "tail_odds")]  # fmt: skip
+    pairs += [(np.exp(x.class_mass), np.exp(y.class_mass)) for x, y in zip(a, b, strict=True)
+              if x.class_mass is not None and y.class_mass is not None]  # fmt: skip
+    return max(float(np.abs(x - y).max()) for x, y in pairs)
+
+
+@pytest.mark.parametrize("name", list(ARCHITECTURE_OF))
+def test_float32_values_are_those_of_transformers(golden: Path, tmp_path: Path, in_process: None, name: str) -> None:
+    architecture = ARCHITECTURE_OF[name]
+    checkpoint = open_checkpoint(str(wide_checkpoint(golden, name, tmp_path / name, seed=1)))
+    teacher = entry(architecture, shift=name == "dream")
+    requests = mixed_requests(150, 159)
+    shared = None
+    if name == "wedlm":
+        shared = np.arange(160) < 120  # ids that the student does not share never enter the top-k
+    from teacher_cache.engines.vllm_engine.pooler import ScorePooler
+
+    settings = EngineConfig(type="vllm", device="cpu", dtype="float32", tokens_per_batch=512, head_rows=100)
+    engine = VllmEngine(checkpoint, teacher, SPEC, settings, 512, shared)
+    before = ScorePooler.rows_run
+    found = engine.score(requests)
+    assert ScorePooler.rows_run - before == sum(len(request.read) for request in requests)  # and nowhere else
+    model = load_model(checkpoint, architecture, torch.float32)
+    reference = TransformersEngine(model, teacher.attention, SPEC, shift=teacher.shift, shared_ids=shared)
+    assert furthest(found, reference.score(requests)) < 1e-4
+    np.testing.assert_allclose(engine.outside(requests), reference.outside(requests), atol=1e-4)
+    classes = (np.arange(160) % 4).astype(np.int32)
+    if shared is not None:
+        classes[~shared] = -1
+    for one in (engine, reference):
+        one.use_classes(classes)
+    found = engine.score(requests)
+    assert all(scores.class_mass is not None and scores.class_mass.shape[2] == 4 for scores in found)
+    assert furthest(found, reference.score(requests)) < 1e-4
+    if shared is not None:
+        assert max(int(scores.topk_ids.max()) for scores in found if scores.topk_ids is not None) < 120
+    assert engine.score([]) == []
+    with pytest.raises(TideError, match="a sequence of 600 tokens"):
+        engine.score([Request(np.zeros(600, np.int32), np.ones(1, np.int32), np.ones(1, np.int32))])
+
+
+def test_bfloat16_deviates_no_more_than_transformers_does(golden: Path, tmp_path: Path, in_process: None) -> None:
+    checkpoint = open_checkpoint(str(wide_checkpoint(golden, "llada", tmp_path / "llada", seed=2)))
+    teacher, requests = entry("llada"), mixed_requests(150, 159)
+    exact, plain = (
+        TransformersEngine(load_model(checkpoint, "llada", dtype), teacher.attention, SPEC).score(requests)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    settings = EngineConfig(type="vllm", device="cpu", dtype="bfloat16")
+    found = VllmEngine(checkpoint, teacher, SPEC, settings, 512).score(requests)
+    mine, theirs = (
+        np.concatenate([np.abs(a.logsumexp - b.logsumexp).ravel() for a, b in zip(exact, other, strict=True)])
+        for other in (found, plain)
+    )
+    assert 0 < mine.mean() < 1.5 * theirs.mean()
+    assert mine.max() < 2 * theirs.max()
+
+
+def test_the_plugin_registers_once_and_again() -> None:
+    from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
+
+    register()
+    register()
+    assert set(SCORERS.values()) <= set(ModelRegistry.get_supported_archs())
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_vllm_starts(golden: Path, tmp_path: Path) -> None:
+    folder = wide_checkpoint(golden, "llada", tmp_path / "llada")
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace('"n_layers": 3', '"n_layers": 2'))
+    with pytest.raises(TideError, match="9 tensors without a place"):
+        VllmEngine(open_checkpoint(str(folder)), entry("llada"), SPEC, EngineConfig(type="vllm", device="cpu"), 64)
+
+
+def small(out: Path, engine: dict[str, Any]) -> Any:
+    settings = {"dtype": "float32", "device": "cpu", "tokens_per_batch": 1024, **engine}
+    return small_cache_config("tiny-cross", TINY, out, shard_examples=4, engine=settings)
+
+
+def values(config: Any) -> np.ndarray:
+    rows = [row for unit in finished_units(config.out) for row in rows_in(config.out, unit)]
+    return np.concatenate([np.concatenate([r.gold_logp, r.logsumexp]) for r in rows])
+
+
+def test_killed_in_the_middle_resumed_and_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's core process is killed; the message says what to do; two workers finish; transformers agrees."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    config = small(tmp_path / "vllm", {"type": "vllm"})
+
+    def kill_core() -> None:
+        while not finished_units(config.out):
+            time.sleep(0.001)
+        for child in psutil.Process().children(recursive=True):
+            if "EngineCore" in child.name() or "EngineCore" in " ".join(child.cmdline()):
+                child.send_signal(signal.SIGKILL)
+
+    thread = threading.Thread(target=kill_core)
+    thread.start()
+    with pytest.raises(TideError, match=r"the vLLM engine stopped[\s\S]*finished shards are kept"):
+        build_cache(config)
+    thread.join()
+    kept = len(finished_units(config.out))
+    assert 0 < kept < 12
+    report = build_cache(small(tmp_path / "vllm", {"type": "vllm", "data_parallel": 2}))
+    assert (report.kept, report.computed) == (kept, 12 - kept)
+    found = verify_cache(small(tmp_path / "vllm", {"type": "transformers"}), 200)
+    assert found.rows == 48
+    assert 0 < found.largest < 1e-4
+
+
+def test_tensor_parallel(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    checkpoint = open_checkpoint(str(wide_checkpoint(golden, "llada2_moe", tmp_path / "moe", seed=3)))
+    requests = mixed_requests(150, 159)
+    settings = EngineConfig(type="vllm", device="cpu", dtype="float32", tensor_parallel=2)
+    with closing(VllmEngine(checkpoint, entry("llada2_moe"), SPEC, settings, 512)) as engine:
+        found = engine.score(requests)
+    model = load_model(checkpoint, "llada2_moe", torch.float32)
+    reference = TransformersEngine(model, entry("llada2_moe").attention, SPEC)
+    assert furthest(found, reference.score(requests)) < 1e-4

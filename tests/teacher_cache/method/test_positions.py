@@ -1,0 +1,148 @@
+"""A teacher of the student's tokens, read at the words of the answers: from the settings to the shard and the loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from pipelines.tools.tiny_tokenizers import CHATML_TEMPLATE
+from shared.cache.manifest import load_manifest
+from shared.cache.shards import Unit, finished_units, read_table
+from shared.cache.value_checks import problems_in
+from shared.settings.config import CacheConfig
+from shared.settings.objectives import KL, Distillation, ReverseCalm, Tidal
+from shared.text.tokenizers import Tokenizer
+from student_train.batches.collate import TargetReader, collate, counts_of
+from student_train.losses.fused_head import LossSettings, fused_loss
+from student_train.losses.objective import objective, total
+from student_train.losses.targets import Targets
+from teacher_cache.maintenance.verify import verify_cache
+from teacher_cache.run.build import build_cache
+from tests.conftest import small_cache_config
+from tests.reading import all_rows, change_column, layout_of, plain_table, same_values
+
+
+@pytest.fixture(scope="module")
+def other_template(random_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same teacher under another chat template."""
+    folder = tmp_path_factory.mktemp("other") / "teacher"
+    shutil.copytree(random_teacher, folder)
+    backend = Tokenizer.load(folder).backend
+    backend.chat_template = CHATML_TEMPLATE.replace("<|im_start|>", "[").replace("<|im_end|>", "<|eot_id|>")
+    backend.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["student", "own"])
+def config(
+    request: pytest.FixtureRequest, other_template: Path, tmp_path_factory: pytest.TempPathFactory
+) -> CacheConfig:
+    out = tmp_path_factory.mktemp("positions") / request.param
+    targets = {"positions": "content", "teacher_text": request.param, "values": "float32"}
+    made = small_cache_config("tiny-shared", other_template, out, targets=targets)
+    build_cache(made)
+    return made
+
+
+def test_the_teacher_is_asked_at_masked_words_and_sees_the_rest(config: CacheConfig) -> None:
+    tokenizer = Tokenizer.load(config.out / "student_tokenizer")
+    special = {tokenizer.special_id("eos"), tokenizer.special_id("x", "<|eot_id|>")}
+    fewer = 0
+    for row in all_rows(config.out):
+        assert row.read is not None
+        assert set(row.read.tolist()) <= set(row.masked.tolist())
+        assert row.split.size == row.gold_logp.size == row.read.size
+        assert not special & set(row.student_ids[row.read].tolist())
+        left = set(row.masked.tolist()) - set(row.read.tolist())
+        assert set(row.student_ids[sorted(left)].tolist()) <= special
+        fewer += bool(left)
+        if row.teacher_ids is not None:
+            assert row.teacher_masked is not None
+            assert np.array_equal(row.teacher_ids[row.teacher_masked], row.student_ids[row.read])
+    assert fewer > 0
+
+
+def test_the_same_draws_as_with_all_positions(config: CacheConfig, tmp_path: Path) -> None:
+    """What the teacher is asked changes neither t, nor the masks, nor how CompDemo splits what is asked."""
+    every = dataclasses.replace(
+        config, out=tmp_path / "all", prepared=tmp_path / "p",
+        targets=dataclasses.replace(config.targets, positions="response", teacher_text="student"),
+    )  # fmt: skip
+    build_cache(every)
+    for some, whole in zip(all_rows(config.out), all_rows(every.out), strict=True):
+        assert some.t == whole.t and np.array_equal(some.masked, whole.masked)
+        assert some.read is not None
+        assert np.array_equal(some.split, whole.split[np.searchsorted(whole.masked, some.read)])
+
+
+def test_verify_scores_the_same_again_and_training_takes_it(config: CacheConfig) -> None:
+    assert verify_cache(config, 8).largest < 1e-4
+    manifest, layout = load_manifest(config.out), layout_of(config.out)
+    for unit in finished_units(config.out):
+        assert problems_in(read_table(unit.path(config.out), layout).table, layout, manifest) == []
+
+
+def test_damaged_positions_are_refused(config: CacheConfig, tmp_path: Path) -> None:
+    manifest = load_manifest(config.out)
+
+    def problem(change: object) -> str:
+        cache = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(config.out, cache)
+        column = plain_table(Unit(0, 0).path(cache)).column("read").combine_chunks()
+        change_column(cache, Unit(0, 0), "read", change(column))  # type: ignore[operator]
+        layout = layout_of(cache)
+        (found, *_) = problems_in(read_table(Unit(0, 0).path(cache), layout).table, layout, manifest)
+        return found
+
+    def moved(column: pa.ListArray) -> pa.Array:
+        values = column.values.to_numpy().copy()
+        values[0] = 0
+        return same_values(column, pa.array(values))
+
+    def dropped(column: pa.ListArray) -> pa.Array:
+        return pa.array([cell[:-1] for cell in column.to_pylist()], pa.list_(pa.int32()))
+
+    assert "not masked" in problem(moved)
+    assert "differ in number" in problem(dropped) or "one value a position" in problem(dropped)
+
+
+OBJECTIVES = [KL(), KL(tidal=Tidal(timestep_weight="midrange")), ReverseCalm()]
+
+
+@pytest.mark.parametrize("distillation", OBJECTIVES, ids=lambda d: f"{d.type}{'-tidal' * bool(d.tidal)}")
+def test_the_loss_is_cross_entropy_everywhere_and_distillation_at_the_words(
+    config: CacheConfig, distillation: Distillation
+) -> None:
+    rows, manifest = all_rows(config.out)[:6], load_manifest(config.out)
+    batch = collate(rows, manifest)
+    targets = TargetReader(manifest, layout_of(config.out))(batch)
+    read = sum(row.read.size for row in rows if row.read is not None)
+    assert targets.topk is not None and targets.topk.ids.shape[0] == read < len(targets.gold)
+    torch.manual_seed(0)
+    hidden = torch.randn(len(targets.gold), 16, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(4096, 16, dtype=torch.float64)
+    counts = counts_of(batch["counts"])
+    assert int(counts.read) == read
+    logits = hidden @ head.T
+    loss = total(objective(logits, targets, distillation, 0.3), counts, distillation, 1.0)
+    (expected,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+
+    # By hand: CE of all rows, and the distillation of a batch that has no others than those that were read.
+    words = Targets(targets.gold[:read], targets.t[:read], targets.topk, targets.chunks)
+    ce = torch.nn.functional.cross_entropy(logits, targets.gold, reduction="none") / targets.t
+    alone = objective(logits[:read], words, distillation, 0.3).distillation
+    own = counts.chunks if isinstance(distillation, ReverseCalm) else counts.read
+    (by_hand,) = torch.autograd.grad(ce.sum() / counts.maskable + alone / own, hidden)
+    torch.testing.assert_close(by_hand, expected, rtol=1e-9, atol=1e-12)
+
+    settings = LossSettings(distillation, 1.0, counts, 0.3)
+    for size in (3, 7, 1000):  # slices end before, at and behind the last row that was read
+        again, _ = fused_loss(hidden, head, targets, settings, size)
+        torch.testing.assert_close(again, loss, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(torch.autograd.grad(again, hidden)[0], expected, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.cache.levels import LARGEST_ODDS
+from shared.system.errors import TideError
+from teacher_cache.method.targets import Scores, TargetSpec, extract, member_matrix, outside_mass, refuse_nonfinite
+
+
+@given(st.integers(0, 999), st.integers(1, 20), st.sampled_from([0.5, 0.9, 1.0]), st.integers(0, 3))
+def test_against_float64(seed: int, k: int, mass: float, unshared: int) -> None:
+    torch.manual_seed(seed)
+    logits = torch.randn(5, 20) * 4
+    excluded = torch.randperm(20)[:unshared]
+    allowed = torch.ones(20, dtype=torch.bool)
+    allowed[excluded] = False
+    k = min(k, 20 - unshared)
+    gold = torch.arange(20)[allowed][torch.randint(0, 20 - unshared, (5,))]
+    own = np.where(allowed.numpy(), np.arange(20) % 3, -1).astype(np.int32)
+    spec = TargetSpec(k, mass, (1.0, 3.0), 3)
+    found = extract(logits, gold, spec, excluded, member_matrix(own, 3))
+    exact = logits.double()
+    rows = torch.arange(5)
+    # The gold token's likelihood is over all logits, everything else over the shared ones.
+    torch.testing.assert_close(found.gold_logp.double(), torch.log_softmax(exact, 1)[rows, gold], rtol=1e-5, atol=1e-5)
+    exact = exact.masked_fill(~allowed, -torch.inf)
+    torch.testing.assert_close(found.logsumexp.double(), torch.logsumexp(exact, 1), rtol=1e-6, atol=1e-6)
+    for i in range(5):
+        order = torch.argsort(exact[i], descending=True)
+        assert torch.equal(exact[i][found.ids[i]], exact[i][order[:k]])
+        torch.testing.assert_close(
+            found.logp[i].double(), torch.log_softmax(exact, 1)[i][order[:k]], rtol=1e-5, atol=1e-5
+        )
+        reached = torch.softmax(exact[i] / 3.0, 0)[order[:k]].cumsum(0)
+        n = int(found.sizes[i])
+        assert n == k if mass == 1.0 else n == k or reached[n - 1] >= mass - 1e-6
+        assert mass == 1.0 or n == 1 or reached[n - 2] < mass + 1e-6
+        for j, temperature in enumerate(spec.temperatures):
+            p = torch.softmax(exact[i] / temperature, 0)
+            outside = torch.ones(20, dtype=torch.bool)
+            outside[order[:n]] = False
+            tail = p[outside].sum()
+            odds = (tail.log() - p[~outside].sum().log()).clamp(-LARGEST_ODDS, LARGEST_ODDS)
+            torch.testing.assert_close(found.odds[i, j].double(), odds, rtol=1e-4, atol=1e-4)
+            for c in range(3):
+                expected = p[outside & torch.from_numpy(own == c)].sum()
+                torch.testing.assert_close(found.class_mass[i, j, c].exp().double(), expected, rtol=1e-4, atol=1e-9)
+
+
+def test_what_is_outside_is_exact_where_nearly_all_is_inside() -> None:
+    """1 − Σp of rounded values has no digit left here; the sum of what is outside has them all."""
+    logits = torch.tensor([[30.0, 0.0, -1.0, -2.0]])
+    found = extract(logits, torch.tensor([0]), TargetSpec(1, 1.0, (1.0,)))
+    exact = torch.logsumexp(logits[:, 1:].double(), 1) - 30
+    torch.testing.assert_close(found.odds[:, 0].double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_a_shorter_list_leaves_the_rest_of_the_top_k_outside() -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+    _, ids = logits.topk(3, 1)
+    for n in (1, 2, 3):
+        outside, inside = outside_mass(logits, ids, torch.tensor([n]), 1.0)
+        p = torch.softmax(logits, 1)
+        torch.testing.assert_close(outside[0, n:], p[0, n:])
+        assert not outside[0, :n].any()
+        torch.testing.assert_close(inside, p[:, :n].sum(1))
+
+
+def test_bfloat16_logits_are_widened_before_exp() -> None:
+    logits = (torch.randn(3, 4096) * 5).bfloat16()
+    found = extract(logits, torch.zeros(3, dtype=torch.long), TargetSpec(4, 1.0, (1.0,)))
+    assert found.logsumexp.dtype == torch.float32
+    torch.testing.assert_close(found.logsumexp.double(), torch.logsumexp(logits.double(), 1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_teachers_are_refused(bad: float) -> None:
+    good = np.zeros(3, np.float32)
+    broken = np.array([0, bad, 0], np.float32)
+    sizes, ids, top = np.full(3, 4, np.int32), np.zeros((3, 4), np.int32), np.zeros((3, 4), np.float32)
+    whole = Scores(good, good, sizes, ids, top, np.zeros((3, 2), np.float32), np.zeros((3, 2, 5), np.float32))
+    refuse_nonfinite(whole, "fine")
+    spoiled = {
+        "gold_logp": broken,
+        "logsumexp": broken,
+        "topk_logp": top + broken[:, None],
+        "tail_odds": np.zeros((3, 2), np.float32) + broken[:, None],
+        "class_mass": np.zeros((3, 2, 5), np.float32) + broken[:, None, None],
+    }
+    for name, values in spoiled.items():
+        with pytest.raises(TideError, match="1 non-finite rows of 3 for example e7"):
+            refuse_nonfinite(dataclasses.replace(whole, **{name: values}), "e7")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_teacher_that_overflows_is_noticed(bad: float) -> None:
+    logits = torch.zeros(2, 9)
+    logits[1, 4] = bad
+    found = extract(logits, torch.zeros(2, dtype=torch.long), TargetSpec(3, 1.0, (1.0, 2.0)))
+    scores = Scores(found.gold_logp.numpy(), found.logsumexp.numpy())
+    with pytest.raises(TideError, match="1 non-finite rows of 2"):
+        refuse_nonfinite(scores, "e")

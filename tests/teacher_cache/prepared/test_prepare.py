@@ -1,0 +1,271 @@
+"""Preparing: once, in parts that survive kills, damage and mended data, in any number of processes."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared.data import iter_examples
+from shared.settings.config import DataConfig, LengthConfig
+from shared.system.errors import TideError
+from shared.text.tokenizers import Tokenizer
+from teacher_cache.prepared.cutting import cut
+from teacher_cache.prepared.folder import PreparedData
+from teacher_cache.prepared.prepare import Request, prepare
+from teacher_cache.prepared.report import describe, losses, show
+from teacher_cache.prepared.selecting import Selector
+from teacher_cache.prepared.work import Recipe
+from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
+
+STUDENT, TEACHER = Tokenizer.load(STUDENT_TOKENIZER), Tokenizer.load(TEACHER_TOKENIZER)
+
+
+def row(i: int, **more: Any) -> dict[str, Any]:
+    return {"question": f"What is {i}?", "answer": f"It is {i} and no other.", **more}
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return path
+
+
+def request(folder: Path, *sources: DataConfig, **changes: Any) -> Request:
+    lengths = LengthConfig(student=64, teacher=64, block=32)
+    recipe = Recipe(str(STUDENT_TOKENIZER), str(TEACHER_TOKENIZER), False, 2047, 4095, lengths, False, None)
+    identity = {"student": STUDENT.fingerprint, "teacher": TEACHER.fingerprint}
+    return Request(sources, recipe, identity, folder, **{"workers": 1, **changes})
+
+
+def keys(data: PreparedData) -> list[str]:
+    return [example.id for example in data.between(0, data.examples)]
+
+
+def parts(folder: Path) -> dict[str, int]:
+    return {p.stem: p.stat().st_mtime_ns for p in folder.glob("parts/*.parquet")}
+
+
+def test_what_is_prepared_is_what_the_tokenizers_say(tmp_path: Path) -> None:
+    source = write(tmp_path / "d.jsonl", [row(i, id=i) for i in range(100)])
+    asked = request(tmp_path / "p", DataConfig(str(source)))
+    data = prepare(asked)
+    assert data.examples == 100
+    preparer = asked.recipe.preparer(asked.sources[0], STUDENT, TEACHER)
+    for found, expected in zip(
+        data.between(0, 100), preparer.usable(list(iter_examples(asked.sources[0]))), strict=True
+    ):
+        assert (found.id, found.label, found.shared) == (expected.id, expected.label, expected.shared)
+        for name in ("student_ids", "spans", "teacher_ids", "chunks", "offsets"):
+            a, b = getattr(found, name), getattr(expected, name)
+            assert a.dtype == b.dtype and np.array_equal(a, b), name
+    assert [e.id for e in data.between(95, 300)] == keys(data)[95:]
+
+
+def test_a_second_run_reads_nothing_and_other_limits_share_the_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "d.jsonl", [row(i) for i in range(700)])
+    first = prepare(request(tmp_path / "p", DataConfig(str(source))))
+    before = parts(tmp_path / "p")
+    few = prepare(request(tmp_path / "p", DataConfig(str(source), limit=50)))
+    half = prepare(request(tmp_path / "p", DataConfig(str(source), weight=0.5)))
+    assert parts(tmp_path / "p") == before
+    assert keys(few) == keys(first)[:50]
+    assert set(keys(half)) < set(keys(first)) and 250 < half.examples < 450
+    monkeypatch.setattr("teacher_cache.prepared.prepare.source_rows", lambda _: pytest.fail("the source was read"))
+    assert keys(prepare(request(tmp_path / "p", DataConfig(str(source))))) == keys(first)
+
+
+def test_mended_data_keep_the_parts_whose_rows_did_not_change(tmp_path: Path) -> None:
+    """A row taken out, put in or mended in the middle changes one part or two, wherever it moves the others to."""
+    rows: list[Any] = [row(i) for i in range(3000)]
+    source = write(tmp_path / "d.jsonl", rows)
+    last = prepare(request(tmp_path / "p", DataConfig(str(source)))).record.parts
+    assert len(last) > 6
+    mends = (lambda r: r.pop(1500), lambda r: r.insert(700, row(9000)), lambda r: r.__setitem__(2000, row(9001)))
+    for mend in mends:
+        mend(rows)
+        write(source, rows)
+        again = prepare(request(tmp_path / "p", DataConfig(str(source))))
+        assert again.examples == len(rows)
+        assert 1 <= len(set(again.record.parts) - set(last)) <= 2
+        last = again.record.parts
+
+
+def test_a_row_that_cannot_be_used_moves_no_other_and_is_counted_with_its_place(tmp_path: Path) -> None:
+    good = [row(i) for i in range(40)]
+    source = write(tmp_path / "good.jsonl", good)
+    clean = prepare(request(tmp_path / "p", DataConfig(str(source))))
+    bad: list[Any] = ["{", row(50, question="w " * 900), {"x": 1}, row(51, answer="")]
+    mixed = write(tmp_path / "mixed.jsonl", [*good[:7], bad[0], bad[1], *good[7:30], bad[2], bad[3], *good[30:]])
+    data = prepare(request(tmp_path / "p", DataConfig(str(mixed))))
+    assert keys(data) == keys(clean)
+    assert data.record.content == clean.record.content
+    (report,) = data.record.sources
+    assert report.dropped == {"not JSON": 1, "prompt too long": 1, "no known form": 1, "empty response": 1}
+    assert {reason: shown[0][0] for reason, shown in report.places.items()} == {
+        "not JSON": f"{mixed}:8",
+        "prompt too long": f"{mixed}:9",
+        "no known form": f"{mixed}:33",
+        "empty response": f"{mixed}:34",
+    }
+    text = describe(data)
+    for part in (
+        "rows read        44 (form: question_answer 42)",
+        "1: not JSON",
+        f"{mixed}:8: not JSON",
+        "40 examples",
+    ):
+        assert part in text
+    assert "left out of 44 rows: 1 (prompt too long)" in losses(data)
+    assert "⟦It is 0 and no other.<|im_end|>" in show(data.between(0, 2), STUDENT)
+    with pytest.raises(TideError, match=r"3 of 44 rows[\s\S]*2 are allowed[\s\S]*mixed.jsonl:8: not JSON"):
+        prepare(request(tmp_path / "p", DataConfig(str(mixed), allow_bad_rows=2)))
+
+
+def test_repeats_are_examples_of_their_own_or_left_out_on_request(tmp_path: Path) -> None:
+    source = write(tmp_path / "d.jsonl", [row(i % 3, id=0) for i in range(7)])
+    data = prepare(request(tmp_path / "p", DataConfig(str(source))))
+    assert len(set(keys(data))) == 7 and data.record.duplicates == 4
+    assert [name.partition("#")[2] for name in keys(data)] == ["", "", "", "1", "1", "1", "2"]
+    once = prepare(request(tmp_path / "p", DataConfig(str(source)), dedup=True))
+    assert keys(once) == keys(data)[:3]
+
+
+def test_several_sources_are_interleaved_evenly(tmp_path: Path) -> None:
+    a = DataConfig(str(write(tmp_path / "a.jsonl", [row(i) for i in range(30)])))
+    b = DataConfig(str(write(tmp_path / "b.jsonl", [row(100 + i) for i in range(90)])), limit=10)
+    data = prepare(request(tmp_path / "p", a, b))
+    ours = set(keys(prepare(request(tmp_path / "p", a))))
+    sides = ["a" if key in ours else "b" for key in keys(data)]
+    assert (sides.count("a"), sides.count("b")) == (30, 10)
+    assert all(sides[i : i + 4].count("a") + 1 >= 3 for i in range(0, 40, 4))
+    assert [source.taken for source in data.record.sources] == [30, 10]
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(0, 30), max_size=60), st.integers(1, 40), st.booleans())
+def test_selection_is_a_prefix_in_order_with_occurrences(values: list[int], limit: int, dedup: bool) -> None:
+    names = [f"{v:024x}" for v in values]
+    selector, config = Selector(dedup), DataConfig("d", limit=limit)
+    selector.begin()
+    selector.take(0, names, config)
+    entries, _ = selector.finish()
+    expected, seen = [], dict.fromkeys(names, 0)
+    for i, name in enumerate(names):
+        if len(expected) < limit and not (dedup and seen[name]):
+            expected.append([0, i, seen[name]])
+        seen[name] += 1
+    assert entries.tolist() == expected
+
+
+@given(st.lists(st.binary(min_size=1, max_size=4), max_size=40))
+def test_cutting_loses_and_reorders_nothing(rows: list[bytes]) -> None:
+    found = list(cut((str(i), r) for i, r in enumerate(rows)))
+    assert [r for part in found for r in part.rows] == rows
+    assert [p for part in found for p in part.places] == [str(i) for i in range(len(rows))]
+
+
+@pytest.mark.slow
+def test_processes_make_the_same_parts(tmp_path: Path) -> None:
+    source = DataConfig(str(write(tmp_path / "d.jsonl", [row(i) for i in range(6000)])))
+    one, two = (prepare(request(tmp_path / str(n), source, workers=n)) for n in (1, 2))
+    assert keys(one) == keys(two)
+    names = sorted(p.name for p in (tmp_path / "1" / "parts").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "2" / "parts").iterdir())
+    for name in names:
+        assert (tmp_path / "1/parts" / name).read_bytes() == (tmp_path / "2/parts" / name).read_bytes()
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from shared.settings.config import DataConfig
+from teacher_cache.prepared.prepare import prepare
+from tests.teacher_cache.prepared.test_prepare import request
+print(prepare(request(Path(sys.argv[2]), DataConfig(sys.argv[1]))).examples)
+"""
+
+
+def start(source: Path, folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SCRIPT, str(source), str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.faults("kill -9 at random moments")
+def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path: Path) -> None:
+    source = write(tmp_path / "d.jsonl", [row(i) for i in range(6000)])
+    expected = prepare(request(tmp_path / "whole", DataConfig(str(source))))
+    kills = 0
+    for wanted in (2, 9):
+        process = start(source, tmp_path / "killed")
+        began = time.monotonic()
+        while process.poll() is None and len(parts(tmp_path / "killed")) < wanted and time.monotonic() - began < 60:
+            time.sleep(0.005)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert kills == 2
+    before = parts(tmp_path / "killed")
+    data = prepare(request(tmp_path / "killed", DataConfig(str(source))))
+    assert keys(data) == keys(expected)
+    assert before.items() <= parts(tmp_path / "killed").items()  # what was there was not made again
+
+
+@pytest.mark.slow
+def test_many_ranks_prepare_once(tmp_path: Path) -> None:
+    """Six processes, released at one moment: one prepares, the others wait and find the very same."""
+    source = write(tmp_path / "d.jsonl", [row(i) for i in range(400)])
+    context = multiprocessing.get_context("spawn")
+    barrier, answers = context.Barrier(6), context.SimpleQueue()
+    ranks = [context.Process(target=_rank, args=(barrier, answers, str(source), str(tmp_path / "p"))) for _ in range(6)]
+    for rank in ranks:
+        rank.start()
+    found = {answers.get() for _ in ranks}
+    for rank in ranks:
+        rank.join()
+        assert rank.exitcode == 0
+    assert len(found) == 1 and found.pop()[0] == 400
+
+
+def _rank(barrier: Any, answers: Any, source: str, folder: str) -> None:
+    barrier.wait()
+    data = prepare(request(Path(folder), DataConfig(source)))
+    answers.put((data.examples, data.record.content))
+
+
+def test_damage_is_named_or_mended(tmp_path: Path) -> None:
+    source = DataConfig(str(write(tmp_path / "d.jsonl", [row(i) for i in range(300)])))
+    whole = keys(prepare(request(tmp_path / "p", source)))
+    path = next((tmp_path / "p").glob("*.json"))
+    path.write_text(path.read_text()[:100])  # a record that is cut is made again
+    assert keys(prepare(request(tmp_path / "p", source))) == whole
+    part = next((tmp_path / "p" / "parts").iterdir())
+    content = bytearray(part.read_bytes())
+    content[len(content) // 3] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(TideError, match=rf"{part.name} of prepared data cannot be read"):
+        keys(prepare(request(tmp_path / "p", source)))
+    part.unlink()  # as advised
+    assert keys(prepare(request(tmp_path / "p", source))) == whole
+
+
+def test_a_source_that_was_touched_but_not_changed_is_read_and_nothing_made(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", [row(i) for i in range(300)])
+    prepare(request(tmp_path / "p", DataConfig(str(path))))
+    before = parts(tmp_path / "p")
+    os.utime(path, ns=(1, 1))
+    prepare(request(tmp_path / "p", DataConfig(str(path))))
+    assert parts(tmp_path / "p") == before

@@ -1,0 +1,225 @@
+"""Classes, priors and ranks: made once, before the first shard, by whoever comes first; the same for all."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shared.cache.manifest import load_manifest
+from shared.cache.shards import finished_units
+from shared.cache.stores import Store
+from shared.cache.vocabulary import load_centroids, load_pilot, load_vocabulary, ranks, smaller
+from shared.models.checkpoint import open_checkpoint
+from shared.models.head import architecture_of, head_rows
+from shared.models.loading import load_model
+from shared.system.errors import TideError
+from teacher_cache.run.build import build_cache
+from teacher_cache.run.load_engine import load_engine
+from teacher_cache.run.plan import make_plan
+from teacher_cache.run.tables.classes import classes_for, cluster
+from teacher_cache.run.tables.pilot import pilot_requests
+from tests.conftest import GOLDEN, files, small_cache_config
+from tests.reading import all_rows
+
+
+def test_the_prior_is_the_mean_of_what_is_outside(caches: dict[str, Path], random_teacher: Path) -> None:
+    """Recomputed in float64 from full logits, one request at a time."""
+    config = small_cache_config("tiny-shared", random_teacher, caches["tiny-shared"])
+    plan = make_plan(config, write=False)
+    engine: Any = load_engine(plan)
+    requests = pilot_requests(plan)
+    assert 200 <= sum(len(request.read) for request in requests) < 400
+    logits = torch.cat([logits for logits, _ in engine.logits(requests)]).double()
+    found = load_vocabulary(caches["tiny-shared"])
+    for i, temperature in enumerate((1.0, 2.0)):
+        p = torch.softmax(logits / temperature, 1).scatter(1, logits.topk(8, 1).indices, 0.0).mean(0)
+        np.testing.assert_allclose(found.prior[i], p, rtol=2e-3, atol=1e-9)
+    count = torch.bincount(logits.topk(8, 1).indices.flatten(), minlength=4096).numpy()
+    in_order = count[found.ids_by_rank]
+    assert (np.diff(in_order) <= 0).all()
+    assert found.shared.all() and found.classes == 5
+    pilot = load_pilot(caches["tiny-shared"])
+    assert pilot.sizes.size == len(logits) and (pilot.sizes == 8).all()
+
+
+def test_the_sample_is_spread_over_the_data_and_the_same_every_time(
+    caches: dict[str, Path], random_teacher: Path
+) -> None:
+    config = small_cache_config("tiny-shared", random_teacher, caches["tiny-shared"])
+    plan = make_plan(config, write=False)
+    first, again = ([r.ids.tolist() for r in pilot_requests(plan)] for _ in range(2))
+    assert first == again
+    assert len(first) < 48  # not all of it
+
+
+def test_a_smaller_k_follows_from_the_pilot(random_teacher: Path, tmp_path: Path) -> None:
+    for k in (8, 3):
+        targets = {"k": k, "classes": 5, "pilot": 300}
+        build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / f"k{k}", targets=targets,
+                                       noise={"draws": 1}))  # fmt: skip
+    whole = load_vocabulary(tmp_path / "k8")
+    cut, pilot = smaller(whole, load_pilot(tmp_path / "k8"), (1.0, 2.0), 3, np.arange(5, dtype=np.int32))
+    direct = load_vocabulary(tmp_path / "k3")
+    np.testing.assert_allclose(cut.prior, direct.prior, rtol=1e-3, atol=1e-10)
+    assert np.array_equal(cut.rank_of, direct.rank_of)
+    np.testing.assert_allclose(pilot.odds, load_pilot(tmp_path / "k3").odds, atol=1e-3)
+    assert load_centroids(tmp_path / "k8").shape == (5, 32)
+
+
+def test_classes_hold_tokens_of_like_direction() -> None:
+    torch.manual_seed(0)
+    centres = torch.randn(4, 16) * 3
+    own = torch.arange(200) % 4
+    rows = (centres[own] + torch.randn(200, 16) * 0.1) * (torch.rand(200, 1) * 9 + 0.5)  # lengths say nothing
+    allowed = np.arange(220) < 200
+    class_of, means = cluster(torch.cat([rows, torch.randn(20, 16)]), allowed, 4)
+    assert (class_of[200:] == -1).all() and means.shape == (4, 16)
+    for c in range(4):
+        assert len(set(class_of[:200][own.numpy() == c].tolist())) == 1
+    assert len(set(class_of[:200].tolist())) == 4
+    with pytest.raises(TideError, match=r"targets.classes is 300, and there are 200 tokens"):
+        cluster(rows, np.ones(200, bool), 300)
+
+
+def test_classes_of_the_students_head_and_of_the_teachers(random_teacher: Path, tmp_path: Path) -> None:
+    def classes(**targets: Any) -> np.ndarray:
+        changes = {"targets": {"k": 8, "classes": 5, **targets}}
+        return classes_for(make_plan(small_cache_config("tiny-shared", random_teacher, tmp_path / "c", **changes)))[0]
+
+    own = classes()
+    embedded = "embedded:teacher_cache.teachers/tiny"
+    assert not np.array_equal(own, classes(classes_from=embedded))
+    assert np.array_equal(own, classes(classes_from=str(random_teacher)))
+    assert (classes(classes=1) == 0).all()
+    if GOLDEN.is_dir():
+        with pytest.raises(TideError, match=r"has a head of [\d,]+ rows[\s\S]*name the student's checkpoint"):
+            classes(classes_from=str(GOLDEN / "a2d_qwen3"))
+
+
+@pytest.mark.parametrize("name", ["llada", "dream", "llada2_moe", "llada_moe", "wedlm", "a2d_qwen3"])
+def test_head_rows_are_those_of_the_loaded_model(golden: Path, name: str) -> None:
+    checkpoint = open_checkpoint(str(golden / name))
+    architecture = architecture_of(checkpoint)
+    model: Any = load_model(checkpoint, architecture, torch.float32)
+    assert torch.equal(head_rows(checkpoint, architecture), model.lm_head.weight)
+
+
+def test_what_classes_and_priors_come_from_is_part_of_the_cache(random_teacher: Path, tmp_path: Path) -> None:
+    config = small_cache_config("tiny-shared", random_teacher, tmp_path / "c", noise={"draws": 1})
+    build_cache(config)
+    for changed in ({"classes": 4}, {"pilot": 201}, {"tail": "student"}, {"values": "float32"},
+                    {"classes_from": "embedded:teacher_cache.teachers/tiny"}):  # fmt: skip
+        targets = {"k": 8, "classes": 5, "pilot": 200, **changed}
+        with pytest.raises(TideError, match=rf"other settings[\s\S]*targets.{next(iter(changed))}"):
+            build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "c", targets=targets))
+    (tmp_path / "c" / "tables" / "vocabulary.parquet").write_bytes(b"PAR1")
+    with pytest.raises(TideError, match=r"vocabulary.parquet cannot be read[\s\S]*it makes it anew"):
+        all_rows(tmp_path / "c")
+    shutil.rmtree(tmp_path / "c" / "tables")
+    before = {path: path.read_bytes() for path in (tmp_path / "c").glob("draw=*/*")}
+    assert build_cache(config).computed == 0  # made anew, they are the same
+    assert {path: path.read_bytes() for path in (tmp_path / "c").glob("draw=*/*")} == before
+    other = small_cache_config("tiny-shared", random_teacher, tmp_path / "d", noise={"draws": 1, "seed": 7})
+    build_cache(other)
+    shutil.copytree(tmp_path / "d" / "tables", tmp_path / "c" / "tables", dirs_exist_ok=True)
+    with pytest.raises(TideError, match="is not the table that the shards were written with"):
+        all_rows(tmp_path / "c")
+
+
+def _rank(settings: dict[str, Any], barrier: Any, results: Any) -> None:
+    config = small_cache_config(**settings)
+    barrier.wait()
+    try:
+        results.put(build_cache(config).computed)
+    except BaseException as error:
+        results.put(repr(error))
+
+
+def release(count: int, settings: dict[str, Any]) -> list[Any]:
+    """`count` ranks, each a process, that all begin at one moment."""
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(count), context.Queue()
+    ranks_ = [
+        context.Process(target=_rank, args=({**settings, "rank": rank, "world": count}, barrier, results))
+        for rank in range(count)
+    ]
+    for process in ranks_:
+        process.start()
+    found = [results.get(timeout=300) for _ in ranks_]
+    for process in ranks_:
+        process.join()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.faults("ranks released at one moment")
+def test_six_ranks_released_at_one_moment_make_one_table(
+    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
+) -> None:
+    """Twenty times over, as a Slurm array begins (docs/scaling.md): no rank dies of another's files, and the cache is
+    the one of a single process.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # six forks on a few cores
+    try:
+        for trial in range(20):
+            out = tmp_path / f"c{trial}"
+            settings = {"teacher": "tiny-shared", "model": random_teacher, "out": out}
+            assert release(6, settings) == [1] * 6
+            assert files(out) == files(caches["tiny-shared"])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_ranks_without_a_common_disk_wait_for_rank_0(
+    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
+) -> None:
+    store, found = str(tmp_path / "store"), []
+
+    def late() -> None:
+        changes = {"rank": 1, "world": 2, "store": store}
+        found.append(build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "host-1", **changes)))
+
+    thread = threading.Thread(target=late)
+    thread.start()
+    time.sleep(1.5)
+    assert not found and finished_units(tmp_path / "host-1") == []
+    changes = {"rank": 0, "world": 2, "store": store}
+    build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "host-0", **changes))
+    thread.join(timeout=120)
+    assert found and found[0].computed == 3
+    Store.open(store).pull(tmp_path / "whole")
+    assert files(tmp_path / "whole") == files(caches["tiny-shared"])
+
+
+def test_two_workers_take_the_tables_of_a_process_that_is_gone(
+    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
+) -> None:
+    engine = {"dtype": "float32", "device": "cpu", "data_parallel": 2}
+    build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "c", engine=engine))
+    assert files(tmp_path / "c") == files(caches["tiny-shared"])
+
+
+def test_tables_of_another_cache_must_fit(caches: dict[str, Path], random_teacher: Path, tmp_path: Path) -> None:
+    targets: dict[str, Any] = {"k": 8, "classes": 5, "pilot": 200, "tables_from": caches["tiny-shared"]}
+    data = {"source": small_cache_config("tiny-shared", random_teacher, tmp_path).sources[0].source, "limit": 8}
+    build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "c", targets=targets, data=data))
+    tables = [load_manifest(cache).fingerprint["tables"] for cache in (tmp_path / "c", caches["tiny-shared"])]
+    assert tables[0] == tables[1]
+    with pytest.raises(TideError, match=r"belong to other settings: k[\s\S]*leave out targets.tables_from"):
+        build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "d", targets={**targets, "k": 7}))
+
+
+def test_ranks_are_an_order_of_all_ids() -> None:
+    found = ranks(np.array([3, 3, 1], np.int32), np.array([0.1, 0.0, 0.3, 0.0, 0.3], np.float32))
+    assert found.tolist() == [4, 1, 2, 0, 3]
+    assert json.dumps(found.tolist())

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from shared.cache.shards import finished_units
+from shared.models.architectures import ARCHITECTURES
+from shared.models.checkpoint import open_checkpoint
+from shared.models.loading import load_model, meta_model, random_model
+from shared.settings.build import build
+from shared.settings.config import CacheConfig
+from teacher_cache.run.build import build_cache
+from teacher_cache.run.costs import Workload, assumed_workload, bytes_per_draw, sampled_workload, size_of
+from teacher_cache.run.plan import make_plan
+from teacher_cache.teachers.registry import all_teachers, find_teacher, known_shape
+from tests.conftest import small_cache_config
+
+PUBLISHED = {"llada-8b": 8.0, "llada-1.5": 8.0, "llada2-mini": 16.3, "llada2.1-mini": 16.3, "llada-moe": 7.4,
+             "dream-7b": 7.6, "wedlm-8b": 8.2, "sdar-8b": 8.2}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_sizes_on_record_add_up_to_the_published_ones(name: str) -> None:
+    """In billions of parameters; no weight is made."""
+    entry = find_teacher(name)
+    shape = known_shape(entry)
+    assert shape is not None
+    assert shape["model_type"] in ARCHITECTURES[entry.architecture].model_types
+    model = meta_model(entry.architecture, shape)
+    assert all(p.is_meta for p in model.parameters())
+    assert size_of(model).parameters / 1e9 == pytest.approx(PUBLISHED[name], abs=0.06)
+    assert entry.vocabulary in (None, model.config.vocab_size)
+    assert entry.mask_id < model.config.vocab_size
+
+
+def test_every_hub_teacher_has_a_size_on_record() -> None:
+    for name, entry in all_teachers().items():
+        assert entry.model.startswith("embedded:") or known_shape(entry) is not None, name
+
+
+@pytest.mark.parametrize("name", ["llada", "llada2_moe", "llada_moe"])
+def test_flops_are_those_that_torch_counts(golden: Path, name: str) -> None:
+    """Every expert runs on its own tokens only; attention and head are counted too."""
+    checkpoint = open_checkpoint(str(golden / name))
+    model = load_model(checkpoint, name, torch.float32)
+    model.set_attn_implementation("eager")  # torch counts matrix products, not the fused kernels
+    model.set_experts_implementation("eager")
+    length = 64
+    ids = torch.randint(0, 90, (1, length))
+    mask = torch.zeros(1, 1, length, length)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(input_ids=ids, attention_mask=mask)
+    load = Workload(1, 1.0, float(length), float(length), float(length), 0.0, "")
+    assert size_of(model).flops(load, float(length)) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_the_bytes_of_a_draw_bound_those_of_a_real_cache(random_teacher: Path, tmp_path: Path) -> None:
+    for teacher in ("tiny-cross", "tiny-shared"):
+        config = small_cache_config(teacher, random_teacher, tmp_path / teacher, shard_examples=24)
+        build_cache(config)
+        plan = make_plan(config)
+        load = sampled_workload(plan)
+        assert load.examples == 24
+        rows = [unit.path(config.out).stat().st_size / 24 for unit in finished_units(config.out)]
+        estimate = bytes_per_draw(load, config, 4096, not plan.entry.student_tokens)
+        assert 0.5 * estimate < sum(rows) / len(rows) < 1.15 * estimate
+
+
+def test_stated_workloads_count_copies_and_passes() -> None:
+    for teacher, passes, tokens in [("llada-8b", 2, 200), ("wedlm-8b", 2, 150), ("sdar-8b", 2, 125)]:
+        config = build(CacheConfig, {"teacher": teacher})  # two draws
+        load = assumed_workload(find_teacher(teacher), config, 10, 100, 0.5)
+        assert (load.passes, load.tokens, load.masked) == (passes, tokens, 25)
+    one = build(CacheConfig, {"teacher": "llada-8b", "noise": {"comp_demo": False}})
+    assert assumed_workload(find_teacher("llada-8b"), one, 10, 100, 0.5).tokens == 100
+
+
+def test_random_weights_have_the_true_shapes_and_give_finite_values(golden: Path) -> None:
+    checkpoint = open_checkpoint(str(golden / "llada2_moe"))
+    model, real = (
+        random_model("llada2_moe", checkpoint.config, torch.float32),
+        load_model(checkpoint, "llada2_moe", torch.float32),
+    )
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
+    with torch.inference_mode():
+        assert model(input_ids=torch.arange(8)[None]).logits.isfinite().all()
