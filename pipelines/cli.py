@@ -31,7 +31,9 @@ arrange_help()
 def main() -> NoReturn:
     """Entry point: errors that a user can mend end in a message and exit code 2, Ctrl-C in 130, SIGTERM in 143."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what an encoding lacks becomes a question mark, and ends nothing
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # what an encoding lacks becomes a question mark, and ends nothing
             stream.reconfigure(errors="replace")
     stop_in_order()
     warnings.formatwarning = _warning
@@ -42,14 +44,19 @@ def main() -> NoReturn:
     except TideError as error:
         print(f"tide: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
-    except Exception as error:  # a disk that is full, a folder that is not to be written: the last net
+    except (
+        Exception
+    ) as error:  # a disk that is full, a folder that is not to be written: the last net
         if not isinstance(error, OSError) and not disk_is_full(error):
             raise
         print(f"tide: error: {printable(_in_words(error))}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:
-            print("\ntide: stopped; what is finished is kept, the same command goes on from there", file=sys.stderr)
+            print(
+                "\ntide: stopped; what is finished is kept, the same command goes on from there",
+                file=sys.stderr,
+            )
             sys.exit(leave_in_order())
         raise
     sys.exit(0)
@@ -62,7 +69,8 @@ def _check_arguments(arguments: Sequence[str]) -> None:
             argument.encode()
         except UnicodeEncodeError as error:
             raise TideError(
-                f"the argument {os.fsencode(argument)!r} is not UTF-8", fix="write it in UTF-8, or rename what it names"
+                f"the argument {os.fsencode(argument)!r} is not UTF-8",
+                fix="write it in UTF-8, or rename what it names",
             ) from error
 
 

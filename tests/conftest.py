@@ -13,13 +13,13 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="tide-hf-")  # no data set that happens to lie in the user's cache
+os.environ["HF_HOME"] = tempfile.mkdtemp(
+    prefix="tide-hf-"
+)  # no data set that happens to lie in the user's cache
 
 from jaxtyping import install_import_hook
 
 with install_import_hook(["shared", "teacher_cache", "student_train"], "beartype.beartype"):
-    import shared.aligned.examples  # noqa: F401
-    import shared.diffusion.attention
     import student_train.training.trainer  # noqa: F401
     import teacher_cache.run.build  # noqa: F401
 
@@ -37,7 +37,10 @@ from teacher_cache.run.build import build_cache
 pytest_plugins = ["tests.faults.counting"]
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 settings.register_profile(
-    "tide", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    "tide",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("tide")
 MORE = int(os.environ.get("TIDE_EXAMPLES", "0"))
@@ -47,7 +50,11 @@ so that what fails is what was changed."""
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`TIDE_EXAMPLES`, over what each property test says of itself."""
-    tests = {getattr(item.obj, "__func__", item.obj) for item in items if isinstance(item, pytest.Function)}
+    tests = {
+        getattr(item.obj, "__func__", item.obj)
+        for item in items
+        if isinstance(item, pytest.Function)
+    }
     for test in tests if MORE else ():
         own = getattr(test, "_hypothesis_internal_use_settings", None)
         if own is not None:
@@ -100,7 +107,10 @@ def chats_file() -> Path:
     """Held-out functions of the standard library as a JSONL file: 24 to cache, 12 more behind them."""
     folder = Path(tempfile.mkdtemp(prefix="tide-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    rows = [{"messages": list(e.messages)} for e in iter_examples(DataConfig("stdlib:heldout", limit=36))]
+    rows = [
+        {"messages": list(e.messages)}
+        for e in iter_examples(DataConfig("stdlib:heldout", limit=36))
+    ]
     (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "chats.jsonl"
 
@@ -115,7 +125,10 @@ def heldout_file() -> Path:
 
 def write_chats(path: Path, responses: list[str]) -> dict[str, str]:
     """Chats with these responses as a JSONL file; the settings of a source that reads it."""
-    chats = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": r}]} for r in responses]
+    chats = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": r}]}
+        for r in responses
+    ]
     path.write_text("".join(json.dumps(c) + "\n" for c in chats))
     return {"source": str(path)}
 

@@ -44,9 +44,13 @@ def wide_checkpoint(golden: Path, name: str, folder: Path, seed: int = 0, **chan
             shape = list(shapes[spots[0].name])
             if spots[0].expert is not None:
                 shape = shape[1:]
-                shape[0] = shape[0] if spots[0].rows is None else spots[0].rows.stop - spots[0].rows.start
+                shape[0] = (
+                    shape[0] if spots[0].rows is None else spots[0].rows.stop - spots[0].rows.start
+                )
             elif spots[0].source is not None:
-                shape[0] = sum(s.source.stop - s.source.start for s in spots if s.source is not None)
+                shape[0] = sum(
+                    s.source.stop - s.source.start for s in spots if s.source is not None
+                )
             tensor = torch.randn(shape, generator=generator) * 0.15
             tensors[key] = 1 + tensor if len(shape) == 1 and "norm" in key else tensor
     folder.mkdir(parents=True, exist_ok=True)

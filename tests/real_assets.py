@@ -21,9 +21,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 REAL = Path(os.environ.get("TIDE_REAL", Path(__file__).parents[1] / ".venv" / "real"))
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_QWEN_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -61,7 +59,9 @@ def qwen_tokenizer() -> Path:
         vocab_file=str(ranks), pattern=_QWEN_PATTERN, extra_special_tokens=_QWEN_SPECIAL
     ).converted()
     raw.normalizer = NFC()  # type: ignore[attr-defined]
-    fast = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     fast.chat_template = _CHATML
     fast.save_pretrained(folder)
     return folder
@@ -75,9 +75,13 @@ def smollm2() -> Path:
     folder = REAL / "smollm2"
     if not (folder / "model.safetensors").exists():
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype="float32"
+        )
         del model.config.quantization_config
         model.config.to_json_file(folder / "config.json")
-        tensors = {k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}  # tied
+        tensors = {
+            k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"
+        }  # tied
         save_file(tensors, folder / "model.safetensors")
     return folder

@@ -27,8 +27,12 @@ def house(tmp_path: Path) -> Path:
 
 
 def lint(house: Path) -> subprocess.CompletedProcess[str]:
-    command = "from importlinter.cli import lint_imports_command; lint_imports_command(['--no-cache'])"
-    return subprocess.run([sys.executable, "-c", command], cwd=house, capture_output=True, text=True, check=False)
+    command = (
+        "from importlinter.cli import lint_imports_command; lint_imports_command(['--no-cache'])"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", command], cwd=house, capture_output=True, text=True, check=False
+    )
 
 
 def test_the_contract_holds(house: Path) -> None:
@@ -40,15 +44,35 @@ def test_the_contract_holds(house: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "line", "chain"),
     [
-        ("student_train/training/trainer.py", "from teacher_cache.run.build import build_cache", "teacher_cache"),
-        ("teacher_cache/run/build.py", "from student_train.training.trainer import train_student", "student_train"),
-        ("shared/diffusion/noise.py", "from teacher_cache.method.targets import TargetSpec", "teacher_cache"),
-        ("shared/models/loading.py", "from pipelines.recipes.read import cache_config", "pipelines"),
+        (
+            "student_train/training/trainer.py",
+            "from teacher_cache.run.build import build_cache",
+            "teacher_cache",
+        ),
+        (
+            "teacher_cache/run/build.py",
+            "from student_train.training.trainer import train_student",
+            "student_train",
+        ),
+        (
+            "shared/diffusion/noise.py",
+            "from teacher_cache.method.targets import TargetSpec",
+            "teacher_cache",
+        ),
+        (
+            "shared/models/loading.py",
+            "from pipelines.recipes.read import cache_config",
+            "pipelines",
+        ),
     ],
 )
-def test_it_breaks_where_a_stage_looks_over_the_wall(house: Path, file: str, line: str, chain: str) -> None:
+def test_it_breaks_where_a_stage_looks_over_the_wall(
+    house: Path, file: str, line: str, chain: str
+) -> None:
     with (house / file).open("a") as handle:
-        handle.write(f"\n\ndef _peep() -> None:\n    {line}\n")  # hidden in a function, where no import would fail
+        handle.write(
+            f"\n\ndef _peep() -> None:\n    {line}\n"
+        )  # hidden in a function, where no import would fail
     done = lint(house)
     assert done.returncode == 1, done.stdout
     module = file.removesuffix(".py").replace("/", ".")
@@ -59,6 +83,8 @@ def test_every_package_is_in_the_wheel() -> None:
     """Packages are listed one by one, so that tests stay out; one that is forgotten is missing once installed."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     found = {
-        ".".join(path.parent.relative_to(ROOT).parts) for room in ROOMS for path in (ROOT / room).rglob("__init__.py")
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for room in ROOMS
+        for path in (ROOT / room).rglob("__init__.py")
     }
     assert set(listed) == found

@@ -18,4 +18,14 @@ from tide.results import Cache, Data, Run
 from tide.stages import cache, prepare, train
 from tide.student import Student, load_student
 
-__all__ = ["Cache", "Data", "Run", "Student", "TideError", "cache", "load_student", "prepare", "train"]
+__all__ = [
+    "Cache",
+    "Data",
+    "Run",
+    "Student",
+    "TideError",
+    "cache",
+    "load_student",
+    "prepare",
+    "train",
+]

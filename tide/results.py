@@ -50,7 +50,9 @@ class Cache:
         from shared.cache.manifest import load_manifest
 
         manifest = load_manifest(Path(folder))
-        return cls(Path(folder), manifest.fingerprint["teacher"]["name"], manifest.examples, manifest.draws)
+        return cls(
+            Path(folder), manifest.fingerprint["teacher"]["name"], manifest.examples, manifest.draws
+        )
 
 
 @dataclass(frozen=True)

@@ -49,15 +49,21 @@ def train(cache: Cache | str | Path, **settings: Any) -> Run:
     source = cache if isinstance(cache, Cache) else Cache.open(cache)
     recipe, teachers = _paths(settings)
     out = settings.pop("out", None)
-    config = train_config(source.teacher, recipe, [], teachers, settings, cache=source.folder, out=out)
+    config = train_config(
+        source.teacher, recipe, [], teachers, settings, cache=source.folder, out=out
+    )
     return Run(config.out, train_student(config))
 
 
-def _cache_config(teacher: str | None, data: Source | None, settings: dict[str, Any]) -> CacheConfig:
+def _cache_config(
+    teacher: str | None, data: Source | None, settings: dict[str, Any]
+) -> CacheConfig:
     recipe, teachers = _paths(settings)
     if data is not None and not isinstance(data, str):
         one = isinstance(data, dict)
-        settings["data"] = data if one else [{"source": part} if isinstance(part, str) else part for part in data]
+        settings["data"] = (
+            data if one else [{"source": part} if isinstance(part, str) else part for part in data]
+        )
         data = None
     return cache_config(teacher, recipe, [], teachers, settings, data=data)
 

@@ -41,12 +41,16 @@ class Student:
             raise TideError(f"batch is {batch}", expected="at least 1")
         asked = [_messages(chat) for chat in chats]
         try:
-            config = SampleConfig(**{**sampling, "block": choose_block(sampling.get("block"), self.loaded)})
+            config = SampleConfig(
+                **{**sampling, "block": choose_block(sampling.get("block"), self.loaded)}
+            )
         except (TypeError, ValueError) as error:
             raise TideError(f"{error}", expected="settings of sampling (docs/using.md)") from error
         return list(self.loaded.answer(asked, config, batch))
 
-    def log_likelihoods(self, context: str, continuations: Sequence[str], draws: int = 32) -> list[float]:
+    def log_likelihoods(
+        self, context: str, continuations: Sequence[str], draws: int = 32
+    ) -> list[float]:
         """Lower bounds of log p(continuation | context) in nats, by the diffusion ELBO over `draws` masks a block."""
         from student_train.using.elbo import ElboConfig, log_likelihoods
         from student_train.using.load import choose_block

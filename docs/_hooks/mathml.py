@@ -8,7 +8,9 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
-_EQUATION = re.compile(r'<(span|div) class="arithmatex">(\\\(|\\\[)(.*?)(\\\)|\\\])</\1>', re.DOTALL)
+_EQUATION = re.compile(
+    r'<(span|div) class="arithmatex">(\\\(|\\\[)(.*?)(\\\)|\\\])</\1>', re.DOTALL
+)
 _FUNCTION = re.compile(r"\\(log|exp|cos)\s+(?=[a-z\\])")
 """A name before its argument, as in log p: MathML puts no space there by itself."""
 

@@ -37,9 +37,18 @@ def all_sections() -> list[str]:
         lines += [f"## {title}", ""]
         for kind in kinds:
             if len(kinds) > 1 and "distillation" in title:
-                lines += [f"### `{getattr(kind, 'type', None) or kind.__name__}`", "", inspect.getdoc(kind) or "", ""]
+                lines += [
+                    f"### `{getattr(kind, 'type', None) or kind.__name__}`",
+                    "",
+                    inspect.getdoc(kind) or "",
+                    "",
+                ]
             words = _own(kind)
-            rows = [_row(field, *words[field.name]) for field in dataclasses.fields(kind) if field.name in words]
+            rows = [
+                _row(field, *words[field.name])
+                for field in dataclasses.fields(kind)
+                if field.name in words
+            ]
             if rows:
                 lines += ["| setting | type | default | |", "|---|---|---|---|", *rows, ""]
     return lines

@@ -22,7 +22,17 @@ PANELS = {
         "cache",
     ),
     "Stage two: students": ("train", "ablate", "replay", "report", "compare"),
-    "Look after a cache": ("inspect", "verify", "prune", "upgrade", "merge", "pack", "unpack", "push", "pull"),
+    "Look after a cache": (
+        "inspect",
+        "verify",
+        "prune",
+        "upgrade",
+        "merge",
+        "pack",
+        "unpack",
+        "push",
+        "pull",
+    ),
     "Use and judge a student": ("sample", "chat", "serve", "eval", "lm-eval", "export", "publish"),
     "This installation": ("env", "demo", "conformance", "bench", "tiny-teacher", "tiny-student"),
 }
@@ -36,10 +46,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Recipe = Annotated[Path | None, typer.Option("--config", help="A TOML recipe with [cache] and [train] tables.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="Override a setting: section.key=value. Repeatable.")]
+Recipe = Annotated[
+    Path | None, typer.Option("--config", help="A TOML recipe with [cache] and [train] tables.")
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a setting: section.key=value. Repeatable."),
+]
 TeacherName = Annotated[str | None, typer.Option("--teacher", help="A teacher of `tide teachers`.")]
-TeachersFile = Annotated[Path | None, typer.Option("--teachers", help="A TOML file with teachers of your own.")]
+TeachersFile = Annotated[
+    Path | None, typer.Option("--teachers", help="A TOML file with teachers of your own.")
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -51,7 +68,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """What stands before the command's name."""
@@ -59,7 +79,10 @@ def _options(
 
 def arrange_help() -> None:
     """Give every command its panel, once all are registered; KeyError where `PANELS` has none for it."""
-    place = {name: (panel, i) for i, (panel, name) in enumerate((p, n) for p, names in PANELS.items() for n in names)}
+    place = {
+        name: (panel, i)
+        for i, (panel, name) in enumerate((p, n) for p, names in PANELS.items() for n in names)
+    }
 
     def name_of(command: CommandInfo) -> str:
         assert command.callback is not None

@@ -12,32 +12,63 @@ from pipelines.commands.options import require_positive
 from pipelines.terminal.text import say
 from shared.system.errors import TideError
 
-DATA_HELP = "A file, a folder or a glob, hf://OWNER/NAME[:CONFIG][:SPLIT], or stdlib:train (docs/data.md)."
+DATA_HELP = (
+    "A file, a folder or a glob, hf://OWNER/NAME[:CONFIG][:SPLIT], or stdlib:train (docs/data.md)."
+)
 
 
 @app.command()
 def cache(
     teacher: TeacherName = None,
-    model: Annotated[str | None, typer.Option(help="Path or hub id of the teacher's weights.")] = None,
-    student_tokenizer: Annotated[str | None, typer.Option(help="Path or hub id of the student's tokenizer.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Path or hub id of the teacher's weights.")
+    ] = None,
+    student_tokenizer: Annotated[
+        str | None, typer.Option(help="Path or hub id of the student's tokenizer.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
-    prepared: Annotated[Path | None, typer.Option(help="Where prepared data lies (default: caches/prepared).")] = None,
-    draws: Annotated[int | None, typer.Option(help="Draws of every example; raise it to grow a cache.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The cache's folder (default: caches/TEACHER).")] = None,
-    engine: Annotated[str | None, typer.Option(help="transformers, vllm, or auto (docs/engines.md).")] = None,
-    tensor_parallel: Annotated[int | None, typer.Option(help="GPUs that share one copy of the teacher (vllm).")] = None,
-    data_parallel: Annotated[int | None, typer.Option(help="Copies of the teacher, one process each.")] = None,
-    engine_workers: Annotated[str | None, typer.Option(help="Where the copies run: local, or ray.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of --world runs that share the work, this one (from 0).")] = None,
+    prepared: Annotated[
+        Path | None, typer.Option(help="Where prepared data lies (default: caches/prepared).")
+    ] = None,
+    draws: Annotated[
+        int | None, typer.Option(help="Draws of every example; raise it to grow a cache.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The cache's folder (default: caches/TEACHER).")
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="transformers, vllm, or auto (docs/engines.md).")
+    ] = None,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(help="GPUs that share one copy of the teacher (vllm).")
+    ] = None,
+    data_parallel: Annotated[
+        int | None, typer.Option(help="Copies of the teacher, one process each.")
+    ] = None,
+    engine_workers: Annotated[
+        str | None, typer.Option(help="Where the copies run: local, or ray.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Of --world runs that share the work, this one (from 0).")
+    ] = None,
     world: Annotated[int | None, typer.Option(help="How many runs share the work.")] = None,
-    store: Annotated[str | None, typer.Option(help="s3://…, gs://…, hf://…: shards are copied there.")] = None,
-    metrics_file: Annotated[Path | None, typer.Option(help="Progress in Prometheus's text format.")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="s3://…, gs://…, hf://…: shards are copied there.")
+    ] = None,
+    metrics_file: Annotated[
+        Path | None, typer.Option(help="Progress in Prometheus's text format.")
+    ] = None,
     config: Recipe = None,
     teachers_file: TeachersFile = None,
     sets: Sets = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the costs, run nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the costs, run nothing.")
+    ] = False,
     random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="With --dry-run: neither checkpoint nor data, as `tide plan`.")
+        bool,
+        typer.Option(
+            "--random-weights", help="With --dry-run: neither checkpoint nor data, as `tide plan`."
+        ),
     ] = False,
 ) -> None:
     """Stage one: run the teacher once and write its knowledge to Parquet shards. Run again to resume."""
@@ -50,7 +81,13 @@ def cache(
              "engine.data_parallel": data_parallel, "engine.workers": engine_workers, "rank": rank, "world": world,
              "store": store, "metrics_file": None if metrics_file is None else str(metrics_file)}  # fmt: skip
     extra = [f"{name}={to_toml(value)}" for name, value in named.items() if value is not None]
-    flags = {"model": model, "student_tokenizer": student_tokenizer, "out": out, "data": data, "prepared": prepared}
+    flags = {
+        "model": model,
+        "student_tokenizer": student_tokenizer,
+        "out": out,
+        "data": data,
+        "prepared": prepared,
+    }
     settings = cache_config(teacher, config, [*extra, *(sets or [])], teachers_file, **flags)
     if random_weights and not dry_run:
         raise TideError(
@@ -60,7 +97,11 @@ def cache(
         )
     if dry_run:
         stated = (1_000_000, settings.lengths.student, 0.75, Speed())
-        say(plan_from_statement(settings, *stated) if random_weights else plan_from_data(settings, Speed()))
+        say(
+            plan_from_statement(settings, *stated)
+            if random_weights
+            else plan_from_data(settings, Speed())
+        )
         return
     report = build_cache(settings)
     say(
@@ -74,11 +115,19 @@ def cache(
 @app.command()
 def prepare(
     teacher: TeacherName = None,
-    model: Annotated[str | None, typer.Option(help="Path or hub id of the teacher's weights.")] = None,
-    student_tokenizer: Annotated[str | None, typer.Option(help="Path or hub id of the student's tokenizer.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Path or hub id of the teacher's weights.")
+    ] = None,
+    student_tokenizer: Annotated[
+        str | None, typer.Option(help="Path or hub id of the student's tokenizer.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
-    prepared: Annotated[Path | None, typer.Option(help="Where prepared data lies (default: caches/prepared).")] = None,
-    show: Annotated[int, typer.Option(help="Also print this many examples, trained answers in ⟦ ⟧.")] = 0,
+    prepared: Annotated[
+        Path | None, typer.Option(help="Where prepared data lies (default: caches/prepared).")
+    ] = None,
+    show: Annotated[
+        int, typer.Option(help="Also print this many examples, trained answers in ⟦ ⟧.")
+    ] = 0,
     config: Recipe = None,
     teachers_file: TeachersFile = None,
     sets: Sets = None,
@@ -90,7 +139,12 @@ def prepare(
     from teacher_cache.prepared.report import show as show_examples
     from teacher_cache.run.data import open_sides, prepare_data
 
-    flags = {"model": model, "student_tokenizer": student_tokenizer, "data": data, "prepared": prepared}
+    flags = {
+        "model": model,
+        "student_tokenizer": student_tokenizer,
+        "data": data,
+        "prepared": prepared,
+    }
     settings = cache_config(teacher, config, sets or [], teachers_file, **flags)
     sides = open_sides(settings, weights=False)
     found, _ = prepare_data(settings, sides)
@@ -103,17 +157,27 @@ def prepare(
 @app.command()
 def plan(
     teacher: TeacherName = None,
-    model: Annotated[str | None, typer.Option(help="A folder with a config.json (default: sizes on record).")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A folder with a config.json (default: sizes on record).")
+    ] = None,
     examples: Annotated[int, typer.Option(help="Examples in the data.")] = 1_000_000,
     tokens: Annotated[int, typer.Option(help="Mean tokens of an example.")] = 512,
-    response: Annotated[float, typer.Option(help="Share of them that belongs to the response.")] = 0.75,
+    response: Annotated[
+        float, typer.Option(help="Share of them that belongs to the response.")
+    ] = 0.75,
     draws: Annotated[int | None, typer.Option(help="Draws of every example.")] = None,
-    tokens_per_second: Annotated[float | None, typer.Option(help="The teacher's speed, if you know it.")] = None,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(help="The teacher's speed, if you know it.")
+    ] = None,
     tflops: Annotated[float, typer.Option(help="The card's dense peak, for GPU hours.")] = 989.0,
     mfu: Annotated[float, typer.Option(help="The share of that peak that is reached.")] = 0.35,
     gpu_hour: Annotated[float | None, typer.Option(help="Price of a GPU hour.")] = None,
-    terabyte_month: Annotated[float, typer.Option(help="Price of a terabyte on disk for a month.")] = 23.0,
-    gpu: Annotated[str, typer.Option(help="The card of the rehearsal: h100, h200, a100, 4090 or l40s.")] = "h100",
+    terabyte_month: Annotated[
+        float, typer.Option(help="Price of a terabyte on disk for a month.")
+    ] = 23.0,
+    gpu: Annotated[
+        str, typer.Option(help="The card of the rehearsal: h100, h200, a100, 4090 or l40s.")
+    ] = "h100",
     config: Recipe = None,
     teachers_file: TeachersFile = None,
     sets: Sets = None,
@@ -146,14 +210,22 @@ def plan(
 @app.command()
 def rehearse(
     teacher: TeacherName = None,
-    model: Annotated[str | None, typer.Option(help="A folder with a config.json (default: sizes on record).")] = None,
-    gpu: Annotated[list[str] | None, typer.Option(help="h100, h200, a100, 4090 or l40s; repeatable.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A folder with a config.json (default: sizes on record).")
+    ] = None,
+    gpu: Annotated[
+        list[str] | None, typer.Option(help="h100, h200, a100, 4090 or l40s; repeatable.")
+    ] = None,
     examples: Annotated[int, typer.Option(help="Examples in the data.")] = 1_000_000,
     tokens: Annotated[int, typer.Option(help="Tokens of an example.")] = 512,
-    response: Annotated[float, typer.Option(help="Share of them that belongs to the response.")] = 0.75,
+    response: Annotated[
+        float, typer.Option(help="Share of them that belongs to the response.")
+    ] = 0.75,
     config: Recipe = None,
     teachers_file: TeachersFile = None,
-    sets: Annotated[list[str] | None, typer.Option("--set", help="cache.… or train.…; repeatable.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="cache.… or train.…; repeatable.")
+    ] = None,
 ) -> None:
     """Run both stages on tensors without content: memory, kernels, waits, time and GPU hours on a card."""
     from pipelines.plan.cards import find_card
@@ -177,11 +249,15 @@ def rehearse(
 @app.command()
 def throughput(
     teacher: TeacherName = None,
-    model: Annotated[str | None, typer.Option(help="A folder with a config.json (default: sizes on record).")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A folder with a config.json (default: sizes on record).")
+    ] = None,
     length: Annotated[int, typer.Option(help="Tokens of one pass.")] = 512,
     requests: Annotated[int, typer.Option(help="Passes in one round.")] = 256,
     rounds: Annotated[int, typer.Option(help="Rounds; the median counts.")] = 3,
-    tflops: Annotated[float | None, typer.Option(help="The card's dense peak, for utilisation.")] = None,
+    tflops: Annotated[
+        float | None, typer.Option(help="The card's dense peak, for utilisation.")
+    ] = None,
     config: Recipe = None,
     teachers_file: TeachersFile = None,
     sets: Sets = None,

@@ -10,7 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.commands.app import app
-from pipelines.commands.options import Batch, Device, Student, require_positive, sampling_settings, takes_sampling
+from pipelines.commands.options import (
+    Batch,
+    Device,
+    Student,
+    require_positive,
+    sampling_settings,
+    takes_sampling,
+)
 from pipelines.terminal.text import say
 from shared.system.errors import TideError
 
@@ -19,20 +26,36 @@ from shared.system.errors import TideError
 @takes_sampling
 def evaluate(
     student: Student,
-    tasks: Annotated[str, typer.Option(help="paper (all eight), or names of the recipe or of lm-eval, by commas.")],
-    recipe: Annotated[Path | None, typer.Option("--config", help="TOML; default: the paper's settings.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Default: beside the model, runs/NAME/eval.")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="TASK=PATH: rows of your own. Repeatable.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first rows of each task: for trials.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Default: the recipe's, else the task's.")] = None,
-    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Ask through the chat template.")] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(help="paper (all eight), or names of the recipe or of lm-eval, by commas."),
+    ],
+    recipe: Annotated[
+        Path | None, typer.Option("--config", help="TOML; default: the paper's settings.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Default: beside the model, runs/NAME/eval.")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="TASK=PATH: rows of your own. Repeatable.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first rows of each task: for trials.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Default: the recipe's, else the task's.")
+    ] = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--no-chat", help="Ask through the chat template.")
+    ] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Tokens of a response, at most.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps of a whole response.")] = None,
     mc_num: Annotated[int, typer.Option(help="Masks of each block of a likelihood.")] = 32,
     batch: Batch = 8,
     device: Device = "auto",
     confirm_run_unsafe_code: Annotated[
-        bool, typer.Option("--confirm-run-unsafe-code", help="Run the code that the student writes.")
+        bool,
+        typer.Option("--confirm-run-unsafe-code", help="Run the code that the student writes."),
     ] = False,
     code_seconds: Annotated[float, typer.Option(help="Limit of one program.")] = 10.0,
     code_gigabytes: Annotated[float, typer.Option(help="Limit of one program.")] = 4.0,
@@ -73,7 +96,12 @@ def evaluate(
 
 
 @app.command(
-    "lm-eval", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+    "lm-eval",
+    context_settings={
+        "ignore_unknown_options": True,
+        "allow_extra_args": True,
+        "help_option_names": [],
+    },
 )
 def lm_eval_command(context: typer.Context) -> None:
     """lm-eval's own command line with the model `tide_bd3lm`; code runs within the limits of `tide eval`."""

@@ -17,10 +17,16 @@ Out = Annotated[Path, typer.Option("--out", help="A new folder.")]
 @app.command()
 def inspect(
     folder: Cache,
-    row: Annotated[str | None, typer.Option(help="Show one row: an example's id, or its number.")] = None,
+    row: Annotated[
+        str | None, typer.Option(help="Show one row: an example's id, or its number.")
+    ] = None,
     draw: Annotated[int, typer.Option(help="With --row: of this draw.")] = 0,
-    picture: Annotated[Path | None, typer.Option(help="Also draw the cache, to a PNG file.")] = None,
-    encodings: Annotated[bool, typer.Option("--encodings", help="What each of Parquet's encodings buys.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Also draw the cache, to a PNG file.")
+    ] = None,
+    encodings: Annotated[
+        bool, typer.Option("--encodings", help="What each of Parquet's encodings buys.")
+    ] = False,
 ) -> None:
     """Print what a cache holds: rows, masses, chunk lengths, likelihoods by t, bytes by column."""
     from teacher_cache.maintenance.inspect import describe, inspect_cache
@@ -47,14 +53,28 @@ def inspect(
 @app.command()
 def verify(
     teacher: TeacherName = None,
-    against: Annotated[str, typer.Option(help="The engine to score with: transformers or vllm.")] = "transformers",
-    rows: Annotated[int, typer.Option(help="Rows to score again; 0: none, and no teacher is loaded.")] = 200,
-    tolerance: Annotated[float | None, typer.Option(help="Exit with 1 where a value is further off (nats).")] = None,
-    delete_damaged: Annotated[bool, typer.Option("--delete-damaged", help="Delete shards that do not hold.")] = False,
-    model: Annotated[str | None, typer.Option(help="Path or hub id of the teacher's weights.")] = None,
-    student_tokenizer: Annotated[str | None, typer.Option(help="Path or hub id of the student's tokenizer.")] = None,
+    against: Annotated[
+        str, typer.Option(help="The engine to score with: transformers or vllm.")
+    ] = "transformers",
+    rows: Annotated[
+        int, typer.Option(help="Rows to score again; 0: none, and no teacher is loaded.")
+    ] = 200,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Exit with 1 where a value is further off (nats).")
+    ] = None,
+    delete_damaged: Annotated[
+        bool, typer.Option("--delete-damaged", help="Delete shards that do not hold.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Path or hub id of the teacher's weights.")
+    ] = None,
+    student_tokenizer: Annotated[
+        str | None, typer.Option(help="Path or hub id of the student's tokenizer.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="The data of the cache.")] = None,
-    out: Annotated[Path | None, typer.Option("--cache", help="The cache (default: caches/TEACHER).")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--cache", help="The cache (default: caches/TEACHER).")
+    ] = None,
     config: Recipe = None,
     teachers_file: TeachersFile = None,
     sets: Sets = None,
@@ -96,7 +116,9 @@ def prune(
 
     made = prune_cache(folder, out, k, draws, classes)
     targets = made.fingerprint["targets"]
-    say(f"{out}: {made.draws} draws of {made.examples:,} examples, k {targets['k']}, {targets['classes']} classes")
+    say(
+        f"{out}: {made.draws} draws of {made.examples:,} examples, k {targets['k']}, {targets['classes']} classes"
+    )
 
 
 @app.command()
@@ -110,7 +132,9 @@ def upgrade(folder: Cache, out: Out) -> None:
 
 @app.command()
 def merge(
-    folders: Annotated[list[Path], typer.Argument(help="Parts of one cache, or caches that differ in data alone.")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Parts of one cache, or caches that differ in data alone.")
+    ],
     out: Out,
 ) -> None:
     """One cache out of several."""
@@ -121,7 +145,9 @@ def merge(
 
 
 @app.command()
-def pack(folder: Cache, archive: Annotated[Path, typer.Argument(help="Such as NAME.tar.zst.")]) -> None:
+def pack(
+    folder: Cache, archive: Annotated[Path, typer.Argument(help="Such as NAME.tar.zst.")]
+) -> None:
     """A whole cache as one file, with checksums."""
     from teacher_cache.maintenance.pack import pack_cache
 
@@ -140,7 +166,9 @@ def unpack(
 
 
 @app.command()
-def push(folder: Cache, store: Annotated[str, typer.Argument(help="s3://…, gs://…, hf://… or a path.")]) -> None:
+def push(
+    folder: Cache, store: Annotated[str, typer.Argument(help="s3://…, gs://…, hf://… or a path.")]
+) -> None:
     """Copy a cache into an object store. Run again to resume."""
     from shared.cache.ledger import settle_ledger
     from shared.cache.manifest import load_manifest
@@ -153,7 +181,8 @@ def push(folder: Cache, store: Annotated[str, typer.Argument(help="s3://…, gs:
 
 @app.command()
 def pull(
-    store: Annotated[str, typer.Argument(help="Where `tide push` or --store put a cache.")], folder: Cache
+    store: Annotated[str, typer.Argument(help="Where `tide push` or --store put a cache.")],
+    folder: Cache,
 ) -> None:
     """Bring a cache from an object store, every file checked. Run again to resume."""
     from shared.cache.stores import Store

@@ -23,11 +23,19 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
 
 
 def _sampling(
-    block: Annotated[int | None, typer.Option(help="Default: the block that the student was trained with.")] = None,
-    threshold: Annotated[float | None, typer.Option(help="Settle all positions above this probability.")] = None,
+    block: Annotated[
+        int | None, typer.Option(help="Default: the block that the student was trained with.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Settle all positions above this probability.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Sample from so many of the likeliest tokens.")] = None,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest that have this probability together.")] = 1.0,
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample from so many of the likeliest tokens.")
+    ] = None,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest that have this probability together.")
+    ] = 1.0,
     remasking: Annotated[str, typer.Option(help="low_confidence or random.")] = "low_confidence",
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of temperature and random remasking.")] = 0,
@@ -35,9 +43,13 @@ def _sampling(
     """How a student's tokens are chosen."""
 
 
-def takes_sampling(command: Callable[..., None], without: Sequence[str] = ()) -> Callable[..., None]:
+def takes_sampling(
+    command: Callable[..., None], without: Sequence[str] = ()
+) -> Callable[..., None]:
     """A command whose parameter `sampling` (a dict) is filled by the options of `_sampling`, but those `without`."""
-    own, every = (inspect.signature(function, eval_str=True).parameters for function in (command, _sampling))
+    own, every = (
+        inspect.signature(function, eval_str=True).parameters for function in (command, _sampling)
+    )
     group = {name: option for name, option in every.items() if name not in without}
 
     @functools.wraps(command)
@@ -67,6 +79,11 @@ def sampling_settings(**values: Any) -> SampleConfig:
 def require_positive(values: Mapping[str, float | None], may_be_zero: Sequence[str] = ()) -> None:
     """TideError for the first option whose number is not finite, or not positive."""
     for name, value in values.items():
-        if value is None or (math.isfinite(value) and (value > 0 or (value == 0 and name in may_be_zero))):
+        if value is None or (
+            math.isfinite(value) and (value > 0 or (value == 0 and name in may_be_zero))
+        ):
             continue
-        raise TideError(f"--{name} is {value:g}", expected="0 or more" if name in may_be_zero else "a positive number")
+        raise TideError(
+            f"--{name} is {value:g}",
+            expected="0 or more" if name in may_be_zero else "a positive number",
+        )

@@ -11,7 +11,9 @@ from pipelines.commands.app import TeachersFile, app
 from pipelines.terminal.text import say
 from shared.system.errors import TideError
 
-teachers_app = typer.Typer(help="List the known teachers, or show one.", invoke_without_command=True)
+teachers_app = typer.Typer(
+    help="List the known teachers, or show one.", invoke_without_command=True
+)
 app.add_typer(teachers_app, name="teachers")
 
 
@@ -37,7 +39,8 @@ def teachers(context: typer.Context, teachers_file: TeachersFile = None) -> None
 
 @teachers_app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="A teacher of `tide teachers`.")], teachers_file: TeachersFile = None
+    name: Annotated[str, typer.Argument(help="A teacher of `tide teachers`.")],
+    teachers_file: TeachersFile = None,
 ) -> None:
     """Print one teacher's entry, and what loading it checks."""
     from pipelines.plan.show_teacher import describe_teacher
@@ -45,7 +48,9 @@ def show(
     say(describe_teacher(name, teachers_file))
 
 
-recipes_app = typer.Typer(help="List the packaged recipes, or show one.", invoke_without_command=True)
+recipes_app = typer.Typer(
+    help="List the packaged recipes, or show one.", invoke_without_command=True
+)
 app.add_typer(recipes_app, name="recipes")
 
 
@@ -64,7 +69,9 @@ def recipes(context: typer.Context) -> None:
 @recipes_app.command("show")
 def show_recipe(
     name: Annotated[str, typer.Argument(help="A recipe of `tide recipes`, or a TOML file.")],
-    against: Annotated[str | None, typer.Option(help="Another recipe (default: the paper's run of its kind).")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another recipe (default: the paper's run of its kind).")
+    ] = None,
 ) -> None:
     """Print one recipe and its distance from the paper's run, setting by setting."""
     from pipelines.recipes.show import describe_recipe
@@ -83,7 +90,9 @@ def env() -> None:
 @app.command()
 def conformance(
     folder: Annotated[Path, typer.Argument(help="A folder of golden numbers.")],
-    only: Annotated[str | None, typer.Option(help="losses, masks, alignment, models, sampler or step.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="losses, masks, alignment, models, sampler or step.")
+    ] = None,
 ) -> None:
     """Recompute reference numbers: does this install reproduce the reference on this hardware?"""
     from pipelines.conformance import run_conformance
@@ -94,7 +103,9 @@ def conformance(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Where caches, runs and the report go.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Where caches, runs and the report go.")] = Path(
+        "runs/demo"
+    ),
     seeds: Annotated[int, typer.Option(help="Seeds of every variant.")] = 3,
 ) -> None:
     """The whole pipeline on the embedded teacher: two caches, distilled and undistilled students, a report."""
@@ -105,11 +116,15 @@ def demo(
 
 @app.command()
 def tiny_teacher(
-    work: Annotated[Path, typer.Option(help="Checkpoints, to resume from.")] = Path("runs/tiny-teacher"),
-    teacher: Annotated[Path, typer.Option(help="Where the teacher goes.")] = Path("teacher_cache/teachers/tiny"),
-    student_tokenizer: Annotated[Path, typer.Option(help="Where the other student's tokenizer goes.")] = Path(
-        "student_train/tiny_tokenizer"
+    work: Annotated[Path, typer.Option(help="Checkpoints, to resume from.")] = Path(
+        "runs/tiny-teacher"
     ),
+    teacher: Annotated[Path, typer.Option(help="Where the teacher goes.")] = Path(
+        "teacher_cache/teachers/tiny"
+    ),
+    student_tokenizer: Annotated[
+        Path, typer.Option(help="Where the other student's tokenizer goes.")
+    ] = Path("student_train/tiny_tokenizer"),
 ) -> None:
     """Train the embedded teacher again (about an hour on 2 cores). Run again to resume."""
     from pipelines.tools.tiny_teacher import TinyTeacherConfig, train_tiny_teacher
@@ -119,9 +134,15 @@ def tiny_teacher(
 
 @app.command()
 def tiny_student(
-    out: Annotated[Path, typer.Option(help="Where the students go.")] = Path("student_train/tiny_students"),
-    work: Annotated[Path, typer.Option(help="Checkpoints, to resume from.")] = Path("runs/tiny-student"),
-    only: Annotated[str | None, typer.Option(help="cross or shared: the student of one tokenizer.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the students go.")] = Path(
+        "student_train/tiny_students"
+    ),
+    work: Annotated[Path, typer.Option(help="Checkpoints, to resume from.")] = Path(
+        "runs/tiny-student"
+    ),
+    only: Annotated[
+        str | None, typer.Option(help="cross or shared: the student of one tokenizer.")
+    ] = None,
 ) -> None:
     """Pre-train the embedded students again, by cross-entropy alone. Run again to resume."""
     from pipelines.tools.tiny_student import TOKENIZERS, TinyStudentConfig, train_tiny_student
@@ -135,8 +156,12 @@ def tiny_student(
 
 @app.command()
 def bench(
-    only: Annotated[str | None, typer.Option(help="One table, such as end-to-end, training or use.")] = None,
-    figure: Annotated[Path | None, typer.Option(help="Picture of `use` (default: runs/bench/use.png).")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="One table, such as end-to-end, training or use.")
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Picture of `use` (default: runs/bench/use.png).")
+    ] = None,
 ) -> None:
     """Measure, side by side in one run, what the design claims about speed."""
     from pipelines.speed import run_bench

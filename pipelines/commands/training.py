@@ -19,10 +19,16 @@ def train(
     teacher: TeacherName = None,
     cache_place: Annotated[
         str | None,
-        typer.Option("--cache", help="A cache, or s3://…, read shard by shard (default: caches/TEACHER)."),
+        typer.Option(
+            "--cache", help="A cache, or s3://…, read shard by shard (default: caches/TEACHER)."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The run's folder (default: runs/TEACHER).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of initial weights and of the order of the data.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder (default: runs/TEACHER).")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of initial weights and of the order of the data.")
+    ] = None,
     config: Recipe = None,
     teachers_file: TeachersFile = None,
     sets: Sets = None,
@@ -34,8 +40,13 @@ def train(
 
     places: dict[str, Any] = {} if cache_place is None else {"cache": Path(cache_place)}
     if cache_place is not None and is_remote(cache_place):
-        places = {"cache": Path("caches") / cache_place.rstrip("/").rpartition("/")[2], "store": cache_place}
-    settings = train_config(teacher, config, sets or [], teachers_file, **places, out=out, seed=seed)
+        places = {
+            "cache": Path("caches") / cache_place.rstrip("/").rpartition("/")[2],
+            "store": cache_place,
+        }
+    settings = train_config(
+        teacher, config, sets or [], teachers_file, **places, out=out, seed=seed
+    )
     metrics = train_student(settings)
     if int(os.environ.get("RANK", "0")) == 0:
         say(f"{settings.out}/model: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
@@ -45,7 +56,9 @@ def train(
 def ablate(
     recipe: Annotated[Path, typer.Argument(help="A grid, such as pipelines/recipes/paper.toml.")],
     out: Annotated[Path | None, typer.Option(help="Where caches, runs and the report go.")] = None,
-    at_once: Annotated[int | None, typer.Option(help="Students that train at a time (default: one a core).")] = None,
+    at_once: Annotated[
+        int | None, typer.Option(help="Students that train at a time (default: one a core).")
+    ] = None,
 ) -> None:
     """Train a grid of variants and seeds over shared caches, and report. Run again to resume."""
     if at_once is not None:
@@ -57,15 +70,31 @@ def ablate(
 
 @app.command()
 def fidelity(
-    teacher: Annotated[str, typer.Option(help="A teacher that shares the student's tokenizer.")] = "tiny-shared",
-    student: Annotated[str | None, typer.Option(help="A student's checkpoint; default: random weights.")] = None,
+    teacher: Annotated[
+        str, typer.Option(help="A teacher that shares the student's tokenizer.")
+    ] = "tiny-shared",
+    student: Annotated[
+        str | None, typer.Option(help="A student's checkpoint; default: random weights.")
+    ] = None,
     k: Annotated[list[int] | None, typer.Option(help="Repeatable; default 16, 32, 64.")] = None,
-    classes: Annotated[list[int] | None, typer.Option(help="Of the tail; repeatable; default 1 and 64.")] = None,
-    tail: Annotated[list[str] | None, typer.Option(help="student or prior; repeatable; default both.")] = None,
-    temperature: Annotated[list[float] | None, typer.Option(help="Repeatable; default 1 and 2.")] = None,
-    objective: Annotated[list[str] | None, typer.Option(help="kl or tidal; repeatable; default tidal.")] = None,
-    examples: Annotated[int, typer.Option(help="Examples of the sample; half of them give the priors.")] = 32,
-    model: Annotated[str | None, typer.Option(help="Path or hub id of the teacher's weights.")] = None,
+    classes: Annotated[
+        list[int] | None, typer.Option(help="Of the tail; repeatable; default 1 and 64.")
+    ] = None,
+    tail: Annotated[
+        list[str] | None, typer.Option(help="student or prior; repeatable; default both.")
+    ] = None,
+    temperature: Annotated[
+        list[float] | None, typer.Option(help="Repeatable; default 1 and 2.")
+    ] = None,
+    objective: Annotated[
+        list[str] | None, typer.Option(help="kl or tidal; repeatable; default tidal.")
+    ] = None,
+    examples: Annotated[
+        int, typer.Option(help="Examples of the sample; half of them give the priors.")
+    ] = 32,
+    model: Annotated[
+        str | None, typer.Option(help="Path or hub id of the teacher's weights.")
+    ] = None,
     config: Recipe = None,
     teachers_file: TeachersFile = None,
     sets: Sets = None,
@@ -75,9 +104,20 @@ def fidelity(
     from pipelines.recipes.read import cache_config
     from shared.settings.config import StudentConfig
 
-    settings = cache_config(teacher, config, sets or [], teachers_file, model=model, out=Path("caches/fidelity"))
-    asked = {"ks": k, "classes": classes, "tails": tail, "temperatures": temperature, "objectives": objective}
-    for name, values, allowed in (("tail", tail, ("student", "prior")), ("objective", objective, ("kl", "tidal"))):
+    settings = cache_config(
+        teacher, config, sets or [], teachers_file, model=model, out=Path("caches/fidelity")
+    )
+    asked = {
+        "ks": k,
+        "classes": classes,
+        "tails": tail,
+        "temperatures": temperature,
+        "objectives": objective,
+    }
+    for name, values, allowed in (
+        ("tail", tail, ("student", "prior")),
+        ("objective", objective, ("kl", "tidal")),
+    ):
         if wrong := set(values or ()) - set(allowed):
             raise TideError(f"--{name} is {wrong.pop()!r}", expected=" or ".join(allowed))
     grid = Grid(**{name: values for name, values in asked.items() if values})
@@ -90,7 +130,9 @@ def fidelity(
 
 
 @app.command()
-def replay(run: Annotated[Path, typer.Argument(help="A run that stopped because a loss was not finite.")]) -> None:
+def replay(
+    run: Annotated[Path, typer.Argument(help="A run that stopped because a loss was not finite.")],
+) -> None:
     """Go to the step whose loss was not finite again, and show where it breaks."""
     from student_train.training.replay import replay as replay_run
 
@@ -101,7 +143,9 @@ def replay(run: Annotated[Path, typer.Argument(help="A run that stopped because 
 def export(
     source: Annotated[Path, typer.Argument(help="A student's folder, such as runs/NAME/model.")],
     target: Annotated[Path, typer.Argument(help="A new folder.")],
-    layout: Annotated[str, typer.Option("--format", help="hf (transformers) or a2d (the reference's).")] = "hf",
+    layout: Annotated[
+        str, typer.Option("--format", help="hf (transformers) or a2d (the reference's).")
+    ] = "hf",
 ) -> None:
     """Write a student in another layout; tensors keep every bit."""
     from student_train.model.export import export_student

@@ -13,7 +13,15 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.commands.app import app
-from pipelines.commands.options import Batch, Device, NewTokens, Steps, Student, sampling_settings, takes_sampling
+from pipelines.commands.options import (
+    Batch,
+    Device,
+    NewTokens,
+    Steps,
+    Student,
+    sampling_settings,
+    takes_sampling,
+)
 from pipelines.terminal.text import json_line, say
 from shared.system.errors import TideError
 
@@ -40,8 +48,12 @@ def _standard_input() -> str:
 @takes_sampling
 def sample(
     student: Student,
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; none: --file, or standard input.")] = None,
-    file: Annotated[Path | None, typer.Option(help="JSONL with `prompt` or `messages`; answers come as JSONL.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts; none: --file, or standard input.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="JSONL with `prompt` or `messages`; answers come as JSONL.")
+    ] = None,
     new_tokens: NewTokens = 256,
     steps_per_block: Steps = None,
     batch: Batch = 8,
@@ -63,7 +75,11 @@ def sample(
         if file is None:
             say(answer)
         else:
-            typer.echo(json_line(json.dumps({"messages": messages, "response": answer}, ensure_ascii=False)))
+            typer.echo(
+                json_line(
+                    json.dumps({"messages": messages, "response": answer}, ensure_ascii=False)
+                )
+            )
 
 
 @app.command()
@@ -73,7 +89,9 @@ def chat(
     new_tokens: NewTokens = 256,
     steps_per_block: Steps = None,
     device: Device = "auto",
-    show_diffusion: Annotated[bool, typer.Option("--show-diffusion", help="Draw the unmasking.")] = False,
+    show_diffusion: Annotated[
+        bool, typer.Option("--show-diffusion", help="Draw the unmasking.")
+    ] = False,
     *,
     sampling: dict[str, Any],
 ) -> None:
@@ -84,7 +102,11 @@ def chat(
     wanted = {"new_tokens": new_tokens, "steps_per_block": steps_per_block, **sampling}
     sampling_settings(**wanted)  # says what is out of range
     loaded = load_for_use(student, device)
-    talk(loaded, sampling_settings(**{**wanted, "block": choose_block(sampling["block"], loaded)}), show_diffusion)
+    talk(
+        loaded,
+        sampling_settings(**{**wanted, "block": choose_block(sampling["block"], loaded)}),
+        show_diffusion,
+    )
 
 
 @app.command()
@@ -94,10 +116,12 @@ def serve(
     host: Annotated[str, typer.Option(help="0.0.0.0: also for other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any that is free.")] = 8000,
     name: Annotated[
-        str | None, typer.Option(help="Of the model, in requests; default: the run's, or the hub id.")
+        str | None,
+        typer.Option(help="Of the model, in requests; default: the run's, or the hub id."),
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="TIDE_API_KEY", help="What requests must carry as a bearer token.")
+        str | None,
+        typer.Option(envvar="TIDE_API_KEY", help="What requests must carry as a bearer token."),
     ] = None,
     batch: Annotated[int, typer.Option(help="Responses under way at once.")] = 16,
     waiting: Annotated[int, typer.Option(help="Responses that may wait for a place.")] = 256,
@@ -122,17 +146,25 @@ def serve(
     with bind(config) as bound:
         loaded = load_for_use(student, device)
         block = choose_block(sampling["block"], loaded)
-        run_server(loaded, replace(config, sampling=sampling_settings(**{**wanted, "block": block})), bound)
+        run_server(
+            loaded, replace(config, sampling=sampling_settings(**{**wanted, "block": block})), bound
+        )
 
 
 @app.command()
 def publish(
     run: Annotated[Path, typer.Argument(help="A run, or a student's folder.")],
     target: Annotated[str, typer.Argument(help="hf://OWNER/NAME.")],
-    licence: Annotated[str | None, typer.Option("--license", help="Such as apache-2.0; it goes to the card.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="Such as apache-2.0; it goes to the card.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="A new repository is private.")
+    ] = False,
     message: Annotated[str, typer.Option(help="Of the commit.")] = "A student of tide-distill",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")
+    ] = False,
 ) -> None:
     """Put a student on the hub, with its card, its scores and its licence. Nothing but what its users need is sent."""
     from pipelines.publishing.contents import gather

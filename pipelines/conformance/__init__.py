@@ -40,7 +40,11 @@ def run_conformance(folder: Path, only: str | None = None) -> bool:
             continue
         for group in compute(folder):
             print(f"{name:<10} {group.line()}", flush=True)
-            passed, failed, skipped = passed + group.passed, failed + group.failed, skipped + group.skipped
+            passed, failed, skipped = (
+                passed + group.passed,
+                failed + group.failed,
+                skipped + group.skipped,
+            )
     if passed + failed == 0:
         raise TideError(
             f"{folder} holds nothing to check" + (f" for {only}" if only else ""),

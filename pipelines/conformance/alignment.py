@@ -24,12 +24,21 @@ def alignment_groups(folder: Path) -> list[Group]:
         for case in document["cases"]:
             teacher, student = _lengths(case["teacher_tokens"]), _lengths(case["student_tokens"])
             region = Region(0, 0, int(min(teacher.sum(), student.sum())))
-            group.add(float(align_tokens(teacher, student, [region]).tolist() != case["chunks"]), 0.0)
+            group.add(
+                float(align_tokens(teacher, student, [region]).tolist() != case["chunks"]), 0.0
+            )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise TideError(f"{path} has another layout: {error!r}", expected="cases with tokens and chunks") from error
+        raise TideError(
+            f"{path} has another layout: {error!r}", expected="cases with tokens and chunks"
+        ) from error
     return [group]
 
 
 def _lengths(tokens: list[str]) -> np.ndarray:
     decoded = [byte_level_bytes(token) for token in tokens]
-    return np.array([len(token.encode()) if b is None else len(b) for token, b in zip(tokens, decoded, strict=True)])
+    return np.array(
+        [
+            len(token.encode()) if b is None else len(b)
+            for token, b in zip(tokens, decoded, strict=True)
+        ]
+    )

@@ -66,7 +66,9 @@ def loss_groups(folder: Path) -> list[Group]:
     return list(groups.values())
 
 
-def _compare(group: Group, case: dict[str, Any], loss: Tensor, gradient: Tensor, expected: Tensor) -> None:
+def _compare(
+    group: Group, case: dict[str, Any], loss: Tensor, gradient: Tensor, expected: Tensor
+) -> None:
     """Count the case by the larger of the relative differences of value and gradient."""
     value_size, gradient_size = abs(case["loss"]) or 1.0, float(expected.norm()) or 1.0
     value = abs(float(loss) - case["loss"]) / value_size
@@ -78,7 +80,13 @@ def _compare(group: Group, case: dict[str, Any], loss: Tensor, gradient: Tensor,
 def _tidal(case: dict[str, Any]) -> Tidal | None:
     if "axis" not in case:
         return None
-    return Tidal(case["lambda_init"], case["lambda_max"], case["axis"], case["schedule"], case["timestep_weight"])
+    return Tidal(
+        case["lambda_init"],
+        case["lambda_max"],
+        case["axis"],
+        case["schedule"],
+        case["timestep_weight"],
+    )
 
 
 def _token_case(case: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -93,7 +101,9 @@ def _token_case(case: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Tenso
     if settings is not None:
         mixed = strength(settings, case["progress"], t)
         weight = timestep_weight(settings.timestep_weight, t)
-    per_position = token_divergence(logits[masked], topk, temperature, mixed, _TOKEN[case["objective"]])
+    per_position = token_divergence(
+        logits[masked], topk, temperature, mixed, _TOKEN[case["objective"]]
+    )
     return temperature**2 * (weight * per_position).sum() / masked.sum(), logits
 
 
@@ -103,13 +113,19 @@ def _chunk_case(
     logits = tensors["chunk/student_logits"].clone().requires_grad_()
     active, temperature = tensors["chunk/active"].bool(), case["temperature"]
     _, length, vocabulary = logits.shape
-    token_logp = calm.token_log_likelihood(logits.reshape(-1, vocabulary), tensors["chunk/student_ids"].reshape(-1))
+    token_logp = calm.token_log_likelihood(
+        logits.reshape(-1, vocabulary), tensors["chunk/student_ids"].reshape(-1)
+    )
     flat = [(b * length + i, b * active.shape[1] + c) for b, row in enumerate(spans) for c, (x, y) in enumerate(row)
             for i in range(x, y)]  # fmt: skip
     rows, owners = torch.tensor(flat).unbind(1)
-    chunk_logp = calm.chunk_log_likelihood(token_logp, rows, owners, active.numel()).view(active.shape)
+    chunk_logp = calm.chunk_log_likelihood(token_logp, rows, owners, active.numel()).view(
+        active.shape
+    )
     log_student = chunk_logp[active] / temperature
-    target = calm.bound_probability((tensors["chunk/teacher_chunk_logp"][active] / temperature).exp())
+    target = calm.bound_probability(
+        (tensors["chunk/teacher_chunk_logp"][active] / temperature).exp()
+    )
     t = tensors["chunk/t"][:, None].expand(active.shape)[active]
     weight, settings = torch.ones_like(t), _tidal(case)
     if settings is not None:

@@ -26,7 +26,11 @@ _TOLERANCE = 1e-5
 
 def model_groups(folder: Path) -> list[Group]:
     """One group a checkpoint and attention mode; a case is one sequence."""
-    names = sorted(p.parent for p in folder.glob("*/expected.safetensors") if (p.parent / "config.json").exists())
+    names = sorted(
+        p.parent
+        for p in folder.glob("*/expected.safetensors")
+        if (p.parent / "config.json").exists()
+    )
     return [group for name in names for group in _checkpoint_groups(name)] or absent("checkpoints")
 
 
@@ -70,7 +74,9 @@ def _logits(model: Any, key: str, expected: dict[str, Tensor], mask_id: int) -> 
     found = []
     for request in requests:
         inputs = build_inputs(attention, [request])
-        logits = model(input_ids=inputs.ids, attention_mask=inputs.mask, position_ids=inputs.positions).logits[0]
+        logits = model(
+            input_ids=inputs.ids, attention_mask=inputs.mask, position_ids=inputs.positions
+        ).logits[0]
         found.append(_in_order(attention, logits, request))
     return torch.stack(found)
 
@@ -111,7 +117,9 @@ def _in_order(attention: Attention, logits: Tensor, request: Request) -> Tensor:
         case Native(block=block):
             order = torch.from_numpy(observed_first(request, block)).long()
             ordered = logits[len(request.ids) :][torch.argsort(order)]
-            read = torch.from_numpy(request.read).long()  # the reference fills in the masked rows alone
+            read = torch.from_numpy(
+                request.read
+            ).long()  # the reference fills in the masked rows alone
             return torch.zeros_like(ordered).index_copy(0, read, ordered[read])
         case _:
             return logits

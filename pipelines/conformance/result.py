@@ -57,4 +57,6 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise TideError(f"{path} is no whole safetensors file: {error}", fix="copy the folder again") from error
+        raise TideError(
+            f"{path} is no whole safetensors file: {error}", fix="copy the folder again"
+        ) from error

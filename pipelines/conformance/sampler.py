@@ -29,10 +29,15 @@ def sampler_groups(folder: Path) -> list[Group]:
             continue
         checkpoint = open_checkpoint(str(path.parent))
         model = load_model(checkpoint, student_architecture(checkpoint), torch.float32).eval()
-        prompts = [expected[key].tolist() for key in sorted(k for k in expected if re.fullmatch(r"prompt_\d+", k))]
+        prompts = [
+            expected[key].tolist()
+            for key in sorted(k for k in expected if re.fullmatch(r"prompt_\d+", k))
+        ]
         for key in keys:
             steps, block, new = (int(x) for x in re.findall(r"\d+", key))
-            config = SampleConfig(new_tokens=new, block=block, steps_per_block=max(1, steps * block // new))
+            config = SampleConfig(
+                new_tokens=new, block=block, steps_per_block=max(1, steps * block // new)
+            )
             *_, (tokens, _) = sample_steps(model, prompts, _SPECIAL, config)
             group = Group(f"{path.parent.name} {key.removeprefix('sample/')}")
             whole = torch.cat([pad_left(prompts, block, _SPECIAL.pad)[0], tokens], dim=1)

@@ -70,7 +70,9 @@ class _Case:
     @property
     def distillation(self) -> Distillation:
         """The objective."""
-        return build(_Objective, {"distillation": self.about["distillation"]}, f"{self.name} in step.json").distillation
+        return build(
+            _Objective, {"distillation": self.about["distillation"]}, f"{self.name} in step.json"
+        ).distillation
 
     @property
     def shared(self) -> bool:
@@ -115,7 +117,10 @@ def _check(case: _Case) -> Group:
 
 def _rows(case: _Case) -> tuple[list[CacheRow], Manifest, Layout]:
     """What stage one makes of the case: the injected draws, the teacher's passes, the rows."""
-    checkpoint, distillation = open_checkpoint(str(case.folder / case.about["teacher"])), case.distillation
+    checkpoint, distillation = (
+        open_checkpoint(str(case.folder / case.about["teacher"])),
+        case.distillation,
+    )
     model = load_model(checkpoint, _architecture(checkpoint), torch.float32)
     temperatures = tuple(sorted({1.0, getattr(distillation, "temperature", 1.0)}))
     size = int(model.config.vocab_size)
@@ -132,7 +137,9 @@ def _rows(case: _Case) -> tuple[list[CacheRow], Manifest, Layout]:
         merged = merge_passes(spec, view.positions.size, scores, [rows_ for _, rows_ in pairs])
         rows.append(cache_row(example, draw, 0, view, merged, about))
     none = np.zeros(size, np.int32)
-    vocabulary = Vocabulary(none, np.arange(size, dtype=np.int32), np.full((len(temperatures), size), 1 / size, "f4"))
+    vocabulary = Vocabulary(
+        none, np.arange(size, dtype=np.int32), np.full((len(temperatures), size), 1 / size, "f4")
+    )
     return rows, _manifest(case, about, temperatures), Layout(temperatures, "float32", vocabulary)
 
 
@@ -145,18 +152,32 @@ def _example(case: _Case, i: int) -> tuple[Prepared, Draw]:
         chunks = np.zeros((0, 4), np.int32)
         return (Prepared(str(i), ids, spans, None, chunks, True, zero),
                 Draw(t, masked, np.zeros(0, np.int32), in_a.astype(bool)))  # fmt: skip
-    teacher, own = (case.lists(f"chunk_{side}")[i].reshape(-1, 2) for side in ("teacher", "student"))
+    teacher, own = (
+        case.lists(f"chunk_{side}")[i].reshape(-1, 2) for side in ("teacher", "student")
+    )
     places = np.concatenate([np.arange(a, b) for a, b in teacher] or [zero[:0]])
     if not np.array_equal(places, case.lists("teacher_masked")[i]):
         raise TideError(f"{case.name}: teacher_masked of row {i} is not what its chunks cover")
     split = in_a[np.searchsorted(places, teacher[:, 0])].astype(bool)
-    example = Prepared(str(i), ids, spans, case.lists("teacher_ids")[i], np.concatenate([teacher, own], 1), False, zero)
+    example = Prepared(
+        str(i),
+        ids,
+        spans,
+        case.lists("teacher_ids")[i],
+        np.concatenate([teacher, own], 1),
+        False,
+        zero,
+    )
     return example, Draw(t, masked, np.arange(len(own), dtype=np.int32), split)
 
 
 def _manifest(case: _Case, about: RowSettings, temperatures: Sequence[float]) -> Manifest:
     fingerprint = {
-        "targets": {"signals": list(about.signals), "temperatures": list(temperatures), "tail": "prior"},
+        "targets": {
+            "signals": list(about.signals),
+            "temperatures": list(temperatures),
+            "tail": "prior",
+        },
         "teacher": {"student_tokens": case.shared},
         "student": {"mask_id": case.about["student_mask_id"]},
         "lengths": {"block": case.about["block"]},
@@ -167,7 +188,9 @@ def _manifest(case: _Case, about: RowSettings, temperatures: Sequence[float]) ->
 class _Step:
     """Stage two on the case's rows: one forward and one backward of the student."""
 
-    def __init__(self, case: _Case, rows: list[CacheRow], manifest: Manifest, layout: Layout) -> None:
+    def __init__(
+        self, case: _Case, rows: list[CacheRow], manifest: Manifest, layout: Layout
+    ) -> None:
         self._case, self._distillation = case, case.distillation
         checkpoint = open_checkpoint(str(case.folder / case.about["student"]))
         self._model: Any = load_model(checkpoint, student_architecture(checkpoint), torch.float32)
@@ -192,36 +215,54 @@ class _Step:
         with torch.no_grad():
             logp = calm.token_log_likelihood(self._model(batch=batch).float(), batch["gold"])
         count, temperature = len(batch["chunk_logp"]), self._distillation.temperature
-        p = (calm.chunk_log_likelihood(logp, batch["chunk_rows"], batch["chunk_of"], count) / temperature).exp()
+        p = (
+            calm.chunk_log_likelihood(logp, batch["chunk_rows"], batch["chunk_of"], count)
+            / temperature
+        ).exp()
         outside = (p < calm.TEACHER_BOUND) | (p > 1 - calm.TEACHER_BOUND)
         if not outside.any():
             return 0.0, 0
         bounded = calm.bound_probability(p[outside])
         target = calm.bound_probability((batch["chunk_logp"][outside] / temperature).exp())
-        weight, t, settings = torch.ones_like(target), batch["chunk_t"][outside], self._distillation.tidal
+        weight, t, settings = (
+            torch.ones_like(target),
+            batch["chunk_t"][outside],
+            self._distillation.tidal,
+        )
         if settings is not None:
-            target = tidal.tidal_probability(bounded, target, strength(settings, self._settings.progress, t))
+            target = tidal.tidal_probability(
+                bounded, target, strength(settings, self._settings.progress, t)
+            )
             weight = timestep_weight(settings.timestep_weight, t)
         terms, kept = weight * calm.calm(bounded.log(), target), ~outside
         tokens = kept[batch["chunk_of"]]
         number = torch.cumsum(kept, 0) - 1
-        batch["chunk_rows"], batch["chunk_of"] = batch["chunk_rows"][tokens], number[batch["chunk_of"][tokens]]
+        batch["chunk_rows"], batch["chunk_of"] = (
+            batch["chunk_rows"][tokens],
+            number[batch["chunk_of"][tokens]],
+        )
         batch["chunk_host"] = torch.stack([batch["chunk_rows"], batch["chunk_of"]]).numpy()
         batch["chunk_logp"], batch["chunk_t"] = batch["chunk_logp"][kept], batch["chunk_t"][kept]
         return float(terms.sum()), int(outside.sum())
 
     def values(self) -> dict[str, float]:
         """By the names of step.json."""
-        ce, extra = (float(x) for x in parts_of(self._sums, self._settings.counts, self._distillation))
+        ce, extra = (
+            float(x) for x in parts_of(self._sums, self._settings.counts, self._distillation)
+        )
         extra = 0.0 if isinstance(self._distillation, NoDistillation) else extra + self._constant
         return {"ce": ce, "distillation_value": extra, "loss": ce + self._settings.weight * extra}
 
     def gradient_error(self) -> tuple[float, float]:
         """How far the norm of the gradient of all parameters is off, and 1 − cosine."""
         own = {name: p.grad for name, p in self._model.named_parameters() if p.grad is not None}
-        names = sorted(key.removeprefix("grad/") for key in self._case.tensors if key.startswith("grad/"))
+        names = sorted(
+            key.removeprefix("grad/") for key in self._case.tensors if key.startswith("grad/")
+        )
         if sorted(own) != names:
-            raise TideError(f"{self._case.name}: gradients of {sorted(set(own) ^ set(names))} are on one side alone")
+            raise TideError(
+                f"{self._case.name}: gradients of {sorted(set(own) ^ set(names))} are on one side alone"
+            )
         ours = _flat([own[name] for name in names])
         theirs = _flat([self._case.tensors[f"grad/{name}"] for name in names])
         cosine = torch.dot(ours, theirs) / (ours.norm() * theirs.norm())
@@ -236,7 +277,10 @@ def _architecture(checkpoint: Checkpoint) -> str:
     known = known_architecture(checkpoint)
     if known is None:
         kind = checkpoint.config.get("model_type")
-        raise TideError(f"{checkpoint.folder} has a config of model_type {kind!r}", expected="a known architecture")
+        raise TideError(
+            f"{checkpoint.folder} has a config of model_type {kind!r}",
+            expected="a known architecture",
+        )
     return known
 
 
@@ -249,5 +293,7 @@ def _attention(case: _Case) -> Attention:
     if kind == "full":
         return Full()
     if kind not in blocks or not block.isdecimal():
-        raise TideError(f"{case.name}: unknown teacher_attention {case.about['teacher_attention']!r}")
+        raise TideError(
+            f"{case.name}: unknown teacher_attention {case.about['teacher_attention']!r}"
+        )
     return blocks[kind](int(block))

@@ -31,12 +31,16 @@ class Answers:
         """Keep an answer, in memory and on disk. TideError where it cannot be written."""
         key = _key(kind, question)
         self._known[key] = answer
-        line = json.dumps({"sum": _sum(key, answer), "key": key, "answer": answer}, ensure_ascii=False)
+        line = json.dumps(
+            {"sum": _sum(key, answer), "key": key, "answer": answer}, ensure_ascii=False
+        )
         try:
             with self._path.open("a", encoding="utf-8", errors="surrogatepass") as handle:
                 handle.write(line + "\n")
         except OSError as error:
-            raise TideError(f"{self._path} cannot be written: {error.strerror}", fix="give another --output") from error
+            raise TideError(
+                f"{self._path} cannot be written: {error.strerror}", fix="give another --output"
+            ) from error
 
     def discard(self) -> None:
         """Delete the file: the result is written."""
@@ -63,7 +67,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _key(kind: str, question: tuple[Any, ...]) -> str:
-    return hashlib.sha256(json.dumps([kind, *question], sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return hashlib.sha256(
+        json.dumps([kind, *question], sort_keys=True, default=str).encode()
+    ).hexdigest()[:32]
 
 
 def _sum(key: str, answer: Any) -> str:

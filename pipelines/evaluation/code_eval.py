@@ -33,20 +33,33 @@ class CodeEval:
         self._workers = workers or os.cpu_count() or 1
 
     def compute(
-        self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1, 10, 100)
+        self,
+        references: Sequence[str],
+        predictions: Sequence[Sequence[str]],
+        k: Sequence[int] = (1, 10, 100),
     ) -> tuple[dict[str, float], dict[int, list[tuple[int, dict[str, Any]]]]]:
         """pass@k over the problems, and what came of each program: `predictions[i]` each judged by its test."""
         jobs = [(i, j, code) for i, tries in enumerate(predictions) for j, code in enumerate(tries)]
         with ThreadPoolExecutor(self._workers) as pool:
-            found = pool.map(lambda job: run_program(job[2], self._limits, str(references[job[0]])), jobs)
-            results: dict[int, list[tuple[int, dict[str, Any]]]] = {i: [] for i in range(len(predictions))}
+            found = pool.map(
+                lambda job: run_program(job[2], self._limits, str(references[job[0]])), jobs
+            )
+            results: dict[int, list[tuple[int, dict[str, Any]]]] = {
+                i: [] for i in range(len(predictions))
+            }
             for (i, j, _), result in zip(jobs, found, strict=True):
-                about = {"task_id": i, "passed": result == "passed", "result": result, "completion_id": j}
+                about = {
+                    "task_id": i,
+                    "passed": result == "passed",
+                    "result": result,
+                    "completion_id": j,
+                }
                 results[i].append((j, about))
         totals = [len(tries) for tries in predictions]
         correct = [sum(about["passed"] for _, about in results[i]) for i in range(len(predictions))]
         scores = {
-            f"pass@{n}": sum(pass_at_k(a, c, n) for a, c in zip(totals, correct, strict=True)) / len(totals)
+            f"pass@{n}": sum(pass_at_k(a, c, n) for a, c in zip(totals, correct, strict=True))
+            / len(totals)
             for n in k
             if all(total >= n for total in totals)
         }

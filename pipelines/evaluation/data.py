@@ -25,7 +25,8 @@ def parse_places(texts: Sequence[str]) -> dict[str, Path]:
         path = Path(place).expanduser()
         if not path.exists():
             raise TideError(
-                f"--data {text}: there is no {path}", expected="a file of rows, or a folder of the data set"
+                f"--data {text}: there is no {path}",
+                expected="a file of rows, or a folder of the data set",
             )
         places[name] = path.resolve()
     return places
@@ -38,11 +39,22 @@ def local_rows(path: Path) -> dict[str, Any]:
     suffix = next((s for s in reversed(path.suffixes) if s in _LOADERS), None)
     if suffix is None:
         raise TideError(
-            f"{path} is no file of rows", expected=f"a name that ends in {', '.join(_LOADERS)}, perhaps .gz"
+            f"{path} is no file of rows",
+            expected=f"a name that ends in {', '.join(_LOADERS)}, perhaps .gz",
         )
-    splits = {"test_split": "test", "validation_split": None, "training_split": None, "fewshot_split": None}
+    splits = {
+        "test_split": "test",
+        "validation_split": None,
+        "training_split": None,
+        "fewshot_split": None,
+    }
     files = {"data_files": {"test": str(path)}}
-    return {"dataset_path": _LOADERS[suffix], "dataset_name": None, "dataset_kwargs": files, **splits}
+    return {
+        "dataset_path": _LOADERS[suffix],
+        "dataset_name": None,
+        "dataset_kwargs": files,
+        **splits,
+    }
 
 
 def load_tasks(manager: Any, benchmark: Benchmark, place: Path | None) -> dict[str, Any]:
@@ -66,7 +78,9 @@ def load_tasks(manager: Any, benchmark: Benchmark, place: Path | None) -> dict[s
     try:
         with _quiet():
             # the manager itself changes no members of groups: its `load` hands a group's own member list down to them
-            built = TaskFactory().build(index[benchmark.task], overrides=changes or None, registry=index)
+            built = TaskFactory().build(
+                index[benchmark.task], overrides=changes or None, registry=index
+            )
             return manager.load([built])
     except Exception as error:  # whatever datasets, the hub and the task's own code raise
         first = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -14,7 +14,9 @@ Score = tuple[float, bool]
 """The ELBO of a continuation, and whether greedy sampling would give it."""
 
 
-def pieces(context: list[int], tokens: list[int], length: int, block: int) -> list[tuple[list[int], list[int]]]:
+def pieces(
+    context: list[int], tokens: list[int], length: int, block: int
+) -> list[tuple[list[int], list[int]]]:
     """A continuation behind its context, of which the end is kept that fits into `length`; in pieces of half the
     length, each behind what stands before it, where the continuation itself does not fit.
     """
@@ -36,7 +38,9 @@ class Likelihoods:
     length: int
     batch: int
 
-    def score(self, questions: Sequence[tuple[list[int], list[list[int]]]]) -> Iterator[tuple[int, list[Score]]]:
+    def score(
+        self, questions: Sequence[tuple[list[int], list[list[int]]]]
+    ) -> Iterator[tuple[int, list[Score]]]:
         """The scores of each question's continuations, with its number; the longest questions first."""
         whole: list[int] = []
         for number, (context, tokens) in enumerate(questions):
@@ -62,7 +66,9 @@ class Likelihoods:
         """The sum over the pieces. That greedy sampling would give so much is not looked at."""
         parts = [(c, [t]) for c, t in pieces(context, tokens, self.length, self.elbo.block)]
         model, special = self.student.model, self.student.special
-        return sum(log_likelihoods_together(model, [part], special, self.elbo)[0][0] for part in parts), False
+        return sum(
+            log_likelihoods_together(model, [part], special, self.elbo)[0][0] for part in parts
+        ), False
 
     def _are_greedy(self, questions: Sequence[Question]) -> list[list[bool]]:
         """Whether greedy sampling, one token a step, gives each; a row is given up when its answers all differ."""
@@ -78,7 +84,10 @@ class Likelihoods:
         for state, _ in sample_steps(self.student.model, contexts, special, config, stop):
             for row, made in enumerate(state.tolist()):
                 for number, wanted in enumerate(questions[row][1]):
-                    same = all(token in (special.mask, want) for token, want in zip(made, wanted, strict=False))
+                    same = all(
+                        token in (special.mask, want)
+                        for token, want in zip(made, wanted, strict=False)
+                    )
                     alike[row][number] = alike[row][number] and same
             if not any(map(any, alike)):
                 break

@@ -70,7 +70,9 @@ class TideBD3LM(TemplateLM):
             )
         self._processes, self._answers = Processes(), answers
         loaded = isinstance(pretrained, LoadedStudent)
-        self._student = pretrained if loaded else load_for_use(pretrained, self._processes.device(device))
+        self._student = (
+            pretrained if loaded else load_for_use(pretrained, self._processes.device(device))
+        )
         self.tokenizer = self._student.tokenizer.backend
         self._device = self._student.model.get_input_embeddings().weight.device
         self._rank, self._world_size = self._processes.rank, self._processes.count
@@ -81,7 +83,9 @@ class TideBD3LM(TemplateLM):
             "guidance": float(guidance),
         }  # fmt: skip
         self._temperature, self._top_k, self._top_p = float(temperature), top_k, top_p
-        self._max_length = max_length or int(getattr(self._student.model.config, "max_position_embeddings", 2048))
+        self._max_length = max_length or int(
+            getattr(self._student.model.config, "max_position_embeddings", 2048)
+        )
         self._longest_answer = self._max_length - self._sampling["block"]  # a block is the prompt's
         if (max_new_tokens or 1) > self._longest_answer:
             raise TideError(
@@ -106,7 +110,9 @@ class TideBD3LM(TemplateLM):
         """Names the requests that lm-eval caches."""
         return self._student.tokenizer.fingerprint
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
         """Ids of a text; nothing is added."""
         return self._student.tokenizer.encode([string])[0]
 
@@ -115,7 +121,9 @@ class TideBD3LM(TemplateLM):
         kept = context.rstrip(" ")
         return self.tok_encode(kept), self.tok_encode(context[len(kept) :] + continuation)
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """The chat up to the response, an empty think block included where the template has one.
 
         Without `add_generation_prompt` the last message is the beginning of the response and stays open.
@@ -137,13 +145,19 @@ class TideBD3LM(TemplateLM):
             questions.append((context, options, again))
             groups[self._settings(options, again)].append(number)
         answers = [self._known("generate_until", *question) for question in questions]
-        with tqdm(total=len(requests), desc="generating", disable=disable_tqdm or self._rank > 0) as bar:
+        with tqdm(
+            total=len(requests), desc="generating", disable=disable_tqdm or self._rank > 0
+        ) as bar:
             for config, numbers in groups.items():
                 bar.update(sum(answers[n] is not None for n in numbers))
-                asked = sorted((n for n in numbers if answers[n] is None), key=lambda n: -len(questions[n][0]))
+                asked = sorted(
+                    (n for n in numbers if answers[n] is None), key=lambda n: -len(questions[n][0])
+                )
                 for start in range(0, len(asked), self._batch):
                     part = asked[start : start + self._batch]
-                    for number, answer in zip(part, self._answer([requests[n] for n in part], config), strict=True):
+                    for number, answer in zip(
+                        part, self._answer([requests[n] for n in part], config), strict=True
+                    ):
                         answers[number] = answer
                         self._keep("generate_until", questions[number], answer)
                         self.cache_hook.add_partial("generate_until", requests[number].args, answer)
@@ -159,15 +173,20 @@ class TideBD3LM(TemplateLM):
 
     def _settings(self, options: dict[str, Any], repeat: int) -> SampleConfig:
         """How to sample for a request's options; a repeated request gets noise of its own."""
-        tokens = next((int(options[key]) for key in _LIMITS if options.get(key)), _DEFAULT_NEW_TOKENS)
-        tokens = self._max_new_tokens or min(tokens, self._longest_answer)  # a task may know of longer models
+        tokens = next(
+            (int(options[key]) for key in _LIMITS if options.get(key)), _DEFAULT_NEW_TOKENS
+        )
+        tokens = self._max_new_tokens or min(
+            tokens, self._longest_answer
+        )  # a task may know of longer models
         greedy = options.get("do_sample") is False
         warm = 0.0 if greedy else float(options.get("temperature") or 0.0)
         return SampleConfig(
             new_tokens=tokens,
             steps_per_block=steps_per_block(tokens, self._steps, self._sampling["block"]),
             temperature=self._temperature or warm,
-            top_k=self._top_k or (max(int(options.get("top_k") or 0), 0) or None),  # 0 and −1 are other models' "all"
+            top_k=self._top_k
+            or (max(int(options.get("top_k") or 0), 0) or None),  # 0 and −1 are other models' "all"
             top_p=float(self._top_p or options.get("top_p") or 1.0),
             seed=self._seed + repeat,
             **self._sampling,
@@ -175,9 +194,13 @@ class TideBD3LM(TemplateLM):
 
     def _answer(self, requests: Sequence[Instance], config: SampleConfig) -> list[str]:
         """One batch. A row leaves it when a stop text stands in its finished blocks."""
-        stops = [Stops.of(self._student, _arguments(request)[1].get("until")) for request in requests]
+        stops = [
+            Stops.of(self._student, _arguments(request)[1].get("until")) for request in requests
+        ]
         room = (self._max_length - config.new_tokens) // config.block * config.block
-        prompts = [self.tok_encode(_arguments(request)[0]) or [self.eot_token_id] for request in requests]
+        prompts = [
+            self.tok_encode(_arguments(request)[0]) or [self.eot_token_id] for request in requests
+        ]
         self.truncated += sum(len(prompt) > room for prompt in prompts)
         prompts, student = [prompt[-room:] for prompt in prompts], self._student
 
@@ -189,7 +212,10 @@ class TideBD3LM(TemplateLM):
         return [end.cut(row)[0] for row, end in zip(rows, stops, strict=True)]
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         """ELBO of each continuation, and whether greedy sampling would give it. Answers to one context go together, and
         several contexts share passes.
@@ -198,13 +224,23 @@ class TideBD3LM(TemplateLM):
         for number, (_, context, _) in enumerate(requests):
             groups[tuple(context)].append(number)
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        known = {n: tuple(a) for n, (q, _, _) in enumerate(requests) if (a := self._known("loglikelihood", q))}
-        keys = [key for key, numbers in groups.items() if any(requests[n][2] and n not in known for n in numbers)]
+        known = {
+            n: tuple(a)
+            for n, (q, _, _) in enumerate(requests)
+            if (a := self._known("loglikelihood", q))
+        }
+        keys = [
+            key
+            for key, numbers in groups.items()
+            if any(requests[n][2] and n not in known for n in numbers)
+        ]
         real = [[n for n in groups[key] if requests[n][2] and n not in known] for key in keys]
         asked = [(list(key) or [self.eot_token_id], [requests[n][2] for n in numbers])
                  for key, numbers in zip(keys, real, strict=True)]  # fmt: skip
         scorer = Likelihoods(self._student, self._elbo, self._max_length, self._batch)
-        with tqdm(total=len(requests), desc="likelihoods", disable=disable_tqdm or self._rank > 0) as bar:
+        with tqdm(
+            total=len(requests), desc="likelihoods", disable=disable_tqdm or self._rank > 0
+        ) as bar:
             bar.update(len(requests) - sum(map(len, real)))
             for number, answer in known.items():
                 results[number] = answer
@@ -218,7 +254,9 @@ class TideBD3LM(TemplateLM):
                 bar.update(len(scores))
         return results
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
         """ELBO of whole texts, in windows of the student's length that do not overlap."""
         totals = []
         for request in tqdm(requests, desc="rolling", disable=disable_tqdm or self._rank > 0):

@@ -49,7 +49,8 @@ def read_benchmarks(path: Path) -> dict[str, Benchmark]:
         if not isinstance(values, dict) or "task" not in values or set(values) - known:
             extra = sorted(set(values) - known) if isinstance(values, dict) else []
             raise TideError(
-                f"{name} in {path} is no benchmark" + (f": unknown {', '.join(extra)}" if extra else ""),
+                f"{name} in {path} is no benchmark"
+                + (f": unknown {', '.join(extra)}" if extra else ""),
                 expected=f"a table with `task`, and any of {', '.join(sorted(known - {'task'}))}",
             )
         found[name] = Benchmark(**{"name": name, "title": name, **values})
@@ -69,6 +70,8 @@ def choose(names: str, recipe: Path | None, **changes: Any) -> list[Benchmark]:
         elif name:
             chosen.append(known.get(name) or Benchmark(name, name, name, chat=False))
     if not chosen:
-        raise TideError("no task is named", expected=f"--tasks paper, or some of {', '.join(known)}")
+        raise TideError(
+            "no task is named", expected=f"--tasks paper, or some of {', '.join(known)}"
+        )
     given = {key: value for key, value in changes.items() if value is not None}
     return [replace(benchmark, **given) for benchmark in {b.name: b for b in chosen}.values()]

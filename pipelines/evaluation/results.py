@@ -60,9 +60,13 @@ def finished(out: Path, benchmark: Benchmark, settings: dict[str, Any]) -> bool:
     if not path.exists():
         return False
     before = _read(path)["settings"]
-    differs = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
+    differs = sorted(
+        key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key)
+    )
     if differs:
-        lines = "".join(f"\n    {key}: {before.get(key)!r} there, {settings.get(key)!r} now" for key in differs)
+        lines = "".join(
+            f"\n    {key}: {before.get(key)!r} there, {settings.get(key)!r} now" for key in differs
+        )
         raise TideError(
             f"{path} holds a result with other settings:{lines}",
             fix="give another --output, or delete that file to measure again",
@@ -71,7 +75,11 @@ def finished(out: Path, benchmark: Benchmark, settings: dict[str, Any]) -> bool:
 
 
 def save(
-    out: Path, benchmark: Benchmark, settings: dict[str, Any], found: dict[str, Any], about: dict[str, float]
+    out: Path,
+    benchmark: Benchmark,
+    settings: dict[str, Any],
+    found: dict[str, Any],
+    about: dict[str, float],
 ) -> None:
     """Write a benchmark's answers, then its result, each whole or not at all. `about` goes in with the result."""
     samples = found.pop("samples", {})
@@ -85,8 +93,12 @@ def save(
         kept = f"{out}/{benchmark.name}.samples.jsonl"
         raise TideError(
             f"{benchmark.task} reports no {metric or 'score'}; its answers are kept in {kept}",
-            expected=f"one of {', '.join(scores)}" if scores else "a task, or a group that adds its tasks up",
-            fix=f"name it as `metric` of [{benchmark.name}] in the recipe" if scores else "name its tasks one by one",
+            expected=f"one of {', '.join(scores)}"
+            if scores
+            else "a task, or a group that adds its tasks up",
+            fix=f"name it as `metric` of [{benchmark.name}] in the recipe"
+            if scores
+            else "name its tasks one by one",
         )
     name, _, kind = metric.partition(",")
     error = measured.get(f"{name}_stderr,{kind}")
@@ -127,5 +139,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         found = read_json(path, _LARGEST)
     except (OSError, ValueError) as error:
-        raise TideError(f"{path} cannot be read: {error}", fix="delete it and measure again") from error
+        raise TideError(
+            f"{path} cannot be read: {error}", fix="delete it and measure again"
+        ) from error
     return found if isinstance(found, dict) else {}

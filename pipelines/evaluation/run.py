@@ -41,13 +41,18 @@ class EvalSettings:
     limits: Limits = field(default_factory=Limits)
 
 
-def run_benchmarks(student: str, benchmarks: list[Benchmark], settings: EvalSettings, out: Path) -> list[Score]:
+def run_benchmarks(
+    student: str, benchmarks: list[Benchmark], settings: EvalSettings, out: Path
+) -> list[Score]:
     """Measure, and return the scores in the order asked. Everything that can be wrong is looked at before the model."""
     check_installed()
     unknown = set(settings.data) - {b.name for b in benchmarks}
     if unknown:
         names = ", ".join(b.name for b in benchmarks)
-        raise TideError(f"--data names {', '.join(sorted(unknown))}", expected=f"benchmarks of this call: {names}")
+        raise TideError(
+            f"--data names {', '.join(sorted(unknown))}",
+            expected=f"benchmarks of this call: {names}",
+        )
     checkpoint = open_checkpoint(resolve(student))
     fingerprint = checkpoint.fingerprint()
     block = settings.sampling.get("block_size") or checkpoint.config.get("block_size") or 32
@@ -56,7 +61,9 @@ def run_benchmarks(student: str, benchmarks: list[Benchmark], settings: EvalSett
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TideError(f"{out} cannot be made: {error.strerror}", fix="give another --output") from error
+        raise TideError(
+            f"{out} cannot be made: {error.strerror}", fix="give another --output"
+        ) from error
     open_ones = [b for b in benchmarks if not finished(out, b, described[b.name])]
     if open_ones:
         with ExitStack() as held, code_eval_with_limits(settings.limits):
@@ -94,7 +101,11 @@ def _describe(benchmark: Benchmark, settings: EvalSettings, fingerprint: str) ->
         rows = hashlib.sha256(place.read_bytes()).hexdigest()[:16]
     return {
         "student": fingerprint,
-        **{key: value for key, value in asdict(benchmark).items() if key not in ("name", "title", "metric")},
+        **{
+            key: value
+            for key, value in asdict(benchmark).items()
+            if key not in ("name", "title", "metric")
+        },
         **settings.sampling,
         "device": choose_device(settings.device).type,
         "limit": settings.limit,
@@ -103,13 +114,17 @@ def _describe(benchmark: Benchmark, settings: EvalSettings, fingerprint: str) ->
     }
 
 
-def _tasks(benchmarks: list[Benchmark], settings: EvalSettings) -> dict[str, tuple[Benchmark, dict[str, Any]]]:
+def _tasks(
+    benchmarks: list[Benchmark], settings: EvalSettings
+) -> dict[str, tuple[Benchmark, dict[str, Any]]]:
     """lm-eval's tasks with their rows, by benchmark. TideError where one would run code and that was not allowed."""
     found = {}
     manager = _task_manager()
     for benchmark in benchmarks:
         loaded = load_tasks(manager, benchmark, settings.data.get(benchmark.name))
-        if not settings.run_code and any(getattr(t, "UNSAFE_CODE", False) for t in loaded["tasks"].values()):
+        if not settings.run_code and any(
+            getattr(t, "UNSAFE_CODE", False) for t in loaded["tasks"].values()
+        ):
             raise TideError(
                 f"{benchmark.name} runs the code that the student writes",
                 expected="your consent",
@@ -169,7 +184,10 @@ def _measure(
             about = {"seconds": time.monotonic() - started, "prompts_cut": model.truncated}
             save(out, benchmark, described[name], found, about)
             if model.truncated:
-                print(f"{name}: {model.truncated} prompts lost their beginning, too long to fit", file=sys.stderr)
+                print(
+                    f"{name}: {model.truncated} prompts lost their beginning, too long to fit",
+                    file=sys.stderr,
+                )
         processes.barrier()
         answers.discard()
     part()

@@ -19,14 +19,19 @@ def score_table(scores: list[Score]) -> str:
         unit = " %" if score.percent else ""
         error = "–" if score.error is None else f"{(100 if score.percent else 1) * score.error:.2f}"
         rows = f"{score.rows} (limited)" if score.limited else str(score.rows)
-        lines.append(f"| {score.title} | {score.metric} | {score.shown:.2f}{unit} | {error} | {rows} |")
+        lines.append(
+            f"| {score.title} | {score.metric} | {score.shown:.2f}{unit} | {error} | {rows} |"
+        )
     return "\n".join(lines)
 
 
 def paper_scores() -> dict[str, dict[str, float]]:
     """The paper's table: row, then benchmark, in per cent."""
     found = read_toml(packaged("paper_scores.toml"))
-    return {row: dict(zip(found["benchmarks"], values, strict=True)) for row, values in found["rows"].items()}
+    return {
+        row: dict(zip(found["benchmarks"], values, strict=True))
+        for row, values in found["rows"].items()
+    }
 
 
 def find_scores(folder: Path) -> dict[str, list[Score]]:
@@ -47,8 +52,12 @@ def beside_the_paper(measured: dict[str, list[Score]]) -> pl.DataFrame:
     Other benchmarks get columns behind them. An average stands only where all eight were scored on all their rows.
     """
     titles = {name: benchmark.title for name, benchmark in paper_benchmarks().items()}
-    others = {s.name: s.title for scores in measured.values() for s in scores if s.name not in titles}
-    rows = [_row("paper", name, values, {}, titles | others) for name, values in paper_scores().items()]
+    others = {
+        s.name: s.title for scores in measured.values() for s in scores if s.name not in titles
+    }
+    rows = [
+        _row("paper", name, values, {}, titles | others) for name, values in paper_scores().items()
+    ]
     for run, scores in sorted(measured.items()):
         values = {score.name: score.shown for score in scores}
         marks = {score.name: score.mark for score in scores}
@@ -59,7 +68,12 @@ def beside_the_paper(measured: dict[str, list[Score]]) -> pl.DataFrame:
 def _row(
     source: str, name: str, values: dict[str, float], marks: dict[str, str], titles: dict[str, str]
 ) -> dict[str, str]:
-    cells = {title: f"{values[key]:.2f}{marks.get(key, '')}" if key in values else "–" for key, title in titles.items()}
-    eight = [values[key] for key in paper_benchmarks() if key in values and "*" not in marks.get(key, "")]
+    cells = {
+        title: f"{values[key]:.2f}{marks.get(key, '')}" if key in values else "–"
+        for key, title in titles.items()
+    }
+    eight = [
+        values[key] for key in paper_benchmarks() if key in values and "*" not in marks.get(key, "")
+    ]
     average = f"{statistics.mean(eight):.2f}" if len(eight) == len(paper_benchmarks()) else "–"
     return {"source": source, "student": name, **cells, "average of 8": average}

@@ -119,7 +119,10 @@ def _gaps(student: LoadedStudent) -> Iterator[_Gap]:
         edges = token_boundaries(student.tokenizer.byte_lengths[answer])
         rows = text.encode().split(b"\n")
         starts = np.cumsum([0, *(len(row) + 1 for row in rows)])
-        inside = [np.flatnonzero((edges[:-1] >= at) & (edges[1:] <= at + len(row))) for at, row in zip(starts, rows)]  # noqa: B905
+        inside = [
+            np.flatnonzero((edges[:-1] >= at) & (edges[1:] <= at + len(row)))
+            for at, row in zip(starts, rows)
+        ]
         fit = [places for places in inside[1:] if 3 <= len(places) <= _LINE]
         if fit:
             places = fit[hashlib.sha256(text.encode()).digest()[1] % len(fit)]
@@ -127,13 +130,17 @@ def _gaps(student: LoadedStudent) -> Iterator[_Gap]:
 
 
 @torch.no_grad()
-def _fill(student: LoadedStudent, gaps: Sequence[_Gap], threshold: float) -> list[tuple[list[int], int]]:
+def _fill(
+    student: LoadedStudent, gaps: Sequence[_Gap], threshold: float
+) -> list[tuple[list[int], int]]:
     """What the student puts in each gap, the rest of the text given, and the steps that it took."""
     block = student.block or 32
     clean, _ = pad([gap.ids for gap in gaps])
     row = torch.from_numpy(np.repeat(np.arange(len(gaps)), [len(gap.places) for gap in gaps]))
     column = torch.from_numpy(np.concatenate([gap.places for gap in gaps])).long()
-    places, place = needed_places([gap.places for gap in gaps], [len(gap.ids) for gap in gaps], block)
+    places, place = needed_places(
+        [gap.places for gap in gaps], [len(gap.ids) for gap in gaps], block
+    )
     noised = clean.clone()
     noised[row, column] = student.special.mask
     open_, steps = torch.ones(len(row), dtype=torch.bool), torch.zeros(len(gaps), dtype=torch.long)

@@ -45,9 +45,13 @@ class Grid:
     def __post_init__(self) -> None:
         for name, variant in self.variants.items():
             if variant.cache not in self.caches:
-                raise ValueError(f"variant {name} names the cache {variant.cache!r}; there are {sorted(self.caches)}")
+                raise ValueError(
+                    f"variant {name} names the cache {variant.cache!r}; there are {sorted(self.caches)}"
+                )
             if variant.against is not None and variant.against not in self.variants:
-                raise ValueError(f"variant {name} is to be compared with {variant.against!r}, which is no variant")
+                raise ValueError(
+                    f"variant {name} is to be compared with {variant.against!r}, which is no variant"
+                )
 
 
 def run_ablation(recipe: Path, out: Path, at_once: int | None = None) -> Path:
@@ -63,7 +67,13 @@ def run_ablation(recipe: Path, out: Path, at_once: int | None = None) -> Path:
     for seed in grid.seeds:
         for name, variant in grid.variants.items():
             cache = str(caches[variant.cache].out)
-            values = {**starts[variant.cache], **grid.train, **variant.train, "cache": cache, "seed": seed}
+            values = {
+                **starts[variant.cache],
+                **grid.train,
+                **variant.train,
+                "cache": cache,
+                "seed": seed,
+            }
             where = f"variant {name} in {recipe}"
             build(TrainConfig, values, where)
             jobs.append(Job(out / f"{name}-seed{seed}", train_arguments(values)))

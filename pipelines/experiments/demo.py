@@ -28,7 +28,12 @@ from shared.system.hardware import describe_hardware
 from shared.system.locks import hold
 from shared.text.tokenizers import Tokenizer
 from student_train.model.student import student_architecture
-from student_train.training.heldout import masked_nll, prepare_heldout, student_predictor, teacher_predictor
+from student_train.training.heldout import (
+    masked_nll,
+    prepare_heldout,
+    student_predictor,
+    teacher_predictor,
+)
 from teacher_cache.run.build import build_cache
 from teacher_cache.teachers.registry import find_teacher
 
@@ -80,11 +85,15 @@ def _run(out: Path, seeds: int) -> Path:
     todo = sum(not job.finished for job in jobs)
     caches = list(dict.fromkeys(variant.cache for variant in VARIANTS))
     for number, name in enumerate(caches, 1):
-        report = build_cache(cache_config(None, packaged_recipe(name), [], out=out / "caches" / name))
+        report = build_cache(
+            cache_config(None, packaged_recipe(name), [], out=out / "caches" / name)
+        )
         if report.computed:
             left = (len(caches) - number) + todo * _STUDENT
             minutes = (time.monotonic() - started) / number * left / 60
-            print(f"{number} of {len(caches)} caches done, then {todo} students: about {minutes:.0f} min left")
+            print(
+                f"{number} of {len(caches)} caches done, then {todo} students: about {minutes:.0f} min left"
+            )
     cached = time.monotonic() - started
     train_all(jobs)
     score_all([job.folder for job in jobs], os.cpu_count() or 1)
@@ -119,7 +128,13 @@ def verdicts(runs: list[Run]) -> str:
         gains = [-x for x in differences(runs, base, name, final("nll"))]
         if not gains:
             continue
-        word = "helped" if min(gains) > 0 else "did not help" if max(gains) <= 0 else "helped for some seeds only"
+        word = (
+            "helped"
+            if min(gains) > 0
+            else "did not help"
+            if max(gains) <= 0
+            else "helped for some seeds only"
+        )
         lines.append(
             f"* **{name}** {word}: held-out NLL {paired(gains).mean:+.3f} nats a token lower than undistilled on "
             f"average ({', '.join(f'{g:+.3f}' for g in gains)} by seed)."
@@ -161,10 +176,14 @@ def _score_start(training: TrainConfig, lengths: LengthConfig) -> dict[str, floa
     return masked_nll(model, heldout, student_predictor(model, lengths.block))
 
 
-def score_teacher(name: str, data: DataConfig, lengths: LengthConfig, draws: int) -> dict[str, float]:
+def score_teacher(
+    name: str, data: DataConfig, lengths: LengthConfig, draws: int
+) -> dict[str, float]:
     """`masked_nll` of a teacher under full attention, on the masks that the students of its tokenizer are scored on."""
     entry = find_teacher(name)
     checkpoint = open_checkpoint(resolve(entry.model))
     model = load_model(checkpoint, entry.architecture, torch.float32)
-    heldout = prepare_heldout(data, lengths, Tokenizer.load(checkpoint.folder), entry.mask_id, draws)
+    heldout = prepare_heldout(
+        data, lengths, Tokenizer.load(checkpoint.folder), entry.mask_id, draws
+    )
     return masked_nll(model, heldout, teacher_predictor(model))

@@ -44,7 +44,13 @@ def train_all(jobs: Sequence[Job], at_once: int | None = None) -> None:
     limit = at_once or os.cpu_count() or 1
     before, _ = _steps(jobs)
     # smoothing=0: the mean rate since the start, which holds the starting times of students and any other load too.
-    with tqdm(initial=before, unit="step", desc=f"train {len(jobs)} students", smoothing=0, dynamic_ncols=True) as bar:
+    with tqdm(
+        initial=before,
+        unit="step",
+        desc=f"train {len(jobs)} students",
+        smoothing=0,
+        dynamic_ncols=True,
+    ) as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < limit:
@@ -56,14 +62,24 @@ def train_all(jobs: Sequence[Job], at_once: int | None = None) -> None:
                     folder = running.pop(process).folder
                     if process.returncode != 0:
                         log = (folder / "log.txt").read_text(errors="replace")[-2000:]
-                        raise TideError(f"training {folder.name} failed (exit {process.returncode}):\n{log}")
+                        raise TideError(
+                            f"training {folder.name} failed (exit {process.returncode}):\n{log}"
+                        )
         finally:
             end_children(list(running))
 
 
 def _start(job: Job) -> subprocess.Popen[bytes]:
     job.folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pipelines.cli", "train", *job.arguments, "--out", str(job.folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "train",
+        *job.arguments,
+        "--out",
+        str(job.folder),
+    ]
     with (job.folder / "log.txt").open("wb") as log:
         return start_child(command, {"OMP_NUM_THREADS": "1"}, log)
 
@@ -74,7 +90,9 @@ def _steps(jobs: Sequence[Job]) -> tuple[int, int | None]:
     if not known:
         return 0, None
     longest = max(total for _, total in known)
-    return sum(done for done, _ in known), sum(total for _, total in known) + longest * (len(jobs) - len(known))
+    return sum(done for done, _ in known), sum(total for _, total in known) + longest * (
+        len(jobs) - len(known)
+    )
 
 
 def _state(folder: Path) -> tuple[int, int] | None:

@@ -13,7 +13,9 @@ REHEARSED = "tide_rehearsed"
 
 
 @torch.library.custom_op(
-    "tide::rehearsed_attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v, int pairs) -> (Tensor, Tensor)"
+    "tide::rehearsed_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, int pairs) -> (Tensor, Tensor)",
 )
 def _forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     """Output, and the logarithm of each row's sum, which the backward pass needs. Content is not computed."""
@@ -30,7 +32,9 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     mutates_args=(),
     schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor o, Tensor sums, int pairs) -> (Tensor, Tensor, Tensor)",
 )
-def _backward(_grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    _grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -59,7 +63,9 @@ def _flops(q: Any, _k: Any, v: Any, pairs: int, **_: Any) -> int:
 
 
 @register_flop_formula(torch.ops.tide.rehearsed_attention_backward)
-def _flops_backward(_grad: Any, q: Any, _k: Any, v: Any, _out: Any, _sums: Any, pairs: int, **_: Any) -> int:
+def _flops_backward(
+    _grad: Any, q: Any, _k: Any, v: Any, _out: Any, _sums: Any, pairs: int, **_: Any
+) -> int:
     """Five products where forward has two."""
     return 5 * pairs * q[1] * (q[-1] + v[-1])
 

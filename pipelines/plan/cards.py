@@ -26,7 +26,10 @@ class Card:
 
     def seconds(self, flops: float, amount: float) -> float:
         """Time of a kernel by roofline: its products, or its bytes, whichever take longer."""
-        return max(flops / (self.tflops * 1e12 * self.products), amount / (self.terabytes * 1e12 * self.copies))
+        return max(
+            flops / (self.tflops * 1e12 * self.products),
+            amount / (self.terabytes * 1e12 * self.copies),
+        )
 
 
 CARDS = {

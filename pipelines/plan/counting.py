@@ -69,7 +69,9 @@ class Cost:
         )  # fmt: skip
 
     def __mul__(self, times: int) -> Cost:
-        return Cost(self.kernels * times, self.flops * times, self.bytes * times, self.seconds * times)
+        return Cost(
+            self.kernels * times, self.flops * times, self.bytes * times, self.seconds * times
+        )
 
 
 def cost(kernels: list[Kernel], card: Card) -> Cost:
@@ -114,7 +116,9 @@ class Counter(TorchDispatchMode):
             outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
             count = flop_registry.get(func._overloadpacket)
             flops = float(count(*args, **kwargs, out_val=out)) if count is not None else 0.0
-            self.kernels.append(Kernel(name, self._phase, flops, self._sizes(inputs), self._sizes(outputs)))
+            self.kernels.append(
+                Kernel(name, self._phase, flops, self._sizes(inputs), self._sizes(outputs))
+            )
         return out
 
     def _sizes(self, tensors: list[torch.Tensor]) -> dict[int, int]:
@@ -130,7 +134,9 @@ class Counter(TorchDispatchMode):
 
 def _is_view(func: Any) -> bool:
     returns = func._schema.returns
-    return bool(returns) and any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    return bool(returns) and any(
+        r.alias_info is not None and not r.alias_info.is_write for r in returns
+    )
 
 
 def fused(kernels: list[Kernel], phases: tuple[str, ...]) -> list[Kernel]:
@@ -146,7 +152,9 @@ def fused(kernels: list[Kernel], phases: tuple[str, ...]) -> list[Kernel]:
     run: list[int] = []
 
     def flush() -> None:
-        found.extend(_joined(kernels, part, run[-1], last_read) for part in _connected(kernels, run))
+        found.extend(
+            _joined(kernels, part, run[-1], last_read) for part in _connected(kernels, run)
+        )
         run.clear()
 
     for i, kernel in enumerate(kernels):
@@ -214,7 +222,8 @@ class Phases:
         """Of all parts. `passes`: how often all but the optimizer comes in a step."""
         parts = self.compiled if compiled else self.plain
         return sum(
-            (part * (1 if name == OPTIMIZER else passes) for name, part in parts.items()), Cost(0, 0.0, 0.0, 0.0)
+            (part * (1 if name == OPTIMIZER else passes) for name, part in parts.items()),
+            Cost(0, 0.0, 0.0, 0.0),
         )
 
     def seconds(self, compiled: bool, passes: int = 1) -> float:
@@ -224,4 +233,6 @@ class Phases:
 
     def share_of_peak(self, compiled: bool, passes: int = 1) -> float:
         """Of the card's products."""
-        return self.total(compiled, passes).flops / (self.seconds(compiled, passes) * self.card.tflops * 1e12)
+        return self.total(compiled, passes).flops / (
+            self.seconds(compiled, passes) * self.card.tflops * 1e12
+        )

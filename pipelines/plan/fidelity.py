@@ -78,7 +78,9 @@ class _Student:
     head: Tensor
 
 
-def measure_fidelity(config: CacheConfig, student: StudentConfig, grid: Grid, examples: int) -> list[Fidelity]:
+def measure_fidelity(
+    config: CacheConfig, student: StudentConfig, grid: Grid, examples: int
+) -> list[Fidelity]:
     """The grid, halfway through training. TideError where teacher and student share no tokenizer."""
     hottest = tuple(sorted({1.0, *grid.temperatures}))
     targets = dataclasses.replace(config.targets, signals=("topk",), temperatures=hottest)
@@ -90,12 +92,16 @@ def measure_fidelity(config: CacheConfig, student: StudentConfig, grid: Grid, ex
             fix="use such a teacher, as tiny-shared; chunk likelihoods are cached whole and lose nothing",
         )
     sample = take_sample(plan, examples)
-    checkpoint = None if student.checkpoint is None else open_checkpoint(resolve(student.checkpoint))
+    checkpoint = (
+        None if student.checkpoint is None else open_checkpoint(resolve(student.checkpoint))
+    )
     model = student_for(student, checkpoint, plan.student, plan.manifest)
     points: list[Fidelity] = []
     states: _Student | None = None
     whole: TopKTargets | None = None
-    for k, classes in tqdm(list(itertools.product(grid.ks, grid.classes)), unit="cache", desc="fidelity"):
+    for k, classes in tqdm(
+        list(itertools.product(grid.ks, grid.classes)), unit="cache", desc="fidelity"
+    ):
         layout, rows = sample.cached(k, classes)
         table = to_table(rows, layout)
         size = _bytes(table, layout, sum(row.masked.size for row in rows))
@@ -107,7 +113,9 @@ def measure_fidelity(config: CacheConfig, student: StudentConfig, grid: Grid, ex
             whole = _whole(sample.read_logits(), layout.vocabulary, hottest)
         read = TargetReader(plan.manifest, layout)(batch)
         assert read.topk is not None
-        for tail, kind, temperature in itertools.product(grid.tails, grid.objectives, grid.temperatures):
+        for tail, kind, temperature in itertools.product(
+            grid.tails, grid.objectives, grid.temperatures
+        ):
             settings = KL(temperature=temperature, tidal=Tidal() if kind == "tidal" else None)
             shaped = dataclasses.replace(read.topk, student_shaped=tail == "student")
             mass = float(torch.sigmoid(-read.topk.odds[temperature]).mean())
@@ -140,11 +148,15 @@ def _whole(logits: Tensor, vocabulary: Vocabulary, temperatures: Sequence[float]
     return TopKTargets(ids, logp, kept, dict.fromkeys(temperatures, empty), classes)
 
 
-def _compare(student: _Student, cached: Targets, whole: TopKTargets, settings: KL) -> tuple[float, float, float, float]:
+def _compare(
+    student: _Student, cached: Targets, whole: TopKTargets, settings: KL
+) -> tuple[float, float, float, float]:
     """Cosines on logits, hidden states and head, and the ratio of norms on the hidden states."""
     n = len(student.hidden)
     heads = [torch.zeros_like(student.head) for _ in range(2)]
-    dots = torch.zeros(2, 3, dtype=torch.float64)  # on logits and hidden states: cached·whole, cached², whole²
+    dots = torch.zeros(
+        2, 3, dtype=torch.float64
+    )  # on logits and hidden states: cached·whole, cached², whole²
     for start in range(0, n, _ROWS):
         part = slice(start, min(n, start + _ROWS))
         hidden = student.hidden[part]
@@ -153,7 +165,9 @@ def _compare(student: _Student, cached: Targets, whole: TopKTargets, settings: K
             assert topk is not None
             targets = Targets(cached.gold[part], cached.t[part], rows_of(topk, part))
             logits = (hidden @ student.head.T).requires_grad_()
-            (gradient,) = torch.autograd.grad(objective(logits, targets, settings, _PROGRESS).distillation, logits)
+            (gradient,) = torch.autograd.grad(
+                objective(logits, targets, settings, _PROGRESS).distillation, logits
+            )
             heads[i] += gradient.T @ hidden
             both.append((gradient, gradient @ student.head))
         for j in range(2):
@@ -161,7 +175,12 @@ def _compare(student: _Student, cached: Targets, whole: TopKTargets, settings: K
             dots[j] += torch.stack([a @ b, a @ a, b @ b])
     cosines = (dots[:, 0] / (dots[:, 1] * dots[:, 2]).sqrt()).tolist()
     a, b = (head.double().flatten() for head in heads)
-    return cosines[0], cosines[1], float(a @ b / (a.norm() * b.norm())), float((dots[1, 1] / dots[1, 2]).sqrt())
+    return (
+        cosines[0],
+        cosines[1],
+        float(a @ b / (a.norm() * b.norm())),
+        float((dots[1, 1] / dots[1, 2]).sqrt()),
+    )
 
 
 def table(points: Sequence[Fidelity]) -> list[str]:
@@ -171,7 +190,9 @@ def table(points: Sequence[Fidelity]) -> list[str]:
         "| cosine: logits | hidden | head | norm |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    ordered = sorted(points, key=lambda p: (p.objective, p.temperature, p.k, p.classes, p.tail == "prior"))
+    ordered = sorted(
+        points, key=lambda p: (p.objective, p.temperature, p.k, p.classes, p.tail == "prior")
+    )
     return lines + [
         f"| {p.objective} | {p.temperature:g} | {p.k} | {p.classes} | {p.tail} | {p.size:.0f} | {p.mass:.3f} | "
         f"{p.logits:.4f} | {p.hidden:.4f} | {p.head:.4f} | {p.norm:.3f} |"

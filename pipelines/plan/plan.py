@@ -53,13 +53,25 @@ class Prices:
 
 
 def plan_from_statement(
-    config: CacheConfig, examples: int, tokens: int, response: float, speed: Speed, prices: Prices | None = None
+    config: CacheConfig,
+    examples: int,
+    tokens: int,
+    response: float,
+    speed: Speed,
+    prices: Prices | None = None,
 ) -> str:
     """A plan without checkpoint, tokenizers or data: sizes on record, means as the user states them."""
     entry = find_teacher(config.teacher, config.teachers_file)
     shape = known_shape(entry) if config.model is None else None
     raw = shape or open_checkpoint(resolve(config.model or entry.model)).config
-    return _describe(config, entry, raw, assumed_workload(entry, config, examples, tokens, response), speed, prices)
+    return _describe(
+        config,
+        entry,
+        raw,
+        assumed_workload(entry, config, examples, tokens, response),
+        speed,
+        prices,
+    )
 
 
 def plan_from_data(config: CacheConfig, speed: Speed) -> str:
@@ -69,7 +81,12 @@ def plan_from_data(config: CacheConfig, speed: Speed) -> str:
 
 
 def _describe(
-    config: CacheConfig, entry: TeacherEntry, raw: dict, load: Workload, speed: Speed, prices: Prices | None = None
+    config: CacheConfig,
+    entry: TeacherEntry,
+    raw: dict,
+    load: Workload,
+    speed: Speed,
+    prices: Prices | None = None,
 ) -> str:
     model = meta_model(entry.architecture, raw)
     size = size_of(model)
@@ -113,4 +130,8 @@ def _memory(config: CacheConfig, size: ModelSize, vocabulary: int) -> float:
     kept = 2 * size.head * _BYTES[_dtype(config)]  # embedding and head keep their precision
     weights = (size.parameters - 2 * size.head) * each + kept
     width = size.head / vocabulary
-    return weights + 3 * 4 * config.engine.head_rows * vocabulary + 12 * 2 * config.engine.tokens_per_batch * width
+    return (
+        weights
+        + 3 * 4 * config.engine.head_rows * vocabulary
+        + 12 * 2 * config.engine.tokens_per_batch * width
+    )

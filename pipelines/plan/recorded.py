@@ -55,10 +55,14 @@ class Sample:
     def cached(self, k: int, classes: int) -> tuple[Layout, list[CacheRow]]:
         """The rows of a cache with these settings. TideError where there are not so many tokens."""
         targets = dataclasses.replace(self.plan.config.targets, k=k, classes=classes)
-        plan = dataclasses.replace(self.plan, config=dataclasses.replace(self.plan.config, targets=targets))
+        plan = dataclasses.replace(
+            self.plan, config=dataclasses.replace(self.plan.config, targets=targets)
+        )
         width = self.logits[0][0].shape[1]
         if k > width:
-            raise TideError(f"k {k} is more than the {width} tokens of the vocabulary", expected=f"1 to {width}")
+            raise TideError(
+                f"k {k} is more than the {width} tokens of the vocabulary", expected=f"1 to {width}"
+            )
         spec = TargetSpec(k, 1.0, targets.stored_temperatures)
         if classes not in self._classes:
             self._classes[classes] = classes_for(plan)[0]
@@ -66,7 +70,9 @@ class Sample:
         plan = dataclasses.replace(plan, vocabulary=self._vocabulary(spec, class_of))
         members = member_matrix(class_of, classes) if classes > 1 else None
         spec = dataclasses.replace(spec, classes=classes)
-        readings = [extract(logits, gold, spec, self._excluded(), members) for logits, gold in self.logits]
+        readings = [
+            extract(logits, gold, spec, self._excluded(), members) for logits, gold in self.logits
+        ]
         scores = [
             scores_of([getattr(reading, f.name).numpy() for f in dataclasses.fields(Reading)], spec)
             for reading in readings
@@ -80,11 +86,17 @@ class Sample:
 
     def _vocabulary(self, spec: TargetSpec, class_of: np.ndarray) -> Vocabulary:
         """Priors and ranks from the half that is not looked at."""
-        total, ids, excluded = np.zeros((len(spec.temperatures), class_of.size)), [], self._excluded()
+        total, ids, excluded = (
+            np.zeros((len(spec.temperatures), class_of.size)),
+            [],
+            self._excluded(),
+        )
         for logits, gold in self.fit:
             ids.append(extract(logits, gold, spec, excluded).ids.numpy().reshape(-1))
             total += outside_sums(logits, spec, excluded).double().numpy()
-        return Vocabulary.of(class_of, total, sum(len(gold) for _, gold in self.fit), np.concatenate(ids))
+        return Vocabulary.of(
+            class_of, total, sum(len(gold) for _, gold in self.fit), np.concatenate(ids)
+        )
 
 
 def take_sample(plan: CachePlan, examples: int) -> Sample:
@@ -94,11 +106,14 @@ def take_sample(plan: CachePlan, examples: int) -> Sample:
     chosen = plan.data.between(0, min(examples, plan.data.examples))
     halves = [prepare_unit(plan, Unit(0, 0), part) for part in (chosen[1::2], chosen[0::2])]
     if not all(half.requests for half in halves):
-        raise TideError(f"no example of {plan.data.source} has a masked token", fix="take more examples")
+        raise TideError(
+            f"no example of {plan.data.source} has a masked token", fix="take more examples"
+        )
     with closing(load_engine(plan)) as engine:
         if not isinstance(engine, TransformersEngine):
             raise TideError(
-                "full logits come from the transformers engine alone", fix="use --set engine.type=transformers"
+                "full logits come from the transformers engine alone",
+                fix="use --set engine.type=transformers",
             )
         fit, read = (engine.logits(half.requests) for half in halves)
     return Sample(plan, fit, halves[1], read)

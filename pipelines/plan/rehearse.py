@@ -42,7 +42,9 @@ class Stage:
         return self.seconds[0] * times / 3600, self.seconds[1] * times / 3600
 
 
-def rehearse_one(config: CacheConfig, data: Conversations, card: Card) -> tuple[Stage, stage_one.Pass]:
+def rehearse_one(
+    config: CacheConfig, data: Conversations, card: Card
+) -> tuple[Stage, stage_one.Pass]:
     """Stage one on a card."""
     found = stage_one.rehearse_pass(config, data)
     return _stage(found.memory, Phases.of(found.kernels, card, stage_one.COMPILED), {}), found
@@ -51,11 +53,20 @@ def rehearse_one(config: CacheConfig, data: Conversations, card: Card) -> tuple[
 def rehearse_two(plan: StepPlan, card: Card) -> Stage:
     """Stage two on a card: a step of `accumulation` passes."""
     kernels, syncs = step_kernels(plan)
-    return _stage(step_memory(plan), Phases.of(kernels, card, stage_two.COMPILED), syncs, plan.train.accumulation)
+    return _stage(
+        step_memory(plan),
+        Phases.of(kernels, card, stage_two.COMPILED),
+        syncs,
+        plan.train.accumulation,
+    )
 
 
-def _stage(memory: Mapping[str, int], phases: Phases, syncs: Mapping[str, int], passes: int = 1) -> Stage:
-    plain, compiled = ((phases.seconds(way, passes), phases.share_of_peak(way, passes)) for way in (False, True))
+def _stage(
+    memory: Mapping[str, int], phases: Phases, syncs: Mapping[str, int], passes: int = 1
+) -> Stage:
+    plain, compiled = (
+        (phases.seconds(way, passes), phases.share_of_peak(way, passes)) for way in (False, True)
+    )
     return Stage(memory, phases, syncs, (plain[0], compiled[0]), (plain[1], compiled[1]))
 
 
@@ -65,12 +76,22 @@ def step_plan(train: TrainConfig, cache: CacheConfig, data: Conversations, card:
 
 
 def describe_rehearsal(
-    cache: CacheConfig, train: TrainConfig, data: Conversations, examples: int, cards: Sequence[Card]
+    cache: CacheConfig,
+    train: TrainConfig,
+    data: Conversations,
+    examples: int,
+    cards: Sequence[Card],
 ) -> str:
     """Both stages on each card."""
-    lines = [f"{cache.teacher}, conversations of {data.tokens:,} tokens, {data.response:.0%} of them answers"]
+    lines = [
+        f"{cache.teacher}, conversations of {data.tokens:,} tokens, {data.response:.0%} of them answers"
+    ]
     for card in cards:
-        lines += ["", f"{card.name}, {card.memory / 1e9:.0f} GB", *_first(cache, data, examples, card)]
+        lines += [
+            "",
+            f"{card.name}, {card.memory / 1e9:.0f} GB",
+            *_first(cache, data, examples, card),
+        ]
         lines += ["", *_second(train, cache, data, examples, card)]
     lines += [
         "",
@@ -81,7 +102,9 @@ def describe_rehearsal(
     return "\n".join(lines)
 
 
-def summarise_rehearsal(cache: CacheConfig, train: TrainConfig, data: Conversations, examples: int, card: Card) -> str:
+def summarise_rehearsal(
+    cache: CacheConfig, train: TrainConfig, data: Conversations, examples: int, card: Card
+) -> str:
     """Both stages on a card in two lines, for `tide plan`."""
     one, found = rehearse_one(cache, data, card)
     plan = step_plan(train, cache, data, card)
@@ -112,7 +135,9 @@ def _first(config: CacheConfig, data: Conversations, examples: int, card: Card) 
     ]
 
 
-def _second(train: TrainConfig, cache: CacheConfig, data: Conversations, examples: int, card: Card) -> list[str]:
+def _second(
+    train: TrainConfig, cache: CacheConfig, data: Conversations, examples: int, card: Card
+) -> list[str]:
     plan = step_plan(train, cache, data, card)
     stage = rehearse_two(plan, card)
     settled = plan.train
@@ -121,11 +146,14 @@ def _second(train: TrainConfig, cache: CacheConfig, data: Conversations, example
     fits = largest_batch(plan, _USABLE * card.memory)
     small = dataclasses.replace(settled, gradient_checkpointing=True)
     more = largest_batch(dataclasses.replace(plan, train=small), _USABLE * card.memory)
-    waits = [f"  waits for the GPU {count}× a pass at {line}" for line, count in stage.syncs.items()]
+    waits = [
+        f"  waits for the GPU {count}× a pass at {line}" for line, count in stage.syncs.items()
+    ]
     return [
         f"stage two: steps of {settled.accumulation} × {settled.batch_size} draws",
         *_memory(stage, card),
-        f"  batch_size at most {fits}" + (f", with gradient_checkpointing {more}" if more > fits else ""),
+        f"  batch_size at most {fits}"
+        + (f", with gradient_checkpointing {more}" if more > fits else ""),
         *_table(stage),
         *(waits or ["  nothing in a step waits for the GPU"]),
         f"  {steps:,} steps: {_hours(hours)}",
@@ -151,7 +179,9 @@ def _table(stage: Stage) -> list[str]:
         kernels = f"{plain.kernels:,} → {compiled.kernels:,}"
         moved = f"{plain.bytes / 1e9:.1f} → {compiled.bytes / 1e9:.1f}"
         took = f"{plain.seconds * 1e3:.1f} → {compiled.seconds * 1e3:.1f}"
-        lines.append(f"  {name or 'before':16}{plain.flops / 1e12:8.2f}{kernels:>18}{moved:>18}{took:>18}")
+        lines.append(
+            f"  {name or 'before':16}{plain.flops / 1e12:8.2f}{kernels:>18}{moved:>18}{took:>18}"
+        )
     before, after = stage.seconds
     lines.append(
         f"  with launches {before * 1e3:.1f} → {after * 1e3:.1f} ms; "

@@ -61,18 +61,28 @@ class _Work:
         sizes: Any = meta_model(entry.architecture, raw).config
         draws = config.noise.draws
         examples = max(1, -(-2 * config.engine.tokens_per_batch // data.tokens))
-        requests = requests_of(data, examples, draws, config.noise.comp_demo, sizes.vocab_size, config.noise.demo_ratio)
+        requests = requests_of(
+            data, examples, draws, config.noise.comp_demo, sizes.vocab_size, config.noise.demo_ratio
+        )
         return cls(config, entry, raw, sizes, requests, examples * draws)
 
     def batches(self) -> list[list[Pack]]:
         """The requests as the engine lays them out."""
         budget = self.config.engine.tokens_per_batch
-        return lay_out(self.entry.attention, self.requests, int(self.entry.shift), budget, int(self.sizes.hidden_size))
+        return lay_out(
+            self.entry.attention,
+            self.requests,
+            int(self.entry.shift),
+            budget,
+            int(self.sizes.hidden_size),
+        )
 
     def engine(self, on_gpu: bool) -> TransformersEngine:
         """The engine with a model of these sizes."""
         settings, targets = self.config.engine, self.config.targets
-        dtype = torch_dtype(("bfloat16" if on_gpu else "float32") if settings.dtype == "auto" else settings.dtype)
+        dtype = torch_dtype(
+            ("bfloat16" if on_gpu else "float32") if settings.dtype == "auto" else settings.dtype
+        )
         k = targets.k if "topk" in targets.signals else 0
         spec = TargetSpec(k, targets.mass, targets.stored_temperatures)
         engine = TransformersEngine(
@@ -80,7 +90,9 @@ class _Work:
             shift=self.entry.shift, tokens_per_batch=settings.tokens_per_batch, head_rows=settings.head_rows,
         )  # fmt: skip
         if k and targets.classes > 1:
-            engine.use_classes((np.arange(self.sizes.vocab_size) % targets.classes).astype(np.int32))
+            engine.use_classes(
+                (np.arange(self.sizes.vocab_size) % targets.classes).astype(np.int32)
+            )
         return engine
 
 
@@ -120,7 +132,9 @@ def _pairs(entry: TeacherEntry, packs: list[Pack]) -> int:
     """How many pairs of rows see each other."""
     if isinstance(entry.attention, Full):
         return sum(pack.width**2 for pack in packs)
-    masks = (side_by_side([pack], torch.device("cpu")).arguments["attention_mask"] for pack in packs)
+    masks = (
+        side_by_side([pack], torch.device("cpu")).arguments["attention_mask"] for pack in packs
+    )
     return sum(int(mask.sum()) for mask in masks)
 
 

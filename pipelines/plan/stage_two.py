@@ -95,17 +95,24 @@ def make_batch(plan: StepPlan) -> tuple[Batch, TargetReader]:
     vocabulary = plan.vocabulary
     draws = plan.train.draws_per_step
     if plan.train.batch_size % draws:
-        raise TideError(f"batch_size is {plan.train.batch_size}, draws_per_step {draws}", expected="a multiple of it")
+        raise TideError(
+            f"batch_size is {plan.train.batch_size}, draws_per_step {draws}",
+            expected="a multiple of it",
+        )
     rows = rows_of(plan.data, plan.cache, vocabulary, plan.train.batch_size // draws, draws)
     entry = find_teacher(plan.cache.teacher, plan.cache.teachers_file)
     manifest = manifest_of(plan.cache, entry, vocabulary - 1)
-    return collate(rows, manifest), TargetReader(manifest, even_layout(plan.cache.targets, vocabulary))
+    return collate(rows, manifest), TargetReader(
+        manifest, even_layout(plan.cache.targets, vocabulary)
+    )
 
 
 def _pairs(plan: StepPlan, batch: Batch) -> int:
     """How many pairs of rows see each other."""
     length, draws = batch["clean"].shape[1], plan.train.draws_per_step
-    return int(block_diffusion_places(batch["places"], length, plan.cache.lengths.block, draws).sum())
+    return int(
+        block_diffusion_places(batch["places"], length, plan.cache.lengths.block, draws).sum()
+    )
 
 
 class _Step:
@@ -114,11 +121,17 @@ class _Step:
     """
 
     def __init__(
-        self, plan: StepPlan, mode: FakeTensorMode | None, made: tuple[Batch, TargetReader], pairs: int
+        self,
+        plan: StepPlan,
+        mode: FakeTensorMode | None,
+        made: tuple[Batch, TargetReader],
+        pairs: int,
     ) -> None:
         real, read = made
         raw = plan.raw
-        self.model: Any = fill(meta_model(str(raw["model_type"]).removeprefix("a2d-"), raw), torch.float32)
+        self.model: Any = fill(
+            meta_model(str(raw["model_type"]).removeprefix("a2d-"), raw), torch.float32
+        )
         self.model.train()
         block = plan.cache.lengths.block
         rows = slice_rows(plan.vocabulary, plan.gpu_memory)
@@ -131,7 +144,9 @@ class _Step:
         if mode is not None:
             real = {k: mode.from_tensor(v) if torch.is_tensor(v) else v for k, v in real.items()}
         self.batch: Batch = real
-        self.settings = LossSettings(plan.train.distillation, plan.train.weight, counts_of(self.batch["counts"]), 0.5)
+        self.settings = LossSettings(
+            plan.train.distillation, plan.train.weight, counts_of(self.batch["counts"]), 0.5
+        )
         self._half = plan.train.precision != "float32" and plan.on_gpu
 
     def passes(self, times: int, enter: Any = lambda _: None) -> None:
@@ -167,7 +182,9 @@ def _rehearsed(plan: StepPlan) -> Iterator[_Step]:
 def step_memory(plan: StepPlan) -> dict[str, int]:
     """Bytes at the peak of a step, by kind (`memory.KINDS`). TideError for an optimizer that cannot be rehearsed."""
     if plan.train.optimizer not in _STATE:
-        raise TideError(f"{plan.train.optimizer} cannot be rehearsed", expected=f"one of {', '.join(_STATE)}")
+        raise TideError(
+            f"{plan.train.optimizer} cannot be rehearsed", expected=f"one of {', '.join(_STATE)}"
+        )
     with _rehearsed(plan) as step:
         watch = MemoryWatch(plan.vocabulary)
         watch.hold("weights", step.model.parameters())
@@ -175,9 +192,14 @@ def step_memory(plan: StepPlan) -> dict[str, int]:
         watch.watch_gradients(step.model)
         with watch:
             step.passes(1)  # with the first step comes the optimizer's state
-            watch.hold("optimizer", [t for state in step.optimizer.state.values() for t in state.values()])
+            watch.hold(
+                "optimizer", [t for state in step.optimizer.state.values() for t in state.values()]
+            )
             step.passes(min(2, plan.train.accumulation))
-    return {**watch.peak, "optimizer": round(watch.peak["optimizer"] * _STATE[plan.train.optimizer])}
+    return {
+        **watch.peak,
+        "optimizer": round(watch.peak["optimizer"] * _STATE[plan.train.optimizer]),
+    }
 
 
 def real_model(plan: StepPlan) -> Any:

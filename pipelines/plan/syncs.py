@@ -44,7 +44,9 @@ def _by_mask(name: str, args: Any) -> bool:
     if name not in ("__getitem__", "__setitem__") or len(args) < 2:
         return False
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
-    return name == "__getitem__" and any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in index)
+    return name == "__getitem__" and any(
+        isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in index
+    )
 
 
 def _caller() -> str:
@@ -53,7 +55,11 @@ def _caller() -> str:
         if "/torch/" in path or path == __file__ or "jaxtyping" in path or "beartype" in path:
             continue
         place = Path(path)
-        inside = place.relative_to(_ROOT) if place.is_relative_to(_ROOT) and ".venv" not in place.parts else None
+        inside = (
+            place.relative_to(_ROOT)
+            if place.is_relative_to(_ROOT) and ".venv" not in place.parts
+            else None
+        )
         name = str(inside) if inside is not None else "/".join(place.parts[-2:])
         return f"{name}:{frame.lineno}"
     return "?"

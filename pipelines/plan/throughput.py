@@ -24,10 +24,14 @@ from teacher_cache.run.load_engine import compiles
 from teacher_cache.teachers.registry import find_teacher, known_shape
 
 
-def measure_throughput(config: CacheConfig, length: int, requests: int, rounds: int, tflops: float | None) -> str:
+def measure_throughput(
+    config: CacheConfig, length: int, requests: int, rounds: int, tflops: float | None
+) -> str:
     """Tokens a second, memory and (with the card's peak `tflops`) utilisation, in a few lines."""
     if length < 4 or requests < 1 or rounds < 1:
-        raise TideError("length, requests and rounds must be positive", expected="a length of 4 or more")
+        raise TideError(
+            "length, requests and rounds must be positive", expected="a length of 4 or more"
+        )
     entry = find_teacher(config.teacher, config.teachers_file)
     raw = known_shape(entry) or open_checkpoint(resolve(config.model or entry.model)).config
     device = choose_device(config.engine.device)
@@ -58,9 +62,17 @@ def measure_throughput(config: CacheConfig, length: int, requests: int, rounds: 
     read = sum(len(request.read) for request in work)
     load = Workload(1, requests, tokens, read, length, 0, "")
     flops = size_of(model).flops(load, tokens / requests)
-    share = "" if tflops is None else f", {flops / median / (tflops * 1e12):.1%} of {tflops:,.0f} TFLOP/s"
+    share = (
+        ""
+        if tflops is None
+        else f", {flops / median / (tflops * 1e12):.1%} of {tflops:,.0f} TFLOP/s"
+    )
     on_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else f"{device} ({torch.get_num_threads()} threads)"
+    name = (
+        torch.cuda.get_device_name(device)
+        if on_gpu
+        else f"{device} ({torch.get_num_threads()} threads)"
+    )
     lines = [
         f"{config.teacher} with random weights in {precision} on {name}, built in {built:.1f} s",
         f"{requests} passes of {length} tokens, a quarter of them read, k {targets.k}; median of {rounds} rounds",
@@ -76,6 +88,8 @@ def _requests(vocabulary: int, length: int, count: int) -> list[Request]:
     made = []
     for _ in range(count):
         ids = random.integers(0, vocabulary, length, np.int32)
-        read = np.sort(random.choice(np.arange(length // 2, length), length // 4, replace=False)).astype(np.int32)
+        read = np.sort(
+            random.choice(np.arange(length // 2, length), length // 4, replace=False)
+        ).astype(np.int32)
         made.append(Request(ids, read, ids[read]))
     return made

@@ -45,7 +45,12 @@ class Conversations:
 
 
 def requests_of(
-    data: Conversations, examples: int, draws: int, comp_demo: bool, vocabulary: int, demo_ratio: float = 0.5
+    data: Conversations,
+    examples: int,
+    draws: int,
+    comp_demo: bool,
+    vocabulary: int,
+    demo_ratio: float = 0.5,
 ) -> list[Request]:
     """The passes of some examples under all draws."""
     random = np.random.default_rng(0)
@@ -63,7 +68,9 @@ def requests_of(
     return found
 
 
-def rows_of(data: Conversations, config: CacheConfig, vocabulary: int, examples: int, draws: int) -> list[CacheRow]:
+def rows_of(
+    data: Conversations, config: CacheConfig, vocabulary: int, examples: int, draws: int
+) -> list[CacheRow]:
     """Rows of a cache: `draws` of each example one after the other, every masked token a chunk."""
     random, made = np.random.default_rng(0), []
     for example in range(examples):
@@ -81,7 +88,9 @@ def rows_of(data: Conversations, config: CacheConfig, vocabulary: int, examples:
                     t=(draw + 0.5) / draws,
                     spans=np.array([[data.prompt, data.tokens]], np.int32),
                     masked=masked,
-                    chunk_student=None if row.chunk_student is None else np.stack([masked, masked + 1], axis=1),
+                    chunk_student=None
+                    if row.chunk_student is None
+                    else np.stack([masked, masked + 1], axis=1),
                 )
             )
     return made

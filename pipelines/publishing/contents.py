@@ -37,7 +37,10 @@ class Contents:
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of each, the card among them."""
-        return {**{name: path.stat().st_size for name, path in self.files.items()}, CARD: len(self.card.encode())}
+        return {
+            **{name: path.stat().st_size for name, path in self.files.items()},
+            CARD: len(self.card.encode()),
+        }
 
 
 def gather(run: Path, name: str, licence: str | None) -> Contents:
@@ -53,7 +56,9 @@ def gather(run: Path, name: str, licence: str | None) -> Contents:
         )
     student = load_for_use(str(folder), "cpu")
     if student.tokenizer.backend.chat_template is None:
-        raise TideError(f"the tokenizer of {folder} has no chat template", fix="save one with it: chats need it")
+        raise TideError(
+            f"the tokenizer of {folder} has no chat template", fix="save one with it: chats need it"
+        )
     files, left_out = {}, []
     for path in sorted(folder.iterdir()):
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _TAKEN):
@@ -77,7 +82,8 @@ def _card(path: Path, name: str, licence: str | None, scores: str | None) -> str
         card: Any = ModelCard(path.read_text())
     except Exception as error:  # of the YAML in front
         raise TideError(
-            f"{path} is no model card: {(str(error).splitlines() or ['?'])[0]}", fix="mend the lines between `---`"
+            f"{path} is no model card: {(str(error).splitlines() or ['?'])[0]}",
+            fix="mend the lines between `---`",
         ) from error
     text = card.text.replace(OWN_FOLDER, name)
     if scores is not None and _BENCHMARKS not in text:

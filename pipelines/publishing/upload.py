@@ -27,7 +27,8 @@ def parse_target(target: str) -> str:
         validate_repo_id(name)
     except HFValidationError as error:
         raise TideError(
-            f"{target!r} is no place for a model: {str(error).splitlines()[0]}", expected="hf://OWNER/NAME"
+            f"{target!r} is no place for a model: {str(error).splitlines()[0]}",
+            expected="hf://OWNER/NAME",
         ) from error
     return name
 
@@ -48,8 +49,12 @@ def upload(contents: Contents, name: str, private: bool, message: str) -> str:
     for file, size in contents.sizes.items():
         info = found.get(file)
         lfs = getattr(info, "lfs", None)
-        if getattr(info, "size", None) != size or (lfs is not None and lfs.sha256 != _sha256(contents.files.get(file))):
-            raise TideError(f"{file} did not arrive at {name} as it was sent", fix="run the same command again")
+        if getattr(info, "size", None) != size or (
+            lfs is not None and lfs.sha256 != _sha256(contents.files.get(file))
+        ):
+            raise TideError(
+                f"{file} did not arrive at {name} as it was sent", fix="run the same command again"
+            )
     return str(commit.commit_url)
 
 
@@ -74,11 +79,19 @@ def _explained(name: str) -> Iterator[None]:
                 expected="a token that may write there",
                 fix="`hf auth login`, or set HF_TOKEN",
             ) from error
-        raise TideError(f"the hub did not take {name}: {said}", fix="run the same command again later") from error
+        raise TideError(
+            f"the hub did not take {name}: {said}", fix="run the same command again later"
+        ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise _unreachable(name, error) from error
     except Exception as error:
-        if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "urllib3"):
+        if type(error).__module__.partition(".")[0] in (
+            "httpx",
+            "httpx2",
+            "httpcore",
+            "requests",
+            "urllib3",
+        ):
             raise _unreachable(name, error) from error
         raise
 

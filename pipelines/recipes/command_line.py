@@ -27,8 +27,12 @@ def to_toml(value: Any) -> str:
         case list() | tuple():
             return "[" + ", ".join(map(to_toml, value)) + "]"
         case dict():
-            return "{" + ", ".join(f"{key} = {to_toml(inner)}" for key, inner in value.items()) + "}"
-    raise TideError(f"{value!r} has no form in TOML", expected="text, numbers, truth values, lists and tables")
+            return (
+                "{" + ", ".join(f"{key} = {to_toml(inner)}" for key, inner in value.items()) + "}"
+            )
+    raise TideError(
+        f"{value!r} has no form in TOML", expected="text, numbers, truth values, lists and tables"
+    )
 
 
 def train_arguments(values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -43,7 +47,9 @@ def train_command(settings: Mapping[str, Any]) -> str:
     """The command, as typed in the repository, for the settings that a run has recorded."""
     changed = _changes(settings, to_plain(TrainConfig()))
     arguments = train_arguments({"cache": settings["cache"], "seed": settings["seed"], **changed})
-    return "tide train " + shlex.join("pipelines/recipes/empty.toml" if a == str(_EMPTY) else a for a in arguments)
+    return "tide train " + shlex.join(
+        "pipelines/recipes/empty.toml" if a == str(_EMPTY) else a for a in arguments
+    )
 
 
 def _changes(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,7 +61,9 @@ def _changes(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
         inner = defaults.get(key)
         if isinstance(value, Mapping):
             same_kind = isinstance(inner, Mapping) and inner.get("type") == value.get("type")
-            changed[key] = _changes(value, inner if same_kind and isinstance(inner, Mapping) else {})
+            changed[key] = _changes(
+                value, inner if same_kind and isinstance(inner, Mapping) else {}
+            )
         else:
             changed[key] = value
     return changed

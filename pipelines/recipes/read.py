@@ -29,12 +29,16 @@ def _recipe_for(teacher: str, teachers_file: Path | None) -> Path:
     own = packaged_recipe(teacher)
     if own.exists():
         return own
-    return packaged_recipe("shared" if find_teacher(teacher, teachers_file).student_tokens else "cross")
+    return packaged_recipe(
+        "shared" if find_teacher(teacher, teachers_file).student_tokens else "cross"
+    )
 
 
 def packaged_recipes() -> list[str]:
     """Names of the recipes for one cache and one run that ship with the package."""
-    return sorted(p.stem for p in packaged_recipe("x").parent.glob("*.toml") if "variants" not in read_toml(p))
+    return sorted(
+        p.stem for p in packaged_recipe("x").parent.glob("*.toml") if "variants" not in read_toml(p)
+    )
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -51,7 +55,9 @@ def _read_recipe(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if unknown:
         near = advice(min(unknown), ["cache", "train", "base"])
         raise TideError(
-            f"{path} has unknown tables: {', '.join(sorted(unknown))}", expected="[cache] and [train]", fix=near
+            f"{path} has unknown tables: {', '.join(sorted(unknown))}",
+            expected="[cache] and [train]",
+            fix=near,
         )
     for name, section in values.items():
         if not isinstance(section, dict):
@@ -59,11 +65,16 @@ def _read_recipe(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if base is None:
         return values
     if not isinstance(base, str):
-        raise TideError(f"base in {path} is {base!r}", expected="the name of a packaged recipe, or a path")
+        raise TideError(
+            f"base in {path} is {base!r}", expected="the name of a packaged recipe, or a path"
+        )
     own = path.parent / base
     below = own if own.is_file() else packaged_recipe(base)
     if not below.is_file():
-        raise TideError(f"{path} has the base {base!r}", expected=f"a path, or one of {', '.join(packaged_recipes())}")
+        raise TideError(
+            f"{path} has the base {base!r}",
+            expected=f"a path, or one of {', '.join(packaged_recipes())}",
+        )
     return _over(_read_recipe(below, (*above, path.resolve())), values)
 
 
@@ -106,7 +117,9 @@ def cache_config(
     values.setdefault("out", f"caches/{name}")
     values.setdefault("teachers_file", teachers_file)
     values |= {k: v for k, v in flags.items() if v is not None and "." not in k and k != "data"}
-    if (source := flags.get("data")) is not None:  # the recipe's other settings stay, unless it has several sources
+    if (
+        source := flags.get("data")
+    ) is not None:  # the recipe's other settings stay, unless it has several sources
         before = values.get("data")
         values["data"] = {**(before if isinstance(before, dict) else {}), "source": source}
     apply_overrides(values, overrides)

@@ -8,7 +8,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipelines.recipes.read import cache_config, packaged_recipe, packaged_recipes, read_recipe, train_config
+from pipelines.recipes.read import (
+    cache_config,
+    packaged_recipe,
+    packaged_recipes,
+    read_recipe,
+    train_config,
+)
 from shared.settings.build import to_plain
 from shared.system.errors import TideError
 from teacher_cache.teachers.registry import find_teacher
@@ -22,7 +28,8 @@ def recipe_path(name: str) -> Path:
     path = Path(name) if name.endswith(".toml") else packaged_recipe(name)
     if not path.is_file():
         raise TideError(
-            f"there is no recipe {name!r}", expected=f"a TOML file, or one of {', '.join(packaged_recipes())}"
+            f"there is no recipe {name!r}",
+            expected=f"a TOML file, or one of {', '.join(packaged_recipes())}",
         )
     return path
 
@@ -30,7 +37,9 @@ def recipe_path(name: str) -> Path:
 def about(name: str) -> str:
     """The first sentence of a recipe's comment."""
     lines = recipe_path(name).read_text(encoding="utf-8").splitlines()
-    comment = " ".join(line.removeprefix("# ") for line in itertools.takewhile(lambda x: x.startswith("#"), lines))
+    comment = " ".join(
+        line.removeprefix("# ") for line in itertools.takewhile(lambda x: x.startswith("#"), lines)
+    )
     return re.split(r"[.:;] ", comment, maxsplit=1)[0].rstrip(".")
 
 
@@ -39,7 +48,9 @@ def paper_of(path: Path) -> str:
     kind = train_config(None, path, []).distillation.type
     teacher = read_recipe(path).get("cache", {}).get("teacher")
     own = find_teacher(teacher).student_tokens if teacher else None
-    shared = own if own is not None else kind in ("kl", "reverse_kl") or path.stem.endswith("shared")
+    shared = (
+        own if own is not None else kind in ("kl", "reverse_kl") or path.stem.endswith("shared")
+    )
     return "paper-shared" if shared else "paper-cross"
 
 
@@ -55,7 +66,9 @@ def describe_recipe(name: str, against: str | None = None) -> str:
     lines.append(
         f"{len(rows)} settings differ from {other.stem} ({other.stem} → {path.stem}); docs/method.md says why:"
     )
-    return "\n".join([*lines, *(f"  {place:<{width}}  {theirs} → {own}" for place, own, theirs in rows)])
+    return "\n".join(
+        [*lines, *(f"  {place:<{width}}  {theirs} → {own}" for place, own, theirs in rows)]
+    )
 
 
 def _distance(path: Path, other: Path) -> list[tuple[str, str, str]]:
@@ -69,7 +82,10 @@ def _distance(path: Path, other: Path) -> list[tuple[str, str, str]]:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    both = {"cache": to_plain(cache_config(None, path, [])), "train": to_plain(train_config(None, path, []))}
+    both = {
+        "cache": to_plain(cache_config(None, path, [])),
+        "train": to_plain(train_config(None, path, [])),
+    }
     for section in both.values():
         for name in _PLACES:
             section.pop(name, None)
@@ -79,4 +95,8 @@ def _settings(path: Path) -> dict[str, Any]:
 def _leaves(values: Any, place: str = "") -> dict[str, Any]:
     if not isinstance(values, dict) or not values:
         return {place: values}
-    return {k: v for key, value in values.items() for k, v in _leaves(value, f"{place}.{key}".strip(".")).items()}
+    return {
+        k: v
+        for key, value in values.items()
+        for k, v in _leaves(value, f"{place}.{key}".strip(".")).items()
+    }

@@ -46,7 +46,10 @@ def paired(values: Sequence[float]) -> Paired:
 
 def differences(runs: Sequence[Run], base: str, other: str, metric: Metric) -> list[float]:
     """How much more `other` has than `base`, for each seed that both have."""
-    a, b = ({r.seed: v for r in runs if r.variant == name and (v := metric(r)) is not None} for name in (base, other))
+    a, b = (
+        {r.seed: v for r in runs if r.variant == name and (v := metric(r)) is not None}
+        for name in (base, other)
+    )
     return [b[seed] - a[seed] for seed in sorted(a.keys() & b.keys())]
 
 
@@ -73,8 +76,15 @@ METRICS: dict[str, tuple[Metric, int]] = {
 
 def paired_table(runs: Sequence[Run], pairs: Sequence[tuple[str, str]]) -> str:
     """What is shown, and a Markdown table, one row a pair (base, other): other minus base with its interval."""
-    measured = {name: found for name, found in METRICS.items() if any(found[0](run) is not None for run in runs)}
-    lines = ["| " + " | ".join(["student", "minus", "seeds", *measured]) + " |", "|" + "---|" * (3 + len(measured))]
+    measured = {
+        name: found
+        for name, found in METRICS.items()
+        if any(found[0](run) is not None for run in runs)
+    }
+    lines = [
+        "| " + " | ".join(["student", "minus", "seeds", *measured]) + " |",
+        "|" + "---|" * (3 + len(measured)),
+    ]
     for base, other in pairs:
         cells, seeds = [], 0
         for metric, digits in measured.values():

@@ -58,7 +58,9 @@ def describe_objective(settings: dict[str, Any], weight: float = 1.0) -> str:
         return "CE only"
     text = f"{settings['type']}, T {settings['temperature']}"
     if tidal := settings.get("tidal"):
-        text += f", TIDAL {tidal['axis']}" + (", midrange" if tidal.get("timestep_weight") == "midrange" else "")
+        text += f", TIDAL {tidal['axis']}" + (
+            ", midrange" if tidal.get("timestep_weight") == "midrange" else ""
+        )
     return text + (f", weight {weight:g}" if weight != 1.0 else "")
 
 
@@ -78,7 +80,8 @@ def find_runs(folder: Path) -> list[Run]:
             ) from error
     if not runs:
         raise TideError(
-            f"{folder} holds no finished runs", expected="folders with run.json and history.json, from `tide train`"
+            f"{folder} holds no finished runs",
+            expected="folders with run.json and history.json, from `tide train`",
         )
     return _named_by_settings(runs)
 
@@ -208,8 +211,13 @@ def to_markdown(table: pl.DataFrame) -> str:
 def draw_curves(runs: list[Run], path: Path) -> None:
     """Cross-entropy while training and held-out NLL, one line a variant, the band is the range over seeds."""
     caches = sorted({run.cache for run in runs})
-    panels = {"denoise": "training cross-entropy, 1/t-weighted", "eval_heldout_nll": "held-out masked NLL"}
-    measured = [key for key in panels if any(key in entry for run in runs for entry in run.history)] or ["denoise"]
+    panels = {
+        "denoise": "training cross-entropy, 1/t-weighted",
+        "eval_heldout_nll": "held-out masked NLL",
+    }
+    measured = [
+        key for key in panels if any(key in entry for run in runs for entry in run.history)
+    ] or ["denoise"]
     width, height = 5.5 * len(measured), 3.6 * len(caches)
     figure, axes = plt.subplots(
         len(caches), len(measured), figsize=(width, height), squeeze=False, layout="constrained"
@@ -239,7 +247,11 @@ def _draw_variant(axis: Any, runs: list[Run], label: str, key: str) -> None:
     (line,) = axis.plot(steps, [statistics.mean(curves[s]) for s in steps], label=label, linewidth=1.4,
                         marker="o" if len(steps) == 1 else None)  # fmt: skip
     axis.fill_between(
-        steps, [min(curves[s]) for s in steps], [max(curves[s]) for s in steps], alpha=0.2, color=line.get_color()
+        steps,
+        [min(curves[s]) for s in steps],
+        [max(curves[s]) for s in steps],
+        alpha=0.2,
+        color=line.get_color(),
     )
 
 
@@ -262,7 +274,9 @@ def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
     """
     measured = find_scores(folder)
     if measured and not any(folder.rglob("history.json")):
-        write_bytes(folder / "report.md", f"# Scores in {folder}\n{benchmark_section(measured)}".encode())
+        write_bytes(
+            folder / "report.md", f"# Scores in {folder}\n{benchmark_section(measured)}".encode()
+        )
         return folder / "report.md"
     runs = find_runs(folder)
     draw_curves(runs, folder / "report.png")
@@ -270,9 +284,22 @@ def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
     title = head or f"# Runs in {folder}\n"
     commands = {run.variant: run.command for run in reversed(runs)}
     rows = "\n".join(f"* `{variant}`: `{command}`" for variant, command in sorted(commands.items()))
-    parts = [title, table, "\n" + to_markdown(cost_table(runs)), "\n![loss and held-out NLL](report.png)\n", tail]
-    text = "\n".join(part for part in parts if part) + f"\n\nThe command of each row, at its first seed:\n\n{rows}\n"
-    text += "\nTrained on:\n\n" + "\n".join(f"* {machine}" for machine in sorted({run.machine for run in runs})) + "\n"
+    parts = [
+        title,
+        table,
+        "\n" + to_markdown(cost_table(runs)),
+        "\n![loss and held-out NLL](report.png)\n",
+        tail,
+    ]
+    text = (
+        "\n".join(part for part in parts if part)
+        + f"\n\nThe command of each row, at its first seed:\n\n{rows}\n"
+    )
+    text += (
+        "\nTrained on:\n\n"
+        + "\n".join(f"* {machine}" for machine in sorted({run.machine for run in runs}))
+        + "\n"
+    )
     text += benchmark_section(measured)
     write_bytes(folder / "report.md", text.encode())
     return folder / "report.md"

@@ -38,7 +38,9 @@ class Stopping(Exception):
 class Engine:
     """`start` it, `submit` jobs, `stop` it: jobs that are not done get an error."""
 
-    def __init__(self, student: LoadedStudent, block: int, guidance: float, batch: int, waiting: int) -> None:
+    def __init__(
+        self, student: LoadedStudent, block: int, guidance: float, batch: int, waiting: int
+    ) -> None:
         self.batch = batch
         self._student, self._block, self._guidance, self._most = student, block, guidance, waiting
         self._waiting: deque[Job] = deque()
@@ -82,14 +84,18 @@ class Engine:
 
     def _work(self) -> None:
         while True:
-            decoding = Decoding(self._student.model, self._student.special, self._block, self._guidance)
+            decoding = Decoding(
+                self._student.model, self._student.special, self._block, self._guidance
+            )
             try:
                 while self._next(decoding):
                     self._round(decoding)
                 error: Exception = Stopping("the server is stopping")
             except Exception as failure:  # whatever it is, those who wait must hear of it
                 print(f"tide serve: {type(failure).__name__}: {failure}", file=sys.stderr)
-                error = failure.with_traceback(None)  # its frames would keep the cache of what failed
+                error = failure.with_traceback(
+                    None
+                )  # its frames would keep the cache of what failed
             self._fail(error)
             if self._stopping:
                 return
@@ -129,7 +135,10 @@ class Engine:
                 return
         with self.tokenizing:
             pieces = [job.answer.read(job.row.made) for job in self._running]
-        going = [piece.reason is None and not job.cancelled for job, piece in zip(self._running, pieces, strict=True)]
+        going = [
+            piece.reason is None and not job.cancelled
+            for job, piece in zip(self._running, pieces, strict=True)
+        ]
         for job, piece in zip(self._running, pieces, strict=True):
             job.deliver(piece)
         decoding.keep(going)

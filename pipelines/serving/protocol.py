@@ -34,7 +34,9 @@ class Only:
 class ApiError(Exception):
     """An error as OpenAI's clients read it, with its HTTP status."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, code: str | None = None, param: str | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         kind = "invalid_request_error" if status < 500 else "server_error"
@@ -133,10 +135,14 @@ def read(kind: type[Asked], body: bytes) -> Any:
         asked = kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in kind.model_fields)
+        place = ".".join(
+            str(part) for part in first["loc"] if isinstance(part, int) or part in kind.model_fields
+        )
         place = place or ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
-            raise ApiError(400, f"this server has no `{place}`", "unknown_parameter", place) from error
+            raise ApiError(
+                400, f"this server has no `{place}`", "unknown_parameter", place
+            ) from error
         came = repr(first.get("input"))
         came = came if len(came) < 80 else came[:77] + "…"
         what = f"`{place}` is {came}: {first['msg']}" if place else first["msg"]
@@ -162,14 +168,19 @@ class Reply:
 
     def whole(self, texts: Sequence[str], last: Sequence[Piece]) -> dict[str, Any]:
         """All choices, each a text and the last piece of its response."""
-        said = [{"message": {"role": "assistant", "content": text}} if self._chat else {"text": text} for text in texts]
+        said = [
+            {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+            for text in texts
+        ]
         choices = [self._choice(i, *pair) for i, pair in enumerate(zip(said, last, strict=True))]
         kind = "chat.completion" if self._chat else "text_completion"
         return {**self._head, "object": kind, "choices": choices, "usage": self._usage(last)}
 
     def first(self, number: int) -> dict[str, Any]:
         """The chunk of a chat that says who speaks."""
-        return self._chunk([self._choice(number, {"delta": {"role": "assistant", "content": ""}}, None)])
+        return self._chunk(
+            [self._choice(number, {"delta": {"role": "assistant", "content": ""}}, None)]
+        )
 
     def chunk(self, number: int, piece: Piece) -> dict[str, Any]:
         """More of one choice."""

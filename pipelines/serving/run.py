@@ -17,7 +17,9 @@ def check_installed() -> None:
     """TideError where the server's libraries are missing."""
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
-        raise TideError(f"{' and '.join(missing)} must be installed to serve", fix='pip install ".[serve]"')
+        raise TideError(
+            f"{' and '.join(missing)} must be installed to serve", fix='pip install ".[serve]"'
+        )
 
 
 def served_name(place: str) -> str:

@@ -20,12 +20,18 @@ _PATIENCE = 5
 class Server(uvicorn.Server):
     """Of one student. `started_to_listen` is called once requests are taken."""
 
-    def __init__(self, student: LoadedStudent, config: ServeConfig, started_to_listen: Callable[[], None]) -> None:
+    def __init__(
+        self, student: LoadedStudent, config: ServeConfig, started_to_listen: Callable[[], None]
+    ) -> None:
         sampling = config.sampling
-        self._engine = Engine(student, sampling.block, sampling.guidance, config.batch, config.waiting)
+        self._engine = Engine(
+            student, sampling.block, sampling.guidance, config.batch, config.waiting
+        )
         self._tell = started_to_listen
         app = make_app(student, config, self._engine)
-        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_PATIENCE))
+        super().__init__(
+            uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_PATIENCE)
+        )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """uvicorn's, and the engine's."""

@@ -35,7 +35,9 @@ class ServeConfig:
         if not 0 <= self.port < 65536:
             raise TideError(f"port is {self.port}", expected="0 to 65535; 0 takes one that is free")
         if self.api_key is not None and not self.api_key.strip():
-            raise TideError("the API key is empty", fix="give one, or leave the option and TIDE_API_KEY out")
+            raise TideError(
+                "the API key is empty", fix="give one, or leave the option and TIDE_API_KEY out"
+            )
         if not self.name:
             raise TideError("the model's name is empty", fix="give one (--name)")
 

@@ -48,7 +48,11 @@ def make_app(student: LoadedStudent, config: ServeConfig, engine: Engine) -> Sta
         ],
         # A page of some site must not reach a local server under a name that resolves to it.
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
-        exception_handlers={ApiError: _explain, HTTPException: _explain_http, Exception: _explain_bug},
+        exception_handlers={
+            ApiError: _explain,
+            HTTPException: _explain_http,
+            Exception: _explain_bug,
+        },
     )
 
 
@@ -97,7 +101,9 @@ class _Routes:
         async for part in request.stream():
             body += part
             if len(body) > self._config.body_bytes:
-                raise ApiError(413, f"the request has more than {self._config.body_bytes:,} bytes", "too_large")
+                raise ApiError(
+                    413, f"the request has more than {self._config.body_bytes:,} bytes", "too_large"
+                )
         return body
 
     def _check_key(self, request: Request) -> None:
@@ -108,7 +114,12 @@ class _Routes:
 
     def _check_model(self, name: str) -> None:
         if name != self._config.name:
-            raise ApiError(404, f"no model {name!r} here; there is {self._config.name!r}", "model_not_found", "model")
+            raise ApiError(
+                404,
+                f"no model {name!r} here; there is {self._config.name!r}",
+                "model_not_found",
+                "model",
+            )
 
     def _chat_prompt(self, messages: list[Any]) -> list[int]:
         try:
@@ -116,7 +127,9 @@ class _Routes:
             with self._engine.tokenizing:
                 return self._student.prompt(clean)
         except (TideError, RecursionError) as error:
-            raise ApiError(400, getattr(error, "what", str(error)), "invalid_value", "messages") from error
+            raise ApiError(
+                400, getattr(error, "what", str(error)), "invalid_value", "messages"
+            ) from error
 
     def _text_prompts(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         if not prompts or not all(prompts):
@@ -128,13 +141,20 @@ class _Routes:
                 try:
                     prompt.encode()
                 except UnicodeEncodeError as error:
-                    raise ApiError(400, "the prompt has lone surrogates", "invalid_value", "prompt") from error
+                    raise ApiError(
+                        400, "the prompt has lone surrogates", "invalid_value", "prompt"
+                    ) from error
                 with self._engine.tokenizing:
                     found.append(self._student.tokenizer.encode([prompt])[0])
             elif all(0 <= token < vocabulary for token in prompt):
                 found.append(prompt)
             else:
-                raise ApiError(400, f"the prompt has ids outside 0 … {vocabulary - 1}", "invalid_value", "prompt")
+                raise ApiError(
+                    400,
+                    f"the prompt has ids outside 0 … {vocabulary - 1}",
+                    "invalid_value",
+                    "prompt",
+                )
         return found
 
     def _sampling(self, asked: Asked, prompt: Sequence[int], number: int) -> SampleConfig:
@@ -147,7 +167,9 @@ class _Routes:
         }  # fmt: skip
         room = None
         if self._length is not None:
-            room = (self._length - -(-len(prompt) // own.block) * own.block) // own.block * own.block
+            room = (
+                (self._length - -(-len(prompt) // own.block) * own.block) // own.block * own.block
+            )
             if max(asked.limit or 1, 1) > room:
                 more = f" and {asked.limit} of the response" if asked.limit else ""
                 raise ApiError(
@@ -164,11 +186,17 @@ class _Routes:
         except ValueError as error:
             raise ApiError(400, str(error), "invalid_value") from error
 
-    async def _reply(self, request: Request, asked: Asked, prompts: list[list[int]], chat: bool) -> Response:
+    async def _reply(
+        self, request: Request, asked: Asked, prompts: list[list[int]], chat: bool
+    ) -> Response:
         copies = asked.n or 1
         if copies * len(prompts) > self._config.batch:
             most = self._config.batch
-            raise ApiError(400, f"{copies * len(prompts)} responses are asked for, at most {most} may be", param="n")
+            raise ApiError(
+                400,
+                f"{copies * len(prompts)} responses are asked for, at most {most} may be",
+                param="n",
+            )
         loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
         jobs: list[Job] = []
         for prompt in prompts:
@@ -187,7 +215,9 @@ class _Routes:
         reply = Reply(chat, self._config.name, sum(map(len, prompts)))
         if asked.stream:
             stream = _stream(reply, jobs, events, chat, asked.wants_usage)
-            return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+            return StreamingResponse(
+                stream, media_type="text/event-stream", headers={"cache-control": "no-cache"}
+            )
         texts, last = [""] * len(jobs), [Piece("", 0)] * len(jobs)
         async for number, piece in _pieces(jobs, events, request):
             texts[number], last[number] = texts[number] + piece.text, piece
@@ -221,7 +251,11 @@ async def _pieces(
 
 
 async def _stream(
-    reply: Reply, jobs: Sequence[Job], events: asyncio.Queue[tuple[int, Event]], chat: bool, usage: bool
+    reply: Reply,
+    jobs: Sequence[Job],
+    events: asyncio.Queue[tuple[int, Event]],
+    chat: bool,
+    usage: bool,
 ) -> AsyncIterator[str]:
     """Server-sent events: a chunk for each block of each response."""
     last = [Piece("", 0)] * len(jobs)
@@ -252,7 +286,9 @@ def _explain(_: Request, error: Exception) -> Response:
 
 def _explain_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _explain(request, ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+    return _explain(
+        request, ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+    )
 
 
 def _explain_bug(request: Request, error: Exception) -> Response:

@@ -29,15 +29,22 @@ class _Work:
 
     def __init__(self) -> None:
         entry = find_teacher("tiny-cross")
-        self.student, self.teacher = Tokenizer.load(resolve(entry.student)), Tokenizer.load(resolve(entry.model))
-        text = "\n\n".join(e.messages[-1]["content"] for e in iter_examples(DataConfig("stdlib:train", limit=4000)))
+        self.student, self.teacher = (
+            Tokenizer.load(resolve(entry.student)),
+            Tokenizer.load(resolve(entry.model)),
+        )
+        text = "\n\n".join(
+            e.messages[-1]["content"] for e in iter_examples(DataConfig("stdlib:train", limit=4000))
+        )
         ids = self.student.encode([text])[0]
         size = len(text) * _TOKENS // len(ids)
         self.texts = [text[i : i + size] for i in range(0, _EXAMPLES * size, size)]
         texts = self.texts[:_BATCH]
         self.lengths = [
             (len(text.encode()), self.teacher.byte_lengths[t], self.student.byte_lengths[s])
-            for text, t, s in zip(texts, self.teacher.encode(texts), self.student.encode(texts), strict=True)
+            for text, t, s in zip(
+                texts, self.teacher.encode(texts), self.student.encode(texts), strict=True
+            )
         ]
         self.mask = self.student.special_id("mask")
 
@@ -49,8 +56,14 @@ class _Work:
         """Chunks of a batch from its texts: templates, both tokenisers, alignment."""
         preparer = Preparer(self.student, self.teacher, LengthConfig(1024, 4096), self.mask, 4095)
         texts = self.texts[number * _BATCH : (number + 1) * _BATCH]
-        chats = [({"role": "user", "content": "Go."}, {"role": "assistant", "content": text}) for text in texts]
-        return sum(len(p.chunks) for p in preparer.usable([ChatExample(str(i), c) for i, c in enumerate(chats)]))
+        chats = [
+            ({"role": "user", "content": "Go."}, {"role": "assistant", "content": text})
+            for text in texts
+        ]
+        return sum(
+            len(p.chunks)
+            for p in preparer.usable([ChatExample(str(i), c) for i, c in enumerate(chats)])
+        )
 
 
 _work: _Work | None = None
@@ -74,8 +87,13 @@ def _prepare(number: int) -> int:
 
 def bench_alignment() -> Table:
     """The rates as a table. One process means one core: tokenizers run on one thread here."""
-    table = Table("examples of 512 tokens a second", "1 process", "2 processes", title="Tokenise and align")
-    rates: dict[str, list[float]] = {"alignment alone": [], "templates, both tokenisers, alignment": []}
+    table = Table(
+        "examples of 512 tokens a second", "1 process", "2 processes", title="Tokenise and align"
+    )
+    rates: dict[str, list[float]] = {
+        "alignment alone": [],
+        "templates, both tokenisers, alignment": [],
+    }
     for workers in (1, 2):
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start) as pool:
             list(pool.map(_prepare, range(2 * workers)))  # every process is up

@@ -32,11 +32,18 @@ def bench_end_to_end() -> Table:
     table = Table("teacher", "parameters", "forward and head alone", "with top-k and logsumexp", "stage one",
                   title="speed, forward and head alone = 1")  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="tide-bench-") as folder:
-        for name, width, layers, examples in (("embedded", 0, 0, 192), ("mid-size, random", 640, 12, 24)):
-            model = _EMBEDDED if not width else _random_teacher(Path(folder) / "teacher", width, layers)
+        for name, width, layers, examples in (
+            ("embedded", 0, 0, 192),
+            ("mid-size, random", 640, 12, 24),
+        ):
+            model = (
+                _EMBEDDED if not width else _random_teacher(Path(folder) / "teacher", width, layers)
+            )
             changes = [f"data.source={_chats(Path(folder), examples)}", f"shard_examples={examples // 6}",
                        "noise.draws=1"]  # fmt: skip
-            config = cache_config("tiny-shared", None, changes, model=str(model), out=Path(folder) / name)
+            config = cache_config(
+                "tiny-shared", None, changes, model=str(model), out=Path(folder) / name
+            )
             table.add_row(name, *_measure(config))
     return table
 
@@ -75,7 +82,12 @@ def _measure(config: CacheConfig) -> list[str]:
             engine.score(work.requests)
 
     seconds = side_by_side(
-        {"bare": _bare(plan, engine, requests), "scores": scores, "whole": lambda: _whole(plan, engine)}, rounds=2
+        {
+            "bare": _bare(plan, engine, requests),
+            "scores": scores,
+            "whole": lambda: _whole(plan, engine),
+        },
+        rounds=2,
     )
     parameters = sum(p.numel() for p in engine._model.parameters())
     shares = [f"{seconds['bare'] / seconds[name]:.2f}" for name in ("bare", "scores", "whole")]
@@ -87,7 +99,9 @@ def _bare(plan: CachePlan, engine: TransformersEngine, requests: list) -> Callab
     per_unit = len(requests) // 6
     made = []
     for start in range(0, len(requests), per_unit):  # batches never span shards
-        made += [engine.batch(packs) for packs in engine.batches(requests[start : start + per_unit])]
+        made += [
+            engine.batch(packs) for packs in engine.batches(requests[start : start + per_unit])
+        ]
 
     @torch.inference_mode()
     def run() -> None:

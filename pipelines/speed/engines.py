@@ -53,7 +53,9 @@ def _checkpoint(folder: Path) -> None:
     }
     torch.manual_seed(0)
     model = random_model("llama", config, torch.float32)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors"
+    )
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -70,17 +72,27 @@ def _requests() -> list[Request]:
 
 
 def _measure(folder: Path) -> Table:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM in this process, where its head's rows can be counted
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
+        "0"  # vLLM in this process, where its head's rows can be counted
+    )
     _checkpoint(folder)
-    checkpoint, requests, spec = open_checkpoint(str(folder)), _requests(), TargetSpec(64, 1.0, (1.0, 2.0))
-    entry = TeacherEntry("x", "llama", mask_id=0, student_tokens=False, length=_LONGEST, student="x")
+    checkpoint, requests, spec = (
+        open_checkpoint(str(folder)),
+        _requests(),
+        TargetSpec(64, 1.0, (1.0, 2.0)),
+    )
+    entry = TeacherEntry(
+        "x", "llama", mask_id=0, student_tokens=False, length=_LONGEST, student="x"
+    )
     settings = EngineConfig(type="vllm", device="cpu", dtype="float32", tokens_per_batch=4096)
     with closing(VllmEngine(checkpoint, entry, spec, settings, _LONGEST)) as fast:
         from teacher_cache.engines.vllm_engine.pooler import ScorePooler
 
         model = load_model(checkpoint, "llama", torch.float32)
         plain = TransformersEngine(model, entry.attention, spec, tokens_per_batch=4096)
-        seconds = side_by_side({"vllm": lambda: fast.score(requests), "plain": lambda: plain.score(requests)}, 3)
+        seconds = side_by_side(
+            {"vllm": lambda: fast.score(requests), "plain": lambda: plain.score(requests)}, 3
+        )
         read = sum(len(request.read) for request in requests)
         before = ScorePooler.rows_run, plain.forward_rows
         fast.score(requests)

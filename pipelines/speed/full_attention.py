@@ -16,7 +16,12 @@ from student_train.using.settings import Special
 
 @torch.no_grad()
 def sample_full_attention(
-    model: Any, prompts: Sequence[Sequence[int]], special: Special, new_tokens: int, block: int, per_step: int
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    special: Special,
+    new_tokens: int,
+    block: int,
+    per_step: int,
 ) -> tuple[Int[Tensor, "batch new"], int]:
     """Greedy low-confidence remasking, blocks from left to right, `per_step` tokens a step; tokens and passes.
 
@@ -38,7 +43,11 @@ def sample_full_attention(
             logits[..., [special.mask, special.eos]] = -torch.inf
             confidence, tokens = logits.softmax(dim=-1).max(dim=-1)
             masked = ids[:, at] == special.mask
-            rank = torch.where(masked, confidence, -1.0).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            rank = (
+                torch.where(masked, confidence, -1.0)
+                .argsort(dim=1, descending=True, stable=True)
+                .argsort(dim=1)
+            )
             ids[:, at] = torch.where(masked & (rank < per_step), tokens, ids[:, at])
             passes += 1
     return ids[:, width:], passes

@@ -24,7 +24,10 @@ from student_train.losses.objective import Counts, objective, total
 from student_train.losses.targets import ChunkTargets, Classes, Targets, TopKTargets
 
 _ROWS, _VOCABULARY, _WIDTH, _K, _CLASSES = 512, 151_936, 512, 32, 64
-_OBJECTIVES: dict[str, Distillation] = {"kl + TIDAL": KL(tidal=Tidal()), "reverse_calm": ReverseCalm()}
+_OBJECTIVES: dict[str, Distillation] = {
+    "kl + TIDAL": KL(tidal=Tidal()),
+    "reverse_calm": ReverseCalm(),
+}
 
 
 @dataclass(frozen=True)
@@ -43,17 +46,23 @@ def bench_head() -> Table:
         f"LM head and loss ÷ plain over the whole sequence, forward and backward: {_ROWS:,} rows, "
         f"vocabulary {_VOCABULARY:,}, width {_WIDTH:,}, {'bfloat16' if half else 'float32'}"
     )
-    table = Table("objective", "rows masked", "time", "memory beyond inputs and gradients", title=title)
+    table = Table(
+        "objective", "rows masked", "time", "memory beyond inputs and gradients", title=title
+    )
     for name in _OBJECTIVES:
         for share in (1.0, 0.5):
             case = _Case(name, share, half)
-            jobs: dict[str, Callable[[], object]] = {way: _job(case, way) for way in ("plain", "fused")}
+            jobs: dict[str, Callable[[], object]] = {
+                way: _job(case, way) for way in ("plain", "fused")
+            }
             seconds = side_by_side(jobs, rounds=2)
             memory = ""
             if share == 1.0:
                 found = {way: max(1, in_process(_job, case, way)) for way in jobs}
                 memory = f"{found['fused'] / found['plain']:.2f}"
-            table.add_row(name, f"{share:.0%}", f"{seconds['fused'] / seconds['plain']:.2f}", memory)
+            table.add_row(
+                name, f"{share:.0%}", f"{seconds['fused'] / seconds['plain']:.2f}", memory
+            )
     return table
 
 
@@ -91,11 +100,15 @@ def _problem(rows: int) -> Targets:
     prior = torch.full((_VOCABULARY,), -math.log(_VOCABULARY))
     classes = Classes(torch.arange(_VOCABULARY) % _CLASSES, _CLASSES, {1.0: prior, 2.0: prior})
     mass = {t: torch.full((rows, _CLASSES), math.log(0.5 / _CLASSES)) for t in (1.0, 2.0)}
-    topk = TopKTargets(ids, logp, torch.ones_like(ids, dtype=torch.bool), odds, classes, mass, student_shaped=False)
+    topk = TopKTargets(
+        ids, logp, torch.ones_like(ids, dtype=torch.bool), odds, classes, mass, student_shaped=False
+    )
     places = np.arange(rows)
     chunk_of = places // 2
     chunks = ChunkTargets(
         torch.from_numpy(places), torch.from_numpy(chunk_of), -torch.rand(rows // 2), torch.rand(rows // 2) * 0.9 + 0.1,
         np.stack([places, chunk_of]),
     )  # fmt: skip
-    return Targets(torch.randint(0, _VOCABULARY, (rows,)), torch.rand(rows) * 0.9 + 0.1, topk, chunks)
+    return Targets(
+        torch.randint(0, _VOCABULARY, (rows,)), torch.rand(rows) * 0.9 + 0.1, topk, chunks
+    )

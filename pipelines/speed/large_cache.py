@@ -48,7 +48,9 @@ def bench_large_cache() -> Table:
             cache = Path(folder) / "cache"
             shards = _make(cache, rows)
             ours, theirs = multiprocessing.get_context("spawn").Pipe()
-            process = multiprocessing.get_context("spawn").Process(target=_measure, args=(cache, theirs))
+            process = multiprocessing.get_context("spawn").Process(
+                target=_measure, args=(cache, theirs)
+            )
             process.start()
             theirs.close()
             found = ours.recv()
@@ -86,7 +88,11 @@ def _make(cache: Path, rows: int) -> int:
     for draw in range(_DRAWS):
         made = random_rows(_LOAD, _CONFIG, _VOCABULARY, _ROWS, draw)
         first = Unit(draw, 0).path(cache)
-        counts = {"masked": sum(row.masked.size for row in made), "cache": manifest.digest, "draw": draw}
+        counts = {
+            "masked": sum(row.masked.size for row in made),
+            "cache": manifest.digest,
+            "draw": draw,
+        }
         content = write_shard(first, made, layout, counts)
         entry = Entry.of(content, {**counts, "rows": len(made)})
         for part in range(parts):

@@ -14,7 +14,9 @@ from shared.system.hardware import high_water
 def in_process(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> int:
     """Bytes that a job adds to a fresh process. `prepare` (a function of a module) loads what is not the job's."""
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_run, args=(theirs, prepare, arguments))
+    process = multiprocessing.get_context("spawn").Process(
+        target=_run, args=(theirs, prepare, arguments)
+    )
     process.start()
     theirs.close()
     try:
@@ -26,7 +28,9 @@ def in_process(prepare: Callable[..., Callable[[], object]], *arguments: Any) ->
     return found
 
 
-def _run(result: Connection, prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]) -> None:
+def _run(
+    result: Connection, prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]
+) -> None:
     job = prepare(*arguments)
     before = high_water()
     job()

@@ -29,7 +29,9 @@ def bench_preparing(rows: int = _ROWS) -> Table:
     with tempfile.TemporaryDirectory(prefix="tide-bench-") as name:
         folder = Path(name)
         source = folder / "rows.jsonl"
-        examples = itertools.islice(itertools.cycle(iter_examples(DataConfig("stdlib:heldout"))), rows)
+        examples = itertools.islice(
+            itertools.cycle(iter_examples(DataConfig("stdlib:heldout"))), rows
+        )
         with source.open("w") as file:
             for number, example in enumerate(examples):  # every row is another one
                 first, answer = example.messages
@@ -48,13 +50,21 @@ def _measure(folder: Path, source: Path, rows: int) -> Table:
         prepared = folder / str(workers)
         return cache_config("tiny-cross", None, changes, out=folder / "cache", prepared=prepared)
 
-    table = Table("preparing", "rows a second", title=f"{rows:,} rows, student 512 and teacher 1,024 tokens at most")
+    table = Table(
+        "preparing",
+        "rows a second",
+        title=f"{rows:,} rows, student 512 and teacher 1,024 tokens at most",
+    )
     for workers in (1, 2):
         settings = config(workers)
-        table.add_row(f"{workers} process{'es' * (workers > 1)}", _rate(rows, lambda c=settings: _prepare(c)))
+        table.add_row(
+            f"{workers} process{'es' * (workers > 1)}", _rate(rows, lambda c=settings: _prepare(c))
+        )
     table.add_row("found again, nothing to prepare", _rate(rows, lambda: _prepare(config(1))))
     plan = make_plan(dataclasses.replace(config(1), shard_examples=rows))
-    table.add_row("a draw: ids read, time, mask and split drawn", _rate(rows, lambda: _draw(plan, rows)))
+    table.add_row(
+        "a draw: ids read, time, mask and split drawn", _rate(rows, lambda: _draw(plan, rows))
+    )
     table.add_row("peak memory of the largest process, MiB", f"{largest_process() / 2**20:,.0f}")
     return table
 

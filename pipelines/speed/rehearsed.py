@@ -18,7 +18,9 @@ def bench_rehearsed() -> Table:
     """The counts as a table."""
     card = find_card("h100")
     title = "Counted on tensors without content: as written → compiled (no GPU has confirmed it)"
-    table = Table("what", "kernels", "GB moved", "ms", f"share of the {card.name}'s peak", title=title)
+    table = Table(
+        "what", "kernels", "GB moved", "ms", f"share of the {card.name}'s peak", title=title
+    )
 
     def add(name: str, stage: Stage) -> None:
         plain, compiled = (stage.phases.total(way) for way in (False, True))
@@ -29,11 +31,19 @@ def bench_rehearsed() -> Table:
         )  # fmt: skip
 
     for teacher in ("llada-8b", "wedlm-8b", "llada2-mini"):
-        add(f"stage one, {teacher}, a batch", rehearse_one(cache_config(teacher, None, []), _DATA, card)[0])
+        add(
+            f"stage one, {teacher}, a batch",
+            rehearse_one(cache_config(teacher, None, []), _DATA, card)[0],
+        )
     for teacher in ("llada-8b", "wedlm-8b"):
-        caching, training = cache_config(teacher, None, []), train_config(teacher, None, ["global_batch=64"])
+        caching, training = (
+            cache_config(teacher, None, []),
+            train_config(teacher, None, ["global_batch=64"]),
+        )
         for draws in (1, 4):
             settings = dataclasses.replace(training, batch_size=16, draws_per_step=draws)
-            name = f"stage two, {teacher}, a step of 64, {draws} draw{'s' if draws > 1 else ''} a pass"
+            name = (
+                f"stage two, {teacher}, a step of 64, {draws} draw{'s' if draws > 1 else ''} a pass"
+            )
             add(name, rehearse_two(step_plan(settings, caching, _DATA, card), card))
     return table

@@ -44,7 +44,8 @@ def bench_serving() -> Table:
     with served(_student(), config) as address:
         waited: dict[int, list[float]] = {count: [] for count in _AT_ONCE}
         jobs: dict[str, Callable[[], object]] = {
-            str(n): lambda n=n: waited[n].extend(_ask_all(address, config.name, n)) for n in _AT_ONCE
+            str(n): lambda n=n: waited[n].extend(_ask_all(address, config.name, n))
+            for n in _AT_ONCE
         }
         seconds = side_by_side(jobs, rounds=3)
     for count in _AT_ONCE:
@@ -65,7 +66,9 @@ def _student() -> LoadedStudent:
 def _ask_all(address: str, model: str, at_once: int) -> list[float]:
     """Seconds that each request took."""
     with ThreadPoolExecutor(at_once) as pool:
-        return list(pool.map(lambda number: _ask(address, model, f"Write `f{number}`."), range(_REQUESTS)))
+        return list(
+            pool.map(lambda number: _ask(address, model, f"Write `f{number}`."), range(_REQUESTS))
+        )
 
 
 def _ask(address: str, model: str, prompt: str) -> float:
@@ -74,10 +77,14 @@ def _ask(address: str, model: str, prompt: str) -> float:
     started = time.perf_counter()
     try:
         body = json.dumps({"model": model, "messages": [{"role": "user", "content": prompt}]})
-        connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+        connection.request(
+            "POST", "/v1/chat/completions", body, {"content-type": "application/json"}
+        )
         answer = json.load(connection.getresponse())
     finally:
         connection.close()
     if answer["usage"]["completion_tokens"] != _NEW:
-        raise RuntimeError(f"a response has {answer['usage']['completion_tokens']} tokens and not {_NEW}")
+        raise RuntimeError(
+            f"a response has {answer['usage']['completion_tokens']} tokens and not {_NEW}"
+        )
     return time.perf_counter() - started

@@ -54,7 +54,10 @@ def _students() -> dict[str, tuple[float, float]]:
     for m, plan in plans.items():
         found[str(m)] = make_batch(plan)[0]
     found["whole"] = _everything(found["1"])
-    rows = {name: int((batch["places"] >= 0).sum()) / batch["clean"].shape[0] for name, batch in found.items()}
+    rows = {
+        name: int((batch["places"] >= 0).sum()) / batch["clean"].shape[0]
+        for name, batch in found.items()
+    }
     per_draw = {name: n / (_DRAWS if name == str(_DRAWS) else 1) for name, n in rows.items()}
 
     def step(batch: Batch) -> Callable[[], None]:
@@ -67,7 +70,10 @@ def _students() -> dict[str, tuple[float, float]]:
         return run
 
     seconds = side_by_side({name: step(batch) for name, batch in found.items()}, rounds=3)
-    draws = {name: len(batch["clean"]) * (_DRAWS if name == str(_DRAWS) else 1) for name, batch in found.items()}
+    draws = {
+        name: len(batch["clean"]) * (_DRAWS if name == str(_DRAWS) else 1)
+        for name, batch in found.items()
+    }
     each = {name: seconds[name] / draws[name] for name in seconds}
     return {
         f"student, {m} draw{'s' if m > 1 else ''} a pass": (
@@ -103,16 +109,26 @@ def _teachers() -> dict[str, tuple[float, float]]:
         if isinstance(attention, Full):
             asked = _of_other_lengths(asked)
         own, plain = (random_model("qwen3", _TEACHER, torch.float32) for _ in range(2))
-        engine = TransformersEngine(own, attention, TargetSpec(0, 1.0, (1.0,)), tokens_per_batch=8192)
-        rows = sum(pack.width for pack in pack_requests(attention, asked, budget=16_384, model_width=_TRUE_WIDTH))
+        engine = TransformersEngine(
+            own, attention, TargetSpec(0, 1.0, (1.0,)), tokens_per_batch=8192
+        )
+        rows = sum(
+            pack.width
+            for pack in pack_requests(attention, asked, budget=16_384, model_width=_TRUE_WIDTH)
+        )
         batches = _in_batches(attention, asked)
         whole = sum(_width(attention, part[0]) * len(part) for part in batches)
         jobs: dict[str, Callable[[], object]] = {
             "packs": lambda engine=engine, asked=asked: engine.score(asked),
-            "whole": lambda plain=plain, batches=batches, attention=attention: _whole(plain, attention, batches),
+            "whole": lambda plain=plain, batches=batches, attention=attention: _whole(
+                plain, attention, batches
+            ),
         }
         seconds = side_by_side(jobs, rounds=3)
-        found[f"teacher, {name}, CompDemo, {_DRAWS} draws"] = (rows / whole, seconds["packs"] / seconds["whole"])
+        found[f"teacher, {name}, CompDemo, {_DRAWS} draws"] = (
+            rows / whole,
+            seconds["packs"] / seconds["whole"],
+        )
     return found
 
 
@@ -133,7 +149,10 @@ def _of_other_lengths(asked: list[Request]) -> list[Request]:
 
 def _in_batches(attention: Attention, asked: list[Request]) -> list[list[Request]]:
     """Like lengths together, 8,192 padded rows a batch."""
-    return [[asked[i] for i in batch] for batch in fill([_width(attention, one) for one in asked], 8192, padded=True)]
+    return [
+        [asked[i] for i in batch]
+        for batch in fill([_width(attention, one) for one in asked], 8192, padded=True)
+    ]
 
 
 @torch.inference_mode()
@@ -141,7 +160,10 @@ def _whole(model: Any, attention: Attention, batches: list[list[Request]]) -> No
     for part in batches:
         inputs = build_inputs(attention, part)
         hidden = model.model(
-            input_ids=inputs.ids, attention_mask=inputs.mask, position_ids=inputs.positions, use_cache=False
+            input_ids=inputs.ids,
+            attention_mask=inputs.mask,
+            position_ids=inputs.positions,
+            use_cache=False,
         ).last_hidden_state
         row = np.repeat(np.arange(len(part)), [len(request.read) for request in part])
         gold = torch.from_numpy(np.concatenate([request.gold for request in part])).long()

@@ -49,8 +49,15 @@ def _measure(folder: Path) -> Table:
             for inputs in batches:
                 plain(input_ids=inputs.ids, attention_mask=inputs.mask)
 
-    seconds = side_by_side({"engine": lambda: engine.score(requests), "plain": everywhere}, rounds=3)
-    table = Table("stage one, transformers engine", "ratio", title=f"{len(requests)} passes, {read} rows read")
+    seconds = side_by_side(
+        {"engine": lambda: engine.score(requests), "plain": everywhere}, rounds=3
+    )
+    table = Table(
+        "stage one, transformers engine", "ratio", title=f"{len(requests)} passes, {read} rows read"
+    )
     table.add_row("rows for which the LM head ran ÷ rows asked for", f"{share:.2f}")
-    table.add_row("batched plain forwards, full logits ÷ engine", f"{seconds['plain'] / seconds['engine']:.2f}")
+    table.add_row(
+        "batched plain forwards, full logits ÷ engine",
+        f"{seconds['plain'] / seconds['engine']:.2f}",
+    )
     return table

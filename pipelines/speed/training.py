@@ -21,7 +21,15 @@ from pipelines.speed.timing import side_by_side
 from shared.diffusion.attention import full
 from shared.models.loading import random_model
 from shared.settings.config import CacheConfig, StudentConfig, TrainConfig
-from shared.settings.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL, Tidal
+from shared.settings.objectives import (
+    KL,
+    Calm,
+    Distillation,
+    NoDistillation,
+    ReverseCalm,
+    ReverseKL,
+    Tidal,
+)
 from student_train.batches.collate import TargetReader, counts_of
 from student_train.batches.open_cache import OpenCache, open_cache
 from student_train.losses.fused_head import LossSettings
@@ -40,7 +48,12 @@ def bench_training() -> Table:
         caches = {}
         for teacher in ("tiny-cross", "tiny-shared"):
             out = Path(folder) / teacher
-            changes = ["data.limit=64", "shard_examples=64", "noise.draws=1", 'targets.signals=["topk","chunks"]']
+            changes = [
+                "data.limit=64",
+                "shard_examples=64",
+                "noise.draws=1",
+                'targets.signals=["topk","chunks"]',
+            ]
             caches[teacher] = out
             build_cache(cache_config(teacher, None, changes, out=out))
         return _measure(caches)
@@ -64,16 +77,22 @@ def _measure(caches: dict[str, Path]) -> Table:
 
         def step(settings: Distillation, model: Any = model, batch: Any = batch) -> None:
             model.zero_grad()
-            model(batch=batch, settings=LossSettings(settings, 1.0, counts_of(batch["counts"]), 0.5))[0].backward()
+            model(
+                batch=batch, settings=LossSettings(settings, 1.0, counts_of(batch["counts"]), 0.5)
+            )[0].backward()
 
-        jobs: dict[str, Callable[[], object]] = {"CE only": lambda step=step: step(NoDistillation())}
+        jobs: dict[str, Callable[[], object]] = {
+            "CE only": lambda step=step: step(NoDistillation())
+        }
         for settings in variants[name]:
             label = settings.type + (" + TIDAL" if getattr(settings, "tidal", None) else "")
             jobs[label] = lambda step=step, settings=settings: step(settings)
         if name == "tiny-shared":
             teacher = _teacher(model)
             ratio = size_of(teacher).active / size_of(model).active
-            jobs[f"kl, a teacher {ratio:.1f} times as large in the loop"] = _online(step, batch, teacher)
+            jobs[f"kl, a teacher {ratio:.1f} times as large in the loop"] = _online(
+                step, batch, teacher
+            )
         seconds = side_by_side(jobs)
         seconds["loading a batch, files and decoding included"] = _loading(opened, config)
         for label, value in seconds.items():
@@ -103,12 +122,21 @@ def _at_a_real_vocabulary(table: Table) -> None:
 
     def step(settings: Distillation) -> None:
         model.zero_grad()
-        model(batch=batch, settings=LossSettings(settings, 1.0, counts_of(batch["counts"]), 0.5))[0].backward()
+        model(batch=batch, settings=LossSettings(settings, 1.0, counts_of(batch["counts"]), 0.5))[
+            0
+        ].backward()
 
-    kinds: list[Distillation] = [NoDistillation(), KL(tidal=Tidal()), ReverseKL(), Calm(), ReverseCalm()]
+    kinds: list[Distillation] = [
+        NoDistillation(),
+        KL(tidal=Tidal()),
+        ReverseKL(),
+        Calm(),
+        ReverseCalm(),
+    ]
     names = ["CE only", "kl + TIDAL", "reverse_kl", "calm", "reverse_calm"]
     seconds = side_by_side(
-        {name: lambda kind=kind: step(kind) for name, kind in zip(names, kinds, strict=True)}, rounds=3
+        {name: lambda kind=kind: step(kind) for name, kind in zip(names, kinds, strict=True)},
+        rounds=3,
     )
     for name, value in seconds.items():
         table.add_row("151,936 tokens", name, f"{value / seconds['CE only']:.2f}")
@@ -123,14 +151,20 @@ def _teacher(student: Any) -> Any:
     return random_model("qwen3", config, torch.float32)
 
 
-def _online(step: Callable[[Distillation], None], batch: dict[str, Tensor], teacher: Any) -> Callable[[], object]:
+def _online(
+    step: Callable[[Distillation], None], batch: dict[str, Tensor], teacher: Any
+) -> Callable[[], object]:
     """A step that also runs the two CompDemo passes of `teacher`, as training without a cache would."""
 
     def job() -> None:
         with torch.inference_mode():
             for _ in range(2):
-                hidden = teacher.model(input_ids=batch["noised"], attention_mask=full(batch["valid"]), use_cache=False)
-                F.log_softmax(teacher.lm_head(hidden.last_hidden_state[batch["row"], batch["column"]]), dim=-1)
+                hidden = teacher.model(
+                    input_ids=batch["noised"], attention_mask=full(batch["valid"]), use_cache=False
+                )
+                F.log_softmax(
+                    teacher.lm_head(hidden.last_hidden_state[batch["row"], batch["column"]]), dim=-1
+                )
         step(KL())
 
     return job

@@ -74,10 +74,21 @@ def bench_use(figure: Path = Path("runs/bench/use.png")) -> Table:
         rows, truth = _measure(place)
     _draw(rows, truth[0], figure)
     title = f"{_PROMPTS} held-out prompts at a time, {_NEW} tokens each, blocks of {_BLOCK}"
-    table = Table("decoding", "passes", "tokens/s", "÷ teacher", "memory, MB", "NLL", "distinct", title=title)
+    table = Table(
+        "decoding", "passes", "tokens/s", "÷ teacher", "memory, MB", "NLL", "distinct", title=title
+    )
     for row in rows:
-        judged = ("–", "–") if row.quality is None else (f"{row.quality[0]:.2f}", f"{row.quality[1]:.2f}")
-        cells = (f"{row.speed:.0f}", f"{row.speed / rows[0].speed:.1f}", f"{row.memory / 1e6:.0f}", *judged)
+        judged = (
+            ("–", "–")
+            if row.quality is None
+            else (f"{row.quality[0]:.2f}", f"{row.quality[1]:.2f}")
+        )
+        cells = (
+            f"{row.speed:.0f}",
+            f"{row.speed / rows[0].speed:.1f}",
+            f"{row.memory / 1e6:.0f}",
+            *judged,
+        )
         table.add_row(row.name, str(row.passes), *cells)
     table.add_row("(the true text)", *"––––", f"{truth[0]:.2f}", f"{truth[1]:.2f}")
     return table
@@ -92,7 +103,9 @@ def _train(folder: Path) -> Path:
 
 def _load_teacher() -> Any:
     entry = find_teacher(_TEACHER)
-    model: Any = load_model(open_checkpoint(resolve(entry.model)), entry.architecture, torch.float32)
+    model: Any = load_model(
+        open_checkpoint(resolve(entry.model)), entry.architecture, torch.float32
+    )
     return model.eval()
 
 
@@ -107,7 +120,9 @@ def _measure(place: Path) -> tuple[list[_Row], tuple[float, float]]:
     blocks = _blocks(student)
     mask = student.special.mask
     judged = {
-        name: None if name.startswith("autoregressive") else _quality(teacher, mask, _after(way, blocks))
+        name: None
+        if name.startswith("autoregressive")
+        else _quality(teacher, mask, _after(way, blocks))
         for name, way in ways.items()
     }
     kinds = {name.split(",")[0] for name in ways}
@@ -126,7 +141,9 @@ def _teacher_ways(student: LoadedStudent, teacher: Any) -> dict[str, Decode]:
     """The first of them is what others are compared with."""
 
     def way(per_step: int) -> Decode:
-        return lambda prompts, new: sample_full_attention(teacher, prompts, student.special, new, _BLOCK, per_step)
+        return lambda prompts, new: sample_full_attention(
+            teacher, prompts, student.special, new, _BLOCK, per_step
+        )
 
     return {"teacher, 1 token a step": way(1), "teacher, 4 tokens a step": way(4)}
 
@@ -145,11 +162,15 @@ def _student_ways(student: LoadedStudent) -> dict[str, Decode]:
     return {
         **{f"student, {n} steps a block": way(steps_per_block=n) for n in _STEPS},
         **{f"student, threshold {t}": way(threshold=t) for t in _THRESHOLDS},
-        "autoregressive, same backbone": lambda prompts, new: _autoregressive(student, prompts, new),
+        "autoregressive, same backbone": lambda prompts, new: _autoregressive(
+            student, prompts, new
+        ),
     }
 
 
-def _autoregressive(student: LoadedStudent, prompts: list[list[int]], new: int) -> tuple[Tensor, int]:
+def _autoregressive(
+    student: LoadedStudent, prompts: list[list[int]], new: int
+) -> tuple[Tensor, int]:
     """Greedy decoding of the student's weights under causal attention, with transformers' cache."""
     ids, valid = pad_left(prompts, 1, student.special.pad)
     output = student.model.generate(
@@ -175,7 +196,9 @@ def _blocks(student: LoadedStudent) -> list[tuple[list[int], list[int]]]:
     return found
 
 
-def _after(decode: Decode, blocks: list[tuple[list[int], list[int]]]) -> list[tuple[list[int], list[int]]]:
+def _after(
+    decode: Decode, blocks: list[tuple[list[int], list[int]]]
+) -> list[tuple[list[int], list[int]]]:
     """The same contexts with decoded blocks."""
     found = []
     for start in range(0, len(blocks), _PROMPTS):
@@ -186,7 +209,9 @@ def _after(decode: Decode, blocks: list[tuple[list[int], list[int]]]) -> list[tu
 
 
 @torch.no_grad()
-def _quality(teacher: Any, mask: int, blocks: list[tuple[list[int], list[int]]]) -> tuple[float, float]:
+def _quality(
+    teacher: Any, mask: int, blocks: list[tuple[list[int], list[int]]]
+) -> tuple[float, float]:
     """The teacher's NLL of the blocks given their contexts, nats a token, and the share of distinct tokens.
 
     Fixed masks: a block's `_DRAWS` copies have 1/16, 3/16, … of it masked, the same places in every block.
@@ -203,10 +228,19 @@ def _quality(teacher: Any, mask: int, blocks: list[tuple[list[int], list[int]]])
         noised = gold.masked_fill(hidden, mask)
         ids = torch.cat([torch.tensor([context] * _DRAWS), noised], dim=1)
         seen = full(torch.ones_like(ids, dtype=torch.bool))
-        states = teacher.model(input_ids=ids, attention_mask=seen, use_cache=False).last_hidden_state
-        logp = teacher.lm_head(states[:, -_BLOCK:]).float().log_softmax(dim=-1).gather(-1, gold[..., None])[..., 0]
+        states = teacher.model(
+            input_ids=ids, attention_mask=seen, use_cache=False
+        ).last_hidden_state
+        logp = (
+            teacher.lm_head(states[:, -_BLOCK:])
+            .float()
+            .log_softmax(dim=-1)
+            .gather(-1, gold[..., None])[..., 0]
+        )
         found.append(float(-((logp * hidden).sum(dim=1) * weights).mean()))
-    return statistics.mean(found), statistics.mean(len(set(block)) / len(block) for _, block in blocks)
+    return statistics.mean(found), statistics.mean(
+        len(set(block)) / len(block) for _, block in blocks
+    )
 
 
 def _prepare(kind: str, place: str) -> Callable[[], object]:
@@ -237,19 +271,41 @@ def _together(points: list[tuple[float, float, str]]) -> list[tuple[float, float
 def _draw(rows: list[_Row], truth: float, path: Path) -> None:
     """Quality against speed; the best lie at the upper right."""
     figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    for label, mark in (("teacher", "s"), ("student, threshold", "^"), ("student, steps a block", "o")):
-        mine = [(r.speed, r.quality[0], r.name) for r in rows if r.quality and _group(r.name) == label]
-        axis.plot([speed for speed, _, _ in mine], [nll for _, nll, _ in mine], mark + "-", label=label, linewidth=1)
+    for label, mark in (
+        ("teacher", "s"),
+        ("student, threshold", "^"),
+        ("student, steps a block", "o"),
+    ):
+        mine = [
+            (r.speed, r.quality[0], r.name) for r in rows if r.quality and _group(r.name) == label
+        ]
+        axis.plot(
+            [speed for speed, _, _ in mine],
+            [nll for _, nll, _ in mine],
+            mark + "-",
+            label=label,
+            linewidth=1,
+        )
         short = [(speed, nll, name.partition(", ")[2].removeprefix("threshold ").removesuffix(" steps a block"))
                  for speed, nll, name in mine]  # fmt: skip
         below = mark == "^"  # where two lines meet, their labels stand on either side
         for speed, nll, text in _together(short):
-            axis.annotate(text, (speed, nll), textcoords="offset points", xytext=(4, -13 if below else 6), fontsize=8)
+            axis.annotate(
+                text,
+                (speed, nll),
+                textcoords="offset points",
+                xytext=(4, -13 if below else 6),
+                fontsize=8,
+            )
     for row in rows:
         if row.quality is None:
             axis.axvline(row.speed, linestyle=":", color="grey", label=f"{row.name} (speed alone)")
     axis.axhline(truth, linestyle="--", color="grey", linewidth=1, label="the true text")
-    axis.set(xscale="log", xlabel="tokens a second", ylabel="teacher's NLL, nats a token (better is higher up)")
+    axis.set(
+        xscale="log",
+        xlabel="tokens a second",
+        ylabel="teacher's NLL, nats a token (better is higher up)",
+    )
     axis.margins(y=0.12)
     axis.invert_yaxis()
     axis.legend(frameon=False, fontsize=8)

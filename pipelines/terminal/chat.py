@@ -14,7 +14,12 @@ from student_train.using.settings import SampleConfig
 _MASK = "░"
 
 
-def talk(student: LoadedStudent, config: SampleConfig, show_diffusion: bool, console: Console | None = None) -> None:
+def talk(
+    student: LoadedStudent,
+    config: SampleConfig,
+    show_diffusion: bool,
+    console: Console | None = None,
+) -> None:
     """Read questions and answer them until there are no more."""
     console = console or Console()
     messages: list[dict[str, str]] = []
@@ -31,12 +36,18 @@ def talk(student: LoadedStudent, config: SampleConfig, show_diffusion: bool, con
 
 
 def _answer(
-    student: LoadedStudent, messages: list[dict[str, str]], config: SampleConfig, show_diffusion: bool, console: Console
+    student: LoadedStudent,
+    messages: list[dict[str, str]],
+    config: SampleConfig,
+    show_diffusion: bool,
+    console: Console,
 ) -> str:
     """The answer, drawn after every step, or after every block where the diffusion is not to be shown."""
     final: list[int] = []
     with Live(Text(), console=console, refresh_per_second=30) as live:
-        for tokens, _ in sample_steps(student.model, [student.prompt(messages)], student.special, config):
+        for tokens, _ in sample_steps(
+            student.model, [student.prompt(messages)], student.special, config
+        ):
             row = tokens[0].tolist()
             settled = student.special.mask not in row
             final = row if settled else final

@@ -12,13 +12,17 @@ from torch import nn
 class MuonWithAdamW(torch.optim.Optimizer):
     """Two of PyTorch's optimizers as one, with one learning rate (Muon's step has the size of AdamW's)."""
 
-    def __init__(self, model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]) -> None:
+    def __init__(
+        self, model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]
+    ) -> None:
         matrices, others = [], []
         for name, parameter in model.named_parameters():
             inner = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
             (matrices if inner else others).append(parameter)
         self._parts: tuple[torch.optim.Optimizer, ...] = (
-            torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.Muon(
+                matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+            ),
             torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay, betas=betas),
         )
         super().__init__([*matrices, *others], {"lr": lr})

@@ -63,14 +63,18 @@ class TinyStudentTrainer(ResumableTrainer):
         return F.cross_entropy(model.lm_head(hidden).float(), gold)
 
 
-def train_tiny_student(tokenizer_folder: Path, out: Path, work: Path, config: TinyStudentConfig) -> None:
+def train_tiny_student(
+    tokenizer_folder: Path, out: Path, work: Path, config: TinyStudentConfig
+) -> None:
     """Pre-train a student for the tokenizer in `tokenizer_folder`, and write it with a model card to `out`.
 
     Killed at any time and started again, it goes on from the last checkpoint in `work`.
     """
     for folder in (work, out):
         refuse_unwritable(folder)
-    config = dataclasses.replace(config, precision=choose_precision(config.precision, choose_device("cpu")))
+    config = dataclasses.replace(
+        config, precision=choose_precision(config.precision, choose_device("cpu"))
+    )
     tokenizer = Tokenizer.load(tokenizer_folder)
     mask_id = tokenizer.special_id("mask")
     train = prepare_corpus(tokenizer, config, "train")
@@ -88,16 +92,24 @@ def train_tiny_student(tokenizer_folder: Path, out: Path, work: Path, config: Ti
     heldout = heldout_functions(tokenizer, config)
     scores = masked_nll(model, heldout, student_predictor(model, config.block))
     about = (len(train), sum(len(e.student_ids) for e in train), len(dataset), len(heldout.ids))
-    (out / "README.md").write_text(_card(config, model, about, trainer.seconds_trained / 60, scores))
+    (out / "README.md").write_text(
+        _card(config, model, about, trainer.seconds_trained / 60, scores)
+    )
     print(f"held-out masked NLL {scores['nll']:.4f} nats a token")
 
 
 def _card(
-    config: TinyStudentConfig, model: Any, about: tuple[int, int, int, int], minutes: float, scores: dict[str, float]
+    config: TinyStudentConfig,
+    model: Any,
+    about: tuple[int, int, int, int],
+    minutes: float,
+    scores: dict[str, float],
 ) -> str:
     functions, tokens, steps, heldout = about
     values = {**dataclasses.asdict(config), **dataclasses.asdict(config.shape)}
-    settings = "\n".join(f"| {k} | {v} |" for k, v in values.items() if k not in ("shape", "checkpoint"))
+    settings = "\n".join(
+        f"| {k} | {v} |" for k, v in values.items() if k not in ("shape", "checkpoint")
+    )
     return f"""# An embedded student, pre-trained
 
 A block-diffusion language model of {model.num_parameters() / 1e6:.1f} M parameters (Qwen3 architecture, byte-level BPE

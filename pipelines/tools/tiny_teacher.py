@@ -48,7 +48,9 @@ class TinyTeacherConfig(CorpusTraining):
 
 def full_attention_logits(model: Any, ids: Tensor, valid: Tensor, rows: Tensor) -> Tensor:
     """Logits at the chosen positions only, [rows, vocabulary], under full attention."""
-    hidden = model.model(input_ids=ids, attention_mask=full(valid), use_cache=False).last_hidden_state
+    hidden = model.model(
+        input_ids=ids, attention_mask=full(valid), use_cache=False
+    ).last_hidden_state
     return model.lm_head(hidden[rows])
 
 
@@ -62,7 +64,9 @@ class TinyTeacherTrainer(ResumableTrainer):
         return F.cross_entropy(logits, inputs["targets"][rows])
 
 
-def train_tiny_teacher(teacher: Path, student_tokenizer: Path, work: Path, config: TinyTeacherConfig) -> None:
+def train_tiny_teacher(
+    teacher: Path, student_tokenizer: Path, work: Path, config: TinyTeacherConfig
+) -> None:
     """Train the teacher, and write it with a model card to `teacher`. Tokenizers that lie there and in
     `student_tokenizer` are kept (caches and students are made for them); where there are none they are trained too.
 
@@ -70,7 +74,9 @@ def train_tiny_teacher(teacher: Path, student_tokenizer: Path, work: Path, confi
     """
     for folder in (work, teacher):
         refuse_unwritable(folder)
-    config = dataclasses.replace(config, precision=choose_precision(config.precision, choose_device()))
+    config = dataclasses.replace(
+        config, precision=choose_precision(config.precision, choose_device())
+    )
     started = time.monotonic()
     if not (work / "tokenizer" / "tokenizer.json").exists():
         _settle_tokenizers(teacher, student_tokenizer, work)
@@ -89,12 +95,19 @@ def train_tiny_teacher(teacher: Path, student_tokenizer: Path, work: Path, confi
     rounded.float()
     heldout = heldout_functions(tokenizer, config)
     nll = masked_nll(rounded, heldout, teacher_predictor(rounded))["nll"]
-    for source, target in ((work / "tokenizer", teacher), (work / "student-tokenizer", student_tokenizer)):
+    for source, target in (
+        (work / "tokenizer", teacher),
+        (work / "student-tokenizer", student_tokenizer),
+    ):
         target.mkdir(parents=True, exist_ok=True)
         for file in source.iterdir():
             shutil.copy(file, target / file.name)
-    (teacher / "README.md").write_text(_card(config, model, train, len(heldout.ids), len(dataset), minutes, nll))
-    print(f"held-out masked NLL {nll:.4f} nats a token; {time.monotonic() - started:.0f} s in this run")
+    (teacher / "README.md").write_text(
+        _card(config, model, train, len(heldout.ids), len(dataset), minutes, nll)
+    )
+    print(
+        f"held-out masked NLL {nll:.4f} nats a token; {time.monotonic() - started:.0f} s in this run"
+    )
 
 
 def _settle_tokenizers(teacher: Path, student_tokenizer: Path, work: Path) -> None:

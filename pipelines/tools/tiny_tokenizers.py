@@ -27,7 +27,12 @@ _TEACHER_PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\n\s*|\s+(?!\S)|\s
 
 
 def _train(
-    tokenizer: Tokenizer, texts: Iterable[str], size: int, special: list[str], template: str, roles: dict[str, str]
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    size: int,
+    special: list[str],
+    template: str,
+    roles: dict[str, str],
 ) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -52,17 +57,30 @@ def train_teacher_tokenizer(texts: Iterable[str], folder: Path) -> None:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    special = ["<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|mask|>"]
+    special = [
+        "<|endoftext|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+        "<|mask|>",
+    ]
     roles = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "mask_token": "<|mask|>"}
-    _train(tokenizer, texts, 4096 - len(special), special, HEADER_TEMPLATE, roles).save_pretrained(folder)
+    _train(tokenizer, texts, 4096 - len(special), special, HEADER_TEMPLATE, roles).save_pretrained(
+        folder
+    )
 
 
 def train_student_tokenizer(texts: Iterable[str], folder: Path) -> None:
     """Write the other student's tokenizer to `folder`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[attr-defined]
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
     roles = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "mask_token": "<|mask|>"}
-    _train(tokenizer, texts, 2048 - len(special), special, CHATML_TEMPLATE, roles).save_pretrained(folder)
+    _train(tokenizer, texts, 2048 - len(special), special, CHATML_TEMPLATE, roles).save_pretrained(
+        folder
+    )

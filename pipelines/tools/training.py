@@ -18,7 +18,12 @@ T = TypeVar("T", bound=ResumableTrainer)
 
 
 def corpus_trainer(
-    kind: type[T], model: nn.Module, dataset: NoisedBatches, work: Path, config: CorpusTraining, **arguments: Any
+    kind: type[T],
+    model: nn.Module,
+    dataset: NoisedBatches,
+    work: Path,
+    config: CorpusTraining,
+    **arguments: Any,
 ) -> T:
     """A trainer whose checkpoints lie in `work`; `arguments` go to `training_arguments`."""
     return kind(
@@ -38,11 +43,16 @@ def corpus_trainer(
         ),
         train_dataset=dataset,
         data_collator=lambda batches: batches[0],
-        optimizers=(MuonWithAdamW(model, config.learning_rate, config.weight_decay, (0.9, 0.98)), None),
+        optimizers=(
+            MuonWithAdamW(model, config.learning_rate, config.weight_decay, (0.9, 0.98)),
+            None,
+        ),
     )
 
 
 def heldout_functions(tokenizer: Tokenizer, config: CorpusTraining) -> HeldOut:
     """All held-out functions, four draws each."""
     lengths = LengthConfig(config.length, config.length, config.block)
-    return prepare_heldout(DataConfig("stdlib:heldout"), lengths, tokenizer, tokenizer.special_id("mask"), 4)
+    return prepare_heldout(
+        DataConfig("stdlib:heldout"), lengths, tokenizer, tokenizer.special_id("mask"), 4
+    )

@@ -40,7 +40,9 @@ def common_prefix(a: bytes, b: bytes) -> int:
 
 
 def align_region(
-    teacher_boundaries: Int[np.ndarray, " a"], student_boundaries: Int[np.ndarray, " b"], region: Region
+    teacher_boundaries: Int[np.ndarray, " a"],
+    student_boundaries: Int[np.ndarray, " b"],
+    region: Region,
 ) -> Chunks:
     """Chunks inside one region.
 
@@ -70,7 +72,9 @@ def _inside(boundaries: Int[np.ndarray, " n"], start: int, length: int) -> Int[n
 
 
 def align_tokens(
-    teacher_lengths: Int[np.ndarray, " a"], student_lengths: Int[np.ndarray, " b"], regions: list[Region]
+    teacher_lengths: Int[np.ndarray, " a"],
+    student_lengths: Int[np.ndarray, " b"],
+    regions: list[Region],
 ) -> Chunks:
     """Chunks of all regions, in order. `*_lengths` are the tokens' lengths in bytes."""
     teacher, student = token_boundaries(teacher_lengths), token_boundaries(student_lengths)

@@ -62,14 +62,18 @@ class Prepared:
         """The maskable student positions, rising."""
         return positions_in(self.spans)
 
-    def asked(self, masked: Int[np.ndarray, " masked"]) -> tuple[Int[np.ndarray, " read"], Int[np.ndarray, " read"]]:
+    def asked(
+        self, masked: Int[np.ndarray, " masked"]
+    ) -> tuple[Int[np.ndarray, " read"], Int[np.ndarray, " read"]]:
         """Which of these masked positions (by number) a teacher of the same tokenizer is asked about, and where it has
         them.
         """
         if self.pairs is None:
             every = np.arange(masked.size)
             return every, (masked + self.offsets[spans_of(self.spans, masked)]).astype(np.int32)
-        _, which, pair = np.intersect1d(masked, self.pairs[:, 0], assume_unique=True, return_indices=True)
+        _, which, pair = np.intersect1d(
+            masked, self.pairs[:, 0], assume_unique=True, return_indices=True
+        )
         return which, self.pairs[pair, 1].astype(np.int32)
 
 
@@ -129,7 +133,9 @@ class Preparer:
             assert self.teacher_mask_id is not None
             _refuse_mask(teacher, self.teacher_mask_id, teacher.tokenizer)
         if student.starts[0] >= limit:
-            raise Unusable("prompt too long", f"the student's prompt has {student.starts[0]} tokens")
+            raise Unusable(
+                "prompt too long", f"the student's prompt has {student.starts[0]} tokens"
+            )
         ids, spans, whole = student.ids, student.spans, len(student.ids) <= limit
         if not whole:
             self.counts["truncated"] += 1
@@ -152,7 +158,9 @@ class Preparer:
         # What the student does not have, the teacher does not read: it would tell what comes before it.
         end = 0 if not len(chunks) else self.lengths.teacher if whole else int(chunks[-1, 1])
         none = np.zeros(len(spans), np.int32)
-        return Prepared(example.id, ids, spans, teacher.ids[:end], chunks, False, none, example.label)
+        return Prepared(
+            example.id, ids, spans, teacher.ids[:end], chunks, False, none, example.label
+        )
 
     def _count_unread(self, teacher: Side) -> None:
         """An example whose prompt alone is longer than the teacher may read is trained by cross-entropy alone."""
@@ -180,14 +188,18 @@ class Preparer:
         else:
             assert not isinstance(self.teacher, Tokenizer)
             words = words_in(student, len(ids)) if self.positions == "content" else None
-            found = read_student_text(ids, spans, self.student, self.teacher, self.lengths.teacher, words)
+            found = read_student_text(
+                ids, spans, self.student, self.teacher, self.lengths.teacher, words
+            )
         pairs = found.pairs
         if self.skip_first and pairs is not None:
             pairs = pairs[pairs[:, 1] > 0]
         elif self.skip_first and spans[0, 0] + found.offsets[0] == 0:
             spans = spans.copy()
             spans[0, 0] += 1
-        return Prepared(example.id, ids, spans, found.ids, NO_CHUNKS, True, found.offsets, example.label, pairs)
+        return Prepared(
+            example.id, ids, spans, found.ids, NO_CHUNKS, True, found.offsets, example.label, pairs
+        )
 
 
 def _sides(
@@ -200,7 +212,9 @@ def _sides(
             chats.append(tokenizer.render(example.messages, turns, example.tools))
         except Unusable as reason:
             chats.append(reason)
-    encoded = iter(tokenizer.encode_chats([chat for chat in chats if isinstance(chat, RenderedChat)]))
+    encoded = iter(
+        tokenizer.encode_chats([chat for chat in chats if isinstance(chat, RenderedChat)])
+    )
     sides: list[Side | Unusable] = []
     for chat in chats:
         parts = chat if isinstance(chat, Unusable) else next(encoded)
@@ -217,4 +231,6 @@ def _sides(
 def _refuse_mask(side: Side, mask_id: int, tokenizer: Tokenizer) -> None:
     if (side.ids == mask_id).any():
         name = f"the mask token of {tokenizer.name} ({tokenizer.decode([mask_id])!r})"
-        raise Unusable("spells a mask token", f"the text holds {name}, which a model cannot tell from noise")
+        raise Unusable(
+            "spells a mask token", f"the text holds {name}, which a model cannot tell from noise"
+        )

@@ -31,9 +31,13 @@ class Side:
     def of(cls, chat: RenderedChat, parts: Sequence[Sequence[int]], tokenizer: Tokenizer) -> Side:
         """From the ids of prompt, response, prompt, response, …"""
         ends = np.cumsum([len(part) for part in parts])
-        spans = np.array([[ends[i - 1], ends[i]] for i in range(1, len(parts), 2)], np.int32).reshape(-1, 2)
+        spans = np.array(
+            [[ends[i - 1], ends[i]] for i in range(1, len(parts), 2)], np.int32
+        ).reshape(-1, 2)
         ids = np.array([i for part in parts for i in part], np.int32)
-        bodies = tuple((chat.text[t.start : t.body[0]], chat.text[slice(*t.body)]) for t in chat.turns)
+        bodies = tuple(
+            (chat.text[t.start : t.body[0]], chat.text[slice(*t.body)]) for t in chat.turns
+        )
         return cls(tokenizer, ids, spans, bodies, tuple(t.message for t in chat.turns))
 
     @property
@@ -87,7 +91,9 @@ def _align(student: Side, k: int, teacher: Side, other: int) -> tuple[Chunks, in
     return align_region(t_edges, s_edges, Region(t_start, s_start, length)), whole, length
 
 
-def _bytes_from(tokenizer: Tokenizer, ids: Int[np.ndarray, " tokens"], lead: str) -> tuple[bytes, int]:
+def _bytes_from(
+    tokenizer: Tokenizer, ids: Int[np.ndarray, " tokens"], lead: str
+) -> tuple[bytes, int]:
     """Bytes of a response's tokens, and where in them its own words begin.
 
     A SentencePiece tokenizer writes a space in front of every text: the first token's, where the text has none.
@@ -103,7 +109,11 @@ def _edges(side: Side, k: int, content: bytes, start: int) -> Int[np.ndarray, " 
     """
     edges = token_boundaries(side.tokenizer.byte_lengths[side.response(k)])
     after = int(np.searchsorted(edges, start))
-    if after < len(edges) and edges[after] != start and not content[edges[after - 1] : start].strip():
+    if (
+        after < len(edges)
+        and edges[after] != start
+        and not content[edges[after - 1] : start].strip()
+    ):
         edges[after - 1] = start
     return edges
 

@@ -49,7 +49,9 @@ class SharedVocabulary:
             if self.same[token]:
                 result.append(token)
             else:
-                result += self.teacher.encode([student.token_bytes[token].decode("utf-8", "replace")])[0]
+                result += self.teacher.encode(
+                    [student.token_bytes[token].decode("utf-8", "replace")]
+                )[0]
         return result
 
 
@@ -87,7 +89,9 @@ def read_student_text(
     teacher_ids, offsets = None, np.zeros(len(spans), np.int32)
     if shared is not None and not shared.holds(ids):
         if not shared.holds(ids[positions_in(spans)]):
-            raise Unusable("token that the teacher writes otherwise", "a response holds an unshared token")
+            raise Unusable(
+                "token that the teacher writes otherwise", "a response holds an unshared token"
+            )
         parts, at, length = [], 0, 0
         for k, (start, stop) in enumerate(spans.tolist()):
             prompt = shared.translate(ids[at:start].tolist(), student)
@@ -107,7 +111,9 @@ def read_student_text(
     return Reading(teacher_ids, pairs, offsets)
 
 
-def read_own_text(student: Side, teacher: Side, length: int, lengths: LengthConfig, counts: Counter[str]) -> Reading:
+def read_own_text(
+    student: Side, teacher: Side, length: int, lengths: LengthConfig, counts: Counter[str]
+) -> Reading:
     """The conversation in the teacher's own template, EOS up to a whole block behind it, clean as in TIDE's reference;
     asked at those words of the answers that the student's `length` tokens have.
     """
@@ -128,6 +134,8 @@ def words_in(student: Side, length: int) -> Int[np.ndarray, " words"]:
     return words[words < length]
 
 
-def spans_of(spans: Int[np.ndarray, "spans 2"], positions: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+def spans_of(
+    spans: Int[np.ndarray, "spans 2"], positions: Int[np.ndarray, " n"]
+) -> Int[np.ndarray, " n"]:
     """The number of the span that each position lies in."""
     return np.searchsorted(spans[:, 0], positions, side="right") - 1

@@ -41,7 +41,9 @@ class Finding:
     problems: tuple[str, ...]
 
 
-def inspect_shard(cache: Path, manifest: Manifest, layout: Layout, job: tuple[Unit, Entry | None]) -> Finding:
+def inspect_shard(
+    cache: Path, manifest: Manifest, layout: Layout, job: tuple[Unit, Entry | None]
+) -> Finding:
     """Look at one shard. Damage is a finding, not an error."""
     unit, entry = job
     path = unit.path(cache)
@@ -51,7 +53,9 @@ def inspect_shard(cache: Path, manifest: Manifest, layout: Layout, job: tuple[Un
             entry.check(path, content)
         shard = read_table(path, layout, content)
         refuse_other_cache(path, shard.counts, manifest.digest)
-        return Finding(unit, shard.counts["rows"], tuple(problems_in(shard.table, layout, manifest)))
+        return Finding(
+            unit, shard.counts["rows"], tuple(problems_in(shard.table, layout, manifest))
+        )
     except TideError as error:
         return Finding(unit, 0, (error.what,))
     except (OSError, ValueError, IndexError) as error:
@@ -67,7 +71,9 @@ def in_processes(work: Callable[[T], R], jobs: Sequence[T], word: str) -> Iterat
                 yield work(job)
                 bar.update()
             return
-        with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), serve_parent, (os.getpid(),)) as pool:
+        with ProcessPoolExecutor(
+            count, multiprocessing.get_context("spawn"), serve_parent, (os.getpid(),)
+        ) as pool:
             for found in pool.map(work, jobs, chunksize=4):
                 yield found
                 bar.update()
@@ -78,7 +84,9 @@ def check_shards(
 ) -> Iterator[Finding]:
     """What is found in each shard."""
     return in_processes(
-        partial(inspect_shard, cache, manifest, layout), [(unit, ledger.get(unit)) for unit in units], "check"
+        partial(inspect_shard, cache, manifest, layout),
+        [(unit, ledger.get(unit)) for unit in units],
+        "check",
     )
 
 
@@ -111,12 +119,18 @@ def refuse_unsound(cache: Path, manifest: Manifest, layout: Layout, ledger: Ledg
     if known:
         whole = sum(entry.bytes for entry in ledger.values()) <= _HASHED_AT_ONCE
         jobs = [(unit, ledger[unit]) for unit in manifest.units()]
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # hashing and reading leave the interpreter to others
+        with ThreadPoolExecutor(
+            os.cpu_count() or 1
+        ) as pool:  # hashing and reading leave the interpreter to others
             checks = pool.map(partial(_same_bytes, cache, whole), jobs)
             shown = tqdm(checks, total=len(jobs), unit="shard", desc="hash", leave=False, delay=2)
             bad = [found for found in shown if found.problems]
     else:
-        bad = [found for found in check_shards(cache, manifest, layout, ledger, manifest.units()) if found.problems]
+        bad = [
+            found
+            for found in check_shards(cache, manifest, layout, ledger, manifest.units())
+            if found.problems
+        ]
     if bad:
         first = bad[0]
         raise TideError(
@@ -138,7 +152,9 @@ def _same_bytes(cache: Path, whole: bool, job: tuple[Unit, Entry]) -> Finding:
         if whole:
             entry.check(path, path.read_bytes())
         elif path.stat().st_size != entry.bytes:
-            return Finding(unit, 0, (f"{path} has {path.stat().st_size:,} bytes instead of {entry.bytes:,}",))
+            return Finding(
+                unit, 0, (f"{path} has {path.stat().st_size:,} bytes instead of {entry.bytes:,}",)
+            )
     except TideError as error:
         return Finding(unit, 0, (error.what,))
     return Finding(unit, entry.rows, ())

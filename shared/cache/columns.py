@@ -89,7 +89,11 @@ def to_table(rows: list[CacheRow], layout: Layout) -> pa.Table:
 def _encoded(row: CacheRow, name: str, layout: Layout) -> np.ndarray | None:
     """The numbers that stand in column `name` of a row."""
     if name == "topk_ranks":
-        return None if row.topk_ids is None or layout.vocabulary is None else layout.vocabulary.rank_of[row.topk_ids]
+        return (
+            None
+            if row.topk_ids is None or layout.vocabulary is None
+            else layout.vocabulary.rank_of[row.topk_ids]
+        )
     values = getattr(row, name)
     if layout.values == "float32" or values is None:
         return values
@@ -99,7 +103,11 @@ def _encoded(row: CacheRow, name: str, layout: Layout) -> np.ndarray | None:
         case "logsumexp":
             return grid(values, LOGIT_STEPS)
         case "topk_logp":
-            return _falls(to_levels(values, layout.temperatures), row.topk_sizes, top_levels(layout.temperatures))
+            return _falls(
+                to_levels(values, layout.temperatures),
+                row.topk_sizes,
+                top_levels(layout.temperatures),
+            )
         case "tail_odds":
             return grid(np.clip(values, -LARGEST_ODDS, LARGEST_ODDS), ODDS_STEPS)
         case "class_mass":
@@ -120,7 +128,9 @@ def _list_column(values: list[np.ndarray | None], kind: pa.ListType) -> pa.Array
     sizes = np.array([0 if v is None else v.size for v in values], np.int64)
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]).astype(np.int32)
     flat = [v.reshape(-1) for v in values if v is not None]
-    content = pa.array(np.concatenate(flat) if flat else np.zeros(0, np.int32)).cast(kind.value_type)
+    content = pa.array(np.concatenate(flat) if flat else np.zeros(0, np.int32)).cast(
+        kind.value_type
+    )
     missing = pa.array([v is None for v in values], pa.bool_())
     return pa.ListArray.from_arrays(pa.array(offsets), content, type=kind, mask=missing)
 
@@ -129,7 +139,10 @@ def from_table(table: pa.Table, layout: Layout) -> list[CacheRow]:
     """The inverse of `to_table`, but for what is rounded; `class_mass` comes as it is stored."""
     kept = table.column("topk_sizes").combine_chunks()
     sizes = kept.values.to_numpy() if len(kept) else np.zeros(0, np.int32)
-    columns = {field.name.removesuffix("_q"): table.column(field.name).combine_chunks() for field in schema_for(layout)}
+    columns = {
+        field.name.removesuffix("_q"): table.column(field.name).combine_chunks()
+        for field in schema_for(layout)
+    }
     cells = [_unpack(column, _decoder(name, layout, sizes)) for name, column in columns.items()]
     names = ["topk_ids" if name == "topk_ranks" else name for name in columns]
     shapes: dict[str, tuple[int, int]] = dict.fromkeys(_PAIRS, (-1, 2))
@@ -141,7 +154,9 @@ def from_table(table: pa.Table, layout: Layout) -> list[CacheRow]:
             if found[name] is not None:
                 found[name] = found[name].reshape(shape)
         if found["class_mass"] is not None:
-            found["class_mass"] = found["class_mass"].reshape(-1, len(layout.temperatures), layout.classes)
+            found["class_mass"] = found["class_mass"].reshape(
+                -1, len(layout.temperatures), layout.classes
+            )
         rows.append(CacheRow(**found))
     return rows
 
@@ -160,7 +175,9 @@ def _decoder(name: str, layout: Layout, sizes: np.ndarray) -> Callable[[np.ndarr
         case "tail_odds":
             return lambda q: q.astype(np.float32) * np.float32(1 / ODDS_STEPS)
         case "topk_logp":
-            return lambda q: level_table(layout.temperatures).take(levels_of(q, sizes, layout.temperatures))
+            return lambda q: level_table(layout.temperatures).take(
+                levels_of(q, sizes, layout.temperatures)
+            )
     return _same
 
 
@@ -186,4 +203,7 @@ def _unpack(column: pa.Array, decode: Callable[[np.ndarray], np.ndarray]) -> lis
     if column.null_count == len(column):
         return [None] * len(column)
     present = column.is_valid().to_numpy(zero_copy_only=False)
-    return [flat[a:b] if ok else None for a, b, ok in zip(offsets[:-1], offsets[1:], present, strict=True)]
+    return [
+        flat[a:b] if ok else None
+        for a, b, ok in zip(offsets[:-1], offsets[1:], present, strict=True)
+    ]

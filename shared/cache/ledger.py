@@ -80,7 +80,9 @@ def load_ledger(cache: Path, manifest: Manifest) -> Ledger:
         try:
             table = pq.ParquetFile(path, page_checksum_verification=True).read()
             digest = (table.schema.metadata or {}).get(b"tide.cache", b"").decode()
-            found = {Unit(row.pop("draw"), row.pop("part")): Entry(**row) for row in table.to_pylist()}
+            found = {
+                Unit(row.pop("draw"), row.pop("part")): Entry(**row) for row in table.to_pylist()
+            }
         except Exception as error:
             raise TideError(
                 f"{path} cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}",
@@ -130,8 +132,16 @@ def _from_shard(cache: Path, unit: Unit, manifest: Manifest) -> Entry:
 
 def save_ledger(cache: Path, manifest: Manifest, ledger: Ledger) -> None:
     """Write `ledger.parquet`, in the order of the units."""
-    rows = [{"draw": unit.draw, "part": unit.part, **dataclasses.asdict(ledger[unit])} for unit in sorted(ledger)]
-    kinds = {"draw": pa.int32(), "part": pa.int32(), "sha256": pa.string(), **dict.fromkeys(_NUMBERS, pa.int64())}
+    rows = [
+        {"draw": unit.draw, "part": unit.part, **dataclasses.asdict(ledger[unit])}
+        for unit in sorted(ledger)
+    ]
+    kinds = {
+        "draw": pa.int32(),
+        "part": pa.int32(),
+        "sha256": pa.string(),
+        **dict.fromkeys(_NUMBERS, pa.int64()),
+    }
     schema = pa.schema(list(kinds.items()), metadata={"tide.cache": manifest.digest})
     table = pa.Table.from_pylist(rows, schema=schema)
 

@@ -35,7 +35,9 @@ def top_levels(temperatures: tuple[float, ...]) -> int:
     return round(128 * max(2.0, *temperatures))
 
 
-def to_levels(logp: Float[np.ndarray, " n"], temperatures: tuple[float, ...]) -> Int[np.ndarray, " n"]:
+def to_levels(
+    logp: Float[np.ndarray, " n"], temperatures: tuple[float, ...]
+) -> Int[np.ndarray, " n"]:
     """Levels of log-probabilities, at least 1."""
     scaled = top_levels(temperatures) * np.exp(logp * np.float32(top_exponent(temperatures)))
     return np.maximum(np.rint(scaled), 1).astype(np.int32)
@@ -48,7 +50,9 @@ def level_table(temperatures: tuple[float, ...]) -> Float[np.ndarray, " levels"]
     return (np.log(levels) / top_exponent(temperatures)).astype(np.float32)
 
 
-def half_steps(logp: Float[np.ndarray, "*shape"], temperatures: tuple[float, ...]) -> Float[np.ndarray, "*shape"]:
+def half_steps(
+    logp: Float[np.ndarray, "*shape"], temperatures: tuple[float, ...]
+) -> Float[np.ndarray, "*shape"]:
     """By how much rounding to the levels of these log-probabilities may have moved them, in nats."""
     a = top_exponent(temperatures)
     below = np.maximum(np.exp(a * logp.astype(np.float64)) - 0.5 / top_levels(temperatures), 1e-12)

@@ -57,7 +57,9 @@ class Manifest:
     @property
     def digest(self) -> str:
         """A short hash of the fingerprint."""
-        return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[
+            :16
+        ]
 
     def units(self) -> list[Unit]:
         """All units of a finished cache, draw by draw."""
@@ -65,7 +67,9 @@ class Manifest:
 
     def save(self, cache: Path) -> None:
         """Write `manifest.json` atomically, with a checksum over the rest of it. One that says the same stays."""
-        content = (json.dumps({**asdict(self), "checksum": self.checksum}, indent=2, sort_keys=True) + "\n").encode()
+        content = (
+            json.dumps({**asdict(self), "checksum": self.checksum}, indent=2, sort_keys=True) + "\n"
+        ).encode()
         path = cache / MANIFEST
         if not path.is_file() or path.read_bytes() != content:
             write_bytes(path, content)
@@ -74,7 +78,9 @@ class Manifest:
         """How the shards of this cache, which lies in `cache`, are read. TideError where its table does not hold."""
         digest = self.fingerprint.get("tables")
         vocabulary = None if digest is None else load_vocabulary(cache, digest)
-        return Layout(self.temperatures, self.fingerprint["targets"]["values"], vocabulary, self.partial)
+        return Layout(
+            self.temperatures, self.fingerprint["targets"]["values"], vocabulary, self.partial
+        )
 
     @property
     def checksum(self) -> str:
@@ -104,7 +110,8 @@ def load_manifest(cache: Path) -> Manifest:
             return Manifest(**{**values, "sources": tuple(values.get("sources", ()))})
     except FileNotFoundError as error:
         raise TideError(
-            f"{cache} is no cache: it has no {MANIFEST}", fix="build one with `tide cache`, or check the path"
+            f"{cache} is no cache: it has no {MANIFEST}",
+            fix="build one with `tide cache`, or check the path",
         ) from error
     except (TypeError, ValueError, AttributeError, OSError) as error:
         if isinstance(error, TideError):

@@ -105,7 +105,9 @@ def problem_in(manifest: dict[str, Any]) -> str | None:
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     if found.parts > found.examples or found.draws * found.parts > _MOST_UNITS:
-        return f"{found.draws} draws of {found.parts} parts of {found.examples} examples are no cache"
+        return (
+            f"{found.draws} draws of {found.parts} parts of {found.examples} examples are no cache"
+        )
     if found.parts == 0 and found.examples > 0:
         return f"{found.examples} examples are in no part"
     return None

@@ -46,7 +46,9 @@ def belongs_to_cache(name: str) -> bool:
     folder, *rest = path.parts
     if len(rest) != 1 or rest[0].startswith("."):
         return False
-    small = folder in ("student_tokenizer", "teacher_tokenizer") or (folder == TABLES and path.suffix == ".parquet")
+    small = folder in ("student_tokenizer", "teacher_tokenizer") or (
+        folder == TABLES and path.suffix == ".parquet"
+    )
     return small or Unit.at(Path(name)) is not None
 
 
@@ -71,8 +73,14 @@ class MarkedFiles:
             if url.startswith("hf://"):
                 from huggingface_hub import HfFileSystem
 
-                return cls(pafs.PyFileSystem(pafs.FSSpecHandler(HfFileSystem())), url.removeprefix("hf://"), url)
-            files, root = pafs.FileSystem.from_uri(url if is_remote(url) else Path(url).absolute().as_uri())
+                return cls(
+                    pafs.PyFileSystem(pafs.FSSpecHandler(HfFileSystem())),
+                    url.removeprefix("hf://"),
+                    url,
+                )
+            files, root = pafs.FileSystem.from_uri(
+                url if is_remote(url) else Path(url).absolute().as_uri()
+            )
         except (pa.ArrowException, ImportError, OSError, ValueError) as error:
             raise TideError(
                 f"the store {url} cannot be opened: {error}",
@@ -110,7 +118,9 @@ class MarkedFiles:
             return
         note = json.dumps({**(facts or {}), "bytes": len(content), "sha256": digest}).encode()
         try:
-            if self._size(name + MARKER) is not None:  # from now on the file is not what the old marker says
+            if (
+                self._size(name + MARKER) is not None
+            ):  # from now on the file is not what the old marker says
                 self.files.delete_file(f"{self.root}/{name}{MARKER}")
             self._write(name, content)
             self._write(name + MARKER, note)
@@ -132,7 +142,11 @@ class MarkedFiles:
             found = json.loads(content)
         except ValueError:
             return None
-        sound = isinstance(found, dict) and isinstance(found.get("sha256"), str) and isinstance(found.get("bytes"), int)
+        sound = (
+            isinstance(found, dict)
+            and isinstance(found.get("sha256"), str)
+            and isinstance(found.get("bytes"), int)
+        )
         return found if sound else None
 
     def names(self, folder: str = "") -> list[str]:
@@ -147,7 +161,11 @@ class MarkedFiles:
         names = [name for name in _marked(sizes) if wanted(name)]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             markers = list(pool.map(self.marker, names))
-        return {n: m for n, m in zip(names, markers, strict=True) if m is not None and m["bytes"] == sizes.get(n)}
+        return {
+            n: m
+            for n, m in zip(names, markers, strict=True)
+            if m is not None and m["bytes"] == sizes.get(n)
+        }
 
     def lost(self) -> list[str]:
         """The cache's files whose markers are there without them."""
@@ -167,10 +185,16 @@ class MarkedFiles:
         """Every file with its size in bytes."""
         place = f"{self.root}/{folder}".rstrip("/")
         try:
-            found = self.files.get_file_info(pafs.FileSelector(place, recursive=True, allow_not_found=True))
+            found = self.files.get_file_info(
+                pafs.FileSelector(place, recursive=True, allow_not_found=True)
+            )
         except _ERRORS as error:
             raise self.failed("it cannot be listed", error) from error
-        sizes = {i.path.removeprefix(self.root).lstrip("/"): i.size for i in found if i.type == pafs.FileType.File}
+        sizes = {
+            i.path.removeprefix(self.root).lstrip("/"): i.size
+            for i in found
+            if i.type == pafs.FileType.File
+        }
         for name in sizes:
             if ".." in PurePosixPath(name).parts:
                 raise TideError(
@@ -197,4 +221,7 @@ class MarkedFiles:
 
     def _refuse(self, name: str) -> None:
         if not belongs_to_cache(name):
-            raise TideError(f"{name!r} is no file of a cache", expected="a manifest, ledger, tokenizer, table or shard")
+            raise TideError(
+                f"{name!r} is no file of a cache",
+                expected="a manifest, ledger, tokenizer, table or shard",
+            )

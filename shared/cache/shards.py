@@ -27,14 +27,32 @@ _ROWS_PER_GROUP = 64
 
 # Parquet's own encodings, by what a column holds (docs/cache-format.md has what each buys).
 _BY_DICTIONARY = ("example_id", "student_ids.list.element", "teacher_ids.list.element")
-_DELTA = ("spans", "masked", "read", "teacher_masked", "topk_sizes", "chunk_student", "chunk_teacher")
-_SPLIT = ("gold_logp", "logsumexp", "topk_ranks", "topk_logp", "tail_odds", "class_mass", "chunk_logp")
+_DELTA = (
+    "spans",
+    "masked",
+    "read",
+    "teacher_masked",
+    "topk_sizes",
+    "chunk_student",
+    "chunk_teacher",
+)
+_SPLIT = (
+    "gold_logp",
+    "logsumexp",
+    "topk_ranks",
+    "topk_logp",
+    "tail_odds",
+    "class_mass",
+    "chunk_logp",
+)
 
 
 def write_options(layout: Layout) -> dict[str, Any]:
     """For `pyarrow.parquet.write_table`."""
     encodings = {
-        field.name + ".list.element": "DELTA_BINARY_PACKED" if name in _DELTA else "BYTE_STREAM_SPLIT"
+        field.name + ".list.element": "DELTA_BINARY_PACKED"
+        if name in _DELTA
+        else "BYTE_STREAM_SPLIT"
         for field in schema_for(layout)
         if (name := field.name.removesuffix("_q")) in (*_DELTA, *_SPLIT)
     }
@@ -68,7 +86,9 @@ class Unit:
     def at(cls, path: Path) -> Unit | None:
         """The unit whose shard has this name; None for any other file."""
         draw, part = path.parent.name.removeprefix("draw="), path.stem.removeprefix("part-")
-        numbers = all(text.isascii() and text.isdecimal() and len(text) < 10 for text in (draw, part))
+        numbers = all(
+            text.isascii() and text.isdecimal() and len(text) < 10 for text in (draw, part)
+        )
         found = cls(int(draw), int(part)) if numbers else None
         return found if found is not None and found.path(path.parent.parent) == path else None
 
@@ -88,10 +108,15 @@ def write_table(path: Path, table: pa.Table, layout: Layout, counts: dict[str, A
 def table_bytes(table: pa.Table, layout: Layout, counts: dict[str, Any]) -> bytes:
     """A shard's file as bytes."""
     # A table that was read names the items of its lists in another way: the schema is always our own.
-    schema = schema_for(layout).with_metadata({_COUNTS_KEY: json.dumps(counts, sort_keys=True).encode()})
+    schema = schema_for(layout).with_metadata(
+        {_COUNTS_KEY: json.dumps(counts, sort_keys=True).encode()}
+    )
     sink = pa.BufferOutputStream()
     pq.write_table(
-        pa.Table.from_arrays(table.columns, schema=schema), sink, write_page_checksum=True, **write_options(layout)
+        pa.Table.from_arrays(table.columns, schema=schema),
+        sink,
+        write_page_checksum=True,
+        **write_options(layout),
     )
     return sink.getvalue().to_pybytes()
 
@@ -111,7 +136,9 @@ class Shard:
     table: pa.Table
     counts: dict[str, Any]
 
-    def rows(self, path: Path, layout: Layout, chosen: Sequence[int] | None = None) -> list[CacheRow]:
+    def rows(
+        self, path: Path, layout: Layout, chosen: Sequence[int] | None = None
+    ) -> list[CacheRow]:
         """All rows, or the chosen ones; `path`: where it was read, for the TideError where they cannot be."""
         try:
             return from_table(self.table if chosen is None else self.table.take(chosen), layout)
@@ -125,14 +152,20 @@ def read_table(path: Path, layout: Layout | None = None, content: bytes | None =
     `content`: the file's bytes, where they are at hand. With `layout` None any columns will do.
     """
     try:
-        file = pq.ParquetFile(path if content is None else pa.BufferReader(content), page_checksum_verification=True)
+        file = pq.ParquetFile(
+            path if content is None else pa.BufferReader(content), page_checksum_verification=True
+        )
         table = file.read()
-        counts = {**json.loads((file.schema_arrow.metadata or {}).get(_COUNTS_KEY, b"{}")), "rows": table.num_rows}
+        counts = {
+            **json.loads((file.schema_arrow.metadata or {}).get(_COUNTS_KEY, b"{}")),
+            "rows": table.num_rows,
+        }
     except Exception as error:  # a footer with a flipped bit leads the library anywhere
         raise _unreadable(path, error) from error
     if layout is not None and not table.schema.equals(schema_for(layout), check_metadata=False):
         raise TideError(
-            f"shard {path} has other columns than this cache's", fix="delete it, and run the same `tide cache` again"
+            f"shard {path} has other columns than this cache's",
+            fix="delete it, and run the same `tide cache` again",
         )
     _check_counts(table, counts, path)
     return Shard(table, counts)
@@ -159,10 +192,14 @@ def _check_counts(table: pa.Table, counts: dict[str, Any], path: Path) -> None:
     for name, column in (("masked", "masked"), ("chunks", "chunk_logp")):
         if column in table.column_names:
             found[name] = sum(len(chunk.values) for chunk in table.column(column).chunks)
-    wrong: dict[str, Any] = {name: n for name, n in found.items() if name in counts and counts[name] != n}
+    wrong: dict[str, Any] = {
+        name: n for name, n in found.items() if name in counts and counts[name] != n
+    }
     unit = Unit.at(path)
     if unit is not None:
-        if "draw" in table.column_names and any(d != unit.draw for d in table.column("draw").unique().to_pylist()):
+        if "draw" in table.column_names and any(
+            d != unit.draw for d in table.column("draw").unique().to_pylist()
+        ):
             wrong["draw"] = unit.draw
         wrong |= {
             name: counts[name]
@@ -170,7 +207,9 @@ def _check_counts(table: pa.Table, counts: dict[str, Any], path: Path) -> None:
             if counts.get(name, getattr(unit, name)) != getattr(unit, name)
         }
     if wrong:
-        raise _unreadable(path, ValueError(f"it holds {wrong}, its footer or its name says otherwise"))
+        raise _unreadable(
+            path, ValueError(f"it holds {wrong}, its footer or its name says otherwise")
+        )
 
 
 def finished_units(cache: Path) -> list[Unit]:

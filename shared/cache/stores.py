@@ -28,9 +28,15 @@ class Store(MarkedFiles):
         there = (cache / LEDGER).exists() and (cache / MANIFEST).exists()
         if there and self._same(cache) == (cache / MANIFEST).read_bytes():
             return  # else it has grown since
-        wanted = [name for name in self.names() if not name.endswith(".parquet") or name.startswith(f"{TABLES}/")]
+        wanted = [
+            name
+            for name in self.names()
+            if not name.endswith(".parquet") or name.startswith(f"{TABLES}/")
+        ]
         if MANIFEST not in wanted:
-            raise TideError(f"{self.url} is no cache: it has no {MANIFEST}", expected="a cache from `tide push`")
+            raise TideError(
+                f"{self.url} is no cache: it has no {MANIFEST}", expected="a cache from `tide push`"
+            )
         for name in [*(n for n in wanted if n != MANIFEST), LEDGER, MANIFEST]:
             write_bytes(cache / name, self.get(name))
 
@@ -48,7 +54,11 @@ class Store(MarkedFiles):
 
     def _markers(self) -> dict[Unit, dict[str, Any]]:
         found = self.sound(lambda name: Unit.at(Path(name)) is not None)
-        return {unit: marker for name, marker in found.items() if (unit := Unit.at(Path(name))) is not None}
+        return {
+            unit: marker
+            for name, marker in found.items()
+            if (unit := Unit.at(Path(name))) is not None
+        }
 
     def bring_manifest(self, cache: Path) -> None:
         """The store's manifest, and its tables, to a folder that has none: a run goes on with the store's cache."""
@@ -59,7 +69,9 @@ class Store(MarkedFiles):
     def bring_tables(self, cache: Path) -> None:
         """The store's tables, where it has them and `cache` does not; the one that says that all are there is last."""
         if not has_tables(cache):
-            for name in sorted(name for name in self.names(TABLES) if name.startswith(f"{TABLES}/")):
+            for name in sorted(
+                name for name in self.names(TABLES) if name.startswith(f"{TABLES}/")
+            ):
                 write_bytes(cache / name, self.get(name))
 
     def begin(self, cache: Path, manifest: Manifest) -> frozenset[Unit]:
@@ -70,7 +82,9 @@ class Store(MarkedFiles):
         return frozenset(self.units())
 
     def _refuse_other(self, manifest: Manifest, content: bytes) -> None:
-        check_fingerprint(Path(self.url), self._manifest(content), manifest.fingerprint, "go on with it")
+        check_fingerprint(
+            Path(self.url), self._manifest(content), manifest.fingerprint, "go on with it"
+        )
 
     @staticmethod
     def _manifest(content: bytes) -> Manifest:
@@ -102,18 +116,28 @@ class Store(MarkedFiles):
             self._refuse_other(manifest, self.get(MANIFEST))
         self._put_small(cache)
         there = {unit: marker["sha256"] for unit, marker in self._markers().items()}
-        same = {unit for unit, digest in there.items() if unit not in ledger or ledger[unit].sha256 == digest}
-        for unit in tqdm([u for u in finished_units(cache) if u not in same], unit="shard", desc="push"):
+        same = {
+            unit
+            for unit, digest in there.items()
+            if unit not in ledger or ledger[unit].sha256 == digest
+        }
+        for unit in tqdm(
+            [u for u in finished_units(cache) if u not in same], unit="shard", desc="push"
+        ):
             self.put_shard(cache, unit, ledger.get(unit))
         markers = self._markers()  # other ranks may have written since
         if set(markers) == set(manifest.units()):
             self._put_ledger(manifest, ledger, markers)
         return len(markers)
 
-    def _put_ledger(self, manifest: Manifest, ledger: Ledger, markers: dict[Unit, dict[str, Any]]) -> None:
+    def _put_ledger(
+        self, manifest: Manifest, ledger: Ledger, markers: dict[Unit, dict[str, Any]]
+    ) -> None:
         """The ledger of all shards; those that another process wrote are known from their markers."""
         whole: Ledger = {
-            unit: ledger[unit] if unit in ledger else Entry(**{name: marker[name] for name in _ENTRY})
+            unit: ledger[unit]
+            if unit in ledger
+            else Entry(**{name: marker[name] for name in _ENTRY})
             for unit, marker in sorted(markers.items())
         }
         with tempfile.TemporaryDirectory(prefix="tide-ledger-") as folder:
@@ -124,7 +148,9 @@ class Store(MarkedFiles):
         """Copy everything that `cache` lacks; how many files. TideError where the store holds no cache, or another."""
         names = self.names()
         if MANIFEST not in names:
-            raise TideError(f"{self.url} is no cache: it has no {MANIFEST}", expected="a cache from `tide push`")
+            raise TideError(
+                f"{self.url} is no cache: it has no {MANIFEST}", expected="a cache from `tide push`"
+            )
         if lost := self.lost():
             raise self._lacks(lost)
         content = self._same(cache)

@@ -68,14 +68,19 @@ class Vocabulary:
     @cached_property
     def class_prior(self) -> Float[np.ndarray, "temperatures classes"]:
         """Each class's share of the mean tail, by temperature."""
-        masses = [np.bincount(self.class_of[self.shared], row[self.shared], self.classes) for row in self.prior]
+        masses = [
+            np.bincount(self.class_of[self.shared], row[self.shared], self.classes)
+            for row in self.prior
+        ]
         return np.stack([m / max(m.sum(), SMALLEST_PRIOR) for m in masses]).astype(np.float32)
 
     @property
     def digest(self) -> str:
         """A hash over the whole table."""
         parts = (self.class_of.astype("<i4"), self.rank_of.astype("<i4"), self.prior.astype("<f4"))
-        return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()[:32]
+        return hashlib.sha256(
+            b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
+        ).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,10 @@ class Pilot:
 
 
 def save_tables(
-    folder: Path, vocabulary: Vocabulary, pilot: Pilot, centroids: Float[np.ndarray, "classes width"]
+    folder: Path,
+    vocabulary: Vocabulary,
+    pilot: Pilot,
+    centroids: Float[np.ndarray, "classes width"],
 ) -> None:
     """Write all of it; the vocabulary, which says that the rest is there, comes last."""
     lists = pa.ListArray.from_arrays
@@ -102,7 +110,10 @@ def save_tables(
         "tail_odds": _rows(pilot.odds),
     }))  # fmt: skip
     write_parquet(folder / _CENTROIDS, pa.table({"centroid": _rows(centroids.astype(np.float32))}))
-    columns: dict[str, Any] = {"class": pa.array(vocabulary.class_of), "rank": pa.array(vocabulary.rank_of)}
+    columns: dict[str, Any] = {
+        "class": pa.array(vocabulary.class_of),
+        "rank": pa.array(vocabulary.rank_of),
+    }
     columns |= {f"prior_{i}": pa.array(row) for i, row in enumerate(vocabulary.prior)}
     write_parquet(folder / _FILE, pa.table(columns))
 
@@ -135,9 +146,13 @@ def load_vocabulary(cache: Path, digest: str | None = None) -> Vocabulary:
     try:
         priors = [name for name in table.column_names if name.startswith("prior_")]
         columns = [table.column(name).to_numpy() for name in ("class", "rank", *priors)]
-        found = Vocabulary(columns[0].astype(np.int32), columns[1].astype(np.int32), np.stack(columns[2:]))
+        found = Vocabulary(
+            columns[0].astype(np.int32), columns[1].astype(np.int32), np.stack(columns[2:])
+        )
     except (KeyError, ValueError) as error:
-        raise TideError(f"{path} has another layout: {error}", fix="build the cache again") from error
+        raise TideError(
+            f"{path} has another layout: {error}", fix="build the cache again"
+        ) from error
     if digest is not None and found.digest != digest:
         raise TideError(
             f"{path} is not the table that the shards were written with ({found.digest} instead of {digest})",
@@ -150,9 +165,16 @@ def load_vocabulary(cache: Path, digest: str | None = None) -> Vocabulary:
 def load_pilot(cache: Path) -> Pilot:
     """The pilot sample. TideError where it is damaged."""
     table = _read(cache / TABLES / _PILOT)
-    ids, logp, odds = (table.column(name).combine_chunks() for name in ("topk_ids", "topk_logp", "tail_odds"))
+    ids, logp, odds = (
+        table.column(name).combine_chunks() for name in ("topk_ids", "topk_logp", "tail_odds")
+    )
     sizes = np.diff(ids.offsets.to_numpy()).astype(np.int32)
-    return Pilot(sizes, ids.values.to_numpy(), logp.values.to_numpy(), odds.values.to_numpy().reshape(len(sizes), -1))
+    return Pilot(
+        sizes,
+        ids.values.to_numpy(),
+        logp.values.to_numpy(),
+        odds.values.to_numpy().reshape(len(sizes), -1),
+    )
 
 
 def load_centroids(cache: Path) -> Float[np.ndarray, "classes width"]:
@@ -162,7 +184,11 @@ def load_centroids(cache: Path) -> Float[np.ndarray, "classes width"]:
 
 
 def smaller(
-    vocabulary: Vocabulary, pilot: Pilot, temperatures: tuple[float, ...], k: int, merged: Int[np.ndarray, " classes"]
+    vocabulary: Vocabulary,
+    pilot: Pilot,
+    temperatures: tuple[float, ...],
+    k: int,
+    merged: Int[np.ndarray, " classes"],
 ) -> tuple[Vocabulary, Pilot]:
     """The table for the first `k` entries of every list, its class c now part of `merged[c]`."""
     starts = np.cumsum(pilot.sizes) - pilot.sizes
@@ -171,11 +197,17 @@ def smaller(
     prior, odds = vocabulary.prior.astype(np.float64), pilot.odds.astype(np.float64).copy()
     for i, temperature in enumerate(temperatures):
         p = top_probabilities(pilot.logp, owner, pilot.odds[:, i], temperature)
-        prior[i] += np.bincount(pilot.ids[dropped], p[dropped], prior.shape[1]) / max(1, pilot.sizes.size)
+        prior[i] += np.bincount(pilot.ids[dropped], p[dropped], prior.shape[1]) / max(
+            1, pilot.sizes.size
+        )
         inside = np.bincount(owner[~dropped], p[~dropped], pilot.sizes.size)
         moved = np.bincount(owner[dropped], p[dropped], pilot.sizes.size)
-        odds[:, i] = np.log(1 / (1 + np.exp(-odds[:, i])) + moved) - np.log(np.maximum(inside, 1e-300))
-    class_of = np.where(vocabulary.shared, merged[np.maximum(vocabulary.class_of, 0)], -1).astype(np.int32)
+        odds[:, i] = np.log(1 / (1 + np.exp(-odds[:, i])) + moved) - np.log(
+            np.maximum(inside, 1e-300)
+        )
+    class_of = np.where(vocabulary.shared, merged[np.maximum(vocabulary.class_of, 0)], -1).astype(
+        np.int32
+    )
     cut = Pilot(np.minimum(pilot.sizes, k).astype(np.int32), pilot.ids[~dropped], pilot.logp[~dropped],
                 odds.astype(np.float32))  # fmt: skip
     prior32 = prior.astype(np.float32)
@@ -183,7 +215,10 @@ def smaller(
 
 
 def top_probabilities(
-    logp: Float[np.ndarray, " kept"], owner: Int[np.ndarray, " kept"], odds: Float[np.ndarray, " n"], temperature: float
+    logp: Float[np.ndarray, " kept"],
+    owner: Int[np.ndarray, " kept"],
+    odds: Float[np.ndarray, " n"],
+    temperature: float,
 ) -> np.ndarray:
     """Probabilities at `temperature` of list entries, from log p at T = 1 and the tail's log-odds at `temperature`."""
     weight = np.exp(logp.astype(np.float64) / temperature)
@@ -192,7 +227,9 @@ def top_probabilities(
     return weight * (top / np.maximum(whole, 1e-300))[owner]
 
 
-def ranks(ids: Int[np.ndarray, " kept"], prior: Float[np.ndarray, " vocab"]) -> Int[np.ndarray, " vocab"]:
+def ranks(
+    ids: Int[np.ndarray, " kept"], prior: Float[np.ndarray, " vocab"]
+) -> Int[np.ndarray, " vocab"]:
     """Ids by how often they stand in the pilot's lists, then by their mean probability outside, then by number."""
     count = np.bincount(ids, minlength=prior.size)
     order = np.lexsort((np.arange(prior.size), -prior.astype(np.float64), -count))

@@ -53,7 +53,8 @@ def file_rows(path: Path) -> Iterator[tuple[Place, Raw]]:
     if kind in (".jsonl", ".ndjson", ".json", ""):
         return _json_rows(path)
     raise TideError(
-        f"{path} has an unknown ending", expected=", ".join(ENDINGS) + f", also with {', '.join(_COMPRESSED)}"
+        f"{path} has an unknown ending",
+        expected=", ".join(ENDINGS) + f", also with {', '.join(_COMPRESSED)}",
     )
 
 
@@ -64,11 +65,20 @@ def _blocks(path: Path) -> Iterator[bytes]:
             if path.suffix.lower() == ".zst":
                 yield from _zstd_blocks(raw)
                 return
-            opened: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix.lower())
+            opened: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(
+                path.suffix.lower()
+            )
             with opened(raw) if opened else raw as stream:
                 while block := stream.read(_CHUNK):
                     yield block
-    except (zstandard.ZstdError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError) as error:
+    except (
+        zstandard.ZstdError,
+        EOFError,
+        zlib.error,
+        lzma.LZMAError,
+        gzip.BadGzipFile,
+        OSError,
+    ) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise TideError(
             f"{path} cannot be read to its end: {reason}",
@@ -180,14 +190,19 @@ class _Stream(io.RawIOBase):
 def _table_rows(path: Path, kind: str) -> Iterator[tuple[Place, Raw]]:
     number = 0
     try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024) if kind == ".parquet" else _arrow_batches(path):
+        for batch in (
+            pq.ParquetFile(path).iter_batches(batch_size=1024)
+            if kind == ".parquet"
+            else _arrow_batches(path)
+        ):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}:{number}", row
     except (pa.ArrowException, OSError, ValueError) as error:
         name = "Parquet" if kind == ".parquet" else "Arrow"
         raise TideError(
-            f"{path} is no readable {name} file: {(str(error).splitlines() or [''])[0]}", fix="write the file again"
+            f"{path} is no readable {name} file: {(str(error).splitlines() or [''])[0]}",
+            fix="write the file again",
         ) from error
 
 

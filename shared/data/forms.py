@@ -53,18 +53,26 @@ def _instruction(row: Row, _: DataConfig) -> list[Any]:
 def _prompt_completion(row: Row, _: DataConfig) -> list[Any]:
     prompt, completion = row.get("prompt"), row.get("completion")
     front = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    back = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
+    back = (
+        completion
+        if isinstance(completion, list)
+        else [{"role": "assistant", "content": completion}]
+    )
     return [*front, *back]
 
 
 def _question_answer(row: Row, _: DataConfig) -> list[Any]:
-    return _pair(_text(row, "question"), _text(row, next((n for n in _ANSWERS if n in row), "answer")))
+    return _pair(
+        _text(row, "question"), _text(row, next((n for n in _ANSWERS if n in row), "answer"))
+    )
 
 
 def _fields(row: Row, config: DataConfig) -> list[Any]:
     assert config.prompt_field is not None and config.response_field is not None
     system = None if config.system_field is None else row.get(config.system_field)
-    return _with_system(system, _pair(_text(row, config.prompt_field), _text(row, config.response_field)))
+    return _with_system(
+        system, _pair(_text(row, config.prompt_field), _text(row, config.response_field))
+    )
 
 
 _FORMS: dict[str, Callable[[Row, DataConfig], list[Any]]] = {
@@ -112,7 +120,9 @@ def parse(row: Any, config: DataConfig) -> tuple[ChatExample, str]:
     tools = tools_of(row.get(config.tools_field))
     size = sum(len(str(m["content"])) for m in messages)
     if size > MOST_CHARACTERS:
-        raise Unusable("too large", f"the conversation has {size:,} characters, more than {MOST_CHARACTERS:,}")
+        raise Unusable(
+            "too large", f"the conversation has {size:,} characters, more than {MOST_CHARACTERS:,}"
+        )
     name = row.get("id")
     label = str(name)[:80] if isinstance(name, str | int) and not isinstance(name, bool) else ""
     return ChatExample(content_key(messages, tools), tuple(messages), tools, label), form
@@ -131,7 +141,9 @@ def _is_list_of_rows(value: Any) -> bool:
 
 def _text(row: Row, name: str) -> Any:
     if row.get(name) is None:
-        raise Unusable("not in its form", f"the row has no {name!r} (fields: {', '.join(map(str, row))})")
+        raise Unusable(
+            "not in its form", f"the row has no {name!r} (fields: {', '.join(map(str, row))})"
+        )
     return row[name]
 
 

@@ -27,7 +27,10 @@ class HubName:
         place, _, split = text.partition("#")
         name, *parts = place.split(":")
         if not name or len(parts) > 2 or (split and len(parts) > 1):
-            raise TideError(f"hf://{text} names no data set", expected="hf://OWNER/NAME[:CONFIG][:SPLIT] or …#SPLIT")
+            raise TideError(
+                f"hf://{text} names no data set",
+                expected="hf://OWNER/NAME[:CONFIG][:SPLIT] or …#SPLIT",
+            )
         return cls(name, tuple(parts), split or None)
 
 
@@ -38,7 +41,9 @@ def hub_rows(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         configs, split = _configs_and_split(datasets, wanted)
         for config in configs:
-            rows = datasets.load_dataset(wanted.name, config, split=split, streaming="[" not in split)
+            rows = datasets.load_dataset(
+                wanted.name, config, split=split, streaming="[" not in split
+            )
             place = f"hf://{wanted.name}" + (f":{config}" if config else "") + f"#{split}"
             for number, row in enumerate(rows, 1):
                 yield f"{place}:{number}", row
@@ -78,7 +83,8 @@ def saved_rows(folder: Path, split: str | None) -> Iterator[tuple[str, dict[str,
         found = datasets.load_from_disk(str(folder))
     except Exception as error:
         raise TideError(
-            f"{folder} could not be read by `datasets`: {(str(error).splitlines() or [''])[0]}", fix="save it again"
+            f"{folder} could not be read by `datasets`: {(str(error).splitlines() or [''])[0]}",
+            fix="save it again",
         ) from error
     if isinstance(found, datasets.DatasetDict):
         if split not in found:

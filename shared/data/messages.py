@@ -36,7 +36,9 @@ def normal_messages(messages: Sequence[Any]) -> list[Message]:
 
 def _normal(number: int, message: Any) -> Message:
     if not isinstance(message, dict):
-        raise Unusable("not in its form", f"message {number} is a {type(message).__name__}, not an object")
+        raise Unusable(
+            "not in its form", f"message {number} is a {type(message).__name__}, not an object"
+        )
     role = message.get("role", message.get("from"))
     if not isinstance(role, str) or not role:
         raise Unusable("no role", f"message {number} has no `role`")
@@ -59,7 +61,10 @@ def _content(number: int, content: Any, may_be_empty: bool) -> str:
         parts = [part if isinstance(part, str) else _part(number, part) for part in content]
         content = "".join(parts)
     if not isinstance(content, str):
-        raise Unusable("content is no text", f"the content of message {number} is {type(content).__name__}, not text")
+        raise Unusable(
+            "content is no text",
+            f"the content of message {number} is {type(content).__name__}, not text",
+        )
     return _encodable(number, content)
 
 
@@ -70,7 +75,9 @@ def _part(number: int, part: Any) -> str:
         if isinstance(text, str):
             return text
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    raise Unusable("content is no text", f"the content of message {number} has a part that is no text ({kind})")
+    raise Unusable(
+        "content is no text", f"the content of message {number} has a part that is no text ({kind})"
+    )
 
 
 def _encodable(number: int, text: str) -> str:
@@ -78,7 +85,8 @@ def _encodable(number: int, text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise Unusable(
-            "lone surrogates", f"the content of message {number} has lone surrogates, which no tokenizer can encode"
+            "lone surrogates",
+            f"the content of message {number} has lone surrogates, which no tokenizer can encode",
         ) from error
     return text
 
@@ -100,5 +108,7 @@ def tools_of(value: Any) -> Any:
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise Unusable("not in its form", f"`tools` is a text that is no JSON: {str(error)[:80]}") from error
+            raise Unusable(
+                "not in its form", f"`tools` is a text that is no JSON: {str(error)[:80]}"
+            ) from error
     return value or None

@@ -40,7 +40,10 @@ def waiting_messages(messages: Sequence[Any]) -> list[Message]:
     if not clean:
         raise Unusable("no messages", "there are no messages")
     if clean[-1]["role"] == "assistant":
-        raise Unusable("answered", "the last message is the assistant's; an answer to it is asked for by nobody")
+        raise Unusable(
+            "answered",
+            "the last message is the assistant's; an answer to it is asked for by nobody",
+        )
     return clean
 
 
@@ -50,7 +53,9 @@ def _prompt(row: Any) -> list[Message]:
     for name in _LISTS:
         if isinstance(row.get(name), list) and row[name]:
             messages = normal_messages(row[name])
-            while messages and messages[-1]["role"] == "assistant":  # a row of data: its answer is not the question
+            while (
+                messages and messages[-1]["role"] == "assistant"
+            ):  # a row of data: its answer is not the question
                 messages.pop()
             return waiting_messages(messages)
     for name in _TEXTS:

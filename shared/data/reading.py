@@ -71,7 +71,12 @@ def _read(config: DataConfig, extras: bool) -> Iterator[ChatExample | BadRow]:
         for _ in range(copies(example.id, config)):
             if good == config.limit:
                 return
-            yield ChatExample(identity(example.id, seen[example.id]), example.messages, example.tools, example.label)
+            yield ChatExample(
+                identity(example.id, seen[example.id]),
+                example.messages,
+                example.tools,
+                example.label,
+            )
             seen[example.id] += 1
             good += 1
 
@@ -81,7 +86,10 @@ def _refuse_extras(example: ChatExample) -> None:
     for message in example.messages:
         for name in EXTRAS:
             if message.get(name):
-                raise Unusable("needs a chat template", f"an answer has {name}, which only a chat template can write")
+                raise Unusable(
+                    "needs a chat template",
+                    f"an answer has {name}, which only a chat template can write",
+                )
 
 
 def iter_examples(config: DataConfig, extras: bool = False) -> Iterator[ChatExample]:
@@ -105,11 +113,18 @@ def scan(config: DataConfig, extras: bool = False) -> DataSummary:
             bad.append(item)
             continue
         count += 1
-        digest.update(json.dumps([item.id, item.messages, item.tools], ensure_ascii=False, sort_keys=True).encode())
+        digest.update(
+            json.dumps(
+                [item.id, item.messages, item.tools], ensure_ascii=False, sort_keys=True
+            ).encode()
+        )
     refuse_bad_rows(config, len(bad), count + len(bad), bad)
     if count == 0:
         listing = "".join(f"\n    {row}" for row in bad[:_REPORTED])
-        raise TideError(f"{config.source} has no examples{listing}", fix="check the file, its filters and data.limit")
+        raise TideError(
+            f"{config.source} has no examples{listing}",
+            fix="check the file, its filters and data.limit",
+        )
     return DataSummary(describe_source(config.source), count, digest.hexdigest()[:32], tuple(bad))
 
 

@@ -25,7 +25,10 @@ def source_files(source: str) -> list[Path]:
         saved = is_saved(path)
         found = sorted(p for p in path.rglob("*") if p.is_file() and (saved or is_data_file(p)))
         if not found:
-            raise TideError(f"the folder {source} holds no data files", expected=f"files in {', '.join(ENDINGS)}")
+            raise TideError(
+                f"the folder {source} holds no data files",
+                expected=f"files in {', '.join(ENDINGS)}",
+            )
         return found
     if glob.has_magic(source):
         found = [Path(p) for p in sorted(glob.glob(source, recursive=True)) if Path(p).is_file()]
@@ -43,8 +46,13 @@ def source_rows(source: str) -> Iterator[tuple[Place, Raw]]:
     if source.startswith("stdlib:"):
         split = source.removeprefix("stdlib:")
         if split not in ("train", "heldout", "all"):
-            raise TideError(f"unknown split in {source!r}", expected="stdlib:train, stdlib:heldout or stdlib:all")
-        return ((f"{source}:{f.name}", {"messages": f.messages()}) for f in iter_stdlib_functions(split))
+            raise TideError(
+                f"unknown split in {source!r}",
+                expected="stdlib:train, stdlib:heldout or stdlib:all",
+            )
+        return (
+            (f"{source}:{f.name}", {"messages": f.messages()}) for f in iter_stdlib_functions(split)
+        )
     if source.startswith("hf://"):
         return hub_rows(source.removeprefix("hf://"))
     place, split = split_of(source)
@@ -62,6 +70,8 @@ def public_name(source: str) -> str:
     """The source as others may read it: a path of this machine loses its folders."""
     kind = "hf://" if source.startswith("hf://") else ""
     name = source.removeprefix(kind)
-    if source.startswith("stdlib:") or (kind and name.count("/") <= 1 and not name.startswith((".", "/", "~"))):
+    if source.startswith("stdlib:") or (
+        kind and name.count("/") <= 1 and not name.startswith((".", "/", "~"))
+    ):
         return source
     return kind + name.rstrip("/").rpartition("/")[2]

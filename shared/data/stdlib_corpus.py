@@ -19,7 +19,15 @@ from typing import Literal
 
 Split = Literal["train", "heldout", "all"]
 
-_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+_SKIPPED_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "lib2to3",
+    "__pycache__",
+}
 _HELDOUT_SHARE = 16  # one in sixteen
 
 
@@ -50,7 +58,9 @@ def corpus_origin() -> str:
     return f"{platform.python_implementation()} {platform.python_version()} standard library"
 
 
-def iter_stdlib_functions(split: Split = "all", root: Path | None = None) -> Iterator[StdlibFunction]:
+def iter_stdlib_functions(
+    split: Split = "all", root: Path | None = None
+) -> Iterator[StdlibFunction]:
     """Yield the functions of the standard library in a fixed order, each distinct source once.
 
     `root` is the folder to read (default: the running Python's own library); files that do not parse are no
@@ -87,7 +97,9 @@ def _functions_of(tree: ast.Module, lines: list[str], module: str) -> Iterator[S
             if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
                 source = _source_without_docstring(child, lines)
                 if source is not None:
-                    yield StdlibFunction(f"{module}:{prefix}{child.name}", ast.get_docstring(child) or "", source)
+                    yield StdlibFunction(
+                        f"{module}:{prefix}{child.name}", ast.get_docstring(child) or "", source
+                    )
                 yield from visit(child, f"{prefix}{child.name}.")
             elif isinstance(child, ast.ClassDef):
                 yield from visit(child, f"{prefix}{child.name}.")
@@ -97,7 +109,9 @@ def _functions_of(tree: ast.Module, lines: list[str], module: str) -> Iterator[S
     yield from visit(tree, "")
 
 
-def _source_without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str | None:
+def _source_without_docstring(
+    node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]
+) -> str | None:
     """The function's own lines, dedented, docstring cut out; None where nothing but the docstring is there."""
     first, last = node.lineno - 1, node.end_lineno
     body = node.body

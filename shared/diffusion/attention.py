@@ -21,7 +21,9 @@ def full(valid: Bool[Tensor, "batch length"]) -> Bool[Tensor, "batch 1 length le
     return valid[:, None, None, :].expand(batch, 1, length, length)
 
 
-def block_causal(valid: Bool[Tensor, "batch length"], block: int) -> Bool[Tensor, "batch 1 length length"]:
+def block_causal(
+    valid: Bool[Tensor, "batch length"], block: int
+) -> Bool[Tensor, "batch 1 length length"]:
     """Every position sees its own block of `block` positions and all earlier ones; padding is seen by none.
 
     A padded position sees itself, so that no row is empty.
@@ -50,11 +52,15 @@ def block_diffusion(
 
 
 def _sees(
-    blocks: Int[Tensor, "*batch rows"], copies: Shaped[Tensor, "*batch rows"], clean: Bool[Tensor, "*batch rows"]
+    blocks: Int[Tensor, "*batch rows"],
+    copies: Shaped[Tensor, "*batch rows"],
+    clean: Bool[Tensor, "*batch rows"],
 ) -> Bool[Tensor, "*batch rows rows"]:
     """The rule of block diffusion: one's own block of one's own copy, and the earlier clean blocks."""
     q, k = (..., slice(None), None), (..., None, slice(None))
-    return ((blocks[q] == blocks[k]) & (copies[q] == copies[k])) | ((blocks[q] > blocks[k]) & clean[k])
+    return ((blocks[q] == blocks[k]) & (copies[q] == copies[k])) | (
+        (blocks[q] > blocks[k]) & clean[k]
+    )
 
 
 def block_diffusion_places(
@@ -78,7 +84,9 @@ def block_diffusion_batch(
     return _hide_padding(block_diffusion(valid.shape[1], block, order, valid.device), valid)
 
 
-def within_block_causal(valid: Bool[Tensor, "batch length"], block: int) -> Bool[Tensor, "batch 1 double double"]:
+def within_block_causal(
+    valid: Bool[Tensor, "batch length"], block: int
+) -> Bool[Tensor, "batch 1 double double"]:
     """WeDLM's mask over [x_0 ; x_t] for a padded batch, x_t permuted inside its blocks.
 
     A clean position sees the clean ones up to itself; a noised one sees the earlier clean blocks, and the noised
@@ -102,6 +110,8 @@ def _hide_padding(
     return (seen | torch.eye(mask.shape[0], dtype=torch.bool, device=mask.device))[:, None]
 
 
-def repeat_positions(length: int, batch: int, device: torch.device | str = "cpu") -> Int[Tensor, "batch double"]:
+def repeat_positions(
+    length: int, batch: int, device: torch.device | str = "cpu"
+) -> Int[Tensor, "batch double"]:
     """Position ids of [x_t ; x_0]: 0 … length−1, twice."""
     return torch.arange(length, device=device).repeat(2).expand(batch, -1)

@@ -63,7 +63,9 @@ def token_draw(
     t = diffusion_time(seed, example_id, draw)
     stream = generator(seed, example_id, draw, "mask")
     masked = maskable[stream.random(maskable.size) < t].astype(np.int32)
-    return Draw(t, masked, np.zeros(0, np.int32), _split(seed, example_id, draw, masked.size, demo_ratio))
+    return Draw(
+        t, masked, np.zeros(0, np.int32), _split(seed, example_id, draw, masked.size, demo_ratio)
+    )
 
 
 def chunk_draw(
@@ -91,9 +93,14 @@ def chunk_draw(
     np.add.at(edges, ends[active], -1)
     mask |= np.cumsum(edges[:-1]) > 0
     return Draw(
-        base.t, np.flatnonzero(mask).astype(np.int32), active, _split(seed, example_id, draw, active.size, demo_ratio)
+        base.t,
+        np.flatnonzero(mask).astype(np.int32),
+        active,
+        _split(seed, example_id, draw, active.size, demo_ratio),
     )
 
 
-def _split(seed: int, example_id: str, draw: int, units: int, demo_ratio: float) -> Bool[np.ndarray, " units"]:
+def _split(
+    seed: int, example_id: str, draw: int, units: int, demo_ratio: float
+) -> Bool[np.ndarray, " units"]:
     return generator(seed, example_id, draw, "comp_demo").random(units) < demo_ratio

@@ -18,6 +18,8 @@ def pad(
     ids = torch.zeros((len(sequences), longest), dtype=torch.long)
     valid = torch.zeros((len(sequences), longest), dtype=torch.bool)
     for i, sequence in enumerate(sequences):
-        ids[i, : len(sequence)] = torch.from_numpy(sequence.astype(np.int64))  # a copy: Arrow's arrays are read-only
+        ids[i, : len(sequence)] = torch.from_numpy(
+            sequence.astype(np.int64)
+        )  # a copy: Arrow's arrays are read-only
         valid[i, : len(sequence)] = True
     return ids, valid

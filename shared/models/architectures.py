@@ -48,7 +48,11 @@ _SAME = (Rename(r"(model\.(embed_tokens|norm)\..*|model\.layers\.\d+\..*|lm_head
 
 def _rope(raw: RawConfig, default: float = 10_000.0) -> dict[str, Any]:
     """Of transformers 5 (`rope_parameters`) or 4 (`rope_theta` and `rope_scaling`)."""
-    stored, scaling, theta = raw.get("rope_parameters"), raw.get("rope_scaling"), raw.get("rope_theta", default)
+    stored, scaling, theta = (
+        raw.get("rope_parameters"),
+        raw.get("rope_scaling"),
+        raw.get("rope_theta", default),
+    )
     if stored:
         return dict(stored)
     scaling = dict(scaling or {})
@@ -108,7 +112,9 @@ def _head_dim(raw: RawConfig) -> dict[str, Any]:
 
 
 def _qwen2(raw: RawConfig) -> Qwen2Config:
-    return Qwen2Config(**_qwen(raw), intermediate_size=raw["intermediate_size"], use_sliding_window=False)
+    return Qwen2Config(
+        **_qwen(raw), intermediate_size=raw["intermediate_size"], use_sliding_window=False
+    )
 
 
 def _qwen3(raw: RawConfig) -> Qwen3Config:

@@ -32,14 +32,19 @@ class Checkpoint:
         rows = self.config.get("embedding_size") or self.config.get("vocab_size")
         if not isinstance(rows, int):
             raise TideError(
-                f"the config of {self.folder} lacks vocab_size", fix="download config.json again, or use another model"
+                f"the config of {self.folder} lacks vocab_size",
+                fix="download config.json again, or use another model",
             )
         return rows
 
     def special_ids(self, role: str) -> list[int]:
         """The config's ids for `role` (`eos`, `pad`): none, one, or several."""
         value = self.config.get(f"{role}_token_id")
-        return [] if value is None else [int(i) for i in (value if isinstance(value, list) else [value])]
+        return (
+            []
+            if value is None
+            else [int(i) for i in (value if isinstance(value, list) else [value])]
+        )
 
     @property
     def weight_files(self) -> list[Path]:
@@ -59,7 +64,8 @@ class Checkpoint:
         if not files:
             pickled = [p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
             raise TideError(
-                f"{self.folder} has no safetensors weights" + (f", only pickled ones: {pickled}" if pickled else ""),
+                f"{self.folder} has no safetensors weights"
+                + (f", only pickled ones: {pickled}" if pickled else ""),
                 expected="model.safetensors, or shards with model.safetensors.index.json",
                 fix="convert the weights to safetensors; pickles can run code and are never loaded",
             )
@@ -89,8 +95,12 @@ def _indexed(index: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, TideError):
             raise
-        raise TideError(f"{index} is no index of weights: {error}", fix="download the checkpoint again") from error
-    strange = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+        raise TideError(
+            f"{index} is no index of weights: {error}", fix="download the checkpoint again"
+        ) from error
+    strange = [
+        name for name in names if Path(name).name != name or not name.endswith(".safetensors")
+    ]
     if strange or not names:
         raise TideError(
             f"{index} names {strange[0][:200]!r}" if strange else f"{index} names no file",
@@ -112,14 +122,28 @@ def open_checkpoint(location: str, weights: bool = True) -> Checkpoint:
     """Find a checkpoint by path or hub id (fetched if need be, with or without its weights) and read its config."""
     folder = Path(location)
     if "\0" in location:
-        raise TideError(f"{location!r} is no path", expected="a checkpoint's folder, or a hub id OWNER/NAME")
+        raise TideError(
+            f"{location!r} is no path", expected="a checkpoint's folder, or a hub id OWNER/NAME"
+        )
     if not folder.is_dir():
         if location.startswith((".", "/", "~")) or location.count("/") != 1:
-            raise TideError(f"there is no folder {location}", expected="a checkpoint's folder, or a hub id OWNER/NAME")
+            raise TideError(
+                f"there is no folder {location}",
+                expected="a checkpoint's folder, or a hub id OWNER/NAME",
+            )
         try:
-            patterns = ["*.json", *(["*.safetensors"] if weights else []), "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+            patterns = [
+                "*.json",
+                *(["*.safetensors"] if weights else []),
+                "*.jinja",
+                "*.txt",
+                "*.model",
+                "*.tiktoken",
+            ]
             folder = Path(snapshot_download(location, allow_patterns=patterns))
-        except Exception as error:  # the hub client raises many types, all about reaching or finding the model
+        except (
+            Exception
+        ) as error:  # the hub client raises many types, all about reaching or finding the model
             raise TideError(
                 f"{location} could not be fetched from the hub: {str(error).splitlines()[0]}",
                 expected="a folder, or a hub id that can be reached",
@@ -142,7 +166,9 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
-        raise TideError(f"{file} is no whole safetensors file: {error}", fix="download this file again") from error
+        raise TideError(
+            f"{file} is no whole safetensors file: {error}", fix="download this file again"
+        ) from error
 
 
 def stream_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -36,7 +36,11 @@ HARMLESS = frozenset({
 Fixed = Mapping[str, tuple[Any, ...]]
 """The values that a key may have; none: any, since the key follows from others."""
 
-FIXED: Fixed = {"use_sliding_window": (False,), "is_encoder_decoder": (False,), "is_decoder": (False, True)}
+FIXED: Fixed = {
+    "use_sliding_window": (False,),
+    "is_encoder_decoder": (False,),
+    "is_decoder": (False, True),
+}
 """Of every architecture; each has its own beside them."""
 
 

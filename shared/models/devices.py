@@ -24,7 +24,9 @@ def plan_devices(model: Any, kind: DeviceMap, dtype: torch.dtype) -> dict[str, A
     memory = get_max_memory()
     if kind != "sequential":
         memory = get_balanced_memory(model, memory, no_split_module_classes=whole, dtype=dtype)
-    found = infer_auto_device_map(model, memory, no_split_module_classes=whole, dtype=dtype, offload_buffers=True)
+    found = infer_auto_device_map(
+        model, memory, no_split_module_classes=whole, dtype=dtype, offload_buffers=True
+    )
     mapping: dict[str, Any] = dict(found)
     homeless = sorted(name for name, device in mapping.items() if device == "disk")
     if homeless:

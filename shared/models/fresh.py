@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from shared.settings.config import ModelShape
 from shared.text.tokenizers import Tokenizer
 
 
-def new_model(shape: ModelShape, tokenizer: Tokenizer, mask_id: int, positions: int) -> PreTrainedModel:
+def new_model(
+    shape: ModelShape, tokenizer: Tokenizer, mask_id: int, positions: int
+) -> PreTrainedModel:
     """A model of `shape` for `tokenizer`, embedding and head tied; seed torch first."""
-    kinds: dict[str, Any] = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+    kinds: dict[str, Any] = {
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+    }
     config_class, model_class = kinds[shape.architecture]
     config = config_class(
         vocab_size=max(len(tokenizer), mask_id + 1),

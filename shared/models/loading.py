@@ -23,7 +23,9 @@ from shared.system.errors import TideError
 
 def _architecture(checkpoint: Checkpoint, name: str) -> Architecture:
     if name not in ARCHITECTURES:
-        raise TideError(f"unknown architecture {name!r}", expected=f"one of {', '.join(sorted(ARCHITECTURES))}")
+        raise TideError(
+            f"unknown architecture {name!r}", expected=f"one of {', '.join(sorted(ARCHITECTURES))}"
+        )
     architecture = ARCHITECTURES[name]
     found = checkpoint.config.get("model_type")
     if found not in architecture.model_types:
@@ -50,10 +52,17 @@ def load_model(
     `quantization` keeps linear layers in 8 or 4 bits. TideError names tensors that nothing takes, parameters that
     nothing fills, and shapes that do not match.
     """
-    model = _empty_model(_architecture(checkpoint, architecture), checkpoint.config, str(checkpoint.folder))
+    model = _empty_model(
+        _architecture(checkpoint, architecture), checkpoint.config, str(checkpoint.folder)
+    )
     home = torch.device("cpu" if quantization else device)
     mapping = None if device_map is None else plan_devices(model, device_map, dtype)
-    filler = _Filler(model, checkpoint, dtype, (lambda _: home) if mapping is None else partial(device_of, mapping))
+    filler = _Filler(
+        model,
+        checkpoint,
+        dtype,
+        (lambda _: home) if mapping is None else partial(device_of, mapping),
+    )
     for key, tensor in stream_tensors(checkpoint.weight_files):
         filler.take(key, tensor, place(key, ARCHITECTURES[architecture].rules, model.config))
     filler.finish(architecture)
@@ -66,7 +75,9 @@ def load_model(
 
 def check_weights(checkpoint: Checkpoint, architecture: str) -> None:
     """The same account of every tensor as in `load_model`, from names and shapes alone. TideError as there."""
-    model = _empty_model(_architecture(checkpoint, architecture), checkpoint.config, str(checkpoint.folder))
+    model = _empty_model(
+        _architecture(checkpoint, architecture), checkpoint.config, str(checkpoint.folder)
+    )
     filler = _Filler(model, checkpoint, torch.float32, lambda _: torch.device("meta"))
     for key, shape in stream_shapes(checkpoint.weight_files):
         tensor = torch.empty(shape, device="meta")
@@ -87,11 +98,14 @@ def _empty_model(kind: Architecture, raw: dict[str, Any], source: str) -> Any:
     except TideError:
         raise
     except KeyError as error:
-        raise TideError(f"the config of {source} lacks {error}", fix="download config.json again") from error
+        raise TideError(
+            f"the config of {source} lacks {error}", fix="download config.json again"
+        ) from error
     except Exception as error:  # values that fit no model lead the library anywhere
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TideError(
-            f"the config of {source} makes no model: {reason[:300]}", fix="download config.json again"
+            f"the config of {source} makes no model: {reason[:300]}",
+            fix="download config.json again",
         ) from error
 
 
@@ -101,7 +115,10 @@ def meta_model(architecture: str, config: dict[str, Any]) -> PreTrainedModel:
 
 
 def random_model(
-    architecture: str, config: dict[str, Any], dtype: torch.dtype, device: torch.device | str = "cpu"
+    architecture: str,
+    config: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
     """The model with random weights (normal, standard deviation 0.02; norms 1), to measure speed and memory with."""
     model: Any = meta_model(architecture, config)
@@ -118,9 +135,18 @@ class _Filler:
     """Puts tensors where they belong and keeps account: every one used once, every element filled once."""
 
     def __init__(
-        self, model: Any, checkpoint: Checkpoint, dtype: torch.dtype, device_of: Callable[[str], torch.device]
+        self,
+        model: Any,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device_of: Callable[[str], torch.device],
     ) -> None:
-        self._model, self._folder, self._dtype, self._device_of = model, checkpoint.folder, dtype, device_of
+        self._model, self._folder, self._dtype, self._device_of = (
+            model,
+            checkpoint.folder,
+            dtype,
+            device_of,
+        )
         self._tied = bool(model.config.tie_word_embeddings)
         self._shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         self._buffers = {name for name, _ in model.named_buffers()}
@@ -150,7 +176,13 @@ class _Filler:
         whole = spot.expert is None and spot.rows is None
         target = self._tensor_at(name, shape, allocate=not whole)
         slab = target if spot.expert is None else target[spot.expert : spot.expert + 1]
-        view = slab if spot.rows is None else slab[:, spot.rows] if spot.expert is not None else slab[spot.rows]
+        view = (
+            slab
+            if spot.rows is None
+            else slab[:, spot.rows]
+            if spot.expert is not None
+            else slab[spot.rows]
+        )
         wanted = tuple(view.shape) if spot.expert is None else tuple(view.shape[1:])
         if tuple(tensor.shape) != wanted or (spot.expert is not None and view.shape[0] != 1):
             raise self._misfit(key, tuple(tensor.shape), wanted)
@@ -158,7 +190,10 @@ class _Filler:
         moved = tensor.to(device=self._device_of(name), dtype=dtype)
         if whole and self._filled[name]:  # tied weights that the checkpoint stores twice must agree
             if not moved.is_meta and not torch.equal(target.detach(), moved):
-                raise TideError(f"{key} differs from {name}, to which config.json ties it", fix="mend the checkpoint")
+                raise TideError(
+                    f"{key} differs from {name}, to which config.json ties it",
+                    fix="mend the checkpoint",
+                )
             return
         if whole:
             self._assign(name, moved)

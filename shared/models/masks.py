@@ -15,7 +15,10 @@ def stated_mask(checkpoint: Checkpoint, tokenizer: Tokenizer) -> int | None:
 
     TideError, with both, where they differ, and where it is an end of text or an ordinary word.
     """
-    config, named = checkpoint.config.get("mask_token_id"), getattr(tokenizer.backend, "mask_token_id", None)
+    config, named = (
+        checkpoint.config.get("mask_token_id"),
+        getattr(tokenizer.backend, "mask_token_id", None),
+    )
     if config is not None and named is not None and int(config) != int(named):
         raise TideError(
             f"config.json of {checkpoint.folder} has mask_token_id {config} ({_word(tokenizer, int(config))}), "
@@ -30,7 +33,9 @@ def stated_mask(checkpoint: Checkpoint, tokenizer: Tokenizer) -> int | None:
     return int(found)
 
 
-def refuse_as_mask(mask_id: int, tokenizer: Tokenizer, checkpoint: Checkpoint | None, whose: str) -> None:
+def refuse_as_mask(
+    mask_id: int, tokenizer: Tokenizer, checkpoint: Checkpoint | None, whose: str
+) -> None:
     """TideError where the id cannot be a mask: it ends texts, or is an ordinary token."""
     ends = [] if checkpoint is None else checkpoint.special_ids("eos")
     own = getattr(tokenizer.backend, "eos_token_id", None)
@@ -69,4 +74,6 @@ def student_mask(tokenizer: Tokenizer, asked: str | None) -> tuple[str, int]:
 
 
 def _word(tokenizer: Tokenizer, index: int) -> str:
-    return repr(tokenizer.decode([index])) if index < len(tokenizer) else "no token of its tokenizer"
+    return (
+        repr(tokenizer.decode([index])) if index < len(tokenizer) else "no token of its tokenizer"
+    )

@@ -50,7 +50,9 @@ def _attend(
     if query.is_cuda and query.dtype in _HALF:
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         grouped = query.shape[1] != key.shape[1]
-        out: Any = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, enable_gqa=grouped)
+        out: Any = varlen_attn(
+            q, k, v, ends, ends, longest, longest, scale=scale, enable_gqa=grouped
+        )
         return out[None], None
     return torch.ops.tide.packed_attention(query, key, value, ends, scale), None
 

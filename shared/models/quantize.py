@@ -25,7 +25,9 @@ def require_bitsandbytes() -> Any:
     return bitsandbytes
 
 
-def quantize_linears(model: nn.Module, kind: Quantization, device: torch.device, dtype: torch.dtype) -> None:
+def quantize_linears(
+    model: nn.Module, kind: Quantization, device: torch.device, dtype: torch.dtype
+) -> None:
     """Replace every linear layer but the LM head by its quantised one on `device`, one at a time.
 
     The full-precision weights stay in host memory until their turn, so the device never holds more than the
@@ -42,10 +44,16 @@ def quantize_linears(model: nn.Module, kind: Quantization, device: torch.device,
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
             owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, _quantized(library, module, kind, dtype).to(device))
+            setattr(
+                model.get_submodule(owner),
+                leaf,
+                _quantized(library, module, kind, dtype).to(device),
+            )
 
 
-def _quantized(library: Any, linear: nn.Linear, kind: Quantization, dtype: torch.dtype) -> nn.Module:
+def _quantized(
+    library: Any, linear: nn.Linear, kind: Quantization, dtype: torch.dtype
+) -> nn.Module:
     shape, bias = (linear.in_features, linear.out_features), linear.bias is not None
     weight = linear.weight.data
     if kind == "int8":

@@ -20,13 +20,19 @@ T = TypeVar("T")
 def _explain(error: ValidationError, kind: Any, where: str) -> TideError:
     lines = []
     for item in error.errors():
-        place = ".".join(str(part) for part in item["loc"] if part not in (ONE, SEVERAL)) or "the configuration"
+        place = (
+            ".".join(str(part) for part in item["loc"] if part not in (ONE, SEVERAL))
+            or "the configuration"
+        )
         reason = item["msg"]
         if item["type"] == "unexpected_keyword_argument":
-            reason = f"no such setting; {advice(str(item['loc'][-1]), names_at(kind, item['loc'][:-1]))}"
+            reason = (
+                f"no such setting; {advice(str(item['loc'][-1]), names_at(kind, item['loc'][:-1]))}"
+            )
         lines.append(f"{place}: {reason.removeprefix('Value error, ')}")
     return TideError(
-        f"{where} does not hold: " + "; ".join(lines), fix="correct the recipe or the --set option named above"
+        f"{where} does not hold: " + "; ".join(lines),
+        fix="correct the recipe or the --set option named above",
     )
 
 
@@ -43,9 +49,13 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise TideError(f"cannot read {path}: {error.strerror}", expected="a TOML recipe") from error
+        raise TideError(
+            f"cannot read {path}: {error.strerror}", expected="a TOML recipe"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise TideError(f"{path} is not TOML: {error}", fix="correct the line that it names") from error
+        raise TideError(
+            f"{path} is not TOML: {error}", fix="correct the line that it names"
+        ) from error
 
 
 def set_value(values: dict[str, Any], key: str, value: Any) -> None:
@@ -79,7 +89,9 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
     for text in overrides:
         key, equals, raw = text.partition("=")
         if not equals or not key.strip():
-            raise TideError(f"{text!r} is no setting", expected="section.key=value, such as noise.draws=4")
+            raise TideError(
+                f"{text!r} is no setting", expected="section.key=value, such as noise.draws=4"
+            )
         try:
             value = tomllib.loads(f"v = {raw}")["v"]
         except tomllib.TOMLDecodeError:

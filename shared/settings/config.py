@@ -35,9 +35,14 @@ class NoiseConfig:
     """Probability of part A, which pass 1 reveals and pass 2 reads."""
 
     def __post_init__(self) -> None:
-        require(1 <= self.draws <= 100, f"noise.draws is {self.draws}; it must be between 1 and 100")
+        require(
+            1 <= self.draws <= 100, f"noise.draws is {self.draws}; it must be between 1 and 100"
+        )
         require(0 <= self.seed < 1 << 63, f"noise.seed is {self.seed}; it must lie in 0 … 2^63 − 1")
-        require(0 <= self.demo_ratio <= 1, f"noise.demo_ratio is {self.demo_ratio}; it must lie in [0, 1]")
+        require(
+            0 <= self.demo_ratio <= 1,
+            f"noise.demo_ratio is {self.demo_ratio}; it must lie in [0, 1]",
+        )
 
 
 MOST_CLASSES = 4096
@@ -79,8 +84,14 @@ class TargetConfig:
         require(len(self.signals) > 0, "targets.signals is empty; name topk, chunks or both")
         require(self.k > 0, f"targets.k is {self.k}; it must be positive")
         require(0 < self.mass <= 1, f"targets.mass is {self.mass}; it must lie in (0, 1]")
-        require(all(0 < t < math.inf for t in self.temperatures), "targets.temperatures must be positive and finite")
-        require(1 <= self.classes <= MOST_CLASSES, f"targets.classes is {self.classes}; it must be 1 to {MOST_CLASSES}")
+        require(
+            all(0 < t < math.inf for t in self.temperatures),
+            "targets.temperatures must be positive and finite",
+        )
+        require(
+            1 <= self.classes <= MOST_CLASSES,
+            f"targets.classes is {self.classes}; it must be 1 to {MOST_CLASSES}",
+        )
         require(self.pilot > 0, f"targets.pilot is {self.pilot}; it must be positive")
 
     @property
@@ -174,9 +185,17 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         require(self.data != (), "data is empty; name at least one source")
-        require(self.prepare_workers >= 0, f"prepare_workers is {self.prepare_workers}; it must not be negative")
-        require(self.shard_examples > 0, f"shard_examples is {self.shard_examples}; it must be positive")
-        require(0 <= self.rank < self.world, f"rank is {self.rank} and world {self.world}; 0 ≤ rank < world must hold")
+        require(
+            self.prepare_workers >= 0,
+            f"prepare_workers is {self.prepare_workers}; it must not be negative",
+        )
+        require(
+            self.shard_examples > 0, f"shard_examples is {self.shard_examples}; it must be positive"
+        )
+        require(
+            0 <= self.rank < self.world,
+            f"rank is {self.rank} and world {self.world}; 0 ≤ rank < world must hold",
+        )
 
     @property
     def sources(self) -> tuple[DataConfig, ...]:
@@ -257,22 +276,39 @@ class TrainConfig:
         positive = ("epochs", "window", "store_cache_gb", "batch_size", "accumulation", "learning_rate",
                     "checkpoint_steps", "log_steps")  # fmt: skip
         for name in positive:
-            require(0 < getattr(self, name) < math.inf, f"{name} is {getattr(self, name)}; it must be positive")
+            require(
+                0 < getattr(self, name) < math.inf,
+                f"{name} is {getattr(self, name)}; it must be positive",
+            )
         require(
             self.global_batch is None or self.global_batch > 0,
             f"global_batch is {self.global_batch}; it must be positive",
         )
-        require(self.draws_per_step > 0, f"draws_per_step is {self.draws_per_step}; it must be positive")
-        require(self.loader_workers >= -1, f"loader_workers is {self.loader_workers}; it must be -1 (auto) or more")
+        require(
+            self.draws_per_step > 0, f"draws_per_step is {self.draws_per_step}; it must be positive"
+        )
+        require(
+            self.loader_workers >= -1,
+            f"loader_workers is {self.loader_workers}; it must be -1 (auto) or more",
+        )
         require(
             self.checkpoint_steps % self.log_steps == 0,
             f"checkpoint_steps ({self.checkpoint_steps}) must be a multiple of log_steps ({self.log_steps}), "
             "so that a resumed run logs the same curve",
         )
         require(0 <= self.seed < 1 << 32, f"seed is {self.seed}; it must lie in 0 … 2^32 − 1")
-        require(self.heldout_draws > 0, f"heldout_draws is {self.heldout_draws}; it must be positive")
+        require(
+            self.heldout_draws > 0, f"heldout_draws is {self.heldout_draws}; it must be positive"
+        )
         require(self.eval_steps > 0, f"eval_steps is {self.eval_steps}; it must be positive")
-        require(0 <= self.warmup_ratio <= 1, f"warmup_ratio is {self.warmup_ratio}; it must lie in [0, 1]")
-        require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it must not be negative")
-        require(self.max_grad_norm > 0, f"max_grad_norm is {self.max_grad_norm}; it must be positive")
+        require(
+            0 <= self.warmup_ratio <= 1,
+            f"warmup_ratio is {self.warmup_ratio}; it must lie in [0, 1]",
+        )
+        require(
+            self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it must not be negative"
+        )
+        require(
+            self.max_grad_norm > 0, f"max_grad_norm is {self.max_grad_norm}; it must be positive"
+        )
         require(0 <= self.weight < math.inf, f"weight is {self.weight}; it must not be negative")

@@ -35,7 +35,9 @@ class DataConfig:
     """A file, a folder or a glob (JSONL, JSON, CSV, Parquet, Arrow; compressed or not), a folder of `save_to_disk`,
     hf://OWNER/NAME[:CONFIG][:SPLIT] or hf://OWNER/NAME#SPLIT, or stdlib:train|heldout|all.
     """
-    form: Literal["auto", "messages", "sharegpt", "instruction", "prompt_completion", "question_answer"] = "auto"
+    form: Literal[
+        "auto", "messages", "sharegpt", "instruction", "prompt_completion", "question_answer"
+    ] = "auto"
     """How a row holds its conversation; `auto`: by the fields that it has."""
     messages_field: str | None = None
     """The field of the list of messages, where it has another name."""
@@ -61,14 +63,22 @@ class DataConfig:
     """
 
     def __post_init__(self) -> None:
-        require(self.limit is None or self.limit > 0, f"data.limit is {self.limit}; it must be positive")
+        require(
+            self.limit is None or self.limit > 0, f"data.limit is {self.limit}; it must be positive"
+        )
         require(
             (self.prompt_field is None) == (self.response_field is None),
             "data.prompt_field and data.response_field go together",
         )
         require(self.weight > 0, f"data.weight is {self.weight}; it must be positive")
-        require(self.allow_bad_rows >= 0, f"data.allow_bad_rows is {self.allow_bad_rows}; it must not be negative")
-        require(0 <= self.heldout_share < 1, f"data.heldout_share is {self.heldout_share}; it must lie in [0, 1)")
+        require(
+            self.allow_bad_rows >= 0,
+            f"data.allow_bad_rows is {self.allow_bad_rows}; it must not be negative",
+        )
+        require(
+            0 <= self.heldout_share < 1,
+            f"data.heldout_share is {self.heldout_share}; it must lie in [0, 1)",
+        )
         require(
             self.split == "all" or self.heldout_share > 0,
             f"data.split is {self.split}, so data.heldout_share must be positive",
@@ -93,7 +103,8 @@ def _how_many(value: Any) -> str:
 ONE, SEVERAL = "one source", "several sources"
 """Tags of the union, which no user sees."""
 Sources = Annotated[
-    Annotated[DataConfig, Tag(ONE)] | Annotated[tuple[DataConfig, ...], Tag(SEVERAL)], Discriminator(_how_many)
+    Annotated[DataConfig, Tag(ONE)] | Annotated[tuple[DataConfig, ...], Tag(SEVERAL)],
+    Discriminator(_how_many),
 ]
 """One source of data, or a list of them."""
 

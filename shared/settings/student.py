@@ -20,7 +20,9 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "layers", "heads", "kv_heads", "intermediate_size"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+            require(
+                getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive"
+            )
         require(
             self.hidden_size % (2 * self.heads) == 0,
             f"hidden_size is {self.hidden_size}; it must be an even multiple of heads ({self.heads})",

@@ -66,13 +66,20 @@ _UNWRITABLE = (
 )  # fmt: skip
 
 
-_FULL_IN_WORDS = ("No space left on device", "inline_container.cc", "Disk quota exceeded", "File too large")
+_FULL_IN_WORDS = (
+    "No space left on device",
+    "inline_container.cc",
+    "Disk quota exceeded",
+    "File too large",
+)
 """Of libraries that write files themselves; torch names the place in its own source alone."""
 
 
 def disk_is_full(error: BaseException) -> bool:
     """Whether an error, of the system or of a library that was writing, is for want of room on the disk."""
-    return getattr(error, "errno", None) in _FULL or any(words in str(error) for words in _FULL_IN_WORDS)
+    return getattr(error, "errno", None) in _FULL or any(
+        words in str(error) for words in _FULL_IN_WORDS
+    )
 
 
 def _explain(path: Path, error: OSError) -> None:
@@ -83,7 +90,9 @@ def _explain(path: Path, error: OSError) -> None:
             fix="free some space and run the same command again; all finished files are kept",
         ) from error
     if error.errno in _UNWRITABLE:
-        raise TideError(f"{path} cannot be written: {error.strerror}", fix="choose another folder") from error
+        raise TideError(
+            f"{path} cannot be written: {error.strerror}", fix="choose another folder"
+        ) from error
 
 
 def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
@@ -166,8 +175,14 @@ def remove_leftovers(places: Sequence[Path]) -> None:
     """
     for place in places:
         folder = place if place.is_dir() else place.parent
-        for path in folder.rglob(".*.tide-tmp") if place.is_dir() else folder.glob(f".{place.name}.*.tide-tmp"):
-            if (name := _OURS.fullmatch(path.name)) and not _at_work(name["host"], int(name["pid"])):
+        for path in (
+            folder.rglob(".*.tide-tmp")
+            if place.is_dir()
+            else folder.glob(f".{place.name}.*.tide-tmp")
+        ):
+            if (name := _OURS.fullmatch(path.name)) and not _at_work(
+                name["host"], int(name["pid"])
+            ):
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path, ignore_errors=True)
                 else:

@@ -23,4 +23,7 @@ class Unusable(TideError):
 
     def __init__(self, reason: str, what: str | None = None) -> None:
         self.reason = reason
-        super().__init__(what or reason, fix="mend the data, or choose a model whose chat template takes it as it is")
+        super().__init__(
+            what or reason,
+            fix="mend the data, or choose a model whose chat template takes it as it is",
+        )

@@ -21,10 +21,14 @@ def refuse_odd(path: Path) -> None:
         mode = path.stat().st_mode
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise TideError(f"{path} is a link to itself", expected="a file", fix="copy it again") from error
+            raise TideError(
+                f"{path} is a link to itself", expected="a file", fix="copy it again"
+            ) from error
         return  # who opens it says that it is not there
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise TideError(f"{path} is a pipe, a device or a socket", expected="a file", fix="copy it again")
+        raise TideError(
+            f"{path} is a pipe, a device or a socket", expected="a file", fix="copy it again"
+        )
 
 
 def refuse_odd_in(folder: Path) -> None:
@@ -56,4 +60,6 @@ def refuse_unwritable(folder: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".tide-", dir=place):
             pass
     except OSError as error:
-        raise TideError(f"{folder} cannot be written: {error.strerror}", fix="choose another folder (--out)") from error
+        raise TideError(
+            f"{folder} cannot be written: {error.strerror}", fix="choose another folder (--out)"
+        ) from error

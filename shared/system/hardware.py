@@ -23,7 +23,9 @@ from shared.system.errors import TideError
 
 def choose_device(name: str = "auto") -> torch.device:
     """A device by name; `auto` is the accelerator where there is one. TideError where it is not on this machine."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerator = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    )
     if name == "auto":
         return accelerator or torch.device("cpu")
     here = "cpu" if accelerator is None else f"cpu or {accelerator.type}"
@@ -32,7 +34,9 @@ def choose_device(name: str = "auto") -> torch.device:
     except RuntimeError as error:
         raise TideError(f"device is {name!r}", expected=f"auto, {here}") from error
     missing = device.type != "cpu" and (accelerator is None or device.type != accelerator.type)
-    if missing or (device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count()):
+    if missing or (
+        device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count()
+    ):
         raise TideError(f"device {name} is not on this machine", expected=f"auto, {here}")
     return device
 
@@ -98,7 +102,11 @@ def describe_hardware() -> list[tuple[str, str]]:
     """What numbers and speed depend on, as (name, value)."""
     cpu = torch.device("cpu")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpus = [_describe_gpu(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = (
+        [_describe_gpu(i) for i in range(torch.cuda.device_count())]
+        if torch.cuda.is_available()
+        else []
+    )
     return [
         ("cpu", f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {cores} cores"),
         ("bfloat16 on it", "in hardware" if bfloat16_in_hardware(cpu) else "by a slow fallback"),
@@ -117,7 +125,9 @@ def hardware_line() -> str:
 
 def _describe_gpu(index: int) -> str:
     facts = torch.cuda.get_device_properties(index)
-    native = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bfloat16"
+    native = (
+        "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bfloat16"
+    )
     return f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, {native}"
 
 

@@ -33,7 +33,9 @@ def hold(path: Path, what: str, *, shared: bool = False, wait: bool = False) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise TideError(f"{path.parent} cannot be written: {error.strerror}", fix="choose another folder") from error
+        raise TideError(
+            f"{path.parent} cannot be written: {error.strerror}", fix="choose another folder"
+        ) from error
     try:
         stand_in = _take(descriptor, path, shared, what, wait)
         if not shared:
@@ -58,7 +60,8 @@ def _take(descriptor: int, path: Path, shared: bool, what: str, wait: bool) -> P
         except BlockingIOError as error:
             if not wait:
                 raise TideError(
-                    f"{what} is in use by {_holder(path)}", fix="wait for it or end it, or choose another folder"
+                    f"{what} is in use by {_holder(path)}",
+                    fix="wait for it or end it, or choose another folder",
                 ) from error
         if not said:
             print(f"waiting for {what}, in use by {_holder(path)}", file=sys.stderr)
@@ -78,7 +81,9 @@ def _try(descriptor: int, path: Path, shared: bool) -> Path | None:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise BlockingIOError from error
             if error.errno not in _UNSUPPORTED:
-                raise TideError(f"{path} cannot be locked: {error.strerror}", fix="choose another folder") from error
+                raise TideError(
+                    f"{path} cannot be locked: {error.strerror}", fix="choose another folder"
+                ) from error
     return None if shared else _exclusive_file(path.with_name(path.name + ".held"))
 
 
@@ -109,7 +114,11 @@ def _dead(path: Path) -> bool:
 
 def _sign(descriptor: int) -> None:
     """Who holds it, for whoever comes second."""
-    signature = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    signature = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
     with contextlib.suppress(OSError):  # a full disk keeps nobody from locking
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, (json.dumps(signature) + "\n").encode(), 0)

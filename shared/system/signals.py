@@ -83,7 +83,9 @@ def _follow(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def start_child(command: Sequence[str], environment: dict[str, str], log: BinaryIO) -> subprocess.Popen[bytes]:
+def start_child(
+    command: Sequence[str], environment: dict[str, str], log: BinaryIO
+) -> subprocess.Popen[bytes]:
     """A `tide` process that ends with this one; what it says goes to `log`."""
     environment = {**os.environ, **environment, _PARENT: str(os.getpid())}
     return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)

@@ -34,7 +34,15 @@ _BROKEN, _NEARLY = 0.03, 0.001
 """Shares of the tokens. Real vocabularies hold some that their own pattern cuts (1,673 of 150,195 in Qwen's), so at
 most a few in a hundred may, and patterns that differ by less than one in a thousand are as good as each other.
 """
-_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token", "sep_token", "cls_token")
+_ROLES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "pad_token",
+    "mask_token",
+    "sep_token",
+    "cls_token",
+)
 
 
 def is_in_parts(folder: Path) -> bool:
@@ -48,12 +56,16 @@ def tokenizer_from_parts(folder: Path) -> PreTrainedTokenizerFast:
     try:
         vocabulary: dict[str, int] = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges: Any = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        merges: Any = [
+            tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")
+        ]
         model: Any = models.BPE(vocab=vocabulary, merges=merges)
         settings = _read(folder / "tokenizer_config.json")
         added = _added(folder, settings)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TideError(f"the tokenizer in {folder} cannot be read: {error}", fix="download its files again") from error
+        raise TideError(
+            f"the tokenizer in {folder} cannot be read: {error}", fix="download its files again"
+        ) from error
     name = _pattern_of(vocabulary, folder)
     raw = Tokenizer(model)
     if name == "qwen2":
@@ -61,7 +73,9 @@ def tokenizer_from_parts(folder: Path) -> PreTrainedTokenizerFast:
     raw.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[attr-defined]
         [
             pre_tokenizers.Split(Regex(PATTERNS[name]), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.get("add_prefix_space")), use_regex=False),
+            pre_tokenizers.ByteLevel(
+                add_prefix_space=bool(settings.get("add_prefix_space")), use_regex=False
+            ),
         ]
     )
     raw.decoder = decoders.ByteLevel()  # type: ignore[attr-defined]
@@ -74,10 +88,15 @@ def tokenizer_from_parts(folder: Path) -> PreTrainedTokenizerFast:
                 fix="download the tokenizer's files again",
             )
     roles = {name: settings[name] for name in _ROLES if settings.get(name) is not None}
-    roles = {name: value["content"] if isinstance(value, dict) else value for name, value in roles.items()}
+    roles = {
+        name: value["content"] if isinstance(value, dict) else value
+        for name, value in roles.items()
+    }
     fast = PreTrainedTokenizerFast(tokenizer_object=raw, **roles)
     template = folder / "chat_template.jinja"
-    fast.chat_template = template.read_text(encoding="utf-8") if template.exists() else settings.get("chat_template")
+    fast.chat_template = (
+        template.read_text(encoding="utf-8") if template.exists() else settings.get("chat_template")
+    )
     return fast
 
 
@@ -113,11 +132,15 @@ def _added(folder: Path, settings: dict[str, Any]) -> dict[int, AddedToken]:
     named |= {str(token) for token in settings.get("additional_special_tokens") or []}
     flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
     found = {
-        int(index): AddedToken(token["content"], **{flag: token[flag] for flag in flags if flag in token})
+        int(index): AddedToken(
+            token["content"], **{flag: token[flag] for flag in flags if flag in token}
+        )
         for index, token in (settings.get("added_tokens_decoder") or {}).items()
     }
     for content, index in _read(folder / "added_tokens.json").items():
-        found.setdefault(int(index), AddedToken(content, normalized=False, special=content in named))
+        found.setdefault(
+            int(index), AddedToken(content, normalized=False, special=content in named)
+        )
     return found
 
 

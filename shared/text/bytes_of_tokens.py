@@ -7,7 +7,9 @@ def byte_level_alphabet() -> dict[str, int]:
     """The GPT-2 alphabet: the printable character that stands for each byte in a byte-level vocabulary."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {chr(b): b for b in printable}
-    table.update({chr(0x100 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)})
+    table.update(
+        {chr(0x100 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
+    )
     return table
 
 

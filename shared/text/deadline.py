@@ -41,7 +41,9 @@ def _by_thread(seconds: float) -> Iterator[None]:
 
     def over() -> None:
         if not done.wait(seconds):
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(OutOfTime))
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(ident), ctypes.py_object(OutOfTime)
+            )
 
     watcher = threading.Thread(target=over, daemon=True)
     watcher.start()

@@ -28,7 +28,9 @@ def _after_thinking(text: str) -> str:
     return text.rpartition("</think>")[2]
 
 
-def joined(pieces: Sequence[str], messages: Sequence[Mapping[str, Any]], text: str) -> list[Span] | None:
+def joined(
+    pieces: Sequence[str], messages: Sequence[Mapping[str, Any]], text: str
+) -> list[Span] | None:
     """The span of every content where `text` is `pieces` joined by the contents, all changed alike (answers and the
     others each in their way); None where it is not.
     """
@@ -38,14 +40,18 @@ def joined(pieces: Sequence[str], messages: Sequence[Mapping[str, Any]], text: s
     answers = [m["role"] == "assistant" for m in messages]
     thinks = any("</think>" in c for c, answer in zip(contents, answers, strict=True) if answer)
     for changed in _ways(contents, answers, thinks):
-        if len(text) == sum(map(len, pieces)) + sum(map(len, changed)) and text == _join(pieces, changed):
+        if len(text) == sum(map(len, pieces)) + sum(map(len, changed)) and text == _join(
+            pieces, changed
+        ):
             return _spans(pieces, changed)
     return None
 
 
 def _ways(contents: list[str], answers: list[bool], thinks: bool) -> Iterator[list[str]]:
     yield contents
-    pairs = [(f, f) for f in _CHANGES[1:]] + [(f, g) for f, g in product(_CHANGES, _CHANGES) if f is not g]
+    pairs = [(f, f) for f in _CHANGES[1:]] + [
+        (f, g) for f, g in product(_CHANGES, _CHANGES) if f is not g
+    ]
     for mine, others in pairs:
         yield [(mine if a else others)(c) for c, a in zip(contents, answers, strict=True)]
     if thinks:
@@ -60,7 +66,9 @@ def _ways(contents: list[str], answers: list[bool], thinks: bool) -> Iterator[li
 
 
 def _join(pieces: Sequence[str], contents: Sequence[str]) -> str:
-    return "".join(part for pair in zip(pieces, contents, strict=False) for part in pair) + pieces[-1]
+    return (
+        "".join(part for pair in zip(pieces, contents, strict=False) for part in pair) + pieces[-1]
+    )
 
 
 def _spans(pieces: Sequence[str], contents: Sequence[str]) -> list[Span]:

@@ -20,7 +20,9 @@ _SECONDS = 5.0
 
 
 def _sentinel(index: int) -> str:
-    return f"\ue000tide-{index}\ue001"  # private-use characters: no template or corpus contains them
+    return (
+        f"\ue000tide-{index}\ue001"  # private-use characters: no template or corpus contains them
+    )
 
 
 class ChatTemplate:
@@ -50,7 +52,9 @@ class ChatTemplate:
     @property
     def closing(self) -> str:
         """What stands behind an answer. Unusable where the template refuses a question and an answer."""
-        return self._probe([{"role": "user", "content": ""}, {"role": "assistant", "content": ""}], None).closing
+        return self._probe(
+            [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}], None
+        ).closing
 
     def prompt(self, messages: Sequence[Message], tools: Any = None) -> RenderedChat:
         """The text after which a model answers `messages`: where `render` lets a response begin. Without a think block
@@ -67,13 +71,21 @@ class ChatTemplate:
         prompt = self._apply(messages, True, tools)
         mark = _sentinel(len(messages))
         try:
-            answered = self._apply([*messages, {"role": "assistant", "content": mark}], False, tools)
+            answered = self._apply(
+                [*messages, {"role": "assistant", "content": mark}], False, tools
+            )
         except Unusable:
             return prompt
         before, found, _ = answered.partition(mark)
-        return before if found and before.startswith(prompt) and before[len(prompt) :].strip() else prompt
+        return (
+            before
+            if found and before.startswith(prompt) and before[len(prompt) :].strip()
+            else prompt
+        )
 
-    def render(self, messages: Sequence[Message], turns: Turns = "last", tools: Any = None) -> RenderedChat:
+    def render(
+        self, messages: Sequence[Message], turns: Turns = "last", tools: Any = None
+    ) -> RenderedChat:
         """Render `messages`, whose last one is an answer, and locate what is trained.
 
         Unusable where the template refuses the roles or rewrites the last answer. A trailing assistant header that some
@@ -88,7 +100,10 @@ class ChatTemplate:
         last = self._last_turn(messages, real, probe, spans, stop, tools)
         earlier = []
         if turns == "all":
-            found = (self._earlier_turn(i, messages, real, probe, spans, tools) for i in _answers(messages[:-1]))
+            found = (
+                self._earlier_turn(i, messages, real, probe, spans, tools)
+                for i in _answers(messages[:-1])
+            )
             earlier = [turn for turn in found if turn is not None and turn.body[0] < turn.body[1]]
         contents: list[Span | None] = [None] * len(messages)
         for i, span in enumerate(spans or ()):
@@ -100,7 +115,13 @@ class ChatTemplate:
         )  # fmt: skip
 
     def _last_turn(
-        self, messages: Sequence[Message], real: str, probe: Probe, spans: list[Span] | None, stop: int, tools: Any
+        self,
+        messages: Sequence[Message],
+        real: str,
+        probe: Probe,
+        spans: list[Span] | None,
+        stop: int,
+        tools: Any,
     ) -> Turn:
         answer, number = messages[-1], len(messages) - 1
         start = self._start(number, messages, real, probe, spans, tools)
@@ -116,7 +137,13 @@ class ChatTemplate:
         return Turn(number, start, stop + len(probe.closing), body)
 
     def _earlier_turn(
-        self, i: int, messages: Sequence[Message], real: str, probe: Probe, spans: list[Span] | None, tools: Any
+        self,
+        i: int,
+        messages: Sequence[Message],
+        real: str,
+        probe: Probe,
+        spans: list[Span] | None,
+        tools: Any,
     ) -> Turn | None:
         """The turn of answer `i`, which is not the last message; None where it cannot be located."""
         if spans is None or any(messages[i].get(name) for name in EXTRAS):
@@ -128,13 +155,21 @@ class ChatTemplate:
         return Turn(i, start, stop + (len(probe.closing) if closed else 0), (first, stop))
 
     def _start(
-        self, i: int, messages: Sequence[Message], real: str, probe: Probe, spans: list[Span] | None, tools: Any
+        self,
+        i: int,
+        messages: Sequence[Message],
+        real: str,
+        probe: Probe,
+        spans: list[Span] | None,
+        tools: Any,
     ) -> int | None:
         """Where the prompt of answer `i` ends in the text; None where no prompt is a prefix of it."""
         if i not in probe.leads:
             probes = [{**m, "content": _sentinel(k)} for k, m in enumerate(messages)]
             prefix = self._prompt_of(i, probes, self._apply(probes, False, tools), tools)
-            ahead = sum(len(p) for p in probe.pieces[: i + 1]) + sum(len(_sentinel(k)) for k in range(i))
+            ahead = sum(len(p) for p in probe.pieces[: i + 1]) + sum(
+                len(_sentinel(k)) for k in range(i)
+            )
             lead = None if prefix is None or prefix > ahead else ahead - prefix
             own = any(messages[i].get(name) for name in EXTRAS)
             if lead and not own and probe.pieces[i][-lead:].strip():
@@ -152,7 +187,9 @@ class ChatTemplate:
         for generation, thinking in ((True, False), (True, True), (False, False)):
             try:
                 prompt = self._apply(messages[:i], generation, tools, thinking)
-            except Unusable:  # a conversation that begins with the answer: some templates want a user first
+            except (
+                Unusable
+            ):  # a conversation that begins with the answer: some templates want a user first
                 continue
             if text.startswith(prompt):
                 found.append(len(prompt))
@@ -168,13 +205,19 @@ class ChatTemplate:
         text = self._apply(probes, False, tools)
         pieces = self._split(probes, text)
         if pieces is None:
-            dropped = next(i for i in range(len(messages)) if _sentinel(i) not in text or text.count(_sentinel(i)) > 1)
+            dropped = next(
+                i
+                for i in range(len(messages))
+                if _sentinel(i) not in text or text.count(_sentinel(i)) > 1
+            )
             raise Unusable(
                 "template drops a message", f"the chat template of {self._name} drops message {dropped} "
                 f"({roles[dropped]}), or writes it twice or elsewhere",
             )  # fmt: skip
         closing = pieces[-1]
-        if text == self._apply(probes, True, tools):  # a header is appended whether or not it is asked for
+        if text == self._apply(
+            probes, True, tools
+        ):  # a header is appended whether or not it is asked for
             closing = self._until_special(closing)
         made = Probe(pieces, closing)
         if plain:
@@ -194,15 +237,24 @@ class ChatTemplate:
 
     def _until_special(self, text: str) -> str:
         """What closes a turn, without a header behind it."""
-        ends = [end + len(str(t)) for t in self._tokenizer.all_special_tokens if (end := text.find(str(t))) >= 0]
+        ends = [
+            end + len(str(t))
+            for t in self._tokenizer.all_special_tokens
+            if (end := text.find(str(t))) >= 0
+        ]
         end = min(ends, default=0)
         return text[:end] if text[end:].strip() else text
 
-    def _refuse_ignored(self, name: str, messages: Sequence[Message], real: str, tools: Any) -> None:
+    def _refuse_ignored(
+        self, name: str, messages: Sequence[Message], real: str, tools: Any
+    ) -> None:
         """Unusable where the template writes the same text without the answer's `name`."""
         without = [*messages[:-1], {k: v for k, v in messages[-1].items() if k != name}]
         if self._apply(without, False, tools) == real:
-            raise Unusable(f"template drops {name}", f"the chat template of {self._name} drops the answer's {name}")
+            raise Unusable(
+                f"template drops {name}",
+                f"the chat template of {self._name} drops the answer's {name}",
+            )
 
     def _ignored(self, messages: Sequence[Message], real: str, tools: Any) -> Iterator[str]:
         """What the text would be the same without."""
@@ -216,9 +268,14 @@ class ChatTemplate:
 
     def _rewrites(self, answer: Message) -> Unusable:
         content = str(answer.get("content") or "")[:60]
-        return Unusable("template rewrites the response", f"the chat template of {self._name} rewrites {content!r}")
+        return Unusable(
+            "template rewrites the response",
+            f"the chat template of {self._name} rewrites {content!r}",
+        )
 
-    def _apply(self, messages: Sequence[Message], generation: bool, tools: Any, thinking: bool = False) -> str:
+    def _apply(
+        self, messages: Sequence[Message], generation: bool, tools: Any, thinking: bool = False
+    ) -> str:
         settings: dict[str, Any] = {} if tools is None else {"tools": tools}
         if self._date is not None:
             settings["strftime_now"] = self._date.strftime
@@ -246,7 +303,9 @@ def _answers(messages: Sequence[Message]) -> list[int]:
     return [i for i, m in enumerate(messages) if m["role"] == "assistant"]
 
 
-def _plain(spans: list[Span] | None, messages: Sequence[Message]) -> tuple[tuple[Span, ...] | None, tuple[str, ...]]:
+def _plain(
+    spans: list[Span] | None, messages: Sequence[Message]
+) -> tuple[tuple[Span, ...] | None, tuple[str, ...]]:
     if spans is not None:
         return tuple(spans), ()
     return None, tuple(str(m.get("content") or "") for m in messages)

@@ -66,7 +66,9 @@ class Tokenizer:
         """The chat template; TideError if the tokenizer has none."""
         return ChatTemplate(self.backend, self.name, self.date)
 
-    def render(self, messages: Sequence[Message], turns: Turns = "last", tools: Any = None) -> RenderedChat:
+    def render(
+        self, messages: Sequence[Message], turns: Turns = "last", tools: Any = None
+    ) -> RenderedChat:
         """The chat as text, with the places of its contents and of what is trained."""
         return self.template.render(messages, turns, tools)
 
@@ -109,10 +111,18 @@ class Tokenizer:
         if self._control is None:
             return []
         if chat.plain is None:
-            named = [match.group() for text in chat.unplaced for match in self._control.finditer(text)]
-            return Unusable("spells a control token", f"a content spells {named[0]!r}") if named else []
+            named = [
+                match.group() for text in chat.unplaced for match in self._control.finditer(text)
+            ]
+            return (
+                Unusable("spells a control token", f"a content spells {named[0]!r}")
+                if named
+                else []
+            )
         found = [match.span() for match in self._control.finditer(chat.text)]
-        return [(a, b) for a, b in found if any(a < stop and b > start for start, stop in chat.plain)]
+        return [
+            (a, b) for a, b in found if any(a < stop and b > start for start, stop in chat.plain)
+        ]
 
     def _encode_around(self, text: str, start: int, stop: int, plain: Sequence[Span]) -> list[int]:
         """Ids of text[start:stop]: control tokens by their ids, but for those at `plain`; the rest as mere text."""
@@ -127,7 +137,11 @@ class Tokenizer:
         return ids + self._encode_text(text[at:stop])
 
     def _encode_text(self, text: str) -> list[int]:
-        return self.backend(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
+        return (
+            self.backend(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            if text
+            else []
+        )
 
     @cached_property
     def _control(self) -> re.Pattern[str] | None:
@@ -138,7 +152,9 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens included."""
-        return self.backend.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.backend.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
     def __len__(self) -> int:
         return len(self.backend)
@@ -169,10 +185,16 @@ class Tokenizer:
         vocabulary: dict[str, int] = self.backend.get_vocab()
         added = {int(i): str(t.content) for i, t in self.backend.added_tokens_decoder.items()}
         sample = (t for t, i in vocabulary.items() if i not in added)
-        byte_level = all(byte_level_bytes(t) is not None for t, _ in zip(sample, range(4096), strict=False))
+        byte_level = all(
+            byte_level_bytes(t) is not None for t, _ in zip(sample, range(4096), strict=False)
+        )
         table = [b""] * (max([*vocabulary.values(), *added], default=-1) + 1)
         for token, index in vocabulary.items():
-            table[index] = (byte_level_bytes(token) or token.encode()) if byte_level else sentencepiece_bytes(token)
+            table[index] = (
+                (byte_level_bytes(token) or token.encode())
+                if byte_level
+                else sentencepiece_bytes(token)
+            )
         for index, content in added.items():
             table[index] = content.encode()
         return table
@@ -184,7 +206,11 @@ class Tokenizer:
             closing = self.template.closing
         except TideError:
             return ()
-        found = [] if self._control is None else [match.group() for match in self._control.finditer(closing)]
+        found = (
+            []
+            if self._control is None
+            else [match.group() for match in self._control.finditer(closing)]
+        )
         return tuple(int(self.backend.convert_tokens_to_ids(token)) for token in found)
 
     @cached_property

@@ -37,7 +37,9 @@ def collate(rows: Sequence[CacheRow], manifest: Manifest) -> Batch:
     copy = _longs(np.repeat([j for draws in sequences for j in range(len(draws))], sizes)[order])
     column = _longs(_join([r.masked for r in rows])[order])
     places, place = places_of_draws(
-        [[r.masked for r in draws] for draws in sequences], [len(draws[0].student_ids) for draws in sequences], block
+        [[r.masked for r in draws] for draws in sequences],
+        [len(draws[0].student_ids) for draws in sequences],
+        block,
     )
     noised = clean.repeat(1, max(len(draws) for draws in sequences))
     noised[index, copy * clean.shape[1] + column] = mask_id
@@ -74,7 +76,11 @@ def together(rows: Sequence[CacheRow]) -> list[list[CacheRow]]:
     found: list[list[CacheRow]] = []
     for row in rows:
         before = found[-1] if found else []
-        if before and before[0].example_id == row.example_id and all(other.draw != row.draw for other in before):
+        if (
+            before
+            and before[0].example_id == row.example_id
+            and all(other.draw != row.draw for other in before)
+        ):
             before.append(row)
         else:
             found.append([row])
@@ -83,7 +89,9 @@ def together(rows: Sequence[CacheRow]) -> list[list[CacheRow]]:
 
 def _order(rows: Sequence[CacheRow]) -> np.ndarray:
     """Where in the concatenated masked positions each of the batch's stands."""
-    read = [np.ones(r.masked.size, bool) if r.read is None else np.isin(r.masked, r.read) for r in rows]
+    read = [
+        np.ones(r.masked.size, bool) if r.read is None else np.isin(r.masked, r.read) for r in rows
+    ]
     return np.argsort(~_join(read, bool), kind="stable")
 
 
@@ -99,13 +107,17 @@ def _topk(rows: Sequence[CacheRow]) -> dict[str, Tensor]:
         "topk_ids": _longs(ids[flat]),
         "topk_logp": torch.from_numpy(logp[flat]),
         "topk_kept": torch.from_numpy(kept),
-        "tail_odds": torch.from_numpy(np.concatenate([r.tail_odds for r in rows if r.tail_odds is not None])),
+        "tail_odds": torch.from_numpy(
+            np.concatenate([r.tail_odds for r in rows if r.tail_odds is not None])
+        ),
     }
     masses = [r.class_mass for r in rows if r.class_mass is not None]
     return found | ({"class_mass": torch.from_numpy(np.concatenate(masses))} if masses else {})
 
 
-def _chunks(rows: Sequence[CacheRow], sizes: Sequence[int], times: np.ndarray, order: np.ndarray) -> Batch:
+def _chunks(
+    rows: Sequence[CacheRow], sizes: Sequence[int], times: np.ndarray, order: np.ndarray
+) -> Batch:
     token_rows, chunk_of, counts = [], [], []
     first_row = first_chunk = 0
     for row, size in zip(rows, sizes, strict=True):
@@ -160,14 +172,23 @@ class TargetReader:
                 for i, t in enumerate(self.temperatures)
             }
         return TopKTargets(
-            batch["topk_ids"], batch["topk_logp"], batch["topk_kept"], odds, classes, mass, self._student_shaped
+            batch["topk_ids"],
+            batch["topk_logp"],
+            batch["topk_kept"],
+            odds,
+            classes,
+            mass,
+            self._student_shaped,
         )
 
     def _on(self, device: torch.device) -> tuple[Classes, dict[float, Tensor]]:
         if device not in self._tables:
             assert self._vocabulary is not None
             prior = torch.from_numpy(self._vocabulary.prior.copy())
-            log_prior = {t: prior[i].log().clamp_min(EMPTY).to(device) for i, t in enumerate(self.temperatures)}
+            log_prior = {
+                t: prior[i].log().clamp_min(EMPTY).to(device)
+                for i, t in enumerate(self.temperatures)
+            }
             class_of = torch.from_numpy(self._vocabulary.class_of.astype(np.int64)).to(device)
             shares = torch.from_numpy(self._vocabulary.class_prior).to(device)
             self._tables[device] = (
@@ -182,7 +203,11 @@ def chunk_targets(batch: Batch) -> ChunkTargets | None:
     chunks = None
     if "chunk_rows" in batch:
         chunks = ChunkTargets(
-            batch["chunk_rows"], batch["chunk_of"], batch["chunk_logp"], batch["chunk_t"], batch["chunk_host"]
+            batch["chunk_rows"],
+            batch["chunk_of"],
+            batch["chunk_logp"],
+            batch["chunk_t"],
+            batch["chunk_host"],
         )
     return chunks
 

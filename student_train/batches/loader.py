@@ -80,7 +80,9 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
         if (self._rows.sum(axis=1) == 0).any():
             raise TideError("the cache has no rows", fix="build it from data whose prompts fit")
         cycle = manifest.draws // math.gcd(manifest.draws, draws)
-        self._batches = np.array([-(-int(self._rows[self._draws_of(n)[0]].sum()) // self._batch) for n in range(cycle)])
+        self._batches = np.array(
+            [-(-int(self._rows[self._draws_of(n)[0]].sum()) // self._batch) for n in range(cycle)]
+        )
         """Batches of each pass, until passes come to the same draws again."""
         self._remember()
         self._total = total if total is not None else math.ceil(epochs * self.batches_in(0) / draws)
@@ -91,7 +93,11 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
 
     def __getstate__(self) -> dict[str, object]:
         """For a process that works ahead: without the windows that are open here."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_pass_cached", "_window_cached")}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("_pass_cached", "_window_cached")
+        }
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__ |= state

@@ -34,7 +34,9 @@ class OpenCache:
             self.manifest,
             self.ledger,
             self.source,
-            batch_size=config.batch_size if config.global_batch is None else config.global_batch // parts,
+            batch_size=config.batch_size
+            if config.global_batch is None
+            else config.global_batch // parts,
             seed=config.seed,
             epochs=config.epochs,
             total=steps if config.max_steps > 0 else None,

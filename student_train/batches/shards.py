@@ -91,7 +91,13 @@ class StoredShards:
     """Shards of a store, brought ahead into `folder`, which holds `limit` bytes of them and the most recent ones."""
 
     def __init__(
-        self, store: Store, folder: Path, manifest: Manifest, layout: Layout, ledger: Ledger, limit: int
+        self,
+        store: Store,
+        folder: Path,
+        manifest: Manifest,
+        layout: Layout,
+        ledger: Ledger,
+        limit: int,
     ) -> None:
         self._store, self._folder, self._manifest, self._layout = store, folder, manifest, layout
         self._ledger, self._limit = ledger, limit
@@ -123,11 +129,15 @@ class StoredShards:
         with self._lock:
             coming = self._coming.pop(unit, None)
         path = unit.path(self._folder)
-        content = coming.result() if coming is not None else self._at_hand(unit) or self._fetch(unit)
+        content = (
+            coming.result() if coming is not None else self._at_hand(unit) or self._fetch(unit)
+        )
         shard = read_table(path, self._layout, content)
         problems = problems_in(shard.table, self._layout, self._manifest)
         if problems:
-            raise TideError(f"shard {path} of {self._store.url} does not hold: {'; '.join(problems)}")
+            raise TideError(
+                f"shard {path} of {self._store.url} does not hold: {'; '.join(problems)}"
+            )
         return OpenShard(path, self._layout, shard)
 
     def _at_hand(self, unit: Unit) -> bytes | None:
@@ -146,7 +156,9 @@ class StoredShards:
         path = unit.path(self._folder)
         content = self._store.read(unit.path(Path()).as_posix())
         self._ledger[unit].check(path, content)
-        with self._lock:  # one comes in when another has gone: the folder never holds more than one too many
+        with (
+            self._lock
+        ):  # one comes in when another has gone: the folder never holds more than one too many
             write_bytes(path, content)
             self.fetched += 1
             self._make_room()

@@ -34,7 +34,10 @@ def places_of_draws(
     longest of them.
     """
     width, copies = max(lengths), max(len(draws) for draws in masked)
-    kept = [_places(draws, length, width, copies, block) for draws, length in zip(masked, lengths, strict=True)]
+    kept = [
+        _places(draws, length, width, copies, block)
+        for draws, length in zip(masked, lengths, strict=True)
+    ]
     places = np.full((len(kept), max(1, *(len(k) for k in kept))), -1, np.int64)
     for row, mine in zip(places, kept, strict=True):
         row[: len(mine)] = mine
@@ -46,7 +49,9 @@ def places_of_draws(
     return torch.from_numpy(places), torch.from_numpy(np.concatenate(column).astype(np.int64))
 
 
-def _places(draws: Sequence[Masked], length: int, width: int, copies: int, block: int) -> Int[np.ndarray, " _"]:
+def _places(
+    draws: Sequence[Masked], length: int, width: int, copies: int, block: int
+) -> Int[np.ndarray, " _"]:
     kept, last = [], 0
     for j, masked in enumerate(draws):
         if masked.size:

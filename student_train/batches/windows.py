@@ -25,7 +25,12 @@ class Window:
     """
 
     def __init__(
-        self, shards: Sequence[Sequence[OpenShard]], begin: int, batch: int, processes: int, stream: np.random.Generator
+        self,
+        shards: Sequence[Sequence[OpenShard]],
+        begin: int,
+        batch: int,
+        processes: int,
+        stream: np.random.Generator,
     ) -> None:
         for draws in shards:
             refuse_other_examples(draws)
@@ -85,7 +90,13 @@ def _order(lengths: np.ndarray, begun: int, batch: int, stream: np.random.Genera
     order = [int(i) for i in stream.permutation(len(lengths))]
     head, rest = order[:begun], order[begun:]
     span = _RUN * batch
-    by_length = [i for at in range(0, len(rest), span) for i in sorted(rest[at : at + span], key=lengths.__getitem__)]
+    by_length = [
+        i
+        for at in range(0, len(rest), span)
+        for i in sorted(rest[at : at + span], key=lengths.__getitem__)
+    ]
     whole = len(by_length) // batch * batch
     batches = [by_length[at : at + batch] for at in range(0, whole, batch)]
-    return head + [i for b in stream.permutation(len(batches)) for i in batches[b]] + by_length[whole:]
+    return (
+        head + [i for b in stream.permutation(len(batches)) for i in batches[b]] + by_length[whole:]
+    )

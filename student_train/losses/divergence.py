@@ -36,7 +36,12 @@ def token_divergence(
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, topk: TopKTargets, temperature: float, strength: Tensor | None, reverse: bool
+        ctx: Any,
+        logits: Tensor,
+        topk: TopKTargets,
+        temperature: float,
+        strength: Tensor | None,
+        reverse: bool,
     ) -> Tensor:
         value, gradient = divergence_and_gradient(logits, topk, temperature, strength, reverse)
         ctx.save_for_backward(gradient)
@@ -72,7 +77,9 @@ def divergence_and_gradient(
     return value, student.exp_().sub_(mass).div_(temperature)
 
 
-def log_student(logits: Float[Tensor, "n vocab"], topk: TopKTargets, temperature: float) -> Float[Tensor, "n vocab"]:
+def log_student(
+    logits: Float[Tensor, "n vocab"], topk: TopKTargets, temperature: float
+) -> Float[Tensor, "n vocab"]:
     """The student's log-probabilities at `temperature` over the shared ids; EMPTY at the others."""
     scaled = logits / temperature
     unshared = _unshared(topk, logits.shape[1])

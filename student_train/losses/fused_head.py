@@ -16,7 +16,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shared.settings.objectives import Distillation
-from student_train.losses.objective import Counts, Sums, lambda_train, objective_at, on_device, slice_targets, total
+from student_train.losses.objective import (
+    Counts,
+    Sums,
+    lambda_train,
+    objective_at,
+    on_device,
+    slice_targets,
+    total,
+)
 from student_train.losses.targets import Targets
 
 _LOGITS_PER_SLICE = 1 << 25
@@ -84,7 +92,13 @@ def compiled_objective() -> Any:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Targets, settings: LossSettings, size: int, compiled: bool
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Targets,
+        settings: LossSettings,
+        size: int,
+        compiled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -98,11 +112,15 @@ class _Fused(torch.autograd.Function):
         train = sums.new_full((), lambda_train(settings.distillation, settings.progress))
         with torch.autocast(kind, enabled=False):
             for part, own in slice_targets(targets, size):
-                logits = (rows[part] @ weights.T).to(exact).requires_grad_(wants_hidden or wants_head)
+                logits = (
+                    (rows[part] @ weights.T).to(exact).requires_grad_(wants_hidden or wants_head)
+                )
                 with torch.enable_grad():
                     found = measure(logits, on_device(own), settings.distillation, train)
                     loss = total(found, settings.counts, settings.distillation, settings.weight)
-                sums += torch.stack([loss.detach(), found.denoise.detach(), found.distillation.detach()])
+                sums += torch.stack(
+                    [loss.detach(), found.denoise.detach(), found.distillation.detach()]
+                )
                 if not logits.requires_grad:
                     continue
                 (gradient,) = torch.autograd.grad(loss, logits)
@@ -117,7 +135,9 @@ class _Fused(torch.autograd.Function):
         return loss_, denoise, distillation
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(
+        ctx: Any, *gradients: Any
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
         scale = gradients[0]
         return (

@@ -29,7 +29,10 @@ def liger_fits(distillation: Distillation) -> bool:
 
 
 def liger_loss(
-    hidden: Float[Tensor, "n width"], head: Float[Tensor, "vocab width"], targets: Targets, settings: LossSettings
+    hidden: Float[Tensor, "n width"],
+    head: Float[Tensor, "vocab width"],
+    targets: Targets,
+    settings: LossSettings,
 ) -> tuple[Float[Tensor, ""], Sums]:
     """`fused_loss` by Liger. Under autocast the products and the gradients that come back are in its dtype; sums are
     kept in float32. log p is logsumexp − logit in float32: within 1e-7 of p = 1 it is less exact than in slices.

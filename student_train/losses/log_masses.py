@@ -23,6 +23,8 @@ def log1mexp(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return torch.where(near, small, large)
 
 
-def complement_logsumexp(logits: Float[Tensor, "n vocab"], ids: Int[Tensor, "n k"]) -> Float[Tensor, " n"]:
+def complement_logsumexp(
+    logits: Float[Tensor, "n vocab"], ids: Int[Tensor, "n k"]
+) -> Float[Tensor, " n"]:
     """logsumexp over the tokens that are *not* in `ids`; about EMPTY where none is left. Repeated ids are fine."""
     return torch.logsumexp(logits.scatter(1, ids, EMPTY), dim=1)

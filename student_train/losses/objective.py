@@ -16,7 +16,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shared.settings.objectives import KL, Calm, ChunkObjective, Distillation, NoDistillation, ReverseCalm, ReverseKL
+from shared.settings.objectives import (
+    KL,
+    Calm,
+    ChunkObjective,
+    Distillation,
+    NoDistillation,
+    ReverseCalm,
+    ReverseKL,
+)
 from student_train.losses import calm, denoise, tidal
 from student_train.losses.divergence import token_divergence
 from student_train.losses.log_masses import at_least_float32
@@ -43,7 +51,9 @@ class Sums:
     distillation: Float[Tensor, ""]
 
 
-def objective(logits: Float[Tensor, "n vocab"], targets: Targets, distillation: Distillation, progress: float) -> Sums:
+def objective(
+    logits: Float[Tensor, "n vocab"], targets: Targets, distillation: Distillation, progress: float
+) -> Sums:
     """The two sums for student `logits` (one row per masked position). `progress` is τ = step / max_steps.
 
     Raises ValueError where the batch lacks what the objective needs.
@@ -58,7 +68,10 @@ def lambda_train(distillation: Distillation, progress: float) -> float:
 
 
 def objective_at(
-    logits: Float[Tensor, "n vocab"], targets: Targets, distillation: Distillation, train: float | Float[Tensor, ""]
+    logits: Float[Tensor, "n vocab"],
+    targets: Targets,
+    distillation: Distillation,
+    train: float | Float[Tensor, ""],
 ) -> Sums:
     """`objective` from λ_train (`lambda_train`), which may be a tensor."""
     logits = at_least_float32(logits)
@@ -74,19 +87,28 @@ def objective_at(
 
 
 def gold_objective(
-    token_logp: Float[Tensor, " n"], targets: Targets, distillation: NoDistillation | ChunkObjective, progress: float
+    token_logp: Float[Tensor, " n"],
+    targets: Targets,
+    distillation: NoDistillation | ChunkObjective,
+    progress: float,
 ) -> Sums:
     """`objective` where it asks the student for nothing but log p(gold token), in nats: CE alone, or with chunks."""
     ce = -(token_logp / targets.t).sum()
     if isinstance(distillation, NoDistillation):
         return Sums(ce, torch.zeros((), device=token_logp.device))
-    return Sums(ce, _chunk_term(token_logp, targets, distillation, lambda_train(distillation, progress)))
+    return Sums(
+        ce, _chunk_term(token_logp, targets, distillation, lambda_train(distillation, progress))
+    )
 
 
 def on_device(targets: Targets) -> Targets:
     """The targets without what is in host memory, which only cutting them needs."""
     chunks = targets.chunks
-    return targets if chunks is None else dataclasses.replace(targets, chunks=dataclasses.replace(chunks, host=None))
+    return (
+        targets
+        if chunks is None
+        else dataclasses.replace(targets, chunks=dataclasses.replace(chunks, host=None))
+    )
 
 
 def slice_targets(targets: Targets, size: int) -> Iterator[tuple[slice, Targets]]:
@@ -110,7 +132,11 @@ def slice_targets(targets: Targets, size: int) -> Iterator[tuple[slice, Targets]
 
 
 def _on_host(chunks: ChunkTargets) -> np.ndarray:
-    return chunks.host if chunks.host is not None else torch.stack([chunks.rows, chunks.chunk_of]).cpu().numpy()
+    return (
+        chunks.host
+        if chunks.host is not None
+        else torch.stack([chunks.rows, chunks.chunk_of]).cpu().numpy()
+    )
 
 
 def _edges(host: np.ndarray, n: int, size: int) -> list[int]:
@@ -140,12 +166,19 @@ def _slice_chunks(chunks: ChunkTargets, host: np.ndarray, start: int, end: int) 
     tokens, mine = slice(first, last), slice(low, high)
     moved = own - np.array([[start], [low]])
     return ChunkTargets(
-        chunks.rows[tokens] - start, chunks.chunk_of[tokens] - low, chunks.teacher_logp[mine], chunks.t[mine], moved
+        chunks.rows[tokens] - start,
+        chunks.chunk_of[tokens] - low,
+        chunks.teacher_logp[mine],
+        chunks.t[mine],
+        moved,
     )
 
 
 def _token_term(
-    logits: Float[Tensor, "n vocab"], targets: Targets, settings: KL | ReverseKL, train: float | Float[Tensor, ""]
+    logits: Float[Tensor, "n vocab"],
+    targets: Targets,
+    settings: KL | ReverseKL,
+    train: float | Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
     topk, temperature = targets.topk, settings.temperature
     if topk is None or temperature not in topk.odds:
@@ -165,23 +198,32 @@ def _token_term(
 
 
 def _chunk_term(
-    token_logp: Float[Tensor, " n"], targets: Targets, settings: ChunkObjective, train: float | Float[Tensor, ""]
+    token_logp: Float[Tensor, " n"],
+    targets: Targets,
+    settings: ChunkObjective,
+    train: float | Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
     chunks, temperature = targets.chunks, settings.temperature
     if chunks is None:
         raise ValueError("the batch has no chunk targets")
     count = chunks.teacher_logp.shape[0]
-    student = calm.chunk_log_likelihood(token_logp, chunks.rows, chunks.chunk_of, count) / temperature
+    student = (
+        calm.chunk_log_likelihood(token_logp, chunks.rows, chunks.chunk_of, count) / temperature
+    )
     target = calm.bound_probability((chunks.teacher_logp.to(token_logp.dtype) / temperature).exp())
     weight = torch.ones_like(chunks.t)
     if settings.tidal is not None:
-        target = tidal.tidal_probability(student.exp(), target, strength_at(settings.tidal, train, chunks.t))
+        target = tidal.tidal_probability(
+            student.exp(), target, strength_at(settings.tidal, train, chunks.t)
+        )
         weight = timestep_weight(settings.tidal.timestep_weight, chunks.t)
     term = calm.calm if isinstance(settings, Calm) else calm.reverse_calm
     return (weight * term(student, target)).sum()
 
 
-def parts_of(sums: Sums, counts: Counts, distillation: Distillation) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+def parts_of(
+    sums: Sums, counts: Counts, distillation: Distillation
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """CE per maskable token, distillation per read token or active chunk. A count of 0 contributes 0."""
     denoised = sums.denoise / counts.maskable.clamp_min(1)
     match distillation:
@@ -193,7 +235,9 @@ def parts_of(sums: Sums, counts: Counts, distillation: Distillation) -> tuple[Fl
             return denoised, sums.distillation / counts.chunks.clamp_min(1)
 
 
-def total(sums: Sums, counts: Counts, distillation: Distillation, weight: float) -> Float[Tensor, ""]:
+def total(
+    sums: Sums, counts: Counts, distillation: Distillation, weight: float
+) -> Float[Tensor, ""]:
     """loss = CE + weight · distillation, each divided by its own count."""
     denoised, distilled = parts_of(sums, counts, distillation)
     return denoised if isinstance(distillation, NoDistillation) else denoised + weight * distilled

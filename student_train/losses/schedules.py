@@ -22,7 +22,9 @@ def growth(progress: float, kind: Growth) -> float:
 
 def training_strength(tidal: Tidal, progress: float) -> float:
     """λ_train = λ_init + (λ_max − λ_init)·g(τ)."""
-    return tidal.lambda_init + (tidal.lambda_max - tidal.lambda_init) * growth(progress, tidal.growth)
+    return tidal.lambda_init + (tidal.lambda_max - tidal.lambda_init) * growth(
+        progress, tidal.growth
+    )
 
 
 def strength(tidal: Tidal, progress: float, t: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
@@ -30,7 +32,9 @@ def strength(tidal: Tidal, progress: float, t: Float[Tensor, " n"]) -> Float[Ten
     return strength_at(tidal, training_strength(tidal, progress), t)
 
 
-def strength_at(tidal: Tidal, train: float | Float[Tensor, ""], t: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+def strength_at(
+    tidal: Tidal, train: float | Float[Tensor, ""], t: Float[Tensor, " n"]
+) -> Float[Tensor, " n"]:
     """`strength` from λ_train, which may be a tensor: a compiled loss must not be made anew at every step."""
     match tidal.axis:
         case "both":

@@ -44,7 +44,9 @@ def teacher_log_probabilities(
         left = _left_of_student(log_student, topk.ids, classes, mass.shape[1])
     else:
         base = fit(classes.log_prior[temperature].to(log_student.dtype), width, EMPTY)
-        left = _left_of_prior(classes, topk.ids, topk.kept, temperature, mass.shape[1]).to(log_student.dtype)
+        left = _left_of_prior(classes, topk.ids, topk.kept, temperature, mass.shape[1]).to(
+            log_student.dtype
+        )
     height = mass - left.clamp_min(-1e4)
     if classes is None or height.shape[1] == 1:
         made = base + height
@@ -61,7 +63,11 @@ def fit(values: Tensor, width: int, fill: int | float) -> Tensor:
 
 
 def _left_of_prior(
-    classes: Classes, ids: Int[Tensor, "n k"], kept: Bool[Tensor, "n k"], temperature: float, count: int
+    classes: Classes,
+    ids: Int[Tensor, "n k"],
+    kept: Bool[Tensor, "n k"],
+    temperature: float,
+    count: int,
 ) -> Float[Tensor, "n classes"]:
     """Log of each class's prior mass outside the top-k. In float64: where the top-k has nearly all of a class's prior,
     what is left is a small difference.
@@ -72,14 +78,19 @@ def _left_of_prior(
         taken = (prior[ids] * kept).sum(dim=1, keepdim=True)
     else:
         belongs = torch.arange(count, device=ids.device)
-        whole = torch.zeros(count, dtype=prior.dtype, device=ids.device).index_add(0, own.clamp_min(0), prior)
+        whole = torch.zeros(count, dtype=prior.dtype, device=ids.device).index_add(
+            0, own.clamp_min(0), prior
+        )
         of_ids = own[ids][:, :, None] == belongs
         taken = torch.einsum("nk,nkc->nc", prior[ids] * kept, of_ids.double())
     return (whole - taken).clamp_min(1e-12 * whole + 1e-300).log()
 
 
 def _left_of_student(
-    log_student: Float[Tensor, "n vocab"], ids: Int[Tensor, "n k"], classes: Classes | None, count: int
+    log_student: Float[Tensor, "n vocab"],
+    ids: Int[Tensor, "n k"],
+    classes: Classes | None,
+    count: int,
 ) -> Float[Tensor, "n classes"]:
     """Log of the student's mass in each class outside the top-k."""
     outside = log_student.scatter(1, ids, EMPTY)

@@ -73,4 +73,12 @@ def rows_of(topk: TopKTargets, part: slice) -> TopKTargets:
     """The targets of some rows: views."""
     mass = None if topk.class_mass is None else {t: m[part] for t, m in topk.class_mass.items()}
     odds = {t: values[part] for t, values in topk.odds.items()}
-    return TopKTargets(topk.ids[part], topk.logp[part], topk.kept[part], odds, topk.classes, mass, topk.student_shaped)
+    return TopKTargets(
+        topk.ids[part],
+        topk.logp[part],
+        topk.kept[part],
+        odds,
+        topk.classes,
+        mass,
+        topk.student_shaped,
+    )

@@ -14,7 +14,9 @@ from student_train.losses.calm import bound_probability
 
 @torch.no_grad()
 def tidal_probability(
-    student: Float[Tensor, " chunks"], teacher: Float[Tensor, " chunks"], strength: Float[Tensor, " chunks"]
+    student: Float[Tensor, " chunks"],
+    teacher: Float[Tensor, " chunks"],
+    strength: Float[Tensor, " chunks"],
 ) -> Float[Tensor, " chunks"]:
     """m = (1 − λ)·p_s + λ·p_t over chunk probabilities, bounded like a teacher's."""
     return bound_probability(student + strength * (teacher - student))

@@ -21,7 +21,9 @@ FLEX = "tide_flex"
 """The name under which transformers' models find it."""
 
 
-def flex_mask(places: Int[Tensor, "batch rows"], length: int, block: int, draws: int = 1) -> BlockMask:
+def flex_mask(
+    places: Int[Tensor, "batch rows"], length: int, block: int, draws: int = 1
+) -> BlockMask:
     """`shared.diffusion.attention.block_diffusion_places` as a block mask.
 
     Whatever differs between batches is a tensor inside of it, so that nothing is compiled anew.

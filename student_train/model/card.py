@@ -19,7 +19,9 @@ OWN_FOLDER = "THIS_FOLDER"
 """Stands in the card for wherever the student lies."""
 
 
-def write_card(folder: Path, config: TrainConfig, manifest: Manifest, metrics: Mapping[str, float]) -> None:
+def write_card(
+    folder: Path, config: TrainConfig, manifest: Manifest, metrics: Mapping[str, float]
+) -> None:
     """Write the card of a run's finished student. Paths of this machine are left out of it."""
     about = manifest.fingerprint
     teacher, student = about["teacher"], about["student"]

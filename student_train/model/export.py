@@ -41,7 +41,9 @@ def export_student(source: Path, target: Path, layout: Format) -> None:
         )
     model: Any = load_model(checkpoint, architecture, _stored_dtype(checkpoint.config))
     if "block_size" in checkpoint.config:
-        model.config.block_size = checkpoint.config["block_size"]  # no field of the stock class, and kept by it
+        model.config.block_size = checkpoint.config[
+            "block_size"
+        ]  # no field of the stock class, and kept by it
     tokenizer = Tokenizer.load(checkpoint.folder)
     with new_folder(target) as half:
         if layout == "hf":

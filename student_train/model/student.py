@@ -28,14 +28,20 @@ _POSITIONS = 4096
 """That a new student knows."""
 
 
-def load_student(settings: StudentConfig, cache: Path, manifest: Manifest) -> tuple[PreTrainedModel, Tokenizer]:
+def load_student(
+    settings: StudentConfig, cache: Path, manifest: Manifest
+) -> tuple[PreTrainedModel, Tokenizer]:
     """The student in float32 and its tokenizer, which must be the one that the cache was built for.
 
     Without a checkpoint the weights are random (seed torch first) and the tokenizer is the cache's own copy. A
     mask token that the tokenizer lacks is added at the end, where the cache expects it.
     """
-    checkpoint = None if settings.checkpoint is None else open_checkpoint(resolve(settings.checkpoint))
-    tokenizer = Tokenizer.load(cache / "student_tokenizer" if checkpoint is None else checkpoint.folder)
+    checkpoint = (
+        None if settings.checkpoint is None else open_checkpoint(resolve(settings.checkpoint))
+    )
+    tokenizer = Tokenizer.load(
+        cache / "student_tokenizer" if checkpoint is None else checkpoint.folder
+    )
     wanted = manifest.fingerprint["student"]
     if tokenizer.fingerprint != wanted["tokenizer"]:
         raise TideError(
@@ -71,7 +77,9 @@ def student_for(
         register_flex()
         model.set_attn_implementation(FLEX)
     if model.config.tie_word_embeddings:
-        model._keys_to_ignore_on_save = {"lm_head.weight"}  # no alarm about it when a checkpoint is resumed
+        model._keys_to_ignore_on_save = {
+            "lm_head.weight"
+        }  # no alarm about it when a checkpoint is resumed
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model
@@ -116,7 +124,10 @@ def _make_room(model: Any, mask_id: int, settings: StudentConfig) -> None:
     with torch.no_grad():
         for layer in {model.get_input_embeddings(), model.get_output_embeddings()}:
             layer.weight[width:] = layer.weight[:width].mean(dim=0)
-    print(f"student: embedding grown from {width:,} to {mask_id + 1:,} rows for the mask token", file=sys.stderr)
+    print(
+        f"student: embedding grown from {width:,} to {mask_id + 1:,} rows for the mask token",
+        file=sys.stderr,
+    )
 
 
 def embedding_rows(model: Any) -> int:

@@ -20,7 +20,11 @@ _AHEAD = 16
 
 TENSORBOARD = "tensorboard"
 
-_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor"}
+_OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "adafactor": "adafactor",
+}
 """In transformers' names."""
 
 
@@ -68,7 +72,11 @@ def _loading(workers: int) -> dict[str, Any]:
         "dataloader_multiprocessing_context": "spawn",  # of a process that has CUDA and threads nothing may be forked
     }  # fmt: skip
     on_cuda = torch.cuda.is_available()
-    return {**ahead, "dataloader_pin_memory": on_cuda, "accelerator_config": {"non_blocking": on_cuda}}
+    return {
+        **ahead,
+        "dataloader_pin_memory": on_cuda,
+        "accelerator_config": {"non_blocking": on_cuda},
+    }
 
 
 def tensorboard(config: TrainConfig) -> list[TensorBoardCallback]:

@@ -34,7 +34,9 @@ class Checkpoint:
 
 def _folders(place: Path) -> dict[int, Path]:
     """The folders with a checkpoint's name, by step."""
-    found = ((_NAME.fullmatch(path.name), path) for path in place.glob("checkpoint-*") if path.is_dir())
+    found = (
+        (_NAME.fullmatch(path.name), path) for path in place.glob("checkpoint-*") if path.is_dir()
+    )
     return {int(name[1]): path for name, path in found if name is not None}
 
 
@@ -46,7 +48,9 @@ def mark(folder: Path, step: int, seconds: float) -> None:
             continue
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
-            files[path.relative_to(folder).as_posix()] = hashlib.file_digest(handle, "sha256").hexdigest()
+            files[path.relative_to(folder).as_posix()] = hashlib.file_digest(
+                handle, "sha256"
+            ).hexdigest()
     note = {"step": step, "seconds": round(seconds, 3), "files": files}
     note |= {"sum": _sum(note)}
     write_bytes(folder / MARKER, (json.dumps(note, indent=1) + "\n").encode())
@@ -106,8 +110,12 @@ def _note(folder: Path, step: int) -> tuple[dict[str, Any], str | None]:
         note = json.loads((folder / MARKER).read_text())
         if isinstance(note, float):  # an earlier version wrote the seconds alone
             return {"seconds": note, "files": None}, None
-        fits = note.pop("sum") == _sum(note) and note["step"] == step and float(note["seconds"]) >= 0
-        fits = fits and all(isinstance(name, str) and isinstance(v, str) for name, v in note["files"].items())
+        fits = (
+            note.pop("sum") == _sum(note) and note["step"] == step and float(note["seconds"]) >= 0
+        )
+        fits = fits and all(
+            isinstance(name, str) and isinstance(v, str) for name, v in note["files"].items()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}, f"{MARKER} cannot be read"
     return (note, None) if fits else ({}, f"{MARKER} is not that of this checkpoint")
@@ -116,7 +124,10 @@ def _note(folder: Path, step: int) -> tuple[dict[str, Any], str | None]:
 def _problem(folder: Path, files: dict[str, str] | None) -> str | None:
     """The first file that is not what the marker says; None where all are."""
     if files is None:
-        print(f"checkpoint {folder} is of an earlier version, without hashes: it cannot be checked", file=sys.stderr)
+        print(
+            f"checkpoint {folder} is of an earlier version, without hashes: it cannot be checked",
+            file=sys.stderr,
+        )
         return None
     for name, expected in files.items():
         try:

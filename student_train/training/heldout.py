@@ -45,30 +45,42 @@ class HeldOut:
     masked: int
 
 
-def prepare_heldout(data: DataConfig, lengths: LengthConfig, tokenizer: Tokenizer, mask_id: int, draws: int) -> HeldOut:
+def prepare_heldout(
+    data: DataConfig, lengths: LengthConfig, tokenizer: Tokenizer, mask_id: int, draws: int
+) -> HeldOut:
     """Tokenise and mask the held-out examples. t is stratified over each example's `draws`."""
     scan(data, extras=True)
     prepared = Preparer(tokenizer, None, lengths, mask_id, turns=data.turns).usable(
         list(iter_examples(data, extras=True))
     )
     special = set(tokenizer.backend.all_special_ids)
-    byte_lengths = np.array([0 if i in special else n for i, n in enumerate(tokenizer.byte_lengths)], np.int64)
+    byte_lengths = np.array(
+        [0 if i in special else n for i, n in enumerate(tokenizer.byte_lengths)], np.int64
+    )
     rows = [(e, token_draw(_SEED, e.id, d, e.maskable, 0.5).masked)
             for e in prepared for d in range(draws)]  # fmt: skip
     rows = sorted((r for r in rows if r[1].size), key=lambda r: len(r[0].student_ids))
     if not rows:
-        raise TideError(f"no held-out example of {data.source} fits", fix="raise lengths.student or use other data")
+        raise TideError(
+            f"no held-out example of {data.source} fits",
+            fix="raise lengths.student or use other data",
+        )
     batches, start = [], 0
     while start < len(rows):
         end = start + 1
-        while end < len(rows) and (end - start + 1) * len(rows[end][0].student_ids) <= _TOKENS_PER_BATCH:
+        while (
+            end < len(rows)
+            and (end - start + 1) * len(rows[end][0].student_ids) <= _TOKENS_PER_BATCH
+        ):
             end += 1
         batches.append(_batch(rows[start:end], mask_id, byte_lengths, lengths.block))
         start = end
     return HeldOut(batches, tuple(e.id for e in prepared), sum(masked.size for _, masked in rows))
 
 
-def warn_of_overlap(heldout: HeldOut, cache: Path, manifest: Manifest, store: Store | None = None) -> None:
+def warn_of_overlap(
+    heldout: HeldOut, cache: Path, manifest: Manifest, store: Store | None = None
+) -> None:
     """A warning, with the count, where the cache (in a folder, or a store) trains on held-out contents."""
     trained: set[str] = set()
     place, files = (cache, None) if store is None else (Path(store.root), store.files)
@@ -91,7 +103,9 @@ def _batch(
     clean, valid = pad([e.student_ids for e, _ in rows])
     row = torch.from_numpy(np.repeat(np.arange(len(rows)), [m.size for _, m in rows]))
     column = torch.from_numpy(np.concatenate([m for _, m in rows])).long()
-    places, place = needed_places([m for _, m in rows], [len(e.student_ids) for e, _ in rows], block)
+    places, place = needed_places(
+        [m for _, m in rows], [len(e.student_ids) for e, _ in rows], block
+    )
     noised = clean.clone()
     noised[row, column] = mask_id
     bytes_ = torch.from_numpy(byte_lengths)[clean[row, column]]
@@ -109,7 +123,9 @@ def teacher_predictor(model: Any) -> Predict:
     """A teacher under full attention, on the same masks."""
 
     def predict(batch: dict[str, Tensor]) -> Tensor:
-        hidden = model.model(input_ids=batch["noised"], attention_mask=full(batch["valid"]), use_cache=False)
+        hidden = model.model(
+            input_ids=batch["noised"], attention_mask=full(batch["valid"]), use_cache=False
+        )
         return model.lm_head(hidden.last_hidden_state[batch["row"], batch["column"]])
 
     return predict
@@ -144,7 +160,9 @@ def masked_nll(model: Any, heldout: HeldOut, predict: Predict) -> dict[str, floa
         best, guess = logits.max(dim=1)
         confidence = (best - torch.logsumexp(logits, dim=1)).exp().double()
         text = batch["bytes"] > 0
-        total += torch.stack([nll.sum(), nll[text].sum(), (guess == gold).double().sum(), confidence.sum()])
+        total += torch.stack(
+            [nll.sum(), nll[text].sum(), (guess == gold).double().sum(), confidence.sum()]
+        )
         amount += torch.stack([torch.tensor(nll.numel(), device=device), batch["bytes"].sum()])
     model.train(training)
     nats, text_nats, right, confidence = total.tolist()

@@ -30,14 +30,28 @@ class Watch:
         self._first_bad = torch.full((), -1, dtype=torch.int64)
         self._since = time.perf_counter()
 
-    def add(self, item: int, loss: Tensor, parts: tuple[Tensor, Tensor], batch: Batch, mass: Tensor | None) -> None:
+    def add(
+        self,
+        item: int,
+        loss: Tensor,
+        parts: tuple[Tensor, Tensor],
+        batch: Batch,
+        mass: Tensor | None,
+    ) -> None:
         """Take note of one batch; `item` is its number in the run, `mass` the teacher's per masked position."""
         device = loss.device
         self._sums, self._first_bad = self._sums.to(device), self._first_bad.to(device)
         none = torch.zeros((), device=device)
         counts = batch["counts"].to(device)
         seen = (none, none) if mass is None else (mass.sum(), none + mass.numel())
-        values = [*parts, none + 1, none + batch["tokens"], none + batch["gold"].numel(), counts[2], *seen]
+        values = [
+            *parts,
+            none + 1,
+            none + batch["tokens"],
+            none + batch["gold"].numel(),
+            counts[2],
+            *seen,
+        ]
         self._sums += torch.stack([value.detach().double() for value in values])
         news = (self._first_bad < 0) & ~torch.isfinite(loss.detach())
         self._first_bad = torch.where(news, item, self._first_bad)
@@ -65,11 +79,14 @@ class Watch:
         return logs
 
 
-def stop_at_nonfinite(out: Path, step: int, number: int, rows: list[Any], batch: Batch) -> TideError:
+def stop_at_nonfinite(
+    out: Path, step: int, number: int, rows: list[Any], batch: Batch
+) -> TideError:
     """Save the batch whose loss was not finite; the error that stops the run. `number`: of the batch in the run."""
     ids = [row.example_id for row in rows]
     write_bytes(
-        out / f"{NONFINITE}.safetensors", save({k: v.contiguous() for k, v in batch.items() if isinstance(v, Tensor)})
+        out / f"{NONFINITE}.safetensors",
+        save({k: v.contiguous() for k, v in batch.items() if isinstance(v, Tensor)}),
     )
     note = {"step": step, "batch": number, "example_ids": ids}
     write_bytes(out / f"{NONFINITE}.json", (json.dumps(note, indent=1) + "\n").encode())

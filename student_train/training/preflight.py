@@ -14,7 +14,14 @@ import torch
 
 from shared.cache.manifest import Manifest
 from shared.settings.config import StudentConfig, TrainConfig
-from shared.settings.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL
+from shared.settings.objectives import (
+    KL,
+    Calm,
+    Distillation,
+    NoDistillation,
+    ReverseCalm,
+    ReverseKL,
+)
 from shared.system.errors import TideError
 from shared.system.hardware import choose_device, choose_precision, explain_precision
 from student_train.losses.liger_head import liger_fits, liger_installed
@@ -34,13 +41,20 @@ def check_trackers(names: Sequence[str]) -> None:
 
 def check_hardware(config: TrainConfig) -> None:
     """TideError where `parallel`, `head` or `student.attention` asks for what is not there."""
-    if config.student.attention == "flex" and (config.device == "cpu" or not torch.cuda.is_available()):
+    if config.student.attention == "flex" and (
+        config.device == "cpu" or not torch.cuda.is_available()
+    ):
         raise TideError(
             "student.attention is flex, and this run is on a CPU, where PyTorch has no gradient for flex_attention",
             fix="leave student.attention out: SDPA is used there",
         )
-    if config.parallel == "fsdp" and (config.device == "cpu" or not torch.accelerator.is_available()):
-        raise TideError("parallel is fsdp, and this run is on a CPU", fix="use parallel=ddp, or a machine with GPUs")
+    if config.parallel == "fsdp" and (
+        config.device == "cpu" or not torch.accelerator.is_available()
+    ):
+        raise TideError(
+            "parallel is fsdp, and this run is on a CPU",
+            fix="use parallel=ddp, or a machine with GPUs",
+        )
     if config.parallel == "fsdp" and int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise TideError(
             "parallel is fsdp, and there is one process",
@@ -54,7 +68,9 @@ def check_hardware(config: TrainConfig) -> None:
             fix="leave head out: the loss then runs in slices",
         )
     if config.head == "liger" and not liger_installed():
-        raise TideError("head is liger, and liger-kernel is not installed", fix="pip install '.[liger]'")
+        raise TideError(
+            "head is liger, and liger-kernel is not installed", fix="pip install '.[liger]'"
+        )
 
 
 def check_optimizer(config: TrainConfig) -> None:
@@ -62,9 +78,14 @@ def check_optimizer(config: TrainConfig) -> None:
     if config.optimizer != "adamw_8bit":
         return
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise TideError("optimizer is adamw_8bit, and bitsandbytes is not installed", fix="pip install bitsandbytes")
+        raise TideError(
+            "optimizer is adamw_8bit, and bitsandbytes is not installed",
+            fix="pip install bitsandbytes",
+        )
     if config.device == "cpu" or not torch.cuda.is_available():
-        raise TideError("optimizer is adamw_8bit, and this run is on a CPU", fix="use optimizer=adamw")
+        raise TideError(
+            "optimizer is adamw_8bit, and this run is on a CPU", fix="use optimizer=adamw"
+        )
 
 
 def settle_precision(config: TrainConfig) -> TrainConfig:
@@ -103,7 +124,11 @@ def settle_batch(config: TrainConfig, processes: int) -> TrainConfig:
             fix="change the number of processes, or --set global_batch=…",
         )
     each = whole // processes
-    fits = [n for n in range(draws, min(each, max(config.batch_size, draws)) + 1, draws) if each % n == 0]
+    fits = [
+        n
+        for n in range(draws, min(each, max(config.batch_size, draws)) + 1, draws)
+        if each % n == 0
+    ]
     size = max(fits)
     if config.accumulation not in (1, each // size):
         raise TideError(
@@ -196,5 +221,6 @@ def check_objective(settings: Distillation, manifest: Manifest, cache: Path) -> 
                 )
     if settings.tidal is not None and isinstance(settings, ReverseKL | ReverseCalm):
         warnings.warn(
-            f"TIDAL with {settings.type}: the paper advises against TIDAL with a reverse objective", stacklevel=2
+            f"TIDAL with {settings.type}: the paper advises against TIDAL with a reverse objective",
+            stacklevel=2,
         )

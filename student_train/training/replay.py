@@ -44,7 +44,9 @@ def replay(run: Path) -> str:
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, TideError):
             raise
-        raise TideError(f"the record of {run} cannot be read: {error}", fix="copy the run's folder again") from error
+        raise TideError(
+            f"the record of {run} cannot be read: {error}", fix="copy the run's folder again"
+        ) from error
     except OSError as error:
         raise TideError(
             f"{run} has no record of a loss that was not finite ({Path(str(error.filename)).name} is missing)",
@@ -53,10 +55,14 @@ def replay(run: Path) -> str:
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tide-replay-"))
         out = Path(folder) / "run"
-        before = [c.folder for c in whole_checkpoints(run / "checkpoints") if c.step <= note["step"]]
+        before = [
+            c.folder for c in whole_checkpoints(run / "checkpoints") if c.step <= note["step"]
+        ]
         if before:
             shutil.copytree(before[-1], out / "checkpoints" / before[-1].name)
-        trainer, _ = make_trainer(build(TrainConfig, {**settings, "out": out, "report_to": []}), stack)
+        trainer, _ = make_trainer(
+            build(TrainConfig, {**settings, "out": out, "report_to": []}), stack
+        )
 
         def at_item(item: int, model: Any, batch: Batch, how: LossSettings) -> None:
             if item == note["batch"]:
@@ -67,18 +73,25 @@ def replay(run: Path) -> str:
             trainer.train_resuming()
         except _Reached as reached:
             return str(reached)
-    raise TideError(f"the run of {run} no longer comes to batch {note['batch']}", fix="give back the cache as it was")
+    raise TideError(
+        f"the run of {run} no longer comes to batch {note['batch']}",
+        fix="give back the cache as it was",
+    )
 
 
 @torch.no_grad()
-def _describe(trainer: Any, model: Any, batch: Batch, how: LossSettings, note: dict[str, Any]) -> str:
+def _describe(
+    trainer: Any, model: Any, batch: Batch, how: LossSettings, note: dict[str, Any]
+) -> str:
     model = trainer.accelerator.unwrap_model(model)
     weights = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
     logits = model(batch=batch).float()
     bad_rows = (~torch.isfinite(logits).all(dim=1)).nonzero().squeeze(1).tolist()
     sums = objective(logits, trainer.read_targets(batch), how.distillation, how.progress)
     wrong = {
-        k: int((~torch.isfinite(v)).sum()) for k, v in batch.items() if torch.is_tensor(v) and v.is_floating_point()
+        k: int((~torch.isfinite(v)).sum())
+        for k, v in batch.items()
+        if torch.is_tensor(v) and v.is_floating_point()
     }
     return "\n".join(
         [

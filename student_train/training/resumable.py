@@ -54,7 +54,9 @@ class ResumableTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._seconds_before, self._started = 0.0, time.monotonic()
-        self.model_accepts_loss_kwargs = True  # the losses are divided by global counts, not by the loop
+        self.model_accepts_loss_kwargs = (
+            True  # the losses are divided by global counts, not by the loop
+        )
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._later: list[Callable[[], object]] | None = None
@@ -82,7 +84,11 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if not self.is_world_process_zero():
             return
-        place, step, seconds = Path(str(self.args.output_dir)), self.state.global_step, self.seconds_trained
+        place, step, seconds = (
+            Path(str(self.args.output_dir)),
+            self.state.global_step,
+            self.seconds_trained,
+        )
 
         def finish() -> None:
             for write in later:
@@ -105,7 +111,9 @@ class ResumableTrainer(Trainer):
         self.state.compute_steps(self.args, self.state.max_steps)
         super()._load_callback_state()
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
         if self._later is None or output_dir is None:
             super()._save(output_dir, state_dict)
             return
@@ -122,7 +130,9 @@ class ResumableTrainer(Trainer):
             return
         parts: dict[str, Any] = {"optimizer.pt": self.optimizer, "scheduler.pt": self.lr_scheduler}
         for name, part in parts.items():
-            self._later.append(partial(torch.save, _in_host_memory(part.state_dict()), Path(output_dir) / name))
+            self._later.append(
+                partial(torch.save, _in_host_memory(part.state_dict()), Path(output_dir) / name)
+            )
 
     def train_resuming(self) -> None:
         """Train to the end, from the last whole checkpoint if there is one. Damaged ones are named and passed over."""

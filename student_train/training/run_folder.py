@@ -29,23 +29,36 @@ def settle_run_folder(config: TrainConfig, manifest: Manifest, processes: int, s
     """Write what this run of `steps` steps is, or refuse to go on with another one. A run may be looked at otherwise
     (`_MAY_CHANGE`), and it may become longer, which is said.
     """
-    about = {"config": to_plain(config), "cache": manifest.digest, "draws": manifest.draws, "steps": steps}
+    about = {
+        "config": to_plain(config),
+        "cache": manifest.digest,
+        "draws": manifest.draws,
+        "steps": steps,
+    }
     this = json.loads(json.dumps(about))
     this["config"].pop("out")
     if config.global_batch is None:
-        this["config"]["batch_size"] *= processes  # the same rows make a step, however many processes share them
+        this["config"]["batch_size"] *= (
+            processes  # the same rows make a step, however many processes share them
+        )
     else:
         for name in ("batch_size", "accumulation"):  # how a step is divided does not change it
             this["config"].pop(name)
     before = _read(config.out)
     if before:
-        known = {name: value for name, value in to_plain(TrainConfig()).items() if name in this["config"]}
-        before = {**before, "config": {**json.loads(json.dumps(known)), **before["config"]}}  # settings that came since
+        known = {
+            name: value for name, value in to_plain(TrainConfig()).items() if name in this["config"]
+        }
+        before = {
+            **before,
+            "config": {**json.loads(json.dumps(known)), **before["config"]},
+        }  # settings that came since
         longer = steps > before.get("steps", steps)
         lines = differences(_compared(before, longer), _compared(this, longer))
         if lines:
             raise TideError(
-                f"{config.out} holds a run with other settings (run → now):\n    " + "\n    ".join(lines),
+                f"{config.out} holds a run with other settings (run → now):\n    "
+                + "\n    ".join(lines),
                 fix="give back the old settings, or choose another folder (--out)",
             )
         if longer:
@@ -74,5 +87,7 @@ def _read(out: Path) -> dict[str, Any]:
         if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
             raise ValueError("it describes no run")
     except ValueError as error:
-        raise TideError(f"{path} is damaged: {error}", fix="delete the run's folder and train again") from error
+        raise TideError(
+            f"{path} is damaged: {error}", fix="delete the run's folder and train again"
+        ) from error
     return found

@@ -20,7 +20,11 @@ Way = Literal["sliced", "compiled", "liger"]
 
 
 def train_on_loss(
-    model: Any, block: int, read: TargetReader, way: Way = "sliced", rows_per_slice: int | None = None
+    model: Any,
+    block: int,
+    read: TargetReader,
+    way: Way = "sliced",
+    rows_per_slice: int | None = None,
 ) -> None:
     """From now on `model(batch=…, settings=…)` returns the loss and its sums; without settings, the logits at the
     masked positions. `rows_per_slice`: of logits that exist at a time (default: by the device).
@@ -30,15 +34,24 @@ def train_on_loss(
     saving and loading do not change.
     """
     compute = (
-        liger_loss if way == "liger" else partial(fused_loss, compiled=way == "compiled", rows_per_slice=rows_per_slice)
+        liger_loss
+        if way == "liger"
+        else partial(fused_loss, compiled=way == "compiled", rows_per_slice=rows_per_slice)
     )
 
     def forward(self: Any, batch: Batch, settings: LossSettings | None = None) -> Any:
         hidden = batch_hidden(self, batch, block)
-        return self.lm_head(hidden) if settings is None else self.lm_head(hidden, read(batch), settings)
+        return (
+            self.lm_head(hidden)
+            if settings is None
+            else self.lm_head(hidden, read(batch), settings)
+        )
 
     def head(
-        self: Any, hidden: Tensor, targets: Targets | None = None, settings: LossSettings | None = None
+        self: Any,
+        hidden: Tensor,
+        targets: Targets | None = None,
+        settings: LossSettings | None = None,
     ) -> Tensor | tuple[Tensor, Sums]:
         if targets is None or settings is None:
             return nn.Linear.forward(self, hidden)

@@ -71,7 +71,12 @@ class StudentTrainer(ResumableTrainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.manifest = manifest
-        self._config, self._block, self._heldout, self.read_targets = config, block, heldout, read_targets
+        self._config, self._block, self._heldout, self.read_targets = (
+            config,
+            block,
+            heldout,
+            read_targets,
+        )
         self._watch, self._batches_done = Watch(), 0
         self.at_item: Callable[[int, Any, Batch, LossSettings], None] | None = None
         """Called before each batch with its number in the run, for `tide replay`."""
@@ -91,7 +96,9 @@ class StudentTrainer(ResumableTrainer):
         """τ = step / max_steps."""
         return self.state.global_step / max(self.state.max_steps, 1)
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
         """The batches of one optimizer step, and the denominators over all of them, on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
@@ -109,7 +116,11 @@ class StudentTrainer(ResumableTrainer):
         return done * self.accelerator.num_processes + self.accelerator.process_index
 
     def compute_loss(  # type: ignore[override]
-        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: Any,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Tensor:
         """This process's share of the step's loss. Gradients over processes and accumulated batches add up to those
         of one large batch: counts are global, and DDP's mean over processes is undone.
@@ -123,7 +134,9 @@ class StudentTrainer(ResumableTrainer):
             mass = None
             if isinstance(config.distillation, KL | ReverseKL):
                 mass = self.read_targets.mass_in_topk(inputs, config.distillation.temperature)
-            self._watch.add(self._item, loss, parts_of(sums, counts, config.distillation), inputs, mass)
+            self._watch.add(
+                self._item, loss, parts_of(sums, counts, config.distillation), inputs, mass
+            )
         self._batches_done += 1
         return loss * self.accelerator.num_processes
 
@@ -159,7 +172,9 @@ class StudentTrainer(ResumableTrainer):
         """Held-out masked NLL; logged as eval_heldout_nll and eval_heldout_bits_per_byte."""
         if self._heldout is None:
             return {}
-        for entry in self.state.log_history:  # this step is scored already, perhaps before an interruption
+        for (
+            entry
+        ) in self.state.log_history:  # this step is scored already, perhaps before an interruption
             if entry["step"] == self.state.global_step and "eval_heldout_nll" in entry:
                 return {k: v for k, v in entry.items() if k.startswith("eval_heldout_")}
         model = self.accelerator.unwrap_model(self.model)
@@ -169,7 +184,9 @@ class StudentTrainer(ResumableTrainer):
         return metrics
 
 
-def make_trainer(config: TrainConfig, held: ExitStack | None = None) -> tuple[StudentTrainer, Tokenizer]:
+def make_trainer(
+    config: TrainConfig, held: ExitStack | None = None
+) -> tuple[StudentTrainer, Tokenizer]:
     """Everything that a run needs, checked; `held` gets the lock of the run's folder. TideError where something does
     not fit, or another process trains there.
     """
@@ -233,8 +250,14 @@ def train_student(config: TrainConfig) -> dict[str, float]:
             final = trainer.accelerator.unwrap_model(trainer.model)
             save_student(final, tokenizer, config.out / "model", state)
             write_card(config.out / "model", trainer.config, trainer.manifest, metrics)
-            history = {"steps": trainer.state.log_history, "final": metrics, "machine": hardware_line()}
-            write_bytes(config.out / "history.json", (json.dumps(history, indent=1) + "\n").encode())
+            history = {
+                "steps": trainer.state.log_history,
+                "final": metrics,
+                "machine": hardware_line(),
+            }
+            write_bytes(
+                config.out / "history.json", (json.dumps(history, indent=1) + "\n").encode()
+            )
         part()
     return metrics
 
@@ -253,7 +276,9 @@ def _explained_disk(out: Path) -> Iterator[None]:
                 fix="free some space and run the same command again; it goes on from the last whole checkpoint",
             ) from error
         if getattr(error, "errno", None) in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise TideError(f"{out} cannot be written: {error}", fix="choose another folder (--out)") from error
+            raise TideError(
+                f"{out} cannot be written: {error}", fix="choose another folder (--out)"
+            ) from error
         raise
 
 
@@ -266,4 +291,7 @@ def _check_ids(model: Any, manifest: Manifest) -> None:
     width = embedding_rows(model)
     k = manifest.fingerprint["targets"]["k"]
     if manifest.shared_tokenizer and k > width:
-        raise TideError(f"the cache keeps {k} logits a position, the student has {width}", fix="use another student")
+        raise TideError(
+            f"the cache keeps {k} logits a position, the student has {width}",
+            fix="use another student",
+        )

@@ -91,17 +91,30 @@ class Decoding:
             self._begin([])
             return
         both = [row + half * len(going) for half in range(self._copies) for row in kept]
-        self._pending, self._valid, self._offset = self._pending[both], self._valid[both], self._offset[both]
+        self._pending, self._valid, self._offset = (
+            self._pending[both],
+            self._valid[both],
+            self._offset[both],
+        )
         cut = min(int(self._offset.min()), self._cached)
-        self._valid, self._offset, self._cached = self._valid[:, cut:], self._offset - cut, self._cached - cut
-        self._cache = _cache_of((keys[both, :, cut:], values[both, :, cut:]) for keys, values in self._layers())
+        self._valid, self._offset, self._cached = (
+            self._valid[:, cut:],
+            self._offset - cut,
+            self._cached - cut,
+        )
+        self._cache = _cache_of(
+            (keys[both, :, cut:], values[both, :, cut:]) for keys, values in self._layers()
+        )
 
     def _begin(self, rows: Sequence[Row]) -> None:
         """Nothing but the prompts of `rows`, none of them encoded."""
         self.rows = list(rows)
         ids, valid = pad_left([row.prompt for row in rows], self._block, self._special.pad)
         if self._guidance > 0:  # the second half of the batch has its prompt masked
-            ids, valid = torch.cat([ids, torch.where(valid, self._special.mask, ids)]), valid.repeat(2, 1)
+            ids, valid = (
+                torch.cat([ids, torch.where(valid, self._special.mask, ids)]),
+                valid.repeat(2, 1),
+            )
         padding = (~valid).sum(dim=1) // self._block * self._block
         self._pending, self._valid = ids.to(self._device), valid.to(self._device)
         self._offset = padding.to(self._device)  # slots before a row's position 0
@@ -125,13 +138,21 @@ class Decoding:
         for part in (self, others):
             more = width - part._cached
             part._valid, part._offset = pad(part._valid, (more, 0)), part._offset + more
-        self._valid, self._offset = together(self._valid, others._valid), together(self._offset, others._offset)
+        self._valid, self._offset = (
+            together(self._valid, others._valid),
+            together(self._offset, others._offset),
+        )
         layers = zip(self._widened(width, others), others._widened(width, self), strict=True)
         self._cache = _cache_of(
-            (together(k, others_k), together(v, others_v)) for (k, v), (others_k, others_v) in layers
+            (together(k, others_k), together(v, others_v))
+            for (k, v), (others_k, others_v) in layers
         )
         self._pending = together(self._pending, others._pending)
-        self.rows, self._cached, self.passes = self.rows + others.rows, width, self.passes + others.passes
+        self.rows, self._cached, self.passes = (
+            self.rows + others.rows,
+            width,
+            self.passes + others.passes,
+        )
 
     def _layers(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys and values of each layer."""
@@ -142,7 +163,11 @@ class Decoding:
     def _widened(self, width: int, like: Decoding) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys and values of each layer in `width` slots; of `like` where nothing is cached here yet, without slots."""
         for pair in (self if self._cached else like)._layers():
-            own = pair if self._cached else [part[:1, :, :0].expand(len(self._pending), -1, -1, -1) for part in pair]
+            own = (
+                pair
+                if self._cached
+                else [part[:1, :, :0].expand(len(self._pending), -1, -1, -1) for part in pair]
+            )
             keys, values = (pad(part, (0, 0, width - part.shape[2], 0)) for part in own)
             yield keys, values
 
@@ -186,7 +211,9 @@ class Decoding:
         if bool((early > 0).any()):
             row, column = masked.nonzero().unbind(dim=1)
             too_early = column < early.to(column.device)[row]
-            logits[:, self._ends] = logits[:, self._ends].masked_fill(too_early[:, None], -torch.inf)
+            logits[:, self._ends] = logits[:, self._ends].masked_fill(
+                too_early[:, None], -torch.inf
+            )
         return logits
 
     def _head(self, rows: Float[Tensor, "n width"]) -> Float[Tensor, "n vocab"]:
@@ -202,14 +229,18 @@ class Decoding:
         """A token for each masked position, and its probability (or a random number); elsewhere nothing of use."""
         logits = self._logits(hidden, masked)
         chosen = self._warmed(logits, masked).argmax(dim=1)
-        tokens = torch.full(masked.shape, self._special.mask, device=logits.device).masked_scatter(masked, chosen)
+        tokens = torch.full(masked.shape, self._special.mask, device=logits.device).masked_scatter(
+            masked, chosen
+        )
         confidence = torch.zeros(masked.shape, device=logits.device)
         random = [row.config.remasking == "random" for row in self.rows]
         if not all(random):  # random numbers need no probabilities
             probability = logits.softmax(dim=1).gather(1, chosen[:, None])[:, 0]
             confidence = confidence.masked_scatter(masked, probability)
         for i in (i for i, drawn in enumerate(random) if drawn):
-            confidence[i] = torch.rand(masked.shape[1], generator=self.rows[i].noise).to(confidence.device)
+            confidence[i] = torch.rand(masked.shape[1], generator=self.rows[i].noise).to(
+                confidence.device
+            )
         return tokens, confidence
 
     def _warmed(
@@ -232,13 +263,18 @@ class Decoding:
         return torch.cat(parts)
 
     def _settle(
-        self, confidence: Float[Tensor, "batch block"], masked: Bool[Tensor, "batch block"], step: int
+        self,
+        confidence: Float[Tensor, "batch block"],
+        masked: Bool[Tensor, "batch block"],
+        step: int,
     ) -> Bool[Tensor, "batch block"]:
         """Which masked positions are final after this step: the most confident ones."""
         confidence = torch.where(masked, confidence, -torch.inf)
         rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         rules = [_rule(row.config, masked.shape[1], step) for row in self.rows]
-        count, above = torch.tensor(rules, device=masked.device, dtype=confidence.dtype).unbind(dim=1)
+        count, above = torch.tensor(rules, device=masked.device, dtype=confidence.dtype).unbind(
+            dim=1
+        )
         return masked & ((rank < count[:, None]) | (confidence > above[:, None]))
 
 

@@ -57,7 +57,11 @@ Question = tuple[Sequence[int], Sequence[Sequence[int]]]
 
 
 def log_likelihoods(
-    model: Any, context: Sequence[int], continuations: Sequence[Sequence[int]], special: Special, config: ElboConfig
+    model: Any,
+    context: Sequence[int],
+    continuations: Sequence[Sequence[int]],
+    special: Special,
+    config: ElboConfig,
 ) -> list[float]:
     """Lower bounds of log p(continuation | context), in nats, one for each; the context is encoded once for all.
 
@@ -70,24 +74,38 @@ def log_likelihoods_together(
     model: Any, questions: Sequence[Question], special: Special, config: ElboConfig
 ) -> list[list[float]]:
     """The same for several questions at once, each a row of the batch: it scores as alone."""
-    if not all(context and continuations and all(continuations) for context, continuations in questions):
+    if not all(
+        context and continuations and all(continuations) for context, continuations in questions
+    ):
         raise ValueError("the context or a continuation is empty; each needs at least one token")
     copies = [
-        [copy for i, tokens in enumerate(continuations) for copy in _copies(i, tokens, special.mask, config)]
+        [
+            copy
+            for i, tokens in enumerate(continuations)
+            for copy in _copies(i, tokens, special.mask, config)
+        ]
         for _, continuations in questions
     ]
-    scores = [torch.zeros(len(continuations), dtype=torch.float64) for _, continuations in questions]
+    scores = [
+        torch.zeros(len(continuations), dtype=torch.float64) for _, continuations in questions
+    ]
     with torch.no_grad():
         state = _Clean(model, questions, special, config.block)
         per_pass = max(1, _TOKENS_PER_PASS // (config.block * len(questions)))
         for start in range(0, max(map(len, copies)), per_pass):
             parts = [row[start : start + per_pass] for row in copies]
             for row, part, found in zip(scores, parts, state.score(parts, questions), strict=True):
-                row.index_add_(0, torch.tensor([copy.owner for copy in part], dtype=torch.long), found.double().cpu())
+                row.index_add_(
+                    0,
+                    torch.tensor([copy.owner for copy in part], dtype=torch.long),
+                    found.double().cpu(),
+                )
     return [row.tolist() for row in scores]
 
 
-def masks(length: int, index: int, config: ElboConfig) -> list[tuple[Bool[Tensor, " length"], float]]:
+def masks(
+    length: int, index: int, config: ElboConfig
+) -> list[tuple[Bool[Tensor, " length"], float]]:
     """Masked sets of block `index`, which has `length` tokens, and the weight of each: n / (l · draws).
 
     l is stratified over the draws, each of 1 … length equally likely over seeds. One token needs one mask.
@@ -111,8 +129,12 @@ def _copies(owner: int, tokens: Sequence[int], mask_id: int, config: ElboConfig)
     for start in range(0, len(tokens), config.block):
         block = torch.tensor(tokens[start : start + config.block])
         for mask, weight in masks(len(block), start // config.block, config):
-            noised = block.masked_fill(mask, mask_id).tolist() + [mask_id] * (config.block - len(block))
-            copies.append(_Copy(owner, start // config.block, noised, mask.nonzero()[:, 0].tolist(), weight))
+            noised = block.masked_fill(mask, mask_id).tolist() + [mask_id] * (
+                config.block - len(block)
+            )
+            copies.append(
+                _Copy(owner, start // config.block, noised, mask.nonzero()[:, 0].tolist(), weight)
+            )
     return copies
 
 
@@ -127,22 +149,33 @@ class _Clean:
     then padding. Positions are those that each has alone.
     """
 
-    def __init__(self, model: Any, questions: Sequence[Question], special: Special, block: int) -> None:
+    def __init__(
+        self, model: Any, questions: Sequence[Question], special: Special, block: int
+    ) -> None:
         self._model, self._block, self._special = model, block, special
         self._device = model.get_input_embeddings().weight.device
         contexts, valid = pad_left([context for context, _ in questions], block, special.pad)
         width = contexts.shape[1]
         self._start = torch.tensor([-(-len(context) // block) * block for context, _ in questions])
-        clean = [[list(tokens[: (len(tokens) - 1) // block * block]) for tokens in row] for _, row in questions]
-        own = [[(i, at, token) for i, tokens in enumerate(row) for at, token in enumerate(tokens)] for row in clean]
+        clean = [
+            [list(tokens[: (len(tokens) - 1) // block * block]) for tokens in row]
+            for _, row in questions
+        ]
+        own = [
+            [(i, at, token) for i, tokens in enumerate(row) for at, token in enumerate(tokens)]
+            for row in clean
+        ]
         longest = max(map(len, own))
         behind = torch.tensor(
-            [[*row, *[(_NOBODY, 0, special.pad)] * (longest - len(row))] for row in own], dtype=torch.long
+            [[*row, *[(_NOBODY, 0, special.pad)] * (longest - len(row))] for row in own],
+            dtype=torch.long,
         ).reshape(len(own), longest, 3)
         owner, at, tokens = behind.unbind(dim=2)
         context_position = torch.arange(width)[None] - (width - self._start)[:, None]
         self._owner = torch.cat([torch.full_like(contexts, _SHARED), owner], dim=1)
-        self._position = torch.cat([context_position, self._start[:, None] + at], dim=1).clamp(min=0)
+        self._position = torch.cat([context_position, self._start[:, None] + at], dim=1).clamp(
+            min=0
+        )
         self._seen = torch.cat([valid, owner != _NOBODY], dim=1)
         self._cache = DynamicCache()
         mask = self._mask(self._owner, self._position, own_block=True)
@@ -158,10 +191,15 @@ class _Clean:
         return mine & ((key <= query) if own_block else (key < query)) & self._seen[:, None]
 
     def _run(
-        self, ids: Int[Tensor, "row n"], position: Int[Tensor, "row n"], mask: Bool[Tensor, "row n keys"]
+        self,
+        ids: Int[Tensor, "row n"],
+        position: Int[Tensor, "row n"],
+        mask: Bool[Tensor, "row n keys"],
     ) -> Float[Tensor, "row n width"]:
         own = torch.arange(ids.shape[1])
-        mask[:, own, mask.shape[2] - ids.shape[1] + own] = True  # padding sees itself, so that no row is empty
+        mask[:, own, mask.shape[2] - ids.shape[1] + own] = (
+            True  # padding sees itself, so that no row is empty
+        )
         output = self._model.model(
             input_ids=ids.to(self._device),
             position_ids=position.to(self._device),
@@ -171,7 +209,9 @@ class _Clean:
         )
         return output.last_hidden_state
 
-    def score(self, parts: Sequence[list[_Copy]], questions: Sequence[Question]) -> list[Float[Tensor, " copies"]]:
+    def score(
+        self, parts: Sequence[list[_Copy]], questions: Sequence[Question]
+    ) -> list[Float[Tensor, " copies"]]:
         """Weighted Σ log p(gold) of each copy, row by row."""
         block, count = self._block, max(map(len, parts))
         empty = _Copy(_NOBODY, 0, [self._special.mask] * block, [], 0.0)
@@ -179,25 +219,43 @@ class _Clean:
         ids = torch.tensor([[copy.tokens for copy in row] for row in whole]).flatten(1)
         index = torch.tensor([[copy.index for copy in row] for row in whole])
         position = (self._start[:, None] + index * block)[:, :, None] + torch.arange(block)
-        owner = torch.tensor([[copy.owner for copy in row] for row in whole]).repeat_interleave(block, dim=1)
+        owner = torch.tensor([[copy.owner for copy in row] for row in whole]).repeat_interleave(
+            block, dim=1
+        )
         copy_of = torch.arange(count).repeat_interleave(block)
         among = (copy_of[:, None] == copy_of[None]).expand(len(whole), -1, -1)
         mask = torch.cat([self._mask(owner, position.flatten(1), own_block=False), among], dim=2)
         hidden = self._run(ids, position.flatten(1), mask)
         self._cache.crop(-count * block)
         spots = [
-            (row, n * block + at, questions[row][1][copy.owner][copy.index * block + at], row * count + n, copy.weight)
+            (
+                row,
+                n * block + at,
+                questions[row][1][copy.owner][copy.index * block + at],
+                row * count + n,
+                copy.weight,
+            )
             for row, copies in enumerate(parts)
             for n, copy in enumerate(copies)
             for at in copy.scored
         ]
-        rows, columns, gold, of = torch.tensor([spot[:4] for spot in spots], dtype=torch.long).unbind(dim=1)
-        logp = self._log_probability(hidden[rows.to(hidden.device), columns.to(hidden.device)], gold)
+        rows, columns, gold, of = torch.tensor(
+            [spot[:4] for spot in spots], dtype=torch.long
+        ).unbind(dim=1)
+        logp = self._log_probability(
+            hidden[rows.to(hidden.device), columns.to(hidden.device)], gold
+        )
         weights = torch.tensor([spot[4] for spot in spots])
-        found = torch.zeros(len(whole) * count).index_add_(0, of, logp.cpu() * weights).view(len(whole), count)
+        found = (
+            torch.zeros(len(whole) * count)
+            .index_add_(0, of, logp.cpu() * weights)
+            .view(len(whole), count)
+        )
         return [row[: len(part)] for row, part in zip(found, parts, strict=True)]
 
-    def _log_probability(self, hidden: Float[Tensor, "n width"], gold: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    def _log_probability(
+        self, hidden: Float[Tensor, "n width"], gold: Int[Tensor, " n"]
+    ) -> Float[Tensor, " n"]:
         """log p of the gold tokens, in slices: the mask token counts as any other, as in training."""
         size = max(32, _LOGITS_PER_SLICE // self._model.lm_head.weight.shape[0])
         found = []

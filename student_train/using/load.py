@@ -41,7 +41,9 @@ class LoadedStudent:
         """Text without special tokens."""
         return str(self.tokenizer.backend.decode(list(ids), skip_special_tokens=True))
 
-    def answer(self, chats: Sequence[Sequence[Message]], config: SampleConfig, batch: int) -> Iterator[str]:
+    def answer(
+        self, chats: Sequence[Sequence[Message]], config: SampleConfig, batch: int
+    ) -> Iterator[str]:
         """The response to each chat, in order, `batch` of them at a time."""
         for start in range(0, len(chats), batch):
             prompts = [self.prompt(messages) for messages in chats[start : start + batch]]
@@ -70,7 +72,9 @@ def load_for_use(place: str, device: str = "auto") -> LoadedStudent:
         )
     eos, pad = tokenizer.special_id("eos"), tokenizer.backend.pad_token_id
     ends = {*checkpoint.special_ids("eos"), *tokenizer.turn_ends} - {eos}
-    special = Special(mask, eos if pad is None else int(pad), eos, tuple(sorted(ends)), len(tokenizer))
+    special = Special(
+        mask, eos if pad is None else int(pad), eos, tuple(sorted(ends)), len(tokenizer)
+    )
     return LoadedStudent(model, tokenizer, special, checkpoint.config.get("block_size"))
 
 
@@ -80,5 +84,8 @@ def choose_block(asked: int | None, student: LoadedStudent) -> int:
     Says so on stderr where the student was trained with another.
     """
     if asked is not None and student.block is not None and asked != student.block:
-        print(f"the student was trained with blocks of {student.block} and is sampled with {asked}", file=sys.stderr)
+        print(
+            f"the student was trained with blocks of {student.block} and is sampled with {asked}",
+            file=sys.stderr,
+        )
     return asked if asked is not None else student.block or _BLOCK

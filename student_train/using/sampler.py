@@ -18,7 +18,9 @@ from student_train.using.decoding import Decoding, Row
 from student_train.using.settings import SampleConfig, Special
 
 
-def sample(model: Any, prompts: Sequence[Sequence[int]], special: Special, config: SampleConfig) -> list[list[int]]:
+def sample(
+    model: Any, prompts: Sequence[Sequence[int]], special: Special, config: SampleConfig
+) -> list[list[int]]:
     """The response to each prompt, up to its first EOS (or other end), which is left out. ValueError where a prompt
     is empty.
     """
@@ -39,7 +41,11 @@ Stop = Callable[[int, list[int]], bool]
 
 @torch.no_grad()
 def sample_steps(
-    model: Any, prompts: Sequence[Sequence[int]], special: Special, config: SampleConfig, stop: Stop | None = None
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    special: Special,
+    config: SampleConfig,
+    stop: Stop | None = None,
 ) -> Iterator[tuple[Int[Tensor, "batch new"], int]]:
     """The new tokens after each step (those still masked are the mask's id), and the passes so far.
 
@@ -61,6 +67,11 @@ def sample_steps(
             whole = torch.cat([new, ended], dim=1)
             yield whole, decoding.passes
         new = whole
-        decoding.keep([special.eos not in rows[i].made and not (stop and stop(i, rows[i].made)) for i in numbers])
+        decoding.keep(
+            [
+                special.eos not in rows[i].made and not (stop and stop(i, rows[i].made))
+                for i in numbers
+            ]
+        )
         if not decoding.rows:
             return

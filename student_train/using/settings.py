@@ -35,17 +35,29 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         if self.block < 1 or self.new_tokens < 1:
-            raise ValueError(f"new_tokens is {self.new_tokens}, block {self.block}; both must be positive")
+            raise ValueError(
+                f"new_tokens is {self.new_tokens}, block {self.block}; both must be positive"
+            )
         if self.steps_per_block is not None and not 1 <= self.steps_per_block <= self.block:
-            raise ValueError(f"steps_per_block is {self.steps_per_block}; it must be 1 to {self.block}, the block")
+            raise ValueError(
+                f"steps_per_block is {self.steps_per_block}; it must be 1 to {self.block}, the block"
+            )
         if self.remasking not in ("low_confidence", "random"):
-            raise ValueError(f"remasking is {self.remasking!r}; it must be low_confidence or random")
+            raise ValueError(
+                f"remasking is {self.remasking!r}; it must be low_confidence or random"
+            )
         if not 0 <= self.min_new_tokens <= self.new_tokens:
-            raise ValueError(f"min_new_tokens is {self.min_new_tokens}; it must be 0 to new_tokens, {self.new_tokens}")
-        if not 0 <= self.temperature < math.inf or (self.threshold is not None and not 0 <= self.threshold < 1):
+            raise ValueError(
+                f"min_new_tokens is {self.min_new_tokens}; it must be 0 to new_tokens, {self.new_tokens}"
+            )
+        if not 0 <= self.temperature < math.inf or (
+            self.threshold is not None and not 0 <= self.threshold < 1
+        ):
             raise ValueError("temperature must not be negative, threshold must lie in [0, 1)")
         if (self.top_k is not None and self.top_k < 1) or not 0 < self.top_p <= 1:
-            raise ValueError(f"top_k is {self.top_k}, top_p {self.top_p:g}; top_k must be 1 or more, top_p in (0, 1]")
+            raise ValueError(
+                f"top_k is {self.top_k}, top_p {self.top_p:g}; top_k must be 1 or more, top_p in (0, 1]"
+            )
 
 
 @dataclass(frozen=True)

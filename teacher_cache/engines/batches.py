@@ -40,7 +40,11 @@ def fill(widths: Sequence[int], budget: int, padded: bool) -> list[list[int]]:
     batches: list[list[int]] = []
     total = 0
     for i in order:
-        grown = widths[batches[-1][0]] * (len(batches[-1]) + 1) if batches and padded else total + widths[i]
+        grown = (
+            widths[batches[-1][0]] * (len(batches[-1]) + 1)
+            if batches and padded
+            else total + widths[i]
+        )
         if batches and grown <= budget:
             batches[-1].append(i)
             total += widths[i]
@@ -62,14 +66,21 @@ def lay_out(
 def one_behind_the_other(packs: Sequence[Pack], device: torch.device) -> Batch:
     """For a model under `packed_attention`."""
     ends = np.concatenate([[0], np.cumsum([pack.width for pack in packs])])
-    columns = [column + start for pack, start in zip(packs, ends[:-1], strict=True) for column in pack.columns]
+    columns = [
+        column + start
+        for pack, start in zip(packs, ends[:-1], strict=True)
+        for column in pack.columns
+    ]
     column = _longs(np.concatenate(columns), device)
     edges = torch.from_numpy(ends.astype(np.int32)).to(device, non_blocking=True)
     ids, positions = (
-        _longs(np.concatenate([getattr(pack, name) for pack in packs]), device)[None] for name in ("ids", "positions")
+        _longs(np.concatenate([getattr(pack, name) for pack in packs]), device)[None]
+        for name in ("ids", "positions")
     )
     arguments = packed_arguments(edges, max(pack.width for pack in packs))
-    return Batch({"input_ids": ids, "position_ids": positions, **arguments}, torch.zeros_like(column), column)
+    return Batch(
+        {"input_ids": ids, "position_ids": positions, **arguments}, torch.zeros_like(column), column
+    )
 
 
 def side_by_side(packs: Sequence[Pack], device: torch.device) -> Batch:
@@ -96,7 +107,11 @@ def labelled_mask(
 ) -> Bool[Tensor, "batch 1 width width"]:
     """The rule of `Pack`. Padding is seen by none; every row sees itself, so that none is empty."""
     q, k = (slice(None), slice(None), None), (slice(None), None, slice(None))
-    own = (segments[q] == segments[k]) & (ranks[k] <= ranks[q]) & (~alone[q] | (blocks[q] == blocks[k]))
+    own = (
+        (segments[q] == segments[k])
+        & (ranks[k] <= ranks[q])
+        & (~alone[q] | (blocks[q] == blocks[k]))
+    )
     shared = (segments[k] == 0) & (segments[q] > 0) & (blocks[k] < blocks[q])
     itself = torch.eye(segments.shape[1], dtype=torch.bool, device=segments.device)
     return (((own | shared) & valid[k]) | itself)[:, None]

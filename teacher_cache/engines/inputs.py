@@ -14,7 +14,13 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from shared.diffusion.attention import block_causal, block_diffusion_batch, full, repeat_positions, within_block_causal
+from shared.diffusion.attention import (
+    block_causal,
+    block_diffusion_batch,
+    full,
+    repeat_positions,
+    within_block_causal,
+)
 from shared.diffusion.padding import pad
 from teacher_cache.method.comp_demo import Request
 from teacher_cache.teachers.registry import Attention, BlockCausal, Full, Native, X0Xt
@@ -44,7 +50,9 @@ def build_inputs(attention: Attention, requests: Sequence[Request]) -> Inputs:
         case X0Xt(block=block):
             clean, _ = pad([clean_ids(r) for r in requests])
             mask = block_diffusion_batch(valid, block, "x0_xt")
-            return Inputs(torch.cat([clean, ids], 1), repeat_positions(length, batch), mask, read + length)
+            return Inputs(
+                torch.cat([clean, ids], 1), repeat_positions(length, batch), mask, read + length
+            )
         case Native(block=block):
             clean, _ = pad([clean_ids(r) for r in requests])
             orders = [observed_first(r, block) for r in requests]

@@ -60,7 +60,9 @@ def pack_requests(
     """
     for request in requests:
         if len(request.read) and request.read.min() < shift:
-            raise ValueError("position 0 is read of a teacher whose row i predicts token i + 1: no row predicts it")
+            raise ValueError(
+                "position 0 is read of a teacher whose row i predicts token i + 1: no row predicts it"
+            )
     if isinstance(attention, Full):
         return [_whole(i, request, shift) for i, request in enumerate(requests)]
     together: dict[bytes, list[int]] = {}
@@ -99,7 +101,14 @@ def _whole(number: int, request: Request, shift: int) -> Pack:
     zeros = np.zeros(len(request.ids), np.int64)
     places = np.arange(len(request.ids))
     return Pack(
-        (number,), (request.read.astype(np.int64) - shift,), request.ids, places, zeros, zeros, zeros, zeros > 0
+        (number,),
+        (request.read.astype(np.int64) - shift,),
+        request.ids,
+        places,
+        zeros,
+        zeros,
+        zeros,
+        zeros > 0,
     )
 
 
@@ -125,17 +134,31 @@ class _Layout:
 
     def finish(self, members: Sequence[int], block: int, alone: bool) -> Pack:
         """The pack; `alone`: rows behind segment 0 see of their own segment no other block."""
-        places, ids, segments, ranks = (np.concatenate(x) for x in (self.places, self.ids, self.segments, self.ranks))
+        places, ids, segments, ranks = (
+            np.concatenate(x) for x in (self.places, self.ids, self.segments, self.ranks)
+        )
         return Pack(
-            tuple(members), tuple(self.columns), ids, places, segments, places // block, ranks, (segments > 0) & alone
+            tuple(members),
+            tuple(self.columns),
+            ids,
+            places,
+            segments,
+            places // block,
+            ranks,
+            (segments > 0) & alone,
         )
 
 
-def _behind_clean(attention: X0Xt | Native, requests: Sequence[Request], members: Sequence[int], shift: int) -> Pack:
+def _behind_clean(
+    attention: X0Xt | Native, requests: Sequence[Request], members: Sequence[int], shift: int
+) -> Pack:
     """x_0 up to the last block that is read, and of each request's x_t the blocks that are."""
     block, causal = attention.block, isinstance(attention, Native)
     clean = clean_ids(requests[members[0]])
-    last = max((int((requests[i].read.max() - shift) // block) for i in members if len(requests[i].read)), default=0)
+    last = max(
+        (int((requests[i].read.max() - shift) // block) for i in members if len(requests[i].read)),
+        default=0,
+    )
     before = np.arange(last * block)
     layout = _Layout([], [], [], [], [])
     layout.add(0, before, clean[before], before if causal else before // block)
@@ -152,7 +175,9 @@ def _behind_clean(attention: X0Xt | Native, requests: Sequence[Request], members
     return layout.finish(members, block, alone=True)
 
 
-def _behind_prefix(attention: BlockCausal, requests: Sequence[Request], members: Sequence[int], shift: int) -> Pack:
+def _behind_prefix(
+    attention: BlockCausal, requests: Sequence[Request], members: Sequence[int], shift: int
+) -> Pack:
     """The blocks at the beginning that all requests have in common, and of each the rest up to the last one read."""
     block = attention.block
     asked = [requests[i].read.astype(np.int64) - shift for i in members]

@@ -95,7 +95,12 @@ class TransformersEngine:
         total = np.zeros((len(self._spec.temperatures), self._model.config.vocab_size))
         for packs in self.batches(requests):
             for logits, _ in self._logits(packs, requests):
-                total += outside_sums(logits, self._spec, self._shared_only(logits)).double().cpu().numpy()
+                total += (
+                    outside_sums(logits, self._spec, self._shared_only(logits))
+                    .double()
+                    .cpu()
+                    .numpy()
+                )
         return total
 
     @torch.inference_mode()
@@ -104,7 +109,10 @@ class TransformersEngine:
         found = []
         for request in requests:
             (packs,) = self.batches([request])
-            parts = [(logits.float().cpu(), gold.cpu()) for logits, gold in self._logits(packs, [request])]
+            parts = [
+                (logits.float().cpu(), gold.cpu())
+                for logits, gold in self._logits(packs, [request])
+            ]
             found.append((torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts])))
         return found
 
@@ -132,7 +140,11 @@ class TransformersEngine:
         """Logits and gold ids at the read positions of one batch, some rows at a time."""
         batch = self.batch(packs)
         hidden = self.hidden(batch)
-        gold = torch.from_numpy(np.concatenate([requests[i].gold for i in _members(packs)])).long().to(hidden.device)
+        gold = (
+            torch.from_numpy(np.concatenate([requests[i].gold for i in _members(packs)]))
+            .long()
+            .to(hidden.device)
+        )
         self.forward_rows += len(gold)
         self.trunk_rows += batch.rows
         for i in range(0, len(gold), self._head_rows):
@@ -145,7 +157,9 @@ class TransformersEngine:
         for logits, gold in self._logits(packs, requests):
             if self._members is not None:
                 self._members = self._members.to(logits.device)
-            parts.append(extract(logits, gold, self._spec, self._shared_only(logits), self._members))
+            parts.append(
+                extract(logits, gold, self._spec, self._shared_only(logits), self._members)
+            )
         return parts
 
     def _score_batch(self, packs: Sequence[Pack], requests: Sequence[Request]) -> list[Scores]:

@@ -40,7 +40,9 @@ def check_cache(folder: Path) -> CheckReport:
     ledger, problems = _ledger(folder, manifest)
     units, expected = finished_units(folder), set(manifest.units())
     problems += [
-        Problem(f"{unit.path(folder)} is no part of a cache of {manifest.draws} draws and {manifest.parts} parts")
+        Problem(
+            f"{unit.path(folder)} is no part of a cache of {manifest.draws} draws and {manifest.parts} parts"
+        )
         for unit in units
         if unit not in expected
     ]
@@ -48,7 +50,10 @@ def check_cache(folder: Path) -> CheckReport:
     for found in check_shards(folder, manifest, layout, ledger, units):
         path = found.unit.path(folder)
         rows += found.rows
-        problems += [Problem(text if str(path) in text else f"{path}: {text}", path) for text in found.problems]
+        problems += [
+            Problem(text if str(path) in text else f"{path}: {text}", path)
+            for text in found.problems
+        ]
     missing = len(expected - set(units))
     if not problems and not missing:
         settle_ledger(folder, manifest)

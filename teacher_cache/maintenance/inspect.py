@@ -90,7 +90,9 @@ def _count(found: Inspection, row: CacheRow) -> None:
     if row.chunk_logp is None or row.chunk_student is None or row.chunk_teacher is None:
         return
     found.chunks += row.chunk_logp.size
-    sizes = np.stack([np.diff(row.chunk_teacher, axis=1)[:, 0], np.diff(row.chunk_student, axis=1)[:, 0]], axis=1)
+    sizes = np.stack(
+        [np.diff(row.chunk_teacher, axis=1)[:, 0], np.diff(row.chunk_student, axis=1)[:, 0]], axis=1
+    )
     found.chunk_tokens.update(map(tuple, sizes.tolist()))
     # Intervals are open to the left, so that a log-likelihood of exactly 0 falls into the last one.
     places = np.clip(np.searchsorted(LOGP_EDGES, row.chunk_logp, side="left") - 1, 0, 6)
@@ -112,9 +114,13 @@ def describe(found: Inspection) -> str:
         targets = fingerprint["targets"]
         tail = f"{targets['classes']} classes" if targets["classes"] > 1 else "one class"
         lines.append(f"top-k: {found.kept:.1f} logits a position, teacher mass {masses}")
-        lines.append(f"tail: {tail}, shaped by the {targets['tail']}; values as {targets['values']}")
+        lines.append(
+            f"tail: {tail}, shaped by the {targets['tail']}; values as {targets['values']}"
+        )
     if found.chunks:
-        common = ", ".join(f"{t}:{s} {n / found.chunks:.1%}" for (t, s), n in found.chunk_tokens.most_common(6))
+        common = ", ".join(
+            f"{t}:{s} {n / found.chunks:.1%}" for (t, s), n in found.chunk_tokens.most_common(6)
+        )
         lines.append(f"chunks, teacher tokens : student tokens: {common}")
     lines += ["", "by t              masked   share of chunks with log p(c) in nats"]
     labels = [f"≤{edge:g}" for edge in LOGP_EDGES[1:]]
@@ -122,9 +128,16 @@ def describe(found: Inspection) -> str:
     for i in range(5):
         of_all = found.likelihoods[i] / max(1, found.likelihoods[i].sum())
         shares = "".join(f"{share:>8.1%}" for share in of_all) if found.chunks else ""
-        lines.append(f"{T_EDGES[i]:.1f} to {T_EDGES[i + 1]:.1f} {found.masked_by_t[i]:>15,}{shares}")
+        lines.append(
+            f"{T_EDGES[i]:.1f} to {T_EDGES[i + 1]:.1f} {found.masked_by_t[i]:>15,}{shares}"
+        )
     total = sum(found.bytes_by_column.values())
-    lines += ["", f"bytes on disk by column: {total:,}, {total / max(1, found.masked):.0f} a masked position"]
+    lines += [
+        "",
+        f"bytes on disk by column: {total:,}, {total / max(1, found.masked):.0f} a masked position",
+    ]
     for name, size in found.bytes_by_column.most_common():
-        lines.append(f"  {name:<16}{size:>14,}{size / max(1, total):>8.1%}{size / max(1, found.masked):>9.1f}")
+        lines.append(
+            f"  {name:<16}{size:>14,}{size / max(1, total):>8.1%}{size / max(1, found.masked):>9.1f}"
+        )
     return "\n".join(lines)

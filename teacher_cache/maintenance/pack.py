@@ -26,22 +26,38 @@ def pack_cache(cache: Path, archive: Path) -> int:
     manifest = load_manifest(cache)
     refuse_unfinished(cache, manifest)
     settle_ledger(cache, manifest)
-    others = [path for path in sorted([*cache.glob("*_tokenizer/*"), *cache.glob(f"{TABLES}/*")]) if path.is_file()]
-    files = [cache / MANIFEST, cache / LEDGER, *others, *(unit.path(cache) for unit in manifest.units())]
+    others = [
+        path
+        for path in sorted([*cache.glob("*_tokenizer/*"), *cache.glob(f"{TABLES}/*")])
+        if path.is_file()
+    ]
+    files = [
+        cache / MANIFEST,
+        cache / LEDGER,
+        *others,
+        *(unit.path(cache) for unit in manifest.units()),
+    ]
     sums = {}
     for path in tqdm(files, unit="file", desc="checksums"):
-        sums[path.relative_to(cache).as_posix()] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+        sums[path.relative_to(cache).as_posix()] = {
+            "sha256": _sha256(path),
+            "bytes": path.stat().st_size,
+        }
 
     def write(handle: BinaryIO) -> None:
         with (
-            zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).stream_writer(handle, closefd=False) as packed,
+            zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).stream_writer(
+                handle, closefd=False
+            ) as packed,
             tarfile.open(fileobj=packed, mode="w|", format=tarfile.PAX_FORMAT) as tar,
         ):
             note = json.dumps(sums, indent=1).encode()
             tar.addfile(_member(CHECKSUMS, len(note)), io.BytesIO(note))
             for path in tqdm(files, unit="file", desc="pack"):
                 with path.open("rb") as content:
-                    tar.addfile(_member(path.relative_to(cache).as_posix(), path.stat().st_size), content)
+                    tar.addfile(
+                        _member(path.relative_to(cache).as_posix(), path.stat().st_size), content
+                    )
 
     write_atomically(archive, write)
     return len(files)

@@ -22,7 +22,9 @@ def draw_picture(found: Inspection, path: Path) -> None:
     """Likelihoods of chunks by t, chunk lengths, masked positions by t, bytes by column."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     teacher = found.manifest.fingerprint["teacher"]["name"]
-    figure.suptitle(f"{teacher}: {found.rows:,} rows, {found.masked:,} masked positions, {found.chunks:,} chunks")
+    figure.suptitle(
+        f"{teacher}: {found.rows:,} rows, {found.masked:,} masked positions, {found.chunks:,} chunks"
+    )
     bands = [f"{a:.1f} to {b:.1f}" for a, b in itertools.pairwise(T_EDGES)]
     _likelihoods(axes[0, 0], found, bands)
     _lengths(axes[0, 1], found)
@@ -54,8 +56,21 @@ def _lengths(axis: Any, found: Inspection) -> None:
     share = counts / max(1.0, counts.sum())
     axis.imshow(share, cmap="Blues", vmin=0)
     for (row, column), value in np.ndenumerate(share):
-        axis.text(column, row, f"{value:.1%}", ha="center", va="center", color="white" if value > 0.4 else "black")
+        axis.text(
+            column,
+            row,
+            f"{value:.1%}",
+            ha="center",
+            va="center",
+            color="white" if value > 0.4 else "black",
+        )
     names = ["1", "2", "3", "4+"]
-    axis.set(title="tokens of a chunk", xlabel="student", ylabel="teacher", xticks=range(4), yticks=range(4))
+    axis.set(
+        title="tokens of a chunk",
+        xlabel="student",
+        ylabel="teacher",
+        xticks=range(4),
+        yticks=range(4),
+    )
     axis.set_xticklabels(names)
     axis.set_yticklabels(names)

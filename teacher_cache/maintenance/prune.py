@@ -45,7 +45,11 @@ class _Tables:
 
 
 def prune_cache(
-    source: Path, target: Path, k: int | None = None, draws: int | None = None, classes: int | None = None
+    source: Path,
+    target: Path,
+    k: int | None = None,
+    draws: int | None = None,
+    classes: int | None = None,
 ) -> Manifest:
     """A cache with at most `k` logits a position, `classes` classes and the first `draws` draws. Interrupted and called
     again, it goes on. TideError where `source` has less.
@@ -74,7 +78,9 @@ def prune_cache(
     return made
 
 
-def _write(source: Path, target: Path, made: Manifest, layout: Layout, tables: _Tables | None) -> None:
+def _write(
+    source: Path, target: Path, made: Manifest, layout: Layout, tables: _Tables | None
+) -> None:
     done = set(finished_units(target))
     for unit in tqdm([u for u in made.units() if u not in done], unit="shard", desc="prune"):
         path = unit.path(source)
@@ -85,7 +91,10 @@ def _write(source: Path, target: Path, made: Manifest, layout: Layout, tables: _
             continue
         new = dataclasses.replace(layout, vocabulary=tables.vocabulary)
         shard = read_table(path, layout)
-        rows = [cut(row, layout, made.fingerprint["targets"]["k"], tables.merged) for row in shard.rows(path, layout)]
+        rows = [
+            cut(row, layout, made.fingerprint["targets"]["k"], tables.merged)
+            for row in shard.rows(path, layout)
+        ]
         counts = {**shard.counts, CACHE: made.digest}
         note(target, unit, Entry.of(write_shard(unit.path(target), rows, new, counts), counts))
 
@@ -96,13 +105,20 @@ def _smaller_tables(source: Path, layout: Layout, k: int, classes: int) -> _Tabl
     merged = np.arange(had, dtype=np.int32)
     if classes < had:
         merged, centroids = cluster(torch.from_numpy(centroids.copy()), np.ones(had, bool), classes)
-    vocabulary, pilot = smaller(layout.vocabulary, load_pilot(source), layout.temperatures, k, merged)
+    vocabulary, pilot = smaller(
+        layout.vocabulary, load_pilot(source), layout.temperatures, k, merged
+    )
     return _Tables(vocabulary, pilot, centroids, merged)
 
 
 def cut(row: CacheRow, layout: Layout, k: int, merged: Int[np.ndarray, " classes"]) -> CacheRow:
     """The first `k` entries of every list; class c is now part of `merged[c]`."""
-    if row.topk_sizes is None or row.topk_ids is None or row.topk_logp is None or row.tail_odds is None:
+    if (
+        row.topk_sizes is None
+        or row.topk_ids is None
+        or row.topk_logp is None
+        or row.tail_odds is None
+    ):
         return row
     sizes, n = row.topk_sizes, row.topk_sizes.size
     starts, owner = np.cumsum(sizes) - sizes, np.repeat(np.arange(n), sizes)

@@ -17,7 +17,14 @@ from tqdm import tqdm
 
 from shared.cache.ledger import Entry, load_ledger, note, settle_ledger, whole_ledger
 from shared.cache.manifest import Manifest, differences, load_manifest, refuse_unfinished
-from shared.cache.shards import CACHE, Unit, finished_units, read_table, refuse_other_cache, write_table
+from shared.cache.shards import (
+    CACHE,
+    Unit,
+    finished_units,
+    read_table,
+    refuse_other_cache,
+    write_table,
+)
 from shared.cache.vocabulary import TABLES
 from shared.system.atomic import link, write_bytes
 from shared.system.errors import TideError
@@ -33,7 +40,9 @@ def begin(target: Path, manifest: Manifest, source: Path, tables: bool = True) -
     if target.exists() and any(path.name not in _BEFORE_MANIFEST for path in target.iterdir()):
         old = load_manifest(target)
         same_names = dataclasses.replace(manifest, sources=old.sources)  # a name is no difference
-        there, wanted = (json.loads(json.dumps(dataclasses.asdict(part))) for part in (old, same_names))
+        there, wanted = (
+            json.loads(json.dumps(dataclasses.asdict(part))) for part in (old, same_names)
+        )
         lines = differences(there, wanted)
         if lines:
             raise TideError(
@@ -74,10 +83,13 @@ def _one_after_the_other(
     for source, manifest in zip(sources, manifests, strict=True):
         refuse_unfinished(source, manifest)
         theirs = {**manifest.fingerprint, "data": first.fingerprint["data"]}
-        lines = differences({"draws": first.draws, **first.fingerprint}, {"draws": manifest.draws, **theirs})
+        lines = differences(
+            {"draws": first.draws, **first.fingerprint}, {"draws": manifest.draws, **theirs}
+        )
         if lines:
             raise TideError(
-                f"{sources[0]} and {source} were made with other settings:\n    " + "\n    ".join(lines),
+                f"{sources[0]} and {source} were made with other settings:\n    "
+                + "\n    ".join(lines),
                 expected="caches that differ in nothing but their data",
                 fix="build them with the same settings, all but the first with targets.tables_from=FIRST; "
                 "`tide prune` makes k, classes and draws smaller",
@@ -86,10 +98,21 @@ def _one_after_the_other(
     if len({d["content"] for d in data}) < len(data):
         raise TideError("two of these caches hold the same data", fix="leave one out")
     content = hashlib.sha256(json.dumps([d["content"] for d in data]).encode()).hexdigest()
-    merged = {**data[0], "content": content, "examples": sum(d["examples"] for d in data), "merged_from": data}
+    merged = {
+        **data[0],
+        "content": content,
+        "examples": sum(d["examples"] for d in data),
+        "merged_from": data,
+    }
     parts = np.cumsum([0, *(manifest.parts for manifest in manifests)]).tolist()
     names = tuple(dict.fromkeys(name for manifest in manifests for name in manifest.sources))
-    made = Manifest({**first.fingerprint, "data": merged}, first.draws, parts[-1], merged["examples"], sources=names)
+    made = Manifest(
+        {**first.fingerprint, "data": merged},
+        first.draws,
+        parts[-1],
+        merged["examples"],
+        sources=names,
+    )
     jobs = [
         (source, unit, Unit(unit.draw, unit.part + offset))
         for source, manifest, offset in zip(sources, manifests, parts, strict=False)
@@ -118,7 +141,12 @@ def _copy(jobs: Sequence[tuple[Path, Unit, Unit]], target: Path, manifest: Manif
         else:
             shard = read_table(path, layout, content)
             refuse_other_cache(path, shard.counts, own.digest)
-            counts: dict[str, Any] = {**shard.counts, "draw": place.draw, "part": place.part, CACHE: manifest.digest}
+            counts: dict[str, Any] = {
+                **shard.counts,
+                "draw": place.draw,
+                "part": place.part,
+                CACHE: manifest.digest,
+            }
             entry = Entry.of(write_table(place.path(target), shard.table, layout, counts), counts)
         note(target, place, entry)
 

@@ -22,7 +22,9 @@ def find_row(cache: Path, which: str, draw: int) -> CacheRow:
     number = int(which) if which.isdigit() else None
     units = [unit for unit in finished_units(cache) if unit.draw == draw]
     if not units:
-        raise TideError(f"{cache} has no finished shard of draw {draw}", expected=f"0 to {manifest.draws - 1}")
+        raise TideError(
+            f"{cache} has no finished shard of draw {draw}", expected=f"0 to {manifest.draws - 1}"
+        )
     seen = 0
     for unit in units:
         rows = read_shard(Unit(draw, unit.part).path(cache), layout)
@@ -30,7 +32,10 @@ def find_row(cache: Path, which: str, draw: int) -> CacheRow:
             if which in (row.example_id, row.label) or seen + i == number:
                 return row
         seen += len(rows)
-    raise TideError(f"{cache} has no row {which!r} in draw {draw}", expected=f"an example's id, or 0 to {seen - 1}")
+    raise TideError(
+        f"{cache} has no row {which!r} in draw {draw}",
+        expected=f"an example's id, or 0 to {seen - 1}",
+    )
 
 
 def describe_row(cache: Path, row: CacheRow) -> str:
@@ -61,28 +66,42 @@ def describe_row(cache: Path, row: CacheRow) -> str:
         if ends is not None and row.topk_ids is not None and row.topk_logp is not None:
             first = int(ends[i - 1]) if i else 0
             own_top = range(first, min(first + _TOP, int(ends[i])))
-            shown = [f"{_text(teacher, int(row.topk_ids[j]))} {np.exp(row.topk_logp[j]):.3f}" for j in own_top]
+            shown = [
+                f"{_text(teacher, int(row.topk_ids[j]))} {np.exp(row.topk_logp[j]):.3f}"
+                for j in own_top
+            ]
             tails = _tails(row, i, manifest.temperatures)
             top = (
                 ": "
                 + ", ".join(shown)
                 + f"; outside of the {int(row.topk_sizes[i]) if row.topk_sizes is not None else 0}: {tails}"
             )
-        lines.append(f"{place:>8}  {marks[place]:>4}  {p:>7.4f}  {_text(teacher, int(ids[place]))}{top}")
+        lines.append(
+            f"{place:>8}  {marks[place]:>4}  {p:>7.4f}  {_text(teacher, int(ids[place]))}{top}"
+        )
     return "\n".join([*lines, *_chunks(row, student, teacher, ids)])
 
 
 def _tails(row: CacheRow, i: int, temperatures: tuple[float, ...]) -> str:
     assert row.tail_odds is not None
     masses = 1 / (1 + np.exp(-row.tail_odds[i].astype(np.float64)))
-    return ", ".join(f"{mass:.3f} at T = {t:g}" for t, mass in zip(temperatures, masses, strict=True))
+    return ", ".join(
+        f"{mass:.3f} at T = {t:g}" for t, mass in zip(temperatures, masses, strict=True)
+    )
 
 
 def _chunks(row: CacheRow, student: Tokenizer, teacher: Tokenizer, ids: np.ndarray) -> list[str]:
-    if row.chunk_student is None or row.chunk_teacher is None or row.chunk_logp is None or row.teacher_ids is None:
+    if (
+        row.chunk_student is None
+        or row.chunk_teacher is None
+        or row.chunk_logp is None
+        or row.teacher_ids is None
+    ):
         return []
     lines = ["", " log p(c)  chunk: teacher's tokens | student's tokens"]
-    for (a, b), (c, d), logp in zip(row.chunk_teacher, row.chunk_student, row.chunk_logp, strict=True):
+    for (a, b), (c, d), logp in zip(
+        row.chunk_teacher, row.chunk_student, row.chunk_logp, strict=True
+    ):
         left = " ".join(_text(teacher, int(i)) for i in ids[a:b])
         right = " ".join(_text(student, int(i)) for i in row.student_ids[c:d])
         lines.append(f"{logp:>9.3f}  {left} | {right}")

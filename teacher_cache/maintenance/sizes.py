@@ -27,7 +27,9 @@ def column_bytes(source: Any) -> Counter[str]:
     for group in range(metadata.num_row_groups):
         for column in range(metadata.num_columns):
             part = metadata.row_group(group).column(column)
-            sizes[part.path_in_schema.split(".")[0].removesuffix("_q")] += part.total_compressed_size
+            sizes[part.path_in_schema.split(".")[0].removesuffix("_q")] += (
+                part.total_compressed_size
+            )
     return sizes
 
 
@@ -42,7 +44,11 @@ def size_steps(rows: list[CacheRow], layout: Layout) -> dict[str, Counter[str]]:
     encodings = done["column_encoding"]
     split = {name: kind for name, kind in encodings.items() if kind == "BYTE_STREAM_SPLIT"}
     plain: dict[str, Any] = {"compression": "zstd", "compression_level": 3, "use_dictionary": False}
-    grouped = {**plain, "row_group_size": done["row_group_size"], "use_dictionary": done["use_dictionary"]}
+    grouped = {
+        **plain,
+        "row_group_size": done["row_group_size"],
+        "use_dictionary": done["use_dictionary"],
+    }
     steps: dict[str, tuple[Layout, dict[str, Any]]] = {
         "levels, ids by number, zstd 3": (_by_number(layout), plain),
         "ids by rank": (layout, grouped),
@@ -58,7 +64,9 @@ def _by_number(layout: Layout) -> Layout:
     if layout.vocabulary is None:
         return layout
     same = np.arange(layout.vocabulary.rank_of.size, dtype=np.int32)
-    return dataclasses.replace(layout, vocabulary=dataclasses.replace(layout.vocabulary, rank_of=same))
+    return dataclasses.replace(
+        layout, vocabulary=dataclasses.replace(layout.vocabulary, rank_of=same)
+    )
 
 
 def _written(rows: list[CacheRow], layout: Layout, options: dict[str, Any]) -> Counter[str]:
@@ -66,7 +74,10 @@ def _written(rows: list[CacheRow], layout: Layout, options: dict[str, Any]) -> C
     known = {f"{name}.list.element" for name in to_table(rows[:1], layout).column_names}
     encoding = {k: v for k, v in options.get("column_encoding", {}).items() if k in known}
     pq.write_table(
-        to_table(rows, layout), file, write_page_checksum=True, **{**options, "column_encoding": encoding or None}
+        to_table(rows, layout),
+        file,
+        write_page_checksum=True,
+        **{**options, "column_encoding": encoding or None},
     )
     file.seek(0)
     return column_bytes(file)

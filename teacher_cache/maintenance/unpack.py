@@ -31,7 +31,15 @@ _LARGEST_NOTE = 64 << 20
 _WINDOW = 128 << 20
 """Of zstandard: memory that unpacking takes, at most."""
 _SHA256 = re.compile("[0-9a-f]{64}")
-_ERRORS = (OSError, tarfile.TarError, zstandard.ZstdError, ValueError, RecursionError, MemoryError, EOFError)
+_ERRORS = (
+    OSError,
+    tarfile.TarError,
+    zstandard.ZstdError,
+    ValueError,
+    RecursionError,
+    MemoryError,
+    EOFError,
+)
 
 
 class _Metered:
@@ -56,9 +64,17 @@ class _Metered:
 def unpack_cache(archive: Path, cache: Path) -> int:
     """Read `archive` into the new folder `cache`; its number of files. TideError where a byte of it is wrong."""
     if cache.is_symlink() or (cache.exists() and (not cache.is_dir() or any(cache.iterdir()))):
-        raise TideError(f"{cache} is not empty, or no folder", expected="a new folder", fix="choose another name")
+        raise TideError(
+            f"{cache} is not empty, or no folder",
+            expected="a new folder",
+            fix="choose another name",
+        )
     if cache.resolve() == Path.cwd():
-        raise TideError(f"{cache} is the folder that you are in", expected="a new folder", fix="name one inside it")
+        raise TideError(
+            f"{cache} is the folder that you are in",
+            expected="a new folder",
+            fix="name one inside it",
+        )
     refuse_odd(archive)
     cache = cache.absolute()
     if not cache.exists():
@@ -89,10 +105,14 @@ def _extract(archive: Path, folder: Path) -> int:
             left = dict(note)
             for info in tqdm(iter(tar.next, None), total=len(note), unit="file", desc="unpack"):
                 if info.name not in left or not info.isreg():
-                    raise ValueError(f"it holds {info.name[:200]!r}, which {CHECKSUMS} does not name")
+                    raise ValueError(
+                        f"it holds {info.name[:200]!r}, which {CHECKSUMS} does not name"
+                    )
                 size, digest = left.pop(info.name)
                 if info.size != size:
-                    raise ValueError(f"{info.name} has {info.size:,} bytes, {CHECKSUMS} says {size:,}")
+                    raise ValueError(
+                        f"{info.name} has {info.size:,} bytes, {CHECKSUMS} says {size:,}"
+                    )
                 plain.allow(size + _HEADERS)
                 _write(_content(tar, info), folder / info.name, digest, info.name)
                 plain.allow(_HEADERS)
@@ -118,7 +138,9 @@ def _sound(note: Any) -> dict[str, tuple[int, str]]:
         raise ValueError(f"{CHECKSUMS} is no table of files")
     found = {}
     for name, about in note.items():
-        size, digest = (about.get("bytes"), about.get("sha256")) if isinstance(about, dict) else (None, None)
+        size, digest = (
+            (about.get("bytes"), about.get("sha256")) if isinstance(about, dict) else (None, None)
+        )
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
             raise ValueError(f"{CHECKSUMS} gives {name[:200]!r} no size")
         if not isinstance(digest, str) or not _SHA256.fullmatch(digest):

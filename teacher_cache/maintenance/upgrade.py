@@ -47,22 +47,41 @@ def upgrade_cache(source: Path, target: Path) -> Manifest:
     if missing:
         raise TideError(f"{source} lacks {len(missing)} shards", expected="a finished cache")
     fingerprint, targets = json.loads(json.dumps(old["fingerprint"])), old["fingerprint"]["targets"]
-    layout = Layout(tuple(targets["temperatures"]), "levels", _vocabulary(source, units, fingerprint))
+    layout = Layout(
+        tuple(targets["temperatures"]), "levels", _vocabulary(source, units, fingerprint)
+    )
     fingerprint |= {"schema": SCHEMA_VERSION, "upgraded_from": old["schema_version"]}
     fingerprint["tables"] = None if layout.vocabulary is None else layout.vocabulary.digest
-    for name in ("partial", "positions", "teacher_text"):  # the old formats know one way to read a teacher
+    for name in (
+        "partial",
+        "positions",
+        "teacher_text",
+    ):  # the old formats know one way to read a teacher
         fingerprint["targets"].pop(name, None)
-    fingerprint["targets"] |= {"tail": "student", "classes": 1, "classes_from": None, "pilot": 0, "values": "levels"}
-    fingerprint["student"]["vocabulary"] = _size(source / "student_tokenizer", fingerprint["student"]["mask_id"])
+    fingerprint["targets"] |= {
+        "tail": "student",
+        "classes": 1,
+        "classes_from": None,
+        "pilot": 0,
+        "values": "levels",
+    }
+    fingerprint["student"]["vocabulary"] = _size(
+        source / "student_tokenizer", fingerprint["student"]["mask_id"]
+    )
     teacher = source / "teacher_tokenizer"
     fingerprint["teacher"]["vocabulary"] = max(
-        _size(teacher if teacher.exists() else source / "student_tokenizer", fingerprint["teacher"]["mask_id"]),
+        _size(
+            teacher if teacher.exists() else source / "student_tokenizer",
+            fingerprint["teacher"]["mask_id"],
+        ),
         0 if layout.vocabulary is None else layout.vocabulary.class_of.size,
     )
     made = Manifest(fingerprint, old["draws"], old["parts"], old["examples"])
     begin(target, made, source, tables=False)
     if layout.vocabulary is not None:
-        save_tables(target / TABLES, layout.vocabulary, _no_pilot(layout), np.zeros((1, 1), np.float32))
+        save_tables(
+            target / TABLES, layout.vocabulary, _no_pilot(layout), np.zeros((1, 1), np.float32)
+        )
     done = set(finished_units(target))
     for unit in tqdm([unit for unit in units if unit not in done], unit="shard", desc="upgrade"):
         shard = read_table(unit.path(source))
@@ -90,7 +109,9 @@ def _old_manifest(source: Path) -> dict[str, Any]:
         if version in OLD_VERSIONS and (problem := problem_in(_as_today(values))) is not None:
             raise ValueError(problem)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TideError(f"{source} has no readable {MANIFEST}: {error}", expected="a cache of format 2 or 3") from error
+        raise TideError(
+            f"{source} has no readable {MANIFEST}: {error}", expected="a cache of format 2 or 3"
+        ) from error
     if version not in OLD_VERSIONS:
         raise TideError(
             f"{source} is of format {version}",
@@ -108,7 +129,9 @@ def _size(folder: Path, mask_id: int) -> int:
 
 def _no_pilot(layout: Layout) -> Pilot:
     none = np.zeros(0, np.int32)
-    return Pilot(none, none, np.zeros(0, np.float32), np.zeros((0, len(layout.temperatures)), np.float32))
+    return Pilot(
+        none, none, np.zeros(0, np.float32), np.zeros((0, len(layout.temperatures)), np.float32)
+    )
 
 
 def _vocabulary(source: Path, units: list[Unit], fingerprint: dict[str, Any]) -> Vocabulary | None:
@@ -131,16 +154,29 @@ def _vocabulary(source: Path, units: list[Unit], fingerprint: dict[str, Any]) ->
 def _flat(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A list column's values, where each row's begin, and which rows have any."""
     column = table.column(name).combine_chunks()
-    return column.values.to_numpy(zero_copy_only=False), column.offsets.to_numpy(), column.is_valid().to_numpy(False)
+    return (
+        column.values.to_numpy(zero_copy_only=False),
+        column.offsets.to_numpy(),
+        column.is_valid().to_numpy(False),
+    )
 
 
 def _rows(table: pa.Table, layout: Layout) -> Iterator[CacheRow]:
     lists = {f.name: _flat(table, f.name) for f in table.schema if pa.types.is_list(f.type)}
-    plain = {f.name: table.column(f.name).to_pylist() for f in table.schema if not pa.types.is_list(f.type)}
+    plain = {
+        f.name: table.column(f.name).to_pylist()
+        for f in table.schema
+        if not pa.types.is_list(f.type)
+    }
     temperatures = layout.temperatures
     for i in range(table.num_rows):
-        cell: dict[str, Any] = {n: v[o[i] : o[i + 1]] if ok[i] else None for n, (v, o, ok) in lists.items()}
-        pairs = {n: None if cell[n] is None else cell[n].reshape(-1, 2) for n in ("chunk_student", "chunk_teacher")}
+        cell: dict[str, Any] = {
+            n: v[o[i] : o[i + 1]] if ok[i] else None for n, (v, o, ok) in lists.items()
+        }
+        pairs = {
+            n: None if cell[n] is None else cell[n].reshape(-1, 2)
+            for n in ("chunk_student", "chunk_teacher")
+        }
         logsumexp = cell["logsumexp"].reshape(-1, len(temperatures))
         one = logsumexp[:, temperatures.index(1.0)]
         if "spans" in cell:
@@ -164,14 +200,18 @@ def _rows(table: pa.Table, layout: Layout) -> Iterator[CacheRow]:
             topk_sizes=cell["topk_sizes"],
             topk_ids=cell["topk_ids"],
             topk_logp=logp,
-            tail_odds=None if logp is None else _odds(cell["topk_sizes"], logp, logsumexp, temperatures),
+            tail_odds=None
+            if logp is None
+            else _odds(cell["topk_sizes"], logp, logsumexp, temperatures),
             class_mass=None,
             **pairs,
             chunk_logp=cell["chunk_logp"],
         )
 
 
-def _odds(sizes: np.ndarray, logp: np.ndarray, logsumexp: np.ndarray, temperatures: tuple[float, ...]) -> np.ndarray:
+def _odds(
+    sizes: np.ndarray, logp: np.ndarray, logsumexp: np.ndarray, temperatures: tuple[float, ...]
+) -> np.ndarray:
     """The tail's log-odds from what those formats had: one minus the mass of the list, and at least 1e-7."""
     owner, one = np.repeat(np.arange(sizes.size), sizes), temperatures.index(1.0)
     found = []

@@ -98,7 +98,10 @@ def compare(plan: CachePlan, engine: Engine, sample: list[CacheRow]) -> VerifyRe
     position = 0
     for row, view, indices in cells:
         again = merge_passes(
-            plan.target_spec(), view.positions.size, scores[position : position + len(indices)], indices
+            plan.target_spec(),
+            view.positions.size,
+            scores[position : position + len(indices)],
+            indices,
         )
         position += len(indices)
         _differences(row, again, plan, differences)
@@ -107,7 +110,10 @@ def compare(plan: CachePlan, engine: Engine, sample: list[CacheRow]) -> VerifyRe
         plan.config.engine.type,
         len(sample),
         sum(view.positions.size for _, view, _ in cells),
-        [Deviation(name, v.size, float(v.max(initial=0.0)), float(v.mean()) if v.size else 0.0) for name, v in found],
+        [
+            Deviation(name, v.size, float(v.max(initial=0.0)), float(v.mean()) if v.size else 0.0)
+            for name, v in found
+        ],
     )
 
 
@@ -121,7 +127,9 @@ def _view(row: CacheRow) -> TeacherView:
 _QUANTITIES = ("log p of gold", "logsumexp", "top-k log p", "tail log-odds", "√ class mass")
 
 
-def _differences(row: CacheRow, again: Scores, plan: CachePlan, into: dict[str, list[np.ndarray]]) -> None:
+def _differences(
+    row: CacheRow, again: Scores, plan: CachePlan, into: dict[str, list[np.ndarray]]
+) -> None:
     rounded = plan.layout.values == "levels"
 
     def add(name: str, cached: np.ndarray, now: np.ndarray, rounding: np.ndarray | float) -> None:

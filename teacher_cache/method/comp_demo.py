@@ -55,7 +55,9 @@ def teacher_view(example: Prepared, draw: Draw) -> TeacherView:
     ids = example.student_ids if example.teacher_ids is None else example.teacher_ids
     if example.shared:
         which, places = example.asked(draw.masked)
-        return TeacherView(ids, places, draw.split[which], np.arange(which.size), draw.masked[which])
+        return TeacherView(
+            ids, places, draw.split[which], np.arange(which.size), draw.masked[which]
+        )
     spans = example.chunks[draw.chunks, :2]
     lengths = spans[:, 1] - spans[:, 0]
     chunk_of = np.repeat(np.arange(len(spans)), lengths)
@@ -64,7 +66,9 @@ def teacher_view(example: Prepared, draw: Draw) -> TeacherView:
     return TeacherView(ids, positions, draw.split[chunk_of], chunk_of)
 
 
-def passes(view: TeacherView, mask_id: int, comp_demo: bool) -> list[tuple[Request, Int[np.ndarray, " _"]]]:
+def passes(
+    view: TeacherView, mask_id: int, comp_demo: bool
+) -> list[tuple[Request, Int[np.ndarray, " _"]]]:
     """The forward passes that read every masked position once, each with the indices (into `view`) that it reads.
 
     A pass with nothing to read is left out.

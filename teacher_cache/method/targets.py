@@ -58,7 +58,13 @@ def scores_of(cells: list[np.ndarray], spec: TargetSpec) -> Scores:
     if not spec.k:
         return Scores(gold, whole)
     return Scores(
-        gold, whole, sizes.astype(np.int32), ids.astype(np.int32), logp, odds, mass if spec.classes > 1 else None
+        gold,
+        whole,
+        sizes.astype(np.int32),
+        ids.astype(np.int32),
+        logp,
+        odds,
+        mass if spec.classes > 1 else None,
     )
 
 
@@ -101,29 +107,44 @@ def extract(
 
 
 def outside_sums(
-    logits: Float[Tensor, "read vocab"], spec: TargetSpec, excluded: Int[Tensor, " excluded"] | None = None
+    logits: Float[Tensor, "read vocab"],
+    spec: TargetSpec,
+    excluded: Int[Tensor, " excluded"] | None = None,
 ) -> Float[Tensor, "temperatures vocab"]:
     """Sums over rows of each token's probability outside of the top-k that `extract` takes."""
     logits = _shared_alone(logits.float(), excluded)
     values, ids = torch.topk(logits, spec.k, dim=1)
     sizes = _sizes(logits, values, spec)
-    return torch.stack([outside_mass(logits, ids, sizes, t)[0].sum(dim=0) for t in spec.temperatures])
+    return torch.stack(
+        [outside_mass(logits, ids, sizes, t)[0].sum(dim=0) for t in spec.temperatures]
+    )
 
 
 def _shared_alone(logits: Tensor, excluded: Tensor | None) -> Tensor:
-    return logits if excluded is None or not excluded.numel() else logits.index_fill(1, excluded, -torch.inf)
+    return (
+        logits
+        if excluded is None or not excluded.numel()
+        else logits.index_fill(1, excluded, -torch.inf)
+    )
 
 
-def _sizes(logits: Tensor, values: Float[Tensor, "read k"], spec: TargetSpec) -> Int[Tensor, " read"]:
+def _sizes(
+    logits: Tensor, values: Float[Tensor, "read k"], spec: TargetSpec
+) -> Int[Tensor, " read"]:
     if spec.mass == 1.0:
         return torch.full((len(values),), spec.k, device=values.device)
     hottest = spec.temperatures[-1]
-    mass = torch.exp(values / hottest - torch.logsumexp(logits / hottest, dim=1, keepdim=True)).cumsum(dim=1)
+    mass = torch.exp(
+        values / hottest - torch.logsumexp(logits / hottest, dim=1, keepdim=True)
+    ).cumsum(dim=1)
     return ((mass < spec.mass).sum(dim=1) + 1).clamp_max(spec.k)
 
 
 def outside_mass(
-    logits: Float[Tensor, "read vocab"], ids: Int[Tensor, "read k"], sizes: Int[Tensor, " read"], temperature: float
+    logits: Float[Tensor, "read vocab"],
+    ids: Int[Tensor, "read k"],
+    sizes: Int[Tensor, " read"],
+    temperature: float,
 ) -> tuple[Float[Tensor, "read vocab"], Float[Tensor, " read"]]:
     """Probabilities at `temperature` with those of each row's kept ids set to 0, and the sum of those."""
     p = torch.softmax(logits / temperature, dim=1)
@@ -133,7 +154,9 @@ def outside_mass(
     return p.scatter(1, torch.where(kept, ids, ids[:, :1]), 0.0), inside
 
 
-def member_matrix(class_of: Int[np.ndarray, " vocab"], classes: int) -> Float[Tensor, "vocab classes"]:
+def member_matrix(
+    class_of: Int[np.ndarray, " vocab"], classes: int
+) -> Float[Tensor, "vocab classes"]:
     """1 where a token belongs to a class; rows of ids that are in none are 0."""
     found = torch.zeros(class_of.size, classes)
     tokens = np.flatnonzero(class_of >= 0)

@@ -47,4 +47,6 @@ def cut(rows: Iterable[tuple[Place, Raw]]) -> Iterator[RawPart]:
 
 
 def _canonical(row: object) -> bytes:
-    return json.dumps(row, ensure_ascii=False, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
+    return json.dumps(row, ensure_ascii=False, sort_keys=True, default=str).encode(
+        "utf-8", "surrogatepass"
+    )

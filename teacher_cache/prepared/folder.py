@@ -85,7 +85,9 @@ def load_index(path: Path) -> Entries:
     """The inverse of `save_index`. TideError where it is damaged."""
     try:
         table = pq.ParquetFile(path, page_checksum_verification=True).read()
-        return np.stack([table.column(n).to_numpy() for n in ("part", "row", "occurrence")], axis=1).astype(np.int32)
+        return np.stack(
+            [table.column(n).to_numpy() for n in ("part", "row", "occurrence")], axis=1
+        ).astype(np.int32)
     except Exception as error:
         raise TideError(
             f"the index {path} of prepared data cannot be read: {(str(error).splitlines() or [''])[0]}",
@@ -124,17 +126,30 @@ class PreparedData:
                 self._parts.popitem(last=False)
         self._parts.move_to_end(part)
         key, example = self._parts[part][row]
-        return example if occurrence == 0 else dataclasses.replace(example, id=identity(key, occurrence))
+        return (
+            example
+            if occurrence == 0
+            else dataclasses.replace(example, id=identity(key, occurrence))
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Processes that share the work read parts of their own."""
-        return {"folder": self.folder, "record": self.record, "entries": self.entries, "_parts": OrderedDict()}
+        return {
+            "folder": self.folder,
+            "record": self.record,
+            "entries": self.entries,
+            "_parts": OrderedDict(),
+        }
 
 
 def totals(sources: Sequence[SourceReport]) -> dict[str, int]:
     """Sums over sources: rows, and what each reason left out."""
     found: dict[str, int] = {}
     for source in sources:
-        for name, n in (*source.counts.items(), *source.dropped.items(), ("data_rows", source.rows)):
+        for name, n in (
+            *source.counts.items(),
+            *source.dropped.items(),
+            ("data_rows", source.rows),
+        ):
             found[name] = found.get(name, 0) + n
     return found

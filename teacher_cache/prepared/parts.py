@@ -33,7 +33,9 @@ _SCHEMA = pa.schema(
         pa.field("teacher_ids", _INTS),  # null: the teacher reads student_ids
         pa.field("chunks", _INTS, nullable=False),  # teacher start, end, student start, end, …
         pa.field("offsets", _INTS, nullable=False),  # of each span, where the tokenizer is shared
-        pa.field("pairs", _INTS),  # student's and teacher's position, … that may be asked; null: all, by the offsets
+        pa.field(
+            "pairs", _INTS
+        ),  # student's and teacher's position, … that may be asked; null: all, by the offsets
     ]
 )
 _SUMMARY = b"tide.summary"
@@ -93,7 +95,10 @@ def read_summary(path: Path) -> PartSummary:
     try:
         metadata = pq.ParquetFile(path).schema_arrow.metadata or {}
         values = json.loads(metadata[_SUMMARY])
-        shown = {reason: [(int(row), str(detail)) for row, detail in v] for reason, v in values.pop("examples").items()}
+        shown = {
+            reason: [(int(row), str(detail)) for row, detail in v]
+            for reason, v in values.pop("examples").items()
+        }
         return PartSummary(**values, examples=shown)
     except Exception as error:  # a footer with a flipped bit leads the library anywhere
         raise _damaged(path, error) from error
@@ -135,7 +140,9 @@ def _arrays(column: pa.ChunkedArray) -> list[np.ndarray | None]:
     values = column.combine_chunks()
     flat, ends = values.values.to_numpy(zero_copy_only=False), values.offsets.to_numpy()
     present = values.is_valid().to_numpy(zero_copy_only=False)
-    return [flat[a:b] if ok else None for a, b, ok in zip(ends[:-1], ends[1:], present, strict=True)]
+    return [
+        flat[a:b] if ok else None for a, b, ok in zip(ends[:-1], ends[1:], present, strict=True)
+    ]
 
 
 def _damaged(path: Path, error: Exception) -> TideError:

@@ -30,7 +30,14 @@ from shared.settings.config import DataConfig
 from shared.system.errors import TideError
 from shared.system.locks import hold
 from teacher_cache.prepared.cutting import RawPart, cut
-from teacher_cache.prepared.folder import PreparedData, Record, SourceReport, load_index, part_path, save_index
+from teacher_cache.prepared.folder import (
+    PreparedData,
+    Record,
+    SourceReport,
+    load_index,
+    part_path,
+    save_index,
+)
 from teacher_cache.prepared.parts import VERSION, PartSummary, read_keys, read_summary
 from teacher_cache.prepared.selecting import Selector
 from teacher_cache.prepared.work import Recipe, Worker, prepare_in_worker, start_worker
@@ -57,9 +64,13 @@ class Request:
     def settings(self) -> dict[str, Any]:
         """All that the outcome depends on beside the rows."""
         own = {"version": VERSION, **self.identity, "lengths": to_plain(self.recipe.lengths)}
-        own |= {name: getattr(self.recipe, name) for name in ("skip_first", "positions", "own_text")}
+        own |= {
+            name: getattr(self.recipe, name) for name in ("skip_first", "positions", "own_text")
+        }
         own["date"] = str(self.recipe.date)
-        return json.loads(json.dumps({**own, "sources": to_plain(self.sources), "dedup": self.dedup}))
+        return json.loads(
+            json.dumps({**own, "sources": to_plain(self.sources), "dedup": self.dedup})
+        )
 
     @property
     def name(self) -> str:
@@ -96,7 +107,10 @@ def prepare(request: Request) -> PreparedData:
 
 def _prepare(request: Request, stamps: list[Any]) -> tuple[Record, Any]:
     selector, names, reports = Selector(request.dedup), [], []
-    with _Crew(request) as crew, tqdm(unit="row", desc="prepare", smoothing=0, dynamic_ncols=True) as bar:
+    with (
+        _Crew(request) as crew,
+        tqdm(unit="row", desc="prepare", smoothing=0, dynamic_ncols=True) as bar,
+    ):
         for data in request.sources:
             selector.begin()
             gathered = _Gathered()
@@ -106,14 +120,19 @@ def _prepare(request: Request, stamps: list[Any]) -> tuple[Record, Any]:
                 gathered.add(part, summary)
                 names.append(name)
                 gathered.refuse_early(data)
-                if not selector.take(len(names) - 1, read_keys(part_path(request.folder, name)), data):
+                if not selector.take(
+                    len(names) - 1, read_keys(part_path(request.folder, name)), data
+                ):
                     break
             gathered.refuse(data)
             reports.append(gathered.report(data, selector.taken[-1]))
     entries, content = selector.finish()
     rows = sum(report.rows for report in reports)
     if not rows:
-        raise TideError(f"{reports[0].source} has no examples: it holds no rows", fix="check the file given as --data")
+        raise TideError(
+            f"{reports[0].source} has no examples: it holds no rows",
+            fix="check the file given as --data",
+        )
     if not len(entries):
         reasons = {k: v for report in reports for k, v in report.dropped.items()}
         filtered = sum(report.filtered for report in reports)
@@ -124,14 +143,23 @@ def _prepare(request: Request, stamps: list[Any]) -> tuple[Record, Any]:
             fix="raise the lengths, mend the filters, or use other data",
         )
     record = Record(
-        request.settings, stamps, names, len(entries), content, selector.duplicates, reports, request.recipe.shared
+        request.settings,
+        stamps,
+        names,
+        len(entries),
+        content,
+        selector.duplicates,
+        reports,
+        request.recipe.shared,
     )
     return record, entries
 
 
 def _first_places(reports: Sequence[SourceReport]) -> str:
     """The first row of each reason, a line each."""
-    shown = {reason: rows[0] for report in reports for reason, rows in report.places.items() if rows}
+    shown = {
+        reason: rows[0] for report in reports for reason, rows in report.places.items() if rows
+    }
     return "".join(f"\n    {place}: {detail}" for place, detail in shown.values())
 
 
@@ -156,7 +184,9 @@ class _Crew:
         waiting: deque[tuple[RawPart, str, Callable[[], PartSummary]]] = deque()
         for part in cut(source_rows(data.source)):
             name = self._request.part_name(data, part)
-            waiting.append((part, name, self._begin(part, data, part_path(self._request.folder, name))))
+            waiting.append(
+                (part, name, self._begin(part, data, part_path(self._request.folder, name)))
+            )
             if len(waiting) > self._ahead:
                 part, name, result = waiting.popleft()  # noqa: PLW2901
                 yield part, name, result()
@@ -179,10 +209,14 @@ class _Crew:
                 self._here = Worker(self._request.recipe)
             return partial(self._here.prepare, part, data, path)
         if self._pool is None:
-            context = multiprocessing.get_context("spawn")  # threads of the model do not survive a fork
+            context = multiprocessing.get_context(
+                "spawn"
+            )  # threads of the model do not survive a fork
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
             make = partial(Worker, self._request.recipe)
-            self._pool = ProcessPoolExecutor(self._processes, context, start_worker, (make, os.getpid()))
+            self._pool = ProcessPoolExecutor(
+                self._processes, context, start_worker, (make, os.getpid())
+            )
         future: Future[PartSummary] = self._pool.submit(prepare_in_worker, part, data, path)
         return future.result
 
@@ -191,7 +225,9 @@ class _Gathered:
     """What became of the rows of one source, part by part."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, dict[str, int]] = {n: {} for n in ("dropped", "forms", "lengths", "counts")}
+        self._sums: dict[str, dict[str, int]] = {
+            n: {} for n in ("dropped", "forms", "lengths", "counts")
+        }
         self._rows = self._kept = self._filtered = 0
         self._places: dict[str, list[tuple[str, str]]] = {}
 
@@ -211,7 +247,9 @@ class _Gathered:
 
     def refuse_early(self, data: DataConfig) -> None:
         """Stop as soon as no number of good rows to come is likely to mend it."""
-        if (data.allow_bad_rows >= 1 and self._bad > data.allow_bad_rows) or self._bad > max(1000, self._rows / 2):
+        if (data.allow_bad_rows >= 1 and self._bad > data.allow_bad_rows) or self._bad > max(
+            1000, self._rows / 2
+        ):
             self.refuse(data)
 
     def refuse(self, data: DataConfig) -> None:
@@ -221,7 +259,9 @@ class _Gathered:
 
     def report(self, data: DataConfig, taken: int) -> SourceReport:
         source = describe_source(data.source)
-        return SourceReport(source, self._rows, self._kept, taken, self._filtered, places=self._places, **self._sums)
+        return SourceReport(
+            source, self._rows, self._kept, taken, self._filtered, places=self._places, **self._sums
+        )
 
 
 class _Estimate:
@@ -232,7 +272,8 @@ class _Estimate:
     def __init__(self, source: str, bar: Any) -> None:
         files = source_files(source)
         plain = files and all(
-            ending(f) == f.suffix and f.suffix in (".jsonl", ".ndjson", ".csv", ".json") for f in files
+            ending(f) == f.suffix and f.suffix in (".jsonl", ".ndjson", ".csv", ".json")
+            for f in files
         )
         self._bytes = sum(f.stat().st_size for f in files) if plain else 0
         self._bar, self._before, self._rows, self._read = bar, bar.n, 0, 0

@@ -21,7 +21,9 @@ def describe(data: PreparedData) -> str:
         lines += [*_source(source), ""]
     sums = totals(data.record.sources)
     kept = sum(source.kept for source in data.record.sources)
-    lines.append(f"{data.examples:,} examples are taken, {data.record.duplicates:,} contents came before")
+    lines.append(
+        f"{data.examples:,} examples are taken, {data.record.duplicates:,} contents came before"
+    )
     if kept:
         lines += [
             f"a mean example     {sums['student_tokens'] / kept:,.0f} student tokens, "
@@ -41,7 +43,8 @@ def losses(data: PreparedData) -> list[str]:
     sums = totals(data.record.sources)
     rows = sums["data_rows"]
     lines = [
-        f"left out of {rows:,} rows: {n:,} ({reason})" for reason, n in sorted(reasons.items(), key=lambda x: -x[1])
+        f"left out of {rows:,} rows: {n:,} ({reason})"
+        for reason, n in sorted(reasons.items(), key=lambda x: -x[1])
     ]
     return [*lines, *_losses(sums)]
 
@@ -63,7 +66,9 @@ def _losses(sums: dict[str, int]) -> Iterator[str]:
 
 
 def _source(source: SourceReport) -> Iterator[str]:
-    forms = ", ".join(f"{name} {n:,}" for name, n in sorted(source.forms.items(), key=lambda x: -x[1]))
+    forms = ", ".join(
+        f"{name} {n:,}" for name, n in sorted(source.forms.items(), key=lambda x: -x[1])
+    )
     yield f"{source.source}"
     yield f"  rows read        {source.rows:,}" + (f" (form: {forms})" if forms else "")
     yield f"  usable           {source.kept:,}, taken {source.taken:,}"
@@ -71,7 +76,10 @@ def _source(source: SourceReport) -> Iterator[str]:
         yield f"  filtered         {source.filtered:,}"
     for reason, n in sorted(source.dropped.items(), key=lambda x: -x[1]):
         yield f"  left out         {n:,}: {reason}"
-        yield from (f"                     {place}: {detail}" for place, detail in source.places.get(reason, [])[:3])
+        yield from (
+            f"                     {place}: {detail}"
+            for place, detail in source.places.get(reason, [])[:3]
+        )
 
 
 def _histogram(sources: Sequence[SourceReport]) -> Iterator[str]:
@@ -94,7 +102,9 @@ def show(examples: Sequence[Prepared], student: Tokenizer) -> str:
     """Examples as the student reads them: prompt as it is, trained answers in ⟦ ⟧."""
     blocks = []
     for number, example in enumerate(examples):
-        head = f"── example {number}: {example.id}" + (f" ({example.label})" if example.label else "")
+        head = f"── example {number}: {example.id}" + (
+            f" ({example.label})" if example.label else ""
+        )
         text, at = "", 0
         for start, stop in example.spans.tolist():
             text += student.decode(example.student_ids[at:start].tolist())

@@ -93,7 +93,9 @@ def _count(summary: PartSummary, kept: list[Prepared], lost: Counter[str]) -> No
     for example in kept:
         length = len(example.student_ids)
         counts["student_tokens"] += length
-        counts["teacher_tokens"] += length if example.teacher_ids is None else len(example.teacher_ids)
+        counts["teacher_tokens"] += (
+            length if example.teacher_ids is None else len(example.teacher_ids)
+        )
         counts["maskable"] += len(example.maskable)
         pairs = example.maskable if example.pairs is None else example.pairs
         counts["chunks"] += len(pairs) if example.shared else len(example.chunks)

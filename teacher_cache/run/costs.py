@@ -76,7 +76,9 @@ def size_of(model: Any) -> ModelSize:
     )
 
 
-def assumed_workload(entry: TeacherEntry, config: CacheConfig, examples: int, tokens: int, response: float) -> Workload:
+def assumed_workload(
+    entry: TeacherEntry, config: CacheConfig, examples: int, tokens: int, response: float
+) -> Workload:
     """A workload from stated means: `tokens` of the teacher an example, a share `response` of them maskable.
 
     Half of the maskable tokens are masked on average over t; a student's token is taken to be a teacher's token.
@@ -84,13 +86,13 @@ def assumed_workload(entry: TeacherEntry, config: CacheConfig, examples: int, to
     passes = 2.0 if config.noise.comp_demo else 1.0
     masked = tokens * response / 2
     each = passes * tokens
-    if not isinstance(entry.attention, Full):  # what all passes of all draws have in common runs once (`engines.packs`)
+    if not isinstance(
+        entry.attention, Full
+    ):  # what all passes of all draws have in common runs once (`engines.packs`)
         common = tokens * (1 - response) if isinstance(entry.attention, BlockCausal) else tokens
         each = common / config.noise.draws + passes * tokens * response
     chunks = masked if entry.student_tokens else masked * 0.8
-    words = (
-        f"stated: {tokens} tokens an example, {response:.0%} of them response; chunks of 1.25 tokens across tokenizers"
-    )
+    words = f"stated: {tokens} tokens an example, {response:.0%} of them response; chunks of 1.25 tokens across tokenizers"
     return Workload(examples, passes, each, masked, float(tokens), chunks, words)
 
 
@@ -100,7 +102,9 @@ def sampled_workload(plan: CachePlan) -> Workload:
     draws = range(plan.manifest.draws)
     works = [prepare_unit(plan, Unit(draw, 0), examples) for draw in draws]
     requests = [request for work in works for request in work.requests]
-    packs = pack_requests(plan.entry.attention, requests, int(plan.entry.shift), plan.config.engine.tokens_per_batch)
+    packs = pack_requests(
+        plan.entry.attention, requests, int(plan.entry.shift), plan.config.engine.tokens_per_batch
+    )
     items = [item for work in works for item in work.items]
     n = max(1, len(items))
     shared = plan.shared is not None
@@ -110,7 +114,8 @@ def sampled_workload(plan: CachePlan) -> Workload:
         tokens=sum(pack.width for pack in packs) / n,
         masked=sum(item.view.positions.size for item in items) / n,
         student_tokens=sum(len(item.example.student_ids) for item in items) / n,
-        chunks=sum(item.view.positions.size if shared else len(item.draw.chunks) for item in items) / n,
+        chunks=sum(item.view.positions.size if shared else len(item.draw.chunks) for item in items)
+        / n,
         source=f"measured on the first {len(examples)} examples under {len(draws)} draws",
     )
 
@@ -133,19 +138,36 @@ def even_layout(targets: TargetConfig, vocabulary: int) -> Layout:
 
 
 def random_rows(
-    load: Workload, config: CacheConfig, vocabulary: int, count: int, draw: int = 0, own_tokens: bool = False
+    load: Workload,
+    config: CacheConfig,
+    vocabulary: int,
+    count: int,
+    draw: int = 0,
+    own_tokens: bool = False,
 ) -> list[CacheRow]:
     """Rows of this size with random values such as a cache holds."""
-    made = (_random_row(load, config, vocabulary, own_tokens, np.random.default_rng(i)) for i in range(count))
+    made = (
+        _random_row(load, config, vocabulary, own_tokens, np.random.default_rng(i))
+        for i in range(count)
+    )
     return [dataclasses.replace(row, draw=draw) for row in made]
 
 
 def _random_row(
-    load: Workload, config: CacheConfig, vocabulary: int, own_tokens: bool, random: np.random.Generator
+    load: Workload,
+    config: CacheConfig,
+    vocabulary: int,
+    own_tokens: bool,
+    random: np.random.Generator,
 ) -> CacheRow:
-    length, masked, chunks = (max(1, round(x)) for x in (load.student_tokens, load.masked, load.chunks))
+    length, masked, chunks = (
+        max(1, round(x)) for x in (load.student_tokens, load.masked, load.chunks)
+    )
     length, targets = max(length, masked), config.targets
-    temperatures, k = len(targets.stored_temperatures), targets.k if "topk" in targets.signals else 0
+    temperatures, k = (
+        len(targets.stored_temperatures),
+        targets.k if "topk" in targets.signals else 0,
+    )
     with_chunks = "chunks" in targets.signals
 
     def ids(n: int) -> np.ndarray:
@@ -161,7 +183,9 @@ def _random_row(
     logits = -np.sort(-random.normal(0, 2, (masked, k)).astype(np.float32), axis=1)
     logp = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)) - 0.2 if k else logits
     classes = targets.classes if k and targets.classes > 1 else 0
-    shares = random.dirichlet(np.full(max(1, classes), 0.3), (masked, temperatures)).astype(np.float32)
+    shares = random.dirichlet(np.full(max(1, classes), 0.3), (masked, temperatures)).astype(
+        np.float32
+    )
     places = np.sort(random.choice(length, masked, replace=False)).astype(np.int32)
     return CacheRow(
         example_id=f"{random.integers(1 << 60):016x}",

@@ -82,10 +82,21 @@ def prepare_data(config: CacheConfig, sides: Sides) -> tuple[PreparedData, datet
     reads_template = recipe.own_text or not entry.student_tokens
     identity = {
         "student": [student.fingerprint, student.template.source, sides.student_mask],
-        "teacher": [teacher.fingerprint, teacher.template.source if reads_template else "", entry.mask_id],
+        "teacher": [
+            teacher.fingerprint,
+            teacher.template.source if reads_template else "",
+            entry.mask_id,
+        ],
         "shared": entry.student_tokens,
     }
-    request = Request(config.sources, recipe, identity, config.prepared_folder, config.dedup, config.prepare_workers)
+    request = Request(
+        config.sources,
+        recipe,
+        identity,
+        config.prepared_folder,
+        config.dedup,
+        config.prepare_workers,
+    )
     return prepare(request), day
 
 
@@ -131,10 +142,17 @@ def _day(config: CacheConfig, sides: Sides) -> datetime.date | None:
     return datetime.date.today()
 
 
-def _shared_vocabulary(student: Tokenizer, teacher: Tokenizer, config: CacheConfig) -> SharedVocabulary:
+def _shared_vocabulary(
+    student: Tokenizer, teacher: Tokenizer, config: CacheConfig
+) -> SharedVocabulary:
     """What the two share. TideError unless all ordinary tokens are the same; added tokens may differ."""
     shared = SharedVocabulary.between(student, teacher)
-    ordinary = [i for t in (student, teacher) for i in t.backend.get_vocab().values() if i not in t.added_ids]
+    ordinary = [
+        i
+        for t in (student, teacher)
+        for i in t.backend.get_vocab().values()
+        if i not in t.added_ids
+    ]
     different = len(set(ordinary) - set(np.flatnonzero(shared.same).tolist()))
     if different:
         raise TideError(

@@ -24,7 +24,12 @@ def _vllm(plan: CachePlan) -> Engine:
     from teacher_cache.engines.vllm_engine.engine import VllmEngine
 
     return VllmEngine(
-        plan.checkpoint, plan.entry, plan.target_spec(), plan.config.engine, plan.longest_pass, plan.shared_ids()
+        plan.checkpoint,
+        plan.entry,
+        plan.target_spec(),
+        plan.config.engine,
+        plan.longest_pass,
+        plan.shared_ids(),
     )
 
 

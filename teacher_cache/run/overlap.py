@@ -47,7 +47,9 @@ def score_together(engine: Engine, works: Sequence[UnitWork]) -> tuple[list[list
     return each, (time.perf_counter() - begun) / len(works)
 
 
-def run_pipeline(plan: CachePlan, engine: Engine, source: Source, progress: Callable[[UnitWork, float], None]) -> None:
+def run_pipeline(
+    plan: CachePlan, engine: Engine, source: Source, progress: Callable[[UnitWork, float], None]
+) -> None:
     """Score every unit and write its shard. `progress` hears of each written unit, and for how many seconds the engine
     was busy with it. What was scored is written even when a later unit fails or Ctrl-C comes.
     """

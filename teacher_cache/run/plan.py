@@ -55,7 +55,9 @@ class CachePlan:
         units = self.manifest.units()
         # Where passes share a clean copy all draws of a part are one rank's.
         alone = isinstance(self.entry.attention, Full)
-        mine = units[rank::world] if alone else [unit for unit in units if unit.part % world == rank]
+        mine = (
+            units[rank::world] if alone else [unit for unit in units if unit.part % world == rank]
+        )
         return [unit for unit in mine if unit not in done]
 
     def examples_in(self, unit: Unit) -> int:
@@ -81,7 +83,9 @@ class CachePlan:
     def layout(self) -> Layout:
         """How the shards are written."""
         targets = self.config.targets
-        return Layout(targets.stored_temperatures, targets.values, self.vocabulary, self.manifest.partial)
+        return Layout(
+            targets.stored_temperatures, targets.values, self.vocabulary, self.manifest.partial
+        )
 
     def target_spec(self) -> TargetSpec:
         """What to take of the logits."""
@@ -90,7 +94,9 @@ class CachePlan:
         return TargetSpec(k, targets.mass, targets.stored_temperatures, self.layout.classes)
 
 
-def make_plan(config: CacheConfig, write: bool = True, engine: dict[str, Any] | None = None) -> CachePlan:
+def make_plan(
+    config: CacheConfig, write: bool = True, engine: dict[str, Any] | None = None
+) -> CachePlan:
     """Check everything, and the manifest that may be there. TideError names the first thing that is wrong.
 
     With `write` False the cache's folder is read only. `engine`: take this for the engine's part of the fingerprint,
@@ -99,7 +105,12 @@ def make_plan(config: CacheConfig, write: bool = True, engine: dict[str, Any] | 
     check_places(config)
     config = settle_engine(config)
     sides = open_sides(config)
-    entry, checkpoint, student, teacher = sides.entry, sides.checkpoint, sides.student, sides.teacher
+    entry, checkpoint, student, teacher = (
+        sides.entry,
+        sides.checkpoint,
+        sides.student,
+        sides.teacher,
+    )
     data, day = prepare_data(config, sides)
     check_alignment(config, sides, data)
     refuse_empty(data)
@@ -115,7 +126,9 @@ def make_plan(config: CacheConfig, write: bool = True, engine: dict[str, Any] | 
         check_fingerprint(config.out, old, fingerprint, "go on with it")
         draws = max(old.draws, manifest.draws)
         manifest = Manifest(fingerprint, draws, parts, data.examples, sources=old.sources or names)
-    elif units := finished_units(config.out):  # the manifest was lost: the shards say what they belong to
+    elif units := finished_units(
+        config.out
+    ):  # the manifest was lost: the shards say what they belong to
         if "topk" in config.targets.signals and has_tables(config.out):
             fingerprint["tables"] = load_vocabulary(config.out).digest
         for unit in units:
@@ -134,7 +147,11 @@ def may_be_partial(config: CacheConfig) -> bool:
     because its text (with a prompt's unshared tokens spelled out, longer than the student's) is cut.
     """
     targets, lengths = config.targets, config.lengths
-    return targets.teacher_text == "own" or targets.positions == "content" or lengths.teacher < 2 * lengths.student
+    return (
+        targets.teacher_text == "own"
+        or targets.positions == "content"
+        or lengths.teacher < 2 * lengths.student
+    )
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -145,7 +162,9 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         tokenizer.backend.save_pretrained(half)
 
 
-def _fingerprint(config: CacheConfig, sides: Sides, data: PreparedData, day: datetime.date | None) -> dict[str, Any]:
+def _fingerprint(
+    config: CacheConfig, sides: Sides, data: PreparedData, day: datetime.date | None
+) -> dict[str, Any]:
     entry, student, teacher = sides.entry, sides.student, sides.teacher
     noise = to_plain(config.noise)
     noise.pop("draws")  # a cache may grow
@@ -153,14 +172,23 @@ def _fingerprint(config: CacheConfig, sides: Sides, data: PreparedData, day: dat
     targets["temperatures"] = list(config.targets.stored_temperatures)
     targets.pop("tables_from")  # its digest says it
     if config.targets.classes_from is not None:
-        targets["classes_from"] = open_checkpoint(resolve(config.targets.classes_from)).fingerprint()
+        targets["classes_from"] = open_checkpoint(
+            resolve(config.targets.classes_from)
+        ).fingerprint()
     for name, plain in (("positions", "response"), ("teacher_text", "student")):
         if not entry.student_tokens or targets[name] == plain:
             targets.pop(name)
     if entry.student_tokens and may_be_partial(config):
         targets["partial"] = True
     if "topk" not in config.targets.signals:
-        targets |= {"k": 0, "mass": 1.0, "tail": "student", "classes": 1, "classes_from": None, "pilot": 0}
+        targets |= {
+            "k": 0,
+            "mass": 1.0,
+            "tail": "student",
+            "classes": 1,
+            "classes_from": None,
+            "pilot": 0,
+        }
     return {
         "schema": SCHEMA_VERSION,
         "teacher": {

@@ -10,7 +10,9 @@ from shared.text.tokenizers import Tokenizer
 from teacher_cache.teachers.registry import TeacherEntry
 
 
-def check_teacher(config: CacheConfig, entry: TeacherEntry, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+def check_teacher(
+    config: CacheConfig, entry: TeacherEntry, checkpoint: Checkpoint, tokenizer: Tokenizer
+) -> None:
     """TideError names the first thing that does not fit."""
     rows = checkpoint.embedding_rows
     _check_sizes(config, entry, checkpoint, tokenizer, rows)
@@ -19,7 +21,11 @@ def check_teacher(config: CacheConfig, entry: TeacherEntry, checkpoint: Checkpoi
 
 
 def _check_sizes(
-    config: CacheConfig, entry: TeacherEntry, checkpoint: Checkpoint, tokenizer: Tokenizer, rows: int
+    config: CacheConfig,
+    entry: TeacherEntry,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    rows: int,
 ) -> None:
     if "topk" in config.targets.signals and config.targets.k > rows:
         raise TideError(
@@ -39,7 +45,11 @@ def _check_sizes(
             expected="one and the same number",
             fix="choose the teacher that this checkpoint belongs to, or correct vocabulary in your entry",
         )
-    limit = int(checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("max_sequence_length") or 0)
+    limit = int(
+        checkpoint.config.get("max_position_embeddings")
+        or checkpoint.config.get("max_sequence_length")
+        or 0
+    )
     needed = config.lengths.student if entry.student_tokens else config.lengths.teacher
     if limit and needed > limit:
         raise TideError(
@@ -48,7 +58,9 @@ def _check_sizes(
         )
 
 
-def _check_mask(name: str, entry: TeacherEntry, checkpoint: Checkpoint, tokenizer: Tokenizer, rows: int) -> None:
+def _check_mask(
+    name: str, entry: TeacherEntry, checkpoint: Checkpoint, tokenizer: Tokenizer, rows: int
+) -> None:
     stated = stated_mask(checkpoint, tokenizer)
     if (stated is not None and stated != entry.mask_id) or not 0 <= entry.mask_id < rows:
         raise TideError(

@@ -28,11 +28,21 @@ _SECONDS_BETWEEN = 2.0
 
 def read_status(cache: Path) -> dict[str, Any]:
     """The status of a cache; empty where there is none, or none that can be read. Of several ranks: their sums."""
-    found, ranks = _read(cache / STATUS), [_read(path) for path in sorted(cache.glob("status-*-of-*.json"))]
+    found, ranks = (
+        _read(cache / STATUS),
+        [_read(path) for path in sorted(cache.glob("status-*-of-*.json"))],
+    )
     if not ranks:
         return found
     every = [one for one in (found, *ranks) if one]
-    keys = ("rows_done", "rows_to_do", "bytes_written", "rows_per_second", "failures", "engine_seconds")
+    keys = (
+        "rows_done",
+        "rows_to_do",
+        "bytes_written",
+        "rows_per_second",
+        "failures",
+        "engine_seconds",
+    )
     sums = {key: sum(one.get(key) or 0 for one in every) for key in keys}
     states = {one.get("state") for one in every}
     return {**sums, "state": states.pop() if len(states) == 1 else "mixed", "ranks": len(ranks)}
@@ -59,7 +69,9 @@ class Progress:
         self._started, self._last = time.time(), 0.0
         self._rows = self._bytes = self._failures = 0
         self._busy = 0.0
-        self._bar = tqdm(total=self._total, unit="row", desc=f"cache {plan.config.teacher}", smoothing=0.05)
+        self._bar = tqdm(
+            total=self._total, unit="row", desc=f"cache {plan.config.teacher}", smoothing=0.05
+        )
 
     def wrote(self, unit: Unit, examples: int, busy_seconds: float, engines: int = 1) -> None:
         """One more shard is on disk. `busy_seconds`: what an engine was busy for it."""
@@ -71,7 +83,9 @@ class Progress:
         self._bar.update(examples)
         share = self._busy / max(1e-9, (time.time() - self._started) * engines)
         parts = self._plan.manifest.parts
-        self._bar.set_postfix_str(f"draw {unit.draw} part {unit.part + 1}/{parts}, engine busy {share:.0%}")
+        self._bar.set_postfix_str(
+            f"draw {unit.draw} part {unit.part + 1}/{parts}, engine busy {share:.0%}"
+        )
         if time.time() - self._last >= _SECONDS_BETWEEN:
             self._write("running", engines)
 
@@ -104,9 +118,17 @@ class Progress:
         self._write("running")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
         self._bar.close()
-        self._write("finished" if kind is None else "stopped" if issubclass(kind, KeyboardInterrupt) else "failed")
+        self._write(
+            "finished"
+            if kind is None
+            else "stopped"
+            if issubclass(kind, KeyboardInterrupt)
+            else "failed"
+        )
 
 
 def prometheus(status: dict[str, Any], teacher: str) -> str:
@@ -114,7 +136,10 @@ def prometheus(status: dict[str, Any], teacher: str) -> str:
     lines = []
     for key, value in status.items():
         if isinstance(value, int | float):
-            lines += [f"# TYPE tide_cache_{key} gauge", f'tide_cache_{key}{{teacher="{teacher}"}} {value}']
+            lines += [
+                f"# TYPE tide_cache_{key} gauge",
+                f'tide_cache_{key}{{teacher="{teacher}"}} {value}',
+            ]
     lines += ["# TYPE tide_cache_running gauge"]
     lines += [f'tide_cache_running{{teacher="{teacher}"}} {int(status["state"] == "running")}']
     return "\n".join(lines) + "\n"

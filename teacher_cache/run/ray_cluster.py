@@ -11,7 +11,9 @@ from shared.system.errors import TideError
 def connect() -> Any:
     """Ray, talking to the cluster at hand (`RAY_ADDRESS`, or the local one)."""
     if importlib.util.find_spec("ray") is None:
-        raise TideError("engine.workers is ray, and Ray is not installed", fix="pip install '.[ray]'")
+        raise TideError(
+            "engine.workers is ray, and Ray is not installed", fix="pip install '.[ray]'"
+        )
     import ray
 
     if not ray.is_initialized():

@@ -75,7 +75,10 @@ class _Pool:
         self._running: dict[Any, tuple[Any, list[Unit]]] = {}
         self._gone: set[Any] = set()
         self._newest: Any = None
-        for actor in [self._actor.remote(self._plan) for _ in range(min(engine.data_parallel, len(self._todo)))]:
+        for actor in [
+            self._actor.remote(self._plan)
+            for _ in range(min(engine.data_parallel, len(self._todo)))
+        ]:
             self._give(actor)
         for actor in [actor for actor, _ in self._running.values()]:
             for _ in range(_IN_HAND - 1):
@@ -100,7 +103,9 @@ class _Pool:
                 cause = error.cause
                 if isinstance(cause, TideError):
                     raise cause from error
-                raise TideError(f"units {units} failed on a Ray node: {cause}", fix="see Ray's logs") from error
+                raise TideError(
+                    f"units {units} failed on a Ray node: {cause}", fix="see Ray's logs"
+                ) from error
             for unit, count in zip(units, examples, strict=True):
                 progress.wrote(unit, count, busy, engines)
             self._give(actor)
@@ -138,7 +143,9 @@ def tables_by_ray(plan: CachePlan) -> None:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, TideError):
             raise error.cause from error
-        raise TideError(f"the pilot sample failed on a Ray node: {error.cause}", fix="see Ray's logs") from error
+        raise TideError(
+            f"the pilot sample failed on a Ray node: {error.cause}", fix="see Ray's logs"
+        ) from error
     except ray.exceptions.RayActorError as error:
         raise TideError(f"the Ray actor that scored the pilot sample was lost: {error}",
                         fix="run the same command again") from error  # fmt: skip

@@ -22,7 +22,9 @@ def settle_engine(config: CacheConfig) -> CacheConfig:
 
     The chosen precision is said on stderr where it was left open.
     """
-    begun = load_manifest(config.out).fingerprint["engine"] if (config.out / MANIFEST).exists() else {}
+    begun = (
+        load_manifest(config.out).fingerprint["engine"] if (config.out / MANIFEST).exists() else {}
+    )
     settings = _settle_type(config, begun.get("type"))
     return dataclasses.replace(config, engine=_settle_dtype(settings, begun.get("dtype")))
 
@@ -45,8 +47,15 @@ def _settle_type(config: CacheConfig, begun: str | None) -> EngineConfig:
 
 
 def _settle_dtype(settings: EngineConfig, begun: str | None) -> EngineConfig:
-    if settings.workers == "ray" and settings.dtype == "auto" and begun is None and cluster_has_gpus():
-        return dataclasses.replace(settings, dtype="bfloat16")  # this machine only drives those that compute
+    if (
+        settings.workers == "ray"
+        and settings.dtype == "auto"
+        and begun is None
+        and cluster_has_gpus()
+    ):
+        return dataclasses.replace(
+            settings, dtype="bfloat16"
+        )  # this machine only drives those that compute
     device = choose_device(settings.device)
     chosen = choose_precision(settings.dtype, device, begun)
     if settings.dtype == "auto":

@@ -46,4 +46,7 @@ def sources(plan: CachePlan, groups: Iterable[Sequence[Unit]]) -> Source:
     """Each group with its examples."""
     for group in groups:
         examples = examples_of(plan, group[0])
-        yield [(unit, examples if unit.part == group[0].part else examples_of(plan, unit)) for unit in group]
+        yield [
+            (unit, examples if unit.part == group[0].part else examples_of(plan, unit))
+            for unit in group
+        ]

@@ -53,7 +53,9 @@ def prepare_unit(plan: CachePlan, unit: Unit, examples: Sequence[Prepared]) -> U
     return UnitWork(unit, len(examples), items, requests)
 
 
-def finish_unit(plan: CachePlan, work: UnitWork, scores: Sequence[Scores]) -> tuple[list[CacheRow], dict[str, Any]]:
+def finish_unit(
+    plan: CachePlan, work: UnitWork, scores: Sequence[Scores]
+) -> tuple[list[CacheRow], dict[str, Any]]:
     """Rows of the shard, and the counts that are stored with it. TideError where a score is not finite."""
     rows, position = [], 0
     for item in work.items:
@@ -62,16 +64,23 @@ def finish_unit(plan: CachePlan, work: UnitWork, scores: Sequence[Scores]) -> tu
         for part in parts:
             refuse_nonfinite(part, item.example.id)
         merged = merge_passes(plan.target_spec(), item.view.positions.size, parts, item.rows)
-        about = RowSettings(plan.config.targets.signals, plan.config.noise.comp_demo, plan.layout.partial)
+        about = RowSettings(
+            plan.config.targets.signals, plan.config.noise.comp_demo, plan.layout.partial
+        )
         rows.append(cache_row(item.example, item.draw, work.unit.draw, item.view, merged, about))
     masked = sum(row.masked.size for row in rows)
     chunks = sum(0 if row.chunk_logp is None else row.chunk_logp.size for row in rows)
-    bare = sum(row.chunk_logp is not None and row.masked.size > 0 and row.chunk_logp.size == 0 for row in rows)
+    bare = sum(
+        row.chunk_logp is not None and row.masked.size > 0 and row.chunk_logp.size == 0
+        for row in rows
+    )
     place = {"draw": work.unit.draw, "part": work.unit.part, CACHE: plan.manifest.digest}
     return rows, {"rows_without_chunks": bare, "masked": masked, "chunks": chunks, **place}
 
 
-def merge_passes(spec: TargetSpec, n: int, parts: Sequence[Scores], rows_of: Sequence[np.ndarray]) -> Scores:
+def merge_passes(
+    spec: TargetSpec, n: int, parts: Sequence[Scores], rows_of: Sequence[np.ndarray]
+) -> Scores:
     """Put the rows of several passes back in the order of the `n` positions; pass i read the rows `rows_of[i]`."""
     temperatures = len(spec.temperatures)
     topk = (
@@ -100,7 +109,12 @@ class RowSettings:
 
 
 def cache_row(
-    example: Prepared, draw: Draw, number: int, view: TeacherView, scores: Scores, about: RowSettings
+    example: Prepared,
+    draw: Draw,
+    number: int,
+    view: TeacherView,
+    scores: Scores,
+    about: RowSettings,
 ) -> CacheRow:
     """The row of draw `number` of an example, from what the teacher said of `view`."""
     masked = draw.masked
@@ -110,10 +124,19 @@ def cache_row(
             chunk_student = np.stack([view.student, view.student + 1], axis=1)
             chunk_teacher = np.stack([view.positions, view.positions + 1], axis=1)
         else:
-            chunk_student, chunk_teacher = example.chunks[draw.chunks, 2:], example.chunks[draw.chunks, :2]
-        chunk_logp = np.bincount(view.chunk_of, scores.gold_logp, minlength=len(chunk_student)).astype(np.float32)
+            chunk_student, chunk_teacher = (
+                example.chunks[draw.chunks, 2:],
+                example.chunks[draw.chunks, :2],
+            )
+        chunk_logp = np.bincount(
+            view.chunk_of, scores.gold_logp, minlength=len(chunk_student)
+        ).astype(np.float32)
     ids = top = None
-    if scores.topk_sizes is not None and scores.topk_ids is not None and scores.topk_logp is not None:
+    if (
+        scores.topk_sizes is not None
+        and scores.topk_ids is not None
+        and scores.topk_logp is not None
+    ):
         keep = np.arange(scores.topk_ids.shape[1]) < scores.topk_sizes[:, None]
         ids, top = scores.topk_ids[keep], scores.topk_logp[keep]
     return CacheRow(

@@ -57,7 +57,9 @@ def _serve(plan: CachePlan, parent: Connection) -> None:
     """One process: ask for units until there are none, and tell what was written."""
     try:
         engine = load_engine(plan)
-        speaking = threading.Lock()  # units are asked for in one thread, written ones told of in another
+        speaking = (
+            threading.Lock()
+        )  # units are asked for in one thread, written ones told of in another
 
         def tell(event: object) -> None:
             with speaking:
@@ -123,7 +125,9 @@ class _Crew:
     def _start(self, index: int) -> _Member:
         ours, theirs = self._context.Pipe()
         with _devices(index, self._plan.config.engine.tensor_parallel):
-            process = self._context.Process(target=_serve, args=(self._plan, theirs), name=f"tide-worker-{index}")
+            process = self._context.Process(
+                target=_serve, args=(self._plan, theirs), name=f"tide-worker-{index}"
+            )
             process.start()
         theirs.close()
         return _Member(process, ours)
@@ -167,7 +171,9 @@ class _Crew:
 
     @staticmethod
     def _tell(member: _Member, units: list[Unit] | None) -> None:
-        with suppress(BrokenPipeError, ConnectionResetError):  # it died just now: its pipe's end will say so
+        with suppress(
+            BrokenPipeError, ConnectionResetError
+        ):  # it died just now: its pipe's end will say so
             member.pipe.send(units)
 
     def _replace(self, index: int, member: _Member) -> None:
@@ -182,7 +188,9 @@ class _Crew:
                 fix="run the same command again: finished shards are kept. Exit code -9 is often a lack of memory: "
                 "lower engine.data_parallel or engine.tokens_per_batch",
             )
-        tqdm.write(f"worker {index} died (exit code {member.process.exitcode}); another takes its place")
+        tqdm.write(
+            f"worker {index} died (exit code {member.process.exitcode}); another takes its place"
+        )
         self._todo.extendleft(reversed(together(self._plan, sorted(member.in_hand))))
         self._waiting = [other for other in self._waiting if other is not member]
         self._members[index] = self._start(index)
@@ -230,8 +238,11 @@ def tables_by_worker(plan: CachePlan) -> None:
             process.join()
     if isinstance(answer, _Failed):
         raise TideError(
-            answer.reason or f"the process that scored the pilot sample died (exit code {process.exitcode})",
-            fix=None if answer.reason else "run the same command again; exit code -9 is often a lack of memory",
+            answer.reason
+            or f"the process that scored the pilot sample died (exit code {process.exitcode})",
+            fix=None
+            if answer.reason
+            else "run the same command again; exit code -9 is often a lack of memory",
         )
 
 
@@ -243,7 +254,9 @@ def run_workers(plan: CachePlan, units: Sequence[Unit]) -> None:
         with Progress(plan, units) as progress:
             crew.on_death = progress.failed
             for event in crew.events():
-                progress.wrote(event.unit, event.examples, event.busy, plan.config.engine.data_parallel)
+                progress.wrote(
+                    event.unit, event.examples, event.busy, plan.config.engine.data_parallel
+                )
         patience = 30.0
     finally:
         crew.close(patience)

@@ -82,14 +82,20 @@ def parse_entries(values: dict[str, Any], where: str) -> dict[str, TeacherEntry]
     entries = {}
     for name, table in values.items():
         if not isinstance(table, dict):
-            raise TideError(f"{where}: {name} is a value", expected="one table a teacher, such as [my-teacher]")
+            raise TideError(
+                f"{where}: {name} is a value", expected="one table a teacher, such as [my-teacher]"
+            )
         entries[name] = build(TeacherEntry, table, f"teacher {name} in {where}")
     return entries
 
 
 def all_teachers(extra: Path | None = None) -> dict[str, TeacherEntry]:
     """The built-in entries and those of `extra` (a TOML file), which may replace built-in ones."""
-    text = resources.files("teacher_cache.teachers").joinpath("registry.toml").read_text(encoding="utf-8")
+    text = (
+        resources.files("teacher_cache.teachers")
+        .joinpath("registry.toml")
+        .read_text(encoding="utf-8")
+    )
     entries = parse_entries(tomllib.loads(text), "registry.toml")
     if extra is not None:
         entries |= parse_entries(read_toml(extra), str(extra))
@@ -117,5 +123,9 @@ def known_shape(entry: TeacherEntry) -> dict[str, Any] | None:
 
 def published_shape(name: str) -> dict[str, Any] | None:
     """A table of shapes.toml; None where there is none of that name."""
-    text = resources.files("teacher_cache.teachers").joinpath("shapes.toml").read_text(encoding="utf-8")
+    text = (
+        resources.files("teacher_cache.teachers")
+        .joinpath("shapes.toml")
+        .read_text(encoding="utf-8")
+    )
     return tomllib.loads(text).get(name)

@@ -27,9 +27,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     kinds = sorted({kind for kind, _ in KINDS})
     terminalreporter.section("faults by kind")
     for kind in kinds:
-        counts = [f"{KINDS[kind, state]} {state}" for state in ("passed", "failed", "skipped") if KINDS[kind, state]]
+        counts = [
+            f"{KINDS[kind, state]} {state}"
+            for state in ("passed", "failed", "skipped")
+            if KINDS[kind, state]
+        ]
         terminalreporter.write_line(f"{kind:<56}{', '.join(counts)}")
     whole: Counter[str] = Counter(dict.fromkeys(("passed", "failed", "skipped"), 0))
     for (_, state), count in KINDS.items():
         whole[state] += count
-    terminalreporter.write_line(f"{'all':<56}{', '.join(f'{n} {state}' for state, n in whole.items())}")
+    terminalreporter.write_line(
+        f"{'all':<56}{', '.join(f'{n} {state}' for state, n in whole.items())}"
+    )

@@ -99,7 +99,9 @@ def test_a_checkpoint_of_an_earlier_version_is_gone_on_from(
     assert curve(tmp_path / "run") == curve(finished)
 
 
-def test_a_clock_that_steps_back_loses_no_checkpoint(finished: Path, caches: dict[str, Path], tmp_path: Path) -> None:
+def test_a_clock_that_steps_back_loses_no_checkpoint(
+    finished: Path, caches: dict[str, Path], tmp_path: Path
+) -> None:
     """Older checkpoints are dated years ahead: by date, the newest would be the first to go."""
     last = copy(finished, tmp_path / "run")
     shutil.rmtree(last)
@@ -109,14 +111,22 @@ def test_a_clock_that_steps_back_loses_no_checkpoint(finished: Path, caches: dic
     (last.parent / "checkpoint-4" / MARKER).write_text("1.0\n")
     os.utime(last.parent / "checkpoint-4", (4.1e9, 4.1e9))
     train_student(settings(caches, tmp_path / "run"))
-    assert sorted(p.name for p in last.parent.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
+    assert sorted(p.name for p in last.parent.glob("checkpoint-*")) == [
+        "checkpoint-12",
+        "checkpoint-8",
+    ]
     assert curve(tmp_path / "run") == curve(finished)
 
 
 @pytest.mark.faults("files of the user beside ours")
-def test_what_the_user_keeps_beside_checkpoints_stays(finished: Path, caches: dict[str, Path], tmp_path: Path) -> None:
+def test_what_the_user_keeps_beside_checkpoints_stays(
+    finished: Path, caches: dict[str, Path], tmp_path: Path
+) -> None:
     last = copy(finished, tmp_path / "run")
-    mine = [last.parent / name for name in ("checkpoint-8-mine", "checkpoint-best", "checkpoint-08", "checkpoint--1")]
+    mine = [
+        last.parent / name
+        for name in ("checkpoint-8-mine", "checkpoint-best", "checkpoint-08", "checkpoint--1")
+    ]
     for folder in mine:
         folder.mkdir()
         (folder / "weights").write_text("mine")
@@ -127,7 +137,9 @@ def test_what_the_user_keeps_beside_checkpoints_stays(finished: Path, caches: di
 
 
 @pytest.mark.faults("files of the user beside ours")
-@pytest.mark.parametrize("name", ["chapter1.tmp", ".chapter1.tmp", ".thesis.tide-tmp", "x.tide-tmp"])
+@pytest.mark.parametrize(
+    "name", ["chapter1.tmp", ".chapter1.tmp", ".thesis.tide-tmp", "x.tide-tmp"]
+)
 def test_files_with_names_like_temporary_ones_stay(name: str, tmp_path: Path) -> None:
     (tmp_path / "thesis" / "x.tmp").mkdir(parents=True)
     (tmp_path / "thesis" / name).write_text("mine")

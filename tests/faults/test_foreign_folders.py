@@ -61,7 +61,9 @@ def load(folder: Path) -> None:
      {"a": "model.safetensors\0"}],
     ids=str,
 )  # fmt: skip
-def test_an_index_that_names_what_it_should_not(names: Any, random_teacher: Path, tmp_path: Path) -> None:
+def test_an_index_that_names_what_it_should_not(
+    names: Any, random_teacher: Path, tmp_path: Path
+) -> None:
     folder = model(random_teacher, tmp_path / "m")
     index(folder, names)
     with explained():
@@ -94,12 +96,24 @@ def to_list(path: Path) -> None:
 @pytest.mark.faults("model folders of strangers")
 @pytest.mark.parametrize("change", [to_fifo, to_zeros, to_itself, to_deep, to_list])
 @pytest.mark.parametrize(
-    "name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+    "name",
+    [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ],
 )
-def test_files_that_are_none(name: str, change: Callable[[Path], None], random_teacher: Path, tmp_path: Path) -> None:
+def test_files_that_are_none(
+    name: str, change: Callable[[Path], None], random_teacher: Path, tmp_path: Path
+) -> None:
     folder = model(random_teacher, tmp_path / "m")
     change(folder / name)
-    harmless = name == "chat_template.jinja" and change in (to_deep, to_list)  # any text is a template
+    harmless = name == "chat_template.jinja" and change in (
+        to_deep,
+        to_list,
+    )  # any text is a template
     if harmless:
         Tokenizer.load(folder)
         return
@@ -186,7 +200,9 @@ HOSTILE: list[tuple[str, Any]] = [
 
 @pytest.mark.faults("manifests of strangers")
 @pytest.mark.parametrize(("what", "change"), HOSTILE, ids=[name[:60] for name, _ in HOSTILE])
-def test_manifests_that_cannot_be(what: str, change: Any, caches: dict[str, Path], tmp_path: Path) -> None:
+def test_manifests_that_cannot_be(
+    what: str, change: Any, caches: dict[str, Path], tmp_path: Path
+) -> None:
     """Each with a checksum that holds."""
     values = json.loads(json.dumps(dataclasses.asdict(load_manifest(caches["tiny-shared"]))))
     if callable(change):
@@ -214,7 +230,9 @@ def test_manifests_that_are_no_files(change: Callable[[Path], None], tmp_path: P
 
 
 @pytest.mark.faults("manifests of strangers")
-@pytest.mark.parametrize("text", ["", "{}", "null", "3", '"x"', "[1]", '{"draws": 1}', '{"a": NaN}', "\0", "\ud800"])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "null", "3", '"x"', "[1]", '{"draws": 1}', '{"a": NaN}', "\0", "\ud800"]
+)
 def test_manifests_that_are_something_else(text: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     with explained():
@@ -223,14 +241,22 @@ def test_manifests_that_are_something_else(text: str, tmp_path: Path) -> None:
 
 @pytest.mark.faults("manifests of strangers")
 @pytest.mark.parametrize("change", [c for _, c in HOSTILE if not callable(c)], ids=str)
-def test_old_manifests_that_cannot_be(change: dict[str, Any], caches: dict[str, Path], tmp_path: Path) -> None:
+def test_old_manifests_that_cannot_be(
+    change: dict[str, Any], caches: dict[str, Path], tmp_path: Path
+) -> None:
     from teacher_cache.maintenance.upgrade import upgrade_cache
 
     values = json.loads(json.dumps(dataclasses.asdict(load_manifest(caches["tiny-shared"]))))
     values["schema_version"] = 3
     for place, value in change.items():
         section, _, name = place.partition(".")
-        target = values["fingerprint"][section] if name else values if place in values else values["fingerprint"]
+        target = (
+            values["fingerprint"][section]
+            if name
+            else values
+            if place in values
+            else values["fingerprint"]
+        )
         target[name or place] = value
     (tmp_path / "manifest.json").write_text(json.dumps(values))
     with explained():

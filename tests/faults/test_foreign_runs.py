@@ -33,7 +33,9 @@ def test_answers_that_would_run_code_are_not_read(name: str, tmp_path: Path) -> 
 
     with sqlite3.connect(tmp_path / name) as database:
         database.execute("CREATE TABLE unnamed (key TEXT PRIMARY KEY, value BLOB)")
-        database.execute("INSERT INTO unnamed VALUES ('x', ?)", (pickle.dumps(Runs(tmp_path / "ran")),))
+        database.execute(
+            "INSERT INTO unnamed VALUES ('x', ?)", (pickle.dumps(Runs(tmp_path / "ran")),)
+        )
     database.close()
     assert Answers(tmp_path / name).get("generate_until", "x") is None
     assert not (tmp_path / "ran").exists()
@@ -90,7 +92,9 @@ def test_replays_of_odd_runs(name: str, content: bytes, tmp_path: Path) -> None:
     from shared.settings.config import TrainConfig
     from student_train.training.replay import replay
 
-    (tmp_path / "run.json").write_text(json.dumps({"config": {**to_plain(TrainConfig()), "cache": "none"}}))
+    (tmp_path / "run.json").write_text(
+        json.dumps({"config": {**to_plain(TrainConfig()), "cache": "none"}})
+    )
     (tmp_path / "nonfinite.json").write_text(json.dumps({"step": 1, "batch": 1, "example_ids": []}))
     (tmp_path / name).write_bytes(content)
     with explained():

@@ -23,7 +23,9 @@ TRAIN = (
      ("prune {C} --out {O} --k 4", 4 << 10), ("push {C} {O}", 4 << 10),
      ("cache --teacher tiny-shared --set data.limit=4 --set engine.device=cpu --out {O}", 100 << 10)],
 )  # fmt: skip
-def test_is_one_explained_error(command: str, limit: int, caches: dict[str, Path], tmp_path: Path) -> None:
+def test_is_one_explained_error(
+    command: str, limit: int, caches: dict[str, Path], tmp_path: Path
+) -> None:
     names = {
         "S": "embedded:student_train/tiny_students/shared",
         "C": str(caches["tiny-shared"]),
@@ -38,5 +40,9 @@ def test_is_one_explained_error(command: str, limit: int, caches: dict[str, Path
         capture_output=True, text=True, preexec_fn=small, timeout=120, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert found.returncode == 2, found.stderr
-    assert found.stderr.count("tide: error") == found.stderr.count("tide: error: the disk is full") == 1
+    assert (
+        found.stderr.count("tide: error")
+        == found.stderr.count("tide: error: the disk is full")
+        == 1
+    )
     assert "Traceback" not in found.stderr

@@ -106,13 +106,17 @@ def test_locks_where_the_file_system_has_no_flock(
     )  # fmt: skip
 
     def other() -> str:
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
 
     with hold(tmp_path / ".lock", "it"):
         assert f"in use by process {os.getpid()} of" in other()
     assert other() == "held\n"
     if both:  # a process that was killed while it held the lock
-        (tmp_path / ".lock.held").write_text(json.dumps({"host": os.uname().nodename, "pid": 2**22 + 1, "since": ""}))
+        (tmp_path / ".lock.held").write_text(
+            json.dumps({"host": os.uname().nodename, "pid": 2**22 + 1, "since": ""})
+        )
         assert other() == "held\n"
 
 
@@ -124,7 +128,10 @@ def test_a_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
-    with pytest.raises(TideError, match=f"it is in use by process {process.pid} of"), hold(tmp_path / ".lock", "it"):
+    with (
+        pytest.raises(TideError, match=f"it is in use by process {process.pid} of"),
+        hold(tmp_path / ".lock", "it"),
+    ):
         pass
     process.kill()
     process.communicate()
@@ -144,7 +151,9 @@ def test_the_children_of_an_ablation_end_with_it(sign: signal.Signals, tmp_path:
         assert process.returncode == (-sign if sign == signal.SIGKILL else 128 + sign)
         assert "Traceback" not in said
         deadline = time.monotonic() + 30
-        while processes_with(str(tmp_path / "grid" / "plain-seed0")) and time.monotonic() < deadline:
+        while (
+            processes_with(str(tmp_path / "grid" / "plain-seed0")) and time.monotonic() < deadline
+        ):
             time.sleep(0.2)
         assert processes_with(str(tmp_path / "grid" / "plain-seed0")) == []
     with started(*command, until=tmp_path / "grid" / "progress.json"):
@@ -167,7 +176,9 @@ def test_a_trainer_that_is_told_to_stop_goes_without_a_traceback(
 
 @pytest.mark.slow
 @pytest.mark.faults("told to stop")
-@pytest.mark.parametrize("signs", [(signal.SIGTERM,), (signal.SIGINT,), (signal.SIGINT, signal.SIGINT)])
+@pytest.mark.parametrize(
+    "signs", [(signal.SIGTERM,), (signal.SIGINT,), (signal.SIGINT, signal.SIGINT)]
+)
 def test_a_cache_that_is_told_to_stop_says_so_in_its_status(
     signs: tuple[signal.Signals, ...], random_teacher: Path, tmp_path: Path
 ) -> None:
@@ -188,7 +199,9 @@ def test_a_cache_that_is_told_to_stop_says_so_in_its_status(
 
 
 @pytest.mark.faults("told to stop")
-def test_a_prune_that_was_killed_before_its_manifest_goes_on(caches: dict[str, Path], tmp_path: Path) -> None:
+def test_a_prune_that_was_killed_before_its_manifest_goes_on(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
     from shared.system.atomic import write_bytes
     from teacher_cache.maintenance.prune import prune_cache
 
@@ -198,7 +211,9 @@ def test_a_prune_that_was_killed_before_its_manifest_goes_on(caches: dict[str, P
 
 
 @pytest.mark.faults("told to stop")
-def test_what_a_killed_run_left_half_written_is_cleared(random_teacher: Path, tmp_path: Path) -> None:
+def test_what_a_killed_run_left_half_written_is_cleared(
+    random_teacher: Path, tmp_path: Path
+) -> None:
     from teacher_cache.run.build import build_cache
     from tests.conftest import small_cache_config
 

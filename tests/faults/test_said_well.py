@@ -30,7 +30,9 @@ def names(caches: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("said")
     (folder / "mamba.toml").write_text(MAMBA)
     (folder / "empty.jsonl").write_text("")
-    (folder / "useless.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "q"}]}) + "\n")
+    (folder / "useless.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "q"}]}) + "\n"
+    )
     (folder / "wrong.toml").write_text("[train]\nlearning_rte = 1e-4\n")
     (folder / "table.toml").write_text("[trian]\nlearning_rate = 1e-4\n")
     (folder / "no.toml").write_text("= 3")
@@ -159,7 +161,10 @@ def test_without_such_values_the_same_commands_work(
     command: str, names: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, said = run([word.format(**{**names, "O": str(tmp_path / "o")}) for word in command.split()], monkeypatch)
+    code, said = run(
+        [word.format(**{**names, "O": str(tmp_path / "o")}) for word in command.split()],
+        monkeypatch,
+    )
     assert code in (0, None), said
 
 
@@ -194,6 +199,15 @@ def test_copies_beyond_the_visible_gpus_do_not_run_on_the_cpu(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", visible)
     for extra in ([], ["--dry-run"]):
-        words = ["cache", "--config", names["T"], "--set", "engine.device=auto", "--data-parallel", "4", *extra]
+        words = [
+            "cache",
+            "--config",
+            names["T"],
+            "--set",
+            "engine.device=auto",
+            "--data-parallel",
+            "4",
+            *extra,
+        ]
         code, said = run(words, monkeypatch)
         assert code == 2 and f"CUDA_VISIBLE_DEVICES={visible}" in said

@@ -83,7 +83,11 @@ def test_what_is_lost_is_said_by_pull_and_mended_by_push(
     except TideError as error:
         said = str(error)
     else:  # what is lost could be done without, or be checked by the ledger
-        said = "push" if all(known[n] == c for n, c in content(tmp_path / "pulled").items()) else "another content"
+        said = (
+            "push"
+            if all(known[n] == c for n, c in content(tmp_path / "pulled").items())
+            else "another content"
+        )
     assert "push" in said or "copy it again" in said
     push(store, cache)
     store.pull(tmp_path / "again")
@@ -106,7 +110,9 @@ def test_a_shard_whose_marker_was_cut_is_computed_again_by_no_one_but_written_ag
      "draw=00/part-00000.parquet.bak", "deep/draw=00/part-00000.parquet", "student_tokenizer/a/b.json", "tables/run.py",
      f"draw=00/part-{'9' * 120}.parquet", ".DS_Store", "draw=00/.part-00000.parquet"],
 )  # fmt: skip
-def test_files_of_others_in_the_store_are_left_alone(name: str, pushed: tuple[Path, Store], tmp_path: Path) -> None:
+def test_files_of_others_in_the_store_are_left_alone(
+    name: str, pushed: tuple[Path, Store], tmp_path: Path
+) -> None:
     cache, store = pushed
     for suffix in ("", ".ok"):
         place = Path(store.root) / f"{name}{suffix}"
@@ -120,10 +126,16 @@ def test_files_of_others_in_the_store_are_left_alone(name: str, pushed: tuple[Pa
     assert not (tmp_path / "brought" / name).exists()
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "draw=00/../../x", "run.py", "", ".", "tables/../x.parquet"])
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/passwd", "draw=00/../../x", "run.py", "", ".", "tables/../x.parquet"]
+)
 def test_names_that_lead_elsewhere_are_refused(name: str, pushed: tuple[Path, Store]) -> None:
     _, store = pushed
-    for action in (lambda: store.read(name), lambda: store.get(name), lambda: store.put(name, b"x")):
+    for action in (
+        lambda: store.read(name),
+        lambda: store.get(name),
+        lambda: store.put(name, b"x"),
+    ):
         with pytest.raises(TideError, match="no file of a cache"):
             action()
 

@@ -56,7 +56,9 @@ def test_errors_repeat_no_sequences(command: list[str], monkeypatch: pytest.Monk
     from pipelines.cli import main
 
     err = io.StringIO()
-    monkeypatch.setattr(sys, "argv", ["tide", *(part.format("\x1b]0;evil\x07\x1b[2Jx") for part in command)])
+    monkeypatch.setattr(
+        sys, "argv", ["tide", *(part.format("\x1b]0;evil\x07\x1b[2Jx") for part in command)]
+    )
     monkeypatch.setattr(sys, "stderr", err)
     with pytest.raises(SystemExit) as stop:
         main()

@@ -20,7 +20,11 @@ SHARD = "draw=00/part-00000.parquet"
 
 
 def write(
-    path: Path, note: Any, members: dict[str, bytes], kind: bytes = tarfile.REGTYPE, first: str = CHECKSUMS
+    path: Path,
+    note: Any,
+    members: dict[str, bytes],
+    kind: bytes = tarfile.REGTYPE,
+    first: str = CHECKSUMS,
 ) -> Path:
     """An archive with any note and any members."""
     content = note if isinstance(note, bytes) else json.dumps(note).encode()
@@ -73,9 +77,13 @@ def test_names_that_no_cache_has(name: str, tmp_path: Path) -> None:
     refused(write(tmp_path / "a.tar.zst", {name: about(b"x")}, {name: b"x"}), tmp_path / "cache")
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE]
+)
 def test_members_that_are_no_files(kind: bytes, tmp_path: Path) -> None:
-    refused(write(tmp_path / "a.tar.zst", {SHARD: about(b"")}, {SHARD: b""}, kind), tmp_path / "cache")
+    refused(
+        write(tmp_path / "a.tar.zst", {SHARD: about(b"")}, {SHARD: b""}, kind), tmp_path / "cache"
+    )
 
 
 @pytest.mark.parametrize("what", ["content", "note", "header", "end"])
@@ -86,7 +94,9 @@ def test_small_archives_that_grow(what: str, tmp_path: Path) -> None:
     info = tarfile.TarInfo(SHARD if what in ("content", "end") else CHECKSUMS)
     with path.open("wb") as raw, zstandard.ZstdCompressor(level=3).stream_writer(raw) as packed:
         if what in ("content", "end"):
-            note = json.dumps({SHARD: about(zeros, bytes=10 if what == "content" else len(zeros))}).encode()
+            note = json.dumps(
+                {SHARD: about(zeros, bytes=10 if what == "content" else len(zeros))}
+            ).encode()
             first = tarfile.TarInfo(CHECKSUMS)
             first.size = len(note)
             packed.write(first.tobuf() + note + bytes(-len(note) % 512))
@@ -100,7 +110,9 @@ def test_small_archives_that_grow(what: str, tmp_path: Path) -> None:
     refused(path, tmp_path / "cache")
 
 
-def test_targets_that_are_taken(caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_targets_that_are_taken(
+    caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     archive = tmp_path / "a.tar.zst"
     pack_cache(caches["tiny-cross"], archive)
     (tmp_path / "file").write_text("mine")
@@ -113,12 +125,16 @@ def test_targets_that_are_taken(caches: dict[str, Path], tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path / "empty")
     refused(archive, Path("."))
     monkeypatch.undo()
-    assert (tmp_path / "file").read_text() == "mine" and (tmp_path / "full" / "x").read_text() == "mine"
+    assert (tmp_path / "file").read_text() == "mine" and (
+        tmp_path / "full" / "x"
+    ).read_text() == "mine"
     assert unpack_cache(archive, tmp_path / "empty") > 6
 
 
 @pytest.mark.faults("files of the user beside ours")
-def test_a_folder_of_the_user_beside_the_target_stays(caches: dict[str, Path], tmp_path: Path) -> None:
+def test_a_folder_of_the_user_beside_the_target_stays(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
     pack_cache(caches["tiny-cross"], tmp_path / "a.tar.zst")
     (tmp_path / "cache.unpacking").mkdir()
     (tmp_path / "cache.unpacking" / "thesis").write_text("mine")

@@ -29,7 +29,9 @@ TESTS = {
     "len": "assert len([total([]) == 0, total([0]) == 0].count(False) * 'x') == 0",
 }
 WRONG = "def total(xs):\n    return 7\n"
-NEEDS_LANDLOCK = pytest.mark.skipif(landlock_version() < 6, reason="this kernel has no Landlock of version 6")
+NEEDS_LANDLOCK = pytest.mark.skipif(
+    landlock_version() < 6, reason="this kernel has no Landlock of version 6"
+)
 
 
 @pytest.mark.parametrize("how", FORGED)
@@ -41,7 +43,10 @@ def test_a_wrong_program_does_not_pass(how: str, test: str) -> None:
 def test_a_right_program_passes_and_its_error_is_told() -> None:
     assert run_program("def total(xs):\n    return sum(xs)", QUICK, TEST) == "passed"
     assert run_program(WRONG, QUICK, TEST) == "failed: AssertionError"
-    assert run_program("def total(xs):\n    return xs[9]", QUICK, TEST) == "failed: IndexError: list index out of range"
+    assert (
+        run_program("def total(xs):\n    return xs[9]", QUICK, TEST)
+        == "failed: IndexError: list index out of range"
+    )
 
 
 RICH = {
@@ -119,7 +124,9 @@ def secret_of(pid: str) -> str:
 
 
 @pytest.mark.parametrize("pid", ["os.getppid()", "int(open('/proc/self/stat').read().split()[3])"])
-def test_the_environment_of_who_started_it_is_not_readable(pid: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_of_who_started_it_is_not_readable(
+    pid: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "hidden")
     assert "seen" not in run_program(secret_of(pid), QUICK)
 
@@ -131,7 +138,9 @@ def denied(found: str) -> bool:
 
 
 @NEEDS_LANDLOCK
-def test_no_process_above_it_can_be_read_or_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_process_above_it_can_be_read_or_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "hidden")
     victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
@@ -171,12 +180,16 @@ def test_bubblewrap_is_used_and_hides_everything(tmp_path: Path) -> None:
         pytest.skip("bubblewrap is not allowed to work here")
     (tmp_path / "secret").write_text("hidden")
     assert run_program("def total(xs):\n    return sum(xs)", QUICK, TEST) == "passed"
-    assert run_program("import os\nassert os.getpid() < 30", QUICK) == "passed"  # the only ones that there are
+    assert (
+        run_program("import os\nassert os.getpid() < 30", QUICK) == "passed"
+    )  # the only ones that there are
     assert "FileNotFoundError" in run_program(f"open({str(tmp_path / 'secret')!r})", QUICK)
 
 
 @pytest.mark.parametrize("how", ["exit", "every descriptor", "an object that equals all"])
-def test_without_bubblewrap_the_judge_is_as_strict(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bubblewrap_the_judge_is_as_strict(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run_module, "_bubblewrap", lambda: None)
     assert run_program(FORGED[how], QUICK, TEST).startswith("failed")
     assert run_program("def total(xs):\n    return sum(xs)", QUICK, TEST) == "passed"

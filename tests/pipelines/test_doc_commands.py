@@ -30,7 +30,12 @@ NEEDS = {
 
 def lines() -> list[str]:
     """In the order of the pages, each once."""
-    found = [line for page in PAGES if page.name != "CHANGELOG.md" for line in shell_lines(page.read_text())]
+    found = [
+        line
+        for page in PAGES
+        if page.name != "CHANGELOG.md"
+        for line in shell_lines(page.read_text())
+    ]
     found = [line[line.index(".venv/bin/tide ") :] for line in found]
     return list(dict.fromkeys(re.sub(r"\s+#.*$", "", line).strip() for line in found))
 
@@ -49,7 +54,9 @@ def run(line: str, world: Path) -> subprocess.CompletedProcess[str]:
                           check=False, env=environment)  # fmt: skip
 
 
-def served(command: str, world: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def served(
+    command: str, world: Path, environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
     """Until it says that it serves, and then to the end."""
     command = re.sub(r"--port \d+", "--port 0", command)
     with subprocess.Popen(["bash", "-c", f"exec {command}"], cwd=world, stderr=subprocess.PIPE, text=True,
@@ -75,12 +82,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a user who followed the README stands: recipes, the demo's caches and runs, some runs more."""
     place = tmp_path_factory.mktemp("world")
     (place / "pipelines").symlink_to(ROOT / "pipelines")
-    (place / "gsm8k.jsonl").write_text('{"question": "What is 3 and 4?", "answer": "3 and 4 is 7. #### 7"}\n')
+    (place / "gsm8k.jsonl").write_text(
+        '{"question": "What is 3 and 4?", "answer": "3 and 4 is 7. #### 7"}\n'
+    )
     for teacher in ("tiny-cross", "tiny-shared"):
         small = "--set data.limit=24 --set noise.draws=2"
-        done = run(f".venv/bin/tide cache --teacher {teacher} {small} --out runs/demo/caches/{teacher}", place)
+        done = run(
+            f".venv/bin/tide cache --teacher {teacher} {small} --out runs/demo/caches/{teacher}",
+            place,
+        )
         assert done.returncode == 0, done.stderr
-    for name, teacher in (("demo/TIDE-Cross-seed0", "tiny-cross"), ("demo/undistilled-shared-seed0", "tiny-shared")):
+    for name, teacher in (
+        ("demo/TIDE-Cross-seed0", "tiny-cross"),
+        ("demo/undistilled-shared-seed0", "tiny-shared"),
+    ):
         few = "--set max_steps=2 --set heldout.limit=8"
         done = run(f".venv/bin/tide train --teacher {teacher} --cache runs/demo/caches/{teacher} {few} "
                    f"--out runs/{name}", place)  # fmt: skip
@@ -88,7 +103,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, other in (("NAME", 0), ("one", 0), ("other", 1)):
         shutil.copytree(place / "runs/demo/TIDE-Cross-seed0", place / "runs" / name)
         settings = place / "runs" / name / "run.json"
-        settings.write_text(settings.read_text().replace('"weight_decay": 0.0', f'"weight_decay": {other / 10}'))
+        settings.write_text(
+            settings.read_text().replace('"weight_decay": 0.0', f'"weight_decay": {other / 10}')
+        )
     return place
 
 

@@ -21,7 +21,12 @@ from teacher_cache.teachers.registry import all_teachers
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "teacher_cache/teachers/tiny/README.md", *DOCS]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "teacher_cache/teachers/tiny/README.md",
+    *DOCS,
+]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
 
@@ -33,7 +38,9 @@ def test_links_lead_somewhere(page: Path) -> None:
             target = page.parent / place if place else page
             assert target.exists(), link
             headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if anchor else []
-            assert not anchor or anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, link
+            assert not anchor or anchor in {
+                re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings
+            }, link
 
 
 def commands() -> dict[str, Any]:
@@ -48,7 +55,9 @@ def shell_lines(text: str) -> list[str]:
     return [line for line in joined.splitlines() if ".venv/bin/tide " in line]
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if ".venv/bin/tide " in p.read_text()], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if ".venv/bin/tide " in p.read_text()], ids=lambda p: p.name
+)
 def test_commands_and_their_options_exist(page: Path) -> None:
     known = commands()
     for line in shell_lines(page.read_text()):
@@ -62,7 +71,10 @@ def test_commands_and_their_options_exist(page: Path) -> None:
 
 def test_make_targets_of_the_readme_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"^make ([a-z-]+)", (ROOT / "README.md").read_text(), re.MULTILINE)) <= targets
+    assert (
+        set(re.findall(r"^make ([a-z-]+)", (ROOT / "README.md").read_text(), re.MULTILINE))
+        <= targets
+    )
 
 
 def test_every_teacher_has_a_page_and_its_facts_are_the_registrys() -> None:
@@ -71,7 +83,9 @@ def test_every_teacher_has_a_page_and_its_facts_are_the_registrys() -> None:
         assert f"`{name}`" in text or f"TEACHER={name}" in text, name
     for page in (p for p in DOCS if p.parent.name == "teachers" and p.name != "index.md"):
         name = "tiny-cross" if page.stem == "tiny" else page.stem
-        lines = [line for line in describe_teacher(name, None).splitlines() if str(ROOT) not in line]
+        lines = [
+            line for line in describe_teacher(name, None).splitlines() if str(ROOT) not in line
+        ]
         assert "\n".join(lines) in page.read_text(), page
 
 
@@ -108,7 +122,9 @@ def test_equations_become_mathml() -> None:
 
 def test_the_page_of_settings_has_every_one_in_its_own_words() -> None:
     """What `shared.settings.config` declares is on the page, and no setting is without a type and a default."""
-    spec = importlib.util.spec_from_file_location("settings", ROOT / "docs" / "_hooks" / "settings.py")
+    spec = importlib.util.spec_from_file_location(
+        "settings", ROOT / "docs" / "_hooks" / "settings.py"
+    )
     assert spec is not None and spec.loader is not None
     hook = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hook)
@@ -126,7 +142,9 @@ def test_error_messages_of_the_page_are_the_programs() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     packages = ("shared", "teacher_cache", "student_train", "pipelines", "tide")
     texts = [path.read_text() for package in packages for path in (ROOT / package).rglob("*.py")]
-    source = "\n".join(re.sub(r'"\s*\n\s*f?"', "", text) for text in texts)  # texts over several lines
+    source = "\n".join(
+        re.sub(r'"\s*\n\s*f?"', "", text) for text in texts
+    )  # texts over several lines
     source = re.sub(r"\{[^{}\n]*(\{[^{}\n]*\}[^{}\n]*)*\}", "…", source)
     messages = re.findall(r"\*\*`([^`]+)`\*\*", page)
     assert len(messages) > 25

@@ -22,7 +22,9 @@ def in_float64(model: Any) -> Any:
     """The model with float64 throughout: transformers' norms compute in float32, which rounds what is to be equal."""
 
     def norm(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (
+            self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        )
 
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):

@@ -24,12 +24,19 @@ from tests.reading import layout_of, rows_in
 
 
 @pytest.fixture(scope="module")
-def exact(random_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+def exact(
+    random_teacher: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, torch.Tensor]:
     """A cache of all 4,096 logits, and the teacher's logits at its masked positions, in the order of its shard."""
     out = tmp_path_factory.mktemp("exact") / "c"
     targets = {"k": 4096, "classes": 1, "pilot": 20, "values": "float32", "signals": ["topk"]}
-    data = {"source": small_cache_config("tiny-shared", random_teacher, out).sources[0].source, "limit": 3}
-    config = small_cache_config("tiny-shared", random_teacher, out, targets=targets, noise={"draws": 1}, data=data)
+    data = {
+        "source": small_cache_config("tiny-shared", random_teacher, out).sources[0].source,
+        "limit": 3,
+    }
+    config = small_cache_config(
+        "tiny-shared", random_teacher, out, targets=targets, noise={"draws": 1}, data=data
+    )
     build_cache(config)
     plan = with_tables(make_plan(config, write=False))
     work = prepare_unit(plan, Unit(0, 0), plan.data.between(0, 3))
@@ -60,7 +67,10 @@ def test_the_gradient_is_that_of_full_logits(
     value = objective(x, targets, settings, 0.5).distillation
     (slope,) = torch.autograd.grad(value, x)
     y = student.double().requires_grad_()
-    q, p = torch.log_softmax(y / temperature, 1), torch.log_softmax(teacher.double() / temperature, 1)
+    q, p = (
+        torch.log_softmax(y / temperature, 1),
+        torch.log_softmax(teacher.double() / temperature, 1),
+    )
     if tidal is not None:
         part = strength(tidal, 0.5, targets.t).double()[:, None]
         p = torch.log_softmax((1 - part) * q.detach() + part * p, 1)

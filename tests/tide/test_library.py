@@ -20,7 +20,12 @@ def test_settings_are_those_of_a_recipe(random_teacher: Path, tmp_path: Path) ->
     made = tide.cache("tiny-cross", **given, noise={"draws": 1}, out=str(tmp_path / "c"))
     manifest = load_manifest(made.folder)
     assert (made.examples, made.draws) == (8, 1)
-    assert manifest.fingerprint["lengths"] == {"student": 64, "teacher": 64, "block": 32, "end_block": True}
+    assert manifest.fingerprint["lengths"] == {
+        "student": 64,
+        "teacher": 64,
+        "block": 32,
+        "end_block": True,
+    }
     assert manifest.fingerprint["noise"]["comp_demo"] is False  # as the recipe has it
     grown = tide.cache("tiny-cross", **given, noise={"draws": 2}, out=str(tmp_path / "c"))
     assert grown.draws == 2 and load_manifest(grown.folder).digest == manifest.digest
@@ -38,7 +43,9 @@ def test_folders_of_the_same_names_beside_a_notebook_hide_nothing(tmp_path: Path
 
 
 def test_several_sources(tmp_path: Path) -> None:
-    lines = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    lines = (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    )
     (tmp_path / "own.jsonl").write_text(lines)
     data = tide.prepare("tiny-cross", [str(tmp_path / "own.jsonl"), {"source": "stdlib:train", "limit": 3}],
                         out=str(tmp_path / "c"))  # fmt: skip
@@ -56,7 +63,9 @@ def test_a_student_answers_as_on_the_command_line(student: str) -> None:
     assert "model" in repr(ours) and "Qwen" not in repr(ours)
 
 
-def test_what_cannot_be_is_a_tide_error(student: str, caches: dict[str, Path], tmp_path: Path) -> None:
+def test_what_cannot_be_is_a_tide_error(
+    student: str, caches: dict[str, Path], tmp_path: Path
+) -> None:
     ours = tide.load_student(student, "cpu")
     for call, words in [
         (lambda: ours.answer("x", new_tokens=0), "must be positive"),
@@ -69,7 +78,10 @@ def test_what_cannot_be_is_a_tide_error(student: str, caches: dict[str, Path], t
         (lambda: tide.cache("tiny-cross", noise={"drws": 2}), "did you mean draws"),
         (lambda: tide.prepare("tiny-cross", data=str(tmp_path / "none.jsonl")), "none.jsonl"),
         (lambda: tide.train(tmp_path / "none"), "is no cache"),
-        (lambda: tide.train(caches["tiny-cross"], out=tmp_path / "r", epochz=2), "did you mean epochs"),
+        (
+            lambda: tide.train(caches["tiny-cross"], out=tmp_path / "r", epochz=2),
+            "did you mean epochs",
+        ),
     ]:
         with pytest.raises(tide.TideError, match=words):
             call()

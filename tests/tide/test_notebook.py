@@ -15,7 +15,9 @@ def cells() -> list[str]:
     return re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
 
 
-@pytest.mark.filterwarnings("ignore")  # a notebook has no filter; what warns there is a matter of other tests
+@pytest.mark.filterwarnings(
+    "ignore"
+)  # a notebook has no filter; what warns there is a matter of other tests
 def test_the_cells_of_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -31,4 +33,7 @@ def test_the_cells_of_the_page(
     assert likely[0] > likely[1]
     said = capsys.readouterr().out
     assert "48 examples are taken" in said and "⟦" in said
-    assert "from a teacher that shares the student's tokenizer" in said[said.rindex("runs/distilled") :]
+    assert (
+        "from a teacher that shares the student's tokenizer"
+        in said[said.rindex("runs/distilled") :]
+    )

@@ -80,7 +80,9 @@ def lock_in(readable: list[str], writable: list[str]) -> None:
     rights = _RIGHTS[min(version, 5)]
     content = struct.pack("<Q", rights)
     content += struct.pack("<Q", 3) if version >= 4 else b""  # TCP: neither bind nor connect
-    content += struct.pack("<Q", 3) if version >= SCOPES_SIGNALS else b""  # abstract sockets and signals: only inside
+    content += (
+        struct.pack("<Q", 3) if version >= SCOPES_SIGNALS else b""
+    )  # abstract sockets and signals: only inside
     rules = libc.syscall(_CREATE, content, len(content), 0)
     if rules < 0:
         raise OSError(ctypes.get_errno(), "landlock_create_ruleset")
@@ -120,7 +122,10 @@ def forbid_calls(signals: bool) -> None:
     buffer = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer))
     libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0)
-    if libc.prctl(_SECCOMP, 2, header, 0, 0) < 0 and ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
+    if libc.prctl(_SECCOMP, 2, header, 0, 0) < 0 and ctypes.get_errno() not in (
+        errno.EINVAL,
+        errno.ENOSYS,
+    ):
         raise OSError(ctypes.get_errno(), "seccomp")
 
 

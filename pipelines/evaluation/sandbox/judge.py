@@ -30,7 +30,9 @@ BOOT = (
 )
 """What an isolated interpreter runs, whose first argument is the folder of the packages."""
 ROOT = Path(__file__).resolve().parents[3]
-_RESERVED = frozenset(("__builtins__", "__name__", "__loader__", "__spec__", "__build_class__", "__import__"))
+_RESERVED = frozenset(
+    ("__builtins__", "__name__", "__loader__", "__spec__", "__build_class__", "__import__")
+)
 _IMPORTED = frozenset((
     "bisect", "cmath", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq", "itertools",
     "json", "math", "numpy", "operator", "random", "re", "statistics", "string", "typing",
@@ -61,7 +63,9 @@ def imports_of(program: str) -> dict[str, Any]:
         elif isinstance(node, ast.ImportFrom) and not node.level and node.module in _IMPORTED:
             module = importlib.import_module(node.module)
             names = [(a.name, a.asname or a.name) for a in node.names if a.name != "*"]
-            found |= {ours: getattr(module, theirs) for theirs, ours in names if hasattr(module, theirs)}
+            found |= {
+                ours: getattr(module, theirs) for theirs, ours in names if hasattr(module, theirs)
+            }
     return found
 
 
@@ -78,7 +82,9 @@ def judge(program: str, test: str, table: Table) -> str:
         names = {"__name__": "__main__", **given, **imported}
         exec(compile(test, "test", "exec"), names)
     except Exception as error:
-        last = getattr(error, "last_line", None) or traceback.format_exception_only(error)[-1].strip()
+        last = (
+            getattr(error, "last_line", None) or traceback.format_exception_only(error)[-1].strip()
+        )
         return f"failed: {str(last)[:2000]}"
     return "passed"
 
@@ -105,7 +111,10 @@ def end_all(player: subprocess.Popen[bytes]) -> None:
         alive = [player.pid] if player.poll() is None else []
         if Path("/proc/self/stat").exists():
             alive = [*alive, *descendants(os.getpid())]
-        for sign in (signal.SIGSTOP, signal.SIGKILL):  # stopped first: a process that forks cannot outrun this
+        for sign in (
+            signal.SIGSTOP,
+            signal.SIGKILL,
+        ):  # stopped first: a process that forks cannot outrun this
             for pid in alive:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, sign)

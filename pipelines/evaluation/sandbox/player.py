@@ -56,7 +56,10 @@ class _Host:
         try:
             args = [self.decode(a) for a in message.get("args", [])]
             value = self.encode(getattr(self, f"_{message['do']}")(*args))
-            after = [self.encode(a) if isinstance(a, list | dict | set | bytearray) else None for a in args]
+            after = [
+                self.encode(a) if isinstance(a, list | dict | set | bytearray) else None
+                for a in args
+            ]
             self.line.send({"value": value, "after": after})
         except Exception as error:
             self.line.send({"error": _told(error)})
@@ -102,7 +105,11 @@ def main() -> None:
     """Arguments: the socket, and the limits in bytes of memory, seconds of CPU, bytes of a file."""
     end, memory, seconds, size = (int(text) for text in sys.argv[1:5])
     jail.die_with_parent()
-    for kind, limit in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, size), (resource.RLIMIT_CORE, 0)):
+    for kind, limit in (
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_FSIZE, size),
+        (resource.RLIMIT_CORE, 0),
+    ):
         resource.setrlimit(kind, (limit, limit))
     # SIGXCPU first, which says what it is; where both limits are one, SIGKILL comes, which may be anybody's.
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))

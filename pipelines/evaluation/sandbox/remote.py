@@ -90,7 +90,12 @@ class Table:
         """Have a function called; what it returned. Lists and the like that it changed are changed here, too."""
         sent = [self._plain(function), self._plain(args), self._plain(options)]
         value, after = self._exchange("call", sent)
-        if isinstance(after, list) and len(after) == 3 and isinstance(after[1], list) and after[1] != sent[1]:
+        if (
+            isinstance(after, list)
+            and len(after) == 3
+            and isinstance(after[1], list)
+            and after[1] != sent[1]
+        ):
             for ours, theirs in zip(args, self._value(after[1]), strict=False):
                 _update(ours, theirs)
         return value
@@ -145,7 +150,9 @@ _PLAINER: dict[type[Exception], type[Exception]] = {
 def _error(names: list[str], text: str) -> Exception:
     """An error of Python's own that is nearest to the program's, under the program's name for it."""
     kinds = [getattr(builtins, str(name), None) for name in names]
-    nearest = next((k for k in kinds if isinstance(k, type) and issubclass(k, Exception)), Exception)
+    nearest = next(
+        (k for k in kinds if isinstance(k, type) and issubclass(k, Exception)), Exception
+    )
     nearest = _PLAINER.get(nearest, nearest)
     kind = nearest if nearest.__name__ == names[0] else type(str(names[0])[:100], (nearest,), {})
     return kind(text)

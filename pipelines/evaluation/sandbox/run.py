@@ -52,7 +52,10 @@ def run_program(program: str, limits: Limits, test: str = "") -> str:
         environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
                        "TMPDIR": str(folder), "HOME": str(folder)}  # fmt: skip
         command = [*_wrapper(folder), sys.executable, "-I", "-c", BOOT.format("judge"), str(ROOT)]
-        with (Path(outer) / "job").open("rb") as given, (Path(outer) / "verdict").open("w+b") as verdict:
+        with (
+            (Path(outer) / "job").open("rb") as given,
+            (Path(outer) / "verdict").open("w+b") as verdict,
+        ):
             process = subprocess.Popen(
                 command, cwd=folder, env=environment, start_new_session=True,
                 stdin=given, stdout=verdict, stderr=subprocess.DEVNULL,
@@ -87,8 +90,20 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _readable() -> list[str]:
     """Folders that Python needs."""
     prefixes = {os.path.realpath(p) for p in (sys.prefix, sys.base_prefix, sys.exec_prefix)}
-    prefixes |= {str(Path(sys.executable).parent), str(Path(os.path.realpath(sys.executable)).parent.parent)}
-    system = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/dev/zero")
+    prefixes |= {
+        str(Path(sys.executable).parent),
+        str(Path(os.path.realpath(sys.executable)).parent.parent),
+    }
+    system = (
+        "/usr",
+        "/lib",
+        "/lib64",
+        "/bin",
+        "/etc/ld.so.cache",
+        "/etc/localtime",
+        "/dev/urandom",
+        "/dev/zero",
+    )
     return sorted(prefixes - {"/"}) + list(system)
 
 
@@ -117,4 +132,15 @@ def _bound(folder: Path) -> list[str]:
     """The file system inside: what Python needs to be read, and `folder`."""
     places = [path for path in (*_readable(), str(ROOT)) if not path.startswith("/dev")]
     parts = [part for path in places for part in ("--ro-bind-try", path, path)]
-    return [*parts, "--proc", "/proc", "--dev", "/dev", "--bind", str(folder), str(folder), "--chdir", str(folder)]
+    return [
+        *parts,
+        "--proc",
+        "/proc",
+        "--dev",
+        "/dev",
+        "--bind",
+        str(folder),
+        str(folder),
+        "--chdir",
+        str(folder),
+    ]

@@ -59,7 +59,12 @@ class Columns:
     def teacher_side(self) -> tuple[np.ndarray, Column]:
         """Lengths of what the teacher read, and the positions at which it was read: a row's own, or the student's."""
         student = (self["student_ids"].sizes, self.asked)
-        present = self.table.column("teacher_ids").combine_chunks().is_valid().to_numpy(zero_copy_only=False)
+        present = (
+            self.table.column("teacher_ids")
+            .combine_chunks()
+            .is_valid()
+            .to_numpy(zero_copy_only=False)
+        )
         if not present.any():
             return student
         own = (self["teacher_ids"].sizes, self["teacher_masked"])
@@ -90,7 +95,11 @@ def spans_hold(spans: Column, lengths: np.ndarray) -> str | None:
     if not rising(spans, strict=False):
         return "spans that are out of order or overlap"
     limit = np.repeat(lengths, spans.sizes // 2)
-    return "a span outside of the tokens" if pairs.size and (pairs.min() < 0 or (pairs[:, 1] > limit).any()) else None
+    return (
+        "a span outside of the tokens"
+        if pairs.size and (pairs.min() < 0 or (pairs[:, 1] > limit).any())
+        else None
+    )
 
 
 def marked(column: Column, lengths: np.ndarray) -> np.ndarray:

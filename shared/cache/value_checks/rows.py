@@ -18,7 +18,9 @@ def nulls(columns: Columns) -> Iterator[str]:
     """Columns are there or null as the manifest says."""
     manifest = columns.manifest
     topk, chunks = "topk" in manifest.signals, "chunks" in manifest.signals
-    wanted: dict[str, bool] = dict.fromkeys(("topk_sizes", "topk_ranks", "topk_logp", "tail_odds"), topk)
+    wanted: dict[str, bool] = dict.fromkeys(
+        ("topk_sizes", "topk_ranks", "topk_logp", "tail_odds"), topk
+    )
     wanted |= dict.fromkeys(("chunk_student", "chunk_teacher", "chunk_logp"), chunks)
     if columns.layout.partial:
         wanted["read"] = True
@@ -36,7 +38,9 @@ def rows(columns: Columns) -> Iterator[str]:
     """Times, ids, lengths; an example once."""
     table, manifest = columns.table, columns.manifest
     t = table.column("t").to_numpy()
-    if not (np.isfinite(t).all() and (t >= np.float32(TIME_EPSILON) * 0.999).all() and (t <= 1).all()):
+    if not (
+        np.isfinite(t).all() and (t >= np.float32(TIME_EPSILON) * 0.999).all() and (t <= 1).all()
+    ):
         yield f"a time t lies outside [{TIME_EPSILON}, 1): {t.min()} to {t.max()}"
     if len(set(table.column("example_id").to_pylist())) != table.num_rows:
         yield "an example stands in it twice"
@@ -64,7 +68,9 @@ def positions(columns: Columns) -> Iterator[str]:
     if columns.layout.partial:
         sides["read"] = (columns["read"], lengths)
     for name, (column, limit) in sides.items():
-        if column.values.size and (column.values.min() < 0 or (column.values >= limit[column.owner]).any()):
+        if column.values.size and (
+            column.values.min() < 0 or (column.values >= limit[column.owner]).any()
+        ):
             yield f"{name} holds a position outside of the tokens"
         elif not rising(column):
             yield f"{name} is not rising"
@@ -97,7 +103,10 @@ def chunks(columns: Columns) -> Iterator[str]:
         yield f"{int((~np.isfinite(logp.values)).sum())} values of chunk_logp are not finite"
     elif logp.values.max(initial=0.0) > NEAR_ZERO:
         yield f"chunk_logp is above 0: {logp.values.max():.4g}"
-    sides = {"student": (columns["student_ids"].sizes, columns["masked"]), "teacher": columns.teacher_side()}
+    sides = {
+        "student": (columns["student_ids"].sizes, columns["masked"]),
+        "teacher": columns.teacher_side(),
+    }
     for side, (lengths, masked) in sides.items():
         spans = columns[f"chunk_{side}"]
         wrong = spans_hold(spans, lengths)

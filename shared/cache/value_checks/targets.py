@@ -43,11 +43,15 @@ def lists(columns: Columns) -> Iterator[str]:
         yield "topk_sizes does not have one value a position"
     elif sizes.values.size and (sizes.values.min() < 1 or sizes.values.max() > most):
         yield f"topk_sizes holds {sizes.values.min()} to {sizes.values.max()}, and k is {most}"
-    elif any((np.bincount(sizes.owner, sizes.values, len(read)) != c.sizes).any() for c in (ranks, logp)):
+    elif any(
+        (np.bincount(sizes.owner, sizes.values, len(read)) != c.sizes).any() for c in (ranks, logp)
+    ):
         yield "topk_sizes, topk_ranks and topk_logp do not fit"
     else:
         shared = int(layout.vocabulary.shared.sum())
-        if ranks.values.size and (ranks.values.min() < 0 or ranks.values.max() >= layout.vocabulary.rank_of.size):
+        if ranks.values.size and (
+            ranks.values.min() < 0 or ranks.values.max() >= layout.vocabulary.rank_of.size
+        ):
             yield "topk_ranks holds a rank outside of the vocabulary"
         elif not layout.vocabulary.shared[layout.vocabulary.ids_by_rank[ranks.values]].all():
             yield f"topk_ranks holds an id that is not among the {shared:,} shared ones"
@@ -65,7 +69,9 @@ def _repeats(ranks: np.ndarray, sizes: np.ndarray) -> bool:
     if (sizes == width).all():
         square = ranks.reshape(-1, width)
     else:
-        square = -1 - np.broadcast_to(np.arange(width, dtype=ranks.dtype), (sizes.size, width)).copy()
+        square = (
+            -1 - np.broadcast_to(np.arange(width, dtype=ranks.dtype), (sizes.size, width)).copy()
+        )
         square[np.arange(width) < sizes[:, None]] = ranks
     ordered = np.sort(square, axis=1)
     return bool((ordered[:, 1:] == ordered[:, :-1]).any())

@@ -83,7 +83,9 @@ class VllmEngine:
         _write_config(Path(self._folder.name), checkpoint, entry, spec, settings, shared_ids)
         before = set(multiprocessing.active_children())
         self._llm, self._params = _start(checkpoint, Path(self._folder.name), settings, longest)
-        self._processes = [child for child in multiprocessing.active_children() if child not in before]
+        self._processes = [
+            child for child in multiprocessing.active_children() if child not in before
+        ]
 
     def score(self, requests: Sequence[Request]) -> list[Scores]:
         """Scores of each request, in order (see `Engine`). TideError where a vLLM process has died."""
@@ -101,7 +103,9 @@ class VllmEngine:
     def outside(self, requests: Sequence[Request]) -> Float[np.ndarray, "temperatures vocab"]:
         """Sums of probabilities outside of the top-k (see `Engine`)."""
         asked = [request for request in requests if len(request.read)]
-        return np.sum([data.double().numpy() for data in self._asked(asked, {"outside": True})], axis=0)
+        return np.sum(
+            [data.double().numpy() for data in self._asked(asked, {"outside": True})], axis=0
+        )
 
     def use_classes(self, class_of: Int[np.ndarray, " vocab"]) -> None:
         """From now on scores hold the masses of these classes (see `Engine`)."""
@@ -117,11 +121,17 @@ class VllmEngine:
         params = [
             self._params(
                 use_activation=False,
-                extra_kwargs={"positions": request.read.tolist(), "gold": request.gold.tolist(), **more},
+                extra_kwargs={
+                    "positions": request.read.tolist(),
+                    "gold": request.gold.tolist(),
+                    **more,
+                },
             )
             for request in requests
         ]
-        outputs = self._watched(lambda: self._llm.encode(prompts, params, pooling_task=_TASK, use_tqdm=False))
+        outputs = self._watched(
+            lambda: self._llm.encode(prompts, params, pooling_task=_TASK, use_tqdm=False)
+        )
         return [output.outputs.data.cpu() for output in outputs]
 
     def close(self) -> None:
@@ -188,9 +198,13 @@ def _write_config(
     config.to_json_file(folder / "config.json")
 
 
-def _start(checkpoint: Checkpoint, folder: Path, settings: EngineConfig, longest: int) -> tuple[Any, Any]:
+def _start(
+    checkpoint: Checkpoint, folder: Path, settings: EngineConfig, longest: int
+) -> tuple[Any, Any]:
     """vLLM's engine, and its class of pooling parameters."""
-    on_cpu = settings.device == "cpu" or (settings.device == "auto" and not torch.accelerator.is_available())
+    on_cpu = settings.device == "cpu" or (
+        settings.device == "auto" and not torch.accelerator.is_available()
+    )
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if on_cpu:

@@ -30,9 +30,15 @@ class ScorePooler(Pooler):
     rows_run: ClassVar[int] = 0
     """Rows for which the LM head ran in this process, for the benchmark and the tests."""
 
-    def __init__(self, compute_logits: Callable[[torch.Tensor], torch.Tensor | None], settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        compute_logits: Callable[[torch.Tensor], torch.Tensor | None],
+        settings: dict[str, Any],
+    ) -> None:
         super().__init__()
-        self._compute_logits = compute_logits  # a bound method: the model does not become a child of its pooler
+        self._compute_logits = (
+            compute_logits  # a bound method: the model does not become a child of its pooler
+        )
         self._spec = TargetSpec(settings["k"], settings["mass"], tuple(settings["temperatures"]))
         self._shift = int(settings["shift"])
         self._head_rows = int(settings["head_rows"])
@@ -44,7 +50,9 @@ class ScorePooler(Pooler):
         """The one task under which scores are asked for."""
         return {TASK}
 
-    def forward(self, hidden_states: torch.Tensor, pooling_metadata: PoolingMetadata) -> list[torch.Tensor | None]:
+    def forward(
+        self, hidden_states: torch.Tensor, pooling_metadata: PoolingMetadata
+    ) -> list[torch.Tensor | None]:
         """One packed tensor a request (`packing`), on the model's device."""
         cursor = pooling_metadata.get_pooling_cursor()
         starts = [0, *cursor.num_scheduled_tokens_cpu.cumsum(0).tolist()]
@@ -65,7 +73,9 @@ class ScorePooler(Pooler):
         if any(outside):
             return [self._outside(hidden_states[i]) for i in index.split(sizes)]
         parts = [
-            self._score(hidden_states[index[i : i + self._head_rows]], answers[i : i + self._head_rows])
+            self._score(
+                hidden_states[index[i : i + self._head_rows]], answers[i : i + self._head_rows]
+            )
             for i in range(0, len(rows), self._head_rows)
         ]
         packed = torch.cat(parts) if parts else torch.zeros(0, columns(self._spec), device=device)
@@ -76,7 +86,10 @@ class ScorePooler(Pooler):
         if path is None or path == self._classes:
             return
         class_of = np.load(path, allow_pickle=False)
-        self._classes, self._spec = path, dataclasses.replace(self._spec, classes=int(class_of.max()) + 1)
+        self._classes, self._spec = (
+            path,
+            dataclasses.replace(self._spec, classes=int(class_of.max()) + 1),
+        )
         self._members = member_matrix(class_of, self._spec.classes)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
@@ -89,7 +102,9 @@ class ScorePooler(Pooler):
 
     def _score(self, hidden: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
         logits = self._logits(hidden)
-        if logits is None:  # a tensor-parallel rank that holds no gathered logits, and whose answer nobody reads
+        if (
+            logits is None
+        ):  # a tensor-parallel rank that holds no gathered logits, and whose answer nobody reads
             return torch.zeros(len(gold), columns(self._spec), device=hidden.device)
         return pack(extract(logits, gold, self._spec, self._excluded, self._members))
 

@@ -17,7 +17,9 @@ from teacher_cache.run.plan import CachePlan
 _ROUNDS = 30
 
 
-def classes_for(plan: CachePlan) -> tuple[Int[np.ndarray, " vocab"], Float[np.ndarray, "classes width"]]:
+def classes_for(
+    plan: CachePlan,
+) -> tuple[Int[np.ndarray, " vocab"], Float[np.ndarray, "classes width"]]:
     """The class of every id of the teacher's vocabulary (−1: not shared), and the classes' centres.
 
     From the head of `targets.classes_from`, else the teacher's own. TideError where tokens are fewer than classes.

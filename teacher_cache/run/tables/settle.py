@@ -10,7 +10,14 @@ from collections.abc import Callable
 
 from shared.cache.manifest import MANIFEST, load_manifest
 from shared.cache.stores import Store
-from shared.cache.vocabulary import TABLES, has_tables, load_centroids, load_pilot, load_vocabulary, save_tables
+from shared.cache.vocabulary import (
+    TABLES,
+    has_tables,
+    load_centroids,
+    load_pilot,
+    load_vocabulary,
+    save_tables,
+)
 from shared.system.errors import TideError
 from shared.system.locks import hold
 from teacher_cache.run.plan import CachePlan
@@ -18,7 +25,9 @@ from teacher_cache.run.plan import CachePlan
 _LOOK_SECONDS, _SAY_SECONDS = 1.0, 60.0
 
 
-def settle_tables(plan: CachePlan, make: Callable[[CachePlan], None], store: Store | None = None) -> CachePlan:
+def settle_tables(
+    plan: CachePlan, make: Callable[[CachePlan], None], store: Store | None = None
+) -> CachePlan:
     """The plan with its tables, which `make` writes where nobody has; its manifest is then complete and written.
 
     Ranks that share a folder take turns by a lock. Where they share only a store, rank 0 makes the tables and the
@@ -44,7 +53,9 @@ def with_tables(plan: CachePlan) -> CachePlan:
     vocabulary = load_vocabulary(plan.config.out, expected)
     fingerprint = {**plan.manifest.fingerprint, "tables": vocabulary.digest}
     return dataclasses.replace(
-        plan, manifest=dataclasses.replace(plan.manifest, fingerprint=fingerprint), vocabulary=vocabulary
+        plan,
+        manifest=dataclasses.replace(plan.manifest, fingerprint=fingerprint),
+        vocabulary=vocabulary,
     )
 
 
@@ -67,7 +78,12 @@ def _once(plan: CachePlan, make: Callable[[CachePlan], None]) -> None:
                 expected="a cache of the same teacher with the same targets",
                 fix="leave out targets.tables_from, or use the same settings",
             )
-        save_tables(out / TABLES, load_vocabulary(other, theirs["tables"]), load_pilot(other), load_centroids(other))
+        save_tables(
+            out / TABLES,
+            load_vocabulary(other, theirs["tables"]),
+            load_pilot(other),
+            load_centroids(other),
+        )
 
 
 def _plain(plan: CachePlan, name: str) -> object:
@@ -86,6 +102,8 @@ def _await(plan: CachePlan, store: Store) -> None:
         if has_tables(plan.config.out):
             return
         if time.monotonic() - said > _SAY_SECONDS:
-            print(f"rank {plan.config.rank} waits for the tables that rank 0 makes", file=sys.stderr)
+            print(
+                f"rank {plan.config.rank} waits for the tables that rank 0 makes", file=sys.stderr
+            )
             said = time.monotonic()
         time.sleep(_LOOK_SECONDS)

@@ -17,7 +17,11 @@ from tests.conftest import STUDENT_TOKENIZER, chats_file, heldout_file
 
 def tide(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", *arguments], capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-m", "pipelines.cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
 
 
@@ -26,7 +30,16 @@ CACHE = ["--set", "shard_examples=8", "--set", "lengths.student=128", "--set", "
 
 
 def test_cache_then_train_from_the_command_line(random_teacher: Path, tmp_path: Path) -> None:
-    cache = ["cache", "--model", str(random_teacher), "--data", str(chats_file()), "--out", str(tmp_path / "c"), *CACHE]
+    cache = [
+        "cache",
+        "--model",
+        str(random_teacher),
+        "--data",
+        str(chats_file()),
+        "--out",
+        str(tmp_path / "c"),
+        *CACHE,
+    ]
     first = tide(*cache, "--draws", "1")
     assert first.returncode == 0, first.stderr
     assert "3 shards computed, 0 kept" in first.stdout
@@ -55,7 +68,10 @@ REFUSED = [
     (["train", "--teacher", "mine"], "unknown teacher 'mine'"),
     (["cache", "--random-weights"], "--random-weights makes no cache"),
     (["plan", "--teacher", "llada-8b", "--response", "2"], "--response is 2"),
-    (["cache", "--set", "engine.quantization=int8", "--set", "engine.device_map=auto"], "do not go together"),
+    (
+        ["cache", "--set", "engine.quantization=int8", "--set", "engine.device_map=auto"],
+        "do not go together",
+    ),
     (["report", "/nowhere"], "holds no finished runs"),
     (["conformance", "/nowhere"], "there is no folder"),
     (["plan", "--no-such-option"], "No such option"),
@@ -79,17 +95,28 @@ print(json.dumps(found))
 def refused(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str]]:
     """Exit code and words of each of `REFUSED`, one after the other in one process: starting takes most of the time."""
     out = ["--out", str(tmp_path_factory.mktemp("refused") / "out")]
-    each = [[*arguments, *(out if arguments[0] in ("cache", "train") else [])] for arguments, _ in REFUSED]
+    each = [
+        [*arguments, *(out if arguments[0] in ("cache", "train") else [])]
+        for arguments, _ in REFUSED
+    ]
     done = subprocess.run(
-        [sys.executable, "-c", ONE_BY_ONE], input=json.dumps(each), capture_output=True, text=True, check=True
+        [sys.executable, "-c", ONE_BY_ONE],
+        input=json.dumps(each),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found) == len(REFUSED)
     return found
 
 
-@pytest.mark.parametrize("number", range(len(REFUSED)), ids=[" ".join(arguments) for arguments, _ in REFUSED])
-def test_bad_input_is_a_message_and_exit_code_two(refused: list[tuple[int, str]], number: int) -> None:
+@pytest.mark.parametrize(
+    "number", range(len(REFUSED)), ids=[" ".join(arguments) for arguments, _ in REFUSED]
+)
+def test_bad_input_is_a_message_and_exit_code_two(
+    refused: list[tuple[int, str]], number: int
+) -> None:
     code, said = refused[number]
     assert code == 2
     assert REFUSED[number][1] in said
@@ -165,10 +192,32 @@ def test_plans_and_throughput(random_teacher: Path, tmp_path: Path) -> None:
     dry = tide("cache", "--teacher", "llada-8b", "--random-weights", "--dry-run")
     assert "8.02 B parameters" in dry.stdout
     assert "stated: 512 tokens an example" in dry.stdout
-    stated = ["plan", "--teacher", "llada2-mini", "--examples", "1000", "--tokens", "100", "--draws", "2"]
-    hours = tide(*stated, "--tokens-per-second", "1000")  # 1000 examples × 2 draws × 2 passes × 100 tokens
+    stated = [
+        "plan",
+        "--teacher",
+        "llada2-mini",
+        "--examples",
+        "1000",
+        "--tokens",
+        "100",
+        "--draws",
+        "2",
+    ]
+    hours = tide(
+        *stated, "--tokens-per-second", "1000"
+    )  # 1000 examples × 2 draws × 2 passes × 100 tokens
     assert "GPU hours         0.1 at 1,000 tokens/s" in hours.stdout
-    speed = tide("throughput", "--model", str(random_teacher), "--length", "32", "--requests", "4", "--tflops", "1")
+    speed = tide(
+        "throughput",
+        "--model",
+        str(random_teacher),
+        "--length",
+        "32",
+        "--requests",
+        "4",
+        "--tflops",
+        "1",
+    )
     assert speed.returncode == 0, speed.stderr
     assert "4 passes of 32 tokens" in speed.stdout
     assert "of 1 TFLOP/s" in speed.stdout

@@ -30,7 +30,9 @@ def test_every_command_stands_in_a_panel_and_in_its_order() -> None:
     text = shown("--help")
     assert [panel for panel in PANELS if panel in text] == list(PANELS)
     for panel, names in PANELS.items():
-        assert {command.rich_help_panel for name, command in ROOT.commands.items() if name in names} == {panel}
+        assert {
+            command.rich_help_panel for name, command in ROOT.commands.items() if name in names
+        } == {panel}
 
 
 @pytest.mark.parametrize("name", [name for name in ROOT.commands if name != "lm-eval"])
@@ -47,7 +49,9 @@ def test_the_tables_of_a_recipe_are_named() -> None:
 
 
 def test_version_and_completion() -> None:
-    assert shown("--version").startswith(f"tide-distill {version('tide-distill')}, Python {sys.version.split()[0]}")
+    assert shown("--version").startswith(
+        f"tide-distill {version('tide-distill')}, Python {sys.version.split()[0]}"
+    )
     assert "--install-completion" in shown("--help")
 
 
@@ -68,7 +72,10 @@ def test_a_name_in_brackets_is_no_markup(tmp_path: Any) -> None:
 
 def test_one_line_a_teacher_when_piped() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", "teachers"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "pipelines.cli", "teachers"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     rows = [line for line in done.stdout.splitlines() if "inclusionAI/LLaDA2.0-mini" in line]
     assert [row.split()[1] for row in rows] == ["llada2-mini", "llada2-mini-blocks"]

@@ -27,12 +27,17 @@ def run(*arguments: str, text: str | None = None) -> str:
     return done.stdout
 
 
-def test_prompts_from_arguments_standard_input_and_files_agree(student: str, tmp_path: Path) -> None:
+def test_prompts_from_arguments_standard_input_and_files_agree(
+    student: str, tmp_path: Path
+) -> None:
     answers = run("sample", student, "Write `f`.", "And now `g`, which is longer.", *SHORT)
     one = run("sample", student, *SHORT, text="Write `f`.\n")
     assert answers.startswith(one)
     assert run("sample", student, *SHORT, text="\ufeffWrite `f`.\r\n") == one
-    rows = [{"prompt": "Write `f`."}, {"messages": [{"role": "user", "content": "And now `g`, which is longer."}]}]
+    rows = [
+        {"prompt": "Write `f`."},
+        {"messages": [{"role": "user", "content": "And now `g`, which is longer."}]},
+    ]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     lines = run("sample", student, "--file", str(tmp_path / "p.jsonl"), *SHORT).splitlines()
     found = [json.loads(line)["response"] for line in lines]
@@ -45,14 +50,20 @@ def test_bytes_that_are_no_text_are_explained(student: str, caches: dict[str, Pa
     for arguments, given, words in [
         (["sample", student, b"\xff f", *SHORT], b"", "the argument b'\\xff f' is not UTF-8"),
         (["cache", "--out", b"caches/\xe9"], b"", "the argument b'caches/\\xe9' is not UTF-8"),
-        (["sample", student, *SHORT], b"Write \xff", "standard input is not UTF-8: 'utf-8' codec can't decode"),
+        (
+            ["sample", student, *SHORT],
+            b"Write \xff",
+            "standard input is not UTF-8: 'utf-8' codec can't decode",
+        ),
     ]:
         done = subprocess.run([*tide, *arguments], input=given, capture_output=True, check=False)
         assert done.returncode == 2
         assert words in done.stderr.decode() and "Traceback" not in done.stderr.decode()
     old, cache = {**os.environ, "PYTHONIOENCODING": "latin-1"}, str(caches["tiny-cross"])
     done = subprocess.run([*tide, "inspect", cache], env=old, capture_output=True, check=False)
-    assert done.returncode == 0 and b"chunk_student" in done.stdout and b"?" in done.stdout, done.stderr
+    assert done.returncode == 0 and b"chunk_student" in done.stdout and b"?" in done.stdout, (
+        done.stderr
+    )
 
 
 def test_the_answer_in_a_row_of_data_is_not_fed_as_the_prompt(student: str, tmp_path: Path) -> None:
@@ -64,7 +75,9 @@ def test_the_answer_in_a_row_of_data_is_not_fed_as_the_prompt(student: str, tmp_
     assert lines[0] == lines[1] and json.loads(lines[1])["messages"] == asked
     (tmp_path / "p.jsonl").write_text(json.dumps({"messages": answered[1:]}) + "\n")
     with pytest.raises(TideError, match=r"p\.jsonl:1 is no prompt"):
-        CliRunner().invoke(app, ["sample", student, "--file", str(tmp_path / "p.jsonl")], catch_exceptions=False)
+        CliRunner().invoke(
+            app, ["sample", student, "--file", str(tmp_path / "p.jsonl")], catch_exceptions=False
+        )
 
 
 def test_bad_input_is_explained(student: str, tmp_path: Path) -> None:
@@ -75,7 +88,10 @@ def test_bad_input_is_explained(student: str, tmp_path: Path) -> None:
         (["x", "--remasking", "best"], "low_confidence or random"),
         (["x", "--new-tokens", "0"], "both must be positive"),
         (["x", "--device", "gpu"], "device is 'gpu'"),
-        (["x", "--device", "mps" if torch.cuda.is_available() else "cuda"], "is not on this machine"),
+        (
+            ["x", "--device", "mps" if torch.cuda.is_available() else "cuda"],
+            "is not on this machine",
+        ),
     ]:
         with pytest.raises(TideError, match=message):
             CliRunner().invoke(app, ["sample", student, *arguments], catch_exceptions=False)
@@ -88,12 +104,16 @@ def test_the_prompt_is_the_one_of_training(student: str) -> None:
 
 
 @pytest.mark.parametrize("show", [True, False])
-def test_a_conversation_remembers_and_ends(student: str, monkeypatch: pytest.MonkeyPatch, show: bool) -> None:
+def test_a_conversation_remembers_and_ends(
+    student: str, monkeypatch: pytest.MonkeyPatch, show: bool
+) -> None:
     loaded = load_for_use(student, "cpu")
     seen: list[int] = []
     prompt = LoadedStudent.prompt
     monkeypatch.setattr(
-        LoadedStudent, "prompt", lambda self, messages: seen.append(len(messages)) or prompt(self, messages)
+        LoadedStudent,
+        "prompt",
+        lambda self, messages: seen.append(len(messages)) or prompt(self, messages),
     )
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
     questions = iter(["one", "two", ""])

@@ -28,12 +28,20 @@ def test_the_golden_folder_passes_whole(golden: Path, capsys: pytest.CaptureFixt
     lines = capsys.readouterr().out.splitlines()
     assert ", 0 failed" in lines[-1]
     models = ("a2d_qwen3", "dream", "llada ", "llada2_moe", "llada_moe", "wedlm")
-    for name in ("losses", "masks", "alignment", "step", *(f"models     {model}" for model in models)):
+    for name in (
+        "losses",
+        "masks",
+        "alignment",
+        "step",
+        *(f"models     {model}" for model in models),
+    ):
         assert any(line.startswith(name) and " ok " in line for line in lines), name
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_wrong_number_anywhere_fails(copy: Path, part: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_number_anywhere_fails(
+    copy: Path, part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     def nudge(path: Path, key: str, amount: float) -> None:
         tensors = load_file(path)
         flat = tensors[key].flatten()
@@ -86,9 +94,16 @@ def chunk_case(folder: Path, scale: float, clamp: bool) -> None:
     loss = -(target * p.log() + (1 - target) * torch.log1p(-p)).mean()
     loss.backward()
     assert logits.grad is not None
-    case: dict[str, Any] = {"name": "calm-T2", "loss": float(loss.detach()), "objective": "calm", "temperature": 2.0}
+    case: dict[str, Any] = {
+        "name": "calm-T2",
+        "loss": float(loss.detach()),
+        "objective": "calm",
+        "temperature": 2.0,
+    }
     spans = [[[0, 2], [2, 4]]]
-    (folder / "losses.json").write_text(json.dumps({"spans_student": spans, "spans_teacher": spans, "cases": [case]}))
+    (folder / "losses.json").write_text(
+        json.dumps({"spans_student": spans, "spans_teacher": spans, "cases": [case]})
+    )
     save_file(
         {
             "chunk/student_logits": logits.detach(),
@@ -108,7 +123,9 @@ def test_where_the_references_clamp_is_active_it_is_put_back_and_said(
     chunk_case(tmp_path, scale=15.0, clamp=True)
     assert run_conformance(tmp_path, "losses")
     assert "the reference's clamp is active" in capsys.readouterr().out
-    chunk_case(tmp_path, scale=1.0, clamp=True)  # the same objective in the usual range needs no such thing
+    chunk_case(
+        tmp_path, scale=1.0, clamp=True
+    )  # the same objective in the usual range needs no such thing
     assert run_conformance(tmp_path, "losses")
     assert "clamp" not in capsys.readouterr().out
 
@@ -129,7 +146,9 @@ def test_folders_that_hold_nothing_or_something_else(tmp_path: Path, copy: Path)
         run_conformance(copy, "losses")
 
 
-def test_a_folder_with_one_part_only(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_with_one_part_only(
+    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copyfile(golden / "bd3lm_masks.safetensors", tmp_path / "bd3lm_masks.safetensors")
     assert run_conformance(tmp_path)
     assert "8 passed, 0 failed, 5 skipped" in capsys.readouterr().out

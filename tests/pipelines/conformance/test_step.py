@@ -29,7 +29,12 @@ def rows(shared: bool) -> dict[str, Any]:
     rng = np.random.default_rng(3)
     student = [rng.integers(2, 59, n) for n in (12, 8)]
     masked = [np.array([5, 6, 9, 10]), np.array([4, 7])]
-    found: dict[str, Any] = {"student_ids": student, "masked": masked, "prompt_length": [4, 3], "t": [0.4, 0.7]}
+    found: dict[str, Any] = {
+        "student_ids": student,
+        "masked": masked,
+        "prompt_length": [4, 3],
+        "t": [0.4, 0.7],
+    }
     if shared:
         return found | {"in_a": [np.array([1, 0, 0, 1]), np.array([0, 1])]}
     teacher = [rng.integers(2, 59, 20), rng.integers(2, 59, 15)]
@@ -55,7 +60,9 @@ def teacher_logits(teacher: Any, found: dict[str, Any], i: int, comp_demo: bool)
     return result
 
 
-def plain_step(teacher: Any, student: Any, found: dict[str, Any], case: dict[str, Any]) -> dict[str, float]:
+def plain_step(
+    teacher: Any, student: Any, found: dict[str, Any], case: dict[str, Any]
+) -> dict[str, float]:
     """CE and distillation by their definitions (DESIGN §3); the gradient goes to the student's parameters."""
     T, shared = case["distillation"]["temperature"], "teacher_ids" not in found
     ce, terms, maskable = torch.zeros(()), [], 0
@@ -66,19 +73,25 @@ def plain_step(teacher: Any, student: Any, found: dict[str, Any], case: dict[str
         n = len(ids)
         mask = block_diffusion(n, BLOCK)[None, None]
         positions = torch.arange(n).repeat(2)[None]
-        both = student(torch.cat([noised, clean])[None], attention_mask=mask, position_ids=positions).logits[0, places]
+        both = student(
+            torch.cat([noised, clean])[None], attention_mask=mask, position_ids=positions
+        ).logits[0, places]
         ce = ce + F.cross_entropy(both, clean[places], reduction="sum") / (t + 1e-6)
         maskable += n - found["prompt_length"][i]
         with torch.no_grad():
             theirs = teacher_logits(teacher, found, i, case["comp_demo"])
         if shared:
             target = torch.softmax(theirs / T, 1)
-            terms += (T**2 * F.kl_div(torch.log_softmax(both / T, 1), target, reduction="none").sum(1)).unbind()
+            terms += (
+                T**2 * F.kl_div(torch.log_softmax(both / T, 1), target, reduction="none").sum(1)
+            ).unbind()
             continue
         logp = torch.log_softmax(both, 1).gather(1, clean[places][:, None])[:, 0]
         gold = torch.tensor(found["teacher_ids"][i])[torch.tensor(found["teacher_masked"][i])]
         other = torch.log_softmax(theirs, 1).gather(1, gold[:, None])[:, 0]
-        for (a, b), (c, d) in zip(found["chunk_student"][i], found["chunk_teacher"][i], strict=True):
+        for (a, b), (c, d) in zip(
+            found["chunk_student"][i], found["chunk_teacher"][i], strict=True
+        ):
             own = torch.from_numpy(np.isin(found["masked"][i], np.arange(a, b)))
             at = torch.from_numpy(np.isin(found["teacher_masked"][i], np.arange(c, d)))
             p, q = (logp[own].sum() / T).exp(), (other[at].sum() / T).exp().clamp(1e-7, 1 - 1e-7)
@@ -93,7 +106,9 @@ def flat(found: dict[str, Any]) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, values in found.items():
         if name in ("t", "prompt_length"):
-            tensors[name] = torch.tensor(values, dtype=torch.float32 if name == "t" else torch.int32)
+            tensors[name] = torch.tensor(
+                values, dtype=torch.float32 if name == "t" else torch.int32
+            )
             continue
         parts = [np.asarray(v).reshape(-1) for v in values]
         tensors[name] = torch.from_numpy(np.concatenate(parts).astype(np.int32))
@@ -114,13 +129,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "reverse": (False, {"type": "reverse_calm", "temperature": 3.0}, True),
     }
     for name, (shared, distillation, comp_demo) in cases.items():
-        case = {"distillation": distillation, "comp_demo": comp_demo, "weight": 0.7, "step": 1, "max_steps": 4}
+        case = {
+            "distillation": distillation,
+            "comp_demo": comp_demo,
+            "weight": 0.7,
+            "step": 1,
+            "max_steps": 4,
+        }
         case |= {"block": BLOCK, "teacher": "t", "student": "s", "teacher_attention": "full"}
         case |= {"student_mask_id": MASK, "teacher_mask_id": MASK}
         found = rows(shared)
         student.zero_grad()
         document[name] = case | plain_step(teacher, student, found, case)
-        grads = {f"grad/{n}": p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+        grads = {
+            f"grad/{n}": p.grad.clone() for n, p in student.named_parameters() if p.grad is not None
+        }
         made.mkdir(exist_ok=True)
         save_file(flat(found) | grads, made / f"{name}.safetensors")
     teacher.save_pretrained(made / "t")
@@ -135,7 +158,9 @@ def test_another_folder_passes(folder: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "split"])
-def test_what_is_wrong_fails(folder: Path, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_wrong_fails(
+    folder: Path, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     copy = tmp_path / "step"
     copy.mkdir()
     for name in ("t", "s", "reverse.safetensors"):

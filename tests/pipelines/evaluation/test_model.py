@@ -18,7 +18,12 @@ from student_train.using.load import LoadedStudent, load_for_use
 from student_train.using.sampler import sample
 from student_train.using.settings import SampleConfig
 
-PROMPTS = ["Write `f`.", "And now write `g`, which is a longer prompt than that.", "h", "Sort a list."]
+PROMPTS = [
+    "Write `f`.",
+    "And now write `g`, which is a longer prompt than that.",
+    "h",
+    "Sort a list.",
+]
 SMALL: dict[str, Any] = {"block_size": 8, "max_new_tokens": 20, "mc_num": 4}
 
 
@@ -40,8 +45,12 @@ def asks(contexts: list[str], **options: Any) -> list[Instance]:
     return [Instance("generate_until", {}, pair, i) for i, pair in enumerate(arguments)]
 
 
-def generate(loaded: LoadedStudent, contexts: list[str], settings: dict[str, Any], **options: Any) -> list[str]:
-    return TideBD3LM(loaded, **{**SMALL, **settings}).generate_until(asks(contexts, **options), disable_tqdm=True)
+def generate(
+    loaded: LoadedStudent, contexts: list[str], settings: dict[str, Any], **options: Any
+) -> list[str]:
+    return TideBD3LM(loaded, **{**SMALL, **settings}).generate_until(
+        asks(contexts, **options), disable_tqdm=True
+    )
 
 
 def chats(loaded: LoadedStudent) -> list[str]:
@@ -52,14 +61,19 @@ def chats(loaded: LoadedStudent) -> list[str]:
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_answers_are_those_of_tide_sample(loaded: LoadedStudent, batch: int) -> None:
     config = SampleConfig(new_tokens=20, block=8)
-    wanted = list(loaded.answer([[{"role": "user", "content": p}] for p in PROMPTS], config, batch=4))
+    wanted = list(
+        loaded.answer([[{"role": "user", "content": p}] for p in PROMPTS], config, batch=4)
+    )
     assert generate(loaded, chats(loaded), {"batch_size": batch}) == wanted
     assert any(wanted)
 
 
 def test_the_beginning_of_a_response_stays_open(loaded: LoadedStudent) -> None:
     model = TideBD3LM(loaded)
-    history = [{"role": "user", "content": "Write `f`."}, {"role": "assistant", "content": "def f(\n"}]
+    history = [
+        {"role": "user", "content": "Write `f`."},
+        {"role": "assistant", "content": "def f(\n"},
+    ]
     text = model.apply_chat_template(history, add_generation_prompt=False)
     assert text == model.apply_chat_template(history[:1]) + "def f(\n"
 
@@ -71,7 +85,9 @@ def test_the_chat_template_ends_in_its_empty_think_block(loaded: LoadedStudent) 
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}"
         "<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
     )
-    model = TideBD3LM(LoadedStudent(loaded.model, Tokenizer(backend, "think"), loaded.special, None))
+    model = TideBD3LM(
+        LoadedStudent(loaded.model, Tokenizer(backend, "think"), loaded.special, None)
+    )
     shots = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
     asked = [*shots, {"role": "user", "content": "2 + 2?"}]
     text = model.apply_chat_template(asked)
@@ -100,21 +116,33 @@ def test_a_stop_text_cuts_the_answer_and_ends_sampling(loaded: LoadedStudent) ->
     assert few < many
 
 
-def test_tokens_and_noise_come_from_the_task_where_the_model_leaves_them(loaded: LoadedStudent) -> None:
+def test_tokens_and_noise_come_from_the_task_where_the_model_leaves_them(
+    loaded: LoadedStudent,
+) -> None:
     context = chats(loaded)[:1]
     free = {"max_new_tokens": None}
     (short,) = generate(loaded, context, free, max_gen_toks=8)
     (long,) = generate(loaded, context, free, max_gen_toks=24)
     assert long.startswith(short) and len(long) > len(short)
-    assert generate(loaded, context, free, max_gen_toks=8, temperature=3.0, do_sample=False) == [short]
-    assert generate(loaded, context, free, max_gen_toks=8, temperature=3.0) != [short]  # a temperature is enough
+    assert generate(loaded, context, free, max_gen_toks=8, temperature=3.0, do_sample=False) == [
+        short
+    ]
+    assert generate(loaded, context, free, max_gen_toks=8, temperature=3.0) != [
+        short
+    ]  # a temperature is enough
     warm = generate(loaded, context * 3, free, max_gen_toks=8, temperature=3.0, do_sample=True)
     assert len(set(warm)) == 3  # repeats of one request get noise of their own
-    assert warm == generate(loaded, context * 3, free, max_gen_toks=8, temperature=3.0, do_sample=True)
+    assert warm == generate(
+        loaded, context * 3, free, max_gen_toks=8, temperature=3.0, do_sample=True
+    )
     for least in ({"top_k": 1}, {"top_p": 1e-6}):  # of the likeliest alone: greedy again
         assert generate(loaded, context, free, max_gen_toks=8, temperature=3.0, **least) == [short]
-        assert generate(loaded, context, {**free, **least}, max_gen_toks=8, temperature=3.0) == [short]
-    assert warm == generate(loaded, context * 3, free, max_gen_toks=8, temperature=3.0, top_k=0, top_p=1.0)
+        assert generate(loaded, context, {**free, **least}, max_gen_toks=8, temperature=3.0) == [
+            short
+        ]
+    assert warm == generate(
+        loaded, context * 3, free, max_gen_toks=8, temperature=3.0, top_k=0, top_p=1.0
+    )
 
 
 def test_likelihoods_are_elbos_and_greedy_is_what_sampling_gives(loaded: LoadedStudent) -> None:
@@ -122,19 +150,35 @@ def test_likelihoods_are_elbos_and_greedy_is_what_sampling_gives(loaded: LoadedS
     context = chats(loaded)[0]
     ids = model.tok_encode(context)
     (greedy,) = sample(loaded.model, [ids], loaded.special, SampleConfig(new_tokens=8, block=8))
-    readable = [n for n in range(1, 9) if model.tok_encode(loaded.tokenizer.decode(greedy[:n])) == greedy[:n]]
+    readable = [
+        n
+        for n in range(1, 9)
+        if model.tok_encode(loaded.tokenizer.decode(greedy[:n])) == greedy[:n]
+    ]
     said = loaded.tokenizer.decode(greedy[: readable[-1]])
-    pairs = [(context, said), (context, " no"), ("", "def f(x):\n    return x"), (context, said + " no")]
-    found = model.loglikelihood([Instance("loglikelihood", {}, p, i) for i, p in enumerate(pairs)], disable_tqdm=True)
+    pairs = [
+        (context, said),
+        (context, " no"),
+        ("", "def f(x):\n    return x"),
+        (context, said + " no"),
+    ]
+    found = model.loglikelihood(
+        [Instance("loglikelihood", {}, p, i) for i, p in enumerate(pairs)], disable_tqdm=True
+    )
     assert [is_greedy for _, is_greedy in found] == [True, False, False, False]
     config = ElboConfig(draws=4, block=8)
     for (value, _), (text, continuation) in zip(found, pairs, strict=True):
-        start, tokens = model.tok_encode(text) or [model.eot_token_id], model.tok_encode(continuation)
+        start, tokens = (
+            model.tok_encode(text) or [model.eot_token_id],
+            model.tok_encode(continuation),
+        )
         wanted = log_likelihoods(loaded.model, start, [tokens], loaded.special, config)[0]
         assert value == pytest.approx(wanted, abs=1e-4)
 
 
-def test_spaces_between_context_and_continuation_go_to_the_continuation(loaded: LoadedStudent) -> None:
+def test_spaces_between_context_and_continuation_go_to_the_continuation(
+    loaded: LoadedStudent,
+) -> None:
     model = TideBD3LM(loaded)
     pair = model._encode_pair("Answer:  ", "yes")
     assert pair == (model.tok_encode("Answer:"), model.tok_encode("  yes"))
@@ -147,8 +191,12 @@ def test_a_whole_text_is_scored_in_windows(loaded: LoadedStudent) -> None:
     config = ElboConfig(draws=4, block=8)
     request = [Instance("loglikelihood_rolling", {}, (text,), 0)]
     whole = log_likelihoods(loaded.model, [loaded.special.eos], [tokens], loaded.special, config)[0]
-    assert TideBD3LM(loaded, **SMALL).loglikelihood_rolling(request, disable_tqdm=True) == pytest.approx([whole])
-    cut = TideBD3LM(loaded, **SMALL, max_length=16 + len(tokens) // 2).loglikelihood_rolling(request, disable_tqdm=True)
+    assert TideBD3LM(loaded, **SMALL).loglikelihood_rolling(
+        request, disable_tqdm=True
+    ) == pytest.approx([whole])
+    cut = TideBD3LM(loaded, **SMALL, max_length=16 + len(tokens) // 2).loglikelihood_rolling(
+        request, disable_tqdm=True
+    )
     assert cut[0] != pytest.approx(whole) and cut[0] < 0
 
 
@@ -173,16 +221,27 @@ def test_a_long_prompt_loses_its_beginning(loaded: LoadedStudent) -> None:
         ({"threshold": 2.0}, "threshold"),
     ],
 )
-def test_wrong_arguments_are_explained(loaded: LoadedStudent, arguments: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_are_explained(
+    loaded: LoadedStudent, arguments: dict[str, Any], message: str
+) -> None:
     with pytest.raises(TideError, match=message):
         TideBD3LM(loaded, **arguments)
 
 
 @pytest.mark.parametrize(
     ("tokens", "steps", "block", "wanted"),
-    [(256, 256, 32, 32), (256, 64, 32, 8), (3, 3, 32, 3), (256, None, 32, None), (32, 256, 32, 32), (64, 1, 32, 1)],
+    [
+        (256, 256, 32, 32),
+        (256, 64, 32, 8),
+        (3, 3, 32, 3),
+        (256, None, 32, None),
+        (32, 256, 32, 32),
+        (64, 1, 32, 1),
+    ],
 )
-def test_steps_are_shared_out_over_blocks(tokens: int, steps: int | None, block: int, wanted: int | None) -> None:
+def test_steps_are_shared_out_over_blocks(
+    tokens: int, steps: int | None, block: int, wanted: int | None
+) -> None:
     assert steps_per_block(tokens, steps, block) == wanted
 
 

@@ -13,7 +13,16 @@ from shared.system.errors import TideError
 
 def test_the_papers_tasks_and_settings() -> None:
     found = paper_benchmarks()
-    assert list(found) == ["gsm8k", "math", "bbh", "mmlu-pro", "hellaswag", "mmlu", "humaneval", "mbpp"]
+    assert list(found) == [
+        "gsm8k",
+        "math",
+        "bbh",
+        "mmlu-pro",
+        "hellaswag",
+        "mmlu",
+        "humaneval",
+        "mbpp",
+    ]
     for name, benchmark in found.items():
         size = 3 if name in ("hellaswag", "mmlu") else 256
         assert (benchmark.new_tokens, benchmark.steps) == (size, size)
@@ -42,7 +51,10 @@ def test_names_are_of_the_recipe_or_of_lm_eval(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("[a]\nshots = 1\n", "a in .* is no benchmark"), ('[a]\ntask = "x"\nshot = 1\n', "unknown shot")],
+    [
+        ("[a]\nshots = 1\n", "a in .* is no benchmark"),
+        ('[a]\ntask = "x"\nshot = 1\n', "unknown shot"),
+    ],
 )
 def test_a_wrong_recipe_is_explained(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "r.toml").write_text(text)
@@ -77,7 +89,9 @@ def test_perplexities_are_no_shares(tmp_path: Path) -> None:
 
 
 def test_every_row_says_whose_it_is(tmp_path: Path) -> None:
-    eight = [Score(n, b.title, "m", 0.5, 0.01, 9, False, tmp_path) for n, b in paper_benchmarks().items()]
+    eight = [
+        Score(n, b.title, "m", 0.5, 0.01, 9, False, tmp_path) for n, b in paper_benchmarks().items()
+    ]
     part = [
         Score("gsm8k", "GSM8K", "m", 0.25, None, 4, True, tmp_path),
         Score("piqa", "PIQA", "m", 0.1, None, 4, False, tmp_path, own_rows=True),

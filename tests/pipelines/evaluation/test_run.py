@@ -48,7 +48,10 @@ def gsm8k() -> Path:
 def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows like GSM8K's."""
     path = tmp_path_factory.mktemp("rows") / "sums.jsonl"
-    rows = [{"question": f"What is {i} and {i}?", "answer": f"{i}+{i}={2 * i}\n#### {2 * i}"} for i in range(6)]
+    rows = [
+        {"question": f"What is {i} and {i}?", "answer": f"{i}+{i}={2 * i}\n#### {2 * i}"}
+        for i in range(6)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -66,19 +69,28 @@ def says(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str]) -> list[str]:
     return asked
 
 
-def test_gsm8k_is_graded_by_lm_eval(student: str, gsm8k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gsm8k_is_graded_by_lm_eval(
+    student: str, gsm8k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [json.loads(line) for line in gsm8k.read_text().splitlines()[:4]]
     results = [row["answer"].split("#### ")[1] for row in rows]
-    right = {row["question"]: f"So the answer is {result}." for row, result in zip(rows, results, strict=True)}
+    right = {
+        row["question"]: f"So the answer is {result}."
+        for row, result in zip(rows, results, strict=True)
+    }
     asked = says(monkeypatch, {**right, rows[3]["question"]: "It is 0."})
     (score,) = run_benchmarks(student, short("gsm8k"), settings(data={"gsm8k": gsm8k}), tmp_path)
     assert (score.value, score.rows, score.limited) == (0.75, 4, True)
-    assert all(text.startswith("<|im_start|>user\nQ: ") for text in asked)  # the chat template, no shots
+    assert all(
+        text.startswith("<|im_start|>user\nQ: ") for text in asked
+    )  # the chat template, no shots
     assert all(text.endswith("<|im_start|>assistant\n") and text.count("Q:") == 1 for text in asked)
 
 
 @pytest.mark.slow
-def test_human_eval_is_graded_by_lm_eval(student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_human_eval_is_graded_by_lm_eval(
+    student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All 164 problems; every other answer is the solution, in the middle of chat, the rest loops or is wrong."""
     with gzip.open(human_eval(), "rt") as lines:
         rows = [json.loads(line) for line in lines]
@@ -94,13 +106,17 @@ def test_human_eval_is_graded_by_lm_eval(student: str, tmp_path: Path, monkeypat
     assert score.value == 0.5
     assert not score.limited
     beginnings = [text.split("<|im_start|>assistant\n")[1] for text in asked]
-    assert all(text.startswith("Here is the completed function:\n```python\n") for text in beginnings)
+    assert all(
+        text.startswith("Here is the completed function:\n```python\n") for text in beginnings
+    )
 
 
 def test_code_is_run_with_consent_alone(student: str, tmp_path: Path) -> None:
     rows = hub_rows.write(tmp_path / "rows", "humaneval")
     with pytest.raises(TideError, match="humaneval runs the code"):
-        run_benchmarks(student, short("humaneval"), settings(data={"humaneval": rows}), tmp_path / "out")
+        run_benchmarks(
+            student, short("humaneval"), settings(data={"humaneval": rows}), tmp_path / "out"
+        )
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -109,7 +125,9 @@ def test_a_finished_benchmark_is_kept_and_another_way_refused(
 ) -> None:
     ask = settings(data={"gsm8k": sums})
     first = run_benchmarks(student, short("gsm8k"), ask, tmp_path)
-    monkeypatch.setattr("student_train.using.load.load_for_use", None)  # nothing is loaded a second time
+    monkeypatch.setattr(
+        "student_train.using.load.load_for_use", None
+    )  # nothing is loaded a second time
     assert run_benchmarks(student, short("gsm8k"), ask, tmp_path) == first
     with pytest.raises(TideError, match="limit: 4 there, 5 now"):
         run_benchmarks(student, short("gsm8k"), settings(data={"gsm8k": sums}, limit=5), tmp_path)
@@ -186,13 +204,23 @@ def test_the_command_and_the_report(student: str, sums: Path, tmp_path: Path) ->
     assert "paper" in text and "measured here" in text and f"{100 * score.value:.2f}*†" in text
     alone = write_report(run / "eval").read_text()  # a folder of scores without runs
     assert "measured here" in alone and "| eval " in alone
-    for wrong in (["--limit", "0"], ["--block", "0"], ["--steps", "0"], ["--remasking", "best"], ["--tasks", ","]):
+    for wrong in (
+        ["--limit", "0"],
+        ["--block", "0"],
+        ["--steps", "0"],
+        ["--remasking", "best"],
+        ["--tasks", ","],
+    ):
         with pytest.raises(TideError):
-            CliRunner().invoke(app, ["eval", student, "--tasks", "gsm8k", *wrong], catch_exceptions=False)
+            CliRunner().invoke(
+                app, ["eval", student, "--tasks", "gsm8k", *wrong], catch_exceptions=False
+            )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gsm8k", "math", "bbh", "mmlu-pro", "hellaswag", "mmlu", "humaneval", "mbpp"])
+@pytest.mark.parametrize(
+    "name", ["gsm8k", "math", "bbh", "mmlu-pro", "hellaswag", "mmlu", "humaneval", "mbpp"]
+)
 def test_each_of_the_papers_tasks_runs_from_local_files(
     student: str, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,16 +240,48 @@ def test_each_of_the_papers_tasks_runs_from_local_files(
 
 @pytest.mark.slow
 def test_two_processes_share_a_benchmark(student: str, sums: Path, tmp_path: Path) -> None:
-    arguments = ["eval", student, "--tasks", "gsm8k", "--data", f"gsm8k={sums}", "--new-tokens", "8", "--block", "8"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = [
+        "eval",
+        student,
+        "--tasks",
+        "gsm8k",
+        "--data",
+        f"gsm8k={sums}",
+        "--new-tokens",
+        "8",
+        "--block",
+        "8",
+    ]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     for name, start in (("one", [sys.executable]), ("two", launch)):
-        command = [*start, "-m", "pipelines.cli", *arguments, "--output", str(tmp_path / name), "--device", "cpu"]
+        command = [
+            *start,
+            "-m",
+            "pipelines.cli",
+            *arguments,
+            "--output",
+            str(tmp_path / name),
+            "--device",
+            "cpu",
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=300)
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, env=environment, timeout=300
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("| GSM8K |") == 1
     texts = [(tmp_path / name / "gsm8k.samples.jsonl").read_text() for name in ("one", "two")]
-    answers = [{row["doc_id"]: row["resps"] for row in map(json.loads, text.splitlines())} for text in texts]
+    answers = [
+        {row["doc_id"]: row["resps"] for row in map(json.loads, text.splitlines())}
+        for text in texts
+    ]
     assert answers[0] == answers[1]
     assert len(answers[0]) == 6
 
@@ -229,7 +289,9 @@ def test_two_processes_share_a_benchmark(student: str, sums: Path, tmp_path: Pat
 @pytest.mark.slow
 def test_lm_evals_own_command_line(student: str, tmp_path: Path) -> None:
     """A task of one's own, of likelihoods, by `--model tide_bd3lm`."""
-    rows = [{"question": f"{i} + 1 =", "choices": [f" {i}", f" {i + 1}"], "answer": 1} for i in range(5)]
+    rows = [
+        {"question": f"{i} + 1 =", "choices": [f" {i}", f" {i + 1}"], "answer": 1} for i in range(5)
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = {"data_files": {"test": str(tmp_path / "rows.jsonl")}}
     task = {"task": "my_sums", "dataset_path": "json", "dataset_kwargs": files, "test_split": "test",

@@ -46,13 +46,19 @@ def test_gaps_are_filled_together_as_alone(threshold: float) -> None:
         assert steps == len(ids) if threshold == 0.999 else steps <= len(ids)
 
 
-def test_scores_are_written_once_and_the_same_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_written_once_and_the_same_every_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(use_scores, "_LINES", 6)
     monkeypatch.setattr(use_scores, "_FUNCTIONS", 3)
     torch.set_num_threads(2)
     found = [use_scores.score_use(STUDENT) for _ in range(2)]
     assert found[0] == found[1]
-    assert 0 <= found[0].lines <= 1 and 0 <= found[0].parse <= 1 and 1 <= found[0].tokens_per_step <= 32
+    assert (
+        0 <= found[0].lines <= 1
+        and 0 <= found[0].parse <= 1
+        and 1 <= found[0].tokens_per_step <= 32
+    )
     run = tmp_path / "a-seed0"
     run.mkdir()
     assert read_use(run) is None

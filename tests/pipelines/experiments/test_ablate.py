@@ -74,10 +74,15 @@ def test_a_grid_trains_reports_and_resumes(
     command = next(line for line in text.splitlines() if line.startswith("* `calm`"))
     again = shlex.split(command.split("`")[3])
     assert CliRunner().invoke(app, [*again[1:], "--out", str(tmp_path / "again")]).exit_code == 0
-    runs = [json.loads((f / "history.json").read_text()) for f in (tmp_path / "again", tmp_path / "out" / "calm-seed0")]
+    runs = [
+        json.loads((f / "history.json").read_text())
+        for f in (tmp_path / "again", tmp_path / "out" / "calm-seed0")
+    ]
     assert runs[0]["final"]["eval_heldout_nll"] == runs[1]["final"]["eval_heldout_nll"]
     started: list[str] = []
-    monkeypatch.setattr("pipelines.experiments.grid._start", lambda job: started.append(job.folder.name))
+    monkeypatch.setattr(
+        "pipelines.experiments.grid._start", lambda job: started.append(job.folder.name)
+    )
     run_ablation(recipe, tmp_path / "out")
     assert started == []
 

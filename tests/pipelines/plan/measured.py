@@ -14,23 +14,35 @@ from pipelines.plan.stage_one import real_pass, rehearse_pass
 from pipelines.plan.stage_two import StepPlan, real_step, step_memory
 from pipelines.plan.work import Conversations
 from pipelines.speed.memory import in_process
-from shared.settings.config import CacheConfig, EngineConfig, StudentConfig, TargetConfig, TrainConfig
+from shared.settings.config import (
+    CacheConfig,
+    EngineConfig,
+    StudentConfig,
+    TargetConfig,
+    TrainConfig,
+)
 from shared.settings.objectives import KL, Distillation, NoDistillation, Tidal
 
 SMALL = Conversations(32, 0.5)
 
 
-def step(distillation: Distillation, batch: int, tokens: int, draws: int = 1, keep: bool = True) -> StepPlan:
+def step(
+    distillation: Distillation, batch: int, tokens: int, draws: int = 1, keep: bool = True
+) -> StepPlan:
     """A step of a student that takes some hundred megabytes."""
     student = StudentConfig(hidden_size=512, layers=6, heads=8, kv_heads=4, intermediate_size=1536)
     train = TrainConfig(batch_size=batch, precision="float32", device="cpu", distillation=distillation,
                         draws_per_step=draws, gradient_checkpointing=not keep, student=student)  # fmt: skip
-    return StepPlan(train, CacheConfig(teacher="tiny-shared"), Conversations(tokens, 2 / 3), None, on_gpu=False)
+    return StepPlan(
+        train, CacheConfig(teacher="tiny-shared"), Conversations(tokens, 2 / 3), None, on_gpu=False
+    )
 
 
 def warm_step(plan: StepPlan) -> Callable[[], None]:
     """A small step first, for what libraries keep once and for all."""
-    student = dataclasses.replace(plan.train.student, layers=1, hidden_size=64, intermediate_size=64)
+    student = dataclasses.replace(
+        plan.train.student, layers=1, hidden_size=64, intermediate_size=64
+    )
     train = dataclasses.replace(plan.train, batch_size=plan.train.draws_per_step, student=student)
     real_step(dataclasses.replace(plan, train=train, data=SMALL))()
     return real_step(plan)

@@ -13,7 +13,9 @@ from tests.conftest import small_cache_config
 STUDENT = StudentConfig(hidden_size=32, layers=1, heads=2, kv_heads=1, intermediate_size=32)
 
 
-def test_the_whole_vocabulary_loses_nothing_and_more_of_it_loses_less(random_teacher: Path, tmp_path: Path) -> None:
+def test_the_whole_vocabulary_loses_nothing_and_more_of_it_loses_less(
+    random_teacher: Path, tmp_path: Path
+) -> None:
     targets = {"values": "float32", "pilot": 200}
     config = small_cache_config("tiny-shared", random_teacher, tmp_path / "c", targets=targets)
     torch.manual_seed(0)
@@ -26,7 +28,8 @@ def test_the_whole_vocabulary_loses_nothing_and_more_of_it_loses_less(random_tea
             two, some, all_ = (
                 p
                 for p in points
-                if (p.objective, p.temperature, p.classes, p.tail) == (kind, temperature, 1, "student")
+                if (p.objective, p.temperature, p.classes, p.tail)
+                == (kind, temperature, 1, "student")
             )
             assert 0 < two.mass < some.mass < all_.mass == pytest.approx(1, abs=1e-4)
             assert two.size < some.size < all_.size
@@ -39,8 +42,13 @@ def test_the_whole_vocabulary_loses_nothing_and_more_of_it_loses_less(random_tea
 def test_what_has_no_fidelity_to_measure(random_teacher: Path, tmp_path: Path) -> None:
     few = Grid(ks=[8], classes=[1], temperatures=[1.0])
     with pytest.raises(TideError, match="no top-k in its own vocabulary"):
-        measure_fidelity(small_cache_config("tiny-cross", random_teacher, tmp_path / "c"), STUDENT, few, 2)
+        measure_fidelity(
+            small_cache_config("tiny-cross", random_teacher, tmp_path / "c"), STUDENT, few, 2
+        )
     with pytest.raises(TideError, match="k 5000 is more than the 4096 tokens"):
         measure_fidelity(
-            small_cache_config("tiny-shared", random_teacher, tmp_path / "c"), STUDENT, Grid(ks=[5000], classes=[1]), 4
+            small_cache_config("tiny-shared", random_teacher, tmp_path / "c"),
+            STUDENT,
+            Grid(ks=[5000], classes=[1]),
+            4,
         )

@@ -54,7 +54,9 @@ def test_the_goals_are_met_by_count() -> None:
     assert one.share[1] >= 0.52 > one.share[0]
     two = rehearse_two(step_plan(training, caching, TWO_THIRDS, card), card)
     assert two.share[1] >= 0.25 > two.share[0]
-    larger = rehearse_two(step_plan(dataclasses.replace(training, batch_size=16), caching, TWO_THIRDS, card), card)
+    larger = rehearse_two(
+        step_plan(dataclasses.replace(training, batch_size=16), caching, TWO_THIRDS, card), card
+    )
     assert larger.share[1] >= 0.26 and larger.peak < 0.92 * card.memory
     assert two.phases.compiled["head and loss"].seconds <= 8e-3
     assert two.phases.total(compiled=True).kernels * card.launch <= 12e-3
@@ -72,14 +74,22 @@ def test_a_step_moves_no_more_than_it_did() -> None:
 
 
 @pytest.mark.parametrize(
-    ("teacher", "objective"), [("tiny-shared", {"type": "kl", "tidal": {}}), ("tiny-cross", {"type": "reverse_calm"})]
+    ("teacher", "objective"),
+    [("tiny-shared", {"type": "kl", "tidal": {}}), ("tiny-cross", {"type": "reverse_calm"})],
 )
 def test_no_step_of_the_real_trainer_waits(
     caches: dict[str, Path], tmp_path: Path, teacher: str, objective: dict
 ) -> None:
     def waits(steps: int) -> dict[str, int]:
-        changes = {"distillation": objective, "heldout": None, "log_steps": 50, "checkpoint_steps": 50}
-        trainer, _ = make_trainer(config(caches[teacher], tmp_path / str(steps), max_steps=steps, **changes))
+        changes = {
+            "distillation": objective,
+            "heldout": None,
+            "log_steps": 50,
+            "checkpoint_steps": 50,
+        }
+        trainer, _ = make_trainer(
+            config(caches[teacher], tmp_path / str(steps), max_steps=steps, **changes)
+        )
         with SyncWatch() as syncs:
             trainer.train_resuming()
         return dict(syncs.lines)
@@ -118,11 +128,21 @@ def test_kernels_and_bytes_of_operators() -> None:
 
 def test_a_fused_kernel_writes_what_is_read_later() -> None:
     def kernel(name: str, reads: list[int], writes: list[int]) -> Kernel:
-        return Kernel(name, "a", float(name == "mm"), dict.fromkeys(reads, 100), dict.fromkeys(writes, 100))
+        return Kernel(
+            name, "a", float(name == "mm"), dict.fromkeys(reads, 100), dict.fromkeys(writes, 100)
+        )
 
-    kernels = [kernel("exp", [1], [2]), kernel("mul", [2, 3], [4]), kernel("mm", [4, 5], [6]), kernel("add", [2], [7])]
+    kernels = [
+        kernel("exp", [1], [2]),
+        kernel("mul", [2, 3], [4]),
+        kernel("mm", [4, 5], [6]),
+        kernel("add", [2], [7]),
+    ]
     first, product, last = fused(kernels, ("a",))
-    assert set(first.reads) == {1, 3} and set(first.writes) == {2, 4}  # 2 is read behind the product
+    assert set(first.reads) == {1, 3} and set(first.writes) == {
+        2,
+        4,
+    }  # 2 is read behind the product
     assert product is kernels[2]
     assert set(last.reads) == {2} and set(last.writes) == {7}
 
@@ -130,10 +150,18 @@ def test_a_fused_kernel_writes_what_is_read_later() -> None:
 def test_the_report_and_what_is_refused() -> None:
     caching = cache_config("tiny-shared", None, [])
     training = train_config(
-        "tiny-shared", None, ["batch_size=4", "student.checkpoint=embedded:student_train/tiny_students/shared"]
+        "tiny-shared",
+        None,
+        ["batch_size=4", "student.checkpoint=embedded:student_train/tiny_students/shared"],
     )
     said = describe_rehearsal(caching, training, Conversations(128, 0.5), 1000, [find_card("4090")])
-    for words in ("RTX 4090, 24 GB", "fits", "batch_size at most", "GPU hours", "nothing in a step waits"):
+    for words in (
+        "RTX 4090, 24 GB",
+        "fits",
+        "batch_size at most",
+        "GPU hours",
+        "nothing in a step waits",
+    ):
         assert words in said
     with pytest.raises(TideError, match="unknown GPU 'h900'"):
         find_card("h900")

@@ -46,7 +46,11 @@ class Hub:
                 Route(f"/api/models{repo}", self._info),
                 Route(f"{repo}.git/info/lfs/objects/batch", self._batch, methods=["POST"]),
                 Route("/lfs/{oid}", self._put, methods=["PUT"]),
-                Route(f"{repo}/resolve/{{revision}}/{{path:path}}", self._resolve, methods=["GET", "HEAD"]),
+                Route(
+                    f"{repo}/resolve/{{revision}}/{{path:path}}",
+                    self._resolve,
+                    methods=["GET", "HEAD"],
+                ),
             ]
         )
 
@@ -61,7 +65,11 @@ class Hub:
         if not self._may(request):
             return JSONResponse({"error": "Invalid credentials"}, 401)
         asked = await request.json()
-        name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+        name = (
+            f"{asked['organization']}/{asked['name']}"
+            if asked.get("organization")
+            else asked["name"]
+        )
         if name in self.repositories:
             return JSONResponse({"error": "exists", "url": f"{self.address}/{name}"}, 409)
         self.repositories[name], self.private[name] = {}, asked.get("visibility") == "private"
@@ -74,8 +82,17 @@ class Hub:
         if not self._may(request):
             return JSONResponse({"error": "Invalid credentials"}, 401)
         files = (await request.json())["files"]
-        mode = {file["path"]: "lfs" if file["path"].endswith(".safetensors") else "regular" for file in files}
-        return JSONResponse({"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in mode.items()]})
+        mode = {
+            file["path"]: "lfs" if file["path"].endswith(".safetensors") else "regular"
+            for file in files
+        }
+        return JSONResponse(
+            {
+                "files": [
+                    {"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in mode.items()
+                ]
+            }
+        )
 
     async def _batch(self, request: Request) -> Response:
         objects = []
@@ -100,7 +117,9 @@ class Hub:
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 stored = self.uploads[value["oid"]]
-                files[value["path"]] = stored[:-1] + b"\0" + b"!" * self.damage if self.damage else stored
+                files[value["path"]] = (
+                    stored[:-1] + b"\0" + b"!" * self.damage if self.damage else stored
+                )
         url = f"{self.address}/{self._name(request)}/commit/{_COMMIT}"
         return JSONResponse({"success": True, "commitOid": _COMMIT, "commitUrl": url})
 
@@ -117,7 +136,9 @@ class Hub:
 
     async def _paths(self, request: Request) -> Response:
         asked = parse_qs((await request.body()).decode())["paths"]
-        return JSONResponse([entry for entry in self._entries(self._name(request)) if entry["path"] in asked])
+        return JSONResponse(
+            [entry for entry in self._entries(self._name(request)) if entry["path"] in asked]
+        )
 
     async def _tree(self, request: Request) -> Response:
         return JSONResponse(self._entries(self._name(request)))
@@ -125,7 +146,9 @@ class Hub:
     async def _info(self, request: Request) -> Response:
         name = self._name(request)
         if name not in self.repositories:
-            return JSONResponse({"error": "Repository not found"}, 404, {"x-error-code": "RepoNotFound"})
+            return JSONResponse(
+                {"error": "Repository not found"}, 404, {"x-error-code": "RepoNotFound"}
+            )
         siblings = [{"rfilename": path} for path in sorted(self.repositories[name])]
         return JSONResponse({"id": name, "modelId": name, "sha": _COMMIT, "siblings": siblings, "private": False,
                              "tags": [], "downloads": 0, "likes": 0})  # fmt: skip
@@ -133,7 +156,9 @@ class Hub:
     async def _resolve(self, request: Request) -> Response:
         content = self.repositories[self._name(request)].get(request.path_params["path"])
         if content is None:
-            return JSONResponse({"error": "Entry not found"}, 404, {"x-error-code": "EntryNotFound"})
+            return JSONResponse(
+                {"error": "Entry not found"}, 404, {"x-error-code": "EntryNotFound"}
+            )
         etag = hashlib.sha256(content).hexdigest()
         return Response(content, headers={"etag": f'"{etag}"', "x-repo-commit": _COMMIT})
 

@@ -44,7 +44,10 @@ def test_from_the_cache_to_a_stranger(caches: dict[str, Path], tmp_path: Path) -
         subprocess.run([*tide, "publish", str(tmp_path / "exported"), "hf://me/small"], env=environment, check=True,
                        capture_output=True)  # fmt: skip
         command = [*tide, "serve", "me/small", "--port", "0", "--device", "cpu", "--block", "8"]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server, closed_clients():
+        with (
+            subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server,
+            closed_clients(),
+        ):
             assert server.stderr is not None
             address = None
             while address is None and (line := server.stderr.readline()):

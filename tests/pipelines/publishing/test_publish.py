@@ -47,7 +47,9 @@ def hub() -> Iterator[tuple[Hub, dict[str, str]]]:
         yield made, environment
 
 
-def tide(arguments: list[str], environment: dict[str, str], token: str = "secret") -> tuple[int, str, str]:
+def tide(
+    arguments: list[str], environment: dict[str, str], token: str = "secret"
+) -> tuple[int, str, str]:
     command = [sys.executable, "-m", "pipelines.cli", *arguments]
     whole = {**os.environ, "HF_TOKEN": token, **environment}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=whole)
@@ -73,7 +75,9 @@ def test_published_downloaded_and_answering_as_before(
     assert code == 0, error
     assert theirs == own
     before = len(made.uploads)
-    code, _, error = tide(["publish", str(run), "hf://me/small"], environment)  # again: the weights are there
+    code, _, error = tide(
+        ["publish", str(run), "hf://me/small"], environment
+    )  # again: the weights are there
     assert code == 0, error
     assert len(made.uploads) == before
 
@@ -88,11 +92,15 @@ def test_the_card_has_scores_data_and_licence(run: Path) -> None:
     assert contents.card.index("## Benchmarks") < contents.card.index("## Licence")
     assert str(run.parent) not in contents.card
     without = gather(run / "model", "me/small", None).card
-    assert "None is stated yet" in without and ModelCard(without).data.to_dict().get("license") is None
+    assert (
+        "None is stated yet" in without and ModelCard(without).data.to_dict().get("license") is None
+    )
 
 
 def test_a_card_of_ones_own_stays(run: Path) -> None:
-    (run / "model" / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n\n## Benchmarks\n\nnone\n")
+    (run / "model" / "README.md").write_text(
+        "---\nlicense: mit\n---\n\n# Mine\n\n## Benchmarks\n\nnone\n"
+    )
     text = gather(run, "me/small", None).card
     assert text == "---\nlicense: mit\n---\n\n# Mine\n\n## Benchmarks\n\nnone\n"
 
@@ -105,7 +113,9 @@ def test_a_dry_run_needs_no_network(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_goes_wrong_is_explained(run: Path, hub: tuple[Hub, dict[str, str]], tmp_path: Path) -> None:
+def test_what_goes_wrong_is_explained(
+    run: Path, hub: tuple[Hub, dict[str, str]], tmp_path: Path
+) -> None:
     made, environment = hub
     environment |= {"HF_HOME": str(tmp_path / "hf")}
     code, _, said = tide(["publish", str(run), "hf://me/small"], environment, token="wrong")
@@ -113,12 +123,15 @@ def test_what_goes_wrong_is_explained(run: Path, hub: tuple[Hub, dict[str, str]]
     made.damage = True
     code, _, said = tide(["publish", str(run), "hf://me/small"], environment)
     assert code == 2 and "model.safetensors did not arrive at me/small as it was sent" in said
-    code, _, said = tide(["publish", str(run), "hf://me/small"], {**environment, "HF_ENDPOINT": "http://127.0.0.1:9"})
+    code, _, said = tide(
+        ["publish", str(run), "hf://me/small"], {**environment, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    )
     assert code == 2 and "could not be reached" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(
-    "target", ["me/small", "hf://small", "hf://me/small/more", "hf://me/..", "hf://me/a b", "s3://me/small"]
+    "target",
+    ["me/small", "hf://small", "hf://me/small/more", "hf://me/..", "hf://me/a b", "s3://me/small"],
 )
 def test_targets_that_are_none(target: str) -> None:
     with pytest.raises(TideError, match="hf://OWNER/NAME"):
@@ -147,5 +160,7 @@ def test_an_exported_student_keeps_its_card(run: Path, tmp_path: Path) -> None:
         assert (out / "LICENSE").exists() and not (out / "notes.py").exists()
     generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert len(generation["eos_token_id"]) == 1  # its end of turn is its EOS
-    one, two = (load_file(folder / "model.safetensors") for folder in (run / "model", tmp_path / "hf"))
+    one, two = (
+        load_file(folder / "model.safetensors") for folder in (run / "model", tmp_path / "hf")
+    )
     assert all((one[name] == two[name]).all() for name in one)

@@ -17,12 +17,18 @@ from pipelines.reports.report import find_runs, summary_table
 from tests.pipelines.reports.test_report import fake_run
 
 
-@given(st.lists(st.floats(-5, 5).map(lambda x: round(x, 3)), min_size=3, max_size=9).filter(lambda v: np.std(v) > 1e-3))
+@given(
+    st.lists(st.floats(-5, 5).map(lambda x: round(x, 3)), min_size=3, max_size=9).filter(
+        lambda v: np.std(v) > 1e-3
+    )
+)
 def test_the_interval_is_scipy_s_for_one_sample(values: list[float]) -> None:
     found = paired(values)
     low, high = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
     assert found.half is not None
-    np.testing.assert_allclose([found.mean - found.half, found.mean + found.half], [low, high], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        [found.mean - found.half, found.mean + found.half], [low, high], rtol=1e-9, atol=1e-12
+    )
     assert found.text().startswith("**") == bool(low > 0 or high < 0)
 
 

@@ -54,7 +54,11 @@ def test_the_table_has_mean_and_spread_over_seeds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("gains", "words"),
-    [([0.1, 0.2], "helped: "), ([0.1, -0.2], "helped for some seeds only"), ([-0.1, -0.2], "did not help")],
+    [
+        ([0.1, 0.2], "helped: "),
+        ([0.1, -0.2], "helped for some seeds only"),
+        ([-0.1, -0.2], "did not help"),
+    ],
 )
 def test_the_verdict_follows_the_numbers(tmp_path: Path, gains: list[float], words: str) -> None:
     fill(tmp_path, gains)
@@ -76,13 +80,19 @@ def test_runs_are_grouped_by_their_settings_never_by_their_folder(tmp_path: Path
     assert table["seeds"].to_list() == [1, 1]
     fake_run(tmp_path / "monday" / "student-seed7", 7, "tiny-cross", 4.0, kinds[1])
     fake_run(tmp_path / "monday" / "student-seed8", 8, "tiny-cross", 4.0, {"type": "none"})
-    names = {run.place.name: run.variant for run in find_runs(tmp_path) if run.place.parent.name == "monday"}
+    names = {
+        run.place.name: run.variant
+        for run in find_runs(tmp_path)
+        if run.place.parent.name == "monday"
+    }
     assert names["student"] == names["student-seed8"] != names["student-seed7"]
 
 
 def test_two_variants_are_compared_seed_by_seed(tmp_path: Path) -> None:
     for seed, noise in enumerate((0.0, 0.5, -0.5)):
-        fake_run(tmp_path / "a" / f"x-seed{seed}", seed, "tiny-cross", 4.0 + noise, {"type": "none"})
+        fake_run(
+            tmp_path / "a" / f"x-seed{seed}", seed, "tiny-cross", 4.0 + noise, {"type": "none"}
+        )
         fake_run(tmp_path / "b" / f"y-seed{seed}", seed, "tiny-cross", 3.9 + noise + 0.001 * seed,
                  {"type": "calm", "temperature": 2.0})  # fmt: skip
     said = compare(tmp_path / "a", tmp_path / "b")
@@ -95,7 +105,9 @@ def test_two_variants_are_compared_seed_by_seed(tmp_path: Path) -> None:
         compare(tmp_path / "a", tmp_path / "c")
 
 
-def test_a_panel_without_a_curve_is_not_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_panel_without_a_curve_is_not_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake_run(tmp_path / "x", 0, "tiny-cross", 4.0, {"type": "none"})
     history = json.loads((tmp_path / "x" / "history.json").read_text())
     history["steps"] = [entry for entry in history["steps"] if "denoise" in entry][:1]
@@ -103,7 +115,9 @@ def test_a_panel_without_a_curve_is_not_drawn(tmp_path: Path, monkeypatch: pytes
     drawn: list[tuple[int, int]] = []
     subplots = report.plt.subplots
     monkeypatch.setattr(
-        report.plt, "subplots", lambda *shape, **more: (drawn.append(shape), subplots(*shape, **more))[1]
+        report.plt,
+        "subplots",
+        lambda *shape, **more: (drawn.append(shape), subplots(*shape, **more))[1],
     )
     write_report(tmp_path)
     assert drawn == [(1, 1)]

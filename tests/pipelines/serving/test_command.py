@@ -26,8 +26,21 @@ from tests.pipelines.serving.running import client, closed_clients
 @contextmanager
 def program(student: str, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """It and its address."""
-    command = [sys.executable, "-m", "pipelines.cli", "serve", student, "--port", "0", "--device", "cpu", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "TIDE_API_KEY": "k"})
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "serve",
+        student,
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+        *options,
+    ]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "TIDE_API_KEY": "k"}
+    )
     assert process.stderr is not None
     with process, closed_clients():
         try:
@@ -46,7 +59,9 @@ def test_it_answers_and_ends_at_a_signal(student: str, number: signal.Signals) -
     with program(student, "--block", "8", "--new-tokens", "16") as (process, address):
         asked = client(address, api_key="k")
         (model,) = asked.models.list()
-        got = asked.chat.completions.create(model=model.id, messages=[{"role": "user", "content": "Write `f`."}])
+        got = asked.chat.completions.create(
+            model=model.id, messages=[{"role": "user", "content": "Write `f`."}]
+        )
         assert got.usage is not None and got.usage.completion_tokens <= 16
         stream = asked.completions.create(model="run", prompt="x", max_tokens=3000, stream=True)
         taken = iter(stream)

@@ -20,11 +20,21 @@ from student_train.using.settings import SampleConfig
 from tests.pipelines.serving.running import client, served
 
 BLOCK = 8
-CONFIG = ServeConfig("small", SampleConfig(new_tokens=24, block=BLOCK), port=0, batch=4, waiting=6, body_bytes=20_000)
+CONFIG = ServeConfig(
+    "small", SampleConfig(new_tokens=24, block=BLOCK), port=0, batch=4, waiting=6, body_bytes=20_000
+)
 CHATS = [
     [{"role": "user", "content": "Write `f`."}],
-    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "And now `g`, which is longer."}],
-    [{"role": "user", "content": [{"type": "text", "text": "Write "}, {"type": "text", "text": "`h`."}]}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "And now `g`, which is longer."},
+    ],
+    [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "Write "}, {"type": "text", "text": "`h`."}],
+        }
+    ],
 ]
 
 
@@ -42,20 +52,32 @@ def address(loaded: LoadedStudent) -> Iterator[str]:
 def sampled(loaded: LoadedStudent, prompt: list[int], limit: int, **changes: Any) -> str:
     """By whole blocks, cut to the limit."""
     whole = -(-limit // BLOCK) * BLOCK
-    (ids,) = sample(loaded.model, [prompt], loaded.special, SampleConfig(new_tokens=whole, block=BLOCK, **changes))
+    (ids,) = sample(
+        loaded.model,
+        [prompt],
+        loaded.special,
+        SampleConfig(new_tokens=whole, block=BLOCK, **changes),
+    )
     return loaded.text(ids[:limit])
 
 
 def prompt_of(loaded: LoadedStudent, chat: Any) -> list[int]:
-    texts = ["".join(p["text"] for p in m["content"]) if isinstance(m["content"], list) else m["content"] for m in chat]
-    return loaded.prompt([{"role": m["role"], "content": text} for m, text in zip(chat, texts, strict=True)])
+    texts = [
+        "".join(p["text"] for p in m["content"]) if isinstance(m["content"], list) else m["content"]
+        for m in chat
+    ]
+    return loaded.prompt(
+        [{"role": m["role"], "content": text} for m, text in zip(chat, texts, strict=True)]
+    )
 
 
 @pytest.mark.parametrize("limit", [1, 8, 13])
 def test_an_answer_is_the_samplers(loaded: LoadedStudent, address: str, limit: int) -> None:
     for chat in CHATS:
         prompt = prompt_of(loaded, chat)
-        got = client(address).chat.completions.create(model="small", messages=chat, max_completion_tokens=limit)  # type: ignore[arg-type]
+        got = client(address).chat.completions.create(
+            model="small", messages=chat, max_completion_tokens=limit
+        )  # type: ignore[arg-type]
         assert got.choices[0].message.content == sampled(loaded, prompt, limit)
         assert got.choices[0].finish_reason in ("length", "stop")
         assert got.usage is not None and got.usage.prompt_tokens == len(prompt)
@@ -72,10 +94,14 @@ def test_settings_of_a_request(loaded: LoadedStudent, address: str) -> None:
         ({"extra_body": {"steps_per_block": 2, "remasking": "random"}, "seed": 3},
          {"steps_per_block": 2, "remasking": "random", "seed": 3}),
     ]:  # fmt: skip
-        got = client(address).chat.completions.create(model="small", messages=CHATS[0], max_tokens=16, **given)  # type: ignore[call-overload]
+        got = client(address).chat.completions.create(
+            model="small", messages=CHATS[0], max_tokens=16, **given
+        )  # type: ignore[call-overload]
         assert got.choices[0].message.content == sampled(loaded, prompt, 16, **meant)
     warm: Any = {"model": "small", "messages": CHATS[0], "temperature": 2.0, "max_tokens": 24}
-    texts = {client(address).chat.completions.create(**warm).choices[0].message.content for _ in range(4)}
+    texts = {
+        client(address).chat.completions.create(**warm).choices[0].message.content for _ in range(4)
+    }
     assert len(texts) > 1  # without a seed each has noise of its own
 
 
@@ -94,9 +120,19 @@ def test_several_choices_have_seeds_of_their_own(loaded: LoadedStudent, address:
 
 
 def test_a_stream_comes_by_block_and_is_the_whole(loaded: LoadedStudent, address: str) -> None:
-    asked: Any = {"model": "small", "messages": CHATS[1], "max_tokens": 24, "temperature": 1.5, "seed": 11}
+    asked: Any = {
+        "model": "small",
+        "messages": CHATS[1],
+        "max_tokens": 24,
+        "temperature": 1.5,
+        "seed": 11,
+    }
     whole = client(address).chat.completions.create(**asked)
-    chunks = list(client(address).chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    chunks = list(
+        client(address).chat.completions.create(
+            **asked, stream=True, stream_options={"include_usage": True}
+        )
+    )
     texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(texts) == whole.choices[0].message.content
     assert len([text for text in texts if text]) == 3  # one of each block
@@ -104,13 +140,23 @@ def test_a_stream_comes_by_block_and_is_the_whole(loaded: LoadedStudent, address
     reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
     assert reasons[-1] == whole.choices[0].finish_reason and not any(reasons[:-1])
     assert chunks[-1].usage == whole.usage
-    text = client(address).completions.create(model="small", prompt="def f", max_tokens=24, stream=True)
-    assert "".join(c.choices[0].text for c in text) == sampled(loaded, loaded.tokenizer.encode(["def f"])[0], 24)
+    text = client(address).completions.create(
+        model="small", prompt="def f", max_tokens=24, stream=True
+    )
+    assert "".join(c.choices[0].text for c in text) == sampled(
+        loaded, loaded.tokenizer.encode(["def f"])[0], 24
+    )
 
 
 def test_a_stop_text_ends_a_response(loaded: LoadedStudent, address: str) -> None:
     """Wherever it stands, over the edge of two blocks too, streamed or whole; nothing of it is sent."""
-    asked: Any = {"model": "small", "messages": CHATS[1], "max_tokens": 24, "temperature": 1.5, "seed": 11}
+    asked: Any = {
+        "model": "small",
+        "messages": CHATS[1],
+        "max_tokens": 24,
+        "temperature": 1.5,
+        "seed": 11,
+    }
     text = client(address).chat.completions.create(**asked).choices[0].message.content
     assert text is not None
     ids = prompt_of(loaded, CHATS[1])
@@ -126,15 +172,25 @@ def test_a_stop_text_ends_a_response(loaded: LoadedStudent, address: str) -> Non
 
 def test_many_at_once_get_what_each_gets_alone(loaded: LoadedStudent, address: str) -> None:
     """Eight clients, released together, of other lengths, limits and temperatures; and they were decoded together."""
-    asked = [{"messages": CHATS[i % 3], "max_tokens": 5 + 2 * i, "temperature": i / 4, "seed": i} for i in range(8)]
+    asked = [
+        {"messages": CHATS[i % 3], "max_tokens": 5 + 2 * i, "temperature": i / 4, "seed": i}
+        for i in range(8)
+    ]
     answers: list[Any] = [None] * 8
     together = threading.Barrier(8)
     passes: list[int] = []
-    hook = loaded.model.get_input_embeddings().register_forward_hook(lambda _m, args, _o: passes.append(len(args[0])))
+    hook = loaded.model.get_input_embeddings().register_forward_hook(
+        lambda _m, args, _o: passes.append(len(args[0]))
+    )
 
     def ask(i: int) -> None:
         together.wait()
-        answers[i] = client(address).chat.completions.create(model="small", **asked[i]).choices[0].message.content  # type: ignore[call-overload]
+        answers[i] = (
+            client(address)
+            .chat.completions.create(model="small", **asked[i])
+            .choices[0]
+            .message.content
+        )  # type: ignore[call-overload]
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
     for thread in threads:
@@ -143,7 +199,9 @@ def test_many_at_once_get_what_each_gets_alone(loaded: LoadedStudent, address: s
         thread.join()
     hook.remove()
     for i, given in enumerate(asked):
-        wanted = sampled(loaded, prompt_of(loaded, CHATS[i % 3]), given["max_tokens"], temperature=i / 4, seed=i)
+        wanted = sampled(
+            loaded, prompt_of(loaded, CHATS[i % 3]), given["max_tokens"], temperature=i / 4, seed=i
+        )
         assert answers[i] == wanted
     assert max(passes) > 1
 
@@ -172,9 +230,13 @@ def test_many_at_once_get_what_each_gets_alone(loaded: LoadedStudent, address: s
         ({"extra_body": {"min_tokens": 99}}, 400, "min_new_tokens is 99"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_answered_is_explained(address: str, given: Any, status: int, words: str) -> None:
+def test_what_cannot_be_answered_is_explained(
+    address: str, given: Any, status: int, words: str
+) -> None:
     with pytest.raises(openai.APIStatusError) as error:
-        client(address).chat.completions.create(**{"model": "small", "messages": CHATS[0], "max_tokens": 8, **given})
+        client(address).chat.completions.create(
+            **{"model": "small", "messages": CHATS[0], "max_tokens": 8, **given}
+        )
     assert error.value.status_code == status
     assert words in error.value.message
 
@@ -194,7 +256,9 @@ def test_what_cannot_be_answered_is_explained(address: str, given: Any, status: 
 )
 def test_a_body_that_is_no_request(address: str, body: bytes) -> None:
     with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(urllib.request.Request(f"{address}/v1/completions", body), timeout=20)
+        urllib.request.urlopen(
+            urllib.request.Request(f"{address}/v1/completions", body), timeout=20
+        )
     with error.value as answer:
         assert answer.status == 400
         assert json.load(answer)["error"]["type"] == "invalid_request_error"
@@ -256,7 +320,9 @@ class Slow:
 
     def __init__(self, model: Any) -> None:
         self.go = threading.Event()
-        self._hook = model.get_input_embeddings().register_forward_pre_hook(lambda *_: self.go.wait(20) and None)
+        self._hook = model.get_input_embeddings().register_forward_pre_hook(
+            lambda *_: self.go.wait(20) and None
+        )
 
     def __enter__(self) -> Slow:
         return self
@@ -271,14 +337,18 @@ def test_beyond_the_limit_requests_are_turned_away(loaded: LoadedStudent, addres
     answers: list[str] = []
 
     def ask() -> None:
-        got = client(address).chat.completions.create(model="small", messages=CHATS[0], max_tokens=8)  # type: ignore[arg-type]
+        got = client(address).chat.completions.create(
+            model="small", messages=CHATS[0], max_tokens=8
+        )  # type: ignore[arg-type]
         answers.append(got.choices[0].message.content or "")
 
     threads = [threading.Thread(target=ask) for _ in range(10)]
     with Slow(loaded.model):
         for number, thread in enumerate(threads):
             thread.start()
-            wait_for(address, (min(number + 1, 1), number))  # the first is being decoded, and the batch is closed
+            wait_for(
+                address, (min(number + 1, 1), number)
+            )  # the first is being decoded, and the batch is closed
             if number == 9:
                 break
         with pytest.raises(openai.InternalServerError, match="too many requests"):
@@ -291,11 +361,15 @@ def test_beyond_the_limit_requests_are_turned_away(loaded: LoadedStudent, addres
 def test_who_hangs_up_leaves_the_batch(loaded: LoadedStudent, address: str) -> None:
     """Streamed or not."""
     with Slow(loaded.model) as slow:
-        stream = client(address).completions.create(model="small", prompt="x", max_tokens=3000, stream=True)
+        stream = client(address).completions.create(
+            model="small", prompt="x", max_tokens=3000, stream=True
+        )
         wait_for(address, (1, 0))
         stream.close()
         with pytest.raises(openai.APITimeoutError):
-            client(address, timeout=0.3).completions.create(model="small", prompt="x", max_tokens=3000)
+            client(address, timeout=0.3).completions.create(
+                model="small", prompt="x", max_tokens=3000
+            )
         slow.go.set()
         wait_for(address, (0, 0))
 

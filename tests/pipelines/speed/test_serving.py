@@ -26,7 +26,11 @@ def test_requests_one_by_one_and_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_response_of_another_length_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "_SHAPE", SMALL)
-    monkeypatch.setattr(serving, "_SAMPLING", dataclasses.replace(serving._SAMPLING, new_tokens=32, min_new_tokens=32))
+    monkeypatch.setattr(
+        serving,
+        "_SAMPLING",
+        dataclasses.replace(serving._SAMPLING, new_tokens=32, min_new_tokens=32),
+    )
     with pytest.raises(RuntimeError, match="has 32 tokens and not 64"):
         serving.bench_serving()
 

@@ -31,7 +31,11 @@ def test_a_teacher_answers_as_by_hand(per_step: int) -> None:
             while (left := [i for i in range(start, start + 4) if ids[0, i] == SPECIAL.mask]) != []:
                 with torch.no_grad():
                     seen = full(torch.ones_like(ids, dtype=torch.bool))
-                    logits = model(input_ids=ids, attention_mask=seen, use_cache=False).logits[0].double()
+                    logits = (
+                        model(input_ids=ids, attention_mask=seen, use_cache=False)
+                        .logits[0]
+                        .double()
+                    )
                 logits[:, [SPECIAL.mask, SPECIAL.eos]] = -torch.inf
                 confidence, tokens = logits.softmax(-1).max(-1)
                 for i in sorted(left, key=lambda i: -float(confidence[i]))[:per_step]:
@@ -60,7 +64,9 @@ def test_quality_is_that_of_the_text() -> None:
     student = load_for_use(str(Path("teacher_cache/teachers/tiny").resolve()), "cpu")
     blocks = use._blocks(student)[:8]
     true, distinct = use._quality(teacher, 4095, blocks)
-    shuffled, same = use._quality(teacher, 4095, [(context, block[::-1]) for context, block in blocks])
+    shuffled, same = use._quality(
+        teacher, 4095, [(context, block[::-1]) for context, block in blocks]
+    )
     assert true < shuffled - 1
     assert distinct == same < 1
     assert use._quality(teacher, 4095, [(c, [b[0]] * 32) for c, b in blocks])[1] == 1 / 32

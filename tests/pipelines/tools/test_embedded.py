@@ -11,7 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipelines.recipes.read import cache_config, packaged_recipe, packaged_recipes, read_recipe, train_config
+from pipelines.recipes.read import (
+    cache_config,
+    packaged_recipe,
+    packaged_recipes,
+    read_recipe,
+    train_config,
+)
 from pipelines.tools.corpus import NoisedBatches
 from pipelines.tools.optimizer import MuonWithAdamW
 from pipelines.tools.tiny_student import TOKENIZERS, TinyStudentConfig, TinyStudentTrainer
@@ -27,10 +33,14 @@ from tests.shared.aligned.test_examples import chat
 
 def model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.ModuleDict({"embed": nn.Embedding(7, 6), "inner": nn.Linear(6, 6, bias=False), "norm": nn.LayerNorm(6)})
+    return nn.ModuleDict(
+        {"embed": nn.Embedding(7, 6), "inner": nn.Linear(6, 6, bias=False), "norm": nn.LayerNorm(6)}
+    )
 
 
-def run(own: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, steps: int, first: int = 0) -> None:
+def run(
+    own: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, steps: int, first: int = 0
+) -> None:
     for step in range(first, first + steps):
         torch.manual_seed(step)
         x = own["norm"](own["inner"](own["embed"](torch.randint(7, (5,)))))  # type: ignore[index]
@@ -70,7 +80,9 @@ def test_the_students_loss_is_cross_entropy_under_the_block_mask() -> None:
     train = Preparer(tokenizer, None, lengths, mask).usable(examples)
     batch = NoisedBatches(train, mask, config)[0]
     torch.manual_seed(0)
-    student: Any = new_model(StudentConfig(hidden_size=16, layers=2, intermediate_size=32), tokenizer, mask, 64)
+    student: Any = new_model(
+        StudentConfig(hidden_size=16, layers=2, intermediate_size=32), tokenizer, mask, 64
+    )
     trainer = TinyStudentTrainer.__new__(TinyStudentTrainer)
     loss = TinyStudentTrainer.compute_loss(trainer, student, batch)
     rows = batch["targets"] >= 0
@@ -81,7 +93,9 @@ def test_the_students_loss_is_cross_entropy_under_the_block_mask() -> None:
         attention_mask=block_diffusion_batch(batch["valid"], 32),
         position_ids=repeat_positions(length, n),
     ).logits[:, :length]
-    torch.testing.assert_close(loss, F.cross_entropy(logits[rows], clean[rows]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        loss, F.cross_entropy(logits[rows], clean[rows]), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", ["cross", "shared"])
@@ -97,4 +111,7 @@ def test_the_students_that_ship_are_what_the_recipes_start_from(kind: str) -> No
         start = train_config(None, packaged_recipe(recipe), []).student.checkpoint
         assert start == f"embedded:student_train/tiny_students/{kind}"
         assert cache_config(None, packaged_recipe(recipe), []).teacher == f"tiny-{kind}"
-        assert read_recipe(packaged_recipe(recipe))["cache"] == read_recipe(packaged_recipe(f"tiny-{kind}"))["cache"]
+        assert (
+            read_recipe(packaged_recipe(recipe))["cache"]
+            == read_recipe(packaged_recipe(f"tiny-{kind}"))["cache"]
+        )

@@ -19,7 +19,10 @@ def test_reproduces_the_golden_chunks(golden: Path) -> None:
             np.array([len(byte_level_bytes(t) or b"") for t in case[side]])
             for side in ("teacher_tokens", "student_tokens")
         )
-        assert align_tokens(teacher, student, [Region(0, 0, int(teacher.sum()))]).tolist() == case["chunks"]
+        assert (
+            align_tokens(teacher, student, [Region(0, 0, int(teacher.sum()))]).tolist()
+            == case["chunks"]
+        )
 
 
 def cuts(total: int) -> st.SearchStrategy[list[int]]:
@@ -30,7 +33,9 @@ def cuts(total: int) -> st.SearchStrategy[list[int]]:
 
 
 @given(st.integers(1, 60).flatmap(lambda n: st.tuples(cuts(n), cuts(n))))
-def test_chunks_partition_the_text_in_order_and_are_minimal(sides: tuple[list[int], list[int]]) -> None:
+def test_chunks_partition_the_text_in_order_and_are_minimal(
+    sides: tuple[list[int], list[int]],
+) -> None:
     teacher, student = map(np.array, sides)
     chunks = align_tokens(teacher, student, [Region(0, 0, int(teacher.sum()))])
     t_edges, s_edges = (np.concatenate([[0], np.cumsum(side)]) for side in (teacher, student))
@@ -74,7 +79,9 @@ def test_tokens_over_the_edge_and_bytes_outside_common_boundaries_belong_to_no_c
 
 def test_no_common_boundary_no_chunk() -> None:
     assert align_tokens(np.array([3, 3]), np.array([6]), [Region(0, 0, 5)]).shape == (0, 4)
-    assert align_tokens(np.array([], np.int64), np.array([], np.int64), [Region(0, 0, 0)]).shape == (0, 4)
+    assert align_tokens(
+        np.array([], np.int64), np.array([], np.int64), [Region(0, 0, 0)]
+    ).shape == (0, 4)
 
 
 def test_a_token_of_zero_bytes_is_no_chunk_of_its_own() -> None:

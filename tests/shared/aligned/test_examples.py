@@ -23,11 +23,17 @@ LENGTHS = LengthConfig(student=256, teacher=256, block=32)
 
 
 def chat(response: str, request: str = "do it") -> ChatExample:
-    return ChatExample("e", ({"role": "user", "content": request}, {"role": "assistant", "content": response}))
+    return ChatExample(
+        "e", ({"role": "user", "content": request}, {"role": "assistant", "content": response})
+    )
 
 
-def cross(student: Tokenizer = STUDENT, teacher: Tokenizer = TEACHER, lengths: LengthConfig = LENGTHS) -> Preparer:
-    return Preparer(student, teacher, lengths, student.special_id("mask"), teacher.special_id("mask"))
+def cross(
+    student: Tokenizer = STUDENT, teacher: Tokenizer = TEACHER, lengths: LengthConfig = LENGTHS
+) -> Preparer:
+    return Preparer(
+        student, teacher, lengths, student.special_id("mask"), teacher.special_id("mask")
+    )
 
 
 def start_of(p: Prepared) -> int:
@@ -38,7 +44,9 @@ def bytes_of(tokenizer: Tokenizer, ids: np.ndarray) -> bytes:
     return b"".join(tokenizer.token_bytes[i] for i in ids)
 
 
-def check_chunks(p: Prepared, text: str, student: Tokenizer = STUDENT, teacher: Tokenizer = TEACHER) -> bytes:
+def check_chunks(
+    p: Prepared, text: str, student: Tokenizer = STUDENT, teacher: Tokenizer = TEACHER
+) -> bytes:
     """Every chunk has the same bytes on both sides; together they are a stretch of the response. Returns it."""
     assert p.teacher_ids is not None
     parts = []
@@ -80,7 +88,8 @@ def test_any_text_is_aligned_from_end_to_end(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["<|mask|>", "say <|mask|> now", "<|im_end|>", "a<|eot_id|><|start_header_id|>assistant"]
+    "text",
+    ["<|mask|>", "say <|mask|> now", "<|im_end|>", "a<|eot_id|><|start_header_id|>assistant"],
 )
 def test_what_contents_spell_is_text(text: str) -> None:
     """A forged end of turn, header or mask is aligned like any other text, and is no control token on either side."""
@@ -131,7 +140,9 @@ def nfc_copy(source: Path, folder: Path) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
-def test_text_that_one_side_normalises_is_aligned_up_to_the_change_and_the_loss_is_counted(tmp_path: Path) -> None:
+def test_text_that_one_side_normalises_is_aligned_up_to_the_change_and_the_loss_is_counted(
+    tmp_path: Path,
+) -> None:
     student = nfc_copy(STUDENT_TOKENIZER, tmp_path / "nfc")
     preparer = cross(student)
     text = "x = 1  # Cafe\u0301 and more text behind it"
@@ -146,7 +157,10 @@ def test_text_that_one_side_normalises_is_aligned_up_to_the_change_and_the_loss_
 
 
 def test_text_that_both_sides_normalise_alike_is_aligned_whole(tmp_path: Path) -> None:
-    student, teacher = nfc_copy(STUDENT_TOKENIZER, tmp_path / "s"), nfc_copy(TEACHER_TOKENIZER, tmp_path / "t")
+    student, teacher = (
+        nfc_copy(STUDENT_TOKENIZER, tmp_path / "s"),
+        nfc_copy(TEACHER_TOKENIZER, tmp_path / "t"),
+    )
     preparer = cross(student, teacher)
     (p,) = preparer.usable([chat("Cafe\u0301!")])
     assert check_chunks(p, "Caf\u00e9!", student, teacher) == "Caf\u00e9!".encode()
@@ -165,7 +179,13 @@ def test_a_mask_token_that_is_no_special_one_cannot_be_used(tmp_path: Path) -> N
     config.pop("added_tokens_decoder", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     student = Tokenizer.load(folder)
-    preparer = Preparer(student, TEACHER, LENGTHS, student.special_id("mask", "<|mask|>"), TEACHER.special_id("mask"))
+    preparer = Preparer(
+        student,
+        TEACHER,
+        LENGTHS,
+        student.special_id("mask", "<|mask|>"),
+        TEACHER.special_id("mask"),
+    )
     for example in (chat("say <|mask|> now"), chat("fine", request="what is <|mask|>?")):
         (found,) = preparer([example])
         assert isinstance(found, Unusable) and found.reason == "spells a mask token"
@@ -173,7 +193,9 @@ def test_a_mask_token_that_is_no_special_one_cannot_be_used(tmp_path: Path) -> N
 
 def test_prompts_that_fill_the_length_are_dropped_and_counted_and_long_responses_cut() -> None:
     preparer = cross(lengths=LengthConfig(student=64, teacher=64, block=32))
-    first, dropped, cut = preparer([chat("x = 1"), chat("x", request="word " * 200), chat("y = 2; " * 100)])
+    first, dropped, cut = preparer(
+        [chat("x = 1"), chat("x", request="word " * 200), chat("y = 2; " * 100)]
+    )
     assert isinstance(dropped, Unusable) and dropped.reason == "prompt too long"
     assert isinstance(first, Prepared) and isinstance(cut, Prepared)
     assert (len(first.student_ids), len(cut.student_ids)) == (32, 64)
@@ -186,14 +208,18 @@ def test_prompts_that_fill_the_length_are_dropped_and_counted_and_long_responses
 def test_the_teacher_does_not_read_on_where_the_student_is_cut() -> None:
     """The rest of the answer, in the clear, would tell the teacher what comes before it."""
     text = "\n".join(f"y{i} = {i} * {i + 1}" for i in range(60))
-    short, long = (cross(lengths=LengthConfig(student=n, teacher=2048, block=32)) for n in (96, 2048))
+    short, long = (
+        cross(lengths=LengthConfig(student=n, teacher=2048, block=32)) for n in (96, 2048)
+    )
     (cut,), (whole,) = short.usable([chat(text)]), long.usable([chat(text)])
     assert cut.teacher_ids is not None and whole.teacher_ids is not None
     assert len(cut.teacher_ids) == cut.chunks[-1, 1] < len(whole.teacher_ids)
     assert np.array_equal(cut.teacher_ids, whole.teacher_ids[: len(cut.teacher_ids)])
     assert np.array_equal(cut.chunks, whole.chunks[: len(cut.chunks)])
     end = TEACHER.special_id("x", "<|eot_id|>")
-    assert end in whole.teacher_ids[whole.chunks[-1, 1] :]  # of a whole answer the teacher reads its end of turn
+    assert (
+        end in whole.teacher_ids[whole.chunks[-1, 1] :]
+    )  # of a whole answer the teacher reads its end of turn
 
 
 def test_a_prompt_over_the_teachers_length_keeps_its_cross_entropy() -> None:

@@ -27,19 +27,27 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """The same tokens under another template."""
     folder = tmp_path_factory.mktemp("other")
     backend = Tokenizer.load(TEACHER_TOKENIZER).backend
-    backend.chat_template = CHATML_TEMPLATE.replace("<|im_start|>", "[").replace("<|im_end|>", "<|eot_id|>")
+    backend.chat_template = CHATML_TEMPLATE.replace("<|im_start|>", "[").replace(
+        "<|im_end|>", "<|eot_id|>"
+    )
     backend.save_pretrained(folder)
     return Tokenizer.load(folder)
 
 
-def prepared(text: str, teacher: Tokenizer = STUDENT, lengths: LengthConfig = LENGTHS, **settings: Any) -> Prepared:
+def prepared(
+    text: str, teacher: Tokenizer = STUDENT, lengths: LengthConfig = LENGTHS, **settings: Any
+) -> Prepared:
     shared = SharedVocabulary.between(STUDENT, teacher)
     mask = STUDENT.special_id("mask")
     (found,) = Preparer(STUDENT, shared, lengths, mask, mask, **settings).usable([chat(text)])
     return found
 
 
-@given(st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1).filter(str.strip))
+@given(
+    st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1).filter(
+        str.strip
+    )
+)
 def test_the_words_are_the_content_and_nothing_else(text: str) -> None:
     p = prepared(text, positions="content")
     assert p.pairs is not None and p.teacher_ids is None
@@ -84,7 +92,9 @@ def test_of_what_is_masked_the_words_are_asked(other: Tokenizer) -> None:
 def test_lengths_teacher_takes_effect(own_text: bool, positions: str, other: Tokenizer) -> None:
     text = "; ".join(f"y = {i}" for i in range(40))
     lengths = dataclasses.replace(LENGTHS, teacher=64)
-    p = prepared(text, other if own_text else STUDENT, lengths, own_text=own_text, positions=positions)
+    p = prepared(
+        text, other if own_text else STUDENT, lengths, own_text=own_text, positions=positions
+    )
     assert p.teacher_ids is not None and len(p.teacher_ids) == 64
     assert p.pairs is not None and 0 < len(p.pairs) < len(p.maskable)
     assert p.pairs[:, 1].max() < 64

@@ -8,7 +8,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from shared.cache.ledger import LEDGER, Entry, load_ledger, note, save_ledger, settle_ledger, whole_ledger
+from shared.cache.ledger import (
+    LEDGER,
+    Entry,
+    load_ledger,
+    note,
+    save_ledger,
+    settle_ledger,
+    whole_ledger,
+)
 from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit, finished_units, read_table
 from shared.system.errors import TideError
@@ -32,12 +40,16 @@ def test_the_ledger_says_what_the_shards_hold(caches: dict[str, Path]) -> None:
     assert not list((cache / "ledger").glob("*"))
 
 
-def test_training_reads_one_file_to_begin_with(caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_reads_one_file_to_begin_with(
+    caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = caches["tiny-cross"]
     dataset(cache)  # what was never looked at is looked at once
     opened: list[str] = []
     plain = pq.ParquetFile
-    monkeypatch.setattr(pq, "ParquetFile", lambda *a, **k: (opened.append(str(a[0])), plain(*a, **k))[1])
+    monkeypatch.setattr(
+        pq, "ParquetFile", lambda *a, **k: (opened.append(str(a[0])), plain(*a, **k))[1]
+    )
     data = dataset(cache)
     assert data.totals["rows"] == 48
     assert [Path(path).name for path in opened] == ["vocabulary.parquet", "ledger.parquet"]
@@ -60,7 +72,9 @@ def test_a_shard_that_nobody_noted_is_read(caches: dict[str, Path], tmp_path: Pa
     assert not (cache / LEDGER).exists()  # not whole: no ledger that says so
 
 
-def test_the_newest_note_of_a_shard_counts_and_a_torn_line_does_not(caches: dict[str, Path], tmp_path: Path) -> None:
+def test_the_newest_note_of_a_shard_counts_and_a_torn_line_does_not(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
     cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
     manifest = load_manifest(cache)
     (cache / LEDGER).unlink()
@@ -73,7 +87,9 @@ def test_the_newest_note_of_a_shard_counts_and_a_torn_line_does_not(caches: dict
     assert load_ledger(cache, manifest) == {Unit(0, 0): second}
 
 
-def test_a_ledger_that_is_damaged_or_of_another_cache(caches: dict[str, Path], tmp_path: Path) -> None:
+def test_a_ledger_that_is_damaged_or_of_another_cache(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
     cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
     manifest = load_manifest(cache)
     shutil.copyfile(caches["tiny-shared"] / LEDGER, cache / LEDGER)
@@ -97,7 +113,9 @@ def test_a_shard_over_another_parts_name_is_neither_verified_nor_trained_on(
         dataset(cache)
 
 
-def test_a_cache_that_grows_keeps_its_ledger(caches: dict[str, Path], random_teacher: Path, tmp_path: Path) -> None:
+def test_a_cache_that_grows_keeps_its_ledger(
+    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
+) -> None:
     cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
     build_cache(small_cache_config("tiny-cross", random_teacher, cache, noise={"draws": 3}))
     manifest = load_manifest(cache)

@@ -38,7 +38,9 @@ def vocabulary(classes: int = CLASSES, size: int = 99) -> Vocabulary:
     """Random classes, ranks and priors."""
     rng = np.random.default_rng(classes)
     own = (np.arange(size) % classes).astype(np.int32)
-    return Vocabulary(own, rng.permutation(size).astype(np.int32), rng.random((2, size)).astype(np.float32))
+    return Vocabulary(
+        own, rng.permutation(size).astype(np.int32), rng.random((2, size)).astype(np.float32)
+    )
 
 
 LEVELS = Layout(T, "levels", vocabulary())
@@ -74,7 +76,11 @@ def make_row(seed: int, cross: bool, topk: bool, chunks: bool, masked: int) -> C
     )
 
 
-BOUNDS = {"gold_logp": 0.5 / GOLD_STEPS, "logsumexp": 0.5 / LOGIT_STEPS, "tail_odds": 0.5 / ODDS_STEPS}
+BOUNDS = {
+    "gold_logp": 0.5 / GOLD_STEPS,
+    "logsumexp": 0.5 / LOGIT_STEPS,
+    "tail_odds": 0.5 / ODDS_STEPS,
+}
 
 
 def assert_same(a: CacheRow, b: CacheRow, exact: bool) -> None:
@@ -93,15 +99,21 @@ def assert_same(a: CacheRow, b: CacheRow, exact: bool) -> None:
             assert (np.abs(x - y) <= bound + 1e-5).all(), name
 
 
-row_kinds = st.tuples(st.integers(0, 999), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 6))
+row_kinds = st.tuples(
+    st.integers(0, 999), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 6)
+)
 
 
 @pytest.mark.parametrize("layout", [LEVELS, EXACT], ids=["levels", "float32"])
 @given(st.lists(row_kinds, max_size=5))
-def test_a_table_gives_back_its_rows(layout: Layout, kinds: list[tuple[int, bool, bool, bool, int]]) -> None:
+def test_a_table_gives_back_its_rows(
+    layout: Layout, kinds: list[tuple[int, bool, bool, bool, int]]
+) -> None:
     rows = [make_row(*kind) for kind in kinds]
     topk = {row.topk_ids is None for row in rows}
-    rows = rows if len(topk) < 2 else [row for row in rows if row.topk_ids is not None]  # a cache has it or has not
+    rows = (
+        rows if len(topk) < 2 else [row for row in rows if row.topk_ids is not None]
+    )  # a cache has it or has not
     again = from_table(to_table(rows, layout), layout)
     assert len(again) == len(rows)
     for a, b in zip(rows, again, strict=True):
@@ -110,7 +122,9 @@ def test_a_table_gives_back_its_rows(layout: Layout, kinds: list[tuple[int, bool
 
 
 def test_a_shard_gives_back_its_rows_and_plain_polars_reads_it(tmp_path: Path) -> None:
-    rows = [dataclasses.replace(make_row(i, bool(i % 2), True, True, i % 5), draw=3) for i in range(600)]
+    rows = [
+        dataclasses.replace(make_row(i, bool(i % 2), True, True, i % 5), draw=3) for i in range(600)
+    ]
     path = Unit(3, 14).path(tmp_path)
     content = write_shard(path, rows, LEVELS, {"examples": 600, "draw": 3, "part": 14})
     assert path.read_bytes() == content
@@ -148,7 +162,9 @@ def test_a_damaged_shard_is_an_explained_error_wherever_it_is_damaged(tmp_path: 
             read_shard(path, LEVELS, damaged)
         except TideError:
             found += 1
-    assert found >= 25  # flips in pages are caught by their checksums; some in the footer change nothing that is read
+    assert (
+        found >= 25
+    )  # flips in pages are caught by their checksums; some in the footer change nothing that is read
 
 
 def test_a_parquet_file_of_other_columns_is_refused(tmp_path: Path) -> None:
@@ -178,14 +194,21 @@ def test_levels_are_bounded_finest_near_certainty_and_taken_once(
 
 
 @given(arrays(np.float64, (6,), elements=st.floats(1e-9, 1)), st.floats(-8, 8))
-def test_class_masses_add_up_to_the_tail_and_lie_near_the_truth(shares: np.ndarray, odds: float) -> None:
+def test_class_masses_add_up_to_the_tail_and_lie_near_the_truth(
+    shares: np.ndarray, odds: float
+) -> None:
     shares = shares / shares.sum()
     tail = 1 / (1 + np.exp(-odds))
     levels = to_class_levels(np.log(tail * shares).astype(np.float32))
     prior = torch.full((6,), 1 / 6)
-    found = class_log_mass(torch.from_numpy(levels)[None], torch.tensor([odds], dtype=torch.float32), prior)[0]
+    found = class_log_mass(
+        torch.from_numpy(levels)[None], torch.tensor([odds], dtype=torch.float32), prior
+    )[0]
     mass = found.double().exp().numpy()
     assert mass.sum() == pytest.approx(tail, rel=1e-5)
     if levels.any():  # a root of mass is within half a level, before all are scaled to the tail
         scale = np.sqrt(tail / max(1e-30, (np.maximum(levels, 0.5) ** 2).sum() / CLASS_LEVELS**2))
-        assert np.abs(np.sqrt(mass) - np.sqrt(tail * shares)).max() < (1 / CLASS_LEVELS) * max(1.0, scale) + 0.05
+        assert (
+            np.abs(np.sqrt(mass) - np.sqrt(tail * shares)).max()
+            < (1 / CLASS_LEVELS) * max(1.0, scale) + 0.05
+        )

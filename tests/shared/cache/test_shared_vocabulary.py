@@ -26,7 +26,9 @@ def thinking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The teacher's tokenizer with two tokens of the student's own, and a template that uses one in the prompt."""
     folder = tmp_path_factory.mktemp("thinking") / "t"
     backend = Tokenizer.load(TEACHER_TOKENIZER).backend
-    backend.add_tokens(["<think>", "</think>"])  # as Qwen has them: tokens of their own, but no control tokens
+    backend.add_tokens(
+        ["<think>", "</think>"]
+    )  # as Qwen has them: tokens of their own, but no control tokens
     backend.chat_template = (
         "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
         "{% if message['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
@@ -38,10 +40,14 @@ def thinking(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def preparer(student: Tokenizer) -> Preparer:
     teacher = Tokenizer.load(TEACHER_TOKENIZER)
-    return Preparer(student, SharedVocabulary.between(student, teacher), LENGTHS, student.special_id("mask"))
+    return Preparer(
+        student, SharedVocabulary.between(student, teacher), LENGTHS, student.special_id("mask")
+    )
 
 
-def test_a_token_of_the_students_own_in_the_prompt_is_written_out_for_the_teacher(thinking: Path) -> None:
+def test_a_token_of_the_students_own_in_the_prompt_is_written_out_for_the_teacher(
+    thinking: Path,
+) -> None:
     student, teacher = Tokenizer.load(thinking), Tokenizer.load(TEACHER_TOKENIZER)
     (p,) = preparer(student).usable([chat("x = 1")])
     assert p.shared
@@ -58,10 +64,15 @@ def test_a_response_with_such_a_token_is_left_out_and_counted(thinking: Path) ->
     made = preparer(Tokenizer.load(thinking))
     kept, left_out = made([chat("x = 1"), chat("a <think> b")])
     assert isinstance(kept, Prepared)
-    assert isinstance(left_out, Unusable) and left_out.reason == "token that the teacher writes otherwise"
+    assert (
+        isinstance(left_out, Unusable)
+        and left_out.reason == "token that the teacher writes otherwise"
+    )
 
 
-def test_the_cache_reads_the_right_positions(thinking: Path, random_teacher: Path, tmp_path: Path) -> None:
+def test_the_cache_reads_the_right_positions(
+    thinking: Path, random_teacher: Path, tmp_path: Path
+) -> None:
     data = write_chats(tmp_path / "d.jsonl", ["x = 1 + 2 + 3", "def f():\n    return 1"])
     config = small_cache_config(
         "tiny-shared", random_teacher, tmp_path / "c", data=data, student_tokenizer=str(thinking)
@@ -75,7 +86,9 @@ def test_the_cache_reads_the_right_positions(thinking: Path, random_teacher: Pat
         assert row.topk_ids.max(initial=0) < 4096
 
 
-def test_ids_that_mean_something_else_never_enter_the_top_k(random_teacher: Path, tmp_path: Path) -> None:
+def test_ids_that_mean_something_else_never_enter_the_top_k(
+    random_teacher: Path, tmp_path: Path
+) -> None:
     """A student whose added tokens carry other names: the teacher's logits there are tail."""
     folder = Path(shutil.copytree(resolve("embedded:teacher_cache.teachers/tiny"), tmp_path / "s"))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -87,7 +100,12 @@ def test_ids_that_mean_something_else_never_enter_the_top_k(random_teacher: Path
     assert np.flatnonzero(~same).tolist() == [changed]
     data = write_chats(tmp_path / "d.jsonl", ["x = 1 + 2 + 3"] * 3)
     config = small_cache_config(
-        "tiny-shared", random_teacher, tmp_path / "c", data=data, student_tokenizer=str(folder), targets={"k": 4095}
+        "tiny-shared",
+        random_teacher,
+        tmp_path / "c",
+        data=data,
+        student_tokenizer=str(folder),
+        targets={"k": 4095},
     )
     build_cache(config)
     rows = [r for r in rows_in(config.out, Unit(0, 0)) if r.masked.size]
@@ -99,6 +117,8 @@ def test_ids_that_mean_something_else_never_enter_the_top_k(random_teacher: Path
 
 
 def test_the_same_ids_need_no_second_sequence() -> None:
-    (p,) = preparer(Tokenizer.load(TEACHER_TOKENIZER)).usable([ChatExample("e", chat("x").messages)])
+    (p,) = preparer(Tokenizer.load(TEACHER_TOKENIZER)).usable(
+        [ChatExample("e", chat("x").messages)]
+    )
     assert p.teacher_ids is None
     assert p.shared

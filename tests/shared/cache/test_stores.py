@@ -51,7 +51,9 @@ def push(store: Store, cache: Path) -> int:
     return store.push(cache, manifest, settle_ledger(cache, manifest))
 
 
-def test_push_and_pull_give_the_cache_back(caches: dict[str, Path], tmp_path: Path, store: str) -> None:
+def test_push_and_pull_give_the_cache_back(
+    caches: dict[str, Path], tmp_path: Path, store: str
+) -> None:
     source = caches["tiny-cross"]
     there = Store.open(store)
     assert push(there, source) == 6
@@ -65,7 +67,9 @@ def test_push_and_pull_give_the_cache_back(caches: dict[str, Path], tmp_path: Pa
         there.pull(Path(shutil.copytree(caches["tiny-shared"], tmp_path / "other")))
 
 
-def test_a_file_without_its_marker_is_not_there(caches: dict[str, Path], tmp_path: Path, store: str) -> None:
+def test_a_file_without_its_marker_is_not_there(
+    caches: dict[str, Path], tmp_path: Path, store: str
+) -> None:
     """Killed between file and marker, or while a file is written."""
     source, there = caches["tiny-cross"], Store.open(store)
     push(there, source)
@@ -86,15 +90,21 @@ def test_ranks_without_a_common_disk_share_the_work_through_the_store(
 ) -> None:
     for rank in (0, 1):
         changes = {"rank": rank, "world": 2, "store": store}
-        report = build_cache(small_cache_config("tiny-cross", random_teacher, tmp_path / f"host-{rank}", **changes))
+        report = build_cache(
+            small_cache_config("tiny-cross", random_teacher, tmp_path / f"host-{rank}", **changes)
+        )
         assert (report.computed, report.kept, report.elsewhere) == (3, 0, 3)
     Store.open(store).pull(tmp_path / "whole")
     assert files(tmp_path / "whole") == files(caches["tiny-cross"])
     # Another host goes on where the store is: nothing is left to do.
-    report = build_cache(small_cache_config("tiny-cross", random_teacher, tmp_path / "third", store=store))
+    report = build_cache(
+        small_cache_config("tiny-cross", random_teacher, tmp_path / "third", store=store)
+    )
     assert (report.computed, report.elsewhere) == (0, 6)
     with pytest.raises(TideError, match="other settings"):
-        build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "fourth", store=store))
+        build_cache(
+            small_cache_config("tiny-shared", random_teacher, tmp_path / "fourth", store=store)
+        )
     assert finished_units(tmp_path / "fourth") == []
 
 

@@ -92,8 +92,16 @@ SHARED: dict[str, tuple[str, Edit, str]] = {
     "a chunk likelihood that is no number": ("chunk_logp", put(0, float("nan")), "chunk_logp are not finite"),
 }  # fmt: skip
 CROSS: dict[str, tuple[str, Edit, str]] = {
-    "a teacher's token beyond its vocabulary": ("teacher_ids", put(0, 5000), "teacher_ids holds 5000"),
-    "a teacher's mask past the end": ("teacher_masked", past_the_end, "teacher_masked holds a position outside"),
+    "a teacher's token beyond its vocabulary": (
+        "teacher_ids",
+        put(0, 5000),
+        "teacher_ids holds 5000",
+    ),
+    "a teacher's mask past the end": (
+        "teacher_masked",
+        past_the_end,
+        "teacher_masked holds a position outside",
+    ),
     "a teacher's mask twice": ("teacher_masked", repeat, "teacher_masked is not rising"),
     "a teacher's chunk that is not masked": ("chunk_teacher", put(0, 0), "not masked whole"),
 }
@@ -117,7 +125,9 @@ def test_a_changed_value_is_refused_by_verify_and_by_training(
     manifest = load_manifest(cache)
     settle_ledger(cache, manifest)
     found = check_cache(cache).problems
-    assert message in found[0].text and all("part-00000.parquet" in problem.text for problem in found)
+    assert message in found[0].text and all(
+        "part-00000.parquet" in problem.text for problem in found
+    )
     with pytest.raises(TideError, match=r"1 of 6 shards[\s\S]*tide verify") as refused:
         train_student(config(cache, tmp_path / "run", distillation={"type": "none"}))
     assert message in str(refused.value)
@@ -137,7 +147,9 @@ def test_times_that_no_draw_has(caches: dict[str, Path], value: float) -> None:
     assert "a time t lies outside" in found
 
 
-def test_rows_of_one_example_and_columns_that_the_manifest_does_not_know(caches: dict[str, Path]) -> None:
+def test_rows_of_one_example_and_columns_that_the_manifest_does_not_know(
+    caches: dict[str, Path],
+) -> None:
     cache = caches["tiny-shared"]
     layout, manifest = layout_of(cache), load_manifest(cache)
     table = read_table(Unit(0, 0).path(cache)).table
@@ -146,18 +158,24 @@ def test_rows_of_one_example_and_columns_that_the_manifest_does_not_know(caches:
     place = table.schema.get_field_index("topk_ranks")
     empty = pa.nulls(table.num_rows, table.schema.field(place).type)
     gone = table.set_column(place, table.schema.field(place), empty)
-    assert problems_in(gone, layout, manifest) == ["topk_ranks is missing, unlike the manifest says"]
+    assert problems_in(gone, layout, manifest) == [
+        "topk_ranks is missing, unlike the manifest says"
+    ]
     assert problems_in(table.slice(0, 0), layout, manifest) == []
 
 
 @pytest.mark.parametrize("values", ["levels", "float32"])
-@pytest.mark.parametrize("changes", [{"mass": 0.01, "k": 30}, {"classes": 1}, {"k": 1, "temperatures": (1.0, 5.0)}])
+@pytest.mark.parametrize(
+    "changes", [{"mass": 0.01, "k": 30}, {"classes": 1}, {"k": 1, "temperatures": (1.0, 5.0)}]
+)
 def test_what_stage_one_writes_is_sound(
     random_teacher: Path, tmp_path: Path, values: str, changes: dict[str, object]
 ) -> None:
     """Also adaptive lists, one class, hot temperatures and exact values; a mistake in a rule would show here."""
     targets = {"k": 8, "classes": 5, "pilot": 100, "values": values, **changes}
-    config = small_cache_config("tiny-shared", random_teacher, tmp_path / "c", targets=targets, noise={"draws": 1})
+    config = small_cache_config(
+        "tiny-shared", random_teacher, tmp_path / "c", targets=targets, noise={"draws": 1}
+    )
     build_cache(config)
     report = check_cache(tmp_path / "c")
     assert report.problems == [] and report.shards == 3
@@ -165,7 +183,11 @@ def test_what_stage_one_writes_is_sound(
 
 def test_exact_values_are_looked_at_too(random_teacher: Path, tmp_path: Path) -> None:
     targets = {"k": 8, "classes": 5, "pilot": 100, "values": "float32", "signals": ["topk"]}
-    build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "c", targets=targets, noise={"draws": 1}))
+    build_cache(
+        small_cache_config(
+            "tiny-shared", random_teacher, tmp_path / "c", targets=targets, noise={"draws": 1}
+        )
+    )
     cases: dict[str, tuple[Edit, str]] = {
         "topk_logp": (swap, "does not fall"),
         "gold_logp": (put(0, float("nan")), "gold_logp are not finite"),
@@ -190,7 +212,9 @@ def test_what_passed_is_not_looked_at_again_but_its_bytes_are(
     manifest = load_manifest(cache)
     layout, ledger = manifest.layout(cache), whole_ledger(cache, manifest)
     looked: list[Unit] = []
-    monkeypatch.setattr("shared.cache.checking.problems_in", lambda *_: looked.append(Unit(0, 0)) or [])
+    monkeypatch.setattr(
+        "shared.cache.checking.problems_in", lambda *_: looked.append(Unit(0, 0)) or []
+    )
     refuse_unsound(cache, manifest, layout, ledger)
     assert len(looked) == 6
     refuse_unsound(cache, manifest, layout, ledger)
@@ -201,7 +225,9 @@ def test_what_passed_is_not_looked_at_again_but_its_bytes_are(
     path.write_bytes(bytes(content))
     with pytest.raises(TideError, match="not what the cache's ledger says"):
         refuse_unsound(cache, manifest, layout, ledger)
-    monkeypatch.setattr("shared.cache.checking._HASHED_AT_ONCE", 0)  # a large cache: only the number of bytes
+    monkeypatch.setattr(
+        "shared.cache.checking._HASHED_AT_ONCE", 0
+    )  # a large cache: only the number of bytes
     refuse_unsound(cache, manifest, layout, ledger)
     path.write_bytes(bytes(content[:-1]))
     with pytest.raises(TideError, match="bytes instead of"):

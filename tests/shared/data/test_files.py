@@ -24,7 +24,10 @@ from shared.settings.config import DataConfig
 from shared.system.errors import TideError
 
 GOOD = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
-ROWS = [{"messages": [{"role": "user", "content": f"q {i} é\r\n"}, GOOD["messages"][1]]} for i in range(5)]
+ROWS = [
+    {"messages": [{"role": "user", "content": f"q {i} é\r\n"}, GOOD["messages"][1]]}
+    for i in range(5)
+]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
 
 
@@ -53,12 +56,18 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "d.jsonl.bz2": lambda p: p.write_bytes(bz2.compress(LINES)),
     "d.jsonl.xz": lambda p: p.write_bytes(lzma.compress(LINES)),
     "d.jsonl.zst": lambda p: p.write_bytes(zstandard.compress(LINES)),
-    "two.jsonl.zst": lambda p: p.write_bytes(zstandard.compress(LINES[:99]) + zstandard.compress(LINES[99:])),
+    "two.jsonl.zst": lambda p: p.write_bytes(
+        zstandard.compress(LINES[:99]) + zstandard.compress(LINES[99:])
+    ),
     "array.json.zst": lambda p: p.write_bytes(zstandard.compress(json.dumps(ROWS).encode())),
     "d.parquet": lambda p: pl.DataFrame(ROWS).write_parquet(p),
     "stream.arrow": lambda p: arrow(p, True),
     "file.arrow": lambda p: arrow(p, False),
-    "folder": lambda p: (p.mkdir(), (p / "a.jsonl").write_bytes(LINES[:0]), (p / "b.jsonl").write_bytes(LINES)),
+    "folder": lambda p: (
+        p.mkdir(),
+        (p / "a.jsonl").write_bytes(LINES[:0]),
+        (p / "b.jsonl").write_bytes(LINES),
+    ),
     "saved": lambda p: datasets.Dataset.from_list(ROWS).save_to_disk(str(p)),
 }
 
@@ -88,7 +97,11 @@ def test_lines_that_hold_lists_are_judged_one_by_one_and_the_file_is_read_once_o
     blocks = files._blocks
     monkeypatch.setattr(files, "_blocks", lambda p: (reads.append(p), blocks(p))[1])
     summary = scan(DataConfig(str(path), allow_bad_rows=200))
-    assert (summary.examples, len(summary.bad_rows), summary.bad_rows[0].place) == (1, 200, f"{path}:2")
+    assert (summary.examples, len(summary.bad_rows), summary.bad_rows[0].place) == (
+        1,
+        200,
+        f"{path}:2",
+    )
     assert len(reads) <= 2
 
 
@@ -109,9 +122,18 @@ def test_a_line_ends_at_a_line_feed_and_nowhere_else(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["gz", "zst", "xz", "bz2"])
 @pytest.mark.parametrize("allowed", [0, 3, 0.5])
-def test_a_file_that_is_cut_short_is_an_error_whatever_is_allowed(kind: str, allowed: float, tmp_path: Path) -> None:
-    lines = b"".join(json.dumps({**GOOD, "x": os.urandom(2000).hex()}).encode() + b"\n" for _ in range(300))
-    pack: Any = {"gz": gzip.compress, "zst": zstandard.compress, "xz": lzma.compress, "bz2": bz2.compress}[kind]
+def test_a_file_that_is_cut_short_is_an_error_whatever_is_allowed(
+    kind: str, allowed: float, tmp_path: Path
+) -> None:
+    lines = b"".join(
+        json.dumps({**GOOD, "x": os.urandom(2000).hex()}).encode() + b"\n" for _ in range(300)
+    )
+    pack: Any = {
+        "gz": gzip.compress,
+        "zst": zstandard.compress,
+        "xz": lzma.compress,
+        "bz2": bz2.compress,
+    }[kind]
     whole = pack(lines)
     path = tmp_path / f"d.jsonl.{kind}"
     path.write_bytes(whole[: len(whole) // 2])
@@ -125,28 +147,45 @@ BAD = [
     (f'{{"messages": {DEEP}', "nested too deeply"),
     (f'{{"n": {"7" * 5000}}}', "not JSON"),
     ([1], "the row is a list"),
-    ({"text": "x"}, "no conversation in the fields 'text': set data.prompt_field and data.response_field"),
+    (
+        {"text": "x"},
+        "no conversation in the fields 'text': set data.prompt_field and data.response_field",
+    ),
     ({"messages": []}, "not a list with at least one"),
     ({"messages": [{"content": "x"}]}, "message 0 has no `role`"),
     ({"messages": [{"role": "assistant", "content": 3}]}, "the content of message 0 is int"),
-    ({"messages": [{"role": "assistant", "content": None}]}, "the content of message 0 is NoneType"),
+    (
+        {"messages": [{"role": "assistant", "content": None}]},
+        "the content of message 0 is NoneType",
+    ),
     ({"messages": [{"role": "user", "content": "x"}]}, "no message is from the assistant"),
     ('{"messages": [{"role": "assistant", "content": "\\ud800"}]}', "lone surrogates"),
-    ({"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}, "a part that is no text"),
-    ({"messages": [{"role": "user", "content": "x" * 4_000_000}, GOOD["messages"][1]]}, "characters"),
+    (
+        {"messages": [{"role": "assistant", "content": [{"type": "image"}]}]},
+        "a part that is no text",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "x" * 4_000_000}, GOOD["messages"][1]]},
+        "characters",
+    ),
     ({"messages": [GOOD["messages"][1]], "tools": "{"}, "`tools` is a text that is no JSON"),
 ]
 
 
 @pytest.mark.parametrize(("row", "reason"), BAD, ids=[reason for _, reason in BAD])
-def test_a_row_that_is_no_conversation_stops_with_file_and_line(tmp_path: Path, row: object, reason: str) -> None:
+def test_a_row_that_is_no_conversation_stops_with_file_and_line(
+    tmp_path: Path, row: object, reason: str
+) -> None:
     config = write_lines(tmp_path / "d.jsonl", [GOOD, row, GOOD])
     with pytest.raises(TideError) as error:
         scan(config)
     assert f"{tmp_path}/d.jsonl:2: " in str(error.value)
     assert reason in str(error.value)
     summary = scan(DataConfig(config.source, allow_bad_rows=1))
-    assert (summary.examples, [bad.place for bad in summary.bad_rows]) == (2, [f"{tmp_path}/d.jsonl:2"])
+    assert (summary.examples, [bad.place for bad in summary.bad_rows]) == (
+        2,
+        [f"{tmp_path}/d.jsonl:2"],
+    )
     assert len(list(iter_examples(config))) == 2
 
 
@@ -156,10 +195,16 @@ def test_how_many_bad_rows_are_allowed(tmp_path: Path) -> None:
         scan(config)
     for allowed in (15, 0.05, 0.1):
         assert scan(DataConfig(config.source, allow_bad_rows=allowed)).examples == 285
-    for allowed, words in ((0.04, "12 are allowed"), (0.001, "10 are allowed"), (14, "14 are allowed")):
+    for allowed, words in (
+        (0.04, "12 are allowed"),
+        (0.001, "10 are allowed"),
+        (14, "14 are allowed"),
+    ):
         with pytest.raises(TideError, match=words):
             scan(DataConfig(config.source, allow_bad_rows=allowed))
-    few = write_lines(tmp_path / "few.jsonl", [GOOD, "{", "{"])  # a share of three rows would be none
+    few = write_lines(
+        tmp_path / "few.jsonl", [GOOD, "{", "{"]
+    )  # a share of three rows would be none
     assert scan(DataConfig(few.source)).examples == 1
 
 
@@ -179,7 +224,11 @@ def test_bad_rows_are_listed_up_to_a_limit(tmp_path: Path) -> None:
         ("d.jsonl.zst", b"not zstandard", "cannot be read to its end"),
         ("d.jsonl.gz", b"not gzip", "cannot be read to its end"),
         ("d.txt", b"a,b", "unknown ending"),
-        ("d.json", b'{"version": 1,\n "data": []}', "one JSON object with the fields version, data"),
+        (
+            "d.json",
+            b'{"version": 1,\n "data": []}',
+            "one JSON object with the fields version, data",
+        ),
         ("d.json", b'[{"messages": 1},\n', "no JSON array"),
     ],
 )
@@ -247,7 +296,9 @@ def test_a_configuration_of_a_hub_data_set_can_be_named(tmp_path: Path) -> None:
 
 
 def test_splits_of_a_saved_data_set(tmp_path: Path) -> None:
-    parts = datasets.DatasetDict({n: datasets.Dataset.from_list(ROWS[:i]) for i, n in ((2, "train"), (1, "test"))})
+    parts = datasets.DatasetDict(
+        {n: datasets.Dataset.from_list(ROWS[:i]) for i, n in ((2, "train"), (1, "test"))}
+    )
     parts.save_to_disk(str(tmp_path / "d"))
     assert scan(DataConfig(f"{tmp_path}/d#train")).examples == 2
     with pytest.raises(TideError, match="splits train, test"):

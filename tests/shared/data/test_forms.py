@@ -28,7 +28,10 @@ def said(row: dict[str, Any], **settings: Any) -> list[dict[str, Any]]:
 FORMS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "messages": ({"messages": [USER, ANSWER]}, [USER, ANSWER]),
     "sharegpt": (
-        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "system": "s"},
+        {
+            "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+            "system": "s",
+        },
         [SYSTEM, USER, ANSWER],
     ),
     "sharegpt with roles": ({"conversations": [USER, ANSWER]}, [USER, ANSWER]),
@@ -41,13 +44,24 @@ FORMS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"instruction": "q", "output": "a", "history": [["q", "a"]]},
         [USER, ANSWER, USER, ANSWER],
     ),
-    "instances": ({"instruction": "q", "instances": [{"input": "", "output": "a"}]}, [USER, ANSWER]),
+    "instances": (
+        {"instruction": "q", "instances": [{"input": "", "output": "a"}]},
+        [USER, ANSWER],
+    ),
     "prompt and completion": ({"prompt": "q", "completion": "a"}, [USER, ANSWER]),
-    "prompt and completion as lists": ({"prompt": [SYSTEM, USER], "completion": [ANSWER]}, [SYSTEM, USER, ANSWER]),
+    "prompt and completion as lists": (
+        {"prompt": [SYSTEM, USER], "completion": [ANSWER]},
+        [SYSTEM, USER, ANSWER],
+    ),
     "question and answer": ({"question": "q", "answer": "a"}, [USER, ANSWER]),
     "question and response": ({"question": "q", "response": "a"}, [USER, ANSWER]),
     "parts": (
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, {**ANSWER, "content": ["a"]}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "q"}]},
+                {**ANSWER, "content": ["a"]},
+            ]
+        },
         [USER, ANSWER],
     ),
     "roles of other names": (
@@ -74,17 +88,21 @@ def test_every_form_becomes_messages(name: str) -> None:
 def test_named_fields_and_forms_override_what_is_detected() -> None:
     row = {"ask": "q", "say": "a", "who": "s", "messages": [ANSWER], "chat": [USER, ANSWER]}
     assert said(row) == [ANSWER]
-    assert said(row, prompt_field="ask", response_field="say", system_field="who") == [SYSTEM, USER, ANSWER]
-    assert said(row, messages_field="chat") == [USER, ANSWER]
-    assert said({"instruction": "x", "output": "y", "question": "q", "answer": "a"}, form="question_answer") == [
+    assert said(row, prompt_field="ask", response_field="say", system_field="who") == [
+        SYSTEM,
         USER,
         ANSWER,
     ]
+    assert said(row, messages_field="chat") == [USER, ANSWER]
+    assert said(
+        {"instruction": "x", "output": "y", "question": "q", "answer": "a"}, form="question_answer"
+    ) == [USER, ANSWER]
 
 
 def test_an_unknown_form_names_what_was_found_and_what_to_set() -> None:
     with pytest.raises(
-        Unusable, match=r"fields 'prompt', 'canonical_solution': set data.prompt_field and data.response"
+        Unusable,
+        match=r"fields 'prompt', 'canonical_solution': set data.prompt_field and data.response",
     ):
         said({"prompt": "p", "canonical_solution": "c"})
 
@@ -95,15 +113,28 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
 def test_what_an_answer_has_beside_its_text_is_kept() -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     result = {"role": "function", "name": "weather", "content": "sun", "tool_call_id": 1}
-    example, _ = parse({"messages": [USER, call, result, ANSWER], "tools": '[{"name": "weather"}]'}, DataConfig("d"))
+    example, _ = parse(
+        {"messages": [USER, call, result, ANSWER], "tools": '[{"name": "weather"}]'},
+        DataConfig("d"),
+    )
     assert example.messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
-    assert example.messages[2] == {"role": "tool", "content": "sun", "name": "weather", "tool_call_id": "1"}
+    assert example.messages[2] == {
+        "role": "tool",
+        "content": "sun",
+        "name": "weather",
+        "tool_call_id": "1",
+    }
     assert example.tools == [{"name": "weather"}]
     for name in ("reasoning_content", "reasoning", "thinking"):
-        assert said({"messages": [USER, {**ANSWER, name: "hm"}]})[-1] == {**ANSWER, "reasoning_content": "hm"}
+        assert said({"messages": [USER, {**ANSWER, name: "hm"}]})[-1] == {
+            **ANSWER,
+            "reasoning_content": "hm",
+        }
 
 
-def test_who_reads_contents_alone_is_given_no_answer_that_is_more_than_a_text(tmp_path: Path) -> None:
+def test_who_reads_contents_alone_is_given_no_answer_that_is_more_than_a_text(
+    tmp_path: Path,
+) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     thought = {**ANSWER, "reasoning_content": "Two and two."}
     source = write(tmp_path / "d.jsonl", [{"messages": [USER, a]} for a in (call, thought)])
@@ -118,7 +149,10 @@ def test_who_reads_contents_alone_is_given_no_answer_that_is_more_than_a_text(tm
 
 def test_tools_are_part_of_the_content() -> None:
     row = {"messages": [USER, ANSWER]}
-    keys = {parse({**row, "tools": tools}, DataConfig("d"))[0].id for tools in (None, [], [{"name": "a"}])}
+    keys = {
+        parse({**row, "tools": tools}, DataConfig("d"))[0].id
+        for tools in (None, [], [{"name": "a"}])
+    }
     assert len(keys) == 2
 
 
@@ -139,7 +173,9 @@ NAMES = [
 ]
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4)
+    ),
 )
 
 
@@ -176,7 +212,9 @@ def test_filters(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.text(max_size=3), min_size=1, max_size=60), st.floats(0.05, 0.95))
-def test_a_held_out_content_is_never_trained_on_however_often_it_stands_there(texts: list[str], share: float) -> None:
+def test_a_held_out_content_is_never_trained_on_however_often_it_stands_there(
+    texts: list[str], share: float
+) -> None:
     keys = [parse({"question": "q", "answer": f"{t}."}, DataConfig("d"))[0].id for t in texts]
     sides = [DataConfig("d", split=s, heldout_share=share) for s in ("train", "heldout")]  # type: ignore[arg-type]
     assert all(in_split(key, sides[0]) != in_split(key, sides[1]) for key in keys)

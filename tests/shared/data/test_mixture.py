@@ -19,22 +19,38 @@ from tests.shared.data.test_files import hub_folder
 
 
 def tulu(i: int) -> dict[str, Any]:
-    chat = [{"role": "user", "content": f"tulu {i}?"}, {"role": "assistant", "content": f"yes, {i}"}]
+    chat = [
+        {"role": "user", "content": f"tulu {i}?"},
+        {"role": "assistant", "content": f"yes, {i}"},
+    ]
     return {"id": f"tulu_{i}", "messages": chat, "source": "made up"}
 
 
 def smoltalk(i: int) -> dict[str, Any]:
     roles = ["system", "user", "assistant", "user", "assistant"]
-    return {"messages": [{"content": f"smoltalk {i} {r}", "role": r} for r in roles], "source": "made up"}
+    return {
+        "messages": [{"content": f"smoltalk {i} {r}", "role": r} for r in roles],
+        "source": "made up",
+    }
 
 
 def stage_one(i: int) -> dict[str, Any]:
     language = "python" if i % 2 else "rust"
-    return {"instruction": f"stage one {i}", "output": f"```{language}\nx = {i}\n```", "tag": "made up"}
+    return {
+        "instruction": f"stage one {i}",
+        "output": f"```{language}\nx = {i}\n```",
+        "tag": "made up",
+    }
 
 
 def stage_two(i: int) -> dict[str, Any]:
-    return {**stage_one(i), "instruction": f"stage two {i}", "code": "x", "entry_point": "f", "testcase": ["assert x"]}
+    return {
+        **stage_one(i),
+        "instruction": f"stage two {i}",
+        "code": "x",
+        "entry_point": "f",
+        "testcase": ["assert x"],
+    }
 
 
 @pytest.fixture
@@ -43,10 +59,27 @@ def sources(tmp_path: Path) -> list[str]:
     names = [
         ("tulu", {"default": [tulu(i) for i in range(40)]}, ""),
         ("smoltalk", {"all": [smoltalk(i) for i in range(40)], "other": [smoltalk(99)]}, ":all"),
-        ("one", {name: [stage_one(i) for i in r] for name, r in (("a", range(20)), ("b", range(20, 40)))}, ":*"),
-        ("two", {name: [stage_two(i) for i in r] for name, r in (("a", range(20)), ("b", range(20, 40)))}, ":*"),
+        (
+            "one",
+            {
+                name: [stage_one(i) for i in r]
+                for name, r in (("a", range(20)), ("b", range(20, 40)))
+            },
+            ":*",
+        ),
+        (
+            "two",
+            {
+                name: [stage_two(i) for i in r]
+                for name, r in (("a", range(20)), ("b", range(20, 40)))
+            },
+            ":*",
+        ),
     ]
-    return [f"hf://{hub_folder(tmp_path / name, rows)}{config}#train[:95%]" for name, rows, config in names]
+    return [
+        f"hf://{hub_folder(tmp_path / name, rows)}{config}#train[:95%]"
+        for name, rows, config in names
+    ]
 
 
 @pytest.mark.parametrize("kind", ["cross", "shared"])

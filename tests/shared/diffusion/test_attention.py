@@ -37,7 +37,9 @@ def test_who_sees_whom(length: int, block: int) -> None:
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(1, 5))
-def test_padding_is_seen_by_no_real_position_and_no_row_is_empty(lengths: list[int], block: int) -> None:
+def test_padding_is_seen_by_no_real_position_and_no_row_is_empty(
+    lengths: list[int], block: int
+) -> None:
     longest = max(lengths)
     valid = torch.arange(longest) < torch.tensor(lengths)[:, None]
     for mask, keys in (

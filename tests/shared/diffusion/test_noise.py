@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.diffusion.noise import TIME_EPSILON, chunk_draw, diffusion_time, radical_inverse, token_draw
+from shared.diffusion.noise import (
+    TIME_EPSILON,
+    chunk_draw,
+    diffusion_time,
+    radical_inverse,
+    token_draw,
+)
 
 
 def test_van_der_corput() -> None:
@@ -23,16 +29,18 @@ def test_time_is_pure_and_in_range(seed: int, name: str, draw: int) -> None:
 def test_any_power_of_two_prefix_of_draws_is_stratified(draws: int) -> None:
     """One draw in each of `draws` equal strata of the circle, for every example."""
     for example in range(50):
-        times = (np.array([diffusion_time(3, f"e{example}", d) for d in range(draws)]) - TIME_EPSILON) / (
-            1 - TIME_EPSILON
-        )
+        times = (
+            np.array([diffusion_time(3, f"e{example}", d) for d in range(draws)]) - TIME_EPSILON
+        ) / (1 - TIME_EPSILON)
         gaps = np.diff(np.sort(times), append=np.sort(times)[0] + 1)
         assert np.allclose(gaps, 1 / draws)
 
 
 def test_time_is_uniform_over_examples() -> None:
     times = np.sort([diffusion_time(0, str(i), 1) for i in range(2000)])
-    assert np.abs(times - (np.arange(2000) + 0.5) / 2000).max() < 0.04  # Kolmogorov–Smirnov at p ≈ 0.003
+    assert (
+        np.abs(times - (np.arange(2000) + 0.5) / 2000).max() < 0.04
+    )  # Kolmogorov–Smirnov at p ≈ 0.003
 
 
 def test_each_token_is_masked_with_probability_t() -> None:
@@ -61,7 +69,9 @@ def test_the_bits_are_fixed_forever() -> None:
     assert draw.split[:12].tolist() == [True] * 3 + [False] * 4 + [True] * 4 + [False]
 
 
-@given(st.integers(0, 10_000), st.lists(st.integers(1, 5), min_size=1, max_size=30), st.integers(0, 6))
+@given(
+    st.integers(0, 10_000), st.lists(st.integers(1, 5), min_size=1, max_size=30), st.integers(0, 6)
+)
 def test_chunk_masks_are_whole_chunks(seed: int, lengths: list[int], first: int) -> None:
     edges = np.cumsum([0, *lengths]) + 3  # tokens 0 … 2 and the last two stand outside all chunks
     spans = np.stack([edges[:-1], edges[1:]], axis=1)
@@ -71,7 +81,9 @@ def test_chunk_masks_are_whole_chunks(seed: int, lengths: list[int], first: int)
     for i, (start, end) in enumerate(spans.tolist()):
         inside = {p in masked for p in range(start, end)}
         if start >= first:
-            assert inside == {i in draw.chunks.tolist()}  # whole or not at all, and active exactly if masked
+            assert inside == {
+                i in draw.chunks.tolist()
+            }  # whole or not at all, and active exactly if masked
         else:
             assert i not in draw.chunks.tolist()  # a chunk with a prompt token is never active
     assert all(p >= first for p in masked)
@@ -86,5 +98,7 @@ def test_nothing_to_mask() -> None:
 
 @pytest.mark.parametrize(("ratio", "expected"), [(0.0, 0.0), (1.0, 1.0), (0.3, 0.3)])
 def test_demo_ratio_is_the_share_of_part_a(ratio: float, expected: float) -> None:
-    share = np.concatenate([token_draw(0, str(i), 0, np.arange(200), ratio).split for i in range(60)]).mean()
+    share = np.concatenate(
+        [token_draw(0, str(i), 0, np.arange(200), ratio).split for i in range(60)]
+    ).mean()
     assert share == pytest.approx(expected, abs=0.03)

@@ -50,7 +50,12 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 
 def test_a_librarys_own_notes_and_dropouts_change_nothing(golden: Path, tmp_path: Path) -> None:
     """As a model has them that was read out of GGUF, and others of the hub."""
-    notes = {"_model_name_or_path": "x", "_name_or_path": "y", "attn_pdrop": 0.1, "is_llama_config": True}
+    notes = {
+        "_model_name_or_path": "x",
+        "_name_or_path": "y",
+        "attn_pdrop": 0.1,
+        "is_llama_config": True,
+    }
     load(changed(golden, "step/teacher_cross", tmp_path, **notes))
 
 
@@ -74,7 +79,16 @@ def load(place: tuple[Path, str]) -> Any:
 def test_a_key_that_nothing_reads_is_refused_and_one_that_is_off_is_not(
     golden: Path, name: str, tmp_path: Path
 ) -> None:
-    load(changed(golden, name, tmp_path, logits_scaling=None, embedding_multiplier=0, attn_logit_softcap=False))
+    load(
+        changed(
+            golden,
+            name,
+            tmp_path,
+            logits_scaling=None,
+            embedding_multiplier=0,
+            attn_logit_softcap=False,
+        )
+    )
     for value in (8.0, True, [1], "on"):
         with pytest.raises(TideError, match="logits_scaling"):
             load(changed(golden, name, tmp_path, logits_scaling=value))
@@ -105,7 +119,9 @@ def test_a_key_that_nothing_reads_is_refused_and_one_that_is_off_is_not(
         ("step/teacher_cross", "attention_multiplier", 0.5),
     ],
 )
-def test_what_is_not_built_is_refused_by_name(golden: Path, name: str, key: str, value: Any, tmp_path: Path) -> None:
+def test_what_is_not_built_is_refused_by_name(
+    golden: Path, name: str, key: str, value: Any, tmp_path: Path
+) -> None:
     with pytest.raises(TideError, match=key) as error:
         load(changed(golden, name, tmp_path, **{key: value}))
     assert error.value.fix is not None and str(tmp_path) in str(error.value)

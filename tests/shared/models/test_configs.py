@@ -28,12 +28,17 @@ SCALINGS: dict[str, Any] = {
 SIZES: dict[str, Any] = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
                          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3,
                          "max_position_embeddings": 256}  # fmt: skip
-STOCK: dict[str, Any] = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+STOCK: dict[str, Any] = {
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
 
 
 @pytest.mark.parametrize("architecture", STOCK)
 @pytest.mark.parametrize("name", SCALINGS)
-def test_rope_is_what_transformers_makes_of_the_same_folder(architecture: str, name: str, tmp_path: Path) -> None:
+def test_rope_is_what_transformers_makes_of_the_same_folder(
+    architecture: str, name: str, tmp_path: Path
+) -> None:
     config_class, model_class = STOCK[architecture]
     torch.manual_seed(0)
     model_class(config_class(**SIZES)).save_pretrained(tmp_path)
@@ -55,10 +60,15 @@ def in_parts(source: Path, target: Path) -> Path:
     (target / "vocab.json").write_text(json.dumps(raw["model"]["vocab"], ensure_ascii=False))
     merges = (m if isinstance(m, str) else " ".join(m) for m in raw["model"]["merges"])
     (target / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    (target / "added_tokens.json").write_text(json.dumps({t["content"]: t["id"] for t in raw["added_tokens"]}))
+    (target / "added_tokens.json").write_text(
+        json.dumps({t["content"]: t["id"] for t in raw["added_tokens"]})
+    )
     config = json.loads((source / "tokenizer_config.json").read_text())
     roles = {k: v for k, v in config.items() if k.endswith("_token")}
-    own = {"auto_map": {"AutoTokenizer": ["tokenization_x.XTokenizer", None]}, "tokenizer_class": "XTokenizer"}
+    own = {
+        "auto_map": {"AutoTokenizer": ["tokenization_x.XTokenizer", None]},
+        "tokenizer_class": "XTokenizer",
+    }
     special = [t["content"] for t in raw["added_tokens"]]
     settings = {**roles, **own, "additional_special_tokens": special}
     (target / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -67,11 +77,19 @@ def in_parts(source: Path, target: Path) -> Path:
     return target
 
 
-TEXTS = ["def f(x):\n    return x + 1  # naïve 😀<|eot_id|> it's 12", "\n\n  a\t\tb  \r\n", "你好 x1=22;;  y", ""]
+TEXTS = [
+    "def f(x):\n    return x + 1  # naïve 😀<|eot_id|> it's 12",
+    "\n\n  a\t\tb  \r\n",
+    "你好 x1=22;;  y",
+    "",
+]
 
 
 def test_a_tokenizer_in_parts_is_the_whole_one(tmp_path: Path) -> None:
-    whole, parts = Tokenizer.load(TEACHER_TOKENIZER), Tokenizer.load(in_parts(TEACHER_TOKENIZER, tmp_path / "t"))
+    whole, parts = (
+        Tokenizer.load(TEACHER_TOKENIZER),
+        Tokenizer.load(in_parts(TEACHER_TOKENIZER, tmp_path / "t")),
+    )
     assert parts.encode(TEXTS) == whole.encode(TEXTS)
     assert parts.token_bytes == whole.token_bytes
     for role in ("eos", "pad", "mask"):
@@ -85,7 +103,9 @@ def test_parts_that_no_known_pattern_fits_or_that_are_damaged_are_explained(tmp_
     vocabulary = json.loads((folder / "vocab.json").read_text())
     odd = {f"a{i}Ġb{i}": 5000 + i for i in range(600)}
     (folder / "vocab.json").write_text(json.dumps({**vocabulary, **odd}))
-    with pytest.raises(TideError, match=r"by none of the patterns that are known[\s\S]*tokens fall apart"):
+    with pytest.raises(
+        TideError, match=r"by none of the patterns that are known[\s\S]*tokens fall apart"
+    ):
         Tokenizer.load(folder)
     (folder / "vocab.json").write_text("{")
     with pytest.raises(TideError, match="cannot be read"):

@@ -100,7 +100,9 @@ def test_tied_weights_that_disagree_are_refused(golden: Path, tmp_path: Path) ->
     tensors = load_file(folder / "model.safetensors")
     assert load_model(open_checkpoint(str(folder)), "qwen3", torch.float32) is not None
     save_file(
-        {**tensors, "lm_head.weight": tensors["lm_head.weight"] + 1}, folder / "new.safetensors", {"format": "pt"}
+        {**tensors, "lm_head.weight": tensors["lm_head.weight"] + 1},
+        folder / "new.safetensors",
+        {"format": "pt"},
     )
     (folder / "new.safetensors").rename(folder / "model.safetensors")
     with pytest.raises(TideError, match=r"to which config.json ties it"):
@@ -165,28 +167,47 @@ def test_quantised_linear_layers(tmp_path: Path, kind: Any, limit: float) -> Non
 def test_stacked_experts_are_not_quantised(golden: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     with pytest.raises(TideError, match=r"stacked tensors[\s\S]*device_map"):
-        load_model(open_checkpoint(str(golden / "llada_moe")), "llada_moe", torch.float32, quantization="int4")
+        load_model(
+            open_checkpoint(str(golden / "llada_moe")),
+            "llada_moe",
+            torch.float32,
+            quantization="int4",
+        )
 
 
-def test_quantization_without_its_library(random_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantization_without_its_library(
+    random_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(TideError, match=r"\[quant\]"):
-        load_model(open_checkpoint(str(random_teacher)), "llama", torch.float32, quantization="int8")
+        load_model(
+            open_checkpoint(str(random_teacher)), "llama", torch.float32, quantization="int8"
+        )
 
 
 @pytest.mark.parametrize("kind", ["auto", "balanced", "sequential"])
 def test_a_device_map_changes_no_value(random_teacher: Path, kind: Any) -> None:
     """Without a GPU all parts lie on the CPU; the hooks that would move activations run all the same."""
     exact = load_model(open_checkpoint(str(random_teacher)), "llama", torch.float32)
-    mapped = load_model(open_checkpoint(str(random_teacher)), "llama", torch.float32, device_map=kind)
-    mapping = plan_devices(meta_model("llama", open_checkpoint(str(random_teacher)).config), kind, torch.float32)
-    spread(mapped, {**dict.fromkeys(["model.layers.0", "model.layers.1"], "cpu"), **mapping}, force_hooks=True)
+    mapped = load_model(
+        open_checkpoint(str(random_teacher)), "llama", torch.float32, device_map=kind
+    )
+    mapping = plan_devices(
+        meta_model("llama", open_checkpoint(str(random_teacher)).config), kind, torch.float32
+    )
+    spread(
+        mapped,
+        {**dict.fromkeys(["model.layers.0", "model.layers.1"], "cpu"), **mapping},
+        force_hooks=True,
+    )
     ids = torch.randint(0, 4000, (2, 16))
     with torch.inference_mode():
         assert torch.equal(exact(input_ids=ids).logits, mapped(input_ids=ids).logits)
 
 
-def test_parts_without_any_place_are_named(random_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_without_any_place_are_named(
+    random_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(devices, "get_max_memory", lambda: {0: 400_000, "cpu": 100_000})
     model = meta_model("llama", open_checkpoint(str(random_teacher)).config)
     with pytest.raises(TideError, match="too small for the teacher"):
@@ -203,13 +224,17 @@ def test_parts_without_any_place_are_named(random_teacher: Path, monkeypatch: py
 
 
 def _small(folder: Path) -> Path:
-    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory accounts")
-def test_loading_a_checkpoint_of_many_shards_takes_the_memory_of_the_model_and_one_shard(tmp_path: Path) -> None:
+def test_loading_a_checkpoint_of_many_shards_takes_the_memory_of_the_model_and_one_shard(
+    tmp_path: Path,
+) -> None:
     """Measured in a process of its own: resident memory at its peak, less what was there before loading."""
     config = LlamaConfig(vocab_size=4096, hidden_size=1024, intermediate_size=4096, num_hidden_layers=12,
                          num_attention_heads=8, tie_word_embeddings=False)  # fmt: skip
@@ -218,7 +243,10 @@ def test_loading_a_checkpoint_of_many_shards_takes_the_memory_of_the_model_and_o
     index, names = {}, sorted(shapes)
     for i in range(0, len(names), 10):
         file = f"model-{i:03d}.safetensors"
-        save_file({n: torch.ones(shapes[n], dtype=torch.bfloat16) for n in names[i : i + 10]}, tmp_path / file)
+        save_file(
+            {n: torch.ones(shapes[n], dtype=torch.bfloat16) for n in names[i : i + 10]},
+            tmp_path / file,
+        )
         index |= dict.fromkeys(names[i : i + 10], file)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     config.save_pretrained(tmp_path)
@@ -236,7 +264,13 @@ before = high_water()
 load_model(open_checkpoint({str(tmp_path)!r}), "llama", torch.float32)
 print(high_water() - before)
 """
-    peak = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
-    model = sum(4 * s.numel() for s in shapes.values())  # loaded as float32, so nothing stays mapped from the files
+    peak = int(
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        ).stdout
+    )
+    model = sum(
+        4 * s.numel() for s in shapes.values()
+    )  # loaded as float32, so nothing stays mapped from the files
     shard = max(f.stat().st_size for f in tmp_path.glob("*.safetensors"))
     assert 0.95 * model < peak < model + 1.2 * shard

@@ -16,7 +16,9 @@ from shared.system.errors import TideError
 
 def test_overrides_reach_nested_settings() -> None:
     values: dict[str, Any] = {"noise": {"seed": 1}}
-    apply_overrides(values, ["noise.draws=4", "data.source=my data.jsonl", "targets.temperatures=[1, 3.5]"])
+    apply_overrides(
+        values, ["noise.draws=4", "data.source=my data.jsonl", "targets.temperatures=[1, 3.5]"]
+    )
     config = build(CacheConfig, values)
     assert (config.noise.seed, config.noise.draws) == (1, 4)
     assert [source.source for source in config.sources] == ["my data.jsonl"]
@@ -36,7 +38,10 @@ def test_objectives_are_types() -> None:
     [
         ({"noise": {"drws": 3}}, "noise.drws: no such setting"),
         ({"noise": {"draws": 0}}, "noise.draws is 0"),
-        ({"engine": {"data_parallel": 2, "device": "cuda:1"}}, "each of 2 processes gets a GPU of its own"),
+        (
+            {"engine": {"data_parallel": 2, "device": "cuda:1"}},
+            "each of 2 processes gets a GPU of its own",
+        ),
         ({"engine": {"data_parallel": 2, "device_map": "auto"}}, "a device map takes all GPUs"),
         ({"noise": {"demo_ratio": 2}}, r"must lie in \[0, 1\]"),
         ({"lengths": {"student": 100}}, "multiple of lengths.block"),
@@ -57,7 +62,10 @@ def test_a_wrong_setting_is_named(values: dict[str, Any], message: str) -> None:
     [
         ({"distillation": {"type": "kll"}}, "'kll'"),
         ({"distillation": {"type": "kl", "temperature": -1}}, "temperature is -1"),
-        ({"distillation": {"type": "kl", "tidal": {"lambda_init": 0.95}}}, "0 ≤ lambda_init ≤ lambda_max ≤ 1"),
+        (
+            {"distillation": {"type": "kl", "tidal": {"lambda_init": 0.95}}},
+            "0 ≤ lambda_init ≤ lambda_max ≤ 1",
+        ),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"checkpoint_steps": 25, "log_steps": 10}, "must be a multiple of log_steps"),
     ],
@@ -82,7 +90,9 @@ def test_bad_override_and_bad_file(tmp_path: Path) -> None:
         cache_config(None, tmp_path / "table.toml", [])
 
 
-@pytest.mark.parametrize("path", sorted(packaged_recipe("x").parent.glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted(packaged_recipe("x").parent.glob("*.toml")), ids=lambda p: p.stem
+)
 def test_packaged_recipes_are_valid(path: Path) -> None:
     if "variants" in read_toml(path):  # a grid for `tide ablate`
         assert build(Grid, read_toml(path)).seeds
@@ -93,7 +103,11 @@ def test_packaged_recipes_are_valid(path: Path) -> None:
 
 def test_a_teacher_without_a_recipe_takes_the_papers_settings_for_its_kind() -> None:
     config = cache_config("llada-8b", None, [])
-    assert (config.lengths.student, config.lengths.teacher, config.targets.signals) == (512, 1024, ("chunks",))
+    assert (config.lengths.student, config.lengths.teacher, config.targets.signals) == (
+        512,
+        1024,
+        ("chunks",),
+    )
     assert config.out == Path("caches/llada-8b")
 
 

@@ -58,15 +58,21 @@ def test_the_fingerprint_tells_tokenizers_apart_and_survives_use() -> None:
     assert student.fingerprint != first
 
 
-@pytest.mark.parametrize("folder", [TEACHER_TOKENIZER, STUDENT_TOKENIZER], ids=["headers", "chatml"])
+@pytest.mark.parametrize(
+    "folder", [TEACHER_TOKENIZER, STUDENT_TOKENIZER], ids=["headers", "chatml"]
+)
 @pytest.mark.parametrize("messages", CHATS, ids=["two", "five", "empty"])
 def test_contents_are_located(folder: Path, messages: list[tuple[str, str]]) -> None:
     tokenizer = Tokenizer.load(folder)
     chat = [{"role": r, "content": c} for r, c in messages]
     rendered = tokenizer.render(chat)
     assert rendered.text == tokenizer.backend.apply_chat_template(chat, tokenize=False)
-    assert [rendered.text[slice(*span)] for span in rendered.contents if span] == [c for _, c in messages]
-    prompt = tokenizer.backend.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
+    assert [rendered.text[slice(*span)] for span in rendered.contents if span] == [
+        c for _, c in messages
+    ]
+    prompt = tokenizer.backend.apply_chat_template(
+        chat[:-1], tokenize=False, add_generation_prompt=True
+    )
     assert rendered.text[: rendered.response_start] == prompt
 
 
@@ -88,9 +94,15 @@ def test_the_layouts_of_real_teachers(layout: str, messages: list[tuple[str, str
     tokenizer.backend.chat_template = LAYOUTS[layout]
     chat = [{"role": r, "content": c} for r, c in messages]
     rendered = tokenizer.render(chat)
-    assert rendered.text.startswith(tokenizer.backend.apply_chat_template(chat, tokenize=False).rstrip("\n"))
-    assert [rendered.text[slice(*span)] for span in rendered.contents if span] == [c for _, c in messages]
-    prompt = tokenizer.backend.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
+    assert rendered.text.startswith(
+        tokenizer.backend.apply_chat_template(chat, tokenize=False).rstrip("\n")
+    )
+    assert [rendered.text[slice(*span)] for span in rendered.contents if span] == [
+        c for _, c in messages
+    ]
+    prompt = tokenizer.backend.apply_chat_template(
+        chat[:-1], tokenize=False, add_generation_prompt=True
+    )
     assert rendered.text[: rendered.response_start] == prompt
 
 
@@ -113,7 +125,9 @@ class SlowTokenizer(PythonBackend):
     def _tokenize(self, text: str, **_: Any) -> list[str]:
         text, tokens = text.replace(" ", "\u2581"), []
         while text:
-            found = max((w for w in self._ids if w[0] != "<" and text.startswith(w)), key=len, default=None)
+            found = max(
+                (w for w in self._ids if w[0] != "<" and text.startswith(w)), key=len, default=None
+            )
             head = found or text[0]
             tokens += [found] if found else [f"<0x{b:02X}>" for b in head.encode()]
             text = text[len(head) :]
@@ -127,7 +141,10 @@ class SlowTokenizer(PythonBackend):
 
 
 @given(
-    text=st.text(st.sampled_from("the quickfox=é好\n") | st.characters(exclude_categories=["Cs", "Z"], codec="utf-8"))
+    text=st.text(
+        st.sampled_from("the quickfox=é好\n")
+        | st.characters(exclude_categories=["Cs", "Z"], codec="utf-8")
+    )
 )
 def test_a_slow_tokenizer_without_offsets_aligns(text: str) -> None:
     assert not SlowTokenizer().is_fast
@@ -149,7 +166,9 @@ class Stub:
     def __init__(self, render: Any) -> None:
         self._render = render
 
-    def apply_chat_template(self, messages: Any, *, tokenize: bool, add_generation_prompt: bool, **_: Any) -> str:
+    def apply_chat_template(
+        self, messages: Any, *, tokenize: bool, add_generation_prompt: bool, **_: Any
+    ) -> str:
         assert not tokenize
         return self._render(messages, add_generation_prompt)
 
@@ -159,8 +178,12 @@ def headers(messages: Any) -> str:
 
 
 def test_a_header_that_a_template_always_appends_is_cut() -> None:
-    template = ChatTemplate(Stub(lambda messages, _: headers(messages) + "<|start|>assistant\n\n"), "llada")
-    rendered = template.render([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
+    template = ChatTemplate(
+        Stub(lambda messages, _: headers(messages) + "<|start|>assistant\n\n"), "llada"
+    )
+    rendered = template.render(
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    )
     assert rendered.text == "<|start|>user\n\nq<|eot_id|><|start|>assistant\n\na<|eot_id|>"
     assert rendered.text[rendered.response_start :] == "a<|eot_id|>"
 

@@ -26,10 +26,15 @@ CHAT = ChatExample("e", tuple(chat("first", ANSWERS[0], "second", ANSWERS[1], "t
 
 
 def one(
-    teacher: Any = TEACHER, turns: Any = "all", lengths: LengthConfig = LENGTHS, student: Tokenizer = STUDENT
+    teacher: Any = TEACHER,
+    turns: Any = "all",
+    lengths: LengthConfig = LENGTHS,
+    student: Tokenizer = STUDENT,
 ) -> Prepared:
     mask = TEACHER.special_id("mask") if isinstance(teacher, Tokenizer) else None
-    (found,) = Preparer(student, teacher, lengths, student.special_id("mask"), mask, turns).usable([CHAT])
+    (found,) = Preparer(student, teacher, lengths, student.special_id("mask"), mask, turns).usable(
+        [CHAT]
+    )
     return found
 
 
@@ -40,7 +45,9 @@ def test_spans_hold_the_answers_with_their_ends_and_the_fill() -> None:
     assert texts[2].startswith("done<|im_end|>\n<|im_end|>")
     assert p.spans[-1, 1] == len(p.student_ids)
     assert one(turns="last").spans.tolist() == p.spans[-1:].tolist()
-    assert np.array_equal(one(turns="last").student_ids, p.student_ids)  # the same row, only less of it is trained
+    assert np.array_equal(
+        one(turns="last").student_ids, p.student_ids
+    )  # the same row, only less of it is trained
 
 
 def test_chunks_of_all_answers_spell_the_same_bytes() -> None:
@@ -89,10 +96,14 @@ def sentencepiece(folder: Path, scheme: str) -> Tokenizer:
     """Of Llama 2's kind: a space in front of every text, bytes for what is no word."""
     raw = Raw(models.BPE(unk_token="<unk>", byte_fallback=True))
     raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)  # type: ignore[attr-defined]
-    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])  # type: ignore[attr-defined]
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )  # type: ignore[attr-defined]
     special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     raw.train_from_iterator([*ANSWERS, "first second third"] * 20, trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False))  # fmt: skip  # noqa: E501
-    fast = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
     fast.chat_template = (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
         "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
@@ -102,7 +113,9 @@ def sentencepiece(folder: Path, scheme: str) -> Tokenizer:
 
 
 @pytest.mark.parametrize("scheme", ["always", "first"])
-def test_a_sentencepiece_student_shares_chunks_with_a_byte_level_teacher(scheme: str, tmp_path: Path) -> None:
+def test_a_sentencepiece_student_shares_chunks_with_a_byte_level_teacher(
+    scheme: str, tmp_path: Path
+) -> None:
     student = sentencepiece(tmp_path / "s", scheme)
     preparer = Preparer(student, TEACHER, LENGTHS, len(student), TEACHER.special_id("mask"), "all")
     (p,) = preparer.usable([CHAT])
@@ -110,8 +123,14 @@ def test_a_sentencepiece_student_shares_chunks_with_a_byte_level_teacher(scheme:
     assert preparer.counts["unaligned_bytes"] == 0
     spelled = b""
     for t0, t1, s0, s1 in p.chunks.tolist():
-        ours, theirs = bytes_of(student, p.student_ids[s0:s1]), bytes_of(TEACHER, p.teacher_ids[t0:t1])
-        assert ours in (theirs, b" " + theirs)  # the space in front of a text has no bytes of its own
+        ours, theirs = (
+            bytes_of(student, p.student_ids[s0:s1]),
+            bytes_of(TEACHER, p.teacher_ids[t0:t1]),
+        )
+        assert ours in (
+            theirs,
+            b" " + theirs,
+        )  # the space in front of a text has no bytes of its own
         spelled += theirs
     assert spelled == "".join(ANSWERS).encode()
 
@@ -126,10 +145,16 @@ def test_a_full_last_block_without_eos_gets_a_block_that_ends_the_text() -> None
         return Preparer(TEACHER, None, lengths, TEACHER.special_id("mask")).usable([example])[0]
 
     full = next(
-        n for n in range(1, 80) if len(row(n, False).student_ids) % 32 == 0 and eos not in row(n, False).student_ids
+        n
+        for n in range(1, 80)
+        if len(row(n, False).student_ids) % 32 == 0 and eos not in row(n, False).student_ids
     )
     plain, ended = row(full, False), row(full)
     assert len(ended.student_ids) == len(plain.student_ids) + 32
     assert (ended.student_ids[-32:] == eos).all() and ended.spans[-1, 1] == len(ended.student_ids)
-    assert len(row(full, student=len(plain.student_ids)).student_ids) == len(plain.student_ids)  # no room for it
-    assert len(row(full - 1).student_ids) == len(row(full - 1, False).student_ids)  # some EOS is there already
+    assert len(row(full, student=len(plain.student_ids)).student_ids) == len(
+        plain.student_ids
+    )  # no room for it
+    assert len(row(full - 1).student_ids) == len(
+        row(full - 1, False).student_ids
+    )  # some EOS is there already

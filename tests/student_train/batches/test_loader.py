@@ -43,7 +43,9 @@ def test_the_order_is_a_function_of_the_seed_alone(caches: dict[str, Path]) -> N
     assert order(3, everything[7:]) == order(3, everything)[7:]  # resuming in the middle
     assert order(3, everything) != order(4, everything)
     first = dataset(caches["tiny-cross"]).batches_in(0)
-    assert order(3, everything[:first]) != order(3, everything[2 * first : 3 * first])  # epochs 0 and 2 share a draw
+    assert order(3, everything[:first]) != order(
+        3, everything[2 * first : 3 * first]
+    )  # epochs 0 and 2 share a draw
 
 
 @pytest.mark.parametrize("teacher", ["tiny-cross", "tiny-shared"])
@@ -72,7 +74,13 @@ def test_a_batch_says_what_its_rows_say(caches: dict[str, Path], teacher: str) -
     targets = TargetReader(manifest, layout_of(cache))(batch)
     assert targets.chunks is not None
     # Every chunk token is found at its own masked row, with its own gold id.
-    expected = [i for r in rows if r.chunk_student is not None for a, b in r.chunk_student for i in r.student_ids[a:b]]
+    expected = [
+        i
+        for r in rows
+        if r.chunk_student is not None
+        for a, b in r.chunk_student
+        for i in r.student_ids[a:b]
+    ]
     assert batch["gold"][targets.chunks.rows].tolist() == expected
     chunk_logp = np.concatenate([r.chunk_logp for r in rows if r.chunk_logp is not None])
     assert targets.chunks.teacher_logp.tolist() == chunk_logp.tolist()
@@ -127,7 +135,9 @@ def test_an_epoch_is_found_by_its_number_alone(caches: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("batch", [3, 5, 7, 100])
 @pytest.mark.parametrize("window", [1, 2, 9])
-def test_batches_are_whole_but_the_last_across_windows(caches: dict[str, Path], batch: int, window: int) -> None:
+def test_batches_are_whole_but_the_last_across_windows(
+    caches: dict[str, Path], batch: int, window: int
+) -> None:
     data = dataset(caches["tiny-cross"], batch_size=batch, window=window)
     sizes = [len(data.rows(i)) for i in range(data.batches_in(0))]
     rows = sum(sizes)
@@ -149,7 +159,9 @@ def test_a_cache_that_is_not_whole_is_refused(caches: dict[str, Path], tmp_path:
     shard = Unit(1, 2).path(cache)
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(TideError, match=r"part-00002.parquet is not what the cache's ledger says[\s\S]*tide verify"):
+    with pytest.raises(
+        TideError, match=r"part-00002.parquet is not what the cache's ledger says[\s\S]*tide verify"
+    ):
         dataset(cache)
     shard.unlink()
     with pytest.raises(TideError, match="lacks 1 of 6 shards"):

@@ -32,14 +32,18 @@ def store(caches: dict[str, Path], tmp_path: Path) -> str:
     return str(there)
 
 
-def opened(store: str, folder: Path, gigabytes: float = 1.0, **changes: object) -> tuple[OpenCache, StoredShards]:
+def opened(
+    store: str, folder: Path, gigabytes: float = 1.0, **changes: object
+) -> tuple[OpenCache, StoredShards]:
     values: dict = {"batch_size": 5, "seed": 3, "epochs": 4.0, "window": 2, **changes}
     found = open_cache(TrainConfig(cache=folder, store=store, store_cache_gb=gigabytes, **values))
     assert isinstance(found.source, StoredShards)
     return found, found.source
 
 
-def test_rows_and_their_order_are_those_of_the_folder(caches: dict[str, Path], store: str, tmp_path: Path) -> None:
+def test_rows_and_their_order_are_those_of_the_folder(
+    caches: dict[str, Path], store: str, tmp_path: Path
+) -> None:
     found, source = opened(store, tmp_path / "local")
     assert finished_units(tmp_path / "local") == []  # nothing is pulled before it is needed
     data = found.batches(TrainConfig(batch_size=5, seed=3, epochs=4.0, window=2))
@@ -59,7 +63,9 @@ def test_a_bounded_folder_fetches_again(store: str, tmp_path: Path) -> None:
     assert source.fetched > 6
 
 
-def test_what_is_there_already_is_not_fetched_and_what_is_damaged_is(store: str, tmp_path: Path) -> None:
+def test_what_is_there_already_is_not_fetched_and_what_is_damaged_is(
+    store: str, tmp_path: Path
+) -> None:
     _, source = opened(store, tmp_path / "local")
     for part in range(3):
         source.shard(Unit(0, part)).rows()
@@ -74,11 +80,16 @@ def test_what_is_there_already_is_not_fetched_and_what_is_damaged_is(store: str,
 
 def test_a_shard_that_is_not_the_ledgers_is_refused(store: str, tmp_path: Path) -> None:
     _, source = opened(store, tmp_path / "local")
-    shutil.copyfile(Path(store) / "draw=00" / "part-00000.parquet", Path(store) / "draw=01" / "part-00002.parquet")
+    shutil.copyfile(
+        Path(store) / "draw=00" / "part-00000.parquet",
+        Path(store) / "draw=01" / "part-00002.parquet",
+    )
     with pytest.raises(TideError, match="not what the cache's ledger says"):
         source.shard(Unit(1, 2))
     (Path(store) / "draw=01" / "part-00001.parquet").unlink()
-    with pytest.raises(TideError, match=r"part-00001.parquet cannot be read[\s\S]*check the address"):
+    with pytest.raises(
+        TideError, match=r"part-00001.parquet cannot be read[\s\S]*check the address"
+    ):
         source.shard(Unit(1, 1))
 
 
@@ -97,10 +108,14 @@ def test_it_goes_to_other_processes(store: str, tmp_path: Path) -> None:
     assert len(pickle.loads(pickle.dumps(source)).shard(Unit(0, 1)).rows()) > 0
 
 
-def test_a_student_learns_the_same_from_a_store(caches: dict[str, Path], store: str, tmp_path: Path) -> None:
+def test_a_student_learns_the_same_from_a_store(
+    caches: dict[str, Path], store: str, tmp_path: Path
+) -> None:
     objective = {"type": "kl"}
     one = config(caches["tiny-shared"], tmp_path / "a", distillation=objective, max_steps=4)
-    two = config(tmp_path / "local", tmp_path / "b", distillation=objective, max_steps=4, store=store)
+    two = config(
+        tmp_path / "local", tmp_path / "b", distillation=objective, max_steps=4, store=store
+    )
     for settings in (one, two):
         train_student(settings)
     losses = [[e["loss"] for e in curve(tmp_path / name) if "loss" in e] for name in ("a", "b")]
@@ -112,7 +127,9 @@ def test_a_store_that_has_grown_is_seen(
 ) -> None:
     before, _ = opened(store, tmp_path / "local")
     grown = Path(shutil.copytree(caches["tiny-shared"], tmp_path / "grown"))
-    build_cache(small_cache_config("tiny-shared", random_teacher, grown, noise={"draws": 3}, store=store))
+    build_cache(
+        small_cache_config("tiny-shared", random_teacher, grown, noise={"draws": 3}, store=store)
+    )
     after, _ = opened(store, tmp_path / "local")
     assert (len(before.ledger), len(after.ledger)) == (6, 9)
     assert after.manifest.draws == 3

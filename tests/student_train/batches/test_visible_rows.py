@@ -49,8 +49,12 @@ def test_hidden_states_and_gradients_are_those_of_all_rows(batch: Any, seed: int
     for places, where in (needed_places(masked, lengths, block), (all_places(lengths), column)):
         model.zero_grad()
         hidden = masked_hidden(model, noised, clean, places, row, where, block)
-        (hidden * torch.linspace(-1, 1, hidden.numel()).double().reshape(hidden.shape)).sum().backward()
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+        (
+            hidden * torch.linspace(-1, 1, hidden.numel()).double().reshape(hidden.shape)
+        ).sum().backward()
+        gradients = [
+            torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()
+        ]
         found.append((hidden.detach(), gradients))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-10, atol=1e-10)
     for a, b in zip(found[0][1], found[1][1], strict=True):
@@ -61,7 +65,10 @@ def test_hidden_states_and_gradients_are_those_of_all_rows(batch: Any, seed: int
 def draws_of(draw: Any) -> tuple[list[int], list[list[np.ndarray]], int]:
     lengths = draw(st.lists(st.integers(1, 24), min_size=1, max_size=3))
     masked = [
-        [np.array(sorted(draw(st.sets(st.integers(0, n - 1)))), np.int64) for _ in range(draw(st.integers(1, 4)))]
+        [
+            np.array(sorted(draw(st.sets(st.integers(0, n - 1)))), np.int64)
+            for _ in range(draw(st.integers(1, 4)))
+        ]
         for n in lengths
     ]
     return lengths, masked, draw(st.integers(1, 9))
@@ -69,7 +76,9 @@ def draws_of(draw: Any) -> tuple[list[int], list[list[np.ndarray]], int]:
 
 @settings(max_examples=25)
 @given(draws_of(), st.integers(0, 2**31))
-def test_draws_over_one_clean_copy_have_the_states_and_gradients_of_each_alone(batch: Any, seed: int) -> None:
+def test_draws_over_one_clean_copy_have_the_states_and_gradients_of_each_alone(
+    batch: Any, seed: int
+) -> None:
     lengths, masked, block = batch
     generator = torch.Generator().manual_seed(seed)
     width, copies = max(lengths), max(map(len, masked))
@@ -81,7 +90,9 @@ def test_draws_over_one_clean_copy_have_the_states_and_gradients_of_each_alone(b
     ) -> tuple[torch.Tensor, torch.Tensor]:
         width = clean.shape[1]
         flat = [(i, j, m) for i, draws in enumerate(masked) for j, m in enumerate(draws)]
-        row = torch.from_numpy(np.repeat([i for i, _, _ in flat], [m.size for _, _, m in flat])).long()
+        row = torch.from_numpy(
+            np.repeat([i for i, _, _ in flat], [m.size for _, _, m in flat])
+        ).long()
         column = torch.from_numpy(np.concatenate([m + j * width for _, j, m in flat])).long()
         noised = clean.repeat(1, copies)
         noised[row, column] = 49
@@ -89,7 +100,9 @@ def test_draws_over_one_clean_copy_have_the_states_and_gradients_of_each_alone(b
         return masked_hidden(model, noised, clean, places, row, where, block), places
 
     def gradients() -> list[torch.Tensor]:
-        found = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+        found = [
+            torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()
+        ]
         model.zero_grad()
         return found
 
@@ -111,7 +124,9 @@ def test_draws_over_one_clean_copy_have_the_states_and_gradients_of_each_alone(b
 
 
 def test_the_prompt_and_the_last_block_are_left_out() -> None:
-    places, _ = needed_places([np.array([33, 70])], [96], 32)  # a prompt of one block, two masked positions
+    places, _ = needed_places(
+        [np.array([33, 70])], [96], 32
+    )  # a prompt of one block, two masked positions
     assert places.tolist() == [[*range(32, 96), *range(96, 96 + 64)]]
 
 

@@ -14,7 +14,12 @@ Shape = Literal["student", "prior"]
 
 
 def cached(
-    teacher: Tensor, k: int, classes: int = 1, shape: Shape = "student", shared: Tensor | None = None, seed: int = 0
+    teacher: Tensor,
+    k: int,
+    classes: int = 1,
+    shape: Shape = "student",
+    shared: Tensor | None = None,
+    seed: int = 0,
 ) -> TopKTargets:
     """What is cached of `teacher` logits, exactly. `shared`: bool a token, True where both sides have it."""
     g = torch.Generator().manual_seed(seed)
@@ -28,10 +33,14 @@ def cached(
     for t in (1.0, 2.0, 5.0):
         p = torch.softmax(logits / t, 1)
         outside = p.scatter(1, ids, 0.0)
-        odds[t] = (outside.sum(1).log() - p.gather(1, ids).sum(1).log()).clamp(-LARGEST_ODDS, LARGEST_ODDS)
+        odds[t] = (outside.sum(1).log() - p.gather(1, ids).sum(1).log()).clamp(
+            -LARGEST_ODDS, LARGEST_ODDS
+        )
         sums = torch.zeros(n, classes, dtype=p.dtype).index_add(1, own.clamp_min(0), outside)
         mass[t] = sums.log().clamp_min(-1e30)
-        prior[t] = torch.log_softmax(torch.randn(vocabulary, generator=g).to(p.dtype).masked_fill(~allowed, -1e30), 0)
+        prior[t] = torch.log_softmax(
+            torch.randn(vocabulary, generator=g).to(p.dtype).masked_fill(~allowed, -1e30), 0
+        )
     return TopKTargets(
         ids,
         torch.log_softmax(logits, 1).gather(1, ids),
@@ -43,7 +52,9 @@ def cached(
     )
 
 
-def dense_teacher(student: Tensor, teacher: Tensor, topk: TopKTargets, temperature: float) -> Tensor:
+def dense_teacher(
+    student: Tensor, teacher: Tensor, topk: TopKTargets, temperature: float
+) -> Tensor:
     """Log-probabilities of the teacher over the vocabulary by the definition, token by token, in float64.
 
     log p in the top-k, else log M_c + log b(v) − log Σ b(u) over the tokens u of v's class outside the top-k.
@@ -51,7 +62,9 @@ def dense_teacher(student: Tensor, teacher: Tensor, topk: TopKTargets, temperatu
     assert topk.classes is not None
     own, allowed = topk.classes.class_of, topk.classes.class_of >= 0
     p = torch.log_softmax(teacher.double().masked_fill(~allowed, -torch.inf) / temperature, 1)
-    q = torch.log_softmax(student.detach().double().masked_fill(~allowed, -torch.inf) / temperature, 1)
+    q = torch.log_softmax(
+        student.detach().double().masked_fill(~allowed, -torch.inf) / temperature, 1
+    )
     found = torch.full_like(p, -torch.inf)
     for i in range(len(p)):
         inside = topk.ids[i].tolist()

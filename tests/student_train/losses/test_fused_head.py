@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shared.settings.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL, Tidal
+from shared.settings.objectives import (
+    KL,
+    Calm,
+    Distillation,
+    NoDistillation,
+    ReverseCalm,
+    ReverseKL,
+    Tidal,
+)
 from student_train.losses.fused_head import LossSettings, fused_loss
 from student_train.losses.objective import Counts, objective, slice_targets, total
 from student_train.losses.targets import ChunkTargets, Targets
@@ -27,7 +35,9 @@ OBJECTIVES: dict[str, Distillation] = {
 }
 
 
-def problem(n: int, vocab: int, width: int, seed: int = 0, k: int = 4) -> tuple[Tensor, Tensor, Targets, Counts]:
+def problem(
+    n: int, vocab: int, width: int, seed: int = 0, k: int = 4
+) -> tuple[Tensor, Tensor, Targets, Counts]:
     """Random hidden states, head and targets; chunks of one to four rows, some rows in none."""
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n, width, generator=g)
@@ -49,7 +59,11 @@ def problem(n: int, vocab: int, width: int, seed: int = 0, k: int = 4) -> tuple[
     )
     gold = torch.randint(0, vocab, (n,), generator=g)
     targets = Targets(gold, torch.rand(n, generator=g) * 0.9 + 0.05, topk, chunks)
-    counts = Counts(torch.tensor(3.0 * n + 1), torch.tensor(float(max(n, 1))), torch.tensor(float(max(count, 1))))
+    counts = Counts(
+        torch.tensor(3.0 * n + 1),
+        torch.tensor(float(max(n, 1))),
+        torch.tensor(float(max(count, 1))),
+    )
     return hidden, head, targets, counts
 
 
@@ -76,7 +90,9 @@ def test_equal_to_the_plain_loss_and_gradients(name: str, rows: int) -> None:
     found = gradients(lambda h, w: fused_loss(h, w, targets, settings, rows)[0], hidden, head)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(b.abs().max()))
-    exact = gradients(lambda h, w: plain(h, w, doubled(targets), settings), hidden.double(), head.double())
+    exact = gradients(
+        lambda h, w: plain(h, w, doubled(targets), settings), hidden.double(), head.double()
+    )
     for a, b in zip(found, exact, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
 
@@ -95,7 +111,9 @@ def doubled(targets: Targets) -> Targets:
         classes=dataclasses.replace(topk.classes, log_prior=wide(topk.classes.log_prior)),
     )
     chunks = dataclasses.replace(
-        targets.chunks, teacher_logp=targets.chunks.teacher_logp.double(), t=targets.chunks.t.double()
+        targets.chunks,
+        teacher_logp=targets.chunks.teacher_logp.double(),
+        t=targets.chunks.t.double(),
     )
     return Targets(targets.gold, targets.t.double(), topk, chunks)
 
@@ -113,7 +131,12 @@ def test_slices_cover_every_row_and_chunk_once(n: int, size: int, seed: int) -> 
         tokens += own.chunks.rows.numel()
         assert part.stop - part.start <= max(size, 4)
         if own.chunks.rows.numel():
-            assert 0 <= int(own.chunks.rows.min()) <= int(own.chunks.rows.max()) < part.stop - part.start
+            assert (
+                0
+                <= int(own.chunks.rows.min())
+                <= int(own.chunks.rows.max())
+                < part.stop - part.start
+            )
             assert int(own.chunks.chunk_of.max()) == own.chunks.teacher_logp.numel() - 1
     assert rows == list(range(n))
     assert likelihoods == targets.chunks.teacher_logp.tolist()
@@ -123,7 +146,9 @@ def test_slices_cover_every_row_and_chunk_once(n: int, size: int, seed: int) -> 
 def expect_zero_where_nothing_is_masked(loss_of: Any, distillation: Distillation) -> None:
     hidden, head, targets, counts = problem(0, 11, 4)
     settings = LossSettings(distillation, 1.0, counts, 0.5)
-    loss, grad_hidden, grad_head = gradients(lambda h, w: loss_of(h, w, targets, settings)[0], hidden, head)
+    loss, grad_hidden, grad_head = gradients(
+        lambda h, w: loss_of(h, w, targets, settings)[0], hidden, head
+    )
     assert loss == 0
     assert grad_hidden.shape == (0, 4)
     assert not grad_head.any()
@@ -189,8 +214,15 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket._qualified_op_name
-        by_mask = name == "aten::index" and any(i is not None and i.dtype == torch.bool for i in args[1])
-        waits = ("aten::_local_scalar_dense", "aten::nonzero", "aten::unique_consecutive", "aten::masked_select")
+        by_mask = name == "aten::index" and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        waits = (
+            "aten::_local_scalar_dense",
+            "aten::nonzero",
+            "aten::unique_consecutive",
+            "aten::masked_select",
+        )
         if by_mask or name in waits:
             self.found.add(name)
         return func(*args, **(kwargs or {}))

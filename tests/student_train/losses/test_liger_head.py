@@ -17,7 +17,9 @@ from tests.student_train.losses.test_fused_head import (
 )
 
 pytestmark = [
-    pytest.mark.skipif(not liger_installed(), reason="Liger is not installed: `make test-liger` brings it"),
+    pytest.mark.skipif(
+        not liger_installed(), reason="Liger is not installed: `make test-liger` brings it"
+    ),
     pytest.mark.skipif(
         not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
         reason="Triton without a GPU needs TRITON_INTERPRET=1, which `make test-liger` sets",
@@ -39,7 +41,9 @@ def test_equal_to_the_plain_loss_and_gradients(name: str) -> None:
     assert liger_fits(settings.distillation)
     found = gradients(lambda h, w: liger_loss(h, w, targets, settings)[0], hidden, head)
     sliced = gradients(lambda h, w: fused_loss(h, w, targets, settings, 7)[0], hidden, head)
-    exact = gradients(lambda h, w: plain(h, w, doubled(targets), settings), hidden.double(), head.double())
+    exact = gradients(
+        lambda h, w: plain(h, w, doubled(targets), settings), hidden.double(), head.double()
+    )
     for a, b, c in zip(found, sliced, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(b.abs().max()))
         torch.testing.assert_close(a.double(), c, rtol=1e-4, atol=1e-5 * float(c.abs().max()))

@@ -47,13 +47,18 @@ def test_log1mexp_at_and_above_zero_is_finite_with_a_finite_gradient() -> None:
 def test_complement_logsumexp() -> None:
     logits = torch.randn(3, 7)
     ids = torch.tensor([[0, 1], [6, 6], [2, 4]])
-    expected = [torch.logsumexp(logits[i, [j for j in range(7) if j not in ids[i].tolist()]], 0) for i in range(3)]
+    expected = [
+        torch.logsumexp(logits[i, [j for j in range(7) if j not in ids[i].tolist()]], 0)
+        for i in range(3)
+    ]
     torch.testing.assert_close(complement_logsumexp(logits, ids), torch.stack(expected))
     whole = torch.arange(7)[None].expand(3, 7)
     logits.requires_grad_()
     complement_logsumexp(logits, whole).sum().backward()
     assert logits.grad is not None
-    assert torch.equal(logits.grad, torch.zeros(3, 7))  # no token left: EMPTY, and no NaN in the gradient
+    assert torch.equal(
+        logits.grad, torch.zeros(3, 7)
+    )  # no token left: EMPTY, and no NaN in the gradient
 
 
 @given(st.integers(0, 99), st.floats(0, 60))
@@ -87,7 +92,10 @@ def test_calm_against_float64(log_p: float, target: float) -> None:
     t = float(bound_probability(torch.tensor([target]))[0])
     p = math.exp(log_p)
     log_rest = math.log(-math.expm1(log_p))
-    forward, backward = -(t * log_p + (1 - t) * log_rest), -(p * math.log(t) + (1 - p) * math.log1p(-t))
+    forward, backward = (
+        -(t * log_p + (1 - t) * log_rest),
+        -(p * math.log(t) + (1 - p) * math.log1p(-t)),
+    )
     x = torch.tensor([log_p])
     assert float(calm(x, torch.tensor([t]))) == pytest.approx(forward, rel=1e-5, abs=1e-6)
     assert float(reverse_calm(x, torch.tensor([t]))) == pytest.approx(backward, rel=1e-5, abs=1e-6)
@@ -100,7 +108,9 @@ def test_the_gradient_of_reverse_calm_is_minus_logit_of_the_teacher(log_p: float
         x = torch.tensor([log_p], dtype=torch.float64, requires_grad=True)
         reverse_calm(x, torch.tensor([target], dtype=torch.float64)).sum().backward()
         assert x.grad is not None
-        assert float(x.grad) == pytest.approx(-math.exp(log_p) * math.log(target / (1 - target)), rel=1e-9)
+        assert float(x.grad) == pytest.approx(
+            -math.exp(log_p) * math.log(target / (1 - target)), rel=1e-9
+        )
 
 
 def test_forward_calm_keeps_its_gradient_where_a_clamp_would_lose_it() -> None:

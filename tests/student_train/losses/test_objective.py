@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.settings.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, ReverseKL, Tidal
+from shared.settings.objectives import (
+    KL,
+    Calm,
+    Distillation,
+    NoDistillation,
+    ReverseCalm,
+    ReverseKL,
+    Tidal,
+)
 from student_train.losses.calm import chunk_log_likelihood, token_log_likelihood
 from student_train.losses.objective import Counts, objective, total
 from student_train.losses.targets import ChunkTargets, Targets, rows_of
@@ -14,7 +22,9 @@ from tests.student_train.losses.problems import cached
 
 VOCABULARY, N = 12, 6
 ALL: list[Distillation] = [
-    kind(temperature=2.0, tidal=tidal) for kind in (KL, ReverseKL, Calm, ReverseCalm) for tidal in (None, Tidal())
+    kind(temperature=2.0, tidal=tidal)
+    for kind in (KL, ReverseKL, Calm, ReverseCalm)
+    for tidal in (None, Tidal())
 ]
 
 
@@ -67,8 +77,12 @@ def test_against_the_definition_in_float64(settings: Any) -> None:
 def test_no_masked_position_no_loss_and_finite_gradients(settings: Any) -> None:
     logits = torch.zeros(0, VOCABULARY, requires_grad=True)
     topk = cached(torch.zeros(0, VOCABULARY), 3)
-    chunks = ChunkTargets(torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0), torch.zeros(0))
-    sums = objective(logits, Targets(torch.zeros(0).long(), torch.zeros(0), topk, chunks), settings, 0.5)
+    chunks = ChunkTargets(
+        torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0), torch.zeros(0)
+    )
+    sums = objective(
+        logits, Targets(torch.zeros(0).long(), torch.zeros(0), topk, chunks), settings, 0.5
+    )
     zero = torch.zeros(())
     loss = total(sums, Counts(zero, zero, zero), settings, 1.0)
     loss.backward()
@@ -95,7 +109,9 @@ def test_sums_of_two_halves_are_the_sums_of_the_whole() -> None:
     halves = []
     for part in (slice(0, 2), slice(2, N)):
         topk = rows_of(made.topk, part)
-        halves.append(objective(logits[part], Targets(made.gold[part], made.t[part], topk), KL(), 0.0))
+        halves.append(
+            objective(logits[part], Targets(made.gold[part], made.t[part], topk), KL(), 0.0)
+        )
     torch.testing.assert_close(whole.denoise, halves[0].denoise + halves[1].denoise)
     torch.testing.assert_close(whole.distillation, halves[0].distillation + halves[1].distillation)
 
@@ -111,7 +127,9 @@ def test_the_student_is_never_clamped() -> None:
     sums = objective(logits, made, Calm(temperature=1.0), 0.0)
     (gradient,) = torch.autograd.grad(sums.distillation, logits)
     assert float(gradient[0, 0]) == pytest.approx(-float(torch.tensor(-0.1).exp()), rel=1e-4)
-    chunk = chunk_log_likelihood(token_log_likelihood(logits, gold), torch.tensor([0]), torch.tensor([0]), 1)
+    chunk = chunk_log_likelihood(
+        token_log_likelihood(logits, gold), torch.tensor([0]), torch.tensor([0]), 1
+    )
     assert float(chunk.detach()) == pytest.approx(-60, rel=1e-6)
 
 

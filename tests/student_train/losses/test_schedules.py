@@ -25,7 +25,9 @@ def test_strength_by_axis() -> None:
     half = training_strength(Tidal(), 0.5)
     assert half == pytest.approx(0.5)
     torch.testing.assert_close(strength(Tidal(axis="both"), 0.5, t), half * (1 - t))
-    torch.testing.assert_close(strength(Tidal(axis="training_only"), 0.5, t), torch.full_like(t, half))
+    torch.testing.assert_close(
+        strength(Tidal(axis="training_only"), 0.5, t), torch.full_like(t, half)
+    )
     torch.testing.assert_close(strength(Tidal(axis="timestep_only"), 0.5, t), 0.9 * (1 - t))
     assert training_strength(Tidal(), 0.0) == 0.1
     assert training_strength(Tidal(), 1.0) == pytest.approx(0.9)
@@ -33,5 +35,7 @@ def test_strength_by_axis() -> None:
 
 def test_timestep_weight() -> None:
     t = torch.tensor([0.5, 0.65, 0.35])
-    torch.testing.assert_close(timestep_weight("midrange", t), torch.tensor([1, math.exp(-0.5), math.exp(-0.5)]))
+    torch.testing.assert_close(
+        timestep_weight("midrange", t), torch.tensor([1, math.exp(-0.5), math.exp(-0.5)])
+    )
     assert timestep_weight("uniform", t).tolist() == [1, 1, 1]

@@ -25,7 +25,12 @@ SHAPES: tuple[Shape, ...] = ("student", "prior")
 
 
 def expected(
-    student: Tensor, target: Tensor, allowed: Tensor, temperature: float, strength: Tensor | None, reverse: bool
+    student: Tensor,
+    target: Tensor,
+    allowed: Tensor,
+    temperature: float,
+    strength: Tensor | None,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Sum of divergences over the allowed tokens and its gradient, by autograd in float64."""
     x = student.detach().double().requires_grad_()
@@ -49,7 +54,14 @@ def expected(
     unshared=st.integers(0, 4),
 )
 def test_value_and_gradient_against_the_definition(
-    reverse: bool, seed: int, k: int, classes: int, shape: Shape, temperature: float, mixed: bool, unshared: int
+    reverse: bool,
+    seed: int,
+    k: int,
+    classes: int,
+    shape: Shape,
+    temperature: float,
+    mixed: bool,
+    unshared: int,
 ) -> None:
     torch.manual_seed(seed)
     student, teacher, strength = torch.randn(3, 30), torch.randn(3, 30) * 2, torch.rand(3)
@@ -80,11 +92,15 @@ def test_the_teacher_is_a_distribution_whose_top_k_and_classes_have_their_masses
         p = teacher_log_probabilities(topk, q, 2.0).exp()
         torch.testing.assert_close(p.sum(1), torch.ones(4).double(), rtol=1e-9, atol=1e-9)
         truth = torch.softmax(teacher / 2, 1)
-        torch.testing.assert_close(p.gather(1, topk.ids), truth.gather(1, topk.ids), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            p.gather(1, topk.ids), truth.gather(1, topk.ids), rtol=1e-9, atol=1e-12
+        )
         assert topk.classes is not None
         for c in range(classes):
             member = topk.classes.class_of == c
-            torch.testing.assert_close(p[:, member].sum(1), truth[:, member].sum(1), rtol=1e-8, atol=1e-12)
+            torch.testing.assert_close(
+                p[:, member].sum(1), truth[:, member].sum(1), rtol=1e-8, atol=1e-12
+            )
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -97,7 +113,9 @@ def test_k_equal_to_the_vocabulary_is_the_full_loss(reverse: bool) -> None:
     for classes in (1, 5):
         for shape in SHAPES:
             x = student.clone().requires_grad_()
-            found = token_divergence(x, cached(teacher, 23, classes, shape), 2.0, None, reverse).sum()
+            found = token_divergence(
+                x, cached(teacher, 23, classes, shape), 2.0, None, reverse
+            ).sum()
             (slope,) = torch.autograd.grad(found, x)
             torch.testing.assert_close(found.detach().double(), value, rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(slope.double(), gradient, rtol=1e-5, atol=1e-6)
@@ -117,7 +135,9 @@ def test_padding_of_shorter_lists_changes_nothing() -> None:
         for reverse in (False, True):
             narrow = divergence_and_gradient(student, topk, 2.0, torch.tensor([0.4]), reverse)
             for a, b in zip(
-                narrow, divergence_and_gradient(student, wide, 2.0, torch.tensor([0.4]), reverse), strict=True
+                narrow,
+                divergence_and_gradient(student, wide, 2.0, torch.tensor([0.4]), reverse),
+                strict=True,
             ):
                 torch.testing.assert_close(a, b)
                 assert torch.isfinite(b).all()
@@ -158,7 +178,9 @@ def test_extremes_stay_finite() -> None:
             topk = cached(teacher, 2, classes, shape)
             for reverse in (False, True):
                 for part in (None, torch.full((3,), 0.3)):
-                    value, gradient = divergence_and_gradient(student.clone(), topk, 1.0, part, reverse)
+                    value, gradient = divergence_and_gradient(
+                        student.clone(), topk, 1.0, part, reverse
+                    )
                     assert torch.isfinite(value).all() and torch.isfinite(gradient).all()
                     assert (value > -1e-4).all()
 
@@ -170,7 +192,9 @@ def test_a_prior_that_the_top_k_has_nearly_all_of_leaves_what_is_left() -> None:
     prior = torch.tensor([0.6, 0.4 - 1.1e-9, 1e-9, 1e-10]).double().log().float()
     assert topk.classes is not None
     topk = dataclasses.replace(
-        topk, classes=dataclasses.replace(topk.classes, log_prior={1.0: prior}), student_shaped=False
+        topk,
+        classes=dataclasses.replace(topk.classes, log_prior={1.0: prior}),
+        student_shaped=False,
     )
     q = log_student(torch.zeros(1, 4), topk, 1.0)
     p = teacher_log_probabilities(topk, q, 1.0).exp()
@@ -188,7 +212,9 @@ def test_a_renormalised_top_k_turns_the_gradient_and_a_tail_does_not() -> None:
     full = divergence_and_gradient(student, cached(teacher, 2000), 2.0, None, False)[1]
     topk = cached(teacher, 10)
     assert float(torch.sigmoid(topk.odds[2.0]).mean()) > 0.3
-    renormalised = dataclasses.replace(topk, odds=dict.fromkeys(topk.odds, torch.full((64,), -64.0)))
+    renormalised = dataclasses.replace(
+        topk, odds=dict.fromkeys(topk.odds, torch.full((64,), -64.0))
+    )
 
     def cosine(targets: TopKTargets) -> float:
         found = divergence_and_gradient(student, targets, 2.0, None, False)[1]
@@ -203,7 +229,9 @@ def test_gradcheck() -> None:
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
     topk = cached(torch.randn(3, 8, dtype=torch.float64), 3, 2, "prior")
     for reverse in (False, True):
-        assert torch.autograd.gradcheck(lambda v, reverse=reverse: token_divergence(v, topk, 2.0, None, reverse), (x,))
+        assert torch.autograd.gradcheck(
+            lambda v, reverse=reverse: token_divergence(v, topk, 2.0, None, reverse), (x,)
+        )
 
 
 COMPILED = """

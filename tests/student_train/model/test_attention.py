@@ -17,7 +17,9 @@ from tests.student_train.places import all_places
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # by the tracer itself
+    pytest.mark.filterwarnings(
+        "ignore:The .grad attribute of a Tensor that is not a leaf"
+    ),  # by the tracer itself
 ]
 
 
@@ -41,7 +43,9 @@ def test_the_block_mask_is_the_dense_one(lengths: list[int], block: int, random:
 
 
 @given(lists_of_lengths, st.integers(1, 9))
-def test_between_all_places_it_is_the_mask_of_block_diffusion(lengths: list[int], block: int) -> None:
+def test_between_all_places_it_is_the_mask_of_block_diffusion(
+    lengths: list[int], block: int
+) -> None:
     width, places = max(lengths), all_places(lengths)
     found, whole = block_diffusion_places(places, width, block)[:, 0], block_diffusion(width, block)
     for i in range(len(lengths)):
@@ -60,7 +64,9 @@ def inputs(lengths: list[int], seed: int = 0) -> tuple[Any, ...]:
     return noised, clean, valid, row, column
 
 
-def hidden_of(model: Any, noised: Any, clean: Any, valid: Any, row: Any, column: Any) -> torch.Tensor:
+def hidden_of(
+    model: Any, noised: Any, clean: Any, valid: Any, row: Any, column: Any
+) -> torch.Tensor:
     places, place = places_of(valid, row, column, 8)
     return masked_hidden(model, noised, clean, places, row, place, block=8)
 
@@ -77,7 +83,9 @@ def test_flex_and_sdpa_agree_in_values_and_gradients(monkeypatch: pytest.MonkeyP
         model.zero_grad()
         hidden = hidden_of(model, *batch)
         (hidden * torch.linspace(-1, 1, hidden.numel()).reshape(hidden.shape)).sum().backward()
-        found.append((hidden.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+        found.append(
+            (hidden.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None])
+        )
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-5)
     for a, b in zip(found[1][1], found[0][1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
@@ -120,4 +128,9 @@ def test_new_lengths_compile_nothing_anew() -> None:
 
     few = graphs_after([[64, 40], [64, 40, 7], [96, 33], [128, 3, 4]])
     assert few <= 4
-    assert graphs_after([[200, 33, 5], [128] * 4, [160, 7, 9, 1, 3], [150, 2], [32] * 3, [250] * 5, [256, 9]]) == few
+    assert (
+        graphs_after(
+            [[200, 33, 5], [128] * 4, [160, 7, 9, 1, 3], [150, 2], [32] * 3, [250] * 5, [256, 9]]
+        )
+        == few
+    )

@@ -23,12 +23,20 @@ def test_a_finished_students_folder_is_complete(caches: dict[str, Path], tmp_pat
     manifest = load_manifest(cache)
     assert card.data.library_name == "transformers" and "block-diffusion" in card.data.tags
     text = (folder / "README.md").read_text()
-    for words in (manifest.digest, "tiny-shared", "`generate()` would decode from left to right", "| nll |"):
+    for words in (
+        manifest.digest,
+        "tiny-shared",
+        "`generate()` would decode from left to right",
+        "| nll |",
+    ):
         assert words in text
     assert str(tmp_path) not in text and str(cache) not in text
     settings = json.loads(text.partition("```json\n")[2].partition("\n```")[0])
     assert settings["distillation"]["type"] == "kl"
     known = AutoModelForCausalLM.from_pretrained(folder).config
-    assert (known.block_size, known.mask_token_id) == (32, manifest.fingerprint["student"]["mask_id"])
+    assert (known.block_size, known.mask_token_id) == (
+        32,
+        manifest.fingerprint["student"]["mask_id"],
+    )
     assert AutoTokenizer.from_pretrained(folder).chat_template
     assert load_for_use(str(folder), "cpu").block == 32

@@ -20,13 +20,21 @@ from student_train.model.student import load_student, masked_hidden
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
 
 
-def places_of(valid: torch.Tensor, row: torch.Tensor, column: torch.Tensor, block: int) -> tuple[Any, Any]:
+def places_of(
+    valid: torch.Tensor, row: torch.Tensor, column: torch.Tensor, block: int
+) -> tuple[Any, Any]:
     lengths = valid.sum(dim=1).tolist()
     return needed_places([column[row == i].numpy() for i in range(len(lengths))], lengths, block)
 
 
 def masked_logits(
-    model: Any, noised: Any, clean: Any, valid: torch.Tensor, row: torch.Tensor, column: torch.Tensor, block: int
+    model: Any,
+    noised: Any,
+    clean: Any,
+    valid: torch.Tensor,
+    row: torch.Tensor,
+    column: torch.Tensor,
+    block: int,
 ) -> torch.Tensor:
     """Logits at masked positions, from the needed rows alone."""
     places, place = places_of(valid, row, column, block)
@@ -39,8 +47,12 @@ def test_golden_logits_at_masked_positions(golden: Path) -> None:
     noised, clean = expected["noised_ids"], expected["clean_ids"]
     row, column = (noised == 95).nonzero(as_tuple=True)
     with torch.no_grad():
-        logits = masked_logits(model, noised, clean, torch.ones_like(noised, dtype=torch.bool), row, column, 4)
-    torch.testing.assert_close(logits, expected["logits_bd3lm_block_4"][row, column], rtol=0, atol=1e-5)
+        logits = masked_logits(
+            model, noised, clean, torch.ones_like(noised, dtype=torch.bool), row, column, 4
+        )
+    torch.testing.assert_close(
+        logits, expected["logits_bd3lm_block_4"][row, column], rtol=0, atol=1e-5
+    )
 
 
 def small() -> Any:
@@ -85,7 +97,9 @@ def test_a_prediction_sees_its_noised_block_and_earlier_clean_blocks_only() -> N
         changed_noised[0, position] = 48
         moved_by_clean = not torch.equal(predict(noised, changed_clean), base)
         moved_by_noised = not torch.equal(predict(changed_noised, clean), base)
-        assert moved_by_clean == (position < 4)  # its own clean block, with the answer, is never seen
+        assert moved_by_clean == (
+            position < 4
+        )  # its own clean block, with the answer, is never seen
         assert moved_by_noised == (4 <= position < 8)
 
 
@@ -98,7 +112,9 @@ def test_a_new_student_and_one_from_a_checkpoint(caches: dict[str, Path], tmp_pa
     model.save_pretrained(tmp_path)
     tokenizer.backend.save_pretrained(tmp_path)
     again, _ = load_student(StudentConfig(checkpoint=str(tmp_path)), cache, manifest)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
     assert all(p.requires_grad for p in again.parameters())
 
 
@@ -108,7 +124,11 @@ def test_a_student_of_another_tokenizer_is_refused(caches: dict[str, Path], tmp_
         if file.name.startswith("tokenizer") or file.name == "chat_template.jinja":
             shutil.copy(file, tmp_path / file.name)
     with pytest.raises(TideError, match="was built for another student tokenizer"):
-        load_student(StudentConfig(checkpoint=str(tmp_path)), caches["tiny-cross"], load_manifest(caches["tiny-cross"]))
+        load_student(
+            StudentConfig(checkpoint=str(tmp_path)),
+            caches["tiny-cross"],
+            load_manifest(caches["tiny-cross"]),
+        )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -123,11 +143,18 @@ def test_an_embedding_without_a_row_for_the_mask_grows_only_when_told_to(
     for file in STUDENT_TOKENIZER.iterdir():
         shutil.copy(file, tmp_path / file.name)
     cache, manifest = caches["tiny-cross"], load_manifest(caches["tiny-cross"])
-    with pytest.raises(TideError, match="mask id 2047 lies outside the student's embedding of 2000 rows"):
+    with pytest.raises(
+        TideError, match="mask id 2047 lies outside the student's embedding of 2000 rows"
+    ):
         load_student(StudentConfig(checkpoint=str(tmp_path)), cache, manifest)
-    model, _ = load_student(StudentConfig(checkpoint=str(tmp_path), add_mask_row=True), cache, manifest)
+    model, _ = load_student(
+        StudentConfig(checkpoint=str(tmp_path), add_mask_row=True), cache, manifest
+    )
     assert "grown from 2,000 to 2,048 rows" in capsys.readouterr().err
-    pairs = [(before.get_input_embeddings(), model.get_input_embeddings()), (before.lm_head, model.lm_head)]
+    pairs = [
+        (before.get_input_embeddings(), model.get_input_embeddings()),
+        (before.lm_head, model.lm_head),
+    ]
     for old, new in pairs:
         assert torch.equal(new.weight[:2000], old.weight)
         torch.testing.assert_close(new.weight[2047], old.weight.mean(dim=0))
@@ -137,19 +164,25 @@ def test_an_embedding_without_a_row_for_the_mask_grows_only_when_told_to(
 
 def test_a_llama_student(caches: dict[str, Path], tmp_path: Path) -> None:
     cache, manifest = caches["tiny-cross"], load_manifest(caches["tiny-cross"])
-    settings = StudentConfig(architecture="llama", hidden_size=32, layers=1, heads=2, intermediate_size=32)
+    settings = StudentConfig(
+        architecture="llama", hidden_size=32, layers=1, heads=2, intermediate_size=32
+    )
     model, tokenizer = load_student(settings, cache, manifest)
     assert isinstance(model, LlamaForCausalLM)
     model.save_pretrained(tmp_path / "llama")
     tokenizer.backend.save_pretrained(tmp_path / "llama")
     again, _ = load_student(StudentConfig(checkpoint=str(tmp_path / "llama")), cache, manifest)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
     export_student(tmp_path / "llama", tmp_path / "hf", "hf")
     with pytest.raises(TideError, match="a2d-qwen3 is a layout of Qwen3 only"):
         export_student(tmp_path / "llama", tmp_path / "a2d", "a2d")
 
 
-def test_a_checkpoint_that_is_no_student_is_refused(caches: dict[str, Path], golden: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_no_student_is_refused(
+    caches: dict[str, Path], golden: Path, tmp_path: Path
+) -> None:
     shutil.copytree(golden / "dream", tmp_path / "dream")
     for file in STUDENT_TOKENIZER.iterdir():
         shutil.copy(file, tmp_path / "dream" / file.name)

@@ -29,7 +29,9 @@ def main() -> None:
         }  # fmt: skip
         trainer, _ = make_trainer(build(TrainConfig, values))
         graphs: list[int] = []
-        trainer.at_item = lambda *_, graphs=graphs: graphs.append(counters["stats"]["unique_graphs"])
+        trainer.at_item = lambda *_, graphs=graphs: graphs.append(
+            counters["stats"]["unique_graphs"]
+        )
         trainer.train_resuming()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         found[way] = {"losses": losses, "graphs": [*graphs, counters["stats"]["unique_graphs"]]}

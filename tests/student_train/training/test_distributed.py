@@ -25,7 +25,9 @@ def run(settings: Any, processes: int, optimizer: str = "sgd") -> None:
                                           "--master-port=29611"]  # fmt: skip
     module = ["-m", "tests.student_train.training.descend"]
     command = [sys.executable, *launcher, *module, json.dumps(to_plain(settings)), optimizer]
-    done = subprocess.run(command, env={**environment, "PYTHONPATH": "."}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env={**environment, "PYTHONPATH": "."}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -43,9 +45,17 @@ def test_two_processes_make_the_gradient_of_one(
 
 
 @pytest.mark.slow
-def test_sharded_processes_make_the_gradient_of_one(caches: dict[str, Path], tmp_path: Path) -> None:
+def test_sharded_processes_make_the_gradient_of_one(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
     for accumulation in (1, 2):
-        compare(caches["tiny-cross"], tmp_path / str(accumulation), {"type": "reverse_calm"}, accumulation, "fsdp")
+        compare(
+            caches["tiny-cross"],
+            tmp_path / str(accumulation),
+            {"type": "reverse_calm"},
+            accumulation,
+            "fsdp",
+        )
 
 
 @pytest.mark.slow
@@ -63,7 +73,9 @@ def test_a_sharded_run_goes_on_from_its_checkpoint(caches: dict[str, Path], tmp_
     assert all(after[name].equal(value) for name, value in before.items())
 
 
-def compare(cache: Path, folder: Path, distillation: Any, accumulation: int, parallel: str = "ddp") -> None:
+def compare(
+    cache: Path, folder: Path, distillation: Any, accumulation: int, parallel: str = "ddp"
+) -> None:
     weights, curves = [], []
     folder.mkdir()
     for name, processes, batch in [("one", 1, 8), ("two", 2, 4)]:
@@ -92,5 +104,7 @@ def test_processes_share_the_very_rows_of_one(caches: dict[str, Path], processes
         whole = [(row.example_id, row.draw) for row in one.rows(i)]
         parts = [row for p in range(processes) for row in many.rows(i * processes + p)]
         assert sorted((row.example_id, row.draw) for row in parts if row.maskable) == sorted(whole)
-        counts = torch.stack([many[i * processes + p]["counts"] for p in range(processes)]).sum(dim=0)
+        counts = torch.stack([many[i * processes + p]["counts"] for p in range(processes)]).sum(
+            dim=0
+        )
         assert counts.tolist() == one[i]["counts"].tolist()

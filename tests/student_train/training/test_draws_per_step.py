@@ -45,12 +45,18 @@ def student(vocabulary: int) -> Any:
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
     }
-    return in_float64(Qwen3ForCausalLM(Qwen3Config(vocab_size=vocabulary, num_hidden_layers=2, head_dim=8, **shape)))
+    return in_float64(
+        Qwen3ForCausalLM(
+            Qwen3Config(vocab_size=vocabulary, num_hidden_layers=2, head_dim=8, **shape)
+        )
+    )
 
 
 @settings(max_examples=12)
 @given(st.data())
-def test_loss_and_gradient_are_those_of_the_rows_one_by_one(caches: dict[str, Path], data: Any) -> None:
+def test_loss_and_gradient_are_those_of_the_rows_one_by_one(
+    caches: dict[str, Path], data: Any
+) -> None:
     teacher = data.draw(st.sampled_from(sorted(OBJECTIVES)))
     distillation = data.draw(st.sampled_from(OBJECTIVES[teacher]))
     cache = caches[teacher]
@@ -83,7 +89,9 @@ def test_loss_and_gradient_are_those_of_the_rows_one_by_one(caches: dict[str, Pa
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_every_draw_of_every_example_comes_once_and_epochs_count_draws(caches: dict[str, Path], processes: int) -> None:
+def test_every_draw_of_every_example_comes_once_and_epochs_count_draws(
+    caches: dict[str, Path], processes: int
+) -> None:
     cache = caches["tiny-cross"]
     data = dataset(cache, processes, draws_per_step=2, batch_size=4, epochs=2.0, window=2)
     assert data.batches_in(0) * processes == len(data)  # one pass over two draws: two epochs
@@ -101,7 +109,9 @@ def test_however_many_processes_share_a_step_it_sees_the_same_rows(caches: dict[
     assert len(two) == 2 * len(one)
     for i in range(len(one)):
         parts = [row for p in range(2) for row in two.rows(2 * i + p)]
-        names = [sorted((row.example_id, row.draw) for row in rows) for rows in (one.rows(i), parts)]
+        names = [
+            sorted((row.example_id, row.draw) for row in rows) for rows in (one.rows(i), parts)
+        ]
         assert names[0] == names[1]
 
 
@@ -134,6 +144,8 @@ def test_draws_of_other_examples_are_refused(
     data = dataset(cache, draws_per_step=2, batch_size=4)
     names = plain_table(Unit(1, 1).path(cache)).column("example_id").combine_chunks()
     change_column(cache, Unit(1, 1), "example_id", names.take(list(range(len(names)))[::-1]))
-    monkeypatch.setattr(Entry, "check", lambda *_: None)  # as a cache would be whose ledger says the same
+    monkeypatch.setattr(
+        Entry, "check", lambda *_: None
+    )  # as a cache would be whose ledger says the same
     with pytest.raises(TideError, match="hold other examples"):
         [data.rows(i) for i in range(len(data))]

@@ -42,14 +42,18 @@ def test_what_does_not_divide_is_refused_with_a_number_that_does() -> None:
 
 def test_every_division_sees_the_same_rows_in_every_step(caches: dict[str, Path]) -> None:
     def steps(processes: int, most: int) -> list[list[str]]:
-        settings = TrainConfig(cache=caches["tiny-shared"], global_batch=12, batch_size=most, epochs=2.0)
+        settings = TrainConfig(
+            cache=caches["tiny-shared"], global_batch=12, batch_size=most, epochs=2.0
+        )
         settings = settle_batch(settings, processes)
         data = open_cache(settings).batches(settings, processes)
         parts = processes * settings.accumulation
         assert len(data) % parts == 0
         found = []
         for step in range(len(data) // parts):
-            rows = [row for i in range(parts) for row in data.rows(step * parts + i) if row.masked.size]
+            rows = [
+                row for i in range(parts) for row in data.rows(step * parts + i) if row.masked.size
+            ]
             found.append(sorted(row.example_id for row in rows))
         return found
 
@@ -62,7 +66,9 @@ def test_passes_of_a_step_make_the_gradient_of_one(caches: dict[str, Path], tmp_
     weights = []
     for most in (12, 3):
         out = tmp_path / str(most)
-        train_student(config(caches["tiny-shared"], out, global_batch=12, batch_size=most, max_steps=3))
+        train_student(
+            config(caches["tiny-shared"], out, global_batch=12, batch_size=most, max_steps=3)
+        )
         weights.append(load_file(out / "model" / "model.safetensors"))
         recorded = json.loads((out / "run.json").read_text())["config"]
         assert recorded["global_batch"] == 12 and "batch_size" not in recorded

@@ -26,15 +26,25 @@ def test_the_logs_epoch_is_the_epoch(caches: dict[str, Path], tmp_path: Path) ->
         ("accumulated", {"batch_size": 2, "accumulation": 2}),
         ("draws", {"draws_per_step": 2}),
     ):
-        train_student(config(caches["tiny-cross"], tmp_path / name, log_steps=1, checkpoint_steps=12, **changes))
-        epochs = {entry["step"]: entry["epoch"] for entry in curve(tmp_path / name) if "loss" in entry}
+        train_student(
+            config(
+                caches["tiny-cross"], tmp_path / name, log_steps=1, checkpoint_steps=12, **changes
+            )
+        )
+        epochs = {
+            entry["step"]: entry["epoch"] for entry in curve(tmp_path / name) if "loss" in entry
+        }
         assert epochs[6] == pytest.approx(1) and epochs[12] == pytest.approx(2), name
-    run = config(caches["tiny-cross"], tmp_path / "epochs", max_steps=-1, epochs=1.5, checkpoint_steps=2)
+    run = config(
+        caches["tiny-cross"], tmp_path / "epochs", max_steps=-1, epochs=1.5, checkpoint_steps=2
+    )
     train_student(run)
     assert curve(tmp_path / "epochs")[-1]["epoch"] == pytest.approx(1.5)
 
 
-def test_a_run_is_extended(caches: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_extended(
+    caches: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """At a constant rate it is the longer run, step for step; run.json and the curve are those of the longer one."""
     constant = {"schedule": "constant_with_warmup", "warmup_ratio": 0.0}
     train_student(config(caches["tiny-cross"], tmp_path / "long", **constant))
@@ -51,12 +61,28 @@ def test_a_run_is_extended(caches: dict[str, Path], tmp_path: Path, capsys: pyte
     with pytest.raises(TideError, match="max_steps: 12 → 8"):
         train_student(config(caches["tiny-cross"], tmp_path / "short", max_steps=8, **constant))
     with pytest.raises(TideError, match="learning_rate"):
-        train_student(config(caches["tiny-cross"], tmp_path / "short", max_steps=16, learning_rate=1e-3, **constant))
+        train_student(
+            config(
+                caches["tiny-cross"],
+                tmp_path / "short",
+                max_steps=16,
+                learning_rate=1e-3,
+                **constant,
+            )
+        )
 
 
 def test_by_epochs_too(caches: dict[str, Path], tmp_path: Path) -> None:
     for epochs in (1, 2):
-        train_student(config(caches["tiny-cross"], tmp_path / "r", max_steps=-1, epochs=epochs, checkpoint_steps=2))
+        train_student(
+            config(
+                caches["tiny-cross"],
+                tmp_path / "r",
+                max_steps=-1,
+                epochs=epochs,
+                checkpoint_steps=2,
+            )
+        )
     assert curve(tmp_path / "r")[-1]["step"] == 12
 
 
@@ -68,11 +94,20 @@ def test_how_a_run_is_looked_at_may_change(caches: dict[str, Path], tmp_path: Pa
     stop_after(trainer, 6)
     with pytest.raises(KeyboardInterrupt):
         trainer.train_resuming()
-    changed = {"log_steps": 1, "checkpoint_steps": 2, "eval_steps": 3, "report_to": [], "run_name": "again"}
+    changed = {
+        "log_steps": 1,
+        "checkpoint_steps": 2,
+        "eval_steps": 3,
+        "report_to": [],
+        "run_name": "again",
+    }
     train_student(config(cache, tmp_path / "two", **changed))
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert {step for step in two if step > 6} == {7, 8, 9, 10, 11, 12}
-    finals = [json.loads((tmp_path / name / "history.json").read_text())["final"] for name in ("one", "two")]
+    finals = [
+        json.loads((tmp_path / name / "history.json").read_text())["final"]
+        for name in ("one", "two")
+    ]
     assert finals[0]["eval_heldout_nll"] == finals[1]["eval_heldout_nll"]
     assert one[2] == two[2]
 
@@ -88,7 +123,9 @@ def stop_after(trainer: Any, step: int) -> None:
     trainer.compute_loss = stopping
 
 
-def test_a_tracker_is_told_all_settings_and_the_cache(caches: dict[str, Path], tmp_path: Path) -> None:
+def test_a_tracker_is_told_all_settings_and_the_cache(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
     """TensorBoard, in one folder whatever resumes; wandb and trackio log the same dictionary."""
     cache = caches["tiny-cross"]
     made = config(cache, tmp_path / "my-run", distillation={"type": "reverse_calm"}, max_steps=4)
@@ -100,7 +137,9 @@ def test_a_tracker_is_told_all_settings_and_the_cache(caches: dict[str, Path], t
     named, _ = make_trainer(config(cache, tmp_path / "other", run_name="mine"))
     assert named.args.run_name == "mine"
     train_student(made)
-    train_student(config(cache, tmp_path / "my-run", distillation={"type": "reverse_calm"}, max_steps=8))
+    train_student(
+        config(cache, tmp_path / "my-run", distillation={"type": "reverse_calm"}, max_steps=8)
+    )
     events = EventAccumulator(str(tmp_path / "my-run" / "tensorboard")).Reload()
     text = events.Tensors("args/text_summary")[0].tensor_proto.string_val[0].decode()
     assert load_manifest(cache).digest in text and "reverse_calm" in text

@@ -14,9 +14,13 @@ from tests.reading import dataset
 from tests.student_train.training.test_trainer import config, curve
 
 
-def test_a_process_that_works_ahead_changes_no_value(caches: dict[str, Path], tmp_path: Path) -> None:
+def test_a_process_that_works_ahead_changes_no_value(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
     for workers in (0, 1):
-        train_student(config(caches["tiny-shared"], tmp_path / str(workers), loader_workers=workers))
+        train_student(
+            config(caches["tiny-shared"], tmp_path / str(workers), loader_workers=workers)
+        )
     assert curve(tmp_path / "0") == curve(tmp_path / "1")
 
 
@@ -34,7 +38,9 @@ def test_what_a_process_of_the_loader_meets_is_said_without_a_traceback(
     assert "Traceback" not in str(caught.value)
 
 
-def test_a_process_decodes_its_own_rows_only(caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_decodes_its_own_rows_only(
+    caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from student_train.batches.shards import OpenShard
 
     decoded: list[int] = []

@@ -16,7 +16,9 @@ from student_train.training.trainer import make_trainer, train_student
 from tests.student_train.training.test_trainer import config, curve
 
 
-def test_gradient_checkpointing_trains_the_same_student(caches: dict[str, Path], tmp_path: Path) -> None:
+def test_gradient_checkpointing_trains_the_same_student(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
     runs = [config(caches["tiny-shared"], tmp_path / str(on), distillation={"type": "kl"}, gradient_checkpointing=on)
             for on in (False, True)]  # fmt: skip
     trainer, _ = make_trainer(runs[1])
@@ -32,7 +34,9 @@ def test_activations_are_not_kept(caches: dict[str, Path], tmp_path: Path) -> No
     """Numbers that autograd keeps between forward and backward."""
 
     def kept(on: bool) -> int:
-        trainer, _ = make_trainer(config(caches["tiny-shared"], tmp_path / f"k{on}", gradient_checkpointing=on))
+        trainer, _ = make_trainer(
+            config(caches["tiny-shared"], tmp_path / f"k{on}", gradient_checkpointing=on)
+        )
         model: Any = trainer.model
         if on:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -55,7 +59,9 @@ def test_activations_are_not_kept(caches: dict[str, Path], tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["adafactor", "adamw"])
 def test_optimizers_train(name: str, caches: dict[str, Path], tmp_path: Path) -> None:
-    metrics = train_student(config(caches["tiny-shared"], tmp_path / "r", optimizer=name, heldout=None, max_steps=2))
+    metrics = train_student(
+        config(caches["tiny-shared"], tmp_path / "r", optimizer=name, heldout=None, max_steps=2)
+    )
     assert metrics["seconds"] > 0
 
 
@@ -74,13 +80,17 @@ def test_slices_are_sized_by_memory() -> None:
         assert slice_rows(151_936, memory) * 151_936 * 4 * 6 <= 0.16 * memory
 
 
-def test_the_head_runs_in_slices_unless_liger_is_named(caches: dict[str, Path], tmp_path: Path) -> None:
+def test_the_head_runs_in_slices_unless_liger_is_named(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
     assert way_of(config(caches["tiny-cross"], tmp_path / "r")) == "sliced"
     assert way_of(config(caches["tiny-cross"], tmp_path / "r", head="liger")) == "liger"
     assert way_of(config(caches["tiny-cross"], tmp_path / "r", compile="on")) == "compiled"
 
 
-def test_a_run_that_was_begun_before_a_setting_came_goes_on(caches: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_that_was_begun_before_a_setting_came_goes_on(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
     run = config(caches["tiny-cross"], tmp_path / "r")
     train_student(run)
     path = run.out / "run.json"

@@ -43,26 +43,42 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_replayed(
     caches: dict[str, Path], tmp_path: Path, poisoned: str
 ) -> None:
     name, out = poisoned, tmp_path / "run"
-    with pytest.raises(TideError, match=r"not finite at step \d+; examples[\s\S]*tide replay") as stopped:
+    with pytest.raises(
+        TideError, match=r"not finite at step \d+; examples[\s\S]*tide replay"
+    ) as stopped:
         train_student(settings(caches["tiny-shared"], out))
     assert name in str(stopped.value)
     assert not (out / "model").exists()
     report = replay(out)
     assert name in report
     assert "targets that are not finite: topk_logp" in report
-    assert "weights that are not finite: none" in report  # the very moment: before the step that spoiled them
+    assert (
+        "weights that are not finite: none" in report
+    )  # the very moment: before the step that spoiled them
     assert "sum of distillation nan" in report
 
 
-def test_diverging_weights_are_told_from_bad_targets(caches: dict[str, Path], tmp_path: Path) -> None:
+def test_diverging_weights_are_told_from_bad_targets(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
     with pytest.raises(TideError, match="was not finite"):
-        train_student(settings(caches["tiny-shared"], tmp_path, learning_rate=1e30, max_grad_norm=1e30, max_steps=12))
+        train_student(
+            settings(
+                caches["tiny-shared"],
+                tmp_path,
+                learning_rate=1e30,
+                max_grad_norm=1e30,
+                max_steps=12,
+            )
+        )
     report = replay(tmp_path)
     assert "targets that are not finite: none" in report
     assert "rows of logits that are not finite" in report
 
 
-def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(caches: dict[str, Path], tmp_path: Path) -> None:
+def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
     with pytest.raises(TideError, match=r"names wandb[\s\S]*pip install wandb"):
         train_student(settings(caches["tiny-shared"], tmp_path, report_to=["wandb"]))
     assert not (tmp_path / "run.json").exists()

@@ -60,7 +60,9 @@ def test_a_cache(
     auto = small_cache_config("tiny-cross", random_teacher, out, engine={"device": "cpu"})
     machine(monkeypatch, False)
     build_cache(auto)
-    assert "engine.dtype auto: float32 (bfloat16 is not in hardware on cpu)" in capsys.readouterr().err
+    assert (
+        "engine.dtype auto: float32 (bfloat16 is not in hardware on cpu)" in capsys.readouterr().err
+    )
     assert load_manifest(out).fingerprint["engine"]["dtype"] == "float32"
     assert files(out) == files(caches["tiny-cross"])  # the very cache that float32 by name makes
     machine(monkeypatch, True)
@@ -68,6 +70,8 @@ def test_a_cache(
     assert build_cache(auto).computed == 3
     assert "engine.dtype auto: float32, as this was begun" in capsys.readouterr().err
     assert files(out) == files(caches["tiny-cross"])
-    asked = small_cache_config("tiny-cross", random_teacher, out, engine={"device": "cpu", "dtype": "bfloat16"})
+    asked = small_cache_config(
+        "tiny-cross", random_teacher, out, engine={"device": "cpu", "dtype": "bfloat16"}
+    )
     with pytest.raises(TideError, match=r'engine.dtype: "float32" → "bfloat16"'):
         build_cache(asked)

@@ -35,7 +35,9 @@ def test_an_objective_whose_targets_are_absent_is_refused_or_loudly_said() -> No
         check_targets(objective, none, Path("c"))
 
 
-def test_held_out_rows_that_are_trained_on_are_counted(caches: dict[str, Path], tmp_path: Path) -> None:
+def test_held_out_rows_that_are_trained_on_are_counted(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
     overlapping = {"source": str(chats_file()), "limit": 30}  # 24 of them are in the cache
     with pytest.warns(UserWarning, match="24 of 30 held-out examples are also trained on"):
         make_trainer(config(caches["tiny-cross"], tmp_path / "r", heldout=overlapping))
@@ -45,11 +47,16 @@ def test_a_split_by_content_shares_nothing(random_teacher: Path, tmp_path: Path)
     """Without a warning, which would be an error here; repeats fall on one side."""
     source = write_chats(tmp_path / "d.jsonl", [f"x = {i % 40}" for i in range(80)])["source"]
     split = {"source": source, "heldout_share": 0.3}
-    cache = small_cache_config("tiny-cross", random_teacher, tmp_path / "c", data={**split, "split": "train"})
+    cache = small_cache_config(
+        "tiny-cross", random_teacher, tmp_path / "c", data={**split, "split": "train"}
+    )
     build_cache(cache)
     heldout = {**split, "split": "heldout"}
     make_trainer(config(tmp_path / "c", tmp_path / "r", heldout=heldout))
-    ours = {e.id.partition("#")[0] for e in iter_examples(DataConfig(source, split="heldout", heldout_share=0.3))}
+    ours = {
+        e.id.partition("#")[0]
+        for e in iter_examples(DataConfig(source, split="heldout", heldout_share=0.3))
+    }
     theirs = {row.example_id.partition("#")[0] for row in rows_of(tmp_path / "c")}
     assert len(ours) + len(theirs) == 40 and not ours & theirs and ours
 
@@ -80,11 +87,15 @@ def test_all_answers_of_conversations_from_chats_to_a_student(
     masked_in_first = sum(((row.masked < row.spans[0, 1]).sum() for row in found), 0)
     assert masked_in_first > 0
     objective = {"type": "reverse_calm"} if teacher == "tiny-cross" else {"type": "kl"}
-    metrics = train_student(config(tmp_path / "c", tmp_path / "r", distillation=objective, max_steps=4, heldout=None))
+    metrics = train_student(
+        config(tmp_path / "c", tmp_path / "r", distillation=objective, max_steps=4, heldout=None)
+    )
     assert metrics["seconds"] > 0
 
 
-def test_tool_calls_that_the_templates_drop_never_become_empty_answers(random_teacher: Path, tmp_path: Path) -> None:
+def test_tool_calls_that_the_templates_drop_never_become_empty_answers(
+    random_teacher: Path, tmp_path: Path
+) -> None:
     user = {"role": "user", "content": "Weather?"}
     call = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
     answers = [
@@ -93,6 +104,13 @@ def test_tool_calls_that_the_templates_drop_never_become_empty_answers(random_te
     ]
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps({"messages": [user, a]}) + "\n" for a in answers))
-    with pytest.raises(TideError, match=r"no example of[\s\S]*drops the answer's tool_calls[\s\S]*reasoning_content"):
-        build_cache(small_cache_config("tiny-cross", random_teacher, tmp_path / "c", data={"source": str(path)}))
+    with pytest.raises(
+        TideError,
+        match=r"no example of[\s\S]*drops the answer's tool_calls[\s\S]*reasoning_content",
+    ):
+        build_cache(
+            small_cache_config(
+                "tiny-cross", random_teacher, tmp_path / "c", data={"source": str(path)}
+            )
+        )
     assert not list((tmp_path / "c").glob("draw=*"))

@@ -57,7 +57,11 @@ def curve(out: Path) -> list[dict[str, Any]]:
         "train_loss",
         "tokens_per_second",
     }
-    return [{k: v for k, v in entry.items() if k not in clock} for entry in steps if "train_runtime" not in entry]
+    return [
+        {k: v for k, v in entry.items() if k not in clock}
+        for entry in steps
+        if "train_runtime" not in entry
+    ]
 
 
 CASES = [
@@ -83,7 +87,9 @@ def test_every_objective_trains(
     for entry in logged:
         assert entry["loss"] == pytest.approx(entry["denoise"] + entry["distillation"], rel=1e-4)
     assert 0 < metrics["eval_heldout_nll"] < 12
-    assert "train_samples_per_second" not in (tmp_path / "history.json").read_text()  # transformers counts batches
+    assert (
+        "train_samples_per_second" not in (tmp_path / "history.json").read_text()
+    )  # transformers counts batches
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents*"))
 
 
@@ -100,19 +106,36 @@ def test_accumulated_batches_are_one_large_batch(caches: dict[str, Path], tmp_pa
     """The first step's gradient norm and loss: 3 × 8 examples against one batch of 24, of unequal counts."""
     found = []
     for name, batch, accumulation in (("one", 24, 1), ("many", 8, 3)):
-        settings = {"batch_size": batch, "accumulation": accumulation, "max_steps": 1, "log_steps": 1}
+        settings = {
+            "batch_size": batch,
+            "accumulation": accumulation,
+            "max_steps": 1,
+            "log_steps": 1,
+        }
         calm = {"type": "calm"}
-        train_student(config(caches["tiny-shared"], tmp_path / name, distillation=calm, checkpoint_steps=1, **settings))
+        train_student(
+            config(
+                caches["tiny-shared"],
+                tmp_path / name,
+                distillation=calm,
+                checkpoint_steps=1,
+                **settings,
+            )
+        )
         found.append(next(entry for entry in curve(tmp_path / name) if "loss" in entry))
     for key in ("loss", "denoise", "distillation", "grad_norm"):
         assert found[1][key] == pytest.approx(found[0][key], rel=1e-5), key
 
 
 @pytest.mark.faults("kill -9 at random moments")
-def test_killed_at_random_moments_and_restarted_the_curve_is_the_same(caches: dict[str, Path], tmp_path: Path) -> None:
+def test_killed_at_random_moments_and_restarted_the_curve_is_the_same(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
     """kill -9, again and again, until a run gets through: every float of the history is the same, and the weights."""
     kl = {"type": "kl", "tidal": {}}
-    train_student(config(caches["tiny-shared"], tmp_path / "straight", distillation=kl, max_steps=40))
+    train_student(
+        config(caches["tiny-shared"], tmp_path / "straight", distillation=kl, max_steps=40)
+    )
     settings = config(caches["tiny-shared"], tmp_path / "killed", distillation=kl, max_steps=40)
     script = (
         "import sys, torch; torch.set_num_threads(int(sys.argv[1]))\n"
@@ -121,10 +144,19 @@ def test_killed_at_random_moments_and_restarted_the_curve_is_the_same(caches: di
         "train_student(config(Path(sys.argv[2]), Path(sys.argv[3]), distillation={'type': 'kl', 'tidal': {}}, "
         "max_steps=40, heldout={'source': sys.argv[4], 'limit': 4}))\n"
     )
-    command = [sys.executable, "-c", script, str(torch.get_num_threads()), str(settings.cache), str(settings.out)]
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        str(torch.get_num_threads()),
+        str(settings.cache),
+        str(settings.out),
+    ]
     chance, kills = random.Random(1), 0
     for attempt in range(8):
-        process = subprocess.Popen([*command, str(heldout_file())], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [*command, str(heldout_file())], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         checkpoints, had, began = settings.out / "checkpoints", -1, time.monotonic()
         while process.poll() is None and time.monotonic() - began < 120:
             done = whole_checkpoints(checkpoints)
@@ -142,11 +174,16 @@ def test_killed_at_random_moments_and_restarted_the_curve_is_the_same(caches: di
         kills += 1
     assert kills >= 1
     assert curve(settings.out) == curve(tmp_path / "straight")
-    weights = [(run / "model" / "model.safetensors").read_bytes() for run in (settings.out, tmp_path / "straight")]
+    weights = [
+        (run / "model" / "model.safetensors").read_bytes()
+        for run in (settings.out, tmp_path / "straight")
+    ]
     assert weights[0] == weights[1]
 
 
-def test_a_checkpoint_that_was_being_written_is_not_resumed_from(caches: dict[str, Path], tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_being_written_is_not_resumed_from(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
     settings = config(caches["tiny-cross"], tmp_path / "a")
     train_student(settings)
     expected = curve(settings.out)
@@ -165,7 +202,9 @@ def test_changed_settings_are_refused_on_resume(caches: dict[str, Path], tmp_pat
         train_student(config(caches["tiny-cross"], tmp_path, max_steps=2, learning_rate=0.02))
 
 
-def test_a_cache_of_another_tokenizer_or_without_shards(caches: dict[str, Path], tmp_path: Path) -> None:
+def test_a_cache_of_another_tokenizer_or_without_shards(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
     cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
     shutil.rmtree(cache / "student_tokenizer")
     shutil.copytree(caches["tiny-shared"] / "student_tokenizer", cache / "student_tokenizer")
@@ -179,9 +218,13 @@ def test_objectives_that_the_cache_cannot_serve(caches: dict[str, Path]) -> None
     for settings in (KL(), ReverseKL()):
         with pytest.raises(TideError, match="none in the student's vocabulary"):
             check_objective(settings, cross, Path("c"))
-    with pytest.raises(TideError, match=r"temperature 3.0 is not in the cache[\s\S]*one of 1.0, 2.0"):
+    with pytest.raises(
+        TideError, match=r"temperature 3.0 is not in the cache[\s\S]*one of 1.0, 2.0"
+    ):
         check_objective(KL(temperature=3.0), shared, Path("c"))
-    check_objective(Calm(temperature=3.0), cross, Path("c"))  # chunk likelihoods serve any temperature
+    check_objective(
+        Calm(temperature=3.0), cross, Path("c")
+    )  # chunk likelihoods serve any temperature
 
 
 def test_tidal_with_a_reverse_objective_works_and_warns(caches: dict[str, Path]) -> None:

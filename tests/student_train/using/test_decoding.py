@@ -29,7 +29,9 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 request = st.tuples(
-    st.lists(st.integers(1, 20), min_size=1, max_size=11), st.integers(0, len(WAYS) - 1), st.integers(1, 4)
+    st.lists(st.integers(1, 20), min_size=1, max_size=11),
+    st.integers(0, len(WAYS) - 1),
+    st.integers(1, 4),
 )
 
 
@@ -40,7 +42,9 @@ def model() -> Any:
 
 
 def alone(model: Any, row: Row, guidance: float) -> list[int]:
-    *_, (tokens, _) = sample_steps(model, [row.prompt], ENDLESS, dataclasses.replace(row.config, guidance=guidance))
+    *_, (tokens, _) = sample_steps(
+        model, [row.prompt], ENDLESS, dataclasses.replace(row.config, guidance=guidance)
+    )
     return tokens[0].tolist()
 
 
@@ -49,14 +53,19 @@ def alone(model: Any, row: Row, guidance: float) -> list[int]:
     arrivals=st.lists(st.lists(request, min_size=0, max_size=3), min_size=1, max_size=4),
     guidance=st.sampled_from([0.0, 0.8]),
 )
-def test_a_row_that_joins_gives_what_it_gives_alone(model: Any, arrivals: list[Any], guidance: float) -> None:
+def test_a_row_that_joins_gives_what_it_gives_alone(
+    model: Any, arrivals: list[Any], guidance: float
+) -> None:
     """Every block some rows come, with settings and lengths of their own, and those that are done leave."""
     decoding = Decoding(model, ENDLESS, BLOCK, guidance)
     every: list[Row] = []
     rounds = 0
     while rounds < len(arrivals) or decoding.rows:
         coming = arrivals[rounds] if rounds < len(arrivals) else []
-        rows = [Row(p, SampleConfig(new_tokens=BLOCK * n, block=BLOCK, **WAYS[way])) for p, way, n in coming]
+        rows = [
+            Row(p, SampleConfig(new_tokens=BLOCK * n, block=BLOCK, **WAYS[way]))
+            for p, way, n in coming
+        ]
         every += rows
         if rows:
             decoding.join(rows)
@@ -73,7 +82,9 @@ def test_who_joins_costs_one_pass_over_a_prompt_but_for_its_last_block(model: An
     decoding = Decoding(model, ENDLESS, BLOCK)
     config = SampleConfig(new_tokens=8, block=BLOCK, steps_per_block=1)
     shapes: list[tuple[int, ...]] = []
-    hook = model.get_input_embeddings().register_forward_hook(lambda _m, args, _o: shapes.append(tuple(args[0].shape)))
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda _m, args, _o: shapes.append(tuple(args[0].shape))
+    )
     decoding.join([Row([1] * 5, config)])
     list(decoding.next_block(BLOCK))
     decoding.join([Row([2] * 11, config), Row([3], config)])
@@ -98,9 +109,14 @@ def test_padding_that_nobody_needs_is_given_up(model: Any) -> None:
 
 def test_the_way_of_one_row_is_not_that_of_another(model: Any) -> None:
     """A greedy row beside a warm one draws no noise; steps are a row's own."""
-    slow, fast = SampleConfig(new_tokens=4, block=BLOCK), SampleConfig(new_tokens=4, block=BLOCK, steps_per_block=1)
+    slow, fast = (
+        SampleConfig(new_tokens=4, block=BLOCK),
+        SampleConfig(new_tokens=4, block=BLOCK, steps_per_block=1),
+    )
     decoding = Decoding(model, ENDLESS, BLOCK)
     decoding.join([Row([1, 2], slow), Row([1, 2], fast)])
     masked = [(state == ENDLESS.mask).sum(dim=1).tolist() for state in decoding.next_block(BLOCK)]
     assert masked == [[3, 0], [2, 0], [1, 0], [0, 0], [0, 0]]
-    assert torch.equal(torch.tensor(decoding.rows[0].made), torch.tensor(alone(model, decoding.rows[0], 0.0)))
+    assert torch.equal(
+        torch.tensor(decoding.rows[0].made), torch.tensor(alone(model, decoding.rows[0], 0.0))
+    )

@@ -22,15 +22,25 @@ def model() -> Any:
     return small()
 
 
-def log_p(model: Any, context: list[int], done: list[int], block: list[int], at: int, size: int) -> float:
+def log_p(
+    model: Any, context: list[int], done: list[int], block: list[int], at: int, size: int
+) -> float:
     """log p(gold) at one position by a whole pass: padded context, finished blocks, the block with masks."""
     width = -(-len(context) // size) * size
-    ids = [SPECIAL.pad] * (width - len(context)) + context + done + block + [SPECIAL.mask] * (size - len(block))
+    ids = (
+        [SPECIAL.pad] * (width - len(context))
+        + context
+        + done
+        + block
+        + [SPECIAL.mask] * (size - len(block))
+    )
     index = torch.arange(len(ids)) // size
     seen = (index[:, None] >= index[None]) & (torch.arange(len(ids)) >= width - len(context))[None]
     seen |= torch.eye(len(ids), dtype=torch.bool)
     with torch.no_grad():
-        hidden = model.model(input_ids=torch.tensor([ids]), attention_mask=seen[None, None], use_cache=False)
+        hidden = model.model(
+            input_ids=torch.tensor([ids]), attention_mask=seen[None, None], use_cache=False
+        )
         logits = model.lm_head(hidden.last_hidden_state)[0].double()
     return float(logits[width + len(done) + at].log_softmax(-1)[log_p.gold])  # type: ignore[attr-defined]
 
@@ -52,7 +62,9 @@ def exact_bound(model: Any, context: list[int], tokens: list[int], size: int) ->
 
 def test_a_block_of_one_is_the_chain_rule(model: Any) -> None:
     found = log_likelihoods(model, CONTEXT, [[7, 8, 9], [6]], SPECIAL, ElboConfig(draws=1, block=1))
-    assert found == pytest.approx([exact_bound(model, CONTEXT, t, 1) for t in ([7, 8, 9], [6])], abs=1e-5)
+    assert found == pytest.approx(
+        [exact_bound(model, CONTEXT, t, 1) for t in ([7, 8, 9], [6])], abs=1e-5
+    )
 
 
 def test_the_mean_over_seeds_is_the_bound(model: Any) -> None:
@@ -71,7 +83,9 @@ def test_the_mean_over_seeds_is_the_bound(model: Any) -> None:
     context=st.lists(st.integers(0, 46), min_size=1, max_size=9),
     tokens=st.lists(st.lists(st.integers(0, 46), min_size=1, max_size=11), min_size=1, max_size=4),
 )
-def test_answers_scored_together_score_as_alone(model: Any, context: list[int], tokens: list[list[int]]) -> None:
+def test_answers_scored_together_score_as_alone(
+    model: Any, context: list[int], tokens: list[list[int]]
+) -> None:
     config = ElboConfig(draws=3, block=4)
     together = log_likelihoods(model, context, tokens, SPECIAL, config)
     alone = [log_likelihoods(model, context, [t], SPECIAL, config)[0] for t in tokens]
@@ -79,17 +93,28 @@ def test_answers_scored_together_score_as_alone(model: Any, context: list[int], 
     assert all(value < 0 for value in together)
 
 
-def test_many_copies_go_through_in_several_passes(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_copies_go_through_in_several_passes(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = ElboConfig(draws=5, block=4)
     whole = log_likelihoods(model, CONTEXT, [[7, 8, 9, 10, 11, 12]], SPECIAL, config)
     monkeypatch.setattr("student_train.using.elbo._TOKENS_PER_PASS", 8)
     monkeypatch.setattr("student_train.using.elbo._LOGITS_PER_SLICE", 1)
-    assert log_likelihoods(model, CONTEXT, [[7, 8, 9, 10, 11, 12]], SPECIAL, config) == pytest.approx(whole, abs=1e-5)
+    assert log_likelihoods(
+        model, CONTEXT, [[7, 8, 9, 10, 11, 12]], SPECIAL, config
+    ) == pytest.approx(whole, abs=1e-5)
 
 
 @settings(max_examples=50)
-@given(length=st.integers(1, 32), draws=st.integers(1, 64), seed=st.integers(0, 99), index=st.integers(0, 9))
-def test_masks_are_fixed_and_weigh_each_count_alike(length: int, draws: int, seed: int, index: int) -> None:
+@given(
+    length=st.integers(1, 32),
+    draws=st.integers(1, 64),
+    seed=st.integers(0, 99),
+    index=st.integers(0, 9),
+)
+def test_masks_are_fixed_and_weigh_each_count_alike(
+    length: int, draws: int, seed: int, index: int
+) -> None:
     config = ElboConfig(draws=draws, seed=seed)
     found = masks(length, index, config)
     again = masks(length, index, config)
@@ -97,12 +122,16 @@ def test_masks_are_fixed_and_weigh_each_count_alike(length: int, draws: int, see
     assert len(found) == (1 if length == 1 else draws)
     counts = [int(mask.sum()) for mask, _ in found]
     assert all(1 <= count <= length for count in counts)
-    assert sum(weight * count for (_, weight), count in zip(found, counts, strict=True)) == pytest.approx(length)
+    assert sum(
+        weight * count for (_, weight), count in zip(found, counts, strict=True)
+    ) == pytest.approx(length)
     if length > 1 and draws % length == 0:  # stratified: each count equally often, to one
         assert all(abs(counts.count(n) - draws // length) <= 1 for n in range(1, length + 1))
 
 
 @pytest.mark.parametrize(("context", "tokens"), [([], [[1]]), ([1], [[]]), ([1], [[1], []])])
-def test_nothing_to_score_is_refused(model: Any, context: list[int], tokens: list[list[int]]) -> None:
+def test_nothing_to_score_is_refused(
+    model: Any, context: list[int], tokens: list[list[int]]
+) -> None:
     with pytest.raises(ValueError, match="at least one token"):
         log_likelihoods(model, context, tokens, SPECIAL, ElboConfig())

@@ -40,7 +40,9 @@ def edited(source: Path, target: Path, file: str = "config.json", **changes: Any
     return folder
 
 
-def test_block_and_mask_of_training_are_recorded_and_used(student: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_block_and_mask_of_training_are_recorded_and_used(
+    student: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     loaded = load_for_use(str(student), "cpu")
     assert (loaded.block, loaded.special.mask) == (32, 2047)
     assert choose_block(None, loaded) == choose_block(32, loaded) == 32
@@ -49,9 +51,18 @@ def test_block_and_mask_of_training_are_recorded_and_used(student: Path, capsys:
     assert "trained with blocks of 32 and is sampled with 8" in capsys.readouterr().err
 
 
-def test_null_states_nothing_and_two_masks_are_an_error_that_shows_both(student: Path, tmp_path: Path) -> None:
-    assert load_for_use(str(edited(student, tmp_path / "null", mask_token_id=None)), "cpu").special.mask == 2047
-    with pytest.raises(TideError, match=r"mask_token_id 100 \(.*its tokenizer names '<\|mask\|>' \(2047\)"):
+def test_null_states_nothing_and_two_masks_are_an_error_that_shows_both(
+    student: Path, tmp_path: Path
+) -> None:
+    assert (
+        load_for_use(
+            str(edited(student, tmp_path / "null", mask_token_id=None)), "cpu"
+        ).special.mask
+        == 2047
+    )
+    with pytest.raises(
+        TideError, match=r"mask_token_id 100 \(.*its tokenizer names '<\|mask\|>' \(2047\)"
+    ):
         load_for_use(str(edited(student, tmp_path / "other", mask_token_id=100)), "cpu")
     silent = edited(edited(student, tmp_path / "a", mask_token_id="absent"), tmp_path / "b", "tokenizer_config.json", mask_token="absent")  # fmt: skip  # noqa: E501
     with pytest.raises(TideError, match="names a mask token"):
@@ -62,7 +73,10 @@ def test_an_end_of_text_or_an_ordinary_word_is_no_mask(student: Path, tmp_path: 
     plain = edited(student, tmp_path / "t", "tokenizer_config.json", mask_token="absent")
     tokenizer = Tokenizer.load(plain)
     eos = tokenizer.special_id("eos")
-    for index, message in ((eos, "is also its end of text"), (100, "an ordinary token of its tokenizer")):
+    for index, message in (
+        (eos, "is also its end of text"),
+        (100, "an ordinary token of its tokenizer"),
+    ):
         folder = edited(plain, tmp_path / str(index), mask_token_id=index)
         with pytest.raises(TideError, match=message):
             stated_mask(open_checkpoint(str(folder)), tokenizer)
@@ -72,7 +86,9 @@ def test_an_end_of_text_or_an_ordinary_word_is_no_mask(student: Path, tmp_path: 
     assert student_mask(tokenizer, "<|hole|>") == ("<|hole|>", len(tokenizer))
     named = Tokenizer.load(STUDENT_TOKENIZER)
     assert student_mask(named, None) == ("<|mask|>", 2047)
-    with pytest.raises(TideError, match=r"is '<\|hole\|>', and the tokenizer of .* names '<\|mask\|>'"):
+    with pytest.raises(
+        TideError, match=r"is '<\|hole\|>', and the tokenizer of .* names '<\|mask\|>'"
+    ):
         student_mask(named, "<|hole|>")
 
 
@@ -103,17 +119,25 @@ def test_the_end_of_turn_ends_an_answer_and_ids_without_a_token_are_never_sample
     special = Special(mask=49, pad=47, eos=48, ends=(41,))
     (answer,) = sample(model, [[1] * 8], special, SampleConfig(new_tokens=24, block=8))
     assert answer == [7] * 5
-    (longer,) = sample(model, [[1] * 8], special, SampleConfig(new_tokens=24, block=8, min_new_tokens=6))
+    (longer,) = sample(
+        model, [[1] * 8], special, SampleConfig(new_tokens=24, block=8, min_new_tokens=6)
+    )
     assert 41 not in longer and len(longer) > 5
     padded = Scripted(lambda _: 55)
-    (answer,) = sample(padded, [[1] * 8], Special(49, 47, 48, vocabulary=50), SampleConfig(new_tokens=8, block=8))
+    (answer,) = sample(
+        padded, [[1] * 8], Special(49, 47, 48, vocabulary=50), SampleConfig(new_tokens=8, block=8)
+    )
     assert max(answer, default=0) < 50
-    (answer,) = sample(small(), [[1, 2]], Special(49, 47, 48, vocabulary=50), SampleConfig(new_tokens=8, block=8))
+    (answer,) = sample(
+        small(), [[1, 2]], Special(49, 47, 48, vocabulary=50), SampleConfig(new_tokens=8, block=8)
+    )
     assert max(answer, default=0) < 50
 
 
 def test_the_embedded_teachers_turns_end_in_a_token_of_their_own(student: Path) -> None:
-    assert load_for_use(str(student), "cpu").special.ends == ()  # ChatML: the end of turn is EOS itself
+    assert (
+        load_for_use(str(student), "cpu").special.ends == ()
+    )  # ChatML: the end of turn is EOS itself
     assert Tokenizer.load(TEACHER_TOKENIZER).turn_ends
 
 
@@ -134,7 +158,16 @@ PROMPTS = {
 def test_prompts_from_a_file(name: str, student: Path, tmp_path: Path) -> None:
     row, problem = PROMPTS[name]
     (tmp_path / "p.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    arguments = ["sample", str(student), "--file", str(tmp_path / "p.jsonl"), "--new-tokens", "32", "--device", "cpu"]
+    arguments = [
+        "sample",
+        str(student),
+        "--file",
+        str(tmp_path / "p.jsonl"),
+        "--new-tokens",
+        "32",
+        "--device",
+        "cpu",
+    ]
     if problem is None:
         done = CliRunner().invoke(app, arguments, catch_exceptions=False)
         assert done.exit_code == 0 and len(done.stdout.split("\n")) == 2

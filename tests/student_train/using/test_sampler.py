@@ -22,7 +22,9 @@ CONFIGS = {
     "threshold": SampleConfig(new_tokens=16, block=8, threshold=0.05),
     "random": SampleConfig(new_tokens=16, block=4, steps_per_block=2, remasking="random"),
     "warm": SampleConfig(new_tokens=16, block=4, steps_per_block=2, temperature=1.0, seed=3),
-    "nucleus": SampleConfig(new_tokens=16, block=4, steps_per_block=2, temperature=1.0, top_p=0.7, top_k=9),
+    "nucleus": SampleConfig(
+        new_tokens=16, block=4, steps_per_block=2, temperature=1.0, top_p=0.7, top_k=9
+    ),
     "ragged": SampleConfig(new_tokens=11, block=4, steps_per_block=2),
     "three": SampleConfig(new_tokens=3, block=8),
     "guided": SampleConfig(new_tokens=16, block=4, steps_per_block=4, guidance=1.5),
@@ -50,7 +52,9 @@ def whole_logits(model: Any, ids: list[int], padding: int, block: int) -> torch.
     seen = (index[:, None] >= index[None]) & (torch.arange(len(ids)) >= padding)[None]
     seen |= torch.eye(len(ids), dtype=torch.bool)
     with torch.no_grad():
-        hidden = model.model(input_ids=torch.tensor([ids]), attention_mask=seen[None, None], use_cache=False)
+        hidden = model.model(
+            input_ids=torch.tensor([ids]), attention_mask=seen[None, None], use_cache=False
+        )
         logits = model.lm_head(hidden.last_hidden_state)[0].double()
     logits[:, SPECIAL.mask] = -torch.inf
     return logits
@@ -83,7 +87,9 @@ def uncached(model: Any, prompt: list[int], config: SampleConfig) -> list[int]:
     name=st.sampled_from(["greedy", "uneven", "ragged", "three"]),
 )
 def test_the_cache_changes_nothing(model: Any, prompt: list[int], name: str) -> None:
-    assert sample(model, [prompt], SPECIAL, CONFIGS[name]) == [uncached(model, prompt, CONFIGS[name])]
+    assert sample(model, [prompt], SPECIAL, CONFIGS[name]) == [
+        uncached(model, prompt, CONFIGS[name])
+    ]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -101,7 +107,9 @@ def test_the_prefix_is_encoded_once(model: Any) -> None:
     """What goes through the model: the prompt once, each finished block once, the block at hand once a step."""
     config = CONFIGS["greedy"]
     seen: list[int] = []
-    hook = model.get_input_embeddings().register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[1]))
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda _m, args, _o: seen.append(args[0].shape[1])
+    )
     states = list(sample_steps(model, [[1] * 9], dataclasses.replace(SPECIAL, eos=-1), config))
     hook.remove()
     passes = states[-1][1]
@@ -141,7 +149,9 @@ def test_rows_that_have_ended_cost_nothing_more(model: Any) -> None:
     endless = dataclasses.replace(SPECIAL, eos=-1)
     alone = sample(model, PROMPTS[1:2], endless, config)
     sizes: list[int] = []
-    hook = model.get_input_embeddings().register_forward_hook(lambda _m, args, _o: sizes.append(len(args[0])))
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda _m, args, _o: sizes.append(len(args[0]))
+    )
     asked: list[tuple[int, int]] = []
 
     def stop(row: int, tokens: list[int]) -> bool:
@@ -169,7 +179,12 @@ def test_no_end_before_the_least_number_of_tokens() -> None:
 
 def test_a_threshold_settles_at_least_one_a_step_and_saves_passes(model: Any) -> None:
     never = SampleConfig(new_tokens=8, block=8, threshold=0.999)
-    states = [tokens for tokens, _ in sample_steps(model, PROMPTS[:1], dataclasses.replace(SPECIAL, eos=-1), never)]
+    states = [
+        tokens
+        for tokens, _ in sample_steps(
+            model, PROMPTS[:1], dataclasses.replace(SPECIAL, eos=-1), never
+        )
+    ]
     left = [int((tokens == SPECIAL.mask).sum()) for tokens in states]
     assert left == [7, 6, 5, 4, 3, 2, 1, 0, 0]
     always = dataclasses.replace(never, threshold=0.0)
@@ -180,7 +195,9 @@ def test_a_threshold_settles_at_least_one_a_step_and_saves_passes(model: Any) ->
 def test_the_seed_decides(model: Any) -> None:
     warm = CONFIGS["warm"]
     assert sample(model, PROMPTS, SPECIAL, warm) == sample(model, PROMPTS, SPECIAL, warm)
-    assert sample(model, PROMPTS, SPECIAL, warm) != sample(model, PROMPTS, SPECIAL, dataclasses.replace(warm, seed=4))
+    assert sample(model, PROMPTS, SPECIAL, warm) != sample(
+        model, PROMPTS, SPECIAL, dataclasses.replace(warm, seed=4)
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -194,7 +211,9 @@ def test_what_is_sampled_lies_in_top_k_and_top_p(
     model: Any, seed: int, top_k: int | None, top_p: float, temperature: float
 ) -> None:
     """A block settled in one step: each token is among the top_k; likelier ones together have less than top_p."""
-    config = SampleConfig(8, block=8, steps_per_block=1, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    config = SampleConfig(
+        8, block=8, steps_per_block=1, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    )
     endless = dataclasses.replace(SPECIAL, eos=-1)
     *_, (tokens, _) = sample_steps(model, [PROMPTS[0]], endless, config)
     ids = [SPECIAL.pad] * 3 + PROMPTS[0] + [SPECIAL.mask] * 8
@@ -203,7 +222,9 @@ def test_what_is_sampled_lies_in_top_k_and_top_p(
     place = (order == tokens[0][:, None]).int().argmax(dim=1)
     kept = (logits / temperature).gather(1, order)[:, :top_k].softmax(dim=1)
     assert (place < kept.shape[1]).all()
-    likelier = kept.cumsum(dim=1).gather(1, place[:, None])[:, 0] - kept.gather(1, place[:, None])[:, 0]
+    likelier = (
+        kept.cumsum(dim=1).gather(1, place[:, None])[:, 0] - kept.gather(1, place[:, None])[:, 0]
+    )
     assert (likelier < top_p + 1e-5).all()
 
 

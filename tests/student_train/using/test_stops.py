@@ -30,6 +30,14 @@ def test_a_special_token_is_found_though_the_text_has_none(tiny: LoadedStudent) 
 
 def test_what_may_begin_a_stop(tiny: LoadedStudent) -> None:
     stops = Stops.of(tiny, ["\n\ndef", "STOP"])
-    for text, held in [("x\n", 1), ("x\n\nde", 4), ("x\n\ndx", 0), ("xST", 2), ("", 0), ("S", 1), ("STOX", 0)]:
+    for text, held in [
+        ("x\n", 1),
+        ("x\n\nde", 4),
+        ("x\n\ndx", 0),
+        ("xST", 2),
+        ("", 0),
+        ("S", 1),
+        ("STOX", 0),
+    ]:
         assert stops.may_begin(text) == held
     assert Stops.of(tiny, None).may_begin("x") == 0

@@ -44,17 +44,25 @@ def test_batches_hold_everything_once_within_the_budget(lengths: list[int], budg
             assert len(batch) == 1 or (max(own) * len(own) if padded else sum(own)) <= budget
 
 
-@pytest.mark.parametrize("attention", [Full(), BlockCausal(8), X0Xt(8), Native(8)], ids=lambda a: a.type)
+@pytest.mark.parametrize(
+    "attention", [Full(), BlockCausal(8), X0Xt(8), Native(8)], ids=lambda a: a.type
+)
 @pytest.mark.parametrize("shift", [False, True])
-def test_alone_and_in_a_batch_are_equal(random_teacher: Path, attention: Attention, shift: bool) -> None:
+def test_alone_and_in_a_batch_are_equal(
+    random_teacher: Path, attention: Attention, shift: bool
+) -> None:
     model = load_model(open_checkpoint(str(random_teacher)), "llama", torch.float32)
     asked = requests(9)
     together = TransformersEngine(model, attention, SPEC, shift=shift).score(asked)
-    single = TransformersEngine(model, attention, SPEC, shift=shift, tokens_per_batch=1, head_rows=3)
+    single = TransformersEngine(
+        model, attention, SPEC, shift=shift, tokens_per_batch=1, head_rows=3
+    )
     for request, expected in zip(asked, together, strict=True):
         (alone,) = single.score([request])
         for name in ("gold_logp", "logsumexp", "topk_logp", "tail_odds"):
-            np.testing.assert_allclose(getattr(alone, name), getattr(expected, name), rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(
+                getattr(alone, name), getattr(expected, name), rtol=1e-6, atol=1e-6
+            )
 
 
 def test_scores_are_those_of_the_plain_model(random_teacher: Path) -> None:
@@ -64,7 +72,9 @@ def test_scores_are_those_of_the_plain_model(random_teacher: Path) -> None:
     asked = requests(4, seed=1)
     for shift in (0, 1):
         for request, scores in zip(
-            asked, TransformersEngine(own, Full(), SPEC, shift=bool(shift)).score(asked), strict=True
+            asked,
+            TransformersEngine(own, Full(), SPEC, shift=bool(shift)).score(asked),
+            strict=True,
         ):
             ids = torch.from_numpy(request.ids).long()[None]
             with torch.no_grad():
@@ -82,7 +92,9 @@ def test_scores_are_those_of_the_plain_model(random_teacher: Path) -> None:
 def test_sums_of_what_is_outside_are_those_of_full_logits(random_teacher: Path) -> None:
     model = load_model(open_checkpoint(str(random_teacher)), "llama", torch.float32)
     asked, shared = requests(5, seed=4), np.arange(4096) % 7 != 0
-    engine = TransformersEngine(model, Full(), SPEC, head_rows=9, tokens_per_batch=64, shared_ids=shared)
+    engine = TransformersEngine(
+        model, Full(), SPEC, head_rows=9, tokens_per_batch=64, shared_ids=shared
+    )
     found = engine.outside(asked)
     logits = torch.cat([logits for logits, _ in engine.logits(asked)]).double()
     logits[:, ~torch.from_numpy(shared)] = -torch.inf
@@ -95,7 +107,11 @@ def test_sums_of_what_is_outside_are_those_of_full_logits(random_teacher: Path) 
     engine.use_classes(classes)
     scores = engine.score(asked)
     for c in range(3):
-        mass = sum(np.exp(s.class_mass[:, 1, c].astype(np.float64)).sum() for s in scores if s.class_mass is not None)
+        mass = sum(
+            np.exp(s.class_mass[:, 1, c].astype(np.float64)).sum()
+            for s in scores
+            if s.class_mass is not None
+        )
         assert mass == pytest.approx(found[1][classes == c].sum(), rel=1e-4)
 
 
@@ -114,14 +130,19 @@ def test_no_requests_no_scores(random_teacher: Path) -> None:
     assert TransformersEngine(model, Full(), SPEC).score([]) == []
 
 
-@pytest.mark.parametrize("attention", [Full(), BlockCausal(8), X0Xt(8), Native(8)], ids=lambda a: a.type)
+@pytest.mark.parametrize(
+    "attention", [Full(), BlockCausal(8), X0Xt(8), Native(8)], ids=lambda a: a.type
+)
 def test_no_row_of_a_batch_is_empty_and_reads_stand_at_their_masks(attention: Attention) -> None:
     asked = requests(6, seed=3)
     inputs = build_inputs(attention, asked)
     assert inputs.mask.any(-1).all()
     row = torch.from_numpy(np.repeat(np.arange(6), [len(r.read) for r in asked]))
     assert (inputs.ids[row, inputs.columns] == 4095).all()
-    assert inputs.positions[row, inputs.columns].tolist() == np.concatenate([r.read for r in asked]).tolist()
+    assert (
+        inputs.positions[row, inputs.columns].tolist()
+        == np.concatenate([r.read for r in asked]).tolist()
+    )
 
 
 @given(st.integers(0, 500), st.integers(1, 9))

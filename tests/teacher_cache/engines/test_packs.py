@@ -57,7 +57,9 @@ def examples(draw: Any, shift: int) -> list[Request]:
         ids = rng.integers(0, MASK, length).astype(np.int32)
         prompt = draw(st.integers(shift, length - 1))
         for _ in range(draw(st.integers(1, 4))):
-            masked = np.flatnonzero((rng.random(length) < rng.random()) & (np.arange(length) >= prompt))
+            masked = np.flatnonzero(
+                (rng.random(length) < rng.random()) & (np.arange(length) >= prompt)
+            )
             part = rng.random(masked.size) < 0.5
             for read in (masked[part], masked[~part]):
                 if read.size:
@@ -72,7 +74,10 @@ def plain_logits(attention: Attention, request: Request, shift: int) -> torch.Te
     inputs = build_inputs(attention, [request])
     model = teacher("plain")
     hidden = model.model(
-        input_ids=inputs.ids, attention_mask=inputs.mask, position_ids=inputs.positions, use_cache=False
+        input_ids=inputs.ids,
+        attention_mask=inputs.mask,
+        position_ids=inputs.positions,
+        use_cache=False,
     ).last_hidden_state
     return model.lm_head(hidden[0, inputs.columns - shift])
 
@@ -85,16 +90,22 @@ def test_logits_are_those_of_whole_sequences_under_the_explicit_mask(kind: str, 
     attention, asked = attention_of(kind, data.draw(st.integers(1, 9))), data.draw(examples(shift))
     spec = TargetSpec(8, 1.0, (1.0,))
     budget = data.draw(st.sampled_from([1, 40, 10_000]))
-    engine = TransformersEngine(teacher(kind), attention, spec, shift=bool(shift), tokens_per_batch=budget, head_rows=7)
+    engine = TransformersEngine(
+        teacher(kind), attention, spec, shift=bool(shift), tokens_per_batch=budget, head_rows=7
+    )
     with torch.inference_mode():
         found: dict[int, torch.Tensor] = {}
         for packs in engine.batches(asked):
             members = [i for pack in packs for i in pack.members]
             logits = torch.cat([part for part, _ in engine._logits(packs, asked)])
-            found |= dict(zip(members, logits.split([len(asked[i].read) for i in members]), strict=True))
+            found |= dict(
+                zip(members, logits.split([len(asked[i].read) for i in members]), strict=True)
+            )
         assert sorted(found) == list(range(len(asked)))
         for i, request in enumerate(asked):
-            torch.testing.assert_close(found[i], plain_logits(attention, request, shift), rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(
+                found[i], plain_logits(attention, request, shift), rtol=1e-9, atol=1e-9
+            )
     for scores, request in zip(engine.score(asked), asked, strict=True):
         assert scores.gold_logp.size == len(request.read)
 
@@ -116,7 +127,9 @@ def conversations(count: int, draws: int) -> list[Request]:
     return found
 
 
-@pytest.mark.parametrize(("kind", "before", "most"), [("native", 2, 0.4), ("x0_xt", 2, 0.4), ("block_causal", 1, 0.75)])
+@pytest.mark.parametrize(
+    ("kind", "before", "most"), [("native", 2, 0.4), ("x0_xt", 2, 0.4), ("block_causal", 1, 0.75)]
+)
 def test_rows_of_four_draws(kind: str, before: int, most: float) -> None:
     asked = conversations(50, 4)
     rows = sum(pack.width for pack in pack_requests(attention_of(kind, 32), asked, budget=16_384))
@@ -125,7 +138,9 @@ def test_rows_of_four_draws(kind: str, before: int, most: float) -> None:
 
 def test_nothing_is_padded_and_no_mask_is_made_under_full_attention() -> None:
     asked = conversations(3, 2)
-    engine = TransformersEngine(teacher("full"), Full(), TargetSpec(8, 1.0, (1.0,)), tokens_per_batch=1600)
+    engine = TransformersEngine(
+        teacher("full"), Full(), TargetSpec(8, 1.0, (1.0,)), tokens_per_batch=1600
+    )
     rows = 0
     for packs in engine.batches(asked):
         batch = engine.batch(packs)
@@ -135,7 +150,9 @@ def test_nothing_is_padded_and_no_mask_is_made_under_full_attention() -> None:
 
 
 def test_the_row_before_the_first_is_never_asked() -> None:
-    request = Request(np.array([MASK, 3], np.int32), np.array([0], np.int32), np.array([5], np.int32))
+    request = Request(
+        np.array([MASK, 3], np.int32), np.array([0], np.int32), np.array([5], np.int32)
+    )
     with pytest.raises(ValueError, match="no row predicts it"):
         pack_requests(Full(), [request], shift=1)
 
@@ -179,4 +196,6 @@ def test_compiled_layers_give_the_same_and_compile_once(random_teacher: Path) ->
     assert done.returncode == 0, done.stderr
     worst, *graphs = done.stdout.split()
     assert float(worst) < 1e-4
-    assert graphs[0] == graphs[1] and graphs[2] == graphs[3]  # four lots of requests of other lengths: nothing anew
+    assert (
+        graphs[0] == graphs[1] and graphs[2] == graphs[3]
+    )  # four lots of requests of other lengths: nothing anew

@@ -32,7 +32,10 @@ from tests.conftest import small_cache_config
 from tests.hub_layouts import ARCHITECTURE_OF, wide_checkpoint
 from tests.reading import rows_in
 
-pytest.importorskip("vllm", reason="vLLM is not installed: `make test-vllm` installs its CPU build and runs this file")
+pytest.importorskip(
+    "vllm",
+    reason="vLLM is not installed: `make test-vllm` installs its CPU build and runs this file",
+)
 pytestmark = pytest.mark.filterwarnings("default")  # vLLM's own warnings
 
 SPEC = TargetSpec(8, 1.0, (1.0, 2.0))
@@ -50,7 +53,14 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def entry(architecture: str, **more: Any) -> TeacherEntry:
-    values = {"model": "x", "mask_id": 159, "student_tokens": False, "length": 512, "student": "x", **more}
+    values = {
+        "model": "x",
+        "mask_id": 159,
+        "student_tokens": False,
+        "length": 512,
+        "student": "x",
+        **more,
+    }
     return TeacherEntry(architecture=architecture, **values)
 
 
@@ -59,7 +69,9 @@ def mixed_requests(vocabulary: int, mask: int) -> list[Request]:
     requests = []
     for length in (5, 17, 300, 33, 64, 2, 129):
         ids = random.integers(0, vocabulary, length, np.int32)
-        read = np.sort(random.choice(np.arange(1, length), max(1, length // 3), replace=False)).astype(np.int32)
+        read = np.sort(
+            random.choice(np.arange(1, length), max(1, length // 3), replace=False)
+        ).astype(np.int32)
         gold = ids[read]
         ids[read] = mask
         requests.append(Request(ids, read, gold))
@@ -76,7 +88,9 @@ def furthest(a: list[Scores], b: list[Scores]) -> float:
 
 
 @pytest.mark.parametrize("name", list(ARCHITECTURE_OF))
-def test_float32_values_are_those_of_transformers(golden: Path, tmp_path: Path, in_process: None, name: str) -> None:
+def test_float32_values_are_those_of_transformers(
+    golden: Path, tmp_path: Path, in_process: None, name: str
+) -> None:
     architecture = ARCHITECTURE_OF[name]
     checkpoint = open_checkpoint(str(wide_checkpoint(golden, name, tmp_path / name, seed=1)))
     teacher = entry(architecture, shift=name == "dream")
@@ -86,13 +100,19 @@ def test_float32_values_are_those_of_transformers(golden: Path, tmp_path: Path, 
         shared = np.arange(160) < 120  # ids that the student does not share never enter the top-k
     from teacher_cache.engines.vllm_engine.pooler import ScorePooler
 
-    settings = EngineConfig(type="vllm", device="cpu", dtype="float32", tokens_per_batch=512, head_rows=100)
+    settings = EngineConfig(
+        type="vllm", device="cpu", dtype="float32", tokens_per_batch=512, head_rows=100
+    )
     engine = VllmEngine(checkpoint, teacher, SPEC, settings, 512, shared)
     before = ScorePooler.rows_run
     found = engine.score(requests)
-    assert ScorePooler.rows_run - before == sum(len(request.read) for request in requests)  # and nowhere else
+    assert ScorePooler.rows_run - before == sum(
+        len(request.read) for request in requests
+    )  # and nowhere else
     model = load_model(checkpoint, architecture, torch.float32)
-    reference = TransformersEngine(model, teacher.attention, SPEC, shift=teacher.shift, shared_ids=shared)
+    reference = TransformersEngine(
+        model, teacher.attention, SPEC, shift=teacher.shift, shared_ids=shared
+    )
     assert furthest(found, reference.score(requests)) < 1e-4
     np.testing.assert_allclose(engine.outside(requests), reference.outside(requests), atol=1e-4)
     classes = (np.arange(160) % 4).astype(np.int32)
@@ -101,26 +121,36 @@ def test_float32_values_are_those_of_transformers(golden: Path, tmp_path: Path, 
     for one in (engine, reference):
         one.use_classes(classes)
     found = engine.score(requests)
-    assert all(scores.class_mass is not None and scores.class_mass.shape[2] == 4 for scores in found)
+    assert all(
+        scores.class_mass is not None and scores.class_mass.shape[2] == 4 for scores in found
+    )
     assert furthest(found, reference.score(requests)) < 1e-4
     if shared is not None:
-        assert max(int(scores.topk_ids.max()) for scores in found if scores.topk_ids is not None) < 120
+        assert (
+            max(int(scores.topk_ids.max()) for scores in found if scores.topk_ids is not None) < 120
+        )
     assert engine.score([]) == []
     with pytest.raises(TideError, match="a sequence of 600 tokens"):
         engine.score([Request(np.zeros(600, np.int32), np.ones(1, np.int32), np.ones(1, np.int32))])
 
 
-def test_bfloat16_deviates_no_more_than_transformers_does(golden: Path, tmp_path: Path, in_process: None) -> None:
+def test_bfloat16_deviates_no_more_than_transformers_does(
+    golden: Path, tmp_path: Path, in_process: None
+) -> None:
     checkpoint = open_checkpoint(str(wide_checkpoint(golden, "llada", tmp_path / "llada", seed=2)))
     teacher, requests = entry("llada"), mixed_requests(150, 159)
     exact, plain = (
-        TransformersEngine(load_model(checkpoint, "llada", dtype), teacher.attention, SPEC).score(requests)
+        TransformersEngine(load_model(checkpoint, "llada", dtype), teacher.attention, SPEC).score(
+            requests
+        )
         for dtype in (torch.float32, torch.bfloat16)
     )
     settings = EngineConfig(type="vllm", device="cpu", dtype="bfloat16")
     found = VllmEngine(checkpoint, teacher, SPEC, settings, 512).score(requests)
     mine, theirs = (
-        np.concatenate([np.abs(a.logsumexp - b.logsumexp).ravel() for a, b in zip(exact, other, strict=True)])
+        np.concatenate(
+            [np.abs(a.logsumexp - b.logsumexp).ravel() for a, b in zip(exact, other, strict=True)]
+        )
         for other in (found, plain)
     )
     assert 0 < mine.mean() < 1.5 * theirs.mean()
@@ -135,11 +165,21 @@ def test_the_plugin_registers_once_and_again() -> None:
     assert set(SCORERS.values()) <= set(ModelRegistry.get_supported_archs())
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused_before_vllm_starts(golden: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_is_refused_before_vllm_starts(
+    golden: Path, tmp_path: Path
+) -> None:
     folder = wide_checkpoint(golden, "llada", tmp_path / "llada")
-    (folder / "config.json").write_text((folder / "config.json").read_text().replace('"n_layers": 3', '"n_layers": 2'))
+    (folder / "config.json").write_text(
+        (folder / "config.json").read_text().replace('"n_layers": 3', '"n_layers": 2')
+    )
     with pytest.raises(TideError, match="9 tensors without a place"):
-        VllmEngine(open_checkpoint(str(folder)), entry("llada"), SPEC, EngineConfig(type="vllm", device="cpu"), 64)
+        VllmEngine(
+            open_checkpoint(str(folder)),
+            entry("llada"),
+            SPEC,
+            EngineConfig(type="vllm", device="cpu"),
+            64,
+        )
 
 
 def small(out: Path, engine: dict[str, Any]) -> Any:
@@ -152,7 +192,9 @@ def values(config: Any) -> np.ndarray:
     return np.concatenate([np.concatenate([r.gold_logp, r.logsumexp]) for r in rows])
 
 
-def test_killed_in_the_middle_resumed_and_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_in_the_middle_resumed_and_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """vLLM's core process is killed; the message says what to do; two workers finish; transformers agrees."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     config = small(tmp_path / "vllm", {"type": "vllm"})
@@ -180,7 +222,9 @@ def test_killed_in_the_middle_resumed_and_verified(tmp_path: Path, monkeypatch: 
 
 def test_tensor_parallel(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    checkpoint = open_checkpoint(str(wide_checkpoint(golden, "llada2_moe", tmp_path / "moe", seed=3)))
+    checkpoint = open_checkpoint(
+        str(wide_checkpoint(golden, "llada2_moe", tmp_path / "moe", seed=3))
+    )
     requests = mixed_requests(150, 159)
     settings = EngineConfig(type="vllm", device="cpu", dtype="float32", tensor_parallel=2)
     with closing(VllmEngine(checkpoint, entry("llada2_moe"), SPEC, settings, 512)) as engine:

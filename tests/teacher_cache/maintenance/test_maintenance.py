@@ -27,7 +27,15 @@ from teacher_cache.maintenance.unpack import unpack_cache
 from teacher_cache.maintenance.wording import in_words
 from teacher_cache.run.build import build_cache
 from tests.conftest import chats_file, files, small_cache_config
-from tests.reading import all_rows, change_column, dataset, layout_of, plain_table, rows_in, same_values
+from tests.reading import (
+    all_rows,
+    change_column,
+    dataset,
+    layout_of,
+    plain_table,
+    rows_in,
+    same_values,
+)
 
 
 def ids_in(cache: Path) -> set[str]:
@@ -40,7 +48,11 @@ def test_a_pruned_cache_is_the_one_that_would_have_been_built_up_to_rounding(
 ) -> None:
     source, pruned, direct = caches["tiny-shared"], tmp_path / "pruned", tmp_path / "direct"
     targets = {"k": 3, "classes": 5, "pilot": 200}
-    build_cache(small_cache_config("tiny-shared", random_teacher, direct, noise={"draws": 1}, targets=targets))
+    build_cache(
+        small_cache_config(
+            "tiny-shared", random_teacher, direct, noise={"draws": 1}, targets=targets
+        )
+    )
     prune_cache(source, pruned, k=3, draws=1)
     assert load_manifest(pruned).fingerprint["targets"]["k"] == 3
     ours, theirs = (load_vocabulary(cache) for cache in (pruned, direct))
@@ -48,11 +60,18 @@ def test_a_pruned_cache_is_the_one_that_would_have_been_built_up_to_rounding(
     assert np.array_equal(ours.rank_of, theirs.rank_of)
     np.testing.assert_allclose(ours.prior, theirs.prior, rtol=1e-3, atol=1e-12)
     for a, b in zip(all_rows(pruned), all_rows(direct), strict=True):
-        assert a.topk_ids is not None and b.topk_ids is not None and a.topk_logp is not None and b.topk_logp is not None
+        assert (
+            a.topk_ids is not None
+            and b.topk_ids is not None
+            and a.topk_logp is not None
+            and b.topk_logp is not None
+        )
         assert np.array_equal(a.topk_ids, b.topk_ids)
         assert np.array_equal(a.topk_logp, b.topk_logp)
         assert a.tail_odds is not None and b.tail_odds is not None
-        np.testing.assert_allclose(a.tail_odds, b.tail_odds, atol=0.06)  # a half step of the smallest p
+        np.testing.assert_allclose(
+            a.tail_odds, b.tail_odds, atol=0.06
+        )  # a half step of the smallest p
         assert a.class_mass is not None and b.class_mass is not None
         assert np.abs(a.class_mass.astype(int) - b.class_mass.astype(int)).max(initial=0) <= 1
     assert not check_cache(pruned).problems
@@ -67,18 +86,29 @@ def test_a_pruned_cache_is_the_one_that_would_have_been_built_up_to_rounding(
         prune_cache(source, pruned, k=2, draws=1)
 
 
-def test_fewer_draws_alone_change_no_byte(caches: dict[str, Path], random_teacher: Path, tmp_path: Path) -> None:
+def test_fewer_draws_alone_change_no_byte(
+    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
+) -> None:
     prune_cache(caches["tiny-shared"], tmp_path / "pruned", draws=1)
-    build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "direct", noise={"draws": 1}))
+    build_cache(
+        small_cache_config("tiny-shared", random_teacher, tmp_path / "direct", noise={"draws": 1})
+    )
     assert files(tmp_path / "pruned") == files(tmp_path / "direct")
     shard = Unit(0, 0)
-    assert shard.path(tmp_path / "pruned").stat().st_ino == shard.path(caches["tiny-shared"]).stat().st_ino  # a link
+    assert (
+        shard.path(tmp_path / "pruned").stat().st_ino
+        == shard.path(caches["tiny-shared"]).stat().st_ino
+    )  # a link
 
 
 @pytest.mark.parametrize("values", ["levels", "float32"])
-def test_fewer_classes_hold_the_same_mass(random_teacher: Path, tmp_path: Path, values: str) -> None:
+def test_fewer_classes_hold_the_same_mass(
+    random_teacher: Path, tmp_path: Path, values: str
+) -> None:
     targets = {"k": 4, "classes": 9, "pilot": 200, "values": values, "signals": ["topk"]}
-    config = small_cache_config("tiny-shared", random_teacher, tmp_path / "a", noise={"draws": 1}, targets=targets)
+    config = small_cache_config(
+        "tiny-shared", random_teacher, tmp_path / "a", noise={"draws": 1}, targets=targets
+    )
     build_cache(config)
     for classes in (3, 1):
         made = prune_cache(tmp_path / "a", tmp_path / f"c{classes}", classes=classes)
@@ -93,19 +123,32 @@ def test_fewer_classes_hold_the_same_mass(random_teacher: Path, tmp_path: Path, 
 def test_adaptive_lists_are_pruned_to_what_fits(random_teacher: Path, tmp_path: Path) -> None:
     targets = {"k": 40, "mass": 0.004, "signals": ["topk"], "classes": 1, "pilot": 200}
     changes = {"noise": {"draws": 1}}
-    build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "a", targets=targets, **changes))
     build_cache(
-        small_cache_config("tiny-shared", random_teacher, tmp_path / "b", targets={**targets, "k": 12}, **changes)
+        small_cache_config(
+            "tiny-shared", random_teacher, tmp_path / "a", targets=targets, **changes
+        )
+    )
+    build_cache(
+        small_cache_config(
+            "tiny-shared", random_teacher, tmp_path / "b", targets={**targets, "k": 12}, **changes
+        )
     )
     prune_cache(tmp_path / "a", tmp_path / "c", k=12)
     for a, b in zip(all_rows(tmp_path / "c"), all_rows(tmp_path / "b"), strict=True):
         assert (
-            a.topk_sizes is not None and b.topk_sizes is not None and a.topk_ids is not None and b.topk_ids is not None
+            a.topk_sizes is not None
+            and b.topk_sizes is not None
+            and a.topk_ids is not None
+            and b.topk_ids is not None
         )
         assert np.array_equal(a.topk_sizes, b.topk_sizes) and np.array_equal(a.topk_ids, b.topk_ids)
         assert a.tail_odds is not None and b.tail_odds is not None
-        np.testing.assert_allclose(a.tail_odds, b.tail_odds, atol=0.06)  # a half step of the smallest p
-    sizes = np.concatenate([r.topk_sizes for r in all_rows(tmp_path / "c") if r.topk_sizes is not None])
+        np.testing.assert_allclose(
+            a.tail_odds, b.tail_odds, atol=0.06
+        )  # a half step of the smallest p
+    sizes = np.concatenate(
+        [r.topk_sizes for r in all_rows(tmp_path / "c") if r.topk_sizes is not None]
+    )
     assert sizes.min() < 12
 
 
@@ -124,13 +167,20 @@ def test_caches_of_different_data_follow_each_other(random_teacher: Path, tmp_pa
     lines = chats_file().read_text().splitlines()
     for name, part in (("a", lines[:10]), ("b", lines[10:24])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(part) + "\n")
-        targets = {"k": 8, "classes": 5, "pilot": 200, **({} if name == "a" else {"tables_from": tmp_path / "a"})}
+        targets = {
+            "k": 8,
+            "classes": 5,
+            "pilot": 200,
+            **({} if name == "a" else {"tables_from": tmp_path / "a"}),
+        }
         config = {"data": {"source": str(tmp_path / f"{name}.jsonl")}, "targets": targets}
         build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / name, **config))
     merged = merge_caches([tmp_path / "a", tmp_path / "b"], tmp_path / "ab")
     assert (merged.parts, merged.examples) == (4, 24)
     assert not check_cache(tmp_path / "ab").problems
-    ids = {r.example_id for u in finished_units(tmp_path / "ab") for r in rows_in(tmp_path / "ab", u)}
+    ids = {
+        r.example_id for u in finished_units(tmp_path / "ab") for r in rows_in(tmp_path / "ab", u)
+    }
     ours = [{r.example_id for u in finished_units(tmp_path / n) for r in rows_in(tmp_path / n, u)}
             for n in "ab"]  # fmt: skip
     assert ids == ours[0] | ours[1]
@@ -234,7 +284,9 @@ def test_the_commands(caches: dict[str, Path], tmp_path: Path, teacher: str) -> 
 
 def test_each_step_of_the_encoding_makes_it_smaller(caches: dict[str, Path]) -> None:
     cache = caches["tiny-shared"]
-    totals = [sizes.total() for sizes in size_steps(rows_in(cache, Unit(0, 0)), layout_of(cache)).values()]
+    totals = [
+        sizes.total() for sizes in size_steps(rows_in(cache, Unit(0, 0)), layout_of(cache)).values()
+    ]
     assert totals[-1] < totals[0]
     assert sum(inspect_cache(caches["tiny-shared"]).bytes_by_column.values()) > totals[-1]
     assert "| zstd 9" in describe_first_shard(caches["tiny-shared"])
@@ -243,7 +295,11 @@ def test_each_step_of_the_encoding_makes_it_smaller(caches: dict[str, Path]) -> 
 def test_ten_lines_of_polars_read_a_cache(caches: dict[str, Path]) -> None:
     """The example of docs/cache-format.md, as it stands there."""
     text = (Path(__file__).parents[3] / "docs" / "cache-format.md").read_text()
-    code = text.split("```python\n")[1].split("```")[0].replace("caches/tiny-shared", str(caches["tiny-shared"]))
+    code = (
+        text.split("```python\n")[1]
+        .split("```")[0]
+        .replace("caches/tiny-shared", str(caches["tiny-shared"]))
+    )
     assert len(code.strip().splitlines()) <= 10
     names: dict[str, object] = {}
     exec(code, names)

@@ -41,7 +41,10 @@ def old_table(rows: list[CacheRow], version: int) -> pa.Table:
         columns["spans"] = (INTS, [r.spans.reshape(-1) for r in rows])
     for name in ("student_ids", "masked", "teacher_ids", "teacher_masked", "topk_sizes", "topk_ids", "chunk_student",
                  "chunk_teacher"):  # fmt: skip
-        columns[name] = (INTS, [None if (v := getattr(r, name)) is None else v.reshape(-1) for r in rows])
+        columns[name] = (
+            INTS,
+            [None if (v := getattr(r, name)) is None else v.reshape(-1) for r in rows],
+        )
     columns["split"] = (pa.list_(pa.bool_()), [r.split for r in rows])
     columns["gold_logit"] = (FLOATS, [r.gold_logp + r.logsumexp for r in rows])
     columns["logsumexp"] = (FLOATS, [logsumexps(r).reshape(-1) for r in rows])
@@ -58,7 +61,9 @@ def logsumexps(row: CacheRow) -> np.ndarray:
     owner = np.repeat(np.arange(row.topk_sizes.size), row.topk_sizes)
     found = []
     for i, t in enumerate((1.0, 2.0)):
-        inside = np.bincount(owner, np.exp((row.topk_logp + row.logsumexp[owner]) / t), row.topk_sizes.size)
+        inside = np.bincount(
+            owner, np.exp((row.topk_logp + row.logsumexp[owner]) / t), row.topk_sizes.size
+        )
         found.append(np.log(inside) + np.log1p(np.exp(row.tail_odds[:, i])))
     return np.stack(found, axis=1).astype(np.float32)
 
@@ -82,7 +87,9 @@ def old_cache(source: Path, target: Path, version: int) -> dict:
         rows = rows_in(source, unit)
         counts = {"masked": sum(r.masked.size for r in rows), "cache": made.digest, "rows_without_chunks": 0,
                   "chunks": sum(0 if r.chunk_logp is None else r.chunk_logp.size for r in rows)}  # fmt: skip
-        table = old_table(rows, version).replace_schema_metadata({"tide.counts": json.dumps(counts)})
+        table = old_table(rows, version).replace_schema_metadata(
+            {"tide.counts": json.dumps(counts)}
+        )
         unit.path(target).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, unit.path(target), compression="zstd")
     return dataclasses.asdict(made)
@@ -113,12 +120,16 @@ def test_what_the_old_formats_kept_is_carried_over(old: tuple[Path, Path], tmp_p
         assert a.topk_logp is not None and b.topk_logp is not None
         assert a.tail_odds is not None and b.tail_odds is not None
         np.testing.assert_allclose(a.gold_logp, b.gold_logp, atol=2e-3)
-        np.testing.assert_allclose(a.topk_logp, b.topk_logp, atol=0.06)  # half a level at p = 1e-3, and float16
+        np.testing.assert_allclose(
+            a.topk_logp, b.topk_logp, atol=0.06
+        )  # half a level at p = 1e-3, and float16
         np.testing.assert_allclose(a.tail_odds, b.tail_odds, atol=0.1)
         assert a.class_mass is None
 
 
-def test_it_goes_on_where_it_was_stopped_and_is_trained_on(old: tuple[Path, Path], tmp_path: Path) -> None:
+def test_it_goes_on_where_it_was_stopped_and_is_trained_on(
+    old: tuple[Path, Path], tmp_path: Path
+) -> None:
     _, source = old
     upgrade_cache(source, tmp_path / "up")
     before = files(tmp_path / "up")
@@ -126,7 +137,9 @@ def test_it_goes_on_where_it_was_stopped_and_is_trained_on(old: tuple[Path, Path
     made = upgrade_cache(source, tmp_path / "up")
     assert files(tmp_path / "up") == before
     objective = {"type": "kl"} if made.shared_tokenizer else {"type": "reverse_calm"}
-    metrics = train_student(config(tmp_path / "up", tmp_path / "r", distillation=objective, max_steps=2))
+    metrics = train_student(
+        config(tmp_path / "up", tmp_path / "r", distillation=objective, max_steps=2)
+    )
     assert metrics["seconds"] > 0
     with pytest.raises(TideError, match=r"is of format 4[\s\S]*nothing is to be done"):
         upgrade_cache(tmp_path / "up", tmp_path / "again")

@@ -18,7 +18,9 @@ from tests.reading import change_column, plain_table, same_values
 
 
 @pytest.mark.parametrize("teacher", ["tiny-cross", "tiny-shared"])
-def test_a_cache_verifies_against_its_own_engine(caches: dict[str, Path], random_teacher: Path, teacher: str) -> None:
+def test_a_cache_verifies_against_its_own_engine(
+    caches: dict[str, Path], random_teacher: Path, teacher: str
+) -> None:
     """Other rows share the batches, so values move by rounding and no more."""
     report = verify_cache(small_cache_config(teacher, random_teacher, caches[teacher]), 20)
     assert report.rows == 20
@@ -29,20 +31,31 @@ def test_a_cache_verifies_against_its_own_engine(caches: dict[str, Path], random
     assert "20 rows" in in_words(report)
 
 
-def test_a_changed_value_is_found(caches: dict[str, Path], random_teacher: Path, tmp_path: Path) -> None:
+def test_a_changed_value_is_found(
+    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
+) -> None:
     cache = Path(shutil.copytree(caches["tiny-shared"], tmp_path / "c"))
     for unit in finished_units(cache):
         column = plain_table(unit.path(cache)).column("gold_logp_q").combine_chunks()
-        change_column(cache, unit, "gold_logp_q", same_values(column, pa.array(np.asarray(column.values) + 256)))
+        change_column(
+            cache,
+            unit,
+            "gold_logp_q",
+            same_values(column, pa.array(np.asarray(column.values) + 256)),
+        )
     report = verify_cache(small_cache_config("tiny-shared", random_teacher, cache), 200)
     found = {d.name: d for d in report.deviations}
     assert found["log p of gold"].mean == pytest.approx(0.5, abs=2e-3)
     assert found["logsumexp"].largest < 1e-5
 
 
-def test_what_does_not_belong_together_is_refused(caches: dict[str, Path], random_teacher: Path) -> None:
+def test_what_does_not_belong_together_is_refused(
+    caches: dict[str, Path], random_teacher: Path
+) -> None:
     def verify(rows: int = 5, teacher: Path = random_teacher, **changes: Any) -> None:
-        verify_cache(small_cache_config("tiny-shared", teacher, caches["tiny-shared"], **changes), rows)
+        verify_cache(
+            small_cache_config("tiny-shared", teacher, caches["tiny-shared"], **changes), rows
+        )
 
     with pytest.raises(TideError, match="--rows is 0"):
         verify(0)

@@ -15,11 +15,17 @@ MASK = 999
 
 
 def example(cross: bool) -> Prepared:
-    chunks = np.array([[3, 5, 2, 3], [5, 6, 3, 6], [6, 9, 6, 8]], np.int32) if cross else np.zeros((0, 4), np.int32)
+    chunks = (
+        np.array([[3, 5, 2, 3], [5, 6, 3, 6], [6, 9, 6, 8]], np.int32)
+        if cross
+        else np.zeros((0, 4), np.int32)
+    )
     teacher = np.arange(100, 112, dtype=np.int32) if cross else None
     spans = np.array([[2, 10]], np.int32)
     ids = np.arange(10, dtype=np.int32)
-    return Prepared("e", ids, spans, teacher, chunks, shared=not cross, offsets=np.zeros(1, np.int32))
+    return Prepared(
+        "e", ids, spans, teacher, chunks, shared=not cross, offsets=np.zeros(1, np.int32)
+    )
 
 
 @given(st.booleans(), st.booleans(), st.integers(0, 300), st.sampled_from([0.0, 0.5, 1.0]))
@@ -38,7 +44,9 @@ def test_every_masked_position_is_read_once_and_masked_when_read(
         assert np.array_equal(request.gold, view.ids[request.read])
         assert np.array_equal(request.read, view.positions[rows])
         elsewhere = np.setdiff1d(np.arange(len(request.ids)), request.read)
-        assert np.array_equal(request.ids[elsewhere], view.ids[elsewhere])  # the other part is revealed
+        assert np.array_equal(
+            request.ids[elsewhere], view.ids[elsewhere]
+        )  # the other part is revealed
     if not comp_demo or ratio != 0.5:
         assert len(found) <= 1
     assert (view.ids != MASK).all()  # the example itself is untouched
@@ -60,7 +68,9 @@ def test_chunks_are_never_split_between_the_passes() -> None:
         view = teacher_view(item, draw)
         for chunk, part in enumerate(draw.split):
             assert (view.in_a[view.chunk_of == chunk] == part).all()
-        expected = np.concatenate([np.arange(a, b) for a, b in item.chunks[draw.chunks, :2]] or [np.zeros(0)])
+        expected = np.concatenate(
+            [np.arange(a, b) for a, b in item.chunks[draw.chunks, :2]] or [np.zeros(0)]
+        )
         assert np.array_equal(view.positions, expected)
 
 
@@ -69,7 +79,11 @@ def test_nothing_masked_no_pass(cross: bool) -> None:
     item = example(cross)
     none = np.zeros((0, 2), np.int32)
     empty = dataclasses.replace(
-        item, student_ids=item.student_ids[:2], spans=none, chunks=item.chunks[:0], offsets=item.offsets[:0]
+        item,
+        student_ids=item.student_ids[:2],
+        spans=none,
+        chunks=item.chunks[:0],
+        offsets=item.offsets[:0],
     )
     view = teacher_view(empty, draw_for(empty, NoiseConfig(), 0))
     assert passes(view, MASK, True) == passes(view, MASK, False) == []

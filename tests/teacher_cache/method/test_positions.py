@@ -34,7 +34,9 @@ def other_template(random_teacher: Path, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("other") / "teacher"
     shutil.copytree(random_teacher, folder)
     backend = Tokenizer.load(folder).backend
-    backend.chat_template = CHATML_TEMPLATE.replace("<|im_start|>", "[").replace("<|im_end|>", "<|eot_id|>")
+    backend.chat_template = CHATML_TEMPLATE.replace("<|im_start|>", "[").replace(
+        "<|im_end|>", "<|eot_id|>"
+    )
     backend.save_pretrained(folder)
     return folder
 
@@ -97,7 +99,9 @@ def test_damaged_positions_are_refused(config: CacheConfig, tmp_path: Path) -> N
         column = plain_table(Unit(0, 0).path(cache)).column("read").combine_chunks()
         change_column(cache, Unit(0, 0), "read", change(column))  # type: ignore[operator]
         layout = layout_of(cache)
-        (found, *_) = problems_in(read_table(Unit(0, 0).path(cache), layout).table, layout, manifest)
+        (found, *_) = problems_in(
+            read_table(Unit(0, 0).path(cache), layout).table, layout, manifest
+        )
         return found
 
     def moved(column: pa.ListArray) -> pa.Array:
@@ -115,7 +119,9 @@ def test_damaged_positions_are_refused(config: CacheConfig, tmp_path: Path) -> N
 OBJECTIVES = [KL(), KL(tidal=Tidal(timestep_weight="midrange")), ReverseCalm()]
 
 
-@pytest.mark.parametrize("distillation", OBJECTIVES, ids=lambda d: f"{d.type}{'-tidal' * bool(d.tidal)}")
+@pytest.mark.parametrize(
+    "distillation", OBJECTIVES, ids=lambda d: f"{d.type}{'-tidal' * bool(d.tidal)}"
+)
 def test_the_loss_is_cross_entropy_everywhere_and_distillation_at_the_words(
     config: CacheConfig, distillation: Distillation
 ) -> None:
@@ -145,4 +151,6 @@ def test_the_loss_is_cross_entropy_everywhere_and_distillation_at_the_words(
     for size in (3, 7, 1000):  # slices end before, at and behind the last row that was read
         again, _ = fused_loss(hidden, head, targets, settings, size)
         torch.testing.assert_close(again, loss, rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(torch.autograd.grad(again, hidden)[0], expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            torch.autograd.grad(again, hidden)[0], expected, rtol=1e-9, atol=1e-12
+        )

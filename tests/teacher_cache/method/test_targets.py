@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from shared.cache.levels import LARGEST_ODDS
 from shared.system.errors import TideError
-from teacher_cache.method.targets import Scores, TargetSpec, extract, member_matrix, outside_mass, refuse_nonfinite
+from teacher_cache.method.targets import (
+    Scores,
+    TargetSpec,
+    extract,
+    member_matrix,
+    outside_mass,
+    refuse_nonfinite,
+)
 
 
 @given(st.integers(0, 999), st.integers(1, 20), st.sampled_from([0.5, 0.9, 1.0]), st.integers(0, 3))
@@ -28,9 +35,13 @@ def test_against_float64(seed: int, k: int, mass: float, unshared: int) -> None:
     exact = logits.double()
     rows = torch.arange(5)
     # The gold token's likelihood is over all logits, everything else over the shared ones.
-    torch.testing.assert_close(found.gold_logp.double(), torch.log_softmax(exact, 1)[rows, gold], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found.gold_logp.double(), torch.log_softmax(exact, 1)[rows, gold], rtol=1e-5, atol=1e-5
+    )
     exact = exact.masked_fill(~allowed, -torch.inf)
-    torch.testing.assert_close(found.logsumexp.double(), torch.logsumexp(exact, 1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        found.logsumexp.double(), torch.logsumexp(exact, 1), rtol=1e-6, atol=1e-6
+    )
     for i in range(5):
         order = torch.argsort(exact[i], descending=True)
         assert torch.equal(exact[i][found.ids[i]], exact[i][order[:k]])
@@ -50,7 +61,9 @@ def test_against_float64(seed: int, k: int, mass: float, unshared: int) -> None:
             torch.testing.assert_close(found.odds[i, j].double(), odds, rtol=1e-4, atol=1e-4)
             for c in range(3):
                 expected = p[outside & torch.from_numpy(own == c)].sum()
-                torch.testing.assert_close(found.class_mass[i, j, c].exp().double(), expected, rtol=1e-4, atol=1e-9)
+                torch.testing.assert_close(
+                    found.class_mass[i, j, c].exp().double(), expected, rtol=1e-4, atol=1e-9
+                )
 
 
 def test_what_is_outside_is_exact_where_nearly_all_is_inside() -> None:
@@ -76,15 +89,23 @@ def test_bfloat16_logits_are_widened_before_exp() -> None:
     logits = (torch.randn(3, 4096) * 5).bfloat16()
     found = extract(logits, torch.zeros(3, dtype=torch.long), TargetSpec(4, 1.0, (1.0,)))
     assert found.logsumexp.dtype == torch.float32
-    torch.testing.assert_close(found.logsumexp.double(), torch.logsumexp(logits.double(), 1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        found.logsumexp.double(), torch.logsumexp(logits.double(), 1), rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_non_finite_teachers_are_refused(bad: float) -> None:
     good = np.zeros(3, np.float32)
     broken = np.array([0, bad, 0], np.float32)
-    sizes, ids, top = np.full(3, 4, np.int32), np.zeros((3, 4), np.int32), np.zeros((3, 4), np.float32)
-    whole = Scores(good, good, sizes, ids, top, np.zeros((3, 2), np.float32), np.zeros((3, 2, 5), np.float32))
+    sizes, ids, top = (
+        np.full(3, 4, np.int32),
+        np.zeros((3, 4), np.int32),
+        np.zeros((3, 4), np.float32),
+    )
+    whole = Scores(
+        good, good, sizes, ids, top, np.zeros((3, 2), np.float32), np.zeros((3, 2, 5), np.float32)
+    )
     refuse_nonfinite(whole, "fine")
     spoiled = {
         "gold_logp": broken,

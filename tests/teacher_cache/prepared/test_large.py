@@ -38,7 +38,10 @@ def test_a_hundred_thousand_rows(tmp_path: Path) -> None:
 
     with (tmp_path / "d.jsonl").open("w") as file:
         for i in range(100_000):
-            chat = [{"role": "user", "content": f"{i}: {text(30)}"}, {"role": "assistant", "content": text(80)}]
+            chat = [
+                {"role": "user", "content": f"{i}: {text(30)}"},
+                {"role": "assistant", "content": text(80)},
+            ]
             file.write(json.dumps({"messages": chat}) + "\n")
     settings = ["--set", "data.limit=100000", "--set", "lengths={student=256, teacher=256}"]
     places = ["--data", str(tmp_path / "d.jsonl"), "--prepared", str(tmp_path / "p")]

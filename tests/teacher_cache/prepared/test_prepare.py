@@ -43,7 +43,9 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 def request(folder: Path, *sources: DataConfig, **changes: Any) -> Request:
     lengths = LengthConfig(student=64, teacher=64, block=32)
-    recipe = Recipe(str(STUDENT_TOKENIZER), str(TEACHER_TOKENIZER), False, 2047, 4095, lengths, False, None)
+    recipe = Recipe(
+        str(STUDENT_TOKENIZER), str(TEACHER_TOKENIZER), False, 2047, 4095, lengths, False, None
+    )
     identity = {"student": STUDENT.fingerprint, "teacher": TEACHER.fingerprint}
     return Request(sources, recipe, identity, folder, **{"workers": 1, **changes})
 
@@ -65,7 +67,11 @@ def test_what_is_prepared_is_what_the_tokenizers_say(tmp_path: Path) -> None:
     for found, expected in zip(
         data.between(0, 100), preparer.usable(list(iter_examples(asked.sources[0]))), strict=True
     ):
-        assert (found.id, found.label, found.shared) == (expected.id, expected.label, expected.shared)
+        assert (found.id, found.label, found.shared) == (
+            expected.id,
+            expected.label,
+            expected.shared,
+        )
         for name in ("student_ids", "spans", "teacher_ids", "chunks", "offsets"):
             a, b = getattr(found, name), getattr(expected, name)
             assert a.dtype == b.dtype and np.array_equal(a, b), name
@@ -83,7 +89,9 @@ def test_a_second_run_reads_nothing_and_other_limits_share_the_parts(
     assert parts(tmp_path / "p") == before
     assert keys(few) == keys(first)[:50]
     assert set(keys(half)) < set(keys(first)) and 250 < half.examples < 450
-    monkeypatch.setattr("teacher_cache.prepared.prepare.source_rows", lambda _: pytest.fail("the source was read"))
+    monkeypatch.setattr(
+        "teacher_cache.prepared.prepare.source_rows", lambda _: pytest.fail("the source was read")
+    )
     assert keys(prepare(request(tmp_path / "p", DataConfig(str(source))))) == keys(first)
 
 
@@ -93,7 +101,11 @@ def test_mended_data_keep_the_parts_whose_rows_did_not_change(tmp_path: Path) ->
     source = write(tmp_path / "d.jsonl", rows)
     last = prepare(request(tmp_path / "p", DataConfig(str(source)))).record.parts
     assert len(last) > 6
-    mends = (lambda r: r.pop(1500), lambda r: r.insert(700, row(9000)), lambda r: r.__setitem__(2000, row(9001)))
+    mends = (
+        lambda r: r.pop(1500),
+        lambda r: r.insert(700, row(9000)),
+        lambda r: r.__setitem__(2000, row(9001)),
+    )
     for mend in mends:
         mend(rows)
         write(source, rows)
@@ -103,17 +115,27 @@ def test_mended_data_keep_the_parts_whose_rows_did_not_change(tmp_path: Path) ->
         last = again.record.parts
 
 
-def test_a_row_that_cannot_be_used_moves_no_other_and_is_counted_with_its_place(tmp_path: Path) -> None:
+def test_a_row_that_cannot_be_used_moves_no_other_and_is_counted_with_its_place(
+    tmp_path: Path,
+) -> None:
     good = [row(i) for i in range(40)]
     source = write(tmp_path / "good.jsonl", good)
     clean = prepare(request(tmp_path / "p", DataConfig(str(source))))
     bad: list[Any] = ["{", row(50, question="w " * 900), {"x": 1}, row(51, answer="")]
-    mixed = write(tmp_path / "mixed.jsonl", [*good[:7], bad[0], bad[1], *good[7:30], bad[2], bad[3], *good[30:]])
+    mixed = write(
+        tmp_path / "mixed.jsonl",
+        [*good[:7], bad[0], bad[1], *good[7:30], bad[2], bad[3], *good[30:]],
+    )
     data = prepare(request(tmp_path / "p", DataConfig(str(mixed))))
     assert keys(data) == keys(clean)
     assert data.record.content == clean.record.content
     (report,) = data.record.sources
-    assert report.dropped == {"not JSON": 1, "prompt too long": 1, "no known form": 1, "empty response": 1}
+    assert report.dropped == {
+        "not JSON": 1,
+        "prompt too long": 1,
+        "no known form": 1,
+        "empty response": 1,
+    }
     assert {reason: shown[0][0] for reason, shown in report.places.items()} == {
         "not JSON": f"{mixed}:8",
         "prompt too long": f"{mixed}:9",
@@ -130,7 +152,9 @@ def test_a_row_that_cannot_be_used_moves_no_other_and_is_counted_with_its_place(
         assert part in text
     assert "left out of 44 rows: 1 (prompt too long)" in losses(data)
     assert "⟦It is 0 and no other.<|im_end|>" in show(data.between(0, 2), STUDENT)
-    with pytest.raises(TideError, match=r"3 of 44 rows[\s\S]*2 are allowed[\s\S]*mixed.jsonl:8: not JSON"):
+    with pytest.raises(
+        TideError, match=r"3 of 44 rows[\s\S]*2 are allowed[\s\S]*mixed.jsonl:8: not JSON"
+    ):
         prepare(request(tmp_path / "p", DataConfig(str(mixed), allow_bad_rows=2)))
 
 
@@ -156,7 +180,9 @@ def test_several_sources_are_interleaved_evenly(tmp_path: Path) -> None:
 
 @settings(max_examples=25)
 @given(st.lists(st.integers(0, 30), max_size=60), st.integers(1, 40), st.booleans())
-def test_selection_is_a_prefix_in_order_with_occurrences(values: list[int], limit: int, dedup: bool) -> None:
+def test_selection_is_a_prefix_in_order_with_occurrences(
+    values: list[int], limit: int, dedup: bool
+) -> None:
     names = [f"{v:024x}" for v in values]
     selector, config = Selector(dedup), DataConfig("d", limit=limit)
     selector.begin()
@@ -185,7 +211,9 @@ def test_processes_make_the_same_parts(tmp_path: Path) -> None:
     names = sorted(p.name for p in (tmp_path / "1" / "parts").iterdir())
     assert names == sorted(p.name for p in (tmp_path / "2" / "parts").iterdir())
     for name in names:
-        assert (tmp_path / "1/parts" / name).read_bytes() == (tmp_path / "2/parts" / name).read_bytes()
+        assert (tmp_path / "1/parts" / name).read_bytes() == (
+            tmp_path / "2/parts" / name
+        ).read_bytes()
 
 
 SCRIPT = """
@@ -212,7 +240,11 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path: Path) -> None:
     for wanted in (2, 9):
         process = start(source, tmp_path / "killed")
         began = time.monotonic()
-        while process.poll() is None and len(parts(tmp_path / "killed")) < wanted and time.monotonic() - began < 60:
+        while (
+            process.poll() is None
+            and len(parts(tmp_path / "killed")) < wanted
+            and time.monotonic() - began < 60
+        ):
             time.sleep(0.005)
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
@@ -230,7 +262,10 @@ def test_many_ranks_prepare_once(tmp_path: Path) -> None:
     source = write(tmp_path / "d.jsonl", [row(i) for i in range(400)])
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(6), context.SimpleQueue()
-    ranks = [context.Process(target=_rank, args=(barrier, answers, str(source), str(tmp_path / "p"))) for _ in range(6)]
+    ranks = [
+        context.Process(target=_rank, args=(barrier, answers, str(source), str(tmp_path / "p")))
+        for _ in range(6)
+    ]
     for rank in ranks:
         rank.start()
     found = {answers.get() for _ in ranks}

@@ -56,7 +56,12 @@ class Points:
 
     def install(self) -> None:
         """Put a point before each step of `write_atomically`, and one in the middle of what it writes."""
-        real_fsync, real_replace, real_open, real_sync = os.fsync, Path.replace, Path.open, atomic.sync_folder
+        real_fsync, real_replace, real_open, real_sync = (
+            os.fsync,
+            Path.replace,
+            Path.open,
+            atomic.sync_folder,
+        )
 
         def fsync(descriptor: int) -> None:
             self.point()
@@ -135,7 +140,9 @@ def run(config: dict[str, Any], folder: Path, fault: Fault, ends: int, expected:
             assert files(folder / f"at-{at}") == files(whole)
             return at - 1
         assert code == ends or (code == 5 and fault is fill_disk), f"point {at}: exit code {code}"
-        assert in_child(meets(settings, 0, fault, "")) == 0, f"point {at}: the next run did not finish"
+        assert in_child(meets(settings, 0, fault, "")) == 0, (
+            f"point {at}: the next run did not finish"
+        )
         assert files(folder / f"at-{at}") == files(whole), f"point {at}: another cache"
         assert not list((folder / f"at-{at}").rglob(".*.tide-tmp")), f"point {at}: leftovers"
         shutil.rmtree(folder / f"at-{at}")

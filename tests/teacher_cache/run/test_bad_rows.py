@@ -20,13 +20,19 @@ from tests.conftest import STUDENT_TOKENIZER, files, small_cache_config, write_c
 from tests.reading import rows_in
 
 
-def test_a_row_that_cannot_be_used_stops_nothing_and_moves_no_other(random_teacher: Path, tmp_path: Path) -> None:
+def test_a_row_that_cannot_be_used_stops_nothing_and_moves_no_other(
+    random_teacher: Path, tmp_path: Path
+) -> None:
     """Bad rows in a late shard are left out and counted. Removed as advised, nothing is computed again."""
-    long = {"messages": [{"role": "user", "content": "w " * 400}, {"role": "assistant", "content": "a"}]}
+    long = {
+        "messages": [{"role": "user", "content": "w " * 400}, {"role": "assistant", "content": "a"}]
+    }
     source = write_chats(tmp_path / "d.jsonl", [f"x = {i}" for i in range(12)])["source"]
     good = Path(source).read_text().splitlines()
     Path(source).write_text("\n".join([*good[:9], json.dumps(long), "{", *good[9:]]) + "\n")
-    config = small_cache_config("tiny-cross", random_teacher, tmp_path / "c", data={"source": source}, shard_examples=4)
+    config = small_cache_config(
+        "tiny-cross", random_teacher, tmp_path / "c", data={"source": source}, shard_examples=4
+    )
     report = build_cache(config)
     assert (report.rows, report.computed) == (24, 6)
     assert any("1 (prompt too long)" in note for note in report.notes)
@@ -43,20 +49,31 @@ def test_caches_that_differ_in_noise_or_targets_share_what_is_prepared(
     source = write_chats(tmp_path / "d.jsonl", [f"x = {i}" for i in range(16)])
 
     def config(name: str, **changes: Any) -> CacheConfig:
-        return small_cache_config("tiny-cross", random_teacher, tmp_path / name, data=source, **changes)
+        return small_cache_config(
+            "tiny-cross", random_teacher, tmp_path / name, data=source, **changes
+        )
 
     first = build_cache(config("a"))
     monkeypatch.setattr(
-        "teacher_cache.prepared.prepare.source_rows", lambda _: pytest.fail("the source was read again")
+        "teacher_cache.prepared.prepare.source_rows",
+        lambda _: pytest.fail("the source was read again"),
     )
-    second = build_cache(config("b", noise={"seed": 5, "comp_demo": False, "draws": 1}, targets={"k": 4}))
+    second = build_cache(
+        config("b", noise={"seed": 5, "comp_demo": False, "draws": 1}, targets={"k": 4})
+    )
     assert (first.rows, second.rows) == (32, 16)
-    assert build_cache(config("a", noise={"draws": 3})).computed == 2  # and so does a cache that grows
+    assert (
+        build_cache(config("a", noise={"draws": 3})).computed == 2
+    )  # and so does a cache that grows
 
 
-def test_repeated_rows_make_a_sound_cache_with_masks_of_their_own(random_teacher: Path, tmp_path: Path) -> None:
+def test_repeated_rows_make_a_sound_cache_with_masks_of_their_own(
+    random_teacher: Path, tmp_path: Path
+) -> None:
     source = write_chats(tmp_path / "d.jsonl", ["value = 1 + 2 + 3 + 4"] * 6)
-    config = small_cache_config("tiny-cross", random_teacher, tmp_path / "c", data=source, noise={"draws": 1})
+    config = small_cache_config(
+        "tiny-cross", random_teacher, tmp_path / "c", data=source, noise={"draws": 1}
+    )
     build_cache(config)
     assert not check_cache(config.out).problems
     rows = rows_in(config.out, Unit(0, 0))
@@ -83,7 +100,11 @@ def test_a_cache_keeps_the_day_on_which_it_was_begun(
         changes = {"data": source, "student_tokenizer": str(student), "noise": {"draws": draws}}
         config = small_cache_config("tiny-cross", random_teacher, tmp_path / out, **changes)
         build_cache(config)
-        return [row.student_ids.tolist() for draw in range(draws) for row in rows_in(config.out, Unit(draw, 0))]
+        return [
+            row.student_ids.tolist()
+            for draw in range(draws)
+            for row in rows_in(config.out, Unit(draw, 0))
+        ]
 
     (first, second) = build(25, 1)
     assert build(26, 2) == [first, second, first, second]

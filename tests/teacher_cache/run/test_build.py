@@ -34,7 +34,9 @@ def contents(cache: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("teacher", ["tiny-cross", "tiny-shared"])
-def test_rows_hold_what_the_teacher_says(caches: dict[str, Path], random_teacher: Path, teacher: str) -> None:
+def test_rows_hold_what_the_teacher_says(
+    caches: dict[str, Path], random_teacher: Path, teacher: str
+) -> None:
     """Chunk likelihoods and logits of a whole shard, recomputed one pass at a time from the row alone."""
     cache = caches[teacher]
     model = load_model(open_checkpoint(str(random_teacher)), "llama", torch.float32)
@@ -51,14 +53,22 @@ def test_rows_hold_what_the_teacher_says(caches: dict[str, Path], random_teacher
             with torch.no_grad():
                 logits = model(input_ids=noised, attention_mask=mask).logits[0].double()
             where = np.flatnonzero(row.split == part)
-            np.testing.assert_allclose(row.logsumexp[where], torch.logsumexp(logits[read], 1), atol=0.5 / 32 + 1e-4)
-            assert row.topk_logp is not None and row.topk_sizes is not None and row.tail_odds is not None
+            np.testing.assert_allclose(
+                row.logsumexp[where], torch.logsumexp(logits[read], 1), atol=0.5 / 32 + 1e-4
+            )
+            assert (
+                row.topk_logp is not None
+                and row.topk_sizes is not None
+                and row.tail_odds is not None
+            )
             truth = torch.log_softmax(logits[read], 1).topk(8).values.numpy().astype(np.float32)
             apart = np.abs(row.topk_logp.reshape(-1, 8)[where] - truth)
             assert (apart <= half_steps(truth, (1.0, 2.0)) + 1e-4).all()
             for i, t in enumerate((1.0, 2.0)):
                 p = torch.softmax(logits[read] / t, 1).topk(8).values.sum(1)
-                np.testing.assert_allclose(row.tail_odds[where, i], torch.log((1 - p) / p), atol=0.5 / 256 + 1e-4)
+                np.testing.assert_allclose(
+                    row.tail_odds[where, i], torch.log((1 - p) / p), atol=0.5 / 256 + 1e-4
+                )
             logp[read] = torch.log_softmax(logits, 1)[read, ids[read]].numpy()
         assert row.chunk_teacher is not None
         assert row.chunk_logp is not None
@@ -92,7 +102,9 @@ def test_a_second_run_computes_nothing_and_more_draws_only_the_new_ones(
     assert load_manifest(cache).draws == 3
     after = contents(cache)
     assert {k: after[k] for k in before} == before
-    again = build_cache(small_cache_config("tiny-cross", random_teacher, cache))  # fewer draws shrink nothing
+    again = build_cache(
+        small_cache_config("tiny-cross", random_teacher, cache)
+    )  # fewer draws shrink nothing
     assert (again.computed, again.kept) == (0, 9)
 
 
@@ -137,11 +149,17 @@ def test_killed_at_random_moments_and_restarted_the_cache_is_the_same(
     chance = random.Random(0)
     kills = 0
     for attempt in range(12):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         try:
             started, had = time.monotonic(), len(finished_units(out))
             # Wait for the run's first new shard, then a random moment more: kills fall on work, not on imports.
-            while process.poll() is None and len(finished_units(out)) == had and time.monotonic() - started < 120:
+            while (
+                process.poll() is None
+                and len(finished_units(out)) == had
+                and time.monotonic() - started < 120
+            ):
                 time.sleep(0.01)
             if attempt < 4:
                 process.wait(chance.uniform(0, 0.1))
@@ -172,11 +190,16 @@ def test_other_settings_are_refused_with_a_diff_and_touch_nothing(
 
     refused(r"targets.k: 8 → 4", config(targets={"k": 4}))
     refused(r"noise.seed: 0 → 5", config(noise={"seed": 5}))
-    refused(r"data.content: [\s\S]*data.examples: 24 → 20", config(data={"source": str(chats_file()), "limit": 20}))
+    refused(
+        r"data.content: [\s\S]*data.examples: 24 → 20",
+        config(data={"source": str(chats_file()), "limit": 20}),
+    )
     refused(r'engine.dtype: "float32" → "float16"', config(engine={"dtype": "float16"}))
     other = Path(shutil.copytree(random_teacher, tmp_path / "other"))
     tensors = load_file(other / "model.safetensors")
-    save_file({k: v + 1e-3 for k, v in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v + 1e-3 for k, v in tensors.items()}, other / "model.safetensors", {"format": "pt"}
+    )
     refused("teacher.weights: ", small_cache_config("tiny-shared", other, cache))
     assert contents(cache) == before
 
@@ -184,20 +207,30 @@ def test_other_settings_are_refused_with_a_diff_and_touch_nothing(
 def test_bad_input_is_refused_before_the_teacher_is_loaded(
     random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("teacher_cache.run.build.load_engine", lambda _plan: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(
+        "teacher_cache.run.build.load_engine", lambda _plan: pytest.fail("the teacher was loaded")
+    )
 
     def config(teacher: str = "tiny-shared", model: Path = random_teacher, **changes: Any) -> Any:
         return small_cache_config(teacher, model, tmp_path / "c", **changes)
 
     refused("unknown teacher 'tiny'", config("tiny"))
-    refused(r"targets.k is 4097, but the teacher tiny-shared has 4096 logits", config(targets={"k": 4097}))
+    refused(
+        r"targets.k is 4097, but the teacher tiny-shared has 4096 logits",
+        config(targets={"k": 4097}),
+    )
     refused("has no examples", config(data={"source": str(empty_file(tmp_path))}))
     refused("differ in .* tokens", config(student_tokenizer=str(STUDENT_TOKENIZER)))
-    refused("would read 640 tokens, but knows 512", config(lengths={"student": 640, "teacher": 640}))
+    refused(
+        "would read 640 tokens, but knows 512", config(lengths={"student": 640, "teacher": 640})
+    )
     edited = Path(shutil.copytree(random_teacher, tmp_path / "m"))
     values = json.loads((edited / "config.json").read_text())
     (edited / "config.json").write_text(json.dumps({**values, "mask_token_id": 7}))
-    refused(r"has mask_token_id 7 \('\('\), its tokenizer names '<\|mask\|>' \(4095\)", config(model=edited))
+    refused(
+        r"has mask_token_id 7 \('\('\), its tokenizer names '<\|mask\|>' \(4095\)",
+        config(model=edited),
+    )
     (edited / "config.json").write_text(json.dumps({**values, "vocab_size": 4090}))
     refused("tokenizer has 4096 tokens, its embedding 4090", config(model=edited))
 
@@ -208,10 +241,20 @@ def empty_file(folder: Path) -> Path:
 
 
 def test_data_whose_prompts_never_fit(random_teacher: Path, tmp_path: Path) -> None:
-    chats = [{"messages": [{"role": "user", "content": "word " * 400}, {"role": "assistant", "content": "a"}]}]
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": "word " * 400},
+                {"role": "assistant", "content": "a"},
+            ]
+        }
+    ]
     (tmp_path / "d.jsonl").write_text(json.dumps(chats[0]) + "\n")
     data = {"source": str(tmp_path / "d.jsonl")}
-    refused("no example of .* fits", small_cache_config("tiny-cross", random_teacher, tmp_path / "c", data=data))
+    refused(
+        "no example of .* fits",
+        small_cache_config("tiny-cross", random_teacher, tmp_path / "c", data=data),
+    )
 
 
 def test_a_teacher_that_returns_nan_stops_the_run_and_keeps_finished_shards(
@@ -225,13 +268,17 @@ def test_a_teacher_that_returns_nan_stops_the_run_and_keeps_finished_shards(
     from shared.text.tokenizers import Tokenizer
 
     tokenizer = Tokenizer.load(broken)
-    rare = (set(tokenizer.encode(["zebra quartz"])[0]) - set(tokenizer.encode(["x = 1", "y = 2"])[0])).pop()
+    rare = (
+        set(tokenizer.encode(["zebra quartz"])[0]) - set(tokenizer.encode(["x = 1", "y = 2"])[0])
+    ).pop()
     tensors["model.embed_tokens.weight"][rare] = float("nan")
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     data = write_chats(tmp_path / "d.jsonl", ["x = 1", "y = 2", "zebra quartz " * 6])
     noise = {"draws": 1, "seed": 1}
     changes: dict[str, Any] = {"data": data, "shard_examples": 1, "noise": noise}
-    config = small_cache_config("tiny-cross", broken, tmp_path / "c", targets={"signals": ["chunks"]}, **changes)
+    config = small_cache_config(
+        "tiny-cross", broken, tmp_path / "c", targets={"signals": ["chunks"]}, **changes
+    )
     refused(r"the teacher returned \d+ non-finite rows", config)
     assert finished_units(tmp_path / "c") == [Unit(0, 0), Unit(0, 1)]
     config = small_cache_config("tiny-shared", broken, tmp_path / "d", **changes)
@@ -275,13 +322,20 @@ def test_a_damaged_manifest(caches: dict[str, Path], random_teacher: Path, tmp_p
     refused("is damaged", small_cache_config("tiny-shared", random_teacher, cache))
     (cache / "manifest.json").unlink()
     other = {"k": 9, "classes": 5, "pilot": 200}
-    refused("belongs to another cache", small_cache_config("tiny-shared", random_teacher, cache, targets=other))
-    report = build_cache(small_cache_config("tiny-shared", random_teacher, cache, noise={"draws": 1}))
+    refused(
+        "belongs to another cache",
+        small_cache_config("tiny-shared", random_teacher, cache, targets=other),
+    )
+    report = build_cache(
+        small_cache_config("tiny-shared", random_teacher, cache, noise={"draws": 1})
+    )
     assert (report.computed, report.kept) == (0, 6)
     assert load_manifest(cache) == load_manifest(caches["tiny-shared"])
 
 
-def test_a_manifest_that_says_something_else_is_damaged(caches: dict[str, Path], tmp_path: Path) -> None:
+def test_a_manifest_that_says_something_else_is_damaged(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
     cache = Path(shutil.copytree(caches["tiny-shared"], tmp_path / "c"))
     text = (cache / "manifest.json").read_text()
     (cache / "manifest.json").write_text(text.replace('"mask_id": 4095', '"mask_id": 4094', 1))
@@ -290,7 +344,9 @@ def test_a_manifest_that_says_something_else_is_damaged(caches: dict[str, Path],
 
 
 def test_without_comp_demo_all_is_masked_in_one_pass(random_teacher: Path, tmp_path: Path) -> None:
-    config = small_cache_config("tiny-shared", random_teacher, tmp_path / "c", noise={"draws": 1, "comp_demo": False})
+    config = small_cache_config(
+        "tiny-shared", random_teacher, tmp_path / "c", noise={"draws": 1, "comp_demo": False}
+    )
     build_cache(config)
     rows = rows_in(config.out, Unit(0, 0))
     assert not any(row.split.any() for row in rows)
@@ -298,7 +354,9 @@ def test_without_comp_demo_all_is_masked_in_one_pass(random_teacher: Path, tmp_p
 
 def test_adaptive_length_keeps_fewer_logits(random_teacher: Path, tmp_path: Path) -> None:
     targets = {"k": 64, "mass": 0.03, "signals": ["topk"]}
-    config = small_cache_config("tiny-shared", random_teacher, tmp_path / "c", noise={"draws": 1}, targets=targets)
+    config = small_cache_config(
+        "tiny-shared", random_teacher, tmp_path / "c", noise={"draws": 1}, targets=targets
+    )
     build_cache(config)
     rows = [r for r in rows_in(config.out, Unit(0, 0)) if r.masked.size]
     sizes = np.concatenate([r.topk_sizes for r in rows if r.topk_sizes is not None])

@@ -13,7 +13,13 @@ from shared.models.loading import load_model, meta_model, random_model
 from shared.settings.build import build
 from shared.settings.config import CacheConfig
 from teacher_cache.run.build import build_cache
-from teacher_cache.run.costs import Workload, assumed_workload, bytes_per_draw, sampled_workload, size_of
+from teacher_cache.run.costs import (
+    Workload,
+    assumed_workload,
+    bytes_per_draw,
+    sampled_workload,
+    size_of,
+)
 from teacher_cache.run.plan import make_plan
 from teacher_cache.teachers.registry import all_teachers, find_teacher, known_shape
 from tests.conftest import small_cache_config
@@ -54,10 +60,14 @@ def test_flops_are_those_that_torch_counts(golden: Path, name: str) -> None:
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(input_ids=ids, attention_mask=mask)
     load = Workload(1, 1.0, float(length), float(length), float(length), 0.0, "")
-    assert size_of(model).flops(load, float(length)) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert size_of(model).flops(load, float(length)) == pytest.approx(
+        counter.get_total_flops(), rel=0.02
+    )
 
 
-def test_the_bytes_of_a_draw_bound_those_of_a_real_cache(random_teacher: Path, tmp_path: Path) -> None:
+def test_the_bytes_of_a_draw_bound_those_of_a_real_cache(
+    random_teacher: Path, tmp_path: Path
+) -> None:
     for teacher in ("tiny-cross", "tiny-shared"):
         config = small_cache_config(teacher, random_teacher, tmp_path / teacher, shard_examples=24)
         build_cache(config)
@@ -70,7 +80,11 @@ def test_the_bytes_of_a_draw_bound_those_of_a_real_cache(random_teacher: Path, t
 
 
 def test_stated_workloads_count_copies_and_passes() -> None:
-    for teacher, passes, tokens in [("llada-8b", 2, 200), ("wedlm-8b", 2, 150), ("sdar-8b", 2, 125)]:
+    for teacher, passes, tokens in [
+        ("llada-8b", 2, 200),
+        ("wedlm-8b", 2, 150),
+        ("sdar-8b", 2, 125),
+    ]:
         config = build(CacheConfig, {"teacher": teacher})  # two draws
         load = assumed_workload(find_teacher(teacher), config, 10, 100, 0.5)
         assert (load.passes, load.tokens, load.masked) == (passes, tokens, 25)
@@ -84,6 +98,8 @@ def test_random_weights_have_the_true_shapes_and_give_finite_values(golden: Path
         random_model("llada2_moe", checkpoint.config, torch.float32),
         load_model(checkpoint, "llada2_moe", torch.float32),
     )
-    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
+    assert {n: p.shape for n, p in model.named_parameters()} == {
+        n: p.shape for n, p in real.named_parameters()
+    }
     with torch.inference_mode():
         assert model(input_ids=torch.arange(8)[None]).logits.isfinite().all()

@@ -40,9 +40,15 @@ def test_auto_takes_vllm_where_it_can(
     assert settle(teacher, *settings) == "transformers"
 
 
-def test_what_vllm_cannot_do_is_refused_with_the_engine_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_vllm_cannot_do_is_refused_with_the_engine_that_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(vllm_engine, "installed", lambda: True)
-    for teacher, mode in [("wedlm-8b", "native"), ("wedlm-8b-x0_xt", "x0_xt"), ("sdar-8b", "block_causal")]:
+    for teacher, mode in [
+        ("wedlm-8b", "native"),
+        ("wedlm-8b-x0_xt", "x0_xt"),
+        ("sdar-8b", "block_causal"),
+    ]:
         with pytest.raises(TideError, match=rf"runs under {mode}[\s\S]*--engine transformers"):
             settle(teacher, "engine.type=vllm")
     monkeypatch.setattr(vllm_engine, "installed", lambda: False)

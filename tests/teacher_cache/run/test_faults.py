@@ -44,7 +44,12 @@ def test_killed_or_out_of_disk_at_every_point(random_teacher: Path, tmp_path: Pa
         str(tmp_path),
     ]
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     cases = json.loads(done.stdout.splitlines()[-1])
@@ -58,13 +63,20 @@ def damaged_copies(whole: bytes, flips: int, cuts: int) -> list[bytes]:
     chance = random.Random(0)
     copies = [whole[: chance.randrange(len(whole))] for _ in range(cuts)]
     third = 2 * len(whole) // 3
-    places = [chance.randrange(len(whole)) if i % 2 else chance.randrange(third, len(whole)) for i in range(flips)]
-    return copies + [whole[:p] + bytes([whole[p] ^ 1 << chance.randrange(8)]) + whole[p + 1 :] for p in places]
+    places = [
+        chance.randrange(len(whole)) if i % 2 else chance.randrange(third, len(whole))
+        for i in range(flips)
+    ]
+    return copies + [
+        whole[:p] + bytes([whole[p] ^ 1 << chance.randrange(8)]) + whole[p + 1 :] for p in places
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["tiny-cross", "tiny-shared"])
-def test_a_damaged_shard_is_refused_or_reads_the_same(caches: dict[str, Path], tmp_path: Path, teacher: str) -> None:
+def test_a_damaged_shard_is_refused_or_reads_the_same(
+    caches: dict[str, Path], tmp_path: Path, teacher: str
+) -> None:
     source = Unit(0, 0).path(caches[teacher])
     path = tmp_path / "draw=00" / "part-00000.parquet"
     path.parent.mkdir()
@@ -86,7 +98,9 @@ def test_a_damaged_shard_is_refused_or_reads_the_same(caches: dict[str, Path], t
     assert refused >= 0.5 * len(copies)
 
 
-def test_a_damaged_manifest_is_refused_or_reads_the_same(caches: dict[str, Path], tmp_path: Path) -> None:
+def test_a_damaged_manifest_is_refused_or_reads_the_same(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
     source = caches["tiny-shared"] / "manifest.json"
     expected = load_manifest(caches["tiny-shared"])
     refused = 0
@@ -113,11 +127,15 @@ with _only_writer(CacheConfig(out=Path(sys.argv[1]))):
 
 
 def test_two_writers_in_two_processes(random_teacher: Path, tmp_path: Path) -> None:
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "c")], cwd=ROOT, stdout=subprocess.PIPE)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "c")], cwd=ROOT, stdout=subprocess.PIPE
+    )
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
-        config = small_cache_config("tiny-shared", random_teacher, tmp_path / "c", noise={"draws": 1})
+        config = small_cache_config(
+            "tiny-shared", random_teacher, tmp_path / "c", noise={"draws": 1}
+        )
         with pytest.raises(TideError, match=r"in use by[\s\S]*wait for it"):
             build_cache(config)
     finally:
@@ -177,7 +195,9 @@ def test_what_changed_between_two_runs_is_named(
     cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "cache"))
     before = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
     changes = change(model, tmp_path)
-    with pytest.raises(TideError, match=rf"other settings[\s\S]*{named}[\s\S]*give back the old settings"):
+    with pytest.raises(
+        TideError, match=rf"other settings[\s\S]*{named}[\s\S]*give back the old settings"
+    ):
         build_cache(small_cache_config("tiny-cross", model, cache, **changes))
     assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
 

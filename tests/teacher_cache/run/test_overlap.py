@@ -18,7 +18,9 @@ from tests.conftest import small_cache_config
 @pytest.fixture
 def plan(random_teacher: Path, tmp_path: Path) -> CachePlan:
     targets = {"signals": ["chunks"]}
-    return make_plan(small_cache_config("tiny-cross", random_teacher, tmp_path / "cache", targets=targets))
+    return make_plan(
+        small_cache_config("tiny-cross", random_teacher, tmp_path / "cache", targets=targets)
+    )
 
 
 class Spy:
@@ -86,7 +88,9 @@ def test_what_was_scored_is_written_when_a_later_unit_stops_the_run(plan: CacheP
     assert finished_units(plan.config.out) == plan.manifest.units()[:3]
 
 
-def test_an_error_in_preparation_reaches_the_user(plan: CachePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_preparation_reaches_the_user(
+    plan: CachePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(_plan: CachePlan, unit: Unit, _examples: Any) -> Any:
         raise TideError(f"unit {unit.part} cannot be prepared")
 

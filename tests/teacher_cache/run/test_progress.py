@@ -14,10 +14,14 @@ from teacher_cache.run.progress import prometheus, read_status
 from tests.conftest import small_cache_config
 
 
-def test_the_status_file_tells_of_a_run_and_adds_up_what_the_cache_cost(random_teacher: Path, tmp_path: Path) -> None:
+def test_the_status_file_tells_of_a_run_and_adds_up_what_the_cache_cost(
+    random_teacher: Path, tmp_path: Path
+) -> None:
     out, metrics = tmp_path / "cache", tmp_path / "tide.prom"
     report = build_cache(
-        small_cache_config("tiny-shared", random_teacher, out, noise={"draws": 1}, metrics_file=metrics)
+        small_cache_config(
+            "tiny-shared", random_teacher, out, noise={"draws": 1}, metrics_file=metrics
+        )
     )
     first = read_status(out)
     assert first["state"] == "finished"
@@ -33,7 +37,9 @@ def test_the_status_file_tells_of_a_run_and_adds_up_what_the_cache_cost(random_t
     assert second["engine_seconds"] >= first["engine_seconds"]
 
 
-def test_a_run_that_fails_says_so(random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_fails_says_so(
+    random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(plan: Any) -> Any:
         engine: Any = load_engine(plan)
         engine.score = lambda _requests: (_ for _ in ()).throw(TideError("no more"))
@@ -42,13 +48,17 @@ def test_a_run_that_fails_says_so(random_teacher: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(build, "load_engine", broken)
     with pytest.raises(TideError, match="no more"):
         build_cache(
-            small_cache_config("tiny-cross", random_teacher, tmp_path / "cache", targets={"signals": ["chunks"]})
+            small_cache_config(
+                "tiny-cross", random_teacher, tmp_path / "cache", targets={"signals": ["chunks"]}
+            )
         )
     assert read_status(tmp_path / "cache")["state"] == "failed"
 
 
 def test_prometheus_text_has_a_type_and_a_value_for_every_number() -> None:
-    lines = prometheus({"state": "running", "rows_done": 3, "seconds_left": None}, "llada-8b").splitlines()
+    lines = prometheus(
+        {"state": "running", "rows_done": 3, "seconds_left": None}, "llada-8b"
+    ).splitlines()
     assert lines == [
         "# TYPE tide_cache_rows_done gauge",
         'tide_cache_rows_done{teacher="llada-8b"} 3',

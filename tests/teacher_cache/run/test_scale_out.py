@@ -18,17 +18,23 @@ from teacher_cache.run.progress import read_status
 from tests.conftest import files, small_cache_config
 
 
-def test_ranks_share_the_units_on_one_disk(caches: dict[str, Path], random_teacher: Path, tmp_path: Path) -> None:
+def test_ranks_share_the_units_on_one_disk(
+    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "c"
     for rank in range(3):
-        report = build_cache(small_cache_config("tiny-shared", random_teacher, out, rank=rank, world=3))
+        report = build_cache(
+            small_cache_config("tiny-shared", random_teacher, out, rank=rank, world=3)
+        )
         assert (report.computed, report.kept) == (2, 2 * rank)
     assert files(out) == files(caches["tiny-shared"])
     status = read_status(out)
     assert (status["state"], status["ranks"], status["rows_done"]) == ("finished", 3, 48)
 
 
-def test_ranks_lock_out_a_plain_run_and_their_own_twins(random_teacher: Path, tmp_path: Path) -> None:
+def test_ranks_lock_out_a_plain_run_and_their_own_twins(
+    random_teacher: Path, tmp_path: Path
+) -> None:
     def config(**changes: Any) -> CacheConfig:
         return small_cache_config("tiny-shared", random_teacher, tmp_path / "c", **changes)
 
@@ -90,8 +96,14 @@ def test_a_ray_cluster_of_two_nodes_loses_one(
     print(f"actors lost and replaced: {status['failures']}")
 
 
-def test_ray_that_is_not_there_is_explained(random_teacher: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name == "ray" else object())
+def test_ray_that_is_not_there_is_explained(
+    random_teacher: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *_: None if name == "ray" else object()
+    )
     engine = {"dtype": "float32", "device": "cpu", "workers": "ray"}
     with pytest.raises(TideError, match=r"Ray is not installed[\s\S]*pip install"):
-        build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "c", engine=engine))
+        build_cache(
+            small_cache_config("tiny-shared", random_teacher, tmp_path / "c", engine=engine)
+        )

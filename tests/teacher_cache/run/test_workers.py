@@ -22,7 +22,9 @@ ENGINE = {"dtype": "float32", "device": "cpu", "tokens_per_batch": 128}
 
 
 def config(teacher: Path, out: Path, workers: int) -> Any:
-    return small_cache_config("tiny-cross", teacher, out, shard_examples=2, engine={**ENGINE, "data_parallel": workers})
+    return small_cache_config(
+        "tiny-cross", teacher, out, shard_examples=2, engine={**ENGINE, "data_parallel": workers}
+    )
 
 
 def shards(config: Any) -> dict[Any, bytes]:
@@ -39,7 +41,10 @@ def test_two_processes_write_what_one_writes(random_teacher: Path, tmp_path: Pat
 
 @pytest.mark.faults("kill -9 at random moments")
 def test_a_killed_process_is_replaced_and_nothing_is_lost(
-    random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    random_teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """One of the two processes is killed when it has written a shard: the other and a new one write the rest."""
     killed: list[int] = []
@@ -73,7 +78,9 @@ def test_a_process_that_always_dies_ends_the_run(
 ) -> None:
     settings = config(random_teacher, tmp_path / "c", 2)
     plan = make_plan(settings)
-    monkeypatch.setattr(workers, "_serve", os._exit)  # called with the plan: no exit code, so it dies of the error
+    monkeypatch.setattr(
+        workers, "_serve", os._exit
+    )  # called with the plan: no exit code, so it dies of the error
     with pytest.raises(TideError, match=r"died 4 times[\s\S]*finished shards are kept"):
         workers.run_workers(plan, plan.missing)
 

@@ -31,7 +31,9 @@ from tests.conftest import GOLDEN, files, small_cache_config
 from tests.reading import all_rows
 
 
-def test_the_prior_is_the_mean_of_what_is_outside(caches: dict[str, Path], random_teacher: Path) -> None:
+def test_the_prior_is_the_mean_of_what_is_outside(
+    caches: dict[str, Path], random_teacher: Path
+) -> None:
     """Recomputed in float64 from full logits, one request at a time."""
     config = small_cache_config("tiny-shared", random_teacher, caches["tiny-shared"])
     plan = make_plan(config, write=False)
@@ -41,7 +43,11 @@ def test_the_prior_is_the_mean_of_what_is_outside(caches: dict[str, Path], rando
     logits = torch.cat([logits for logits, _ in engine.logits(requests)]).double()
     found = load_vocabulary(caches["tiny-shared"])
     for i, temperature in enumerate((1.0, 2.0)):
-        p = torch.softmax(logits / temperature, 1).scatter(1, logits.topk(8, 1).indices, 0.0).mean(0)
+        p = (
+            torch.softmax(logits / temperature, 1)
+            .scatter(1, logits.topk(8, 1).indices, 0.0)
+            .mean(0)
+        )
         np.testing.assert_allclose(found.prior[i], p, rtol=2e-3, atol=1e-9)
     count = torch.bincount(logits.topk(8, 1).indices.flatten(), minlength=4096).numpy()
     in_order = count[found.ids_by_rank]
@@ -67,7 +73,9 @@ def test_a_smaller_k_follows_from_the_pilot(random_teacher: Path, tmp_path: Path
         build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / f"k{k}", targets=targets,
                                        noise={"draws": 1}))  # fmt: skip
     whole = load_vocabulary(tmp_path / "k8")
-    cut, pilot = smaller(whole, load_pilot(tmp_path / "k8"), (1.0, 2.0), 3, np.arange(5, dtype=np.int32))
+    cut, pilot = smaller(
+        whole, load_pilot(tmp_path / "k8"), (1.0, 2.0), 3, np.arange(5, dtype=np.int32)
+    )
     direct = load_vocabulary(tmp_path / "k3")
     np.testing.assert_allclose(cut.prior, direct.prior, rtol=1e-3, atol=1e-10)
     assert np.array_equal(cut.rank_of, direct.rank_of)
@@ -79,7 +87,9 @@ def test_classes_hold_tokens_of_like_direction() -> None:
     torch.manual_seed(0)
     centres = torch.randn(4, 16) * 3
     own = torch.arange(200) % 4
-    rows = (centres[own] + torch.randn(200, 16) * 0.1) * (torch.rand(200, 1) * 9 + 0.5)  # lengths say nothing
+    rows = (centres[own] + torch.randn(200, 16) * 0.1) * (
+        torch.rand(200, 1) * 9 + 0.5
+    )  # lengths say nothing
     allowed = np.arange(220) < 200
     class_of, means = cluster(torch.cat([rows, torch.randn(20, 16)]), allowed, 4)
     assert (class_of[200:] == -1).all() and means.shape == (4, 16)
@@ -90,10 +100,14 @@ def test_classes_hold_tokens_of_like_direction() -> None:
         cluster(rows, np.ones(200, bool), 300)
 
 
-def test_classes_of_the_students_head_and_of_the_teachers(random_teacher: Path, tmp_path: Path) -> None:
+def test_classes_of_the_students_head_and_of_the_teachers(
+    random_teacher: Path, tmp_path: Path
+) -> None:
     def classes(**targets: Any) -> np.ndarray:
         changes = {"targets": {"k": 8, "classes": 5, **targets}}
-        return classes_for(make_plan(small_cache_config("tiny-shared", random_teacher, tmp_path / "c", **changes)))[0]
+        return classes_for(
+            make_plan(small_cache_config("tiny-shared", random_teacher, tmp_path / "c", **changes))
+        )[0]
 
     own = classes()
     embedded = "embedded:teacher_cache.teachers/tiny"
@@ -101,11 +115,15 @@ def test_classes_of_the_students_head_and_of_the_teachers(random_teacher: Path, 
     assert np.array_equal(own, classes(classes_from=str(random_teacher)))
     assert (classes(classes=1) == 0).all()
     if GOLDEN.is_dir():
-        with pytest.raises(TideError, match=r"has a head of [\d,]+ rows[\s\S]*name the student's checkpoint"):
+        with pytest.raises(
+            TideError, match=r"has a head of [\d,]+ rows[\s\S]*name the student's checkpoint"
+        ):
             classes(classes_from=str(GOLDEN / "a2d_qwen3"))
 
 
-@pytest.mark.parametrize("name", ["llada", "dream", "llada2_moe", "llada_moe", "wedlm", "a2d_qwen3"])
+@pytest.mark.parametrize(
+    "name", ["llada", "dream", "llada2_moe", "llada_moe", "wedlm", "a2d_qwen3"]
+)
 def test_head_rows_are_those_of_the_loaded_model(golden: Path, name: str) -> None:
     checkpoint = open_checkpoint(str(golden / name))
     architecture = architecture_of(checkpoint)
@@ -113,22 +131,30 @@ def test_head_rows_are_those_of_the_loaded_model(golden: Path, name: str) -> Non
     assert torch.equal(head_rows(checkpoint, architecture), model.lm_head.weight)
 
 
-def test_what_classes_and_priors_come_from_is_part_of_the_cache(random_teacher: Path, tmp_path: Path) -> None:
+def test_what_classes_and_priors_come_from_is_part_of_the_cache(
+    random_teacher: Path, tmp_path: Path
+) -> None:
     config = small_cache_config("tiny-shared", random_teacher, tmp_path / "c", noise={"draws": 1})
     build_cache(config)
     for changed in ({"classes": 4}, {"pilot": 201}, {"tail": "student"}, {"values": "float32"},
                     {"classes_from": "embedded:teacher_cache.teachers/tiny"}):  # fmt: skip
         targets = {"k": 8, "classes": 5, "pilot": 200, **changed}
         with pytest.raises(TideError, match=rf"other settings[\s\S]*targets.{next(iter(changed))}"):
-            build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "c", targets=targets))
+            build_cache(
+                small_cache_config("tiny-shared", random_teacher, tmp_path / "c", targets=targets)
+            )
     (tmp_path / "c" / "tables" / "vocabulary.parquet").write_bytes(b"PAR1")
-    with pytest.raises(TideError, match=r"vocabulary.parquet cannot be read[\s\S]*it makes it anew"):
+    with pytest.raises(
+        TideError, match=r"vocabulary.parquet cannot be read[\s\S]*it makes it anew"
+    ):
         all_rows(tmp_path / "c")
     shutil.rmtree(tmp_path / "c" / "tables")
     before = {path: path.read_bytes() for path in (tmp_path / "c").glob("draw=*/*")}
     assert build_cache(config).computed == 0  # made anew, they are the same
     assert {path: path.read_bytes() for path in (tmp_path / "c").glob("draw=*/*")} == before
-    other = small_cache_config("tiny-shared", random_teacher, tmp_path / "d", noise={"draws": 1, "seed": 7})
+    other = small_cache_config(
+        "tiny-shared", random_teacher, tmp_path / "d", noise={"draws": 1, "seed": 7}
+    )
     build_cache(other)
     shutil.copytree(tmp_path / "d" / "tables", tmp_path / "c" / "tables", dirs_exist_ok=True)
     with pytest.raises(TideError, match="is not the table that the shards were written with"):
@@ -149,7 +175,9 @@ def release(count: int, settings: dict[str, Any]) -> list[Any]:
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(count), context.Queue()
     ranks_ = [
-        context.Process(target=_rank, args=({**settings, "rank": rank, "world": count}, barrier, results))
+        context.Process(
+            target=_rank, args=({**settings, "rank": rank, "world": count}, barrier, results)
+        )
         for rank in range(count)
     ]
     for process in ranks_:
@@ -187,7 +215,11 @@ def test_ranks_without_a_common_disk_wait_for_rank_0(
 
     def late() -> None:
         changes = {"rank": 1, "world": 2, "store": store}
-        found.append(build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "host-1", **changes)))
+        found.append(
+            build_cache(
+                small_cache_config("tiny-shared", random_teacher, tmp_path / "host-1", **changes)
+            )
+        )
 
     thread = threading.Thread(target=late)
     thread.start()
@@ -209,14 +241,37 @@ def test_two_workers_take_the_tables_of_a_process_that_is_gone(
     assert files(tmp_path / "c") == files(caches["tiny-shared"])
 
 
-def test_tables_of_another_cache_must_fit(caches: dict[str, Path], random_teacher: Path, tmp_path: Path) -> None:
-    targets: dict[str, Any] = {"k": 8, "classes": 5, "pilot": 200, "tables_from": caches["tiny-shared"]}
-    data = {"source": small_cache_config("tiny-shared", random_teacher, tmp_path).sources[0].source, "limit": 8}
-    build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "c", targets=targets, data=data))
-    tables = [load_manifest(cache).fingerprint["tables"] for cache in (tmp_path / "c", caches["tiny-shared"])]
+def test_tables_of_another_cache_must_fit(
+    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
+) -> None:
+    targets: dict[str, Any] = {
+        "k": 8,
+        "classes": 5,
+        "pilot": 200,
+        "tables_from": caches["tiny-shared"],
+    }
+    data = {
+        "source": small_cache_config("tiny-shared", random_teacher, tmp_path).sources[0].source,
+        "limit": 8,
+    }
+    build_cache(
+        small_cache_config(
+            "tiny-shared", random_teacher, tmp_path / "c", targets=targets, data=data
+        )
+    )
+    tables = [
+        load_manifest(cache).fingerprint["tables"]
+        for cache in (tmp_path / "c", caches["tiny-shared"])
+    ]
     assert tables[0] == tables[1]
-    with pytest.raises(TideError, match=r"belong to other settings: k[\s\S]*leave out targets.tables_from"):
-        build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "d", targets={**targets, "k": 7}))
+    with pytest.raises(
+        TideError, match=r"belong to other settings: k[\s\S]*leave out targets.tables_from"
+    ):
+        build_cache(
+            small_cache_config(
+                "tiny-shared", random_teacher, tmp_path / "d", targets={**targets, "k": 7}
+            )
+        )
 
 
 def test_ranks_are_an_order_of_all_ids() -> None:
