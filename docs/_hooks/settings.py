@@ -7,12 +7,12 @@ import dataclasses
 import inspect
 from typing import Any
 
-from shared import config, data_config, objectives
+from shared.settings import config, data, objectives
 
 SECTIONS: dict[str, tuple[type, ...]] = {
     "[cache]": (config.CacheConfig,),
-    "[cache.data] (a table, or a list of them)": (data_config.DataConfig,),
-    "[cache.lengths]": (data_config.LengthConfig,),
+    "[cache.data] (a table, or a list of them)": (data.DataConfig,),
+    "[cache.lengths]": (data.LengthConfig,),
     "[cache.noise]": (config.NoiseConfig,),
     "[cache.targets]": (config.TargetConfig,),
     "[cache.engine]": (config.EngineConfig,),

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from shared import templates
 from shared.cache.manifest import checksum_of, load_manifest
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import check_weights, load_model
 from shared.system.errors import TideError
+from shared.text import templates
 from shared.text.tokenizers import Tokenizer
 
 SECONDS = 12

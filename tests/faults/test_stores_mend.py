@@ -144,7 +144,7 @@ def test_a_local_store_is_written_whole_or_not_at_all(
     caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk is full in the middle of a shard: nothing is there under its name."""
-    from shared import atomic
+    from shared.system import atomic
 
     cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
     store = Store.open(str(tmp_path / "store"))

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from shared import hardware
+from shared.system import hardware
 from shared.system.errors import TideError
 from shared.system.hardware import choose_device, choose_precision, explain_precision, slowdown
 

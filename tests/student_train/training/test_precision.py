@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from shared import hardware
 from shared.cache.manifest import load_manifest
+from shared.system import hardware
 from shared.system.errors import TideError
 from student_train.training.trainer import make_trainer
 from teacher_cache.run.build import build_cache

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from shared import atomic
 from shared.settings.build import build
 from shared.settings.config import CacheConfig
+from shared.system import atomic
 from shared.system.errors import TideError
 from teacher_cache.run.build import build_cache
 from tests.conftest import files

@@ -289,7 +289,7 @@ def test_a_full_disk_stops_the_run_and_keeps_finished_shards(
     random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The third shard's temporary file is a link to /dev/full, which answers writes as a full disk does."""
-    from shared import atomic
+    from shared.system import atomic
 
     config = small_cache_config("tiny-shared", random_teacher, tmp_path / "c")
     target = Unit(0, 2).path(config.out)

@@ -8,7 +8,7 @@ import pytest
 
 from shared.cache.shards import Unit, finished_units
 from shared.system.errors import TideError
-from teacher_cache import overlap
+from teacher_cache.run import overlap
 from teacher_cache.run.load_engine import load_engine
 from teacher_cache.run.plan import CachePlan, make_plan
 from teacher_cache.run.units import run_units

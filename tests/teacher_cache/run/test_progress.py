@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from shared.system.errors import TideError
-from teacher_cache import build
+from teacher_cache.run import build
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.load_engine import load_engine
 from teacher_cache.run.progress import prometheus, read_status

@@ -12,7 +12,7 @@ from shared.cache.shards import finished_units
 from shared.settings.build import build
 from shared.settings.config import CacheConfig
 from shared.system.errors import TideError
-from teacher_cache import build as building
+from teacher_cache.run import build as building
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.progress import read_status
 from tests.conftest import files, small_cache_config

@@ -11,7 +11,7 @@ import pytest
 
 from shared.cache.shards import finished_units
 from shared.system.errors import TideError
-from teacher_cache import workers
+from teacher_cache.run import workers
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.plan import make_plan
 from tests.conftest import small_cache_config
