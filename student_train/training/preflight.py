@@ -24,9 +24,7 @@ from shared.settings.objectives import (
 )
 from shared.system.errors import TideError
 from shared.system.hardware import choose_device, choose_precision, explain_precision
-from student_train.losses.liger_head import liger_fits, liger_installed
 from student_train.training.run_folder import recorded_settings
-from student_train.training.step import Way
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -40,7 +38,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def check_hardware(config: TrainConfig) -> None:
-    """TideError where `parallel`, `head` or `student.attention` asks for what is not there."""
+    """TideError where `parallel` or `student.attention` asks for what is not there."""
     if config.student.attention == "flex" and (
         config.device == "cpu" or not torch.cuda.is_available()
     ):
@@ -60,16 +58,6 @@ def check_hardware(config: TrainConfig) -> None:
             "parallel is fsdp, and there is one process",
             expected="several, one a GPU",
             fix="start with `torchrun --nproc-per-node N -m pipelines.cli train …`, or leave parallel out",
-        )
-    if config.head == "liger" and not liger_fits(config.distillation):
-        raise TideError(
-            f"head is liger, and {config.distillation.type} needs more of the logits than Liger's kernel returns",
-            expected="none, calm or reverse_calm",
-            fix="leave head out: the loss then runs in slices",
-        )
-    if config.head == "liger" and not liger_installed():
-        raise TideError(
-            "head is liger, and liger-kernel is not installed", fix="pip install '.[liger]'"
         )
 
 
@@ -169,13 +157,6 @@ def compiles(config: TrainConfig) -> bool:
 def loader_workers(config: TrainConfig) -> int:
     """Processes that work ahead of each trainer."""
     return (1 if on_gpu(config) else 0) if config.loader_workers < 0 else config.loader_workers
-
-
-def way_of(config: TrainConfig) -> Way:
-    """How head and loss run. `auto` does not take Liger: at a vocabulary of 150,000 it works in slices of 16 to 32
-    rows, each of which adds to the whole gradient of the head.
-    """
-    return "liger" if config.head == "liger" else "compiled" if compiles(config) else "sliced"
 
 
 def check_targets(settings: Distillation, totals: Mapping[str, int], cache: Path) -> None:

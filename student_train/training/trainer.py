@@ -31,7 +31,7 @@ from student_train.batches.loader import refuse_error
 from student_train.batches.open_cache import open_cache
 from student_train.losses.fused_head import LossSettings
 from student_train.losses.objective import parts_of
-from student_train.losses.schedules import training_strength
+from student_train.losses.tidal import training_strength
 from student_train.model.card import write_card
 from student_train.model.saving import save_student
 from student_train.model.student import embedding_rows, load_student
@@ -49,7 +49,6 @@ from student_train.training.preflight import (
     settle_attention,
     settle_batch,
     settle_precision,
-    way_of,
 )
 from student_train.training.resumable import ResumableTrainer
 from student_train.training.run_folder import settle_run_folder
@@ -218,7 +217,7 @@ def make_trainer(
     read_targets = TargetReader(manifest, opened.layout)
     if compiles(config):
         compile_layers(model)
-    train_on_loss(model, lengths.block, read_targets, way_of(config))
+    train_on_loss(model, lengths.block, read_targets, compiles(config))
     trainer = StudentTrainer(
         model=model,
         args=arguments(config, manifest, steps, heldout is not None),

@@ -13,7 +13,7 @@ from shared.cache.shards import Unit
 from shared.settings.objectives import KL, ReverseKL, Tidal
 from student_train.batches.collate import TargetReader, collate
 from student_train.losses.objective import objective
-from student_train.losses.schedules import strength
+from student_train.losses.tidal import strength_at, training_strength
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.load_engine import load_engine
 from teacher_cache.run.plan import make_plan
@@ -72,7 +72,7 @@ def test_the_gradient_is_that_of_full_logits(
         torch.log_softmax(teacher.double() / temperature, 1),
     )
     if tidal is not None:
-        part = strength(tidal, 0.5, targets.t).double()[:, None]
+        part = strength_at(tidal, training_strength(tidal, 0.5), targets.t).double()[:, None]
         p = torch.log_softmax((1 - part) * q.detach() + part * p, 1)
     a, b = (p, q) if kind is KL else (q, p)
     expected = temperature**2 * (a.exp() * (a - b)).sum()

@@ -20,8 +20,8 @@ from shared.settings.objectives import (
     Tidal,
 )
 from student_train.losses.fused_head import LossSettings, fused_loss
-from student_train.losses.objective import Counts, objective, slice_targets, total
-from student_train.losses.targets import ChunkTargets, Targets
+from student_train.losses.objective import Counts, objective, total
+from student_train.losses.targets import ChunkTargets, Targets, slice_targets
 from tests.student_train.losses.problems import cached
 
 OBJECTIVES: dict[str, Distillation] = {

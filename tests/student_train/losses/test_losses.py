@@ -16,11 +16,12 @@ from student_train.losses.calm import (
     bound_probability,
     calm,
     chunk_log_likelihood,
+    complement_logsumexp,
+    log1mexp,
     reverse_calm,
     token_log_likelihood,
 )
-from student_train.losses.denoise import denoise
-from student_train.losses.log_masses import complement_logsumexp, log1mexp
+from student_train.losses.objective import denoise
 from student_train.losses.tidal import tidal_probability
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shared.settings.objectives import Tidal
-from student_train.losses.schedules import growth, strength, timestep_weight, training_strength
+from student_train.losses.tidal import growth, strength_at, timestep_weight, training_strength
 
 
 def test_growth_runs_from_zero_to_one() -> None:
@@ -24,11 +24,11 @@ def test_strength_by_axis() -> None:
     t = torch.tensor([0.0, 0.25, 1.0])
     half = training_strength(Tidal(), 0.5)
     assert half == pytest.approx(0.5)
-    torch.testing.assert_close(strength(Tidal(axis="both"), 0.5, t), half * (1 - t))
+    torch.testing.assert_close(strength_at(Tidal(axis="both"), half, t), half * (1 - t))
     torch.testing.assert_close(
-        strength(Tidal(axis="training_only"), 0.5, t), torch.full_like(t, half)
+        strength_at(Tidal(axis="training_only"), half, t), torch.full_like(t, half)
     )
-    torch.testing.assert_close(strength(Tidal(axis="timestep_only"), 0.5, t), 0.9 * (1 - t))
+    torch.testing.assert_close(strength_at(Tidal(axis="timestep_only"), half, t), 0.9 * (1 - t))
     assert training_strength(Tidal(), 0.0) == 0.1
     assert training_strength(Tidal(), 1.0) == pytest.approx(0.9)
 

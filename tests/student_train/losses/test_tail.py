@@ -15,8 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from student_train.losses.divergence import divergence_and_gradient, log_student, token_divergence
-from student_train.losses.tail import teacher_log_probabilities
+from student_train.losses.divergence import (
+    divergence_and_gradient,
+    log_student,
+    teacher_log_probabilities,
+    token_divergence,
+)
 from student_train.losses.targets import TopKTargets
 from tests.student_train.losses.problems import Shape, cached, dense_teacher
 

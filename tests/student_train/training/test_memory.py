@@ -11,7 +11,6 @@ import torch
 
 from shared.system.errors import TideError
 from student_train.losses.fused_head import slice_rows
-from student_train.training.preflight import way_of
 from student_train.training.trainer import make_trainer, train_student
 from tests.student_train.training.test_trainer import config, curve
 
@@ -78,14 +77,6 @@ def test_slices_are_sized_by_memory() -> None:
     assert slice_rows(10**9, 1 << 30) == 32
     for memory in (8 << 30, 24 << 30, 141 << 30):  # a sixth of the GPU, at most
         assert slice_rows(151_936, memory) * 151_936 * 4 * 6 <= 0.16 * memory
-
-
-def test_the_head_runs_in_slices_unless_liger_is_named(
-    caches: dict[str, Path], tmp_path: Path
-) -> None:
-    assert way_of(config(caches["tiny-cross"], tmp_path / "r")) == "sliced"
-    assert way_of(config(caches["tiny-cross"], tmp_path / "r", head="liger")) == "liger"
-    assert way_of(config(caches["tiny-cross"], tmp_path / "r", compile="on")) == "compiled"
 
 
 def test_a_run_that_was_begun_before_a_setting_came_goes_on(
