@@ -8,7 +8,7 @@ TEACHER ?= tiny-cross
 MORE ?= 10
 ARGS ?=
 
-.PHONY: help demo test test-more test-faults test-slow test-vllm check docs bench cache train report tiny-teacher tiny-student conformance clean
+.PHONY: help demo test test-more test-slow test-vllm check docs bench cache train report tiny-teacher tiny-student conformance clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -30,9 +30,6 @@ test: $(VENV)/.ready  ## the tests, without the slow ones
 
 test-more: $(VENV)/.ready  ## the property tests with MORE (10) times as many examples, others every time
 	TIDE_EXAMPLES=$(MORE) $(BIN)/python -m pytest -m "hypothesis and not slow" $(ARGS)
-
-test-faults: $(VENV)/.ready  ## everything that goes wrong, counted by kind (docs/reliability.md)
-	$(BIN)/python -m pytest -m faults $(ARGS)
 
 $(VENV)/real/.ready: $(VENV)/.ready
 	@echo "downloading real vocabularies and weights"

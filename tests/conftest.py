@@ -34,7 +34,6 @@ from shared.settings.build import build
 from shared.settings.config import CacheConfig, DataConfig
 from teacher_cache.run.build import build_cache
 
-pytest_plugins = ["tests.faults.counting"]
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 settings.register_profile(
     "tide",

@@ -27,7 +27,6 @@ from shared.text.tokenizers import Tokenizer
 from student_train.training.trainer import train_student
 from teacher_cache.maintenance.inspect import inspect_cache
 from teacher_cache.maintenance.prune import prune_cache
-from teacher_cache.maintenance.sizes import describe_sizes, size_steps
 from teacher_cache.run.build import build_cache
 from tests.conftest import chats_file
 from tests.reading import all_rows, layout_of, rows_in
@@ -164,7 +163,7 @@ GOALS = {(64, 64): 155, (32, 64): 110, (16, 64): 90, (32, 1): 70}
 
 
 def test_what_a_masked_position_takes_on_disk(tmp_path: Path) -> None:
-    """Real logits over 49,152 tokens (`pytest -s` prints the tables). Ids are kept by rank, so it is all the same where
+    """Real logits over 49,152 tokens (`pytest -s` prints them). Ids are kept by rank, so it is all the same where
     in a vocabulary they stand.
     """
     config = real_config(
@@ -176,12 +175,11 @@ def test_what_a_masked_position_takes_on_disk(tmp_path: Path) -> None:
         prune_cache(config.out, cache, k=k, classes=classes)
         layout, rows = layout_of(cache), all_rows(cache)
         positions = sum(row.split.size for row in rows)
-        sizes = list(size_steps(rows, layout).values())[-1]
+        sizes = column_bytes(table_bytes(to_table(rows, layout), layout, {}))
         taken = {name: sizes[name] / positions for name in TARGETS}
         print(
             f"k = {k}, {classes} classes: {sum(taken.values()):.1f} bytes a position that the teacher read"
         )
-        print(describe_sizes(rows, layout))
         assert sum(taken.values()) <= goal
 
 

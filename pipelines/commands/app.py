@@ -26,7 +26,6 @@ PANELS = {
         "inspect",
         "verify",
         "prune",
-        "upgrade",
         "merge",
         "pack",
         "unpack",

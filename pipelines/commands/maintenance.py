@@ -24,9 +24,6 @@ def inspect(
     picture: Annotated[
         Path | None, typer.Option(help="Also draw the cache, to a PNG file.")
     ] = None,
-    encodings: Annotated[
-        bool, typer.Option("--encodings", help="What each of Parquet's encodings buys.")
-    ] = False,
 ) -> None:
     """Print what a cache holds: rows, masses, chunk lengths, likelihoods by t, bytes by column."""
     from teacher_cache.maintenance.inspect import describe, inspect_cache
@@ -35,11 +32,6 @@ def inspect(
         from teacher_cache.maintenance.show_row import describe_row, find_row
 
         say(describe_row(folder, find_row(folder, row, draw)))
-        return
-    if encodings:
-        from teacher_cache.maintenance.sizes import describe_first_shard
-
-        say(describe_first_shard(folder))
         return
     found = inspect_cache(folder)
     say(describe(found))
@@ -119,15 +111,6 @@ def prune(
     say(
         f"{out}: {made.draws} draws of {made.examples:,} examples, k {targets['k']}, {targets['classes']} classes"
     )
-
-
-@app.command()
-def upgrade(folder: Cache, out: Out) -> None:
-    """A cache of format 2 or 3 in today's. Nothing is computed again, so its tail stays one student-shaped class."""
-    from teacher_cache.maintenance.upgrade import upgrade_cache
-
-    made = upgrade_cache(folder, out)
-    say(f"{out}: {made.draws} draws of {made.examples:,} examples")
 
 
 @app.command()

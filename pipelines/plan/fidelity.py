@@ -24,7 +24,7 @@ from shared.cache.columns import from_table, to_table
 from shared.cache.levels import LARGEST_ODDS
 from shared.cache.manifest import Manifest
 from shared.cache.row import CacheRow, Layout
-from shared.cache.shards import table_bytes
+from shared.cache.shards import column_bytes, table_bytes
 from shared.cache.vocabulary import Vocabulary
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.settings.config import CacheConfig, StudentConfig
@@ -34,7 +34,6 @@ from student_train.batches.collate import TargetReader, collate
 from student_train.losses.objective import objective
 from student_train.losses.targets import Classes, Targets, TopKTargets, rows_of
 from student_train.model.student import batch_hidden, student_for
-from teacher_cache.maintenance.sizes import bytes_of
 from teacher_cache.run.plan import make_plan
 
 _PROGRESS = 0.5
@@ -126,7 +125,7 @@ def measure_fidelity(
 
 def _bytes(table: pa.Table, layout: Layout, positions: int) -> float:
     """Bytes a position of what is kept of the top-k and its tail."""
-    found = bytes_of(table_bytes(table, layout, {}))
+    found = column_bytes(table_bytes(table, layout, {}))
     return sum(found[name] for name in _TARGET_COLUMNS) / max(1, positions)
 
 

@@ -123,7 +123,7 @@ def load_manifest(cache: Path) -> Manifest:
     raise TideError(
         f"{cache} was written in schema version {version}",
         expected=f"version {SCHEMA_VERSION}",
-        fix=f"`tide upgrade {cache} --out NEW` converts versions 2 and 3; others need the package that wrote them",
+        fix="build it again with `tide cache`, or use the version of this package that wrote it",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,6 +211,18 @@ def _check_counts(table: pa.Table, counts: dict[str, Any], path: Path) -> None:
         raise _unreadable(
             path, ValueError(f"it holds {wrong}, its footer or its name says otherwise")
         )
+
+
+def column_bytes(content: bytes) -> Counter[str]:
+    """Compressed bytes of each column of a shard's file; `_q` is left out of their names."""
+    sizes: Counter[str] = Counter()
+    metadata = pq.ParquetFile(pa.BufferReader(content)).metadata
+    for group in range(metadata.num_row_groups):
+        for number in range(metadata.num_columns):
+            column = metadata.row_group(group).column(number)
+            name = column.path_in_schema.split(".")[0].removesuffix("_q")
+            sizes[name] += column.total_compressed_size
+    return sizes
 
 
 def finished_units(cache: Path) -> list[Unit]:

@@ -12,8 +12,7 @@ import numpy as np
 from shared.cache.checking import in_processes
 from shared.cache.manifest import Manifest, load_manifest
 from shared.cache.row import CacheRow, Layout
-from shared.cache.shards import Unit, finished_units, read_shard
-from teacher_cache.maintenance.sizes import column_bytes
+from shared.cache.shards import Unit, column_bytes, finished_units, read_shard
 
 T_EDGES = np.linspace(0.0, 1.0, 6)
 LOGP_EDGES = np.array([-np.inf, -8.0, -4.0, -2.0, -1.0, -0.5, -0.1, 0.0])
@@ -70,8 +69,9 @@ def _inspect_shard(folder: Path, manifest: Manifest, layout: Layout, unit: Unit)
     """The sums over one shard."""
     path = unit.path(folder)
     found = Inspection(manifest, [unit])
-    found.bytes_by_column.update(column_bytes(path))
-    for row in read_shard(path, layout):
+    content = path.read_bytes()
+    found.bytes_by_column.update(column_bytes(content))
+    for row in read_shard(path, layout, content):
         _count(found, row)
         if row.topk_sizes is not None and row.tail_odds is not None:
             found.kept += int(row.topk_sizes.sum())

@@ -237,27 +237,3 @@ def test_manifests_that_are_something_else(text: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     with explained():
         load_manifest(tmp_path)
-
-
-@pytest.mark.faults("manifests of strangers")
-@pytest.mark.parametrize("change", [c for _, c in HOSTILE if not callable(c)], ids=str)
-def test_old_manifests_that_cannot_be(
-    change: dict[str, Any], caches: dict[str, Path], tmp_path: Path
-) -> None:
-    from teacher_cache.maintenance.upgrade import upgrade_cache
-
-    values = json.loads(json.dumps(dataclasses.asdict(load_manifest(caches["tiny-shared"]))))
-    values["schema_version"] = 3
-    for place, value in change.items():
-        section, _, name = place.partition(".")
-        target = (
-            values["fingerprint"][section]
-            if name
-            else values
-            if place in values
-            else values["fingerprint"]
-        )
-        target[name or place] = value
-    (tmp_path / "manifest.json").write_text(json.dumps(values))
-    with explained():
-        upgrade_cache(tmp_path, tmp_path / "new")

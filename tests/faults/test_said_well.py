@@ -79,7 +79,7 @@ COMMANDS = [
     "export {S} {X}", "export {S} {F}", "export {F}/none {O}", "export {S} {O} --format gguf",
     "pack {C} {X}", "pack {F}/none {F}/a", "unpack {F}/none {O}", "unpack {F}/file {X}", "push {C} foo://x",
     "pull foo://x {O}", "pull {F}/none {O}", "merge {C} --out {O}", "merge {C} {F}/none --out {O}",
-    "merge {C} {C} --out {X}", "upgrade {C} --out {X}", "upgrade {F}/none --out {O}", "prune {C} --out {X} --k 4",
+    "merge {C} {C} --out {X}", "prune {C} --out {X} --k 4",
     *(f"prune {{C}} --out {{O}} --{name} {value}" for name in ("k", "classes", "draws") for value in (0, -1, 10**9)),
     "inspect {F}/none", "inspect {C} --row none", "inspect {C} --row 99999999999999999999",
     "inspect {C} --row 0 --draw 99",

@@ -18,11 +18,9 @@ from shared.cache.shards import Unit, finished_units
 from shared.cache.vocabulary import load_vocabulary
 from shared.system.errors import TideError
 from teacher_cache.maintenance.check import check_cache, delete_damaged
-from teacher_cache.maintenance.inspect import inspect_cache
 from teacher_cache.maintenance.pack import pack_cache
 from teacher_cache.maintenance.prune import prune_cache
 from teacher_cache.maintenance.reshape import merge_caches
-from teacher_cache.maintenance.sizes import describe_first_shard, size_steps
 from teacher_cache.maintenance.unpack import unpack_cache
 from teacher_cache.maintenance.wording import in_words
 from teacher_cache.run.build import build_cache
@@ -31,7 +29,6 @@ from tests.reading import (
     all_rows,
     change_column,
     dataset,
-    layout_of,
     plain_table,
     rows_in,
     same_values,
@@ -273,23 +270,12 @@ def test_the_commands(caches: dict[str, Path], tmp_path: Path, teacher: str) -> 
     assert tide("inspect", cache, "--row", "0") != shown
     assert "masked positions" in tide("inspect", cache, "--picture", tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 10_000
-    assert "zstd 9 where it pays: what is written" in tide("inspect", cache, "--encodings")
     assert "k 2" in tide("prune", cache, "--k", 2, "--out", tmp_path / "small")
     assert "files" in tide("pack", tmp_path / "small", tmp_path / "x.tar.zst")
     assert "files" in tide("unpack", tmp_path / "x.tar.zst", tmp_path / "y")
     assert "checksums" in tide("verify", "--cache", tmp_path / "y", "--rows", 0)
     assert "2 draws" in tide("merge", tmp_path / "small", tmp_path / "y", "--out", tmp_path / "z")
     assert files(tmp_path / "z") == files(tmp_path / "small")
-
-
-def test_each_step_of_the_encoding_makes_it_smaller(caches: dict[str, Path]) -> None:
-    cache = caches["tiny-shared"]
-    totals = [
-        sizes.total() for sizes in size_steps(rows_in(cache, Unit(0, 0)), layout_of(cache)).values()
-    ]
-    assert totals[-1] < totals[0]
-    assert sum(inspect_cache(caches["tiny-shared"]).bytes_by_column.values()) > totals[-1]
-    assert "| zstd 9" in describe_first_shard(caches["tiny-shared"])
 
 
 def test_ten_lines_of_polars_read_a_cache(caches: dict[str, Path]) -> None:

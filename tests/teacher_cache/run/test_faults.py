@@ -211,7 +211,7 @@ def test_a_cache_of_another_version_is_neither_continued_nor_trained_on(
         lambda: build_cache(small_cache_config("tiny-cross", random_teacher, cache)),
         lambda: train_student(train_settings(cache, tmp_path / "run")),
     ):
-        with pytest.raises(TideError, match=r"schema version 1[\s\S]*tide upgrade"):
+        with pytest.raises(TideError, match=r"schema version 1"):
             attempt()
 
 
