@@ -18,9 +18,10 @@ from pipelines.plan.fidelity import Grid, measure_fidelity, table
 from pipelines.recipes.read import cache_config, packaged_recipe, train_config
 from shared.aligned.alignment import Region, align_tokens
 from shared.aligned.examples import Preparer
+from shared.cache.columns import to_table
 from shared.cache.manifest import Manifest, load_manifest
 from shared.cache.row import CacheRow
-from shared.cache.shards import Unit
+from shared.cache.shards import Unit, column_bytes, table_bytes
 from shared.models.checkpoint import open_checkpoint, stream_tensors
 from shared.settings.config import CacheConfig, DataConfig, LengthConfig, StudentConfig
 from shared.text.tokenizers import Tokenizer
