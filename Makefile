@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TEACHER ?= tiny-cross
 MORE ?= 10
+GOLDEN ?= tests/golden
 ARGS ?=
 
 .PHONY: help demo test test-more test-slow test-vllm check docs bench cache train report tiny-teacher tiny-student conformance clean
@@ -78,8 +79,8 @@ tiny-teacher: $(VENV)/.ready  ## train the embedded teacher again (about an hour
 tiny-student: $(VENV)/.ready  ## pre-train the embedded students again (about an hour)
 	$(BIN)/tide tiny-student $(ARGS)
 
-conformance: $(VENV)/.ready  ## recompute the reference numbers: make conformance ARGS=../shared/golden
-	$(BIN)/tide conformance $(ARGS)
+conformance: $(VENV)/.ready  ## recompute the reference's numbers: make conformance GOLDEN=DIR ARGS="--only step"
+	$(BIN)/python -m tests.conformance $(GOLDEN) $(ARGS)
 
 clean:  ## remove .venv and what the tools leave; caches/ and runs/ stay
 	rm -rf $(VENV) $(VENV)-vllm build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

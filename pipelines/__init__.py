@@ -1,1 +1,1 @@
-"""What a user runs: the command, recipes, the demo, conformance, reports."""
+"""What a user runs: the command, recipes, the demo, reports."""

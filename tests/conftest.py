@@ -61,16 +61,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             test._hypothesis_internal_use_settings = more
 
 
-GOLDEN = Path(os.environ.get("TIDE_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
+GOLDEN = Path(os.environ.get("TIDE_GOLDEN", Path(__file__).parent / "golden"))
 TEACHER_TOKENIZER = Path(resolve("embedded:teacher_cache.teachers/tiny"))
 STUDENT_TOKENIZER = Path(resolve("embedded:student_train/tiny_tokenizer"))
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The reference numbers; tests that need them skip where they are absent."""
-    if not GOLDEN.is_dir():
-        pytest.skip(f"no golden data at {GOLDEN} (set TIDE_GOLDEN)")
+    """The reference's numbers: `tests/golden`, or another folder laid out like it."""
     return GOLDEN
 
 

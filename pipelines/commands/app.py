@@ -16,7 +16,6 @@ PANELS = {
         "recipes",
         "prepare",
         "plan",
-        "rehearse",
         "throughput",
         "fidelity",
         "cache",
@@ -33,7 +32,7 @@ PANELS = {
         "pull",
     ),
     "Use and judge a student": ("sample", "chat", "serve", "eval", "lm-eval", "export", "publish"),
-    "This installation": ("env", "demo", "conformance", "bench", "tiny-teacher", "tiny-student"),
+    "This installation": ("env", "demo", "bench", "tiny-teacher", "tiny-student"),
 }
 """The commands as the help shows them."""
 

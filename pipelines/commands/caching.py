@@ -208,45 +208,6 @@ def plan(
 
 
 @app.command()
-def rehearse(
-    teacher: TeacherName = None,
-    model: Annotated[
-        str | None, typer.Option(help="A folder with a config.json (default: sizes on record).")
-    ] = None,
-    gpu: Annotated[
-        list[str] | None, typer.Option(help="h100, h200, a100, 4090 or l40s; repeatable.")
-    ] = None,
-    examples: Annotated[int, typer.Option(help="Examples in the data.")] = 1_000_000,
-    tokens: Annotated[int, typer.Option(help="Tokens of an example.")] = 512,
-    response: Annotated[
-        float, typer.Option(help="Share of them that belongs to the response.")
-    ] = 0.75,
-    config: Recipe = None,
-    teachers_file: TeachersFile = None,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", help="cache.… or train.…; repeatable.")
-    ] = None,
-) -> None:
-    """Run both stages on tensors without content: memory, kernels, waits, time and GPU hours on a card."""
-    from pipelines.plan.cards import find_card
-    from pipelines.plan.rehearse import describe_rehearsal
-    from pipelines.plan.work import Conversations
-    from pipelines.recipes.read import cache_config, train_config
-
-    require_positive({"examples": examples, "tokens": tokens, "response": response})
-    cards = [find_card(name) for name in gpu or ["h100"]]
-    own: dict[str, list[str]] = {"cache": [], "train": []}
-    for setting in sets or []:
-        section, _, rest = setting.partition(".")
-        if section not in own or not rest:
-            raise TideError(f"--set {setting} names neither stage", expected="cache.… or train.…")
-        own[section].append(rest)
-    caching = cache_config(teacher, config, own["cache"], teachers_file, model=model)
-    training = train_config(caching.teacher, config, own["train"], teachers_file)
-    say(describe_rehearsal(caching, training, Conversations(tokens, response), examples, cards))
-
-
-@app.command()
 def throughput(
     teacher: TeacherName = None,
     model: Annotated[

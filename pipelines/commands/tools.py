@@ -1,4 +1,4 @@
-"""This installation: teachers, environment, conformance, demo, speed."""
+"""This installation: teachers, environment, demo, speed."""
 
 from __future__ import annotations
 
@@ -85,20 +85,6 @@ def env() -> None:
     from pipelines.terminal.environment import describe_environment
 
     say("\n".join(describe_environment()))
-
-
-@app.command()
-def conformance(
-    folder: Annotated[Path, typer.Argument(help="A folder of golden numbers.")],
-    only: Annotated[
-        str | None, typer.Option(help="losses, masks, alignment, models, sampler or step.")
-    ] = None,
-) -> None:
-    """Recompute reference numbers: does this install reproduce the reference on this hardware?"""
-    from pipelines.conformance import run_conformance
-
-    if not run_conformance(folder, only):
-        raise typer.Exit(1)
 
 
 @app.command()

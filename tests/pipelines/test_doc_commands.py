@@ -21,7 +21,6 @@ NEEDS = {
     r"^lm-eval ": "data sets of the hub",
     r"^(cache|train|ablate) .*runs/frontier": "an hour: tests/pipelines/experiments run a small grid",
     r"^ablate ": "an hour: tests/pipelines/experiments run a small grid",
-    r"^rehearse ": "minutes: tests/pipelines/rehearsal runs it smaller",
     r"^bench --only serving": "minutes: tests/pipelines/speed/test_serving.py runs it smaller",
     r"^bench --only use": "minutes: tests/pipelines/speed/test_use.py runs it smaller",
 }  # fmt: skip

@@ -73,7 +73,6 @@ REFUSED = [
         "do not go together",
     ),
     (["report", "/nowhere"], "holds no finished runs"),
-    (["conformance", "/nowhere"], "there is no folder"),
     (["plan", "--no-such-option"], "No such option"),
 ]
 ONE_BY_ONE = """
@@ -126,15 +125,6 @@ def test_bad_input_is_a_message_and_exit_code_two(
 def test_the_exit_code_is_the_process_own() -> None:
     done = tide("plan", "--teacher", "llada-8b", "--response", "2")
     assert done.returncode == 2 and done.stderr.startswith("tide: error: --response is 2")
-
-
-def test_a_failing_conformance_is_exit_code_one(golden: Path, tmp_path: Path) -> None:
-    document = json.loads((golden / "alignment.json").read_text())
-    document["cases"][0]["chunks"] = []
-    (tmp_path / "alignment.json").write_text(json.dumps(document))
-    result = tide("conformance", str(tmp_path))
-    assert result.returncode == 1
-    assert "14 passed, 1 failed" in result.stdout
 
 
 def test_ctrl_c_says_how_to_go_on(random_teacher: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from pipelines.conformance import run_conformance
 from student_train.losses.calm import (
     bound_probability,
     calm,
@@ -23,11 +21,6 @@ from student_train.losses.calm import (
 )
 from student_train.losses.objective import denoise
 from student_train.losses.tidal import tidal_probability
-
-
-def test_all_golden_cases(golden: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_conformance(golden, "losses")
-    assert "82 passed, 0 failed" in capsys.readouterr().out
 
 
 @given(st.floats(-80, -1e-30))

@@ -1,0 +1,251 @@
+"""Losses and gradients, masks, alignments, logits and samples: one function a part, one group a
+kind of case.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from shared.aligned.alignment import Region, align_tokens
+from shared.cache.levels import LARGEST_ODDS
+from shared.diffusion.attention import block_diffusion, block_diffusion_batch, repeat_positions
+from shared.models.architectures import ARCHITECTURES
+from shared.models.checkpoint import Checkpoint, open_checkpoint
+from shared.models.loading import load_model
+from shared.settings.build import build
+from shared.settings.objectives import Distillation
+from shared.settings.variants import strict
+from shared.text.bytes_of_tokens import byte_level_bytes
+from student_train.losses.objective import objective
+from student_train.losses.targets import ChunkTargets, Targets, TopKTargets
+from student_train.using.decoding import pad_left
+from student_train.using.sampler import sample_steps
+from student_train.using.settings import SampleConfig, Special
+from teacher_cache.engines.transformers_engine import TransformersEngine
+from teacher_cache.method.comp_demo import Request
+from teacher_cache.method.targets import TargetSpec
+from teacher_cache.teachers.registry import Attention
+from tests.conformance import Group
+
+RELATIVE = 1e-5
+FLOAT32 = torch.finfo(torch.float32).eps
+LOGITS = 1e-5  # absolute
+REFERENCE_SPECIAL = Special(mask=95, pad=93, eos=94)  # the checkpoint itself names the mask alone
+
+
+@strict
+class Variants:
+    """The settings that golden files name by type."""
+
+    distillation: Distillation | None = None
+    attention: Attention | None = None
+
+
+def loss_groups(folder: Path) -> list[Group]:
+    """A group an objective. The tolerance is 1e-5 relative, plus float32's resolution for sums of
+    order T².
+    """
+    if not (folder / "losses.json").exists():
+        return []
+    tensors = load_file(folder / "losses.safetensors")
+    document = json.loads((folder / "losses.json").read_text())
+    groups: dict[str, Group] = {}
+    for case in document["cases"]:
+        name = case["objective"]
+        settings: dict[str, Any] = {
+            "type": name.removeprefix("tidal_"),
+            "temperature": case["temperature"],
+        }
+        if "axis" in case:
+            keys = ("lambda_init", "lambda_max", "axis", "timestep_weight")
+            settings["tidal"] = {key: case[key] for key in keys} | {"growth": case["schedule"]}
+        distillation = build(Variants, {"distillation": settings}).distillation
+        assert distillation is not None
+        if "calm" in name:
+            logits = tensors["chunk/student_logits"].clone().requires_grad_()
+            targets = chunk_targets(tensors, document["spans_student"])
+            count = int(tensors["chunk/active"].sum())
+            rows = logits.flatten(0, 1)
+        else:
+            logits = tensors["student_logits"].clone().requires_grad_()
+            targets = token_targets(tensors, case["temperature"])
+            count = len(targets.t)
+            rows = logits[tensors["masked"].bool()]
+        sums = objective(rows, targets, distillation, case.get("progress", 0.0))
+        loss = sums.distillation / count
+        loss.backward()
+        assert logits.grad is not None
+        expected = tensors[f"grad/{case['name']}"]
+        value_size, gradient_size = abs(case["loss"]) or 1.0, float(expected.norm()) or 1.0
+        value = abs(float(loss.detach()) - case["loss"]) / value_size
+        slope = float((logits.grad - expected).norm()) / gradient_size
+        # A KL of near-equal distributions is a small difference of sums of order T².
+        resolution = max(FLOAT32 * case["temperature"] ** 2 / value_size, FLOAT32 / gradient_size)
+        groups.setdefault(name, Group(name)).add(max(value, slope), RELATIVE + resolution)
+    return list(groups.values())
+
+
+def token_targets(tensors: dict[str, Tensor], temperature: float) -> Targets:
+    """The teacher's whole distribution at every masked position: k = V, nothing is outside the
+    top-k.
+    """
+    masked = tensors["masked"].bool()
+    t = tensors["t"][:, None].expand(masked.shape)[masked]
+    logp = torch.log_softmax(tensors["teacher_logits"][masked], dim=-1)  # [masked, vocab]
+    ids = torch.arange(logp.shape[1]).expand_as(logp)
+    nothing = torch.full((len(logp),), -LARGEST_ODDS)
+    kept = torch.ones_like(ids, dtype=torch.bool)
+    return Targets(
+        torch.zeros_like(ids[:, 0]), t, TopKTargets(ids, logp, kept, {temperature: nothing})
+    )
+
+
+def chunk_targets(tensors: dict[str, Tensor], spans: list[list[list[int]]]) -> Targets:
+    """Chunk likelihoods at every token of [batch · length]; only the active chunks count."""
+    active, ids = tensors["chunk/active"].bool(), tensors["chunk/student_ids"]
+    rows, chunk_of = [], []
+    number = 0
+    for i, row in enumerate(spans):
+        for j, (start, end) in enumerate(row):
+            if active[i, j]:
+                rows += range(i * ids.shape[1] + start, i * ids.shape[1] + end)
+                chunk_of += [number] * (end - start)
+                number += 1
+    t = tensors["chunk/t"][:, None]
+    chunks = ChunkTargets(
+        torch.tensor(rows),
+        torch.tensor(chunk_of),
+        tensors["chunk/teacher_chunk_logp"][active],
+        t.expand(active.shape)[active],
+    )
+    return Targets(ids.flatten(), t.expand(ids.shape).flatten(), None, chunks)
+
+
+def mask_groups(folder: Path) -> list[Group]:
+    """Block-diffusion masks in both orders; keys nLENGTH-blockSIZE-ORDER."""
+    path = folder / "bd3lm_masks.safetensors"
+    groups: dict[str, Group] = {}
+    for key, expected in (load_file(path) if path.exists() else {}).items():
+        length, block, order = re.fullmatch(r"n(\d+)-block(\d+)-(\w+)", key).groups()  # type: ignore[union-attr]
+        mask = block_diffusion(int(length), int(block), order)
+        wrong = float((mask != expected.bool()).sum())
+        groups.setdefault(order, Group(order)).add(wrong, 0.0)
+    return list(groups.values())
+
+
+def alignment_groups(folder: Path) -> list[Group]:
+    """Chunks of real texts between two tokenizers, whose tokens are given in byte-level form."""
+    path = folder / "alignment.json"
+    if not path.exists():
+        return []
+    document = json.loads(path.read_text(encoding="utf-8"))
+    group = Group(f"{document.get('teacher')} → {document.get('student')}")
+    for case in document["cases"]:
+        lengths = []
+        for side in ("teacher_tokens", "student_tokens"):
+            pieces = [byte_level_bytes(token) or token.encode() for token in case[side]]
+            lengths.append(np.array([len(piece) for piece in pieces]))
+        teacher, student = lengths
+        region = Region(0, 0, int(min(teacher.sum(), student.sum())))
+        chunks = align_tokens(teacher, student, [region]).tolist()
+        group.add(float(chunks != case["chunks"]), 0.0)
+    return [group]
+
+
+def architecture_of(checkpoint: Checkpoint) -> str:
+    """The architecture of a checkpoint's model_type."""
+    kind = checkpoint.config["model_type"]
+    return next(name for name, a in ARCHITECTURES.items() if kind in a.model_types)
+
+
+def model_groups(folder: Path) -> list[Group]:
+    """Logits of tiny checkpoints in the hub's own layouts, a group a checkpoint and attention mode.
+
+    A key names its mode: `logits` and `logits_full_attention`, `logits_block_causal_N`,
+    `logits_x0_xt_block_N`, `logits_native_block_N`, and `logits_bd3lm_block_N`, the student under
+    the training mask.
+    """
+    groups = []
+    for path in sorted(folder.glob("*/expected.safetensors")):
+        expected = load_file(path)
+        checkpoint = open_checkpoint(str(path.parent))
+        for key in sorted(k for k in expected if k.startswith("logits")):
+            model = load_model(checkpoint, architecture_of(checkpoint), torch.float32)
+            mode = key.removeprefix("logits").strip("_") or "full_attention"
+            group = Group(f"{path.parent.name} {mode}")
+            mask_id = checkpoint.config.get("mask_token_id", 0)
+            for difference in differences(model, mode, expected, expected[key], mask_id):
+                group.add(difference, LOGITS)
+            groups.append(group)
+    return groups
+
+
+@torch.inference_mode()
+def differences(
+    model: Any, mode: str, expected: dict[str, Tensor], target: Tensor, mask_id: int
+) -> Iterator[float]:
+    """The largest difference in each sequence's logits [length, vocab], at the positions that the
+    mode reads.
+    """
+    clean = expected.get("clean_ids", expected.get("input_ids"))
+    assert clean is not None
+    ids = expected.get("noised_ids", clean)
+    if "masked" in expected:
+        ids = torch.where(expected["masked"].bool(), mask_id, clean)
+    clean, ids = clean.view(-1, clean.shape[-1]), ids.view(-1, ids.shape[-1])
+    target = target.view(*ids.shape, -1)
+    batch, length = ids.shape
+    kind, block = "full", ""
+    if match := re.fullmatch(r"(\w+?)(?:_block)?_(\d+)", mode):
+        kind, block = match.groups()
+    if kind == "bd3lm":
+        mask = block_diffusion_batch(torch.ones_like(ids, dtype=torch.bool), int(block))
+        both = torch.cat([ids, clean], dim=1)  # [x_t ; x_0]
+        positions = repeat_positions(length, batch)
+        logits = model(input_ids=both, attention_mask=mask, position_ids=positions).logits
+        yield from (logits[:, :length] - target).abs().flatten(1).amax(1).tolist()
+        return
+    settings = {"type": kind, "block": int(block)} if block else {"type": kind}
+    attention = build(Variants, {"attention": settings}).attention
+    assert attention is not None
+    engine = TransformersEngine(model, attention, TargetSpec(0, 1.0, (1.0,)))
+    for noised, gold, logits in zip(ids, clean, target, strict=True):
+        # Two copies of the sequence are read at the masked positions alone, one copy at all of
+        # them.
+        two_copies = kind in ("x0_xt", "native")
+        read = (noised != gold).nonzero()[:, 0] if two_copies else torch.arange(length)
+        own = (gold if two_copies else noised)[read]
+        request = Request(noised.int().numpy(), read.int().numpy(), own.int().numpy())
+        yield float((engine.logits([request])[0][0] - logits[read]).abs().max())
+
+
+def sampler_groups(folder: Path) -> list[Group]:
+    """Greedy block decoding, all prompts as one batch; keys sample/stepsS-blockB-newN. A case is a
+    prompt.
+    """
+    groups = []
+    for path in sorted(folder.glob("*/expected.safetensors")):
+        expected = load_file(path)
+        checkpoint = open_checkpoint(str(path.parent))
+        prompts = [expected[key].tolist() for key in sorted(expected) if key.startswith("prompt_")]
+        for key in sorted(k for k in expected if k.startswith("sample/")):
+            model = load_model(checkpoint, architecture_of(checkpoint), torch.float32).eval()
+            steps, block, new = (int(x) for x in re.findall(r"\d+", key))
+            per_block = max(1, steps * block // new)
+            config = SampleConfig(new_tokens=new, block=block, steps_per_block=per_block)
+            *_, (tokens, _) = sample_steps(model, prompts, REFERENCE_SPECIAL, config)
+            whole = torch.cat([pad_left(prompts, block, REFERENCE_SPECIAL.pad)[0], tokens], dim=1)
+            group = Group(f"{path.parent.name} {key.removeprefix('sample/')}")
+            for wrong in (whole != expected[key]).float().mean(dim=1).tolist():
+                group.add(wrong, 0.0)
+            groups.append(group)
+    return groups

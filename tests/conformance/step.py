@@ -1,0 +1,207 @@
+"""Whole training steps: step/step.json, and for each case its rows, masks and all gradients of the
+student.
+
+The product's own objects do the work: teacher passes by the transformers engine, targets at k = V,
+collation, the student's forward, LM head and loss in slices. Then once more with the targets
+written to a shard and read back.
+
+Two things are the reference's alone: its denoising weight is 1/(t + 1e-6), and it clamps the
+student's chunk probability to [1e-7, 1 − 1e-7], so that forward CALM has no gradient where the
+student is most wrong. The first is put into t; chunks at the clamp are taken out of the loss and
+their constant is added to its value.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from shared.aligned.examples import Prepared
+from shared.cache.manifest import Manifest
+from shared.cache.row import CacheRow, Layout
+from shared.cache.shards import read_shard, write_shard
+from shared.cache.vocabulary import Vocabulary
+from shared.diffusion.noise import Draw
+from shared.models.checkpoint import open_checkpoint
+from shared.models.loading import load_model
+from shared.settings.build import build
+from shared.settings.objectives import KL, Calm, Distillation, ReverseKL
+from student_train.batches.collate import Batch, TargetReader, collate, counts_of
+from student_train.losses import calm, tidal
+from student_train.losses.fused_head import LossSettings
+from student_train.losses.objective import parts_of
+from student_train.losses.schedules import strength, timestep_weight
+from student_train.training.step import train_on_loss
+from teacher_cache.engines.transformers_engine import TransformersEngine
+from teacher_cache.method.comp_demo import passes, teacher_view
+from teacher_cache.method.targets import TargetSpec
+from teacher_cache.run.work import RowSettings, cache_row, merge_passes
+from tests.conformance import Group
+from tests.conformance.parts import Variants, architecture_of
+
+RELATIVE, ANGLE = 1e-4, 1e-6
+TIME = 1e-6  # what the reference adds to t in its weight
+
+
+def step_groups(folder: Path) -> list[Group]:
+    """A group a case: CE, distillation and loss, norm and angle of the gradient; in memory and
+    through a shard.
+    """
+    path = folder / "step" / "step.json"
+    if not path.exists():
+        return []
+    return [
+        check_case(path.parent, name, case) for name, case in json.loads(path.read_text()).items()
+    ]
+
+
+def check_case(folder: Path, name: str, case: dict[str, Any]) -> Group:
+    """Compare one case of step.json with the product's step."""
+    tensors = load_file(folder / f"{name}.safetensors")
+    kind, _, block = case["teacher_attention"].partition(", block ")
+    attention = {"type": kind, "block": int(block)} if block else {"type": kind}
+    settings = build(Variants, {"distillation": case["distillation"], "attention": attention})
+    distillation = settings.distillation
+    assert distillation is not None and settings.attention is not None
+
+    # 1. Stage one: the injected draws, the teacher's passes, the rows of the cache.
+    teacher = load(folder / case["teacher"])
+    over_tokens = isinstance(distillation, KL | ReverseKL)
+    temperatures = tuple(sorted({1.0, distillation.temperature}))  # type: ignore[union-attr]
+    size = int(teacher.config.vocab_size)
+    spec = TargetSpec(size if over_tokens else 0, 1.0, temperatures)
+    engine = TransformersEngine(teacher, settings.attention, spec)
+    about = RowSettings(("topk",) if over_tokens else ("chunks",), case["comp_demo"])
+    rows = []
+    for example, draw in injected_draws(tensors):
+        view = teacher_view(example, draw)
+        pairs = passes(view, case["teacher_mask_id"], about.comp_demo)
+        scores = engine.score([request for request, _ in pairs])
+        merged = merge_passes(spec, view.positions.size, scores, [read for _, read in pairs])
+        rows.append(cache_row(example, draw, 0, view, merged, about))
+    ids = np.arange(size, dtype=np.int32)
+    prior = np.full((len(temperatures), size), 1 / size, np.float32)
+    layout = Layout(temperatures, "float32", Vocabulary(np.zeros_like(ids), ids, prior))
+    fingerprint = {
+        "targets": {"signals": about.signals, "temperatures": temperatures, "tail": "prior"},
+        "teacher": {"student_tokens": "teacher_ids" not in tensors},
+        "student": {"mask_id": case["student_mask_id"]},
+        "lengths": {"block": case["block"]},
+    }
+    manifest = Manifest(fingerprint, 1, 1, len(rows))
+
+    # 2. Stage two, on the rows as they are and as a shard has them.
+    group = Group(name)
+    with tempfile.TemporaryDirectory(prefix="tide-step-") as scratch:
+        shard = Path(scratch) / "part.parquet"
+        write_shard(shard, rows, layout, {})
+        for own in (rows, read_shard(shard, layout)):
+            check_step(group, folder, case, tensors, distillation, own, manifest, layout)
+    return group
+
+
+def injected_draws(tensors: dict[str, Tensor]) -> Iterator[tuple[Prepared, Draw]]:
+    """The rows of a case as prepared data, each with its draw."""
+    lists = {}
+    for name, values in tensors.items():
+        if f"{name}_sizes" in tensors:  # flat, row by row
+            ends = np.cumsum(tensors[f"{name}_sizes"].numpy())[:-1]
+            lists[name] = np.split(values.numpy().astype(np.int32), ends)
+    zero = np.zeros(1, np.int32)
+    for i, ids in enumerate(lists["student_ids"]):
+        masked, in_a = lists["masked"][i], lists["in_a"][i].astype(bool)
+        spans = np.array([[int(tensors["prompt_length"][i]), len(ids)]], np.int32)
+        t = float(tensors["t"][i].double() + TIME)
+        if "teacher_ids" not in lists:
+            none = np.zeros((0, 4), np.int32)
+            yield (
+                Prepared(str(i), ids, spans, None, none, True, zero),
+                Draw(t, masked, zero[:0], in_a),
+            )
+            continue
+        theirs = lists["chunk_teacher"][i].reshape(-1, 2)
+        own = lists["chunk_student"][i].reshape(-1, 2)
+        places = np.concatenate([np.arange(start, end) for start, end in theirs] or [zero[:0]])
+        assert np.array_equal(places, lists["teacher_masked"][i])  # what the chunks cover
+        chunks = np.concatenate([theirs, own], axis=1)
+        split = in_a[np.searchsorted(places, theirs[:, 0])]
+        example = Prepared(str(i), ids, spans, lists["teacher_ids"][i], chunks, False, zero)
+        yield example, Draw(t, masked, np.arange(len(own), dtype=np.int32), split)
+
+
+def check_step(
+    group: Group,
+    folder: Path,
+    case: dict[str, Any],
+    tensors: dict[str, Tensor],
+    distillation: Distillation,
+    rows: list[CacheRow],
+    manifest: Manifest,
+    layout: Layout,
+) -> None:
+    """One forward and backward of the student, beside the reference's values and gradients."""
+    model = load(folder / case["student"])
+    model.requires_grad_(True)
+    train_on_loss(model, case["block"], TargetReader(manifest, layout))
+    batch = collate(rows, manifest)
+    progress = case["step"] / case["max_steps"]
+    settings = LossSettings(distillation, case["weight"], counts_of(batch["counts"]), progress)
+    constant = 0.0
+    if isinstance(distillation, Calm):
+        constant = take_out_clamped(model, batch, distillation, progress)
+        if constant:
+            group.note = "the reference's clamp is active: put back"
+    loss, sums = model(batch=batch, settings=settings)
+    loss.backward()
+    ce, distilled = (float(x) for x in parts_of(sums, settings.counts, distillation))
+    distilled += constant / float(settings.counts.chunks.clamp_min(1))
+    values = {"ce": ce, "distillation_value": distilled, "loss": ce + case["weight"] * distilled}
+    for name, value in values.items():
+        group.add(abs(value - case[name]) / abs(case[name]), RELATIVE)
+
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    expected = {k.removeprefix("grad/"): v for k, v in tensors.items() if k.startswith("grad/")}
+    assert gradients.keys() == expected.keys()
+    ours = torch.cat([gradients[name].double().flatten() for name in expected])
+    theirs = torch.cat([gradient.double().flatten() for gradient in expected.values()])
+    cosine = torch.dot(ours, theirs) / (ours.norm() * theirs.norm())
+    group.add(float((ours.norm() / theirs.norm() - 1).abs()), RELATIVE)
+    group.add(float(1 - cosine), ANGLE)
+
+
+@torch.no_grad()
+def take_out_clamped(model: Any, batch: Batch, settings: Calm, progress: float) -> float:
+    """Take forward CALM's chunks at the reference's clamp out; the sum of their terms."""
+    logp = calm.token_log_likelihood(model(batch=batch).float(), batch["gold"])
+    rows, chunk_of, teacher = batch["chunk_rows"], batch["chunk_of"], batch["chunk_logp"]
+    student = calm.chunk_log_likelihood(logp, rows, chunk_of, len(teacher)) / settings.temperature
+    p = student.exp()
+    outside = (p < calm.TEACHER_BOUND) | (p > 1 - calm.TEACHER_BOUND)
+    bounded = calm.bound_probability(p[outside])
+    target = calm.bound_probability((teacher[outside] / settings.temperature).exp())
+    t = batch["chunk_t"][outside]
+    weight = torch.ones_like(t)
+    if settings.tidal is not None:
+        target = tidal.tidal_probability(bounded, target, strength(settings.tidal, progress, t))
+        weight = timestep_weight(settings.tidal.timestep_weight, t)
+    kept = ~outside
+    number = torch.cumsum(kept, 0) - 1  # of the chunks that stay
+    tokens = kept[chunk_of]
+    batch["chunk_rows"], batch["chunk_of"] = rows[tokens], number[chunk_of[tokens]]
+    batch["chunk_host"] = torch.stack([batch["chunk_rows"], batch["chunk_of"]]).numpy()
+    batch["chunk_logp"], batch["chunk_t"] = teacher[kept], batch["chunk_t"][kept]
+    return float((weight * calm.calm(bounded.log(), target)).sum())
+
+
+def load(folder: Path) -> Any:
+    """A checkpoint in float32."""
+    checkpoint = open_checkpoint(str(folder))
+    return load_model(checkpoint, architecture_of(checkpoint), torch.float32)
