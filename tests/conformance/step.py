@@ -38,7 +38,7 @@ from student_train.batches.collate import Batch, TargetReader, collate, counts_o
 from student_train.losses import calm, tidal
 from student_train.losses.fused_head import LossSettings
 from student_train.losses.objective import parts_of
-from student_train.losses.schedules import strength, timestep_weight
+from student_train.losses.tidal import strength_at, timestep_weight, training_strength
 from student_train.training.step import train_on_loss
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method.comp_demo import passes, teacher_view
@@ -190,7 +190,8 @@ def take_out_clamped(model: Any, batch: Batch, settings: Calm, progress: float) 
     t = batch["chunk_t"][outside]
     weight = torch.ones_like(t)
     if settings.tidal is not None:
-        target = tidal.tidal_probability(bounded, target, strength(settings.tidal, progress, t))
+        mixed = strength_at(settings.tidal, training_strength(settings.tidal, progress), t)
+        target = tidal.tidal_probability(bounded, target, mixed)
         weight = timestep_weight(settings.tidal.timestep_weight, t)
     kept = ~outside
     number = torch.cumsum(kept, 0) - 1  # of the chunks that stay
