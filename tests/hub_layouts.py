@@ -10,9 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from shared.models.architectures import ARCHITECTURES
+from shared.models.architectures import ARCHITECTURES, FUSED_QKV, SPLIT_QKV
 from shared.models.checkpoint import open_checkpoint
-from shared.models.key_maps import place
 from shared.models.loading import load_model, meta_model
 
 _WIDER: dict[str, dict[str, Any]] = {
@@ -34,23 +33,24 @@ def wide_checkpoint(golden: Path, name: str, folder: Path, seed: int = 0, **chan
     """A checkpoint laid out as `golden/name` with heads of 32 numbers, as vLLM's CPU kernels want them."""
     architecture = ARCHITECTURE_OF[name]
     raw = {**json.loads((golden / name / "config.json").read_text()), **_WIDER[name], **changes}
-    model = meta_model(architecture, raw)
-    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    kind, model = ARCHITECTURES[architecture], meta_model(architecture, raw)
+    shapes = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     with safe_open(golden / name / "model.safetensors", "pt") as handle:
         for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-            spots = place(key, ARCHITECTURES[architecture].rules, model.config)
-            shape = list(shapes[spots[0].name])
-            if spots[0].expert is not None:
-                shape = shape[1:]
-                shape[0] = (
-                    shape[0] if spots[0].rows is None else spots[0].rows.stop - spots[0].rows.start
-                )
-            elif spots[0].source is not None:
-                shape[0] = sum(
-                    s.source.stop - s.source.start for s in spots if s.source is not None
-                )
+            stock = kind.stock_name(key)
+            if FUSED_QKV in stock:
+                parts = [shapes[stock.replace(FUSED_QKV, part)] for part in SPLIT_QKV]
+                shape = [sum(part[0] for part in parts), *parts[0][1:]]
+            elif (
+                ".mlp.experts." in stock
+            ):  # one expert of a stacked tensor; gate and up share theirs
+                stacked = "down_proj" if "down_proj" in stock else "gate_up_proj"
+                shape = shapes[stock.split("experts.")[0] + "experts." + stacked][1:]
+                shape = shape if stacked == "down_proj" else [shape[0] // 2, *shape[1:]]
+            else:
+                shape = shapes[stock]
             tensor = torch.randn(shape, generator=generator) * 0.15
             tensors[key] = 1 + tensor if len(shape) == 1 and "norm" in key else tensor
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pipelines.plan import fidelity
 from pipelines.plan.fidelity import Grid, measure_fidelity, table
@@ -22,7 +22,7 @@ from shared.cache.columns import to_table
 from shared.cache.manifest import Manifest, load_manifest
 from shared.cache.row import CacheRow
 from shared.cache.shards import Unit, column_bytes, table_bytes
-from shared.models.checkpoint import open_checkpoint, stream_tensors
+from shared.models.checkpoint import open_checkpoint
 from shared.settings.config import CacheConfig, DataConfig, LengthConfig, StudentConfig
 from shared.text.tokenizers import Tokenizer
 from student_train.training.trainer import train_student
@@ -33,7 +33,7 @@ from tests.conftest import chats_file
 from tests.reading import all_rows, layout_of, rows_in
 from tests.real_assets import qwen_tokenizer, smollm2
 from tests.shared.aligned.test_examples import TEXTS, chat, check_chunks
-from tests.shared.models.test_configs import in_parts
+from tests.shared.text.test_tokenizers_in_parts import in_parts
 
 pytestmark = pytest.mark.slow
 
@@ -189,7 +189,8 @@ def without_layers(folder: Path, out: Path, removed: range) -> Path:
     checkpoint = open_checkpoint(str(folder))
     kept = [i for i in range(checkpoint.config["num_hidden_layers"]) if i not in removed]
     tensors = {}
-    for name, tensor in stream_tensors(checkpoint.weight_files):
+    stored = [pair for file in checkpoint.weight_files for pair in load_file(file).items()]
+    for name, tensor in stored:
         parts = name.split(".")
         if parts[:2] == ["model", "layers"]:
             if int(parts[2]) not in kept:

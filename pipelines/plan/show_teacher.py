@@ -17,8 +17,8 @@ def describe_teacher(name: str, teachers_file: Path | None = None) -> str:
     lines += [f"  {key:<16} {value}" for key, value in asdict(entry).items() if key != "about"]
     architecture = ARCHITECTURES.get(entry.architecture)
     if architecture is not None:
-        lines.append(f"  {'loads as':<16} {architecture.model_class.__name__}")
-        lines += [f"  {'':<16} {rule.pattern}" for rule in architecture.rules]
+        lines.append(f"  {'loads as':<16} {architecture.stock_class}")
+        lines += [f"  {'':<16} {old} → {new}" for old, new in architecture.renames.items()]
     lines.append(f"  {'weights':<16} {resolve(entry.model)}")
     lines.append("loading checks:")
     lines += [

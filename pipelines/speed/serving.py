@@ -22,7 +22,7 @@ from pipelines.serving.background import served
 from pipelines.serving.run import check_installed
 from pipelines.serving.settings import ServeConfig
 from pipelines.speed.timing import side_by_side
-from shared.models.fresh import new_model
+from shared.models.loading import new_model
 from shared.settings.config import StudentConfig
 from student_train.using.load import LoadedStudent, load_for_use
 from student_train.using.settings import SampleConfig

@@ -19,7 +19,7 @@ from pipelines.tools.corpus import CorpusTraining, NoisedBatches, prepare_corpus
 from pipelines.tools.training import corpus_trainer, heldout_functions
 from shared.data.stdlib_corpus import corpus_origin
 from shared.models.checkpoint import resolve
-from shared.models.fresh import new_model
+from shared.models.loading import new_model
 from shared.settings.config import StudentConfig
 from shared.system.files import refuse_unwritable
 from shared.system.hardware import choose_device, choose_precision, hardware_line

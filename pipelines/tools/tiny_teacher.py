@@ -25,7 +25,7 @@ from pipelines.tools.training import corpus_trainer, heldout_functions
 from shared.aligned.examples import Prepared
 from shared.data.stdlib_corpus import corpus_origin
 from shared.diffusion.attention import full
-from shared.models.fresh import new_model
+from shared.models.loading import new_model
 from shared.settings.config import ModelShape
 from shared.system.files import refuse_unwritable
 from shared.system.hardware import choose_device, choose_precision, hardware_line

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 
 from shared.system.errors import TideError
 from shared.system.files import read_json, refuse_odd
@@ -160,28 +157,3 @@ def open_checkpoint(location: str, weights: bool = True) -> Checkpoint:
             f"{folder} has no readable config.json: {error}", fix="download the checkpoint again"
         ) from error
     return Checkpoint(folder, config)
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, "pt")
-    except (SafetensorError, OSError) as error:
-        raise TideError(
-            f"{file} is no whole safetensors file: {error}", fix="download this file again"
-        ) from error
-
-
-def stream_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor with its name, file by file; one file is open at a time. TideError where one is not whole."""
-    for file in files:
-        with _open(file) as handle:
-            for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                yield key, handle.get_tensor(key)
-
-
-def stream_shapes(files: list[Path]) -> Iterator[tuple[str, list[int]]]:
-    """Every tensor's name and shape; no weight is read. TideError where a file is not whole."""
-    for file in files:
-        with _open(file) as handle:
-            for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                yield key, handle.get_slice(key).get_shape()

@@ -7,7 +7,7 @@ the value for which the transformers class is written; so must what an architect
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from shared.system.errors import TideError
@@ -44,22 +44,21 @@ FIXED: Fixed = {
 """Of every architecture; each has its own beside them."""
 
 
-class Read(Mapping[str, Any]):
+class Read(dict[str, Any]):
     """A config that knows which of its keys were asked for."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = values
+        super().__init__(values)
         self.keys_read: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
         self.keys_read.add(key)
-        return self._values[key]
+        return super().__getitem__(key)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
+    def get(self, key: str, default: Any = None) -> Any:
+        """As a dictionary's; the key counts as asked for."""
+        self.keys_read.add(key)
+        return super().get(key, default)
 
 
 def refuse_unread(config: Read, own: Fixed, source: str) -> None:

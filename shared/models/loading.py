@@ -1,40 +1,38 @@
-"""Load a checkpoint as a stock transformers model: tensor by tensor, every one used, every parameter filled."""
+"""Models from checkpoints, from a config alone, and new ones; all of them stock classes of transformers.
+
+A checkpoint is loaded by transformers' own `from_pretrained`, which is fed with the tensors of its safetensors files:
+code, adapters and settings that lie beside them play no part.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+import importlib.util
+from contextlib import ExitStack
+from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
-from transformers import PreTrainedModel
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import (
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.utils import logging as transformers_logging
 
 from shared.models.architectures import ARCHITECTURES, Architecture
-from shared.models.checkpoint import Checkpoint, stream_shapes, stream_tensors
+from shared.models.checkpoint import Checkpoint
 from shared.models.config_keys import Read, refuse_unread
-from shared.models.devices import DeviceMap, device_of, plan_devices, spread
-from shared.models.key_maps import Placement, place
-from shared.models.limits import refuse_sizes
-from shared.models.quantize import Quantization, quantize_linears
+from shared.settings.config import ModelShape
 from shared.system.errors import TideError
+from shared.text.tokenizers import Tokenizer
 
-
-def _architecture(checkpoint: Checkpoint, name: str) -> Architecture:
-    if name not in ARCHITECTURES:
-        raise TideError(
-            f"unknown architecture {name!r}", expected=f"one of {', '.join(sorted(ARCHITECTURES))}"
-        )
-    architecture = ARCHITECTURES[name]
-    found = checkpoint.config.get("model_type")
-    if found not in architecture.model_types:
-        raise TideError(
-            f"{checkpoint.folder} has a config of model_type {found!r}",
-            expected=f"{' or '.join(map(repr, architecture.model_types))} for the architecture {name}",
-            fix="choose the teacher that this checkpoint belongs to, or another checkpoint",
-        )
-    return architecture
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def load_model(
@@ -43,51 +41,178 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     *,
-    device_map: DeviceMap | None = None,
-    quantization: Quantization | None = None,
+    device_map: str | None = None,
+    quantization: Literal["int8", "int4"] | None = None,
 ) -> PreTrainedModel:
     """The model on `device` in `dtype`, in evaluation mode, under SDPA attention.
 
-    Host memory stays at the model plus one shard. `device_map` spreads the layers over several devices;
-    `quantization` keeps linear layers in 8 or 4 bits. TideError names tensors that nothing takes, parameters that
-    nothing fills, and shapes that do not match.
+    `device_map`: `auto` and `balanced` spread the layers evenly over the GPUs, `sequential` fills one after the other;
+    what fits no GPU stays in host memory. `quantization`: all linear layers but the head in 8 bits (LLM.int8) or 4
+    (NF4). TideError names tensors that nothing takes, parameters that nothing fills, and shapes that do not match.
     """
-    model = _empty_model(
-        _architecture(checkpoint, architecture), checkpoint.config, str(checkpoint.folder)
-    )
-    home = torch.device("cpu" if quantization else device)
-    mapping = None if device_map is None else plan_devices(model, device_map, dtype)
-    filler = _Filler(
-        model,
-        checkpoint,
-        dtype,
-        (lambda _: home) if mapping is None else partial(device_of, mapping),
-    )
-    for key, tensor in stream_tensors(checkpoint.weight_files):
-        filler.take(key, tensor, place(key, ARCHITECTURES[architecture].rules, model.config))
-    filler.finish(architecture)
-    model.tie_weights()
-    if quantization is not None:
-        quantize_linears(model, quantization, torch.device(device), dtype)
-    model = model.to(device=device) if mapping is None else spread(model, mapping)
-    return model.eval()
+    with ExitStack() as files:
+        tensors = _tensors(checkpoint, files)
+        where = device_map or {"": device}
+        return _from_pretrained(checkpoint, architecture, tensors, dtype, where, quantization)
 
 
 def check_weights(checkpoint: Checkpoint, architecture: str) -> None:
-    """The same account of every tensor as in `load_model`, from names and shapes alone. TideError as there."""
-    model = _empty_model(
-        _architecture(checkpoint, architecture), checkpoint.config, str(checkpoint.folder)
+    """The same account of every tensor as in `load_model`, from the files' headers alone. TideError as there."""
+    with ExitStack() as files:
+        shapes = {key: tensor.get_shape() for key, tensor in _tensors(checkpoint, files).items()}
+    empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    _from_pretrained(checkpoint, architecture, empty, torch.float32, {"": "meta"})
+
+
+def head_rows(checkpoint: Checkpoint, architecture: str) -> Float[Tensor, "vocab width"]:
+    """The LM head's rows in float32; the embedding's where the two are tied. TideError where there are none."""
+    kind = _architecture(checkpoint, architecture)
+    with ExitStack() as files:
+        tensors = {kind.stock_name(key): t for key, t in _tensors(checkpoint, files).items()}
+        tied = kind.config(checkpoint.config).tie_word_embeddings
+        name = EMBEDDING if tied or HEAD not in tensors else HEAD
+        if name not in tensors:
+            raise TideError(
+                f"{checkpoint.folder} has no {name}", fix="download the checkpoint again"
+            )
+        return tensors[name][:].to(torch.float32)
+
+
+def _tensors(checkpoint: Checkpoint, files: ExitStack) -> dict[str, Any]:
+    """Every tensor by its name in the files, as a slice that is read when it is used."""
+    tensors: dict[str, Any] = {}
+    for file in checkpoint.weight_files:
+        try:
+            handle = files.enter_context(safe_open(file, "pt"))
+        except (SafetensorError, OSError) as error:
+            raise TideError(
+                f"{file} is no whole safetensors file: {error}", fix="download this file again"
+            ) from error
+        tensors |= {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 - no mapping
+    return tensors
+
+
+def _from_pretrained(
+    checkpoint: Checkpoint,
+    architecture: str,
+    tensors: dict[str, Any],
+    dtype: torch.dtype,
+    device_map: Any,
+    quantization: str | None = None,
+) -> PreTrainedModel:
+    """transformers' own loading, with its report made an error wherever anything is left over or missing."""
+    kind, folder = _architecture(checkpoint, architecture), checkpoint.folder
+    misfit = f"{folder} does not fit its architecture {architecture}"
+    fix = "check that config.json and the weights belong together"
+
+    # 1. A config of a billion layers would be built for days.
+    layers = checkpoint.config.get("num_hidden_layers") or checkpoint.config.get("n_layers")
+    if isinstance(layers, int) and layers > len(tensors):
+        raise TideError(
+            f"the config of {folder} asks for {layers} layers, its files hold {len(tensors)} tensors",
+            expected="at least one tensor a layer",
+            fix=fix,
+        )
+
+    # 2. The config, in which every key is obeyed or refused.
+    config = _empty_model(kind, checkpoint.config, str(folder)).config
+    quantized = None if quantization is None else _bitsandbytes(quantization, config, dtype)
+
+    # 3. The weights. transformers' bar and log are still: the error below says what its log would.
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        model, report = kind.model_class.from_pretrained(
+            None, config=config, state_dict=tensors, key_mapping=dict(kind.renames), dtype=dtype, device_map=device_map,
+            quantization_config=quantized, ignore_mismatched_sizes=True, output_loading_info=True,
+            offload_buffers=True,
+        )  # fmt: skip
+    except ValueError as error:
+        if "disk" not in str(error):
+            raise
+        raise TideError(
+            "GPUs and host memory together are too small for the teacher",
+            fix="use engine.quantization=int4, a machine with more memory, or a smaller teacher",
+        ) from error
+    except RuntimeError as error:
+        if "conversion" not in str(error):
+            raise
+        raise TideError(
+            f"{misfit}: tensors that belong together differ in shape", fix=fix
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+    # 4. Its report. Tied weights that the checkpoint stores twice must agree.
+    problems = [f"{name} has no place" for name in sorted(report["unexpected_keys"])]
+    problems += [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    for name, came, expected in sorted(report["mismatched_keys"]):
+        problems.append(f"{name} has the shape {tuple(came)}, config.json says {tuple(expected)}")
+    head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
+    if config.tie_word_embeddings and head is not embedding and not head.is_meta:
+        problems.append(f"{HEAD} differs from {EMBEDDING}, to which config.json ties it")
+    if problems:
+        raise TideError(
+            f"{misfit}: {'; '.join(problems[:5])}"
+            + (f" and {len(problems) - 5} more" if len(problems) > 5 else ""),
+            expected="every tensor used once and every parameter filled",
+            fix=fix,
+        )
+    model.config.name_or_path = ""
+    return model.requires_grad_(False)
+
+
+def _architecture(checkpoint: Checkpoint, name: str) -> Architecture:
+    if name not in ARCHITECTURES:
+        raise TideError(
+            f"unknown architecture {name!r}", expected=f"one of {', '.join(sorted(ARCHITECTURES))}"
+        )
+    architecture, model_type = ARCHITECTURES[name], checkpoint.config.get("model_type")
+    if model_type not in architecture.model_types:
+        raise TideError(
+            f"{checkpoint.folder} has a config of model_type {model_type!r}",
+            expected=f"{' or '.join(map(repr, architecture.model_types))} for the architecture {name}",
+            fix="choose the teacher that this checkpoint belongs to, or another checkpoint",
+        )
+    return architecture
+
+
+def architecture_of(checkpoint: Checkpoint) -> str:
+    """The first architecture that takes a config of this model type. TideError where none does."""
+    kind = checkpoint.config.get("model_type")
+    for name, architecture in ARCHITECTURES.items():
+        if kind in architecture.model_types:
+            return name
+    raise TideError(
+        f"{checkpoint.folder} has a config of model_type {kind!r}",
+        expected="a model type of one of " + ", ".join(sorted(ARCHITECTURES)),
     )
-    filler = _Filler(model, checkpoint, torch.float32, lambda _: torch.device("meta"))
-    for key, shape in stream_shapes(checkpoint.weight_files):
-        tensor = torch.empty(shape, device="meta")
-        filler.take(key, tensor, place(key, ARCHITECTURES[architecture].rules, model.config))
-    filler.finish(architecture)
+
+
+def _bitsandbytes(kind: str, config: Any, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if hasattr(config, "num_experts_per_tok"):
+        raise TideError(
+            f"engine.quantization={kind} covers linear layers; this teacher keeps its experts in stacked tensors, "
+            f"which would stay in {dtype}",
+            fix="leave engine.quantization out, and use engine.device_map=auto where one GPU is too small",
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise TideError(
+            "engine.quantization needs bitsandbytes, which is not installed",
+            fix='pip install ".[quant]", or leave engine.quantization out',
+        )
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
 
 
 def _empty_model(kind: Architecture, raw: dict[str, Any], source: str) -> Any:
     """The model with its parameters on the meta device."""
-    refuse_sizes(raw, source)
     read = Read(raw)
     try:
         config = kind.config(read)
@@ -131,106 +256,40 @@ def random_model(
     return model.to(device=device).eval()
 
 
-class _Filler:
-    """Puts tensors where they belong and keeps account: every one used once, every element filled once."""
+def new_model(
+    shape: ModelShape, tokenizer: Tokenizer, mask_id: int, positions: int
+) -> PreTrainedModel:
+    """A student of `shape` for `tokenizer`, embedding and head tied, its weights random; seed torch first."""
+    kinds: dict[str, Any] = {
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+    }
+    config_class, model_class = kinds[shape.architecture]
+    config = config_class(
+        vocab_size=max(len(tokenizer), mask_id + 1),
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.hidden_size // shape.heads,
+        max_position_embeddings=positions,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.special_id("eos"),
+        pad_token_id=tokenizer.special_id("pad"),
+        mask_token_id=mask_id,
+        attn_implementation="sdpa",
+    )
+    return model_class(config)
 
-    def __init__(
-        self,
-        model: Any,
-        checkpoint: Checkpoint,
-        dtype: torch.dtype,
-        device_of: Callable[[str], torch.device],
-    ) -> None:
-        self._model, self._folder, self._dtype, self._device_of = (
-            model,
-            checkpoint.folder,
-            dtype,
-            device_of,
-        )
-        self._tied = bool(model.config.tie_word_embeddings)
-        self._shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-        self._buffers = {name for name, _ in model.named_buffers()}
-        if self._tied:
-            self._shapes.pop("lm_head.weight", None)
-        self._filled: dict[str, int] = dict.fromkeys(self._shapes, 0)
-        self._unknown: list[str] = []
 
-    def take(self, key: str, tensor: torch.Tensor, places: list[Placement]) -> None:
-        """Place one tensor of the checkpoint."""
-        if not places:
-            self._unknown.append(key)
-        for spot in places:
-            tied_head = self._tied and spot.name == "lm_head.weight"
-            name = "model.embed_tokens.weight" if tied_head else spot.name
-            if name not in self._shapes:
-                self._unknown.append(key)
-                continue
-            part = tensor if spot.source is None else tensor[spot.source]
-            self._put(key, name, part, spot)
-        used = sum(s.source.stop - s.source.start for s in places if s.source is not None)
-        if used and used != tensor.shape[0]:
-            raise self._misfit(key, tuple(tensor.shape), (used, *tensor.shape[1:]))
+def compile_layers(model: Any) -> None:
+    """Compile each decoder layer in place (torch.compile). Weights keep their names; the layers share what is compiled,
+    and sizes are symbols of it, so that batches of other lengths compile nothing anew.
 
-    def _put(self, key: str, name: str, tensor: torch.Tensor, spot: Placement) -> None:
-        shape = self._shapes[name]
-        whole = spot.expert is None and spot.rows is None
-        target = self._tensor_at(name, shape, allocate=not whole)
-        slab = target if spot.expert is None else target[spot.expert : spot.expert + 1]
-        view = (
-            slab
-            if spot.rows is None
-            else slab[:, spot.rows]
-            if spot.expert is not None
-            else slab[spot.rows]
-        )
-        wanted = tuple(view.shape) if spot.expert is None else tuple(view.shape[1:])
-        if tuple(tensor.shape) != wanted or (spot.expert is not None and view.shape[0] != 1):
-            raise self._misfit(key, tuple(tensor.shape), wanted)
-        dtype = torch.float32 if name in self._buffers else self._dtype
-        moved = tensor.to(device=self._device_of(name), dtype=dtype)
-        if whole and self._filled[name]:  # tied weights that the checkpoint stores twice must agree
-            if not moved.is_meta and not torch.equal(target.detach(), moved):
-                raise TideError(
-                    f"{key} differs from {name}, to which config.json ties it",
-                    fix="mend the checkpoint",
-                )
-            return
-        if whole:
-            self._assign(name, moved)
-        else:
-            view.copy_(moved.view(view.shape))
-        self._filled[name] += tensor.numel()
-
-    def _tensor_at(self, name: str, shape: tuple[int, ...], allocate: bool) -> torch.Tensor:
-        owner, _, leaf = name.rpartition(".")
-        tensor = getattr(self._model.get_submodule(owner), leaf)
-        if allocate and not self._filled[name]:
-            self._assign(name, torch.empty(shape, dtype=self._dtype, device=self._device_of(name)))
-            tensor = getattr(self._model.get_submodule(owner), leaf)
-        return tensor.data
-
-    def _assign(self, name: str, tensor: torch.Tensor) -> None:
-        owner, _, leaf = name.rpartition(".")
-        module = self._model.get_submodule(owner)
-        if name in self._buffers:
-            setattr(module, leaf, tensor)
-        else:
-            setattr(module, leaf, torch.nn.Parameter(tensor, requires_grad=False))
-
-    def _misfit(self, key: str, found: tuple[int, ...], expected: tuple[int, ...]) -> TideError:
-        return TideError(
-            f"{key} has the shape {found}",
-            expected=f"{expected}, as config.json says",
-            fix="check that config.json and weights belong together",
-        )
-
-    def finish(self, architecture: str) -> None:
-        """TideError where a tensor found no place or a parameter is not filled exactly once."""
-        gaps = sorted(n for n, shape in self._shapes.items() if self._filled[n] != math.prod(shape))
-        if self._unknown or gaps:
-            raise TideError(
-                f"{self._folder} does not fit its architecture {architecture}: {len(self._unknown)} tensors without "
-                f"a place {self._unknown[:5]}, {len(gaps)} parameters unfilled {gaps[:5]}",
-                expected="every tensor used once and every parameter filled",
-                fix="check that config.json and weights belong together",
-            )
+    Of a layer with experts, whose shapes depend on values, the attention alone.
+    """
+    for layer in model.model.layers:
+        whole = not hasattr(layer.mlp, "experts")
+        (layer if whole else layer.self_attn).compile(dynamic=True)

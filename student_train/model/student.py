@@ -16,8 +16,7 @@ from shared.cache.manifest import Manifest
 from shared.diffusion.attention import block_diffusion_places
 from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve
-from shared.models.fresh import new_model
-from shared.models.loading import load_model
+from shared.models.loading import load_model, new_model
 from shared.models.masks import stated_mask
 from shared.settings.config import StudentConfig
 from shared.system.errors import TideError

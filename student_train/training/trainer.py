@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from shared.cache.manifest import Manifest
-from shared.models.compiled import compile_layers
+from shared.models.loading import compile_layers
 from shared.settings.build import build
 from shared.settings.config import LengthConfig, TrainConfig
 from shared.settings.objectives import KL, ReverseKL

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from shared.models.compiled import compile_layers
+from shared.models.loading import compile_layers
 from shared.models.packed_attention import use_packed_attention
 from teacher_cache.engines.batches import Batch, lay_out, one_behind_the_other, side_by_side
 from teacher_cache.engines.packs import Pack

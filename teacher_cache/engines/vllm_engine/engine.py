@@ -181,7 +181,7 @@ def _write_config(
     """A config of the stock architecture, with what the scorer must know under `tide`. The weights stay as they are."""
     kind = ARCHITECTURES[entry.architecture]
     config = kind.config(checkpoint.config)
-    stock = kind.model_class.__name__
+    stock = kind.stock_class
     config.architectures = [SCORERS[stock]]
     config.is_causal = False
     excluded = [] if shared_ids is None else excluded_ids(shared_ids, config.vocab_size).tolist()

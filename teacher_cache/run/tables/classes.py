@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shared.models.checkpoint import open_checkpoint, resolve
-from shared.models.head import architecture_of, head_rows
+from shared.models.loading import architecture_of, head_rows
 from shared.system.errors import TideError
 from teacher_cache.run.plan import CachePlan
 

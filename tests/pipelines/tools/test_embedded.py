@@ -25,7 +25,7 @@ from shared.aligned.examples import Preparer
 from shared.data import ChatExample
 from shared.diffusion.attention import block_diffusion_batch, repeat_positions
 from shared.models.checkpoint import open_checkpoint, resolve
-from shared.models.fresh import new_model
+from shared.models.loading import new_model
 from shared.settings.config import LengthConfig, StudentConfig
 from shared.text.tokenizers import Tokenizer
 from tests.shared.aligned.test_examples import chat

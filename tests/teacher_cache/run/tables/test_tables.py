@@ -19,8 +19,7 @@ from shared.cache.shards import finished_units
 from shared.cache.stores import Store
 from shared.cache.vocabulary import load_centroids, load_pilot, load_vocabulary, ranks, smaller
 from shared.models.checkpoint import open_checkpoint
-from shared.models.head import architecture_of, head_rows
-from shared.models.loading import load_model
+from shared.models.loading import architecture_of, head_rows, load_model
 from shared.system.errors import TideError
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.load_engine import load_engine

@@ -1,56 +1,16 @@
-"""What a config says is obeyed: rope of transformers 4 and 5; tokenizers that lie in parts."""
+"""Tokenizers that lie in parts (vocab.json, merges.txt) and name a class that would be remote code."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from shared.models.checkpoint import open_checkpoint
-from shared.models.loading import load_model
 from shared.system.errors import TideError
 from shared.text.tokenizers import Tokenizer
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
-
-SCALINGS: dict[str, Any] = {
-    "none": None,
-    "linear": {"rope_type": "linear", "factor": 4.0},
-    "linear, old name": {"type": "linear", "factor": 4.0},
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
-    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 64},
-}  # fmt: skip
-SIZES: dict[str, Any] = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-                         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3,
-                         "max_position_embeddings": 256}  # fmt: skip
-STOCK: dict[str, Any] = {
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "llama": (LlamaConfig, LlamaForCausalLM),
-}
-
-
-@pytest.mark.parametrize("architecture", STOCK)
-@pytest.mark.parametrize("name", SCALINGS)
-def test_rope_is_what_transformers_makes_of_the_same_folder(
-    architecture: str, name: str, tmp_path: Path
-) -> None:
-    config_class, model_class = STOCK[architecture]
-    torch.manual_seed(0)
-    model_class(config_class(**SIZES)).save_pretrained(tmp_path)
-    values = json.loads((tmp_path / "config.json").read_text())
-    values.pop("rope_parameters")
-    values |= {"rope_theta": 5000.0, "rope_scaling": SCALINGS[name]}
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    stock = model_class.from_pretrained(tmp_path).eval()
-    ours: Any = load_model(open_checkpoint(str(tmp_path)), architecture, torch.float32)
-    ids = torch.arange(40)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(ours(ids).logits, stock(ids).logits, rtol=0, atol=1e-5)
 
 
 def in_parts(source: Path, target: Path) -> Path:
@@ -103,14 +63,13 @@ def test_parts_that_no_known_pattern_fits_or_that_are_damaged_are_explained(tmp_
     vocabulary = json.loads((folder / "vocab.json").read_text())
     odd = {f"a{i}Ġb{i}": 5000 + i for i in range(600)}
     (folder / "vocab.json").write_text(json.dumps({**vocabulary, **odd}))
-    with pytest.raises(
-        TideError, match=r"by none of the patterns that are known[\s\S]*tokens fall apart"
-    ):
+    with pytest.raises(TideError):
         Tokenizer.load(folder)
     (folder / "vocab.json").write_text("{")
-    with pytest.raises(TideError, match="cannot be read"):
+    with pytest.raises(TideError):
         Tokenizer.load(folder)
     other = in_parts(STUDENT_TOKENIZER, tmp_path / "s")
     (other / "added_tokens.json").write_text('{"<|x|>": 9000}')
-    with pytest.raises(TideError, match="has id 9000"):
+    with pytest.raises(TideError) as error:
         Tokenizer.load(other)
+    assert "9000" in str(error.value)
