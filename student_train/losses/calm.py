@@ -65,7 +65,7 @@ def calm(
 def reverse_calm(
     log_student: Float[Tensor, " chunks"], target: Float[Tensor, " chunks"]
 ) -> Float[Tensor, " chunks"]:
-    """Reverse: −(p_s log p_t + (1 − p_s) log(1 − p_t)). Its slope by p_s, −logit(p_t), is bounded."""
+    """Reverse: −(p_s log p_t + (1 − p_s) log(1 − p_t)). Its slope −logit(p_t) is bounded."""
     p = log_student.exp()
     return -(p * torch.log(target) + (1 - p) * torch.log1p(-target))
 
