@@ -35,7 +35,7 @@ def dataset(cache: Path, processes: int = 1, **changes: object) -> BatchDataset:
     """Batches of a cache."""
     values: dict = {"batch_size": 5, "seed": 3, "epochs": 4.0, **changes}
     config = TrainConfig(cache=cache, **values)
-    return open_cache(config).batches(config, processes)
+    return BatchDataset(open_cache(config), config, processes)
 
 
 def change_column(cache: Path, unit: Unit, name: str, column: pa.Array) -> None:

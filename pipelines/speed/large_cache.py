@@ -27,6 +27,7 @@ from shared.cache.shards import Unit, read_shard, write_shard
 from shared.cache.vocabulary import TABLES, Pilot, Vocabulary, save_tables
 from shared.settings.config import CacheConfig, TargetConfig, TrainConfig
 from student_train.batches.collate import TargetReader, collate
+from student_train.batches.loader import BatchDataset
 from student_train.batches.open_cache import open_cache
 from teacher_cache.run.costs import Workload, random_rows
 
@@ -110,7 +111,7 @@ def _measure(cache: Path, result: Connection) -> None:
     before = _resident()
     started = time.perf_counter()
     opened = open_cache(TrainConfig(cache=cache, batch_size=32, epochs=10.0))
-    data = opened.batches(TrainConfig(batch_size=32, epochs=10.0))
+    data = BatchDataset(opened, TrainConfig(batch_size=32, epochs=10.0))
     start = time.perf_counter() - started
     memory = _resident() - before
     manifest = load_manifest(cache)

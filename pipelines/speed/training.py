@@ -31,6 +31,7 @@ from shared.settings.objectives import (
     Tidal,
 )
 from student_train.batches.collate import TargetReader, counts_of
+from student_train.batches.loader import BatchDataset
 from student_train.batches.open_cache import OpenCache, open_cache
 from student_train.losses.fused_head import LossSettings
 from student_train.model.student import load_student
@@ -72,7 +73,7 @@ def _measure(caches: dict[str, Path]) -> Table:
         torch.manual_seed(0)
         model, _ = load_student(_STUDENT, cache, opened.manifest)
         train_on_loss(model, 32, TargetReader(opened.manifest, opened.layout))
-        dataset = opened.batches(config)
+        dataset = BatchDataset(opened, config)
         batch = dataset[0]
 
         def step(settings: Distillation, model: Any = model, batch: Any = batch) -> None:
@@ -105,7 +106,7 @@ def _loading(opened: OpenCache, config: TrainConfig) -> float:
     """Seconds of a batch: a whole epoch, from files on, divided by its batches."""
     times = []
     for _ in range(3):
-        data = opened.batches(config)
+        data = BatchDataset(opened, config)
         started = time.perf_counter()
         for i in range(data.batches_in(0)):
             data[i]

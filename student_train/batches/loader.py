@@ -1,179 +1,226 @@
-"""From shards to batches: which rows at which step, as a pure function of the seed (DESIGN §6).
+"""From shards to batches: which rows at which step, as a pure function of the seed.
 
-Epoch e trains on draw e mod K and reads nothing else; with `draws` m > 1 a pass over the data trains on the next m of
-the K draws of every example at once, which counts as m epochs. Rows are shuffled in windows of a few shards, so memory
-stays bounded and files are read in one go; inside a window batches hold rows of like length. Every item of the data
-set is one whole batch, found by its number alone: resuming at step n means asking for batch n.
+Epoch e trains on draw e mod K and reads nothing else; with `draws_per_step` m > 1 a pass over the
+data trains on the next m of the K draws of every example at once, which counts as m epochs. Rows
+are shuffled in windows of a few parts, so memory stays bounded and files are read in one go; inside
+a window batches hold rows of like length. Every item of the data set is one whole batch, found by
+its number alone: resuming at step n means asking for batch n.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import Counter
-from dataclasses import dataclass
-from functools import lru_cache
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 
-from shared.cache.ledger import Ledger
-from shared.cache.manifest import Manifest
 from shared.cache.row import CacheRow, without_masks
 from shared.cache.shards import Unit
 from shared.diffusion.noise import generator
+from shared.settings.config import TrainConfig
 from shared.system.errors import TideError
 from student_train.batches.collate import Batch, collate
-from student_train.batches.shards import ShardSource
-from student_train.batches.windows import Window
+from student_train.batches.open_cache import OpenCache
 
-ERROR = "error"
+_RUN = 16  # batches among which rows are sorted by length
 
 
 def refuse_error(batch: Batch) -> None:
-    """TideError where one stands in the batch's place."""
-    if ERROR in batch:
-        raise TideError(batch[ERROR])
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """The parts of a pass over the data in their order, window by window, and at which example each window begins."""
-
-    draws: tuple[int, ...]
-    parts: np.ndarray
-    starts: np.ndarray
+    """TideError where one stands in the batch's place (see `BatchDataset.__getitem__`)."""
+    if "error" in batch:
+        raise TideError(batch["error"])
 
 
 class BatchDataset(torch.utils.data.Dataset[Batch]):
-    """`total` batches of a training run, or, where `total` is None, `epochs` epochs of them.
+    """The batches of a training run: `max_steps` of them, or `epochs` epochs.
 
-    Items are what one process takes at a time. With `processes` > 1 item number i is part i mod `processes` of a
-    batch of `batch_size` · `processes` rows, so a step sees the same rows however many processes share it.
+    Items are what one process takes at a time. With P processes item i is part i mod P of a batch,
+    so a step sees the same rows however many processes share it. With `global_batch` a step is one
+    batch, cut into as many parts as passes of all processes see it.
     """
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        ledger: Ledger,
-        source: ShardSource,
-        *,
-        batch_size: int,
-        seed: int,
-        epochs: float,
-        total: int | None = None,
-        window: int = 8,
-        processes: int = 1,
-        draws: int = 1,
-    ) -> None:
-        self._manifest, self._source = manifest, source
-        self._seed, self._window, self._draws = seed, window, draws
-        self._batch, self._processes = batch_size * processes // draws, processes
-        """Examples of a batch, of all processes together."""
+    def __init__(self, cache: OpenCache, config: TrainConfig, processes: int = 1) -> None:
+        self._cache, self._manifest = cache, cache.manifest
+        self._seed, self._window, self._draws = config.seed, config.window, config.draws_per_step
+        self._parts, batch, steps = processes, config.batch_size, config.max_steps
+        if config.global_batch is None:
+            steps *= config.accumulation
+        else:
+            self._parts *= config.accumulation
+            batch = config.global_batch // self._parts
+        self._batch = batch * self._parts // self._draws  # examples, of all parts together
+
         self.totals: Counter[str] = Counter()
         """Sums over the shards: rows, masked positions, chunks, rows without chunks."""
-        self._rows = np.zeros((manifest.draws, manifest.parts), np.int64)
-        for unit in manifest.units():
-            entry = ledger[unit]
+        self._rows = np.zeros((self._manifest.draws, self._manifest.parts), np.int64)
+        for unit in self._manifest.units():
+            entry = cache.ledger[unit]
             self._rows[unit.draw, unit.part] = entry.rows
-            self.totals.update(rows=entry.rows, masked=entry.masked, chunks=entry.chunks,
-                               rows_without_chunks=entry.rows_without_chunks)  # fmt: skip
+            for name in ("rows", "masked", "chunks", "rows_without_chunks"):
+                self.totals[name] += getattr(entry, name)
         if (self._rows.sum(axis=1) == 0).any():
             raise TideError("the cache has no rows", fix="build it from data whose prompts fit")
-        cycle = manifest.draws // math.gcd(manifest.draws, draws)
-        self._batches = np.array(
-            [-(-int(self._rows[self._draws_of(n)[0]].sum()) // self._batch) for n in range(cycle)]
-        )
-        """Batches of each pass, until passes come to the same draws again."""
-        self._remember()
-        self._total = total if total is not None else math.ceil(epochs * self.batches_in(0) / draws)
-
-    def _remember(self) -> None:
-        self._pass_cached = lru_cache(maxsize=2)(self._pass)
-        self._window_cached = lru_cache(maxsize=2)(self._open_window)
+        # Batches of each pass, until passes come to the same draws again.
+        cycle = self._manifest.draws // math.gcd(self._manifest.draws, self._draws)
+        examples = np.array([self._rows[self._draws_of(n)[0]].sum() for n in range(cycle)])
+        self._batches = -(-examples // self._batch)
+        self._total = steps
+        if config.max_steps <= 0:
+            self._total = math.ceil(config.epochs * self.batches_in(0) / self._draws)
+        self._windows: dict[tuple[int, int], Window] = {}
 
     def __getstate__(self) -> dict[str, object]:
         """For a process that works ahead: without the windows that are open here."""
-        return {
-            name: value
-            for name, value in self.__dict__.items()
-            if name not in ("_pass_cached", "_window_cached")
-        }
+        return {**self.__dict__, "_windows": {}}
 
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__ |= state
-        self._remember()
+    def __len__(self) -> int:
+        return self._total * self._parts
 
     def epochs_in(self, items: int) -> float:
         """How many epochs the first `items` items are: one is a draw of every example."""
-        return items / self._processes * self._draws / self.batches_in(0)
+        return items / self._parts * self._draws / self.batches_in(0)
 
     def batches_in(self, number: int) -> int:
-        """Batches of a pass over the data: of an epoch, or of as many as draws are trained on at once."""
+        """Batches of a pass over the data."""
         return int(self._batches[number % len(self._batches)])
 
-    def _draws_of(self, number: int) -> tuple[int, ...]:
-        return tuple((number * self._draws + j) % self._manifest.draws for j in range(self._draws))
-
-    def _pass(self, number: int) -> _Pass:
-        draws = self._draws_of(number)
-        parts = generator(self._seed, number, "parts").permutation(self._manifest.parts)
-        ends = np.concatenate([[0], np.cumsum(self._rows[draws[0]][parts])])
-        return _Pass(draws, parts, ends[: len(parts) : self._window])
-
-    def __len__(self) -> int:
-        return self._total * self._processes
-
     def __getitem__(self, index: int) -> Batch:
-        """Item number `index` of the run. In a process of a DataLoader a TideError comes as `{"error": its text}`, for
-        `refuse_error` to raise where it arrives: PyTorch would put a traceback around it.
+        """Item number `index` of the run.
+
+        In a process of a DataLoader a TideError comes as `{"error": its text}`, for `refuse_error`
+        to raise where it arrives: PyTorch would put a traceback around it.
         """
         try:
             return collate(self.rows(index), self._manifest)
         except TideError as error:
             if torch.utils.data.get_worker_info() is None:
                 raise
-            return {ERROR: str(error)}
+            return {"error": str(error)}
 
     def rows(self, index: int) -> list[CacheRow]:
-        """The rows of item number `index`. Where a last batch has fewer examples than processes, some get one that
-        another has too, with nothing of it masked.
+        """The rows of item number `index`: of each example its draws, one after the other.
+
+        Where a last batch has fewer examples than parts, some parts get an example that another has
+        too, with nothing of it masked.
         """
-        index, part = divmod(index, self._processes)
+        # 1. The pass, and the batch's first example in it.
+        index, part = divmod(index, self._parts)
         cycle, index = divmod(index, int(self._batches.sum()))
         number = int(np.searchsorted(np.cumsum(self._batches), index, side="right"))
         start = (index - int(self._batches[:number].sum())) * self._batch
         number += cycle * len(self._batches)
+        # 2. The examples of this part: every P-th of the batch, from perhaps several windows.
         size = min(self._batch, int(self._rows[self._draws_of(number)[0]].sum()) - start)
-        mine = self._examples(number, [start + i for i in range(part, size, self._processes)])
-        if not mine:
-            return [without_masks(self._examples(number, [start])[0][0])]
-        return [row for draws in mine for row in draws]
+        mine = range(start + part, start + size, self._parts)
+        starts = self._pass(number)[1]
 
-    def _examples(self, number: int, places: list[int]) -> list[list[CacheRow]]:
-        """Examples of a pass by their place in it: of one window, or of some that follow each other."""
-        starts = self._pass_cached(number).starts
-        found: list[list[CacheRow]] = []
-        while len(found) < len(places):
-            window = int(np.searchsorted(starts, places[len(found)], side="right")) - 1
-            opened, begin = self._window_cached(number, window), int(starts[window])
-            own = [place - begin for place in places[len(found) :] if place - begin < len(opened)]
-            found += opened.examples(own)
-        return found
+        def window_of(place: int) -> int:
+            return int(np.searchsorted(starts, place, side="right")) - 1
+
+        rows: list[CacheRow] = []
+        for window, places in itertools.groupby(mine or [start], key=window_of):
+            begin = int(starts[window])
+            rows += self._opened(number, window).rows([place - begin for place in places])
+        return rows if mine else [without_masks(rows[0])]
+
+    def _draws_of(self, number: int) -> list[int]:
+        return [(number * self._draws + j) % self._manifest.draws for j in range(self._draws)]
+
+    def _pass(self, number: int) -> tuple[Int[np.ndarray, " parts"], Int[np.ndarray, " windows"]]:
+        """The parts of a pass in their order, and at which example each of its windows begins."""
+        parts = generator(self._seed, number, "parts").permutation(self._manifest.parts)
+        ends = np.concatenate([[0], np.cumsum(self._rows[self._draws_of(number)[0]][parts])])
+        return parts, ends[: len(parts) : self._window]
 
     def _units(self, number: int, window: int) -> list[list[Unit]]:
-        """The units of a window, part by part."""
-        here = self._pass_cached(number)
-        chosen = here.parts[window * self._window : (window + 1) * self._window]
-        return [[Unit(draw, int(part)) for draw in here.draws] for part in chosen]
+        """The units of a window: of each of its parts the draws."""
+        parts = self._pass(number)[0][window * self._window : (window + 1) * self._window]
+        return [[Unit(draw, int(part)) for draw in self._draws_of(number)] for part in parts]
 
-    def _open_window(self, number: int, window: int) -> Window:
-        units = self._units(number, window)
-        self._soon(units)
-        shards = [[self._source.shard(unit) for unit in draws] for draws in units]
-        self._soon(self._units(number, window + 1) or self._units(number + 1, 0))
-        begin = int(self._pass_cached(number).starts[window])
-        stream = generator(self._seed, number, window, "rows")
-        return Window(shards, begin, self._batch, self._processes, stream)
+    def _opened(self, number: int, window: int) -> Window:
+        if (number, window) not in self._windows:
+            units = self._units(number, window)
+            coming = self._units(number, window + 1) or self._units(number + 1, 0)
+            self._cache.soon(list(itertools.chain(*units)))
+            begun = int(-self._pass(number)[1][window] % self._batch)
+            stream = generator(self._seed, number, window, "rows")
+            opened = Window(self._cache, units, begun, self._batch, stream)
+            self._cache.soon(list(itertools.chain(*coming)))
+            # Two stay open, since a batch may begin in one and end in the next.
+            self._windows = dict([*self._windows.items()][-1:])
+            self._windows[number, window] = opened
+        return self._windows[number, window]
 
-    def _soon(self, units: list[list[Unit]]) -> None:
-        self._source.soon([unit for draws in units for unit in draws])
+
+class Window:
+    """Some parts of a pass, opened, and the order in which their examples are trained on.
+
+    `units[i]` are the draws of one part; the first `begun` examples fill up the batch that the
+    window before has begun. Rows are decoded by whoever trains on them.
+    """
+
+    def __init__(
+        self,
+        cache: OpenCache,
+        units: Sequence[Sequence[Unit]],
+        begun: int,
+        batch: int,
+        stream: np.random.Generator,
+    ) -> None:
+        self._cache, self._units = cache, units
+        self._shards = [[cache.shard(unit) for unit in draws] for draws in units]
+        home, lengths = [], []
+        for part, (draws, shards) in enumerate(zip(units, self._shards, strict=True)):
+            ids = shards[0].table.column("example_id")
+            for unit, shard in zip(draws, shards, strict=True):
+                if not shard.table.column("example_id").equals(ids):
+                    raise TideError(
+                        f"{draws[0].path(cache.folder)} and {unit.path(cache.folder)} hold other "
+                        "examples",
+                        expected="the same examples in every draw of a part, to train on several "
+                        "draws of an example at once",
+                        fix="train with draws_per_step=1",
+                    )
+            tokens: Any = shards[0].table.column("student_ids").combine_chunks()
+            lengths.append(tokens.value_lengths().to_numpy().astype(np.int64))
+            home += [(part, row) for row in range(len(ids))]
+        order = _order(np.concatenate(lengths), begun, batch, stream)
+        self._order = [home[i] for i in order]
+
+    def rows(self, places: Sequence[int]) -> list[CacheRow]:
+        """The rows of the examples at these places of the order, draw by draw."""
+        rows_of: dict[int, list[int]] = defaultdict(list)
+        for place in places:
+            part, row = self._order[place]
+            rows_of[part].append(row)
+        decoded: dict[tuple[int, int], list[CacheRow]] = defaultdict(list)
+        for part, chosen in rows_of.items():
+            for unit, shard in zip(self._units[part], self._shards[part], strict=True):
+                path = unit.path(self._cache.folder)
+                for number, row in zip(
+                    chosen, shard.rows(path, self._cache.layout, chosen), strict=True
+                ):
+                    decoded[part, number].append(row)
+        return [row for place in places for row in decoded[self._order[place]]]
+
+
+def _order(
+    lengths: Int[np.ndarray, " n"], begun: int, batch: int, stream: np.random.Generator
+) -> Int[np.ndarray, " n"]:
+    # 1. Shuffle. The first `begun` examples stay as they come.
+    order = stream.permutation(len(lengths))
+    head, rest = order[:begun], order[begun:]
+    # 2. Sort by length inside runs of 16 batches.
+    for at in range(0, len(rest), _RUN * batch):
+        run = rest[at : at + _RUN * batch]
+        rest[at : at + _RUN * batch] = run[np.argsort(lengths[run], kind="stable")]
+    # 3. Shuffle whole batches; what is left over comes last.
+    whole = len(rest) // batch * batch
+    batches = rest[:whole].reshape(-1, batch)
+    mixed = batches[stream.permutation(len(batches))].reshape(-1)
+    return np.concatenate([head, mixed, rest[whole:]])

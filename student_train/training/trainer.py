@@ -27,7 +27,7 @@ from shared.system.locks import hold
 from shared.system.processes import part
 from shared.text.tokenizers import Tokenizer
 from student_train.batches.collate import Batch, TargetReader, counts_of
-from student_train.batches.loader import refuse_error
+from student_train.batches.loader import BatchDataset, refuse_error
 from student_train.batches.open_cache import open_cache
 from student_train.losses.fused_head import LossSettings
 from student_train.losses.objective import parts_of
@@ -202,7 +202,7 @@ def make_trainer(
     set_seed(config.seed)
     model, tokenizer = load_student(settle_attention(config), config.cache, manifest)
     _check_ids(model, manifest)
-    dataset = opened.batches(config, processes)
+    dataset = BatchDataset(opened, config, processes)
     check_targets(config.distillation, dataset.totals, config.cache)
     steps = math.ceil(len(dataset) / (config.accumulation * processes))
     heldout = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,8 +15,8 @@ from shared.cache.shards import Unit, finished_units
 from shared.cache.stores import Store
 from shared.settings.config import TrainConfig
 from shared.system.errors import TideError
+from student_train.batches.loader import BatchDataset
 from student_train.batches.open_cache import OpenCache, open_cache
-from student_train.batches.shards import StoredShards
 from student_train.training.trainer import train_student
 from teacher_cache.run.build import build_cache
 from tests.conftest import small_cache_config
@@ -32,54 +33,68 @@ def store(caches: dict[str, Path], tmp_path: Path) -> str:
     return str(there)
 
 
-def opened(
-    store: str, folder: Path, gigabytes: float = 1.0, **changes: object
-) -> tuple[OpenCache, StoredShards]:
-    values: dict = {"batch_size": 5, "seed": 3, "epochs": 4.0, "window": 2, **changes}
-    found = open_cache(TrainConfig(cache=folder, store=store, store_cache_gb=gigabytes, **values))
-    assert isinstance(found.source, StoredShards)
-    return found, found.source
+SETTINGS: dict = {"batch_size": 5, "seed": 3, "epochs": 4.0, "window": 2}
+
+
+def opened(store: str, folder: Path, gigabytes: float = 1.0) -> OpenCache:
+    config = TrainConfig(cache=folder, store=store, store_cache_gb=gigabytes, **SETTINGS)
+    return open_cache(config)
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The shards that came from the store."""
+    names: list[str] = []
+    read = Store.read
+
+    def counted(self: Store, name: str, *args: Any) -> bytes:
+        if name.startswith("draw="):
+            names.append(name)
+        return read(self, name, *args)
+
+    monkeypatch.setattr(Store, "read", counted)
+    return names
 
 
 def test_rows_and_their_order_are_those_of_the_folder(
-    caches: dict[str, Path], store: str, tmp_path: Path
+    caches: dict[str, Path], store: str, tmp_path: Path, fetched: list[str]
 ) -> None:
-    found, source = opened(store, tmp_path / "local")
+    cache = opened(store, tmp_path / "local")
     assert finished_units(tmp_path / "local") == []  # nothing is pulled before it is needed
-    data = found.batches(TrainConfig(batch_size=5, seed=3, epochs=4.0, window=2))
+    data = BatchDataset(cache, TrainConfig(**SETTINGS))
     expected = dataset(caches["tiny-shared"], window=2)
     assert len(data) == len(expected)
     for i in range(len(data)):
         assert [r.example_id for r in data.rows(i)] == [r.example_id for r in expected.rows(i)]
-    assert source.fetched == 6  # each once, in four epochs
+    assert len(fetched) == 6  # each once, in four epochs
 
 
-def test_a_bounded_folder_fetches_again(store: str, tmp_path: Path) -> None:
-    found, source = opened(store, tmp_path / "local", gigabytes=1e-6)
-    data = found.batches(TrainConfig(batch_size=5, seed=3, epochs=4.0, window=2))
+def test_a_bounded_folder_fetches_again(store: str, tmp_path: Path, fetched: list[str]) -> None:
+    data = BatchDataset(opened(store, tmp_path / "local", 1e-6), TrainConfig(**SETTINGS))
     for i in range(len(data)):
         assert data.rows(i)
         assert len(finished_units(tmp_path / "local")) <= 5  # those in use and those on their way
-    assert source.fetched > 6
+    assert len(fetched) > 6
 
 
 def test_what_is_there_already_is_not_fetched_and_what_is_damaged_is(
-    store: str, tmp_path: Path
+    store: str, tmp_path: Path, fetched: list[str]
 ) -> None:
-    _, source = opened(store, tmp_path / "local")
+    cache = opened(store, tmp_path / "local")
     for part in range(3):
-        source.shard(Unit(0, part)).rows()
-    again, other = opened(store, tmp_path / "local")
+        cache.shard(Unit(0, part))
+    again = opened(store, tmp_path / "local")
     path = Unit(0, 1).path(tmp_path / "local")
     path.write_bytes(path.read_bytes()[:-3])
-    assert len(other.shard(Unit(0, 0)).rows()) == again.ledger[Unit(0, 0)].rows
-    assert other.fetched == 0
-    assert len(other.shard(Unit(0, 1)).rows()) == again.ledger[Unit(0, 1)].rows
-    assert other.fetched == 1
+    fetched.clear()
+    assert again.shard(Unit(0, 0)).counts["rows"] == again.ledger[Unit(0, 0)].rows
+    assert fetched == []
+    assert again.shard(Unit(0, 1)).counts["rows"] == again.ledger[Unit(0, 1)].rows
+    assert len(fetched) == 1
 
 
 def test_a_shard_that_is_not_the_ledgers_is_refused(store: str, tmp_path: Path) -> None:
-    _, source = opened(store, tmp_path / "local")
+    source = opened(store, tmp_path / "local")
     shutil.copyfile(
         Path(store) / "draw=00" / "part-00000.parquet",
         Path(store) / "draw=01" / "part-00002.parquet",
@@ -103,9 +118,9 @@ def test_a_store_without_a_finished_cache(store: str, tmp_path: Path) -> None:
 
 
 def test_it_goes_to_other_processes(store: str, tmp_path: Path) -> None:
-    _, source = opened(store, tmp_path / "local")
+    source = opened(store, tmp_path / "local")
     source.soon([Unit(0, 0)])
-    assert len(pickle.loads(pickle.dumps(source)).shard(Unit(0, 1)).rows()) > 0
+    assert pickle.loads(pickle.dumps(source)).shard(Unit(0, 1)).counts["rows"] > 0
 
 
 def test_a_student_learns_the_same_from_a_store(
@@ -125,11 +140,11 @@ def test_a_student_learns_the_same_from_a_store(
 def test_a_store_that_has_grown_is_seen(
     caches: dict[str, Path], random_teacher: Path, store: str, tmp_path: Path
 ) -> None:
-    before, _ = opened(store, tmp_path / "local")
+    before = opened(store, tmp_path / "local")
     grown = Path(shutil.copytree(caches["tiny-shared"], tmp_path / "grown"))
     build_cache(
         small_cache_config("tiny-shared", random_teacher, grown, noise={"draws": 3}, store=store)
     )
-    after, _ = opened(store, tmp_path / "local")
+    after = opened(store, tmp_path / "local")
     assert (len(before.ledger), len(after.ledger)) == (6, 9)
     assert after.manifest.draws == 3

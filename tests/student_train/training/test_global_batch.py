@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from shared.settings.config import TrainConfig
 from shared.system.errors import TideError
+from student_train.batches.loader import BatchDataset
 from student_train.batches.open_cache import open_cache
 from student_train.training.preflight import settle_batch
 from student_train.training.trainer import train_student
@@ -46,7 +47,7 @@ def test_every_division_sees_the_same_rows_in_every_step(caches: dict[str, Path]
             cache=caches["tiny-shared"], global_batch=12, batch_size=most, epochs=2.0
         )
         settings = settle_batch(settings, processes)
-        data = open_cache(settings).batches(settings, processes)
+        data = BatchDataset(open_cache(settings), settings, processes)
         parts = processes * settings.accumulation
         assert len(data) % parts == 0
         found = []

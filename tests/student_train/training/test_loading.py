@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from shared.cache.shards import Unit
+from shared.cache.shards import Shard, Unit
 from shared.system.errors import TideError
 from student_train.batches.loader import BatchDataset
 from student_train.training.trainer import make_trainer, train_student
@@ -41,17 +42,15 @@ def test_what_a_process_of_the_loader_meets_is_said_without_a_traceback(
 def test_a_process_decodes_its_own_rows_only(
     caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from student_train.batches.shards import OpenShard
-
     decoded: list[int] = []
-    rows = OpenShard.rows
+    rows = Shard.rows
 
-    def counted(self: OpenShard, chosen: list[int] | None = None) -> list:
-        found = rows(self, chosen)
+    def counted(*args: Any) -> list:
+        found = rows(*args)
         decoded.append(len(found))
         return found
 
-    monkeypatch.setattr(OpenShard, "rows", counted)
+    monkeypatch.setattr(Shard, "rows", counted)
 
     def epoch(data: BatchDataset, processes: int) -> int:
         decoded.clear()

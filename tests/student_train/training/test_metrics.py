@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from shared.cache.row import CacheRow
+from shared.cache.shards import Shard
 from shared.system.errors import TideError
-from student_train.batches import shards
 from student_train.training.replay import replay
 from student_train.training.trainer import train_student
 from tests.reading import all_rows
@@ -20,7 +20,7 @@ from tests.student_train.training.test_trainer import config, curve
 def poisoned(caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> str:
     """NaN in the top-k of one example, as memory that fails would put it there: no shard holds any. Its id."""
     name = all_rows(caches["tiny-shared"])[3].example_id
-    read = shards.OpenShard.rows
+    read = Shard.rows
 
     def spoiled(*args: Any) -> list[CacheRow]:
         rows = read(*args)
@@ -31,7 +31,7 @@ def poisoned(caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> str:
             for row in rows
         ]
 
-    monkeypatch.setattr(shards.OpenShard, "rows", spoiled)
+    monkeypatch.setattr(Shard, "rows", spoiled)
     return name
 
 
