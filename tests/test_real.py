@@ -115,7 +115,7 @@ def test_a_real_model_through_both_stages(tmp_path: Path) -> None:
     assert report.rows >= 30
     manifest = load_manifest(tmp_path / "cache")
     assert (
-        manifest.fingerprint["student"]["mask_id"] == 151_646
+        manifest.fingerprint.student.mask_id == 151_646
     )  # added at the end of Qwen's vocabulary
     tokenizer = Tokenizer.load(smollm2())
     likelihoods = []

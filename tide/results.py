@@ -51,7 +51,7 @@ class Cache:
 
         manifest = load_manifest(Path(folder))
         return cls(
-            Path(folder), manifest.fingerprint["teacher"]["name"], manifest.examples, manifest.draws
+            Path(folder), manifest.fingerprint.teacher.name, manifest.examples, manifest.draws
         )
 
 

@@ -107,9 +107,9 @@ def prune(
     from teacher_cache.maintenance.prune import prune_cache
 
     made = prune_cache(folder, out, k, draws, classes)
-    targets = made.fingerprint["targets"]
+    targets = made.fingerprint.targets
     say(
-        f"{out}: {made.draws} draws of {made.examples:,} examples, k {targets['k']}, {targets['classes']} classes"
+        f"{out}: {made.draws} draws of {made.examples:,} examples, k {targets.k}, {targets.classes} classes"
     )
 
 

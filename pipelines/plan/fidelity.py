@@ -132,7 +132,7 @@ def _bytes(table: pa.Table, layout: Layout, positions: int) -> float:
 @torch.no_grad()
 def _states(model: Any, rows: list[CacheRow], manifest: Manifest) -> _Student:
     """The student's hidden states at every masked position, and its head."""
-    block = int(manifest.fingerprint["lengths"]["block"])
+    block = manifest.fingerprint.lengths.block
     parts = [batch_hidden(model, collate([row], manifest), block) for row in rows]
     return _Student(torch.cat(parts).float(), model.lm_head.weight.detach().float())
 

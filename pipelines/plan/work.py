@@ -9,11 +9,10 @@ import numpy as np
 
 from shared.cache.manifest import Manifest
 from shared.cache.row import CacheRow
-from shared.settings.build import to_plain
 from shared.settings.config import CacheConfig
 from shared.system.errors import TideError
 from teacher_cache.method.comp_demo import Request
-from teacher_cache.run.costs import Workload, random_rows
+from teacher_cache.run.costs import Workload, made_up_fingerprint, random_rows
 from teacher_cache.teachers.registry import TeacherEntry
 
 
@@ -98,17 +97,5 @@ def rows_of(
 
 def manifest_of(config: CacheConfig, entry: TeacherEntry, mask_id: int) -> Manifest:
     """As much of a cache's manifest as batches are made by."""
-    targets = to_plain(config.targets)
-    targets["temperatures"] = list(config.targets.stored_temperatures)
-    return Manifest(
-        {
-            "lengths": to_plain(config.lengths),
-            "student": {"mask_id": mask_id},
-            "teacher": {"student_tokens": entry.student_tokens},
-            "targets": targets,
-            "tables": None,
-        },
-        config.noise.draws,
-        1,
-        1,
-    )
+    fingerprint = made_up_fingerprint(config, entry.student_tokens, mask_id + 1, mask_id)
+    return Manifest(fingerprint, config.noise.draws, 1, 1)

@@ -6,6 +6,7 @@ no more room on the disk. The ledger, the tables and the manifest are those of t
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import tempfile
@@ -29,7 +30,7 @@ from shared.settings.config import CacheConfig, TargetConfig, TrainConfig
 from student_train.batches.collate import TargetReader, collate
 from student_train.batches.loader import BatchDataset
 from student_train.batches.open_cache import open_cache
-from teacher_cache.run.costs import Workload, random_rows
+from teacher_cache.run.costs import Workload, made_up_fingerprint, random_rows
 
 _DRAWS, _ROWS, _VOCABULARY = 4, 512, 151_936
 _SIZES = (10_000, 100_000, 1_000_000)
@@ -69,20 +70,9 @@ def _make(cache: Path, rows: int) -> int:
     none = np.zeros(0, np.int32)
     pilot = Pilot(none, none, none.astype(np.float32), np.zeros((0, 2), np.float32))
     save_tables(cache / TABLES, vocabulary, pilot, np.zeros((targets.classes, 1), np.float32))
-    fingerprint = {
-        "targets": {
-            "temperatures": [1.0, 2.0],
-            "signals": ["topk"],
-            "values": "levels",
-            "tail": "prior",
-            "k": targets.k,
-        },
-        "teacher": {"student_tokens": True, "vocabulary": _VOCABULARY},
-        "student": {"mask_id": 0, "vocabulary": _VOCABULARY},
-        "lengths": {"block": 32, "student": 512},
-        "noise": {"comp_demo": True},
-        "tables": vocabulary.digest,
-    }
+    fingerprint = dataclasses.replace(
+        made_up_fingerprint(_CONFIG, True, _VOCABULARY, 0), tables=vocabulary.digest
+    )
     manifest = Manifest(fingerprint, _DRAWS, parts, rows)
     manifest.save(cache)
     layout, ledger = Layout((1.0, 2.0), "levels", vocabulary), {}

@@ -1,4 +1,4 @@
-"""The cache's manifest: what it is, and a fingerprint of all that its values depend on (DESIGN §6).
+"""The cache's manifest: what it is, and the fingerprint of all that its values depend on.
 
 A cache may grow (more draws) but never mix: another fingerprint is refused with a diff of what differs.
 """
@@ -7,85 +7,92 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from shared.cache.manifest_rules import problem_in
+from pydantic import Field
+
+from shared.cache.fingerprint import Fingerprint, Name, differences
 from shared.cache.row import SCHEMA_VERSION, Layout
 from shared.cache.shards import Unit, finished_units
 from shared.cache.vocabulary import load_vocabulary
+from shared.settings.build import build
+from shared.settings.variants import require, strict
 from shared.system.atomic import write_bytes
 from shared.system.errors import TideError
 from shared.system.files import read_json
 
 MANIFEST = "manifest.json"
+_MOST_UNITS = 1_000_000
 
 
-@dataclass(frozen=True)
+@strict
 class Manifest:
-    """`fingerprint` is nested; every leaf takes part in the comparison. The rest describes and may grow."""
+    """Every leaf of `fingerprint` takes part in comparisons. The rest describes, and `draws` may grow."""
 
-    fingerprint: dict[str, Any]
-    draws: int
-    parts: int
-    examples: int
+    fingerprint: Fingerprint
+    draws: Annotated[int, Field(ge=1, le=100)]
+    parts: Annotated[int, Field(ge=0)]
+    examples: Annotated[int, Field(ge=0, lt=1 << 50)]
     schema_version: int = SCHEMA_VERSION
-    sources: tuple[str, ...] = ()
+    sources: Annotated[tuple[Name, ...], Field(max_length=1000)] = ()
     """Names of the data, for people: of a file the name alone. What is in them the fingerprint says."""
+
+    def __post_init__(self) -> None:
+        size = f"{self.draws} draws of {self.parts} parts of {self.examples} examples"
+        require(self.parts <= self.examples, f"{size} are no cache")
+        require(self.parts > 0 or self.examples == 0, f"{size} are no cache")
+        require(self.draws * self.parts <= _MOST_UNITS, f"{size} are too many shards")
 
     @property
     def temperatures(self) -> tuple[float, ...]:
         """Temperatures at which the tail's mass is stored, rising."""
-        return tuple(self.fingerprint["targets"]["temperatures"])
+        return self.fingerprint.targets.temperatures
 
     @property
     def signals(self) -> tuple[str, ...]:
         """`topk`, `chunks` or both."""
-        return tuple(self.fingerprint["targets"]["signals"])
+        return self.fingerprint.targets.signals
 
     @property
     def shared_tokenizer(self) -> bool:
         """Whether the teacher read the student's ids."""
-        return bool(self.fingerprint["teacher"]["student_tokens"])
-
-    @property
-    def partial(self) -> bool:
-        """Whether the teacher may have been read at fewer positions than are masked, by a shared tokenizer."""
-        return bool(self.fingerprint["targets"].get("partial", False))
+        return self.fingerprint.teacher.student_tokens
 
     @property
     def digest(self) -> str:
         """A short hash of the fingerprint."""
-        return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[
-            :16
-        ]
+        return self.fingerprint.digest
 
     def units(self) -> list[Unit]:
         """All units of a finished cache, draw by draw."""
         return [Unit(draw, part) for draw in range(self.draws) for part in range(self.parts)]
 
+    def layout(self, cache: Path) -> Layout:
+        """How the shards of this cache, which lies in `cache`, are read. TideError where its table does not hold."""
+        digest, targets = self.fingerprint.tables, self.fingerprint.targets
+        vocabulary = None if digest is None else load_vocabulary(cache, digest)
+        return Layout(targets.temperatures, targets.values, vocabulary, targets.partial)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `manifest.json` says, but its checksum."""
+        return {
+            "fingerprint": self.fingerprint.to_json(),
+            "draws": self.draws,
+            "parts": self.parts,
+            "examples": self.examples,
+            "schema_version": self.schema_version,
+            "sources": list(self.sources),
+        }
+
     def save(self, cache: Path) -> None:
         """Write `manifest.json` atomically, with a checksum over the rest of it. One that says the same stays."""
-        content = (
-            json.dumps({**asdict(self), "checksum": self.checksum}, indent=2, sort_keys=True) + "\n"
-        ).encode()
+        values = self.to_json()
+        values["checksum"] = checksum_of(values)
+        content = (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
         path = cache / MANIFEST
         if not path.is_file() or path.read_bytes() != content:
             write_bytes(path, content)
-
-    def layout(self, cache: Path) -> Layout:
-        """How the shards of this cache, which lies in `cache`, are read. TideError where its table does not hold."""
-        digest = self.fingerprint.get("tables")
-        vocabulary = None if digest is None else load_vocabulary(cache, digest)
-        return Layout(
-            self.temperatures, self.fingerprint["targets"]["values"], vocabulary, self.partial
-        )
-
-    @property
-    def checksum(self) -> str:
-        """SHA-256 over everything that the manifest says."""
-        return checksum_of(asdict(self))
 
 
 def checksum_of(values: dict[str, Any]) -> str:
@@ -105,19 +112,19 @@ def load_manifest(cache: Path) -> Manifest:
         if version == SCHEMA_VERSION:
             if checksum != checksum_of(values):
                 raise ValueError("its checksum does not hold")
-            if (problem := problem_in(values)) is not None:
-                raise ValueError(problem)
-            return Manifest(**{**values, "sources": tuple(values.get("sources", ()))})
+            manifest = build(Manifest, values, str(path))
+            if checksum != checksum_of(manifest.to_json()):  # such as "8" where 8 belongs
+                raise ValueError("it has values of the wrong type")
+            return manifest
     except FileNotFoundError as error:
         raise TideError(
             f"{cache} is no cache: it has no {MANIFEST}",
             fix="build one with `tide cache`, or check the path",
         ) from error
     except (TypeError, ValueError, AttributeError, OSError) as error:
-        if isinstance(error, TideError):
-            raise
+        problem = error.what if isinstance(error, TideError) else str(error)
         raise TideError(
-            f"{path} is damaged: {str(error)[:500]}",
+            f"{path} is damaged: {problem[:500]}",
             fix=f"delete {path} and run the same `tide cache` command again; finished shards are kept",
         ) from error
     raise TideError(
@@ -138,21 +145,9 @@ def refuse_unfinished(cache: Path, manifest: Manifest) -> None:
         )
 
 
-def differences(old: Any, new: Any, place: str = "") -> list[str]:
-    """Lines `place: old → new` for every leaf that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        lines = []
-        for key in sorted({*old, *new}):
-            inner = f"{place}.{key}" if place else str(key)
-            lines += differences(old.get(key, "absent"), new.get(key, "absent"), inner)
-        return lines
-    return [] if old == new else [f"{place}: {json.dumps(old)} → {json.dumps(new)}"]
-
-
-def check_fingerprint(cache: Path, old: Manifest, new: dict[str, Any], purpose: str) -> None:
-    """Raise TideError with a diff where `new` differs from the cache's fingerprint."""
-    normal = json.loads(json.dumps(new))
-    lines = differences(old.fingerprint, normal)
+def check_fingerprint(cache: Path, old: Fingerprint, new: Fingerprint, purpose: str) -> None:
+    """Raise TideError with a diff where `new` differs from the fingerprint `old` of the cache."""
+    lines = differences(old.to_json(), new.to_json())
     if lines:
         raise TideError(
             f"{cache} was made with other settings (cache → now):\n    " + "\n    ".join(lines),

@@ -45,7 +45,8 @@ class Store(MarkedFiles):
         content = self.get(MANIFEST)
         if (cache / MANIFEST).exists():
             about = self._manifest(content).fingerprint
-            check_fingerprint(cache, load_manifest(cache), about, f"bring it up to {self.url}")
+            old = load_manifest(cache).fingerprint
+            check_fingerprint(cache, old, about, f"bring it up to {self.url}")
         return content
 
     def units(self) -> list[Unit]:
@@ -83,7 +84,10 @@ class Store(MarkedFiles):
 
     def _refuse_other(self, manifest: Manifest, content: bytes) -> None:
         check_fingerprint(
-            Path(self.url), self._manifest(content), manifest.fingerprint, "go on with it"
+            Path(self.url),
+            self._manifest(content).fingerprint,
+            manifest.fingerprint,
+            "go on with it",
         )
 
     @staticmethod
@@ -172,10 +176,10 @@ class Store(MarkedFiles):
         """TideError where the tokenizers or tables that the manifest speaks of did not come."""
         about = self._manifest(manifest).fingerprint
         wanted = ["student_tokenizer/tokenizer.json"]
-        wanted += [] if about["teacher"]["student_tokens"] else ["teacher_tokenizer/tokenizer.json"]
+        wanted += [] if about.teacher.student_tokens else ["teacher_tokenizer/tokenizer.json"]
         if lost := [name for name in wanted if not (cache / name).exists()]:
             raise self._lacks(lost)
-        if about.get("tables") is not None and not has_tables(cache):
+        if about.tables is not None and not has_tables(cache):
             raise self._lacks([TABLES])
 
     def _lacks(self, lost: list[str]) -> TideError:

@@ -57,11 +57,11 @@ def collate(rows: Sequence[CacheRow], manifest: Manifest) -> Batch:
     # 3. The x_t side by side, and which places of [x_t1 ; … ; x_0] the student must run.
     length = clean.shape[1]
     noised = clean.repeat(1, max(len(draws) for draws in examples))  # (batch, m · length)
-    noised[example, copy * length + column] = int(manifest.fingerprint["student"]["mask_id"])
+    noised[example, copy * length + column] = manifest.fingerprint.student.mask_id
     places, place = places_of_draws(
         [[row.masked for row in draws] for draws in examples],
         [len(draws[0].student_ids) for draws in examples],
-        int(manifest.fingerprint["lengths"]["block"]),
+        manifest.fingerprint.lengths.block,
     )
 
     # 4. The denominators: maskable tokens, positions read, active chunks.
@@ -150,7 +150,7 @@ class TargetReader:
 
     def __init__(self, manifest: Manifest, layout: Layout) -> None:
         self.temperatures, self._vocabulary = layout.temperatures, layout.vocabulary
-        self._student_shaped = manifest.fingerprint["targets"]["tail"] == "student"
+        self._student_shaped = manifest.fingerprint.targets.tail == "student"
         self._tables: dict[torch.device, tuple[Classes, dict[float, Tensor]]] = {}
 
     def __call__(self, batch: Batch) -> Targets:

@@ -24,7 +24,7 @@ def write_card(
 ) -> None:
     """Write the card of a run's finished student. Paths of this machine are left out of it."""
     about = manifest.fingerprint
-    teacher, student = about["teacher"], about["student"]
+    teacher, student = about.teacher, about.student
     base = config.student.checkpoint
     data = ModelCardData(
         base_model=base if base is not None and _on_the_hub(base) else None,
@@ -46,8 +46,8 @@ def write_card(
         "",
         "# A block-diffusion student",
         "",
-        f"A language model that fills in blocks of {about['lengths']['block']} masked tokens (mask "
-        f"`{student['mask_token']}`, id {student['mask_id']}), distilled with tide-distill.",
+        f"A language model that fills in blocks of {about.lengths.block} masked tokens (mask "
+        f"`{student.mask_token}`, id {student.mask_id}), distilled with tide-distill.",
         "",
         "transformers loads it, but its `generate()` would decode from left to right, which this model was never "
         "trained to do. Use",
@@ -56,7 +56,7 @@ def write_card(
         "",
         "## How it was made",
         "",
-        f"* teacher `{teacher['name']}` ({teacher['architecture']}, weights {teacher['weights'][:16]})",
+        f"* teacher `{teacher.name}` ({teacher.architecture}, weights {teacher.weights[:16]})",
         f"* data: {', '.join(f'`{name}`' for name in manifest.sources) or 'not on record'}",
         f"* cache {manifest.digest}: {manifest.examples:,} examples, {manifest.draws} draws",
         f"* started from {'random weights' if base is None else f'`{base}`' if _on_the_hub(base) else 'a checkpoint'}",

@@ -41,11 +41,11 @@ def load_student(
     tokenizer = Tokenizer.load(
         cache / "student_tokenizer" if checkpoint is None else checkpoint.folder
     )
-    wanted = manifest.fingerprint["student"]
-    if tokenizer.fingerprint != wanted["tokenizer"]:
+    wanted = manifest.fingerprint.student
+    if tokenizer.fingerprint != wanted.tokenizer:
         raise TideError(
             f"the cache {cache} was built for another student tokenizer "
-            f"({wanted['tokenizer'][:12]}…) than that of {tokenizer.name} ({tokenizer.fingerprint[:12]}…)",
+            f"({wanted.tokenizer[:12]}…) than that of {tokenizer.name} ({tokenizer.fingerprint[:12]}…)",
             expected="the tokenizer given to `tide cache` as --student-tokenizer",
             fix=f"train a student with that tokenizer, or build a cache with --student-tokenizer {tokenizer.name}",
         )
@@ -56,12 +56,12 @@ def student_for(
     settings: StudentConfig, checkpoint: Checkpoint | None, tokenizer: Tokenizer, manifest: Manifest
 ) -> PreTrainedModel:
     """The student's model for `tokenizer`, to which the mask token is added where it lacks one."""
-    wanted = manifest.fingerprint["student"]
-    mask_id = add_mask_token(tokenizer, wanted["mask_token"])
-    if mask_id != wanted["mask_id"]:
+    wanted = manifest.fingerprint.student
+    mask_id = add_mask_token(tokenizer, wanted.mask_token)
+    if mask_id != wanted.mask_id:
         raise TideError(
-            f"the student's mask token {wanted['mask_token']!r} has id {mask_id}",
-            expected=f"id {wanted['mask_id']}, as in the cache",
+            f"the student's mask token {wanted.mask_token!r} has id {mask_id}",
+            expected=f"id {wanted.mask_id}, as in the cache",
             fix="use the student checkpoint that the cache was built for",
         )
     if checkpoint is None:
@@ -71,7 +71,7 @@ def student_for(
         _make_room(model, mask_id, settings)
         _refuse_other_mask(checkpoint, tokenizer, mask_id)
     model.config.mask_token_id = mask_id
-    model.config.block_size = int(manifest.fingerprint["lengths"]["block"])  # what sampling goes by
+    model.config.block_size = manifest.fingerprint.lengths.block  # what sampling goes by
     if settings.attention == "flex":
         register_flex()
         model.set_attn_implementation(FLEX)

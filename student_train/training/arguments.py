@@ -30,7 +30,7 @@ _OPTIMIZERS = {
 
 def arguments(config: TrainConfig, manifest: Manifest, steps: int, evaluates: bool) -> Any:
     """TrainingArguments of a run of `steps` steps; trackers log the settings as `tide`, with the cache's digest."""
-    about = {"cache_digest": manifest.digest, "teacher": manifest.fingerprint["teacher"]["name"]}
+    about = {"cache_digest": manifest.digest, "teacher": manifest.fingerprint.teacher.name}
     made = training_arguments(
         config.out / "checkpoints",
         run_name=config.run_name or config.out.name,

@@ -17,8 +17,7 @@ from transformers import set_seed
 
 from shared.cache.manifest import Manifest
 from shared.models.loading import compile_layers
-from shared.settings.build import build
-from shared.settings.config import LengthConfig, TrainConfig
+from shared.settings.config import TrainConfig
 from shared.settings.objectives import KL, ReverseKL
 from shared.system.atomic import disk_is_full, write_bytes
 from shared.system.errors import TideError
@@ -198,7 +197,7 @@ def make_trainer(
     manifest = opened.manifest
     check_objective(config.distillation, manifest, config.cache)
     check_draws(config, manifest)
-    lengths = build(LengthConfig, manifest.fingerprint["lengths"])
+    lengths = manifest.fingerprint.lengths
     set_seed(config.seed)
     model, tokenizer = load_student(settle_attention(config), config.cache, manifest)
     _check_ids(model, manifest)
@@ -207,7 +206,7 @@ def make_trainer(
     steps = math.ceil(len(dataset) / (config.accumulation * processes))
     heldout = None
     if config.heldout is not None:
-        mask_id = manifest.fingerprint["student"]["mask_id"]
+        mask_id = manifest.fingerprint.student.mask_id
         heldout = prepare_heldout(config.heldout, lengths, tokenizer, mask_id, config.heldout_draws)
         warn_of_overlap(heldout, config.cache, manifest, opened.store)
     if int(os.environ.get("RANK", "0")) == 0:
@@ -288,7 +287,7 @@ def _only(batches: list[Batch]) -> Batch:
 
 def _check_ids(model: Any, manifest: Manifest) -> None:
     width = embedding_rows(model)
-    k = manifest.fingerprint["targets"]["k"]
+    k = manifest.fingerprint.targets.k
     if manifest.shared_tokenizer and k > width:
         raise TideError(
             f"the cache keeps {k} logits a position, the student has {width}",

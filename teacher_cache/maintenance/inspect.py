@@ -102,20 +102,20 @@ def _count(found: Inspection, row: CacheRow) -> None:
 def describe(found: Inspection) -> str:
     """The inspection in words and small tables."""
     manifest, fingerprint = found.manifest, found.manifest.fingerprint
-    teacher, units = fingerprint["teacher"], len(manifest.units())
+    teacher, units = fingerprint.teacher, len(manifest.units())
     lines = [
-        f"teacher {teacher['name']} ({teacher['architecture']}, {teacher['attention']['type']}), engine "
-        f"{fingerprint['engine']['type']} in {fingerprint['engine']['dtype']}",
+        f"teacher {teacher.name} ({teacher.architecture}, {teacher.attention['type']}), engine "
+        f"{fingerprint.engine.type} in {fingerprint.engine.dtype}",
         f"{len(found.units)} of {units} shards, {manifest.draws} draws of {manifest.examples:,} examples",
         f"{found.rows:,} rows, {found.masked:,} masked positions, {found.chunks:,} chunks",
     ]
     if found.mass:
         masses = ", ".join(f"{mass:.3f} at T = {t:g}" for t, mass in found.mass.items())
-        targets = fingerprint["targets"]
-        tail = f"{targets['classes']} classes" if targets["classes"] > 1 else "one class"
+        targets = fingerprint.targets
+        tail = f"{targets.classes} classes" if targets.classes > 1 else "one class"
         lines.append(f"top-k: {found.kept:.1f} logits a position, teacher mass {masses}")
         lines.append(
-            f"tail: {tail}, shaped by the {targets['tail']}; values as {targets['values']}"
+            f"tail: {tail}, shaped by the {targets.tail}; values as {targets.values}"
         )
     if found.chunks:
         common = ", ".join(

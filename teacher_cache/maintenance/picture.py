@@ -21,7 +21,7 @@ from teacher_cache.maintenance.inspect import LOGP_EDGES, T_EDGES, Inspection
 def draw_picture(found: Inspection, path: Path) -> None:
     """Likelihoods of chunks by t, chunk lengths, masked positions by t, bytes by column."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
-    teacher = found.manifest.fingerprint["teacher"]["name"]
+    teacher = found.manifest.fingerprint.teacher.name
     figure.suptitle(
         f"{teacher}: {found.rows:,} rows, {found.masked:,} masked positions, {found.chunks:,} chunks"
     )

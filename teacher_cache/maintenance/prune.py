@@ -7,7 +7,6 @@ pilot sample gives for every k. Fewer classes are classes of classes.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -55,20 +54,22 @@ def prune_cache(
     again, it goes on. TideError where `source` has less.
     """
     manifest = finished(source)
-    targets = manifest.fingerprint["targets"]
-    for name, asked, has in (("k", k, targets["k"]), ("classes", classes, targets["classes"]),
+    targets = manifest.fingerprint.targets
+    for name, asked, has in (("k", k, targets.k), ("classes", classes, targets.classes),
                              ("draws", draws, manifest.draws)):  # fmt: skip
         if asked is not None and not 1 <= asked <= has:
             raise TideError(f"{name} is {asked}, and {source} holds {has}", expected=f"1 to {has}")
     layout = manifest.layout(source)
-    fingerprint = json.loads(json.dumps(manifest.fingerprint))
-    fewer = (k or targets["k"], classes or targets["classes"])
+    fewer = (k or targets.k, classes or targets.classes)
     made, tables = dataclasses.replace(manifest, draws=draws or manifest.draws), None
-    if fewer != (targets["k"], targets["classes"]):
+    if fewer != (targets.k, targets.classes):
         tables = _smaller_tables(source, layout, *fewer)
-        fingerprint["targets"] |= {"k": fewer[0], "classes": fewer[1]}
-        fingerprint["pruned_from"] = {name: targets[name] for name in ("k", "classes")}
-        fingerprint["tables"] = tables.vocabulary.digest
+        fingerprint = dataclasses.replace(
+            manifest.fingerprint,
+            targets=dataclasses.replace(targets, k=fewer[0], classes=fewer[1]),
+            tables=tables.vocabulary.digest,
+            pruned_from={"k": targets.k, "classes": targets.classes},
+        )
         made = dataclasses.replace(made, fingerprint=fingerprint)
     begin(target, made, source, tables is None)
     if tables is not None:
@@ -92,7 +93,7 @@ def _write(
         new = dataclasses.replace(layout, vocabulary=tables.vocabulary)
         shard = read_table(path, layout)
         rows = [
-            cut(row, layout, made.fingerprint["targets"]["k"], tables.merged)
+            cut(row, layout, made.fingerprint.targets.k, tables.merged)
             for row in shard.rows(path, layout)
         ]
         counts = {**shard.counts, CACHE: made.digest}

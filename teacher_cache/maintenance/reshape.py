@@ -40,10 +40,7 @@ def begin(target: Path, manifest: Manifest, source: Path, tables: bool = True) -
     if target.exists() and any(path.name not in _BEFORE_MANIFEST for path in target.iterdir()):
         old = load_manifest(target)
         same_names = dataclasses.replace(manifest, sources=old.sources)  # a name is no difference
-        there, wanted = (
-            json.loads(json.dumps(dataclasses.asdict(part))) for part in (old, same_names)
-        )
-        lines = differences(there, wanted)
+        lines = differences(old.to_json(), same_names.to_json())
         if lines:
             raise TideError(
                 f"{target} holds another cache (there → wanted):\n    " + "\n    ".join(lines),
@@ -82,9 +79,10 @@ def _one_after_the_other(
     first = manifests[0]
     for source, manifest in zip(sources, manifests, strict=True):
         refuse_unfinished(source, manifest)
-        theirs = {**manifest.fingerprint, "data": first.fingerprint["data"]}
+        theirs = dataclasses.replace(manifest.fingerprint, data=first.fingerprint.data)
         lines = differences(
-            {"draws": first.draws, **first.fingerprint}, {"draws": manifest.draws, **theirs}
+            {"draws": first.draws, **first.fingerprint.to_json()},
+            {"draws": manifest.draws, **theirs.to_json()},
         )
         if lines:
             raise TideError(
@@ -94,23 +92,23 @@ def _one_after_the_other(
                 fix="build them with the same settings, all but the first with targets.tables_from=FIRST; "
                 "`tide prune` makes k, classes and draws smaller",
             )
-    data = [manifest.fingerprint["data"] for manifest in manifests]
-    if len({d["content"] for d in data}) < len(data):
+    data = [manifest.fingerprint.data for manifest in manifests]
+    if len({d.content for d in data}) < len(data):
         raise TideError("two of these caches hold the same data", fix="leave one out")
-    content = hashlib.sha256(json.dumps([d["content"] for d in data]).encode()).hexdigest()
-    merged = {
-        **data[0],
-        "content": content,
-        "examples": sum(d["examples"] for d in data),
-        "merged_from": data,
-    }
+    content = hashlib.sha256(json.dumps([d.content for d in data]).encode()).hexdigest()
+    merged = dataclasses.replace(
+        data[0],
+        content=content,
+        examples=sum(d.examples for d in data),
+        merged_from=tuple(d.to_json() for d in data),
+    )
     parts = np.cumsum([0, *(manifest.parts for manifest in manifests)]).tolist()
     names = tuple(dict.fromkeys(name for manifest in manifests for name in manifest.sources))
     made = Manifest(
-        {**first.fingerprint, "data": merged},
+        dataclasses.replace(first.fingerprint, data=merged),
         first.draws,
         parts[-1],
-        merged["examples"],
+        merged.examples,
         sources=names,
     )
     jobs = [

@@ -60,7 +60,7 @@ def verify_cache(config: CacheConfig, rows: int) -> VerifyReport:
     """
     if rows < 1:
         raise TideError(f"--rows is {rows}", expected="1 or more")
-    cached = load_manifest(config.out).fingerprint["engine"]
+    cached = load_manifest(config.out).fingerprint.engine
     plan = with_tables(make_plan(config, write=False, engine=cached))
     sample = list(_sample(plan, rows))
     if not sample:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from shared.cache.columns import to_table
+from shared.cache.fingerprint import CachedData, CachedStudent, CachedTeacher, Fingerprint
 from shared.cache.row import CacheRow, Layout
 from shared.cache.shards import Unit, table_bytes
 from shared.cache.vocabulary import Vocabulary
@@ -135,6 +136,16 @@ def even_layout(targets: TargetConfig, vocabulary: int) -> Layout:
         prior = np.full((len(targets.stored_temperatures), vocabulary), 1 / vocabulary, np.float32)
         tables = Vocabulary(class_of, np.arange(vocabulary, dtype=np.int32), prior)
     return Layout(targets.stored_temperatures, targets.values, tables)
+
+
+def made_up_fingerprint(
+    config: CacheConfig, student_tokens: bool, vocabulary: int, mask_id: int
+) -> Fingerprint:
+    """As of a cache whose rows are `random_rows`."""
+    teacher = CachedTeacher("", "", {}, False, student_tokens, mask_id, vocabulary, "", "", "")
+    student = CachedStudent("", "", mask_id, "", vocabulary)
+    data = CachedData("", 0, config.shard_examples, (), None)
+    return Fingerprint.of(config, teacher, student, data)
 
 
 def random_rows(

@@ -136,7 +136,7 @@ def _day(config: CacheConfig, sides: Sides) -> datetime.date | None:
     if not (sides.student.template.knows_today or sides.teacher.template.knows_today):
         return None
     if (config.out / MANIFEST).exists():
-        begun = load_manifest(config.out).fingerprint["data"].get("date")
+        begun = load_manifest(config.out).fingerprint.data.date
         if begun is not None:
             return datetime.date.fromisoformat(begun)
     return datetime.date.today()

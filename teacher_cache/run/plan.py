@@ -6,13 +6,19 @@ import dataclasses
 import datetime
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from shared.aligned.same_tokens import SharedVocabulary
+from shared.cache.fingerprint import (
+    CachedData,
+    CachedEngine,
+    CachedStudent,
+    CachedTeacher,
+    Fingerprint,
+)
 from shared.cache.manifest import MANIFEST, Manifest, check_fingerprint, load_manifest
-from shared.cache.row import SCHEMA_VERSION, Layout
+from shared.cache.row import Layout
 from shared.cache.shards import Unit, finished_units, read_table, refuse_other_cache
 from shared.cache.vocabulary import Vocabulary, has_tables, load_vocabulary
 from shared.data.sources import public_name
@@ -84,7 +90,10 @@ class CachePlan:
         """How the shards are written."""
         targets = self.config.targets
         return Layout(
-            targets.stored_temperatures, targets.values, self.vocabulary, self.manifest.partial
+            targets.stored_temperatures,
+            targets.values,
+            self.vocabulary,
+            self.manifest.fingerprint.targets.partial,
         )
 
     def target_spec(self) -> TargetSpec:
@@ -95,7 +104,7 @@ class CachePlan:
 
 
 def make_plan(
-    config: CacheConfig, write: bool = True, engine: dict[str, Any] | None = None
+    config: CacheConfig, write: bool = True, engine: CachedEngine | None = None
 ) -> CachePlan:
     """Check everything, and the manifest that may be there. TideError names the first thing that is wrong.
 
@@ -116,21 +125,23 @@ def make_plan(
     refuse_empty(data)
     fingerprint = _fingerprint(config, sides, data, day)
     if engine is not None:
-        fingerprint["engine"] = engine
+        fingerprint = dataclasses.replace(fingerprint, engine=engine)
     parts = -(-data.examples // config.shard_examples)
     names = tuple(dict.fromkeys(public_name(source.source) for source in config.sources))
     manifest = Manifest(fingerprint, config.noise.draws, parts, data.examples, sources=names)
     if (config.out / MANIFEST).exists():
         old = load_manifest(config.out)
-        fingerprint["tables"] = old.fingerprint.get("tables")
-        check_fingerprint(config.out, old, fingerprint, "go on with it")
+        fingerprint = dataclasses.replace(fingerprint, tables=old.fingerprint.tables)
+        check_fingerprint(config.out, old.fingerprint, fingerprint, "go on with it")
         draws = max(old.draws, manifest.draws)
         manifest = Manifest(fingerprint, draws, parts, data.examples, sources=old.sources or names)
     elif units := finished_units(
         config.out
     ):  # the manifest was lost: the shards say what they belong to
         if "topk" in config.targets.signals and has_tables(config.out):
-            fingerprint["tables"] = load_vocabulary(config.out).digest
+            digest = load_vocabulary(config.out).digest
+            fingerprint = dataclasses.replace(fingerprint, tables=digest)
+            manifest = dataclasses.replace(manifest, fingerprint=fingerprint)
         for unit in units:
             path = unit.path(config.out)
             refuse_other_cache(path, read_table(path).counts, manifest.digest)
@@ -140,18 +151,6 @@ def make_plan(
         if not entry.student_tokens:
             _save_tokenizer(teacher, config.out / "teacher_tokenizer")
     return CachePlan(config, entry, checkpoint, student, teacher, sides.shared, data, manifest)
-
-
-def may_be_partial(config: CacheConfig) -> bool:
-    """Whether a teacher of the student's tokenizer may be read at fewer positions than are masked: by the settings, or
-    because its text (with a prompt's unshared tokens spelled out, longer than the student's) is cut.
-    """
-    targets, lengths = config.targets, config.lengths
-    return (
-        targets.teacher_text == "own"
-        or targets.positions == "content"
-        or lengths.teacher < 2 * lengths.student
-    )
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -164,66 +163,38 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 def _fingerprint(
     config: CacheConfig, sides: Sides, data: PreparedData, day: datetime.date | None
-) -> dict[str, Any]:
-    entry, student, teacher = sides.entry, sides.student, sides.teacher
-    noise = to_plain(config.noise)
-    noise.pop("draws")  # a cache may grow
-    targets = to_plain(config.targets)
-    targets["temperatures"] = list(config.targets.stored_temperatures)
-    targets.pop("tables_from")  # its digest says it
-    if config.targets.classes_from is not None:
-        targets["classes_from"] = open_checkpoint(
-            resolve(config.targets.classes_from)
-        ).fingerprint()
-    for name, plain in (("positions", "response"), ("teacher_text", "student")):
-        if not entry.student_tokens or targets[name] == plain:
-            targets.pop(name)
-    if entry.student_tokens and may_be_partial(config):
-        targets["partial"] = True
-    if "topk" not in config.targets.signals:
-        targets |= {
-            "k": 0,
-            "mass": 1.0,
-            "tail": "student",
-            "classes": 1,
-            "classes_from": None,
-            "pilot": 0,
-        }
-    return {
-        "schema": SCHEMA_VERSION,
-        "teacher": {
-            "name": config.teacher,
-            "architecture": entry.architecture,
-            "attention": to_plain(entry.attention),
-            "shift": entry.shift,
-            "student_tokens": entry.student_tokens,
-            "mask_id": entry.mask_id,
-            "vocabulary": sides.checkpoint.embedding_rows,
-            "weights": sides.checkpoint.fingerprint(),
-            "tokenizer": teacher.fingerprint,
-            "template": teacher.template.source,
-        },
-        "student": {
-            "tokenizer": student.fingerprint,
-            "template": student.template.source,
-            "mask_id": sides.student_mask,
-            "mask_token": sides.mask_token,
-            "vocabulary": max(len(student), sides.student_mask + 1),
-        },
-        "data": {
-            "content": data.record.content,
-            "examples": data.examples,
-            "shard_examples": config.shard_examples,
-            "turns": sorted({source.turns for source in config.sources}),
-            "date": None if day is None else str(day),
-        },
-        "lengths": to_plain(config.lengths),
-        "noise": noise,
-        "targets": targets,
-        "tables": None,
-        "engine": {
-            "type": config.engine.type,
-            "dtype": config.engine.dtype,
-            "quantization": config.engine.quantization,
-        },
-    }
+) -> Fingerprint:
+    entry, student = sides.entry, sides.student
+    classes_from = config.targets.classes_from
+    if classes_from is not None:
+        classes_from = open_checkpoint(resolve(classes_from)).fingerprint()
+    return Fingerprint.of(
+        config,
+        CachedTeacher(
+            name=config.teacher,
+            architecture=entry.architecture,
+            attention=to_plain(entry.attention),
+            shift=entry.shift,
+            student_tokens=entry.student_tokens,
+            mask_id=entry.mask_id,
+            vocabulary=sides.checkpoint.embedding_rows,
+            weights=sides.checkpoint.fingerprint(),
+            tokenizer=sides.teacher.fingerprint,
+            template=sides.teacher.template.source,
+        ),
+        CachedStudent(
+            tokenizer=student.fingerprint,
+            template=student.template.source,
+            mask_id=sides.student_mask,
+            mask_token=sides.mask_token,
+            vocabulary=max(len(student), sides.student_mask + 1),
+        ),
+        CachedData(
+            content=data.record.content,
+            examples=data.examples,
+            shard_examples=config.shard_examples,
+            turns=tuple(sorted({source.turns for source in config.sources})),
+            date=None if day is None else str(day),
+        ),
+        classes_from,
+    )

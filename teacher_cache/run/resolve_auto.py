@@ -23,10 +23,10 @@ def settle_engine(config: CacheConfig) -> CacheConfig:
     The chosen precision is said on stderr where it was left open.
     """
     begun = (
-        load_manifest(config.out).fingerprint["engine"] if (config.out / MANIFEST).exists() else {}
+        load_manifest(config.out).fingerprint.engine if (config.out / MANIFEST).exists() else None
     )
-    settings = _settle_type(config, begun.get("type"))
-    return dataclasses.replace(config, engine=_settle_dtype(settings, begun.get("dtype")))
+    settings = _settle_type(config, begun and begun.type)
+    return dataclasses.replace(config, engine=_settle_dtype(settings, begun and begun.dtype))
 
 
 def _settle_type(config: CacheConfig, begun: str | None) -> EngineConfig:

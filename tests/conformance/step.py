@@ -33,6 +33,7 @@ from shared.diffusion.noise import Draw
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
 from shared.settings.build import build
+from shared.settings.config import CacheConfig, LengthConfig, TargetConfig
 from shared.settings.objectives import KL, Calm, Distillation, ReverseKL
 from student_train.batches.collate import Batch, TargetReader, collate, counts_of
 from student_train.losses import calm, tidal
@@ -43,6 +44,7 @@ from student_train.training.step import train_on_loss
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method.comp_demo import passes, teacher_view
 from teacher_cache.method.targets import TargetSpec
+from teacher_cache.run.costs import made_up_fingerprint
 from teacher_cache.run.work import RowSettings, cache_row, merge_passes
 from tests.conformance import Group
 from tests.conformance.parts import Variants, architecture_of
@@ -90,12 +92,12 @@ def check_case(folder: Path, name: str, case: dict[str, Any]) -> Group:
     ids = np.arange(size, dtype=np.int32)
     prior = np.full((len(temperatures), size), 1 / size, np.float32)
     layout = Layout(temperatures, "float32", Vocabulary(np.zeros_like(ids), ids, prior))
-    fingerprint = {
-        "targets": {"signals": about.signals, "temperatures": temperatures, "tail": "prior"},
-        "teacher": {"student_tokens": "teacher_ids" not in tensors},
-        "student": {"mask_id": case["student_mask_id"]},
-        "lengths": {"block": case["block"]},
-    }
+    block, mask_id = case["block"], case["student_mask_id"]
+    config = CacheConfig(
+        lengths=LengthConfig(student=block, block=block),
+        targets=TargetConfig(("topk",) if over_tokens else ("chunks",), temperatures=temperatures),
+    )
+    fingerprint = made_up_fingerprint(config, "teacher_ids" not in tensors, mask_id + 1, mask_id)
     manifest = Manifest(fingerprint, 1, 1, len(rows))
 
     # 2. Stage two, on the rows as they are and as a shard has them.

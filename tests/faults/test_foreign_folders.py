@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -204,7 +203,7 @@ def test_manifests_that_cannot_be(
     what: str, change: Any, caches: dict[str, Path], tmp_path: Path
 ) -> None:
     """Each with a checksum that holds."""
-    values = json.loads(json.dumps(dataclasses.asdict(load_manifest(caches["tiny-shared"]))))
+    values = load_manifest(caches["tiny-shared"]).to_json()
     if callable(change):
         change(values["fingerprint"])
     else:

@@ -207,7 +207,7 @@ def test_a_prune_that_was_killed_before_its_manifest_goes_on(
 
     for file in (caches["tiny-shared"] / "student_tokenizer").iterdir():
         write_bytes(tmp_path / "p" / "student_tokenizer" / file.name, file.read_bytes())
-    assert prune_cache(caches["tiny-shared"], tmp_path / "p", k=4).fingerprint["targets"]["k"] == 4
+    assert prune_cache(caches["tiny-shared"], tmp_path / "p", k=4).fingerprint.targets.k == 4
 
 
 @pytest.mark.faults("told to stop")

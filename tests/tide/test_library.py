@@ -10,6 +10,7 @@ import pytest
 
 import tide
 from shared.cache.manifest import load_manifest
+from shared.settings.config import LengthConfig
 from student_train.using.load import load_for_use
 from student_train.using.settings import SampleConfig
 
@@ -20,13 +21,8 @@ def test_settings_are_those_of_a_recipe(random_teacher: Path, tmp_path: Path) ->
     made = tide.cache("tiny-cross", **given, noise={"draws": 1}, out=str(tmp_path / "c"))
     manifest = load_manifest(made.folder)
     assert (made.examples, made.draws) == (8, 1)
-    assert manifest.fingerprint["lengths"] == {
-        "student": 64,
-        "teacher": 64,
-        "block": 32,
-        "end_block": True,
-    }
-    assert manifest.fingerprint["noise"]["comp_demo"] is False  # as the recipe has it
+    assert manifest.fingerprint.lengths == LengthConfig(student=64, teacher=64)
+    assert manifest.fingerprint.noise.comp_demo is False  # as the recipe has it
     grown = tide.cache("tiny-cross", **given, noise={"draws": 2}, out=str(tmp_path / "c"))
     assert grown.draws == 2 and load_manifest(grown.folder).digest == manifest.digest
     assert tide.Cache.open(tmp_path / "c") == grown

@@ -47,10 +47,10 @@ def rows(columns: Columns) -> Iterator[str]:
     for side in ("student", "teacher"):
         if side == "teacher" and not columns.has("teacher_ids"):
             continue
-        ids, limit = columns[f"{side}_ids"].values, int(manifest.fingerprint[side]["vocabulary"])
+        ids, limit = columns[f"{side}_ids"].values, getattr(manifest.fingerprint, side).vocabulary
         if ids.size and not (ids.min() >= 0 and ids.max() < limit):
             yield f"{side}_ids holds {ids.min() if ids.min() < 0 else ids.max()}, and the vocabulary has {limit:,} ids"
-    longest = manifest.fingerprint["lengths"]["student"] + manifest.fingerprint["lengths"]["block"]
+    longest = manifest.fingerprint.lengths.student + manifest.fingerprint.lengths.block
     sizes = columns["student_ids"].sizes
     if not (sizes.min() > 0 and sizes.max() <= longest):
         yield f"student_ids has {sizes.min()} to {sizes.max()} tokens in a row, and {longest} are the most"
@@ -90,7 +90,7 @@ def positions(columns: Columns) -> Iterator[str]:
     among = base[masked.owner] + masked.values
     if columns.layout.partial and not np.isin(base[asked.owner] + asked.values, among).all():
         yield "read holds a position that is not masked"
-    if not columns.manifest.fingerprint["noise"]["comp_demo"] and columns["split"].values.any():
+    if not columns.manifest.fingerprint.noise.comp_demo and columns["split"].values.any():
         yield "split is set in a cache without CompDemo"
 
 

@@ -38,7 +38,7 @@ def lists(columns: Columns) -> Iterator[str]:
     layout, read = columns.layout, columns["split"].sizes
     sizes, ranks, logp = columns["topk_sizes"], columns["topk_ranks"], columns["topk_logp"]
     assert layout.vocabulary is not None
-    most = columns.manifest.fingerprint["targets"]["k"]
+    most = columns.manifest.fingerprint.targets.k
     if (sizes.sizes != read).any():
         yield "topk_sizes does not have one value a position"
     elif sizes.values.size and (sizes.values.min() < 1 or sizes.values.max() > most):

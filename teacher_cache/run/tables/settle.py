@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -49,9 +48,9 @@ def with_tables(plan: CachePlan) -> CachePlan:
     if not plan.wants_tables:
         return plan
     begun = (plan.config.out / MANIFEST).exists()
-    expected = load_manifest(plan.config.out).fingerprint.get("tables") if begun else None
+    expected = load_manifest(plan.config.out).fingerprint.tables if begun else None
     vocabulary = load_vocabulary(plan.config.out, expected)
-    fingerprint = {**plan.manifest.fingerprint, "tables": vocabulary.digest}
+    fingerprint = dataclasses.replace(plan.manifest.fingerprint, tables=vocabulary.digest)
     return dataclasses.replace(
         plan,
         manifest=dataclasses.replace(plan.manifest, fingerprint=fingerprint),
@@ -69,10 +68,10 @@ def _once(plan: CachePlan, make: Callable[[CachePlan], None]) -> None:
         if other is None:
             make(plan)
             return
-        theirs = load_manifest(other).fingerprint
+        theirs, ours = load_manifest(other).fingerprint, plan.manifest.fingerprint
         settings = ("k", "mass", "temperatures", "classes", "classes_from", "pilot")
-        wrong = [name for name in settings if theirs["targets"].get(name) != _plain(plan, name)]
-        if wrong or theirs["teacher"] != _through_json(plan.manifest.fingerprint["teacher"]):
+        wrong = [n for n in settings if getattr(theirs.targets, n) != getattr(ours.targets, n)]
+        if wrong or theirs.teacher != ours.teacher:
             raise TideError(
                 f"the tables of {other} belong to other settings: {', '.join(wrong) or 'another teacher'}",
                 expected="a cache of the same teacher with the same targets",
@@ -80,18 +79,10 @@ def _once(plan: CachePlan, make: Callable[[CachePlan], None]) -> None:
             )
         save_tables(
             out / TABLES,
-            load_vocabulary(other, theirs["tables"]),
+            load_vocabulary(other, theirs.tables),
             load_pilot(other),
             load_centroids(other),
         )
-
-
-def _plain(plan: CachePlan, name: str) -> object:
-    return _through_json(plan.manifest.fingerprint["targets"][name])
-
-
-def _through_json(value: object) -> object:
-    return json.loads(json.dumps(value))
 
 
 def _await(plan: CachePlan, store: Store) -> None:

@@ -55,7 +55,7 @@ def test_a_batch_says_what_its_rows_say(caches: dict[str, Path], teacher: str) -
     manifest = load_manifest(cache)
     rows = list(rows_in(cache, Unit(0, 0)))
     batch = collate(rows, manifest)
-    mask_id = manifest.fingerprint["student"]["mask_id"]
+    mask_id = manifest.fingerprint.student.mask_id
     n = 0
     for i, row in enumerate(rows):
         length = len(row.student_ids)

@@ -64,9 +64,9 @@ def test_loss_and_gradient_are_those_of_the_rows_one_by_one(
     examples = data.draw(st.lists(st.integers(0, 7), min_size=1, max_size=3, unique=True))
     draws = [rows_in(cache, Unit(draw, 0)) for draw in (0, 1)]
     rows = [draws[draw][i] for i in examples for draw in data.draw(st.permutations((0, 1)))]
-    model = student(int(manifest.fingerprint["student"]["vocabulary"]))
+    model = student(manifest.fingerprint.student.vocabulary)
     read = TargetReader(manifest, layout_of(cache))
-    block = int(manifest.fingerprint["lengths"]["block"])
+    block = manifest.fingerprint.lengths.block
     train_on_loss(model, block, read)
     whole = collate(rows, manifest)
     counts = counts_of(whole["counts"])

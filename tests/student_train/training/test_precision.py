@@ -63,7 +63,7 @@ def test_a_cache(
     assert (
         "engine.dtype auto: float32 (bfloat16 is not in hardware on cpu)" in capsys.readouterr().err
     )
-    assert load_manifest(out).fingerprint["engine"]["dtype"] == "float32"
+    assert load_manifest(out).fingerprint.engine.dtype == "float32"
     assert files(out) == files(caches["tiny-cross"])  # the very cache that float32 by name makes
     machine(monkeypatch, True)
     shutil.rmtree(out / "draw=01")

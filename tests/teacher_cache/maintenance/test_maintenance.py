@@ -51,7 +51,7 @@ def test_a_pruned_cache_is_the_one_that_would_have_been_built_up_to_rounding(
         )
     )
     prune_cache(source, pruned, k=3, draws=1)
-    assert load_manifest(pruned).fingerprint["targets"]["k"] == 3
+    assert load_manifest(pruned).fingerprint.targets.k == 3
     ours, theirs = (load_vocabulary(cache) for cache in (pruned, direct))
     assert np.array_equal(ours.class_of, theirs.class_of)
     assert np.array_equal(ours.rank_of, theirs.rank_of)
@@ -109,7 +109,7 @@ def test_fewer_classes_hold_the_same_mass(
     build_cache(config)
     for classes in (3, 1):
         made = prune_cache(tmp_path / "a", tmp_path / f"c{classes}", classes=classes)
-        assert made.fingerprint["targets"]["classes"] == classes
+        assert made.fingerprint.targets.classes == classes
         assert not check_cache(tmp_path / f"c{classes}").problems
         for a, b in zip(all_rows(tmp_path / "a"), all_rows(tmp_path / f"c{classes}"), strict=True):
             assert a.tail_odds is not None and b.tail_odds is not None

@@ -108,5 +108,5 @@ def test_a_cache_keeps_the_day_on_which_it_was_begun(
 
     (first, second) = build(25, 1)
     assert build(26, 2) == [first, second, first, second]
-    assert load_manifest(tmp_path / "c").fingerprint["data"]["date"] == "2026-11-25"
+    assert load_manifest(tmp_path / "c").fingerprint.data.date == "2026-11-25"
     assert build(26, 1, "other") != [first, second]  # a new cache is of its own day

@@ -259,7 +259,7 @@ def test_tables_of_another_cache_must_fit(
         )
     )
     tables = [
-        load_manifest(cache).fingerprint["tables"]
+        load_manifest(cache).fingerprint.tables
         for cache in (tmp_path / "c", caches["tiny-shared"])
     ]
     assert tables[0] == tables[1]
