@@ -3,54 +3,71 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from pipelines.commands import (  # noqa: F401 - they register their commands
-    caching,
-    judging,
-    maintenance,
-    tools,
-    training,
-    using,
-)
-from pipelines.commands.app import app, arrange_help
-from pipelines.terminal.text import printable
+from pipelines.commands.app import app
+from pipelines.terminal import printable
 from shared.system.atomic import disk_is_full
 from shared.system.errors import TideError
 from shared.system.signals import end_with_parent, leave_in_order, stop_in_order
 
+# Each registers its commands; their order is that of the help.
+# isort: off
+from pipelines.commands import stage_one, stage_two, caches, students, installation  # noqa: F401
+# isort: on
+
 _INTERRUPTED = 130
 
-arrange_help()
+
+class BesideBars(logging.Handler):
+    """Log records on stderr, above the progress bars that are there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(printable(self.format(record)), file=sys.stderr)
+
+
+def set_up_logging() -> None:
+    """Records of this project from INFO on, of libraries from WARNING on, with time and rank."""
+    handler = BesideBars()
+    rank = os.environ.get("RANK")
+    who = "%(asctime)s" if rank is None else f"%(asctime)s rank {rank}"
+    handler.setFormatter(logging.Formatter(f"{who} %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    for room in ("shared", "teacher_cache", "student_train", "pipelines"):
+        logging.getLogger(room).setLevel(logging.INFO)
 
 
 def main() -> NoReturn:
-    """Entry point: errors that a user can mend end in a message and exit code 2, Ctrl-C in 130, SIGTERM in 143."""
+    """Entry point. What a user can mend ends in a message and exit code 2, Ctrl-C in 130, SIGTERM
+    in 143.
+    """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # what an encoding lacks becomes a question mark, and ends nothing
-            stream.reconfigure(errors="replace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what an encoding lacks becomes a question mark
     stop_in_order()
-    warnings.formatwarning = _warning
+    warnings.formatwarning = lambda message, *_, **__: f"tide: warning: {printable(str(message))}\n"
+    set_up_logging()
     end_with_parent()
     try:
-        _check_arguments(sys.argv[1:])
+        for argument in sys.argv[1:]:
+            if any("\ud800" <= character <= "\udfff" for character in argument):
+                raise TideError(
+                    f"the argument {os.fsencode(argument)!r} is not UTF-8",
+                    fix="write it in UTF-8, or rename what it names",
+                )
         app(standalone_mode=True)
-    except TideError as error:
-        print(f"tide: error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except (
-        Exception
-    ) as error:  # a disk that is full, a folder that is not to be written: the last net
-        if not isinstance(error, OSError) and not disk_is_full(error):
+    except (TideError, OSError) as error:  # OSError: a folder that is not to be written, …
+        _fail(error)
+    except Exception as error:
+        if not disk_is_full(error):
             raise
-        print(f"tide: error: {printable(_in_words(error))}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error)
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:
             print(
@@ -62,27 +79,13 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def _check_arguments(arguments: Sequence[str]) -> None:
-    """TideError for one whose bytes are no text: no tokenizer reads it, and few libraries open such a path."""
-    for argument in arguments:
-        try:
-            argument.encode()
-        except UnicodeEncodeError as error:
-            raise TideError(
-                f"the argument {os.fsencode(argument)!r} is not UTF-8",
-                fix="write it in UTF-8, or rename what it names",
-            ) from error
-
-
-def _in_words(error: Exception) -> str:
+def _fail(error: Exception) -> NoReturn:
+    text = str(error)
     if disk_is_full(error):
         fix = "free some space and run the same command again; what is finished is kept"
-        return f"the disk is full: {error}\n  fix: {fix}"
-    return str(error)
-
-
-def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
-    return f"tide: warning: {printable(str(message))}\n"
+        text = f"the disk is full: {error}\n  fix: {fix}"
+    print(f"tide: error: {printable(text)}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

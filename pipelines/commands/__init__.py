@@ -1,1 +1,1 @@
-"""The commands of `tide`, a file for each part of the work. Heavy imports wait until a command needs them."""
+"""The commands of `tide`. Heavy imports wait until a command has checked what it was given."""

@@ -10,13 +10,11 @@ from typing import Any
 
 from pipelines.evaluation.use_scores import score_all
 from pipelines.experiments.grid import LOCK, Job, train_all
-from pipelines.recipes.command_line import train_arguments
-from pipelines.recipes.read import own_recipe
+from pipelines.recipes.read import own_recipe, train_arguments
 from pipelines.reports.paired import paired_table
 from pipelines.reports.report import find_runs, write_report
-from shared.settings.build import build, read_toml
+from shared.settings.build import build, read_toml, strict
 from shared.settings.config import CacheConfig, TrainConfig
-from shared.settings.variants import strict
 from shared.system.locks import hold
 from teacher_cache.run.build import build_cache
 

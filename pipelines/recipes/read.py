@@ -1,27 +1,72 @@
-"""Recipes: TOML files with a `[cache]` and a `[train]` table; one for each embedded teacher, one for each kind.
+"""Recipes, TOML files with a `[cache]` and a `[train]` table, to settings and back to a command.
 
-A recipe may name another with `base` (a packaged one, or a path beside it) and say only what differs.
+There is one for each embedded teacher and one for each kind of teacher. A recipe may name another
+with `base` (a packaged one, or a path beside it) and say only what differs.
 """
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from shared.settings.build import apply_overrides, build, read_toml
+from shared.settings.build import advice, apply_overrides, build, read_toml, to_plain
 from shared.settings.config import CacheConfig, TrainConfig
-from shared.settings.nearest import advice
 from shared.system.errors import TideError
 from teacher_cache.teachers.registry import find_teacher
 
 DEFAULT_TEACHER = "tiny-cross"
+_FOLDER = Path(__file__).parent
 
 
 def packaged_recipe(name: str) -> Path:
     """Path of a recipe that ships with the package."""
-    return Path(str(resources.files("pipelines.recipes"))) / f"{name}.toml"
+    return _FOLDER / f"{name}.toml"
+
+
+def packaged_recipes() -> list[str]:
+    """Names of the recipes for one cache and one run that ship with the package."""
+    return sorted(p.stem for p in _FOLDER.glob("*.toml") if "variants" not in read_toml(p))
+
+
+def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe's tables, those of its `base` below them. TideError where it has others, or where it
+    is its own base (`above`: the recipes that lean on this one).
+    """
+    if path.resolve() in above:
+        raise TideError(f"{path} is a base of itself", fix="take one `base` out")
+    values = read_toml(path)
+    base = values.pop("base", None)
+    if unknown := set(values) - {"cache", "train"}:
+        raise TideError(
+            f"{path} has unknown tables: {', '.join(sorted(unknown))}",
+            expected="[cache] and [train]",
+            fix=advice(min(unknown), ["cache", "train", "base"]),
+        )
+    for name, section in values.items():
+        if not isinstance(section, dict):
+            raise TideError(f"{name} in {path} is a value", expected=f"a table [{name}]")
+    if base is None:
+        return values
+    below = path.parent / str(base)
+    if not below.is_file():
+        below = packaged_recipe(str(base))
+    if not below.is_file():
+        names = ", ".join(packaged_recipes())
+        raise TideError(f"{path} has the base {base!r}", expected=f"a path, or one of {names}")
+    return _over(read_recipe(below, (*above, path.resolve())), values)
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested tables with those of `above` over them; an objective replaces the other whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        tables = isinstance(value, Mapping) and isinstance(old, Mapping)
+        merged[key] = _over(old, value) if tables and key != "distillation" else value  # type: ignore[arg-type]
+    return merged
 
 
 def _recipe_for(teacher: str, teachers_file: Path | None) -> Path:
@@ -29,72 +74,13 @@ def _recipe_for(teacher: str, teachers_file: Path | None) -> Path:
     own = packaged_recipe(teacher)
     if own.exists():
         return own
-    return packaged_recipe(
-        "shared" if find_teacher(teacher, teachers_file).student_tokens else "cross"
-    )
-
-
-def packaged_recipes() -> list[str]:
-    """Names of the recipes for one cache and one run that ship with the package."""
-    return sorted(
-        p.stem for p in packaged_recipe("x").parent.glob("*.toml") if "variants" not in read_toml(p)
-    )
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """A recipe's tables, those of its `base` below them. TideError where it has others, or its bases go in a circle."""
-    return _read_recipe(path, ())
-
-
-def _read_recipe(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in above:
-        raise TideError(f"{path} is a base of itself", fix="take one `base` out")
-    values = read_toml(path)
-    base = values.pop("base", None)
-    unknown = set(values) - {"cache", "train"}
-    if unknown:
-        near = advice(min(unknown), ["cache", "train", "base"])
-        raise TideError(
-            f"{path} has unknown tables: {', '.join(sorted(unknown))}",
-            expected="[cache] and [train]",
-            fix=near,
-        )
-    for name, section in values.items():
-        if not isinstance(section, dict):
-            raise TideError(f"{name} in {path} is a value", expected=f"a table [{name}]")
-    if base is None:
-        return values
-    if not isinstance(base, str):
-        raise TideError(
-            f"base in {path} is {base!r}", expected="the name of a packaged recipe, or a path"
-        )
-    own = path.parent / base
-    below = own if own.is_file() else packaged_recipe(base)
-    if not below.is_file():
-        raise TideError(
-            f"{path} has the base {base!r}",
-            expected=f"a path, or one of {', '.join(packaged_recipes())}",
-        )
-    return _over(_read_recipe(below, (*above, path.resolve())), values)
-
-
-def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Nested tables with those of `above` over them; a variant (a table with a `type`) replaces the other whole."""
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        inner = isinstance(value, dict) and isinstance(old, dict) and "type" not in value
-        merged[key] = _over(old, value) if inner else value  # type: ignore[arg-type]
-    return merged
+    shared = find_teacher(teacher, teachers_file).student_tokens
+    return packaged_recipe("shared" if shared else "cross")
 
 
 def own_recipe(teacher: str, section: str) -> dict[str, Any]:
     """A table of the recipe that belongs to `teacher`."""
-    return dict(_section(_recipe_for(teacher, None), section))
-
-
-def _section(path: Path, name: str) -> dict[str, Any]:
-    return read_recipe(path).get(name, {})
+    return read_recipe(_recipe_for(teacher, None)).get(section, {})
 
 
 def cache_config(
@@ -103,27 +89,30 @@ def cache_config(
     overrides: Sequence[str],
     teachers_file: Path | None = None,
     changes: Mapping[str, Any] | None = None,
+    data: str | None = None,
     **flags: Any,
 ) -> CacheConfig:
-    """The settings of `tide cache`: recipe, then `changes` (nested, as in a recipe), then flags, then `--set` texts."""
+    """The settings of `tide cache`: recipe, then `changes` (nested, as in a recipe), then `data`
+    and flags, then `--set` texts. TideError where there is no such setting, or no such teacher.
+    """
     tables = read_recipe(recipe) if recipe else {}
-    values = tables.get("cache", {})
     if "train" in tables:  # a misspelt one is better said now
         build(TrainConfig, tables["train"], f"[train] of {recipe}")
+    values = tables.get("cache", {})
     name = teacher or values.get("teacher", DEFAULT_TEACHER)
     if recipe is None:
-        values = _section(_recipe_for(name, teachers_file), "cache")
-    values = _over({**values, "teacher": name}, dict(changes or {}))
-    values.setdefault("out", f"caches/{name}")
-    values.setdefault("teachers_file", teachers_file)
-    values |= {k: v for k, v in flags.items() if v is not None and "." not in k and k != "data"}
-    if (
-        source := flags.get("data")
-    ) is not None:  # the recipe's other settings stay, unless it has several sources
+        values = read_recipe(_recipe_for(name, teachers_file)).get("cache", {})
+    values = _over({"out": f"caches/{name}", **values, "teacher": name}, changes or {})
+    values |= {key: value for key, value in flags.items() if value is not None}
+    if teachers_file is not None:
+        values["teachers_file"] = teachers_file
+    if data is not None:  # the recipe's other settings stay, unless it has several sources
         before = values.get("data")
-        values["data"] = {**(before if isinstance(before, dict) else {}), "source": source}
+        values["data"] = {**(before if isinstance(before, dict) else {}), "source": data}
     apply_overrides(values, overrides)
-    return build(CacheConfig, values, "the settings of `tide cache`")
+    config = build(CacheConfig, values, "`tide cache`")
+    find_teacher(config.teacher, config.teachers_file)
+    return config
 
 
 def train_config(
@@ -134,15 +123,54 @@ def train_config(
     changes: Mapping[str, Any] | None = None,
     **flags: Any,
 ) -> TrainConfig:
-    """The settings of `tide train`, in the order of `cache_config`. `teacher` chooses the recipe and the default cache
-    and run folders.
+    """The settings of `tide train`, in the order of `cache_config`. `teacher` chooses the recipe,
+    and the default folders of cache and run.
     """
-    path = recipe or _recipe_for(teacher or DEFAULT_TEACHER, teachers_file)
-    tables = read_recipe(path)
-    values = _over(tables.get("train", {}), dict(changes or {}))
+    tables = read_recipe(recipe or _recipe_for(teacher or DEFAULT_TEACHER, teachers_file))
     name = teacher or tables.get("cache", {}).get("teacher", DEFAULT_TEACHER)
-    values.setdefault("cache", f"caches/{name}")
-    values.setdefault("out", f"runs/{name}")
-    values |= {k: v for k, v in flags.items() if v is not None}
+    values = {"cache": f"caches/{name}", "out": f"runs/{name}", **tables.get("train", {})}
+    values = _over(values, changes or {})
+    values |= {key: value for key, value in flags.items() if value is not None}
     apply_overrides(values, overrides)
-    return build(TrainConfig, values, "the settings of `tide train`")
+    return build(TrainConfig, values, "`tide train`")
+
+
+def to_toml(value: Any) -> str:
+    """A value as inline TOML."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {to_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(to_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)  # the same for text, numbers and truth values
+
+
+def train_arguments(values: Mapping[str, Any]) -> list[str]:
+    """The arguments of `tide train` for settings: an empty recipe and every setting on its own."""
+    arguments = ["--config", str(packaged_recipe("empty"))]
+    for key, value in values.items():
+        named = key in ("cache", "seed")
+        arguments += [f"--{key}", str(value)] if named else ["--set", f"{key}={to_toml(value)}"]
+    return arguments
+
+
+def train_command(settings: Mapping[str, Any]) -> str:
+    """The command, as typed in the repository, for the settings that a run has recorded."""
+    changed = _changes(settings, to_plain(TrainConfig()))
+    places = {"cache": settings["cache"], "seed": settings["seed"]}
+    command = shlex.join(["tide", "train", *train_arguments({**places, **changed})])
+    return command.replace(str(packaged_recipe("empty")), "pipelines/recipes/empty.toml")
+
+
+def _changes(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What differs from the defaults. What is None is left out, as TOML has no word for it."""
+    changed = {}
+    for key, value in values.items():
+        default = defaults.get(key)
+        if key in ("cache", "seed", "out") or value is None or value == default:
+            continue
+        if not isinstance(value, Mapping):
+            changed[key] = value
+            continue
+        same = isinstance(default, Mapping) and default.get("type") == value.get("type")
+        changed[key] = _changes(value, default if same else {})  # type: ignore[arg-type]
+    return changed

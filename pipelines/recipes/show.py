@@ -19,84 +19,66 @@ from shared.settings.build import to_plain
 from shared.system.errors import TideError
 from teacher_cache.teachers.registry import find_teacher
 
-_PLACES = ("out", "cache", "teacher")
-"""Names and folders: no setting of the method."""
-
 
 def recipe_path(name: str) -> Path:
     """A packaged recipe by its name, or one of the user's by its path."""
     path = Path(name) if name.endswith(".toml") else packaged_recipe(name)
     if not path.is_file():
-        raise TideError(
-            f"there is no recipe {name!r}",
-            expected=f"a TOML file, or one of {', '.join(packaged_recipes())}",
-        )
+        names = ", ".join(packaged_recipes())
+        raise TideError(f"there is no recipe {name!r}", expected=f"a TOML file, or one of {names}")
     return path
 
 
 def about(name: str) -> str:
     """The first sentence of a recipe's comment."""
     lines = recipe_path(name).read_text(encoding="utf-8").splitlines()
-    comment = " ".join(
-        line.removeprefix("# ") for line in itertools.takewhile(lambda x: x.startswith("#"), lines)
-    )
-    return re.split(r"[.:;] ", comment, maxsplit=1)[0].rstrip(".")
+    comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    text = " ".join(line.removeprefix("# ") for line in comment)
+    return re.split(r"[.:;] ", text, maxsplit=1)[0].rstrip(".")
 
 
 def paper_of(path: Path) -> str:
     """The paper's run that a recipe is to be measured by: by what its objective compares."""
-    kind = train_config(None, path, []).distillation.type
     teacher = read_recipe(path).get("cache", {}).get("teacher")
-    own = find_teacher(teacher).student_tokens if teacher else None
-    shared = (
-        own if own is not None else kind in ("kl", "reverse_kl") or path.stem.endswith("shared")
-    )
+    if teacher:
+        shared = find_teacher(teacher).student_tokens
+    else:
+        kind = train_config(None, path, []).distillation.type
+        shared = kind in ("kl", "reverse_kl") or path.stem.endswith("shared")
     return "paper-shared" if shared else "paper-cross"
 
 
 def describe_recipe(name: str, against: str | None = None) -> str:
-    """The recipe's own text, then every setting in which it differs from `against` (default: the paper's run)."""
+    """The recipe's own text, then each setting that differs from `against` (or the paper)."""
     path = recipe_path(name)
     other = recipe_path(against or paper_of(path))
-    lines = [path.read_text(encoding="utf-8").rstrip(), ""]
-    rows = _distance(path, other)
-    if not rows:
-        return "\n".join([*lines, f"No setting differs from {other.stem}."])
-    width = max(len(place) for place, _, _ in rows)
-    lines.append(
-        f"{len(rows)} settings differ from {other.stem} ({other.stem} → {path.stem}); docs/method.md says why:"
-    )
-    return "\n".join(
-        [*lines, *(f"  {place:<{width}}  {theirs} → {own}" for place, own, theirs in rows)]
-    )
-
-
-def _distance(path: Path, other: Path) -> list[tuple[str, str, str]]:
+    own, theirs = _settings(path), _settings(other)
     rows = []
-    own, theirs = _leaves(_settings(path)), _leaves(_settings(other))
     for place in sorted({*own, *theirs}):
         if own.get(place) != theirs.get(place):
-            values = [json.dumps(side[place]) if place in side else "–" for side in (own, theirs)]
-            rows.append((place, values[0], values[1]))
-    return rows
+            values = [json.dumps(side[place]) if place in side else "–" for side in (theirs, own)]
+            rows.append((place, " → ".join(values)))
+    text = path.read_text(encoding="utf-8").rstrip() + "\n\n"
+    if not rows:
+        return f"{text}No setting differs from {other.stem}."
+    width = max(len(place) for place, _ in rows)
+    lines = [f"  {place:<{width}}  {change}" for place, change in rows]
+    return (
+        f"{text}{len(rows)} settings differ from {other.stem} ({other.stem} → {path.stem}); "
+        "docs/method.md says why:\n" + "\n".join(lines)
+    )
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    both = {
-        "cache": to_plain(cache_config(None, path, [])),
-        "train": to_plain(train_config(None, path, [])),
-    }
-    for section in both.values():
-        for name in _PLACES:
-            section.pop(name, None)
-    return both
-
-
-def _leaves(values: Any, place: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict) or not values:
-        return {place: values}
-    return {
-        k: v
-        for key, value in values.items()
-        for k, v in _leaves(value, f"{place}.{key}".strip(".")).items()
-    }
+    """Every setting of the method by its dotted name; names and folders are none."""
+    flat: dict[str, Any] = {}
+    both = {"cache": cache_config(None, path, []), "train": train_config(None, path, [])}
+    tables = [(section, to_plain(config)) for section, config in both.items()]
+    while tables:
+        place, table = tables.pop()
+        for key, value in table.items():
+            if isinstance(value, dict) and value:
+                tables.append((f"{place}.{key}", value))
+            elif key not in ("out", "cache", "teacher"):
+                flat[f"{place}.{key}"] = value
+    return flat

@@ -20,7 +20,7 @@ from matplotlib import pyplot as plt
 from pipelines.evaluation.results import Score
 from pipelines.evaluation.table import beside_the_paper, find_scores
 from pipelines.evaluation.use_scores import UseScores, read_use
-from pipelines.recipes.command_line import train_command
+from pipelines.recipes.read import train_command
 from shared.settings.build import build
 from shared.settings.config import TrainConfig
 from shared.system.atomic import write_bytes

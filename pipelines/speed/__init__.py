@@ -16,7 +16,7 @@ from pipelines.speed.shortcuts import bench_shortcuts
 from pipelines.speed.stage_one import bench_stage_one
 from pipelines.speed.training import bench_training
 from pipelines.speed.use import bench_use
-from pipelines.terminal.tables import print_table
+from pipelines.terminal import print_table
 from shared.system.errors import TideError
 
 TABLES = {

@@ -1,47 +1,141 @@
-"""From TOML and `section.key=value` texts to configurations, and back to plain values for manifests."""
+"""Settings as frozen dataclasses, made from TOML and `section.key=value` texts, and back.
+
+@strict
+class KL:
+    type: Literal["kl"] = "kl"
+    temperature: Positive = 2.0
+
+Distillation = Annotated[NoDistillation | KL, BY_TYPE]  # TOML: { type = "kl", temperature = 2.0 }
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import tomllib
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from shared.settings.data import ONE, SEVERAL
-from shared.settings.nearest import advice, names_at
 from shared.system.errors import TideError
 
 T = TypeVar("T")
+Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+BY_TYPE = Field(discriminator="type")  # of a union of variants: the class with this `type`
+_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text",
+          "path": "a path", "tuple": "a list", "dataclass": "a table", "dict": "a table",
+          "model": "a table", "finite": "a finite number"}  # fmt: skip
 
 
-def _explain(error: ValidationError, kind: Any, where: str) -> TideError:
-    lines = []
-    for item in error.errors():
-        place = (
-            ".".join(str(part) for part in item["loc"] if part not in (ONE, SEVERAL))
-            or "the configuration"
-        )
-        reason = item["msg"]
-        if item["type"] == "unexpected_keyword_argument":
-            reason = (
-                f"no such setting; {advice(str(item['loc'][-1]), names_at(kind, item['loc'][:-1]))}"
-            )
-        lines.append(f"{place}: {reason.removeprefix('Value error, ')}")
-    return TideError(
-        f"{where} does not hold: " + "; ".join(lines),
-        fix="correct the recipe or the --set option named above",
-    )
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def strict(cls: type[T]) -> type[T]:
+    """A frozen dataclass; a name that it does not have is an error where it is built from TOML."""
+    cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+    return dataclasses.dataclass(frozen=True)(cls)
+
+
+def require(condition: bool, message: str) -> None:
+    """ValueError with `message` where settings do not fit each other."""
+    if not condition:
+        raise ValueError(message)
 
 
 def build(kind: type[T], values: Mapping[str, Any], where: str = "the configuration") -> T:
-    """Make a config of type `kind` from nested dicts. TideError names every setting that is wrong."""
+    """A config of type `kind` from nested dicts. TideError names every setting that is wrong."""
     try:
         return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:
-        raise _explain(error, kind, where) from error
+        problems = "; ".join(dict.fromkeys(_explain(dict(item), kind) for item in error.errors()))
+        raise TideError(
+            f"invalid settings for {where}: {problems}",
+            fix="correct the recipe or the --set option named above",
+        ) from error
+
+
+def _explain(item: dict[str, Any], kind: Any) -> str:
+    """One of pydantic's errors in words: the setting's name, its value, what it may be."""
+    # 1. walk down to the setting: fields, members of lists, and tags of unions, which no user sees
+    kinds, path, hint, names = _dataclasses(kind), [], kind, []
+    for step in item["loc"]:
+        hints = {name: hint for k in kinds for name, hint in field_types(k).items()}
+        names = sorted(hints)
+        if step in hints:
+            hint = hints[step]
+            kinds = _dataclasses(hint)
+        elif tagged := [k for k in kinds if step in (getattr(k, "type", None), k.__name__)]:
+            kinds = tagged
+            continue
+        elif step in ("int", "float") or " " in str(step):
+            continue
+        path.append(str(step))
+    name = ".".join(path)
+    # 2. say what is wrong with it
+    error, context = item["type"], item.get("ctx", {})
+    match error:
+        case "unexpected_keyword_argument":
+            return f"there is no setting {name}; {advice(path[-1], names)}"
+        case "value_error":
+            return f"{name}: {context['error']}" if name else str(context["error"])
+        case "missing":
+            return f"{name} is missing"
+        case "union_tag_invalid":
+            return f"{name}.type is {context['tag']!r}, expected one of {context['expected_tags']}"
+        case "union_tag_not_found":
+            return f"{name} is {item['input']!r:.80}, expected a table with a type"
+    expected = _TYPES.get(error.split("_")[0]) or item["msg"].removeprefix("Input should be ")
+    if error.startswith(("greater", "less")) or (error == "finite_number" and limits(hint)):
+        expected = limits(hint)
+    return f"{name or 'all'} is {item['input']!r:.80}, expected {expected}"
+
+
+def limits(hint: Any) -> str:
+    """The bounds of a setting's type in words, such as `1 to 100`; nothing where it has none."""
+    bounds: dict[str, float] = {}
+    parts = [hint]
+    while parts:
+        part = parts.pop()
+        parts += typing.get_args(part)
+        for bound in getattr(part, "metadata", ()):  # of pydantic's Field
+            bounds |= {n: getattr(bound, n) for n in ("gt", "ge", "lt", "le") if hasattr(bound, n)}
+    match bounds:
+        case {"ge": low, "le": high}:
+            return f"{low:g} to {high:g}" if abs(high) < 1e6 else f"{low} to {high}"
+        case {"ge": low, "lt": high}:
+            return f"{low} or more, and less than {high}"
+        case {"gt": low, "le": high}:
+            return f"more than {low}, and at most {high}"
+        case {"ge": low}:
+            return f"{low} or more"
+        case {"gt": 0}:
+            return "a positive number"
+    return ""
+
+
+def field_types(kind: type) -> dict[str, Any]:
+    """The settings of a dataclass with their types, annotations included."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _dataclasses(kind: Any) -> list[type]:
+    """The dataclasses that a type may be, through unions, annotations and tuples."""
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return [kind]
+    return [one for part in typing.get_args(kind) for one in _dataclasses(part)]
+
+
+def advice(name: str, names: Sequence[str]) -> str:
+    """Words that point to the nearest of `names`, or to all of them."""
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"there are {', '.join(names)}" if names else "there are none here"
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -49,39 +143,11 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise TideError(
-            f"cannot read {path}: {error.strerror}", expected="a TOML recipe"
-        ) from error
+        what = f"cannot read {path}: {error.strerror}"
+        raise TideError(what, expected="a TOML recipe") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise TideError(
-            f"{path} is not TOML: {error}", fix="correct the line that it names"
-        ) from error
-
-
-def set_value(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set `a.b.c` in nested dicts; a number is a member of a list."""
-    *path, last = key.split(".")
-    place: Any = values
-    for part in path:
-        inner = _member(place, part, key) if isinstance(place, list) else place.setdefault(part, {})
-        if not isinstance(inner, dict | list):
-            raise TideError(f"{key}: {part} is a value, not a section")
-        place = inner
-    if isinstance(place, list):
-        _member(place, last, key)
-        place[int(last)] = value
-    else:
-        place[last] = value
-
-
-def _member(items: list[Any], number: str, key: str) -> Any:
-    if not number.isdigit() or int(number) >= len(items):
-        raise TideError(
-            f"{key}: there is a list of {len(items)}, and {number} is no member of it",
-            expected=f"a number from 0 to {len(items) - 1}, as in data.0.limit=1000",
-            fix="or replace the list: --data SOURCE, or a recipe of your own",
-        )
-    return items[int(number)]
+        what = f"{path} is not TOML: {error}"
+        raise TideError(what, fix="correct the line that it names") from error
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -89,14 +155,35 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
     for text in overrides:
         key, equals, raw = text.partition("=")
         if not equals or not key.strip():
-            raise TideError(
-                f"{text!r} is no setting", expected="section.key=value, such as noise.draws=4"
-            )
+            expected = "section.key=value, such as noise.draws=4"
+            raise TideError(f"{text!r} is no setting", expected=expected)
         try:
             value = tomllib.loads(f"v = {raw}")["v"]
         except tomllib.TOMLDecodeError:
             value = raw
         set_value(values, key.strip(), value)
+
+
+def set_value(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set `a.b.c` in nested dicts; a number is a member of a list."""
+    place: Any = values
+    *path, last = key.split(".")
+    for step, part in enumerate([*path, last]):
+        index: Any = part
+        if isinstance(place, list):
+            if not part.isdigit() or int(part) >= len(place):
+                raise TideError(
+                    f"{key}: there is a list of {len(place)}, and {part} is no member of it",
+                    expected=f"a number from 0 to {len(place) - 1}, as in data.0.limit=1000",
+                    fix="or replace the list: --data SOURCE, or a recipe of your own",
+                )
+            index = int(part)
+        if step == len(path):
+            place[index] = value
+            return
+        place = place[index] if isinstance(place, list) else place.setdefault(part, {})
+        if not isinstance(place, dict | list):
+            raise TideError(f"{key}: {part} is a value, not a section")
 
 
 def to_plain(config: Any) -> Any:
@@ -105,6 +192,4 @@ def to_plain(config: Any) -> Any:
         return {f.name: to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, list | tuple):
         return [to_plain(item) for item in config]
-    if isinstance(config, Path):
-        return str(config)
-    return config
+    return str(config) if isinstance(config, Path) else config

@@ -1,14 +1,13 @@
-"""The objectives as types: which distillation term, with which strength schedule (DESIGN §3).
+"""The objectives as types: which distillation term, with which strength schedule.
 
 These are settings only; the mathematics is in `student_train.losses`, schedules included.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
-from shared.settings.variants import BY_TYPE, Variant, strict, variant
+from shared.settings.build import BY_TYPE, Positive, require, strict
 
 Axis = Literal["both", "training_only", "timestep_only"]
 Growth = Literal["cosine", "linear"]
@@ -26,52 +25,58 @@ class Tidal:
     timestep_weight: TimestepWeight = "uniform"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lambda_init <= self.lambda_max <= 1:
-            raise ValueError(
-                f"lambda_init {self.lambda_init} and lambda_max {self.lambda_max} must keep "
-                "0 ≤ lambda_init ≤ lambda_max ≤ 1"
-            )
-
-
-@variant("none")
-class NoDistillation(Variant):
-    """CE alone: the undistilled student."""
+        require(
+            0 <= self.lambda_init <= self.lambda_max <= 1,
+            f"lambda_init is {self.lambda_init} and lambda_max {self.lambda_max}, "
+            "expected 0 ≤ lambda_init ≤ lambda_max ≤ 1",
+        )
 
 
 @strict
-class _Tempered(Variant):
-    temperature: float = 2.0
-    tidal: Tidal | None = None
+class NoDistillation:
+    """CE alone: the undistilled student."""
 
-    def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}; it must be positive")
+    type: Literal["none"] = "none"
+
+
+@strict
+class _Tempered:
+    temperature: Positive = 2.0
+    tidal: Tidal | None = None
 
 
 @strict
 class _OverTokens(_Tempered):
     tail: Literal["cache", "prior", "student"] = "cache"
-    """What the teacher is taken for outside its top-k: as the cache says, or another way for an ablation."""
+    """What stands for the teacher outside its top-k: as the cache says, or another to compare."""
 
 
-@variant("kl")
+@strict
 class KL(_OverTokens):
     """KL(teacher ‖ student) over token logits; with `tidal`, the teacher is TIDAL's mixture."""
 
+    type: Literal["kl"] = "kl"
 
-@variant("reverse_kl")
+
+@strict
 class ReverseKL(_OverTokens):
     """KL(student ‖ teacher) over token logits."""
 
+    type: Literal["reverse_kl"] = "reverse_kl"
 
-@variant("calm")
+
+@strict
 class Calm(_Tempered):
     """Forward CALM over chunk likelihoods."""
 
+    type: Literal["calm"] = "calm"
 
-@variant("reverse_calm")
+
+@strict
 class ReverseCalm(_Tempered):
     """Reverse CALM over chunk likelihoods (TIDE §2.3)."""
+
+    type: Literal["reverse_calm"] = "reverse_calm"
 
 
 Distillation = Annotated[NoDistillation | KL | ReverseKL | Calm | ReverseCalm, BY_TYPE]

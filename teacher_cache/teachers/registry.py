@@ -11,40 +11,43 @@ import tomllib
 from dataclasses import field
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from shared.settings.build import build, read_toml
-from shared.settings.variants import BY_TYPE, Variant, strict, variant
+from shared.settings.build import BY_TYPE, Count, build, read_toml, strict
 from shared.system.errors import TideError
 
 
-@variant("full")
-class Full(Variant):
+@strict
+class Full:
     """Every position sees every other."""
+
+    type: Literal["full"] = "full"
 
 
 @strict
-class _Blocks(Variant):
-    block: int
-
-    def __post_init__(self) -> None:
-        if self.block <= 0:
-            raise ValueError(f"attention.block is {self.block}; it must be positive")
+class _Blocks:
+    block: Count
 
 
-@variant("block_causal")
+@strict
 class BlockCausal(_Blocks):
     """Every position sees its own block and the earlier ones."""
 
+    type: Literal["block_causal"] = "block_causal"
 
-@variant("x0_xt")
+
+@strict
 class X0Xt(_Blocks):
     """Block diffusion over [x_0 ; x_t]: a block sees itself noised and the earlier blocks clean."""
 
+    type: Literal["x0_xt"] = "x0_xt"
 
-@variant("native")
+
+@strict
 class Native(_Blocks):
     """WeDLM's own: [x_0 ; x_t], inside each block observed tokens first and masks last, causal, true positions."""
+
+    type: Literal["native"] = "native"
 
 
 Attention = Annotated[Full | BlockCausal | X0Xt | Native, BY_TYPE]

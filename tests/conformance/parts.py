@@ -21,9 +21,8 @@ from shared.diffusion.attention import block_diffusion, block_diffusion_batch, r
 from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import Checkpoint, open_checkpoint
 from shared.models.loading import load_model
-from shared.settings.build import build
+from shared.settings.build import build, strict
 from shared.settings.objectives import Distillation
-from shared.settings.variants import strict
 from shared.text.bytes_of_tokens import byte_level_bytes
 from student_train.losses.objective import objective
 from student_train.losses.targets import ChunkTargets, Targets, TopKTargets

@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-from pipelines.terminal import chat
+from pipelines.commands import chat
 from shared.system.errors import TideError
 from student_train.using.load import LoadedStudent, load_for_use
 from student_train.using.settings import SampleConfig

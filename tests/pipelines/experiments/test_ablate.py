@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from pipelines.cli import app
 from pipelines.experiments import ablate
 from pipelines.experiments.ablate import Grid, run_ablation
-from pipelines.recipes.command_line import to_toml
+from pipelines.recipes.read import to_toml
 from shared.settings.build import build, read_toml
 from shared.system.errors import TideError
 from tests.conftest import chats_file, heldout_file

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.terminal.text import json_line, printable
+from pipelines.terminal import json_line, printable
 
 pytestmark = pytest.mark.faults("control sequences in text")
 SEQUENCES = {

@@ -1,0 +1,167 @@
+"""What one does with a finished cache: inspect, verify, prune, merge, pack, unpack, push, pull."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from pipelines.commands.app import (
+    CACHES,
+    DataSource,
+    RecipeFile,
+    Sets,
+    StudentTokenizer,
+    TeacherName,
+    TeachersFile,
+    Weights,
+    app,
+)
+from pipelines.recipes.read import cache_config
+from pipelines.terminal import say
+
+Cache = Annotated[Path, Argument(help="A cache, such as caches/TEACHER.")]
+Out = Annotated[Path, Option("--out", help="A new folder.")]
+
+
+@app.command(rich_help_panel=CACHES)
+def inspect(
+    folder: Cache,
+    row: Annotated[str | None, Option(help="Show one row, by its id or number.")] = None,
+    draw: Annotated[int, Option(help="With --row: of this draw.")] = 0,
+    picture: Annotated[Path | None, Option(help="Also draw the cache, as PNG.")] = None,
+) -> None:
+    """Print what a cache holds: rows, masses, chunk lengths, likelihoods by t, bytes by column."""
+    from teacher_cache.maintenance.inspect import describe, inspect_cache
+
+    if row is not None:
+        from teacher_cache.maintenance.show_row import describe_row, find_row
+
+        say(describe_row(folder, find_row(folder, row, draw)))
+        return
+    contents = inspect_cache(folder)
+    say(describe(contents))
+    if picture is not None:
+        from teacher_cache.maintenance.picture import draw_picture
+
+        draw_picture(contents, picture)
+        say(f"\n{picture}")
+
+
+@app.command(rich_help_panel=CACHES)
+def verify(
+    teacher: TeacherName = None,
+    against: Annotated[str, Option(help="The engine: transformers or vllm.")] = "transformers",
+    rows: Annotated[int, Option(help="Rows to score again; 0: no teacher is loaded.")] = 200,
+    tolerance: Annotated[
+        float | None, Option(help="Exit with 1 where a value is further off (nats).")
+    ] = None,
+    delete_damaged: Annotated[
+        bool, Option("--delete-damaged", help="Delete shards that do not hold.")
+    ] = False,
+    model: Weights = None,
+    student_tokenizer: StudentTokenizer = None,
+    data: DataSource = None,
+    out: Annotated[Path | None, Option("--cache", help="Default: caches/TEACHER.")] = None,
+    config: RecipeFile = None,
+    teachers_file: TeachersFile = None,
+    sets: Sets = None,
+) -> None:
+    """Check every shard (checksums, schema, counts, values), then score a sample of rows again."""
+    settings = cache_config(
+        teacher, config, [*(sets or []), f"engine.type={against}"], teachers_file,
+        model=model, student_tokenizer=student_tokenizer, data=data, out=out,
+    )  # fmt: skip
+    from teacher_cache.maintenance.check import check_cache
+    from teacher_cache.maintenance.check import delete_damaged as delete_shards
+    from teacher_cache.maintenance.verify import verify_cache
+    from teacher_cache.maintenance.wording import in_words
+
+    checked = check_cache(settings.out)
+    say(in_words(checked))
+    if checked.problems:
+        if delete_damaged:
+            say(f"deleted {delete_shards(checked)} shards; `tide cache` computes them again")
+        raise typer.Exit(1)
+    if rows == 0:
+        return
+    compared = verify_cache(settings, rows)
+    say(in_words(compared))
+    if tolerance is not None and compared.largest > tolerance:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=CACHES)
+def prune(
+    folder: Cache,
+    out: Out,
+    k: Annotated[int | None, Option(help="Logits a position, at most.")] = None,
+    classes: Annotated[int | None, Option(help="Classes of the tail.")] = None,
+    draws: Annotated[int | None, Option(help="Draws of every example.")] = None,
+) -> None:
+    """A smaller cache from a larger; no teacher is loaded."""
+    from teacher_cache.maintenance.prune import prune_cache
+
+    made = prune_cache(folder, out, k, draws, classes)
+    kept = made.fingerprint.targets
+    say(
+        f"{out}: {made.draws} draws of {made.examples:,} examples, "
+        f"k {kept.k}, {kept.classes} classes"
+    )
+
+
+@app.command(rich_help_panel=CACHES)
+def merge(
+    folders: Annotated[list[Path], Argument(help="Parts of a cache, or caches of other data.")],
+    out: Out,
+) -> None:
+    """One cache out of several that are parts of one, or differ in their data alone."""
+    from teacher_cache.maintenance.reshape import merge_caches
+
+    made = merge_caches(folders, out)
+    say(f"{out}: {made.draws} draws of {made.examples:,} examples")
+
+
+@app.command(rich_help_panel=CACHES)
+def pack(folder: Cache, archive: Annotated[Path, Argument(help="Such as NAME.tar.zst.")]) -> None:
+    """A whole cache as one file, with checksums."""
+    from teacher_cache.maintenance.pack import pack_cache
+
+    say(f"{archive}: {pack_cache(folder, archive):,} files, {archive.stat().st_size / 1e6:.1f} MB")
+
+
+@app.command(rich_help_panel=CACHES)
+def unpack(
+    archive: Annotated[Path, Argument(help="From `tide pack`.")],
+    folder: Annotated[Path, Argument(help="A new folder.")],
+) -> None:
+    """The cache out of an archive, every byte checked."""
+    from teacher_cache.maintenance.unpack import unpack_cache
+
+    say(f"{folder}: {unpack_cache(archive, folder):,} files")
+
+
+@app.command(rich_help_panel=CACHES)
+def push(
+    folder: Cache, store: Annotated[str, Argument(help="s3://…, gs://…, hf://… or a path.")]
+) -> None:
+    """Copy a cache into an object store. Run again to resume."""
+    from shared.cache.ledger import settle_ledger
+    from shared.cache.manifest import load_manifest
+    from shared.cache.stores import Store
+
+    manifest = load_manifest(folder)
+    pushed = Store.open(store).push(folder, manifest, settle_ledger(folder, manifest))
+    say(f"{store}: {pushed:,} shards")
+
+
+@app.command(rich_help_panel=CACHES)
+def pull(
+    store: Annotated[str, Argument(help="Where `tide push` or --store put a cache.")], folder: Cache
+) -> None:
+    """Bring a cache from an object store, every file checked. Run again to resume."""
+    from shared.cache.stores import Store
+
+    say(f"{folder}: {Store.open(store).pull(folder):,} files")

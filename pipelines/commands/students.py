@@ -1,0 +1,264 @@
+"""Use and judge a student: sample, chat, serve, eval, lm-eval, export, publish."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer import Argument, Option
+
+from pipelines.commands.app import (
+    STUDENTS,
+    Batch,
+    Device,
+    NewTokens,
+    Seed,
+    Steps,
+    Student,
+    app,
+    require_positive,
+    sampling_settings,
+    takes_sampling,
+)
+from pipelines.terminal import json_line, say
+from shared.system.errors import TideError
+
+if TYPE_CHECKING:
+    from student_train.using.load import LoadedStudent
+    from student_train.using.settings import SampleConfig
+
+
+def _load(student: str, device: str, **options: Any) -> tuple[LoadedStudent, SampleConfig]:
+    """The student, and its settings of sampling; what is out of range is said before it loads."""
+    sampling_settings(**options)
+    from student_train.using.load import choose_block, load_for_use
+
+    loaded = load_for_use(student, device)
+    block = choose_block(options["block"], loaded)
+    return loaded, sampling_settings(**{**options, "block": block})
+
+
+@app.command(rich_help_panel=STUDENTS)
+@takes_sampling
+def sample(
+    student: Student,
+    prompts: Annotated[
+        list[str] | None, Argument(help="Prompts; none: --file, or standard input.")
+    ] = None,
+    file: Annotated[
+        Path | None, Option(help="JSONL with `prompt` or `messages`; answers come as JSONL.")
+    ] = None,
+    new_tokens: NewTokens = 256,
+    steps_per_block: Steps = None,
+    seed: Seed = 0,
+    batch: Batch = 8,
+    device: Device = "auto",
+    *,
+    sampling: dict[str, Any],
+) -> None:
+    """Answer prompts with a student."""
+    if file is not None:
+        from shared.data.prompts import read_prompts
+
+        chats = read_prompts(file)
+    else:
+        if not prompts:  # one from standard input, with line ends as on this machine
+            try:
+                text = sys.stdin.buffer.read().decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                what = f"standard input is not UTF-8: {error}"
+                raise TideError(what, fix="write it in UTF-8") from error
+            prompts = [re.sub("\r\n?", "\n", text).strip()]
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    loaded, config = _load(
+        student, device, new_tokens=new_tokens, steps_per_block=steps_per_block, seed=seed,
+        **sampling,
+    )  # fmt: skip
+    for messages, answer in zip(chats, loaded.answer(chats, config, batch), strict=True):
+        if file is None:
+            say(answer)
+        else:
+            row = {"messages": messages, "response": answer}
+            typer.echo(json_line(json.dumps(row, ensure_ascii=False)))
+
+
+@app.command(rich_help_panel=STUDENTS)
+@takes_sampling
+def chat(
+    student: Student,
+    new_tokens: NewTokens = 256,
+    steps_per_block: Steps = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    show_diffusion: Annotated[bool, Option("--show-diffusion", help="Draw the unmasking.")] = False,
+    *,
+    sampling: dict[str, Any],
+) -> None:
+    """Talk to a student; blocks appear as they settle. Ctrl-D or an empty line ends it."""
+    loaded, config = _load(
+        student, device, new_tokens=new_tokens, steps_per_block=steps_per_block, seed=seed,
+        **sampling,
+    )  # fmt: skip
+    from rich.console import Console
+
+    from pipelines.commands.chat import talk
+
+    talk(loaded, config, show_diffusion, Console())
+
+
+@app.command(rich_help_panel=STUDENTS)
+@takes_sampling
+def serve(
+    student: Student,
+    host: Annotated[str, Option(help="0.0.0.0: also for other machines.")] = "127.0.0.1",
+    port: Annotated[int, Option(help="0: any that is free.")] = 8000,
+    name: Annotated[
+        str | None, Option(help="The model's, in requests; default: the run's, or the hub id.")
+    ] = None,
+    api_key: Annotated[
+        str | None, Option(envvar="TIDE_API_KEY", help="What requests must carry as bearer token.")
+    ] = None,
+    batch: Annotated[int, Option(help="Responses under way at once.")] = 16,
+    waiting: Annotated[int, Option(help="Responses that may wait for a place.")] = 256,
+    new_tokens: NewTokens = 256,
+    steps_per_block: Steps = None,
+    device: Device = "auto",
+    *,
+    sampling: dict[str, Any],
+) -> None:
+    """Serve a student as OpenAI's API does: /v1/chat/completions, /v1/completions, streamed."""
+    from pipelines.serving.run import bind, check_installed, served_name
+    from pipelines.serving.run import serve as run_server
+    from pipelines.serving.settings import ServeConfig
+
+    check_installed()
+    options = {"new_tokens": new_tokens, "steps_per_block": steps_per_block, **sampling}
+    config = ServeConfig(
+        name=served_name(student) if name is None else name, sampling=sampling_settings(**options),
+        batch=batch, waiting=waiting, host=host, port=port, api_key=api_key,
+    )  # fmt: skip
+    with bind(config) as bound:
+        loaded, chosen = _load(student, device, **options)
+        run_server(loaded, replace(config, sampling=chosen), bound)
+
+
+@app.command("eval", rich_help_panel=STUDENTS)
+@takes_sampling
+def evaluate(
+    student: Student,
+    tasks: Annotated[str, Option(help="paper (all eight), or names by commas.")],
+    recipe: Annotated[Path | None, Option("--config", help="Default: the paper's.")] = None,
+    output: Annotated[Path | None, Option(help="Default: runs/NAME/eval.")] = None,
+    data: Annotated[list[str] | None, Option(help="TASK=PATH: rows of your own.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="The first rows of each task.")] = None,
+    num_fewshot: Annotated[int | None, Option(help="Default: the recipe's.")] = None,
+    chat: Annotated[
+        bool | None, Option("--chat/--no-chat", help="Ask through the chat template.")
+    ] = None,
+    new_tokens: Annotated[int | None, Option(min=1, help="Of a response, at most.")] = None,
+    steps: Annotated[int | None, Option(min=1, help="Of a whole response.")] = None,
+    mc_num: Annotated[int, Option(min=1, help="Masks of each block of a likelihood.")] = 32,
+    seed: Seed = 0,
+    batch: Batch = 8,
+    device: Device = "auto",
+    confirm_run_unsafe_code: Annotated[
+        bool, Option("--confirm-run-unsafe-code", help="Run the code that the student writes.")
+    ] = False,
+    code_seconds: Annotated[float, Option(help="Limit of one program.")] = 10.0,
+    code_gigabytes: Annotated[float, Option(help="Limit of one program.")] = 4.0,
+    *,
+    sampling: dict[str, Any],
+) -> None:
+    """Score a student on benchmarks. Run again to go on where it stopped."""
+    require_positive(code_seconds=code_seconds, code_gigabytes=code_gigabytes)
+    sampling = {**sampling, "seed": seed}
+    sampling_settings(**sampling)  # says what is out of range
+    from pipelines.evaluation.data import parse_places
+    from pipelines.evaluation.recipe import choose
+    from pipelines.evaluation.run import EvalSettings, default_output, run_benchmarks
+    from pipelines.evaluation.sandbox.run import Limits
+    from pipelines.evaluation.table import score_table
+
+    wanted = choose(tasks, recipe, shots=num_fewshot, chat=chat, new_tokens=new_tokens, steps=steps)
+    settings = EvalSettings(
+        sampling={"block_size": sampling.pop("block"), "mc_num": mc_num, **sampling},
+        batch=batch,
+        device=device,
+        limit=limit,
+        data=parse_places(data or []),
+        run_code=confirm_run_unsafe_code,
+        limits=Limits(seconds=code_seconds, memory=int(code_gigabytes * 2**30)),
+    )
+    scores = run_benchmarks(student, wanted, settings, output or default_output(student))
+    if os.environ.get("RANK", "0") == "0":
+        say(score_table(scores))
+
+
+_PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+@app.command("lm-eval", context_settings=_PASSED_ON, rich_help_panel=STUDENTS)
+def lm_eval_command(context: typer.Context) -> None:
+    """lm-eval's own command line with the model `tide_bd3lm`; code runs within our limits."""
+    from pipelines.evaluation.run import check_installed
+
+    check_installed(quiet=False)
+    from lm_eval.__main__ import cli_evaluate
+
+    from pipelines.evaluation.code_eval import code_eval_with_limits
+    from pipelines.evaluation.register import register_model
+
+    register_model()
+    sys.argv = ["lm_eval", *context.args]
+    with code_eval_with_limits():
+        cli_evaluate()
+
+
+@app.command(rich_help_panel=STUDENTS)
+def export(
+    source: Annotated[Path, Argument(help="A student's folder, such as runs/NAME/model.")],
+    target: Annotated[Path, Argument(help="A new folder.")],
+    layout: Annotated[
+        Literal["hf", "a2d"], Option("--format", help="transformers' layout, or the reference's.")
+    ] = "hf",
+) -> None:
+    """Write a student in another layout; tensors keep every bit."""
+    from student_train.model.export import export_student
+
+    export_student(source, target, layout)
+    say(f"{target}: {layout}")
+
+
+@app.command(rich_help_panel=STUDENTS)
+def publish(
+    run: Annotated[Path, Argument(help="A run, or a student's folder.")],
+    target: Annotated[str, Argument(help="hf://OWNER/NAME.")],
+    licence: Annotated[
+        str | None, Option("--license", help="Such as apache-2.0; it goes to the card.")
+    ] = None,
+    private: Annotated[bool, Option("--private", help="If the repository is new.")] = False,
+    message: Annotated[str, Option(help="Of the commit.")] = "A student of tide-distill",
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what would be sent.")] = False,
+) -> None:
+    """Put a student on the hub, with its card, its scores and its licence, and nothing else."""
+    from pipelines.publishing.contents import gather
+    from pipelines.publishing.upload import parse_target, upload
+
+    name = parse_target(target)
+    contents = gather(run, name, licence)
+    for file, size in contents.sizes.items():
+        say(f"{file}\t{size:,} bytes")
+    if contents.left_out:
+        say(f"left out: {', '.join(contents.left_out)}")
+    if licence is None:
+        say("no licence is stated (--license); it follows from those of teacher, student and data")
+    if dry_run:
+        say(f"\n{contents.card}\nnothing was sent")
+        return
+    say(upload(contents, name, private, message))
