@@ -1,5 +1,8 @@
+"""The command: the whole way through it, and what it answers where it refuses."""
+
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -10,130 +13,120 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from pipelines.cli import app, main
 from shared.cache.shards import finished_units
+from shared.system.errors import TideError
 from tests.conftest import STUDENT_TOKENIZER, chats_file, heldout_file
-
-
-def tide(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-
 
 CACHE = ["--set", "shard_examples=8", "--set", "lengths.student=128", "--set", "lengths.teacher=128",
          "--set", "data.limit=24", "--set", "engine.device=cpu"]  # fmt: skip
 
 
-def test_cache_then_train_from_the_command_line(random_teacher: Path, tmp_path: Path) -> None:
-    cache = [
-        "cache",
-        "--model",
-        str(random_teacher),
-        "--data",
-        str(chats_file()),
-        "--out",
-        str(tmp_path / "c"),
-        *CACHE,
-    ]
-    first = tide(*cache, "--draws", "1")
-    assert first.returncode == 0, first.stderr
-    assert "3 shards computed, 0 kept" in first.stdout
-    second = tide(*cache, "--draws", "2")
-    assert "3 shards computed, 3 kept" in second.stdout
+def tide(*arguments: str) -> str:
+    """What the command prints."""
+    done = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def failed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[object, str]:
+    """Exit code and stderr."""
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "argv", ["tide", *arguments])
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code, stderr.getvalue()
+
+
+def test_cache_then_train_then_report(random_teacher: Path, tmp_path: Path) -> None:
+    places = ["--model", str(random_teacher), "--data", str(chats_file()), "--out"]
+    cache = ["cache", *places, str(tmp_path / "c"), *CACHE]
+    planned = tide(*cache, "--dry-run")
+    assert "measured on the first 24 examples under 3 draws" in planned
+    assert not (tmp_path / "c" / "manifest.json").exists()
+    assert "3 shards computed, 0 kept" in tide(*cache, "--draws", "1")
+    assert "3 shards computed, 3 kept" in tide(*cache, "--draws", "2")
     train = ["train", "--cache", str(tmp_path / "c"), "--out", str(tmp_path / "r"), "--seed", "1"]
     for setting in ("max_steps=2", "batch_size=4", "checkpoint_steps=2", "log_steps=1", "device=cpu",
                     "student.layers=1", f"heldout.source={heldout_file()}", "heldout.limit=2"):  # fmt: skip
         train += ["--set", setting]
-    trained = tide(*train)
-    assert trained.returncode == 0, trained.stderr
-    assert "eval_heldout_nll" in trained.stdout
-    report = tide("report", str(tmp_path))
-    assert report.returncode == 0, report.stderr
-    assert "reverse_calm, T 5.0" in report.stdout
+    assert "eval_heldout_nll" in tide(*train)
+    assert "reverse_calm, T 5.0" in tide("report", str(tmp_path))
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
 
 REFUSED = [
-    (["cache", "--teacher", "llada"], "unknown teacher 'llada'"),
-    (["cache", "--set", "targets.k=0"], "targets.k is 0"),
-    (["cache", "--set", "data.source=/nowhere.jsonl"], "there is no data file"),
-    (["cache", "--config", "/nowhere.toml"], "cannot read /nowhere.toml"),
-    (["cache", "--teacher", "llada-8b", "--model", "/nowhere"], "there is no folder /nowhere"),
-    (["train", "--cache", "/nowhere"], "is no cache"),
-    (["train", "--teacher", "mine"], "unknown teacher 'mine'"),
-    (["cache", "--random-weights"], "--random-weights makes no cache"),
-    (["plan", "--teacher", "llada-8b", "--response", "2"], "--response is 2"),
-    (
-        ["cache", "--set", "engine.quantization=int8", "--set", "engine.device_map=auto"],
-        "do not go together",
-    ),
-    (["report", "/nowhere"], "holds no finished runs"),
-    (["plan", "--no-such-option"], "No such option"),
+    ("cache --teacher llada", "llada"),  # one a kind: a teacher that is not known, by a flag,
+    ("cache --config {recipe} --teacher llada", "llada"),  # beside a recipe,
+    ("train --teacher mine", "mine"),  # in stage two,
+    ("teachers show none", "none"),  # or to be shown
+    ("recipes show none", "none"),
+    ("cache --config {wrong}", "learning_rate"),  # a misspelt setting of the other stage
+    ("cache --set engine.device=cuda:7", "cuda:7"),  # hardware that is not there
+    ("cache --set data.source=/nowhere.jsonl", "/nowhere.jsonl"),  # places that are not there
+    ("cache --out /proc/x", "/proc/x"),  # or are not to be written
+    ("cache --random-weights", "--random-weights"),  # options that do not go together
+    ("plan --teacher llada-8b --response nan", "--response"),  # a number that cannot be
+    ("plan --no-such-option", "--no-such-option"),  # Typer's own
+    ("report /nowhere\x1b]0;evil\x07", "/nowhere"),  # text that would obey itself
 ]
-ONE_BY_ONE = """
-import contextlib, io, json, sys
+
+
+@pytest.mark.parametrize(("command", "name"), REFUSED, ids=[c.split("\x1b")[0] for c, _ in REFUSED])
+def test_what_cannot_be_is_one_message_and_exit_code_two(
+    command: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.toml").write_text('[cache]\nteacher = "tiny-cross"\n')
+    (tmp_path / "wrong.toml").write_text("[train]\nlearning_rte = 1e-4\n")
+    places = {"recipe": "recipe.toml", "wrong": "wrong.toml"}
+    code, said = failed(monkeypatch, *command.format(**places).split())
+    assert code == 2 and name in said
+    assert "Traceback" not in said and "\x1b" not in said and "\x07" not in said
+    assert sum(line.startswith("tide: error") for line in said.splitlines()) <= 1
+
+
+def test_copies_beyond_the_visible_gpus_do_not_run_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "0,1")
+    words = ["cache", "--out", str(tmp_path / "c"), "--data-parallel", "4"]
+    code, said = failed(monkeypatch, *words)
+    assert code == 2 and "CUDA_VISIBLE_DEVICES=0,1" in said
+
+
+QUICK = """
+import contextlib, io, sys
 from pipelines.cli import main
-found = []
-for arguments in json.load(sys.stdin):
-    sys.argv, said = ["tide", *arguments], io.StringIO()
-    with contextlib.redirect_stderr(said):
+for words in ("cache --teacher llada8b", "cache --set noise.drws=3", "train --set epochz=3",
+              "teachers", "teachers show wedlm", "recipes", "recipes show cross", "--help"):
+    sys.argv = ["tide", *words.split()]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             main()
-        except SystemExit as stop:
-            found.append((stop.code, said.getvalue()))
-print(json.dumps(found))
+        except SystemExit:
+            pass
+print([name for name in ("torch", "transformers", "sklearn", "pandas") if name in sys.modules])
 """
 
 
-@pytest.fixture(scope="module")
-def refused(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str]]:
-    """Exit code and words of each of `REFUSED`, one after the other in one process: starting takes most of the time."""
-    out = ["--out", str(tmp_path_factory.mktemp("refused") / "out")]
-    each = [
-        [*arguments, *(out if arguments[0] in ("cache", "train") else [])]
-        for arguments, _ in REFUSED
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", ONE_BY_ONE],
-        input=json.dumps(each),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == len(REFUSED)
-    return found
-
-
-@pytest.mark.parametrize(
-    "number", range(len(REFUSED)), ids=[" ".join(arguments) for arguments, _ in REFUSED]
-)
-def test_bad_input_is_a_message_and_exit_code_two(
-    refused: list[tuple[int, str]], number: int
-) -> None:
-    code, said = refused[number]
-    assert code == 2
-    assert REFUSED[number][1] in said
-    assert "Traceback" not in said
-
-
-def test_the_exit_code_is_the_process_own() -> None:
-    done = tide("plan", "--teacher", "llada-8b", "--response", "2")
-    assert done.returncode == 2 and done.stderr.startswith("tide: error: --response is 2")
+def test_what_needs_no_model_imports_no_model_library() -> None:
+    done = subprocess.run([sys.executable, "-c", QUICK], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_ctrl_c_says_how_to_go_on(random_teacher: Path, tmp_path: Path) -> None:
     command = ["cache", "--model", str(random_teacher), "--data", str(chats_file()), "--out", str(tmp_path / "c"),
                "--draws", "40", *CACHE, "--set", "shard_examples=1"]  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.cli", *command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
+        [sys.executable, "-m", "pipelines.cli", *command],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
     began = time.monotonic()
     while not finished_units(tmp_path / "c") and time.monotonic() - began < 120:
         time.sleep(0.05)
@@ -145,69 +138,25 @@ def test_ctrl_c_says_how_to_go_on(random_teacher: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "c").rglob(".*.tide-tmp"))
 
 
-def test_teachers_are_listed_and_shown() -> None:
-    result = tide("teachers")
-    assert result.returncode == 0
-    assert "llada" in result.stdout
-    shown = tide("teachers", "show", "wedlm-8b")
-    assert shown.returncode == 0
-    assert "Qwen3ForCausalLM" in shown.stdout
-    assert "151665" in shown.stdout
-    unknown = tide("teachers", "show", "wedlm")
-    assert unknown.returncode == 2
-    assert "did you mean wedlm-8b" in unknown.stderr
-
-
 def test_a_student_is_exported(golden: Path, tmp_path: Path) -> None:
-    wrong = tide("export", str(tmp_path), str(tmp_path / "x"), "--format", "gguf")
-    assert wrong.returncode == 2
-    assert "unknown format 'gguf'" in wrong.stderr
     source = tmp_path / "s"
     source.mkdir()
     for file in (*(golden / "a2d_qwen3").glob("[cm]*"), *STUDENT_TOKENIZER.iterdir()):
         shutil.copyfile(file, source / file.name)
-    done = tide("export", str(source), str(tmp_path / "hf"), "--format", "hf")
-    assert done.returncode == 0, done.stderr
+    tide("export", str(source), str(tmp_path / "hf"), "--format", "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "qwen3"
+    with pytest.raises(TideError):
+        CliRunner().invoke(app, ["export", str(source), str(source)], catch_exceptions=False)
 
 
 @pytest.mark.slow
-def test_plans_and_throughput(random_teacher: Path, tmp_path: Path) -> None:
-    out = tmp_path / "c"
-    plan = tide("cache", "--model", str(random_teacher), "--data", str(chats_file()), "--out", str(out), *CACHE,
-                "--dry-run")  # fmt: skip
-    assert plan.returncode == 0, plan.stderr
-    assert "measured on the first 24 examples under 3 draws" in plan.stdout
-    assert not (out / "manifest.json").exists()
+def test_plans_and_throughput(random_teacher: Path) -> None:
     dry = tide("cache", "--teacher", "llada-8b", "--random-weights", "--dry-run")
-    assert "8.02 B parameters" in dry.stdout
-    assert "stated: 512 tokens an example" in dry.stdout
-    stated = [
-        "plan",
-        "--teacher",
-        "llada2-mini",
-        "--examples",
-        "1000",
-        "--tokens",
-        "100",
-        "--draws",
-        "2",
-    ]
-    hours = tide(
-        *stated, "--tokens-per-second", "1000"
-    )  # 1000 examples × 2 draws × 2 passes × 100 tokens
-    assert "GPU hours         0.1 at 1,000 tokens/s" in hours.stdout
-    speed = tide(
-        "throughput",
-        "--model",
-        str(random_teacher),
-        "--length",
-        "32",
-        "--requests",
-        "4",
-        "--tflops",
-        "1",
-    )
-    assert speed.returncode == 0, speed.stderr
-    assert "4 passes of 32 tokens" in speed.stdout
-    assert "of 1 TFLOP/s" in speed.stdout
+    assert "8.02 B parameters" in dry and "stated: 512 tokens an example" in dry
+    # 1000 examples × 2 draws × 2 passes × 100 tokens
+    stated = "plan --teacher llada2-mini --examples 1000 --tokens 100 --draws 2"
+    hours = tide(*stated.split(), "--tokens-per-second", "1000")
+    assert "GPU hours         0.1 at 1,000 tokens/s" in hours
+    small = "throughput --length 32 --requests 4 --tflops 1 --model"
+    speed = tide(*small.split(), str(random_teacher))
+    assert "4 passes of 32 tokens" in speed and "of 1 TFLOP/s" in speed

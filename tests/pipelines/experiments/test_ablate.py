@@ -2,34 +2,17 @@ from __future__ import annotations
 
 import json
 import shlex
-import tomllib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.experiments import ablate
 from pipelines.experiments.ablate import Grid, run_ablation
-from pipelines.recipes.read import to_toml
 from shared.settings.build import build, read_toml
 from shared.system.errors import TideError
 from tests.conftest import chats_file, heldout_file
-
-TEXT = st.text(st.characters(codec="ascii", categories=["L", "P", "N"]))
-KEYS = st.from_regex(r"[a-z]{1,5}", fullmatch=True)
-VALUES = st.recursive(
-    st.booleans() | st.integers(-1000, 1000) | st.floats(-10, 10) | TEXT,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
-    max_leaves=8,
-)
-
-
-@given(value=VALUES)
-def test_inline_toml_round_trip(value: object) -> None:
-    assert tomllib.loads(f"v = {to_toml(value)}")["v"] == value
 
 
 def write_grid(path: Path, model: Path) -> Path:
