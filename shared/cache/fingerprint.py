@@ -14,10 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints
 
 from shared.cache.row import SCHEMA_VERSION
-from shared.settings.build import to_plain
+from shared.settings.build import strict, to_plain
 from shared.settings.config import MOST_CLASSES, CacheConfig
 from shared.settings.data import LengthConfig
-from shared.settings.variants import strict
 
 Name = Annotated[str, StringConstraints(max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]

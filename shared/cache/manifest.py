@@ -16,8 +16,7 @@ from shared.cache.fingerprint import Fingerprint, Name, differences
 from shared.cache.row import SCHEMA_VERSION, Layout
 from shared.cache.shards import Unit, finished_units
 from shared.cache.vocabulary import load_vocabulary
-from shared.settings.build import build
-from shared.settings.variants import require, strict
+from shared.settings.build import build, require, strict
 from shared.system.atomic import write_bytes
 from shared.system.errors import TideError
 from shared.system.files import read_json
