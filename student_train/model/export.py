@@ -1,6 +1,7 @@
-"""Write a trained student in another layout: as transformers loads it, or as the reference's `a2d-qwen3`.
+"""A student's folder: as transformers loads it, or as the reference's `a2d-qwen3`.
 
-Both hold the same tensors under the same names; the config differs, and the reference stores tied weights twice.
+Both hold the same tensors under the same names; the config differs, and the reference stores tied
+weights twice.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
+from transformers import GenerationConfig
 
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import load_model
@@ -18,16 +20,40 @@ from shared.system.atomic import new_folder, write_bytes
 from shared.system.errors import TideError
 from shared.text.tokenizers import Tokenizer
 from student_train.model.card import CARD
-from student_train.model.saving import save_student
 from student_train.model.student import student_architecture
 
 Format = Literal["hf", "a2d"]
 
+_A2D_FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps",
+    "attention_bias", "tie_word_embeddings",
+)  # fmt: skip
+
+
+def save_student(
+    model: Any, tokenizer: Tokenizer, folder: Path, state: dict[str, Any] | None = None
+) -> None:
+    """Write weights, config, generation config and tokenizer, as transformers loads them.
+
+    `state` holds the weights where the model's own are sharded.
+    """
+    # What ends a response: EOS and the chat template's end of turn, as in sampling.
+    stated = model.config.eos_token_id
+    ends = stated if isinstance(stated, list) else [stated]
+    ends = [*ends, tokenizer.backend.eos_token_id, *tokenizer.turn_ends]
+    model.generation_config = GenerationConfig(
+        eos_token_id=list(dict.fromkeys(int(token) for token in ends if token is not None)),
+        pad_token_id=model.config.pad_token_id,
+    )
+    model.save_pretrained(folder, state_dict=state)
+    tokenizer.backend.save_pretrained(folder)
+
 
 def export_student(source: Path, target: Path, layout: Format) -> None:
-    """Read the checkpoint `source` (either layout) and write it to `target`; tensors keep every bit.
+    """Read the checkpoint `source` (either layout) and write it to `target`, bit for bit.
 
-    Raises TideError where `source` is no student (for a2d: no Qwen3 one), or `target` holds something already.
+    TideError where `source` is no student (for a2d: no Qwen3 one) or `target` holds something.
     """
     checkpoint = open_checkpoint(resolve(str(source)))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -39,11 +65,11 @@ def export_student(source: Path, target: Path, layout: Format) -> None:
             expected="a Qwen3 one: a2d-qwen3 is a layout of Qwen3 only",
             fix="use --format hf",
         )
-    model: Any = load_model(checkpoint, architecture, _stored_dtype(checkpoint.config))
-    if "block_size" in checkpoint.config:
-        model.config.block_size = checkpoint.config[
-            "block_size"
-        ]  # no field of the stock class, and kept by it
+    stored = checkpoint.config
+    dtype = getattr(torch, stored.get("dtype") or stored.get("torch_dtype") or "float32")
+    model: Any = load_model(checkpoint, architecture, dtype)
+    if "block_size" in stored:  # no field of the stock class, which keeps it all the same
+        model.config.block_size = stored["block_size"]
     tokenizer = Tokenizer.load(checkpoint.folder)
     with new_folder(target) as half:
         if layout == "hf":
@@ -52,7 +78,7 @@ def export_student(source: Path, target: Path, layout: Format) -> None:
             tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
             tensors["lm_head.weight"] = model.lm_head.weight.detach().clone()
             write_bytes(half / "model.safetensors", save(tensors, {"format": "pt"}))
-            config = {**_a2d_config(model.config), "dtype": str(model.dtype).removeprefix("torch.")}
+            config = _a2d_config(model.config, str(model.dtype).removeprefix("torch."))
             write_bytes(half / "config.json", (json.dumps(config, indent=2) + "\n").encode())
             tokenizer.backend.save_pretrained(half)
         for name in (CARD, "LICENSE"):
@@ -60,24 +86,15 @@ def export_student(source: Path, target: Path, layout: Format) -> None:
                 write_bytes(half / name, (checkpoint.folder / name).read_bytes())
 
 
-def _stored_dtype(config: dict[str, Any]) -> torch.dtype:
-    name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return getattr(torch, str(name))
-
-
-def _a2d_config(config: Any) -> dict[str, Any]:
+def _a2d_config(config: Any, dtype: str) -> dict[str, Any]:
     """The reference's config: Qwen3's fields as its transformers version writes them."""
     values = config.to_diff_dict()
     rope = values.pop("rope_parameters", None) or config.rope_parameters
-    values |= {
+    values |= {name: getattr(config, name) for name in _A2D_FIELDS}
+    return values | {
         "architectures": ["A2DQwen3LMHeadModel"],
         "model_type": "a2d-qwen3",
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None,
-        "tie_word_embeddings": config.tie_word_embeddings,
+        "dtype": dtype,
     }
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                 "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps",
-                 "attention_bias"):  # fmt: skip
-        values[name] = getattr(config, name)
-    return values

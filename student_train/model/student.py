@@ -1,16 +1,19 @@
-"""The student: a Qwen3 or Llama that denoises blocks. From a checkpoint or new, run on [x_t ; x_0] (DESIGN §3)."""
+"""The student: a Qwen3 or Llama that denoises blocks. From a checkpoint or new, run on [x_t ; x_0]."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import flex_attention_mask
 
 from shared.cache.manifest import Manifest
 from shared.diffusion.attention import block_diffusion_places
@@ -21,33 +24,34 @@ from shared.models.masks import stated_mask
 from shared.settings.config import StudentConfig
 from shared.system.errors import TideError
 from shared.text.tokenizers import Tokenizer
-from student_train.model.attention import FLEX, flex_mask, register_flex
 
-_POSITIONS = 4096
-"""That a new student knows."""
+logger = logging.getLogger(__name__)
+
+FLEX = "tide_flex"
+"""The name under which transformers' models find `attend_flex`."""
 
 
 def load_student(
     settings: StudentConfig, cache: Path, manifest: Manifest
 ) -> tuple[PreTrainedModel, Tokenizer]:
-    """The student in float32 and its tokenizer, which must be the one that the cache was built for.
+    """The student in float32 and its tokenizer, which must be the one the cache was built for.
 
-    Without a checkpoint the weights are random (seed torch first) and the tokenizer is the cache's own copy. A
-    mask token that the tokenizer lacks is added at the end, where the cache expects it.
+    Without a checkpoint the weights are random (seed torch first) and the tokenizer is the cache's
+    own copy. A mask token that the tokenizer lacks is added at the end, where the cache expects it.
     """
-    checkpoint = (
-        None if settings.checkpoint is None else open_checkpoint(resolve(settings.checkpoint))
-    )
-    tokenizer = Tokenizer.load(
-        cache / "student_tokenizer" if checkpoint is None else checkpoint.folder
-    )
-    wanted = manifest.fingerprint.student
-    if tokenizer.fingerprint != wanted.tokenizer:
+    checkpoint, source = None, cache / "student_tokenizer"
+    if settings.checkpoint is not None:
+        checkpoint = open_checkpoint(resolve(settings.checkpoint))
+        source = checkpoint.folder
+    tokenizer = Tokenizer.load(source)
+    wanted = manifest.fingerprint.student.tokenizer
+    if tokenizer.fingerprint != wanted:
         raise TideError(
-            f"the cache {cache} was built for another student tokenizer "
-            f"({wanted.tokenizer[:12]}…) than that of {tokenizer.name} ({tokenizer.fingerprint[:12]}…)",
+            f"the cache {cache} was built for another student tokenizer ({wanted[:12]}…) than that "
+            f"of {tokenizer.name} ({tokenizer.fingerprint[:12]}…)",
             expected="the tokenizer given to `tide cache` as --student-tokenizer",
-            fix=f"train a student with that tokenizer, or build a cache with --student-tokenizer {tokenizer.name}",
+            fix="train a student with that tokenizer, or build a cache with "
+            f"--student-tokenizer {tokenizer.name}",
         )
     return student_for(settings, checkpoint, tokenizer, manifest), tokenizer
 
@@ -56,43 +60,42 @@ def student_for(
     settings: StudentConfig, checkpoint: Checkpoint | None, tokenizer: Tokenizer, manifest: Manifest
 ) -> PreTrainedModel:
     """The student's model for `tokenizer`, to which the mask token is added where it lacks one."""
+    # 1. The mask token, at the id that the cache has for it.
     wanted = manifest.fingerprint.student
-    mask_id = add_mask_token(tokenizer, wanted.mask_token)
+    if wanted.mask_token not in tokenizer.backend.get_vocab():
+        tokenizer.backend.add_special_tokens({"mask_token": wanted.mask_token})
+    mask_id = tokenizer.special_id("mask", wanted.mask_token)
     if mask_id != wanted.mask_id:
         raise TideError(
             f"the student's mask token {wanted.mask_token!r} has id {mask_id}",
             expected=f"id {wanted.mask_id}, as in the cache",
             fix="use the student checkpoint that the cache was built for",
         )
+    # 2. The weights.
     if checkpoint is None:
-        model = new_model(settings, tokenizer, mask_id, _POSITIONS)
+        model = new_model(settings, tokenizer, mask_id, positions=4096)
     else:
         model = load_model(checkpoint, student_architecture(checkpoint), torch.float32)
         _make_room(model, mask_id, settings)
-        _refuse_other_mask(checkpoint, tokenizer, mask_id)
+        stated = stated_mask(checkpoint, tokenizer)
+        if stated is not None and stated != mask_id:
+            raise TideError(
+                f"the student {checkpoint.folder} has mask id {stated}, the cache {mask_id}",
+                expected="one and the same id",
+                fix="build the cache with this student's tokenizer, or correct mask_token_id in "
+                "config.json",
+            )
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    # 3. What sampling and saving go by.
     model.config.mask_token_id = mask_id
-    model.config.block_size = manifest.fingerprint.lengths.block  # what sampling goes by
+    model.config.block_size = manifest.fingerprint.lengths.block
     if settings.attention == "flex":
         register_flex()
         model.set_attn_implementation(FLEX)
-    if model.config.tie_word_embeddings:
-        model._keys_to_ignore_on_save = {
-            "lm_head.weight"
-        }  # no alarm about it when a checkpoint is resumed
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    if model.config.tie_word_embeddings:  # no alarm about it when a checkpoint is resumed
+        model._keys_to_ignore_on_save = {"lm_head.weight"}
     return model
-
-
-def _refuse_other_mask(checkpoint: Checkpoint, tokenizer: Tokenizer, mask_id: int) -> None:
-    """TideError where the checkpoint was trained with another mask than the cache's."""
-    stated = stated_mask(checkpoint, tokenizer)
-    if stated is not None and stated != mask_id:
-        raise TideError(
-            f"the student {checkpoint.folder} has mask id {stated}, the cache {mask_id}",
-            expected="one and the same id",
-            fix="build the cache with this student's tokenizer, or correct mask_token_id in config.json",
-        )
 
 
 def student_architecture(checkpoint: Checkpoint) -> str:
@@ -109,7 +112,7 @@ def student_architecture(checkpoint: Checkpoint) -> str:
 
 
 def _make_room(model: Any, mask_id: int, settings: StudentConfig) -> None:
-    """Embedding rows up to the mask token's, where the user allows it; the new ones are the mean of the others."""
+    """Embedding rows up to the mask token's, where the user allows it: means of the others."""
     width = embedding_rows(model)
     if mask_id < width:
         return
@@ -117,28 +120,21 @@ def _make_room(model: Any, mask_id: int, settings: StudentConfig) -> None:
         raise TideError(
             f"the mask id {mask_id} lies outside the student's embedding of {width} rows",
             expected="an embedding with a row for the mask token",
-            fix="allow new rows with --set student.add_mask_row=true; the checkpoint on disk stays as it is",
+            fix="allow new rows with --set student.add_mask_row=true; the checkpoint on disk stays "
+            "as it is",
         )
     model.resize_token_embeddings(mask_id + 1, mean_resizing=False)
     with torch.no_grad():
         for layer in {model.get_input_embeddings(), model.get_output_embeddings()}:
             layer.weight[width:] = layer.weight[:width].mean(dim=0)
-    print(
-        f"student: embedding grown from {width:,} to {mask_id + 1:,} rows for the mask token",
-        file=sys.stderr,
+    logger.warning(
+        "student: embedding grown from %s to %s rows for the mask token", width, mask_id + 1
     )
 
 
 def embedding_rows(model: Any) -> int:
     """How many ids the model knows."""
     return int(model.get_input_embeddings().weight.shape[0])
-
-
-def add_mask_token(tokenizer: Tokenizer, token: str) -> int:
-    """Id of the mask token, which is added to the tokenizer where it is missing."""
-    if token not in tokenizer.backend.get_vocab():
-        tokenizer.backend.add_special_tokens({"mask_token": token})
-    return tokenizer.special_id("mask", token)
 
 
 def masked_hidden(
@@ -150,10 +146,10 @@ def masked_hidden(
     column: Int[Tensor, " n"],
     block: int,
 ) -> Float[Tensor, "n width"]:
-    """Last hidden states at the entries (row, column) of `places`, from one pass over these places of
-    [x_t1 ; … ; x_tm ; x_0].
+    """Last hidden states at the entries (row, column) of `places`.
 
-    `noised`: the m draws of x_t one after the other; `places`: from `places_of_draws`, −1 at padding.
+    One pass over these places of [x_t1 ; … ; x_tm ; x_0]. `noised`: the m draws of x_t side by
+    side; `places`: from `places_of_draws`, −1 at padding.
     """
     length = clean.shape[1]
     draws = noised.shape[1] // length
@@ -162,7 +158,7 @@ def masked_hidden(
     output = model.model(
         input_ids=torch.cat([noised, clean], dim=1).gather(1, places.clamp(min=0)),
         attention_mask=mask,
-        position_ids=places % length,
+        position_ids=places % length,  # x_t and x_0 of a position share it
         use_cache=False,
     )
     return output.last_hidden_state[row, column]
@@ -170,5 +166,55 @@ def masked_hidden(
 
 def batch_hidden(model: Any, batch: Mapping[str, Tensor], block: int) -> Float[Tensor, "n width"]:
     """`masked_hidden` of a collated batch, at its masked positions."""
-    keys = ("noised", "clean", "places", "row", "place")
-    return masked_hidden(model, *(batch[key] for key in keys), block=block)
+    names = ("noised", "clean", "places", "row", "place")
+    return masked_hidden(model, *(batch[name] for name in names), block=block)
+
+
+# flex_attention: a compiled block mask that skips what block diffusion hides. On CUDA the kernel
+# and the mask are compiled once, for all shapes. On a CPU they run uncompiled and PyTorch has no
+# gradient for them, which is only good for tests: SDPA with a dense mask is used there.
+
+
+def flex_mask(
+    places: Int[Tensor, "batch rows"], length: int, block: int, draws: int = 1
+) -> BlockMask:
+    """`shared.diffusion.attention.block_diffusion_places` as a block mask."""
+    # Whatever differs between batches is a tensor in the mask, so nothing is compiled anew.
+    batch, rows = places.shape
+    blocks, copies, seen = places % length // block, places // length, places >= 0
+    clean = copies == draws
+    make = _compiled(create_block_mask) if places.is_cuda else create_block_mask
+    # A lambda: tests wrap every `def` in checks of its types, which the compiler cannot read.
+    rule = lambda b, _, q, k: (  # noqa: E731
+        (seen[b, k] & (copies[b, q] == copies[b, k]) & (blocks[b, q] == blocks[b, k]))
+        | (seen[b, k] & clean[b, k] & (blocks[b, q] > blocks[b, k]))
+        | (q == k)
+    )
+    return make(rule, batch, None, rows, rows, device=places.device)
+
+
+def register_flex() -> None:
+    """Make the name known to transformers."""
+    AttentionInterface.register(FLEX, attend_flex)
+    AttentionMaskInterface.register(FLEX, flex_attention_mask)
+
+
+def attend_flex(
+    _module: Any,
+    query: Float[Tensor, "batch heads length depth"],
+    key: Float[Tensor, "batch kv_heads length depth"],
+    value: Float[Tensor, "batch kv_heads length depth"],
+    attention_mask: BlockMask,
+    scaling: float | None = None,
+    **_ignored: Any,
+) -> tuple[Float[Tensor, "batch length heads depth"], None]:
+    """transformers' contract of an attention function."""
+    run = _compiled(flex_attention) if query.is_cuda else flex_attention
+    grouped = query.shape[1] != key.shape[1]
+    out: Any = run(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
+    return out.transpose(1, 2).contiguous(), None
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)

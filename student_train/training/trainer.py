@@ -32,7 +32,7 @@ from student_train.losses.fused_head import LossSettings
 from student_train.losses.objective import parts_of
 from student_train.losses.tidal import training_strength
 from student_train.model.card import write_card
-from student_train.model.saving import save_student
+from student_train.model.export import save_student
 from student_train.model.student import embedding_rows, load_student
 from student_train.training.arguments import arguments, tensorboard
 from student_train.training.heldout import HeldOut, masked_nll, prepare_heldout, warn_of_overlap

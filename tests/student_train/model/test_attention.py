@@ -10,8 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from shared.diffusion.attention import block_diffusion, block_diffusion_places
-from student_train.model.attention import FLEX, flex_mask, register_flex
-from student_train.model.student import masked_hidden
+from student_train.model.student import FLEX, flex_mask, masked_hidden, register_flex
 from tests.student_train.model.test_student import places_of, small
 from tests.student_train.places import all_places
 
