@@ -22,9 +22,8 @@ from pipelines.evaluation.results import Score, digest, finished, read_scores, s
 from pipelines.evaluation.sandbox.run import Limits
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.system.errors import TideError
-from shared.system.hardware import choose_device
+from shared.system.hardware import choose_device, shut_down_process_group
 from shared.system.locks import hold
-from shared.system.processes import part
 from student_train.using.load import load_for_use
 
 
@@ -190,4 +189,4 @@ def _measure(
                 )
         processes.barrier()
         answers.discard()
-    part()
+    shut_down_process_group()

@@ -1,12 +1,12 @@
 """Rows of a cache as columns of Parquet, and back (docs/cache-format.md).
 
-Columns that end in `_q` hold integers, as `shared.cache.levels` rounds; with `targets.values = "float32"` the same
-quantities stand there exactly, under the name without `_q`.
+A column is flat: the arrays of all rows one after the other, and where each row's begins. Names that end in `_q` hold
+integers, rounded as `shared.cache.levels` says; with `targets.values = "float32"` the same quantities stand there
+exactly, under the name without `_q`. Ids of a top-k stand by their rank in the cache's vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,193 +17,160 @@ from shared.cache.levels import (
     LARGEST_ODDS,
     LOGIT_STEPS,
     ODDS_STEPS,
+    falls_of,
     grid,
     level_table,
+    levels_of,
     to_class_levels,
     to_levels,
-    top_levels,
 )
 from shared.cache.row import CacheRow, Layout
 
 _INTS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
-_SMALL = {
-    "gold_logp": pa.int32(),
-    "logsumexp": pa.int32(),
-    "topk_logp": pa.uint16(),
-    "tail_odds": pa.int16(),
-    "class_mass": pa.uint8(),
+_COLUMNS = {
+    # name: (type, type of its levels where it is rounded, may be null)
+    "example_id": (pa.string(), None, False),
+    "label": (pa.string(), None, False),
+    "draw": (pa.int32(), None, False),
+    "t": (pa.float32(), None, False),
+    "student_ids": (_INTS, None, False),
+    "spans": (_INTS, None, False),
+    "masked": (_INTS, None, False),
+    "read": (_INTS, None, True),
+    "teacher_ids": (_INTS, None, True),
+    "teacher_masked": (_INTS, None, True),
+    "split": (pa.list_(pa.bool_()), None, False),
+    "gold_logp": (_FLOATS, pa.list_(pa.int32()), False),
+    "logsumexp": (_FLOATS, pa.list_(pa.int32()), False),
+    "topk_sizes": (_INTS, None, True),
+    "topk_ranks": (_INTS, None, True),
+    "topk_logp": (_FLOATS, pa.list_(pa.uint16()), True),
+    "tail_odds": (_FLOATS, pa.list_(pa.int16()), True),
+    "class_mass": (_FLOATS, pa.list_(pa.uint8()), True),
+    "chunk_student": (_INTS, None, True),
+    "chunk_teacher": (_INTS, None, True),
+    "chunk_logp": (_FLOATS, None, True),
 }
-"""Columns that are rounded, and the integers that they are rounded to."""
-_NULLABLE = {"read", "teacher_ids", "teacher_masked", "topk_sizes", "topk_ranks", "topk_logp", "tail_odds",
-             "class_mass", "chunk_student", "chunk_teacher", "chunk_logp"}  # fmt: skip
-_PAIRS = ("spans", "chunk_student", "chunk_teacher")
-
-
-def schema_for(layout: Layout) -> pa.Schema:
-    """The columns of a shard, in order."""
-    kinds: dict[str, pa.DataType] = {
-        "example_id": pa.string(),
-        "label": pa.string(),
-        "draw": pa.int32(),
-        "t": pa.float32(),
-        **dict.fromkeys(("student_ids", "spans", "masked"), _INTS),
-        **({"read": _INTS} if layout.partial else {}),
-        **dict.fromkeys(("teacher_ids", "teacher_masked"), _INTS),
-        "split": pa.list_(pa.bool_()),
-        "gold_logp": _FLOATS,
-        "logsumexp": _FLOATS,
-        "topk_sizes": _INTS,
-        "topk_ranks": _INTS,
-        "topk_logp": _FLOATS,
-        "tail_odds": _FLOATS,
-        "class_mass": _FLOATS,
-        "chunk_student": _INTS,
-        "chunk_teacher": _INTS,
-        "chunk_logp": _FLOATS,
-    }
-    small = layout.values == "levels"
-    return pa.schema([
-        pa.field(column_name(name, layout), pa.list_(_SMALL[name]) if small and name in _SMALL else kind,
-                 nullable=name in _NULLABLE)
-        for name, kind in kinds.items()
-    ])  # fmt: skip
 
 
 def column_name(name: str, layout: Layout) -> str:
     """The column that holds a quantity."""
-    return f"{name}_q" if layout.values == "levels" and name in _SMALL else name
+    rounded = layout.values == "levels" and _COLUMNS[name][1] is not None
+    return f"{name}_q" if rounded else name
+
+
+def schema_for(layout: Layout) -> pa.Schema:
+    """The columns of a shard, in order."""
+    fields = []
+    for name, (exact, levels, nullable) in _COLUMNS.items():
+        if name == "read" and not layout.partial:
+            continue
+        column = column_name(name, layout)
+        fields.append(pa.field(column, exact if column == name else levels, nullable=nullable))
+    return pa.schema(fields)
 
 
 def to_table(rows: list[CacheRow], layout: Layout) -> pa.Table:
     """Rows as an Arrow table."""
+    schema = schema_for(layout)
+    lists = [row.topk_sizes for row in rows if row.topk_sizes is not None]
+    topk_sizes = np.concatenate([np.zeros(0, np.int32), *lists])  # of all rows
     columns = []
+    for field in schema:
+        name = field.name.removesuffix("_q")
+        values = [getattr(row, "topk_ids" if name == "topk_ranks" else name) for row in rows]
+        if not pa.types.is_list(field.type):
+            columns.append(pa.array(values, type=field.type))
+            continue
+        # 1. the arrays of all rows one after the other, and where each begins
+        present = [v.reshape(-1) for v in values if v is not None]
+        flat = np.concatenate(present) if present else np.zeros(0, np.int32)
+        ends = np.cumsum([0, *(0 if v is None else v.size for v in values)])
+        # 2. as they are stored
+        if present:
+            flat = _stored(name, flat, topk_sizes, layout)
+        # 3. an Arrow list a row, null where the row has none
+        missing = pa.array([v is None for v in values], pa.bool_())
+        content = pa.array(flat).cast(field.type.value_type)
+        offsets = pa.array(ends.astype(np.int32))
+        columns.append(pa.ListArray.from_arrays(offsets, content, type=field.type, mask=missing))
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def from_table(table: pa.Table, layout: Layout) -> list[CacheRow]:
+    """The inverse of `to_table`, but for what is rounded; `class_mass` comes as it is stored."""
+    topk = table.column("topk_sizes").combine_chunks()
+    topk_sizes = topk.values.to_numpy() if len(topk) else np.zeros(0, np.int32)  # of all rows
+    temperatures = len(layout.temperatures)
+    shapes = {
+        **dict.fromkeys(("spans", "chunk_student", "chunk_teacher"), (-1, 2)),
+        "tail_odds": (-1, temperatures),
+        "class_mass": (-1, temperatures, layout.classes),
+    }
+    cells: dict[str, list[Any]] = {}  # the rows' values, by the field of `CacheRow`
     for field in schema_for(layout):
         name = field.name.removesuffix("_q")
+        target = "topk_ids" if name == "topk_ranks" else name
+        column = table.column(field.name).combine_chunks()
         if not pa.types.is_list(field.type):
-            columns.append(pa.array([getattr(row, name) for row in rows], type=field.type))
+            cells[target] = column.to_pylist()
             continue
-        columns.append(_list_column([_encoded(row, name, layout) for row in rows], field.type))
-    return pa.Table.from_arrays(columns, schema=schema_for(layout))
+        if column.null_count == len(column):
+            cells[target] = [None] * len(column)
+            continue
+        # 1. the numbers of all rows, from what is stored
+        flat = column.values.to_numpy(zero_copy_only=False)
+        flat = _restored(name, flat, topk_sizes, layout)
+        # 2. cut into rows
+        ends = column.offsets.to_numpy().tolist()
+        present = column.is_valid().to_numpy(zero_copy_only=False)
+        arrays: list[np.ndarray | None] = []
+        for start, end, there in zip(ends[:-1], ends[1:], present, strict=True):
+            arrays.append(flat[start:end] if there else None)
+        # 3. in the shape of the row's field
+        if name in shapes:
+            arrays = [None if array is None else array.reshape(shapes[name]) for array in arrays]
+        cells[target] = arrays
+    return [
+        CacheRow(**dict(zip(cells, row, strict=True))) for row in zip(*cells.values(), strict=True)
+    ]
 
 
-def _encoded(row: CacheRow, name: str, layout: Layout) -> np.ndarray | None:
-    """The numbers that stand in column `name` of a row."""
-    if name == "topk_ranks":
-        return (
-            None
-            if row.topk_ids is None or layout.vocabulary is None
-            else layout.vocabulary.rank_of[row.topk_ids]
-        )
-    values = getattr(row, name)
-    if layout.values == "float32" or values is None:
+def _stored(name: str, values: np.ndarray, topk_sizes: np.ndarray, layout: Layout) -> np.ndarray:
+    """The numbers of a whole column as they stand in the file."""
+    if name == "topk_ranks" and layout.vocabulary is not None:
+        return layout.vocabulary.rank_of[values]
+    if layout.values == "float32":
         return values
     match name:
         case "gold_logp":
             return grid(-values, GOLD_STEPS)
         case "logsumexp":
             return grid(values, LOGIT_STEPS)
-        case "topk_logp":
-            return _falls(
-                to_levels(values, layout.temperatures),
-                row.topk_sizes,
-                top_levels(layout.temperatures),
-            )
         case "tail_odds":
             return grid(np.clip(values, -LARGEST_ODDS, LARGEST_ODDS), ODDS_STEPS)
-        case "class_mass":
-            return values if values.dtype == np.uint8 else to_class_levels(values)
+        case "topk_logp":
+            levels = to_levels(values, layout.temperatures)
+            return falls_of(levels, topk_sizes, layout.temperatures)
+        case "class_mass" if values.dtype != np.uint8:
+            return to_class_levels(values)
     return values
 
 
-def _falls(levels: np.ndarray, sizes: np.ndarray | None, highest: int) -> np.ndarray:
-    """By how much each level of a list is below the one before it, the first below the highest."""
-    before = np.concatenate([[highest], levels[:-1]])
-    assert sizes is not None
-    starts = (np.cumsum(sizes) - sizes)[sizes > 0]
-    before[starts] = highest
-    return (before - levels)[: levels.size]
-
-
-def _list_column(values: list[np.ndarray | None], kind: pa.ListType) -> pa.Array:
-    sizes = np.array([0 if v is None else v.size for v in values], np.int64)
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]).astype(np.int32)
-    flat = [v.reshape(-1) for v in values if v is not None]
-    content = pa.array(np.concatenate(flat) if flat else np.zeros(0, np.int32)).cast(
-        kind.value_type
-    )
-    missing = pa.array([v is None for v in values], pa.bool_())
-    return pa.ListArray.from_arrays(pa.array(offsets), content, type=kind, mask=missing)
-
-
-def from_table(table: pa.Table, layout: Layout) -> list[CacheRow]:
-    """The inverse of `to_table`, but for what is rounded; `class_mass` comes as it is stored."""
-    kept = table.column("topk_sizes").combine_chunks()
-    sizes = kept.values.to_numpy() if len(kept) else np.zeros(0, np.int32)
-    columns = {
-        field.name.removesuffix("_q"): table.column(field.name).combine_chunks()
-        for field in schema_for(layout)
-    }
-    cells = [_unpack(column, _decoder(name, layout, sizes)) for name, column in columns.items()]
-    names = ["topk_ids" if name == "topk_ranks" else name for name in columns]
-    shapes: dict[str, tuple[int, int]] = dict.fromkeys(_PAIRS, (-1, 2))
-    shapes["tail_odds"] = (-1, len(layout.temperatures))
-    rows = []
-    for values in zip(*cells, strict=True):
-        found: dict[str, Any] = dict(zip(names, values, strict=True))
-        for name, shape in shapes.items():
-            if found[name] is not None:
-                found[name] = found[name].reshape(shape)
-        if found["class_mass"] is not None:
-            found["class_mass"] = found["class_mass"].reshape(
-                -1, len(layout.temperatures), layout.classes
-            )
-        rows.append(CacheRow(**found))
-    return rows
-
-
-def _decoder(name: str, layout: Layout, sizes: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """From the numbers of a whole column to those of `CacheRow`."""
+def _restored(name: str, stored: np.ndarray, topk_sizes: np.ndarray, layout: Layout) -> np.ndarray:
+    """The inverse of `_stored`, but for `class_mass`, whose levels `levels.class_log_mass` reads in training."""
     if name == "topk_ranks" and layout.vocabulary is not None:
-        return layout.vocabulary.ids_by_rank.take
+        return layout.vocabulary.ids_by_rank.take(stored)
     if layout.values == "float32":
-        return _same
+        return stored
     match name:
         case "gold_logp":
-            return lambda q: q.astype(np.float32) * np.float32(-1 / GOLD_STEPS)
+            return stored.astype(np.float32) * np.float32(-1 / GOLD_STEPS)
         case "logsumexp":
-            return lambda q: q.astype(np.float32) * np.float32(1 / LOGIT_STEPS)
+            return stored.astype(np.float32) * np.float32(1 / LOGIT_STEPS)
         case "tail_odds":
-            return lambda q: q.astype(np.float32) * np.float32(1 / ODDS_STEPS)
+            return stored.astype(np.float32) * np.float32(1 / ODDS_STEPS)
         case "topk_logp":
-            return lambda q: level_table(layout.temperatures).take(
-                levels_of(q, sizes, layout.temperatures)
-            )
-    return _same
-
-
-def _same(values: np.ndarray) -> np.ndarray:
-    return values
-
-
-def levels_of(falls: np.ndarray, sizes: np.ndarray, temperatures: tuple[float, ...]) -> np.ndarray:
-    """The levels of a column `topk_logp_q`, whose lists have these sizes."""
-    below = np.cumsum(falls, dtype=np.int32)
-    starts = np.cumsum(sizes) - sizes
-    before = np.concatenate([[0], below])[starts].astype(np.int32)
-    below -= np.repeat(before, sizes)
-    return np.subtract(top_levels(temperatures), below, out=below)
-
-
-def _unpack(column: pa.Array, decode: Callable[[np.ndarray], np.ndarray]) -> list:
-    if not pa.types.is_list(column.type):
-        return column.to_pylist()
-    flat = column.values.to_numpy(zero_copy_only=False)
-    flat = decode(flat)
-    offsets = column.offsets.to_numpy().tolist()
-    if column.null_count == len(column):
-        return [None] * len(column)
-    present = column.is_valid().to_numpy(zero_copy_only=False)
-    return [
-        flat[a:b] if ok else None
-        for a, b, ok in zip(offsets[:-1], offsets[1:], present, strict=True)
-    ]
+            levels = levels_of(stored, topk_sizes, layout.temperatures)
+            return level_table(layout.temperatures).take(levels)
+    return stored

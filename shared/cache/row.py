@@ -1,9 +1,7 @@
-"""The cache's row: all that stage two needs of one draw of one example (DESIGN §6).
+"""The cache's row: all that stage two needs of one draw of one example.
 
-Lists are flat: `spans` and `chunk_student` hold start, end, start, end, …; `topk_*` hold `topk_sizes[i]` entries for
-position i, `tail_odds` one value a position and temperature, `class_mass` one a position, temperature and class, in
-this order. How a row becomes columns is in `shared.cache.columns`; docs/cache-format.md says how to read them without this
-package.
+On its way to disk and back: a row's arrays (here) → columns of many rows (`columns`) → small integers (`levels`) →
+a file (`shards`). docs/cache-format.md says how to read that file without this package.
 """
 
 from __future__ import annotations
@@ -22,12 +20,11 @@ SCHEMA_VERSION = 4
 
 @dataclass(frozen=True)
 class Layout:
-    """How numbers of a position lie in a cache: what reading and writing its shards needs besides the files."""
+    """How the numbers of a position lie in a cache: what reading and writing its shards needs besides the files."""
 
     temperatures: tuple[float, ...]
     values: Literal["levels", "float32"] = "levels"
-    vocabulary: Vocabulary | None = None
-    """None where no top-k is cached."""
+    vocabulary: Vocabulary | None = None  # None where no top-k is cached
     partial: bool = False
     """The teacher, of the student's tokenizer, may be read at fewer positions than are masked."""
 
@@ -39,36 +36,36 @@ class Layout:
 
 @dataclass(frozen=True)
 class CacheRow:
-    """One row as arrays. Optional parts are None where they are not cached."""
+    """One row as arrays. Likelihoods are in nats at T = 1. Optional parts are None where they are not cached."""
 
     example_id: str
     label: str
     draw: int
-    t: float
+    t: float  # diffusion time, (0, 1)
     student_ids: Int[np.ndarray, " length"]
-    spans: Int[np.ndarray, "spans 2"]
-    masked: Int[np.ndarray, " masked"]
-    teacher_ids: Int[np.ndarray, " teacher_length"] | None
+    spans: Int[np.ndarray, "spans 2"]  # start and end of what may be masked
+    masked: Int[np.ndarray, " masked"]  # the student's positions, rising
+    teacher_ids: Int[np.ndarray, " teacher_length"] | None  # None: it reads the student's
     teacher_masked: Int[np.ndarray, " read"] | None
-    split: Bool[np.ndarray, " read"]
+    split: Bool[np.ndarray, " read"]  # True: part A of CompDemo, read in pass 2
+    # log p of the true token, over all of the teacher's logits
     gold_logp: Float[np.ndarray, " read"]
-    """log p of the true token over all of the teacher's logits, in nats at T = 1."""
+    # over the logits of shared ids: logit = log p + logsumexp
     logsumexp: Float[np.ndarray, " read"]
-    """Over the logits of shared ids, at T = 1: logit = log p + logsumexp."""
+    # The top-k, over shared ids: the lists of all positions one after the other, the likeliest first.
     topk_sizes: Int[np.ndarray, " read"] | None
     topk_ids: Int[np.ndarray, " kept"] | None
-    """The likeliest first; shared ids only."""
     topk_logp: Float[np.ndarray, " kept"] | None
-    """Over shared ids, in nats at T = 1."""
+    # The tail: log-odds of the mass outside the top-k, and each class's part of it, as log-mass or,
+    # where it was read from a cache of levels, as uint8 (`levels.class_log_mass`); None for one class.
     tail_odds: Float[np.ndarray, "read temperatures"] | None
-    """Log-odds of the mass outside the top-k."""
     class_mass: Shaped[np.ndarray, "read temperatures classes"] | None
-    """Each class's mass outside the top-k: log-masses, or levels (uint8, see `shared.cache.levels`); None for C = 1."""
+    # Active chunks: start and end in tokens of each side, and log p(c).
     chunk_student: Int[np.ndarray, "chunks 2"] | None
     chunk_teacher: Int[np.ndarray, "chunks 2"] | None
     chunk_logp: Float[np.ndarray, " chunks"] | None
+    # those of `masked` at which a teacher of the same tokenizer was read; None: all of them
     read: Int[np.ndarray, " read"] | None = None
-    """Those of `masked` at which a teacher of the same tokenizer was read; None: all of them."""
 
     @property
     def prompt_length(self) -> int:
@@ -88,23 +85,12 @@ class CacheRow:
 
 def without_masks(row: CacheRow) -> CacheRow:
     """The same example with nothing masked and nothing maskable: it weighs nothing in any loss."""
-    none, number = np.zeros(0, np.int32), np.zeros(0, np.float32)
-    spans = None if row.chunk_logp is None else np.zeros((0, 2), np.int32)
-    return dataclasses.replace(
-        row,
-        spans=np.zeros((0, 2), np.int32),
-        masked=none,
-        read=None if row.read is None else none,
-        teacher_masked=None if row.teacher_masked is None else none,
-        split=np.zeros(0, bool),
-        gold_logp=number,
-        logsumexp=number,
-        topk_sizes=None if row.topk_sizes is None else none,
-        topk_ids=None if row.topk_ids is None else none,
-        topk_logp=None if row.topk_logp is None else number,
-        tail_odds=None if row.tail_odds is None else row.tail_odds[:0],
-        class_mass=None if row.class_mass is None else row.class_mass[:0],
-        chunk_student=spans,
-        chunk_teacher=spans,
-        chunk_logp=None if row.chunk_logp is None else number,
-    )
+    empty: dict[str, np.ndarray] = {"spans": row.spans[:0]}
+    for name in (
+        "masked", "read", "teacher_masked", "split", "gold_logp", "logsumexp", "topk_sizes", "topk_ids",
+        "topk_logp", "tail_odds", "class_mass", "chunk_student", "chunk_teacher", "chunk_logp",
+    ):  # fmt: skip
+        values = getattr(row, name)
+        if values is not None:
+            empty[name] = values[:0]
+    return dataclasses.replace(row, **empty)

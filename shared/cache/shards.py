@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shared.cache.columns import from_table, schema_for, to_table
+from shared.cache.parquet import read_parquet
 from shared.cache.row import CacheRow, Layout
 from shared.system.atomic import write_bytes
 from shared.system.errors import TideError
@@ -20,14 +21,11 @@ from shared.system.errors import TideError
 _COUNTS_KEY = b"tide.counts"
 CACHE = "cache"
 """Among the counts: the digest of the manifest that a shard belongs to."""
-_ZSTD_LEVEL, _FAST = 9, 1
-_INCOMPRESSIBLE = ("topk_ranks", "topk_logp")
-"""Split into byte streams there is nothing to match in these: a higher level takes four times as long for 2 %."""
+_MEND = "delete this file and run the same `tide cache` again: it computes the missing shard only"
+# Few, so that the dictionary of a group's token ids stays small and its indices short.
 _ROWS_PER_GROUP = 64
-"""Few, so that the dictionary of a group's token ids stays small and its indices short."""
-
-# Parquet's own encodings, by what a column holds (docs/cache-format.md has what each buys).
-_BY_DICTIONARY = ("example_id", "student_ids.list.element", "teacher_ids.list.element")
+# Parquet's own encodings, by what a column holds; token ids and names go by dictionary.
+_BY_DICTIONARY = ["example_id", "student_ids.list.element", "teacher_ids.list.element"]
 _DELTA = (
     "spans",
     "masked",
@@ -38,38 +36,8 @@ _DELTA = (
     "chunk_teacher",
 )
 _SPLIT = (
-    "gold_logp",
-    "logsumexp",
-    "topk_ranks",
-    "topk_logp",
-    "tail_odds",
-    "class_mass",
-    "chunk_logp",
-)
-
-
-def write_options(layout: Layout) -> dict[str, Any]:
-    """For `pyarrow.parquet.write_table`."""
-    encodings = {
-        field.name + ".list.element": "DELTA_BINARY_PACKED"
-        if name in _DELTA
-        else "BYTE_STREAM_SPLIT"
-        for field in schema_for(layout)
-        if (name := field.name.removesuffix("_q")) in (*_DELTA, *_SPLIT)
-    }
-    levels = {
-        field.name + (".list.element" if pa.types.is_list(field.type) else ""): (
-            _FAST if field.name.removesuffix("_q") in _INCOMPRESSIBLE else _ZSTD_LEVEL
-        )
-        for field in schema_for(layout)
-    }
-    return {
-        "compression": "zstd",
-        "compression_level": levels,
-        "use_dictionary": list(_BY_DICTIONARY),
-        "column_encoding": encodings,
-        "row_group_size": _ROWS_PER_GROUP,
-    }
+    "gold_logp", "logsumexp", "topk_ranks", "topk_logp", "tail_odds", "class_mass", "chunk_logp",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, order=True)
@@ -86,17 +54,49 @@ class Unit:
     @classmethod
     def at(cls, path: Path) -> Unit | None:
         """The unit whose shard has this name; None for any other file."""
-        draw, part = path.parent.name.removeprefix("draw="), path.stem.removeprefix("part-")
-        numbers = all(
-            text.isascii() and text.isdecimal() and len(text) < 10 for text in (draw, part)
-        )
-        found = cls(int(draw), int(part)) if numbers else None
-        return found if found is not None and found.path(path.parent.parent) == path else None
+        numbers = (path.parent.name.removeprefix("draw="), path.stem.removeprefix("part-"))
+        if not all(n.isascii() and n.isdecimal() and len(n) < 10 for n in numbers):
+            return None
+        unit = cls(int(numbers[0]), int(numbers[1]))
+        return unit if unit.path(path.parent.parent) == path else None
 
 
-def write_shard(path: Path, rows: list[CacheRow], layout: Layout, counts: dict[str, Any]) -> bytes:
-    """Write rows with their counts, atomically; what was written. The bytes depend on the content alone."""
-    return write_table(path, to_table(rows, layout), layout, counts)
+def finished_units(cache: Path) -> list[Unit]:
+    """Units whose shards exist, in order."""
+    units = (Unit.at(path) for path in cache.glob("draw=*/part-*.parquet"))
+    return sorted(unit for unit in units if unit is not None)
+
+
+def write_options(layout: Layout) -> dict[str, Any]:
+    """For `pyarrow.parquet.write_table`."""
+    encodings, levels = {}, {}
+    for field in schema_for(layout):
+        name = field.name.removesuffix("_q")
+        column = f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
+        if name in _DELTA:
+            encodings[column] = "DELTA_BINARY_PACKED"
+        elif name in _SPLIT:
+            encodings[column] = "BYTE_STREAM_SPLIT"
+        # Split into byte streams there is nothing to match in these two: a higher level takes four
+        # times as long for 2 %.
+        levels[column] = 1 if name in ("topk_ranks", "topk_logp") else 9
+    return {
+        "compression": "zstd",
+        "compression_level": levels,
+        "use_dictionary": _BY_DICTIONARY,
+        "column_encoding": encodings,
+        "row_group_size": _ROWS_PER_GROUP,
+    }
+
+
+def table_bytes(table: pa.Table, layout: Layout, counts: dict[str, Any]) -> bytes:
+    """A shard's file as bytes, which depend on the content alone."""
+    note = {_COUNTS_KEY: json.dumps(counts, sort_keys=True).encode()}
+    # A table that was read names the items of its lists in another way: the schema is always our own.
+    table = pa.Table.from_arrays(table.columns, schema=schema_for(layout).with_metadata(note))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, write_page_checksum=True, **write_options(layout))
+    return sink.getvalue().to_pybytes()
 
 
 def write_table(path: Path, table: pa.Table, layout: Layout, counts: dict[str, Any]) -> bytes:
@@ -106,33 +106,14 @@ def write_table(path: Path, table: pa.Table, layout: Layout, counts: dict[str, A
     return content
 
 
-def table_bytes(table: pa.Table, layout: Layout, counts: dict[str, Any]) -> bytes:
-    """A shard's file as bytes."""
-    # A table that was read names the items of its lists in another way: the schema is always our own.
-    schema = schema_for(layout).with_metadata(
-        {_COUNTS_KEY: json.dumps(counts, sort_keys=True).encode()}
-    )
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        pa.Table.from_arrays(table.columns, schema=schema),
-        sink,
-        write_page_checksum=True,
-        **write_options(layout),
-    )
-    return sink.getvalue().to_pybytes()
-
-
-def _unreadable(path: Path, error: Exception) -> TideError:
-    return TideError(
-        f"shard {path} cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}",
-        expected="a whole Parquet file written by `tide cache`",
-        fix="delete this file and run the same `tide cache` command again: it computes the missing shard only",
-    )
+def write_shard(path: Path, rows: list[CacheRow], layout: Layout, counts: dict[str, Any]) -> bytes:
+    """Write rows with their counts, atomically; what was written."""
+    return write_table(path, to_table(rows, layout), layout, counts)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard as it was read: its columns, and the counts that were stored with it (and its number of `rows`)."""
+    """A shard as it was read: its columns, and the counts that were stored with it (and its `rows`)."""
 
     table: pa.Table
     counts: dict[str, Any]
@@ -140,11 +121,11 @@ class Shard:
     def rows(
         self, path: Path, layout: Layout, chosen: Sequence[int] | None = None
     ) -> list[CacheRow]:
-        """All rows, or the chosen ones; `path`: where it was read, for the TideError where they cannot be."""
+        """All rows, or the chosen ones; `path` is for the TideError where they cannot be decoded."""
         try:
             return from_table(self.table if chosen is None else self.table.take(chosen), layout)
         except (IndexError, ValueError) as error:
-            raise _unreadable(path, error) from error
+            raise TideError(f"shard {path} cannot be decoded: {error}", fix=_MEND) from error
 
 
 def read_table(path: Path, layout: Layout | None = None, content: bytes | None = None) -> Shard:
@@ -152,24 +133,30 @@ def read_table(path: Path, layout: Layout | None = None, content: bytes | None =
 
     `content`: the file's bytes, where they are at hand. With `layout` None any columns will do.
     """
-    try:
-        file = pq.ParquetFile(
-            path if content is None else pa.BufferReader(content), page_checksum_verification=True
-        )
-        table = file.read()
-        counts = {
-            **json.loads((file.schema_arrow.metadata or {}).get(_COUNTS_KEY, b"{}")),
-            "rows": table.num_rows,
-        }
-    except Exception as error:  # a footer with a flipped bit leads the library anywhere
-        raise _unreadable(path, error) from error
+    table = read_parquet(path, _MEND, content)
     if layout is not None and not table.schema.equals(schema_for(layout), check_metadata=False):
-        raise TideError(
-            f"shard {path} has other columns than this cache's",
-            fix="delete it, and run the same `tide cache` again",
-        )
-    _check_counts(table, counts, path)
-    return Shard(table, counts)
+        raise TideError(f"shard {path} has other columns than this cache's", fix=_MEND)
+    # Pages carry checksums and the footer does not: what it says must fit what the pages hold and
+    # where the file lies.
+    actual: dict[str, Any] = {"rows": table.num_rows}
+    for name, column in (("masked", "masked"), ("chunks", "chunk_logp")):
+        if column in table.column_names:
+            actual[name] = sum(len(chunk.values) for chunk in table.column(column).chunks)
+    unit = Unit.at(path)
+    if unit is not None:
+        actual |= {"draw": unit.draw, "part": unit.part}
+    try:
+        counts = json.loads((table.schema.metadata or {}).get(_COUNTS_KEY, b"{}"))
+        wrong = [name for name, n in actual.items() if counts.get(name, n) != n]
+    except (ValueError, AttributeError) as error:
+        raise TideError(f"shard {path} has a damaged footer: {error}", fix=_MEND) from error
+    if unit is not None and "draw" in table.column_names:
+        if any(draw != unit.draw for draw in table.column("draw").unique().to_pylist()):
+            wrong.append("the column draw")
+    if wrong:
+        said = "its footer or its name says otherwise"
+        raise TideError(f"shard {path}: {said} of {', '.join(wrong)} than it holds", fix=_MEND)
+    return Shard(table, {**counts, "rows": table.num_rows})
 
 
 def read_shard(path: Path, layout: Layout, content: bytes | None = None) -> list[CacheRow]:
@@ -183,33 +170,7 @@ def refuse_other_cache(path: Path, counts: dict[str, Any], cache: str) -> None:
         raise TideError(
             f"shard {path} belongs to another cache ({counts.get(CACHE)})",
             expected=f"a shard of the cache {cache}, whose folder it lies in",
-            fix="delete this file and run the same `tide cache` command again: it computes the missing shard only",
-        )
-
-
-def _check_counts(table: pa.Table, counts: dict[str, Any], path: Path) -> None:
-    """Pages carry checksums and the footer does not: what it says must fit what the pages hold and where it lies."""
-    found = {"rows": table.num_rows}
-    for name, column in (("masked", "masked"), ("chunks", "chunk_logp")):
-        if column in table.column_names:
-            found[name] = sum(len(chunk.values) for chunk in table.column(column).chunks)
-    wrong: dict[str, Any] = {
-        name: n for name, n in found.items() if name in counts and counts[name] != n
-    }
-    unit = Unit.at(path)
-    if unit is not None:
-        if "draw" in table.column_names and any(
-            d != unit.draw for d in table.column("draw").unique().to_pylist()
-        ):
-            wrong["draw"] = unit.draw
-        wrong |= {
-            name: counts[name]
-            for name in ("draw", "part")
-            if counts.get(name, getattr(unit, name)) != getattr(unit, name)
-        }
-    if wrong:
-        raise _unreadable(
-            path, ValueError(f"it holds {wrong}, its footer or its name says otherwise")
+            fix=_MEND,
         )
 
 
@@ -223,9 +184,3 @@ def column_bytes(content: bytes) -> Counter[str]:
             name = column.path_in_schema.split(".")[0].removesuffix("_q")
             sizes[name] += column.total_compressed_size
     return sizes
-
-
-def finished_units(cache: Path) -> list[Unit]:
-    """Units whose shards exist, in order."""
-    units = (Unit.at(path) for path in cache.glob("draw=*/part-*.parquet"))
-    return sorted(unit for unit in units if unit is not None)

@@ -1,7 +1,8 @@
-"""What a cache knows of the teacher's vocabulary as a whole: classes, priors, and the order in which ids are kept.
+"""What a cache knows of the teacher's vocabulary as a whole: classes, priors, and the order of its ids.
 
-One row an id in `tables/vocabulary.parquet`; computed once, before the first shard, and part of the fingerprint. The
-pilot sample that it comes from lies beside it, so that the table for a smaller k follows from it (`tide prune`).
+One row an id in `tables/vocabulary.parquet`; computed once, before the first shard, and part of the
+fingerprint. The pilot sample that it comes from lies beside it, so that the table for a smaller k
+follows from it (`tide prune`).
 """
 
 from __future__ import annotations
@@ -10,25 +11,26 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Bool, Float, Int
 
-from shared.cache.parquet import write_parquet
+from shared.cache.parquet import read_parquet, write_parquet
 from shared.system.errors import TideError
 
 TABLES = "tables"
 _FILE, _PILOT, _CENTROIDS = "vocabulary.parquet", "pilot.parquet", "centroids.parquet"
+_MEND = "delete the folder `tables` and run the same `tide cache` command again: it makes it anew"
 SMALLEST_PRIOR = 1e-30
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """By token id: its class (−1: student and teacher do not share it), its rank by how often it is in a top-k, and
-    `prior`, the teacher's mean probability outside its top-k at each cached temperature.
+    """What is known of each token id.
+
+    `class_of`: its class in the tail, −1 where student and teacher do not share it. `rank_of`: its rank by how
+    often it is in a top-k. `prior`: the teacher's mean probability outside its top-k at each cached temperature.
     """
 
     class_of: Int[np.ndarray, " vocab"]
@@ -68,31 +70,29 @@ class Vocabulary:
     @cached_property
     def class_prior(self) -> Float[np.ndarray, "temperatures classes"]:
         """Each class's share of the mean tail, by temperature."""
-        masses = [
-            np.bincount(self.class_of[self.shared], row[self.shared], self.classes)
-            for row in self.prior
-        ]
-        return np.stack([m / max(m.sum(), SMALLEST_PRIOR) for m in masses]).astype(np.float32)
+        shares = []
+        for prior in self.prior:
+            mass = np.bincount(self.class_of[self.shared], prior[self.shared], self.classes)
+            shares.append(mass / max(mass.sum(), SMALLEST_PRIOR))
+        return np.stack(shares).astype(np.float32)
 
     @property
     def digest(self) -> str:
         """A hash over the whole table."""
-        parts = (self.class_of.astype("<i4"), self.rank_of.astype("<i4"), self.prior.astype("<f4"))
-        return hashlib.sha256(
-            b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
-        ).hexdigest()[:32]
+        digest = hashlib.sha256()
+        for part, kind in ((self.class_of, "<i4"), (self.rank_of, "<i4"), (self.prior, "<f4")):
+            digest.update(np.ascontiguousarray(part, kind).tobytes())
+        return digest.hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class Pilot:
-    """The pilot sample: what the teacher said at some thousand positions. Lists are flat, `sizes[i]` entries each."""
+    """What the teacher said at some thousand positions. Lists are flat, `sizes[i]` entries for position i."""
 
     sizes: Int[np.ndarray, " n"]
     ids: Int[np.ndarray, " kept"]
-    logp: Float[np.ndarray, " kept"]
-    """At T = 1, in nats."""
-    odds: Float[np.ndarray, "n temperatures"]
-    """Log-odds of the tail's mass."""
+    logp: Float[np.ndarray, " kept"]  # nats, at T = 1
+    odds: Float[np.ndarray, "n temperatures"]  # log-odds of the tail's mass
 
 
 def save_tables(
@@ -102,36 +102,24 @@ def save_tables(
     centroids: Float[np.ndarray, "classes width"],
 ) -> None:
     """Write all of it; the vocabulary, which says that the rest is there, comes last."""
-    lists = pa.ListArray.from_arrays
-    ends = pa.array(np.concatenate([[0], np.cumsum(pilot.sizes)]).astype(np.int32))
-    write_parquet(folder / _PILOT, pa.table({
-        "topk_ids": lists(ends, pa.array(pilot.ids)),
-        "topk_logp": lists(ends, pa.array(pilot.logp)),
-        "tail_odds": _rows(pilot.odds),
-    }))  # fmt: skip
-    write_parquet(folder / _CENTROIDS, pa.table({"centroid": _rows(centroids.astype(np.float32))}))
-    columns: dict[str, Any] = {
-        "class": pa.array(vocabulary.class_of),
-        "rank": pa.array(vocabulary.rank_of),
+
+    def lists(sizes: np.ndarray, values: np.ndarray) -> pa.ListArray:
+        ends = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+        return pa.ListArray.from_arrays(pa.array(ends), pa.array(values.reshape(-1)))
+
+    def rows(values: np.ndarray) -> pa.ListArray:
+        return lists(np.full(len(values), values.shape[1]), values)
+
+    sample = {
+        "topk_ids": lists(pilot.sizes, pilot.ids),
+        "topk_logp": lists(pilot.sizes, pilot.logp),
+        "tail_odds": rows(pilot.odds),
     }
-    columns |= {f"prior_{i}": pa.array(row) for i, row in enumerate(vocabulary.prior)}
-    write_parquet(folder / _FILE, pa.table(columns))
-
-
-def _rows(values: np.ndarray) -> pa.ListArray:
-    offsets = pa.array((np.arange(len(values) + 1) * values.shape[1]).astype(np.int32))
-    return pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1)))
-
-
-def _read(path: Path) -> pa.Table:
-    try:
-        return pq.ParquetFile(path, page_checksum_verification=True).read()
-    except Exception as error:  # a damaged footer leads the library anywhere
-        raise TideError(
-            f"{path} cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}",
-            expected="the table that `tide cache` wrote before the first shard",
-            fix=f"delete the folder {path.parent} and run the same `tide cache` command again: it makes it anew",
-        ) from error
+    write_parquet(folder / _PILOT, pa.table(sample))
+    write_parquet(folder / _CENTROIDS, pa.table({"centroid": rows(centroids.astype(np.float32))}))
+    columns = {"class": vocabulary.class_of, "rank": vocabulary.rank_of}
+    columns |= {f"prior_{i}": prior for i, prior in enumerate(vocabulary.prior)}
+    write_parquet(folder / _FILE, pa.table({n: pa.array(v) for n, v in columns.items()}))
 
 
 def has_tables(cache: Path) -> bool:
@@ -142,44 +130,39 @@ def has_tables(cache: Path) -> bool:
 def load_vocabulary(cache: Path, digest: str | None = None) -> Vocabulary:
     """The table of the cache. TideError where it is damaged, or not the one of `digest`."""
     path = cache / TABLES / _FILE
-    table = _read(path)
+    table = read_parquet(path, _MEND)
     try:
-        priors = [name for name in table.column_names if name.startswith("prior_")]
-        columns = [table.column(name).to_numpy() for name in ("class", "rank", *priors)]
-        found = Vocabulary(
-            columns[0].astype(np.int32), columns[1].astype(np.int32), np.stack(columns[2:])
+        names = [name for name in table.column_names if name.startswith("prior_")]
+        prior = np.stack([table.column(name).to_numpy() for name in names])
+        class_of, rank_of = (
+            table.column(name).to_numpy().astype(np.int32) for name in ("class", "rank")
         )
     except (KeyError, ValueError) as error:
+        raise TideError(f"{path} has other columns: {error}", fix=_MEND) from error
+    vocabulary = Vocabulary(class_of, rank_of, prior)
+    if digest is not None and vocabulary.digest != digest:
         raise TideError(
-            f"{path} has another layout: {error}", fix="build the cache again"
-        ) from error
-    if digest is not None and found.digest != digest:
-        raise TideError(
-            f"{path} is not the table that the shards were written with ({found.digest} instead of {digest})",
-            expected="the table that the manifest names",
+            f"{path} is not the table that the shards were written with ({vocabulary.digest})",
+            expected=f"the table that the manifest names ({digest})",
             fix=f"copy {path.parent} again from where the cache came from, or build the cache again",
         )
-    return found
+    return vocabulary
 
 
 def load_pilot(cache: Path) -> Pilot:
     """The pilot sample. TideError where it is damaged."""
-    table = _read(cache / TABLES / _PILOT)
+    table = read_parquet(cache / TABLES / _PILOT, _MEND)
     ids, logp, odds = (
         table.column(name).combine_chunks() for name in ("topk_ids", "topk_logp", "tail_odds")
     )
     sizes = np.diff(ids.offsets.to_numpy()).astype(np.int32)
-    return Pilot(
-        sizes,
-        ids.values.to_numpy(),
-        logp.values.to_numpy(),
-        odds.values.to_numpy().reshape(len(sizes), -1),
-    )
+    tail = odds.values.to_numpy().reshape(len(sizes), -1)
+    return Pilot(sizes, ids.values.to_numpy(), logp.values.to_numpy(), tail)
 
 
 def load_centroids(cache: Path) -> Float[np.ndarray, "classes width"]:
     """The classes' centres. TideError where they are damaged."""
-    column = _read(cache / TABLES / _CENTROIDS).column("centroid").combine_chunks()
+    column = read_parquet(cache / TABLES / _CENTROIDS, _MEND).column("centroid").combine_chunks()
     return column.values.to_numpy().reshape(len(column), -1)
 
 
@@ -191,27 +174,25 @@ def smaller(
     merged: Int[np.ndarray, " classes"],
 ) -> tuple[Vocabulary, Pilot]:
     """The table for the first `k` entries of every list, its class c now part of `merged[c]`."""
-    starts = np.cumsum(pilot.sizes) - pilot.sizes
-    rank = np.arange(pilot.ids.size) - np.repeat(starts, pilot.sizes)
-    owner, dropped = np.repeat(np.arange(pilot.sizes.size), pilot.sizes), rank >= k
-    prior, odds = vocabulary.prior.astype(np.float64), pilot.odds.astype(np.float64).copy()
+    n = pilot.sizes.size
+    # 1. the pilot's entries that leave their lists for the tail
+    owner = np.repeat(np.arange(n), pilot.sizes)
+    rank = np.arange(pilot.ids.size) - np.repeat(np.cumsum(pilot.sizes) - pilot.sizes, pilot.sizes)
+    dropped = rank >= k
+    # 2. their probability joins the prior and the tail's odds, at each temperature
+    prior, odds = vocabulary.prior.astype(np.float64), pilot.odds.astype(np.float64)
     for i, temperature in enumerate(temperatures):
         p = top_probabilities(pilot.logp, owner, pilot.odds[:, i], temperature)
-        prior[i] += np.bincount(pilot.ids[dropped], p[dropped], prior.shape[1]) / max(
-            1, pilot.sizes.size
-        )
-        inside = np.bincount(owner[~dropped], p[~dropped], pilot.sizes.size)
-        moved = np.bincount(owner[dropped], p[dropped], pilot.sizes.size)
-        odds[:, i] = np.log(1 / (1 + np.exp(-odds[:, i])) + moved) - np.log(
-            np.maximum(inside, 1e-300)
-        )
-    class_of = np.where(vocabulary.shared, merged[np.maximum(vocabulary.class_of, 0)], -1).astype(
-        np.int32
-    )
-    cut = Pilot(np.minimum(pilot.sizes, k).astype(np.int32), pilot.ids[~dropped], pilot.logp[~dropped],
-                odds.astype(np.float32))  # fmt: skip
-    prior32 = prior.astype(np.float32)
-    return Vocabulary(class_of, ranks(cut.ids, prior32[0]), prior32), cut
+        prior[i] += np.bincount(pilot.ids[dropped], p[dropped], prior.shape[1]) / max(1, n)
+        inside = np.maximum(np.bincount(owner[~dropped], p[~dropped], n), 1e-300)
+        outside = 1 / (1 + np.exp(-odds[:, i])) + np.bincount(owner[dropped], p[dropped], n)
+        odds[:, i] = np.log(outside) - np.log(inside)
+    # 3. classes of classes; ranks by the shorter lists
+    class_of = np.where(vocabulary.shared, merged[np.maximum(vocabulary.class_of, 0)], -1)
+    sizes = np.minimum(pilot.sizes, k).astype(np.int32)
+    cut = Pilot(sizes, pilot.ids[~dropped], pilot.logp[~dropped], odds.astype(np.float32))
+    prior = prior.astype(np.float32)
+    return Vocabulary(class_of.astype(np.int32), ranks(cut.ids, prior[0]), prior), cut
 
 
 def top_probabilities(
@@ -223,7 +204,7 @@ def top_probabilities(
     """Probabilities at `temperature` of list entries, from log p at T = 1 and the tail's log-odds at `temperature`."""
     weight = np.exp(logp.astype(np.float64) / temperature)
     whole = np.bincount(owner, weight, odds.size)
-    top = 1 / (1 + np.exp(odds.astype(np.float64)))
+    top = 1 / (1 + np.exp(odds.astype(np.float64)))  # mass of the whole list
     return weight * (top / np.maximum(whole, 1e-300))[owner]
 
 

@@ -1,4 +1,4 @@
-"""Files that exist whole or not at all: temporary file, fsync, rename."""
+"""Files and folders that exist whole or not at all: temporary file, fsync, rename."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -18,33 +18,38 @@ from shared.system.errors import TideError
 from shared.system.signals import lives
 
 _NUMBER = itertools.count()
-_OURS = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]*)-(?P<pid>\d+)-\d+\.tide-tmp")
+_HOST = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())
+_TEMPORARY = re.compile(r"\..+\.(?P<host>[^.]*)-(?P<pid>\d+)-\d+\.tide-tmp")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What libraries say that write files themselves; torch names the place in its own source alone.
+_FULL_IN_WORDS = ("No space left", "inline_container.cc", "quota exceeded", "File too large")
+_UNWRITABLE = (
+    errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT,
+    errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
 
 
 def this_process() -> str:
-    """A name for a file that no other process has, of this host or another."""
-    return f"{_host()}-{os.getpid()}"
+    """A name that no other process has, of this host or another."""
+    return f"{_HOST}-{os.getpid()}"
 
 
-def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())
-
-
-def _temporary(path: Path) -> Path:
-    """A name beside `path` that no other process, of this host or another, writes to."""
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` that nothing else, in this process or another, writes to."""
     return path.with_name(f".{path.name}.{this_process()}-{next(_NUMBER)}.tide-tmp")
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None], durable: bool = True) -> None:
-    """Call `write` on a temporary file beside `path`, sync it to disk (where `durable`), and rename it into place.
+@contextmanager
+def atomic_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file to fill that takes the place of `path` where the block ends well, else leaves `path` as it was.
 
-    Raises TideError when the disk is full or not writable; then `path` is as it was before.
+    It is synced to disk first where `durable`. TideError where the disk is full or cannot be written to.
     """
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as handle:
-            write(handle)
+            yield handle
             handle.flush()
             if durable:
                 os.fsync(handle.fileno())
@@ -59,20 +64,89 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None], durable: boo
         raise
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_UNWRITABLE = (
-    errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.EINVAL,
-    errno.ENAMETOOLONG, errno.ELOOP,
-)  # fmt: skip
+def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
+    """`atomic_file` for content at hand."""
+    with atomic_file(path, durable) as handle:
+        handle.write(content)
 
 
-_FULL_IN_WORDS = (
-    "No space left on device",
-    "inline_container.cc",
-    "Disk quota exceeded",
-    "File too large",
-)
-"""Of libraries that write files themselves; torch names the place in its own source alone."""
+def link(source: Path, target: Path) -> None:
+    """The same file at another place: a hard link, or a copy where the two lie on different file systems."""
+    temporary = temporary_path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        temporary.replace(target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        _explain(target, error)
+        raise
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, renamed to `folder` at the end and gone where that fails.
+
+    Where another process was first, its folder stays.
+    """
+    temporary = temporary_path(folder)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        _explain(folder, error)
+        raise
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        try:
+            temporary.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+        sync_folder(folder.parent)
+    except OSError as error:
+        if error.errno in _FULL:
+            _explain(folder, error)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(places: Sequence[Path]) -> None:
+    """Delete temporary files and folders of killed processes: those in each folder, or beside each file.
+
+    Only names that `temporary_path` gives go, and none whose process lives on this host.
+    """
+    for place in places:
+        inside = place.is_dir()
+        pattern = ".*.tide-tmp" if inside else f".{place.name}.*.tide-tmp"
+        for path in place.rglob(pattern) if inside else place.parent.glob(pattern):
+            made = _TEMPORARY.fullmatch(path.name)
+            if made is None:
+                continue
+            pid = int(made["pid"])
+            if made["host"] == _HOST and pid != os.getpid() and lives(pid):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def disk_is_full(error: BaseException) -> bool:
@@ -93,102 +167,3 @@ def _explain(path: Path, error: OSError) -> None:
         raise TideError(
             f"{path} cannot be written: {error.strerror}", fix="choose another folder"
         ) from error
-
-
-def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
-    """`write_atomically` for content at hand."""
-
-    def write(handle: BinaryIO) -> None:
-        handle.write(content)
-
-    write_atomically(path, write, durable)
-
-
-def link(source: Path, target: Path) -> None:
-    """The same file at another place: a hard link, or a copy where the two lie on different file systems."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    half = _temporary(target)
-    try:
-        try:
-            os.link(source, half)
-        except OSError:
-            shutil.copyfile(source, half)
-        half.replace(target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            half.unlink(missing_ok=True)
-        _explain(target, error)
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, renamed to `folder` at the end; gone where that fails. Where another process was first, its
-    folder stays.
-    """
-    half = _temporary(folder)
-    try:
-        half.mkdir(parents=True)
-    except OSError as error:
-        _explain(folder, error)
-        raise
-    try:
-        yield half
-        for path in half.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        with contextlib.suppress(FileExistsError):
-            _rename_folder(half, folder)
-        sync_folder(folder.parent)
-    except OSError as error:
-        if error.errno in _FULL:
-            _explain(folder, error)
-        raise
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
-
-
-def _rename_folder(half: Path, folder: Path) -> None:
-    """FileExistsError where something lies at `folder`; an empty folder there gives way."""
-    try:
-        half.rename(folder)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise FileExistsError(error.errno, error.strerror, str(folder)) from error
-        raise
-
-
-def remove_leftovers(places: Sequence[Path]) -> None:
-    """Delete temporary files and folders that a killed process left: those in each folder, or beside each file.
-
-    Only names that this module gives are touched, and of those none whose process lives on this host.
-    """
-    for place in places:
-        folder = place if place.is_dir() else place.parent
-        for path in (
-            folder.rglob(".*.tide-tmp")
-            if place.is_dir()
-            else folder.glob(f".{place.name}.*.tide-tmp")
-        ):
-            if (name := _OURS.fullmatch(path.name)) and not _at_work(
-                name["host"], int(name["pid"])
-            ):
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
-
-
-def _at_work(host: str, pid: int) -> bool:
-    """Whether another process of this host has that number."""
-    return host == _host() and pid != os.getpid() and lives(pid)

@@ -7,9 +7,7 @@ class TideError(ValueError):
     """A problem that the user can mend. The command line prints it without a traceback and exits with 2."""
 
     def __init__(self, what: str, *, expected: str | None = None, fix: str | None = None) -> None:
-        self.what = what
-        self.expected = expected
-        self.fix = fix
+        self.what, self.expected, self.fix = what, expected, fix
         parts = [what]
         if expected is not None:
             parts.append(f"expected: {expected}")
@@ -23,7 +21,5 @@ class Unusable(TideError):
 
     def __init__(self, reason: str, what: str | None = None) -> None:
         self.reason = reason
-        super().__init__(
-            what or reason,
-            fix="mend the data, or choose a model whose chat template takes it as it is",
-        )
+        fix = "mend the data, or choose a model whose chat template takes it as it is"
+        super().__init__(what or reason, fix=fix)

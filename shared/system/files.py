@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import stat
 import tempfile
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from shared.system.errors import TideError
 
-_LARGEST_JSON = 64 << 20
+_LARGEST_JSON = 64 << 20  # bytes
 
 
 def refuse_odd(path: Path) -> None:
@@ -20,15 +19,11 @@ def refuse_odd(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise TideError(
-                f"{path} is a link to itself", expected="a file", fix="copy it again"
-            ) from error
-        return  # who opens it says that it is not there
+        if error.errno != errno.ELOOP:
+            return  # who opens it says that it is not there
+        raise TideError(f"{path} is a link to itself", expected="a file") from error
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise TideError(
-            f"{path} is a pipe, a device or a socket", expected="a file", fix="copy it again"
-        )
+        raise TideError(f"{path} is a pipe, a device or a socket", expected="a file")
 
 
 def refuse_odd_in(folder: Path) -> None:
@@ -38,13 +33,13 @@ def refuse_odd_in(folder: Path) -> None:
             refuse_odd(path)
 
 
-def read_json(path: Path, largest: int = _LARGEST_JSON) -> Any:
-    """The JSON in a file. OSError where it cannot be read, ValueError where it is no JSON or larger than `largest`."""
+def read_json(path: Path) -> Any:
+    """The JSON in a file. OSError where it cannot be read, ValueError where it is no JSON or larger than 64 MiB."""
     refuse_odd(path)
     with path.open("rb") as handle:
-        if os.fstat(handle.fileno()).st_size > largest:
-            raise ValueError(f"it has more than {largest:,} bytes")
-        content = handle.read(largest + 1)
+        content = handle.read(_LARGEST_JSON + 1)
+    if len(content) > _LARGEST_JSON:
+        raise ValueError(f"it has more than {_LARGEST_JSON:,} bytes")
     try:
         return json.loads(content)
     except RecursionError as error:

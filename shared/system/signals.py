@@ -13,42 +13,35 @@ from typing import BinaryIO
 
 _PARENT = "TIDE_PARENT"
 _PR_SET_PDEATHSIG = 1
-
-
-class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM came. Whatever is open is closed on the way out, as with Ctrl-C."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        super().__init__()
-
-
-class _Received:
-    number: int | None = None
+_received: list[int] = []
 
 
 def stop_in_order() -> None:
-    """From now on SIGINT and SIGTERM raise `Stopped` in the main thread; a second one ends the process at once."""
+    """From now on SIGINT and SIGTERM raise KeyboardInterrupt, so that whatever is open is closed on the way out.
+
+    A second one ends the process at once.
+    """
 
     def handle(number: int, _: FrameType | None) -> None:
-        if _Received.number is not None:
+        if _received:
             sys.stderr.write("\ntide: stopped at once\n")
             sys.stderr.flush()
             os._exit(128 + number)
-        _Received.number = number
-        raise Stopped(number)
+        _received.append(number)
+        raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
 
 
 def leave_in_order() -> int:
-    """Further signals count for nothing while a stopped process ends. What it ends with: 128 and the signal's number,
-    as shells have it; 130 where none came.
+    """The exit code of a stopped process, which from now on no further signal disturbs.
+
+    It is 128 and the signal's number, as shells have it; 130 where none came.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    return 128 + (_Received.number or signal.SIGINT)
+    return 128 + (_received[0] if _received else signal.SIGINT)
 
 
 def lives(pid: int) -> bool:
@@ -63,7 +56,7 @@ def lives(pid: int) -> bool:
 
 
 def end_with_parent() -> None:
-    """Where `start_child` started this process: end (SIGTERM) when the parent is gone, even by kill -9. Linux only."""
+    """Where `start_child` started this process: end when the parent is gone, even by kill -9. Linux only."""
     parent = os.environ.pop(_PARENT, None)
     if parent is not None:
         _follow(int(parent))

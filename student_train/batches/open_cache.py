@@ -16,7 +16,7 @@ from shared.cache.value_checks import problems_in
 from shared.settings.config import TrainConfig
 from shared.system.atomic import write_bytes
 from shared.system.errors import TideError
-from shared.system.processes import first_here
+from shared.system.hardware import first_here
 
 _AT_ONCE = 4  # shards on their way from a store
 

@@ -21,9 +21,8 @@ from shared.settings.config import TrainConfig
 from shared.settings.objectives import KL, ReverseKL
 from shared.system.atomic import disk_is_full, write_bytes
 from shared.system.errors import TideError
-from shared.system.hardware import hardware_line
+from shared.system.hardware import hardware_line, shut_down_process_group
 from shared.system.locks import hold
-from shared.system.processes import part
 from shared.text.tokenizers import Tokenizer
 from student_train.batches.collate import Batch, TargetReader, counts_of
 from student_train.batches.loader import BatchDataset, refuse_error
@@ -256,7 +255,7 @@ def train_student(config: TrainConfig) -> dict[str, float]:
             write_bytes(
                 config.out / "history.json", (json.dumps(history, indent=1) + "\n").encode()
             )
-        part()
+        shut_down_process_group()
     return metrics
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from shared.cache.ledger import LEDGER, settle_ledger
 from shared.cache.manifest import MANIFEST, load_manifest, refuse_unfinished
 from shared.cache.vocabulary import TABLES
-from shared.system.atomic import write_atomically
+from shared.system.atomic import atomic_file
 
 CHECKSUMS = "checksums.json"
 _LEVEL = 3  # shards are compressed already
@@ -44,7 +44,7 @@ def pack_cache(cache: Path, archive: Path) -> int:
             "bytes": path.stat().st_size,
         }
 
-    def write(handle: BinaryIO) -> None:
+    with atomic_file(archive) as handle:
         with (
             zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).stream_writer(
                 handle, closefd=False
@@ -59,7 +59,6 @@ def pack_cache(cache: Path, archive: Path) -> int:
                         _member(path.relative_to(cache).as_posix(), path.stat().st_size), content
                     )
 
-    write_atomically(archive, write)
     return len(files)
 
 

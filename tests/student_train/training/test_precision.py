@@ -29,7 +29,6 @@ def test_a_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(hardware, "slowdown", lambda: 9.0)
     auto = config(caches["tiny-cross"], tmp_path / "r", precision="auto")
     machine(monkeypatch, begun)
     make_trainer(auto)

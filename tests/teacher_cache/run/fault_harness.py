@@ -55,7 +55,7 @@ class Points:
             self._fault()
 
     def install(self) -> None:
-        """Put a point before each step of `write_atomically`, and one in the middle of what it writes."""
+        """Put a point before each step of `atomic_file`, and one in the middle of what it writes."""
         real_fsync, real_replace, real_open, real_sync = (
             os.fsync,
             Path.replace,

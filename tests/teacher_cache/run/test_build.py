@@ -297,8 +297,8 @@ def test_a_full_disk_stops_the_run_and_keeps_finished_shards(
     monkeypatch.setattr("teacher_cache.run.build.remove_leftovers", lambda _folder: None)
     full = target.with_name("full")
     full.symlink_to("/dev/full")
-    name = atomic._temporary
-    monkeypatch.setattr(atomic, "_temporary", lambda path: full if path == target else name(path))
+    name = atomic.temporary_path
+    monkeypatch.setattr(atomic, "temporary_path", lambda path: full if path == target else name(path))
     refused("the disk is full", config)
     finished = finished_units(config.out)  # what was scored while the write failed is kept too
     assert finished[:2] == [Unit(0, 0), Unit(0, 1)]
