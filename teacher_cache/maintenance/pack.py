@@ -7,7 +7,6 @@ import io
 import json
 import tarfile
 from pathlib import Path
-from typing import BinaryIO
 
 import zstandard
 from tqdm import tqdm
