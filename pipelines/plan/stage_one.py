@@ -18,8 +18,7 @@ from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import meta_model
 from shared.settings.config import CacheConfig
 from shared.system.hardware import torch_dtype
-from teacher_cache.engines.batches import lay_out, side_by_side
-from teacher_cache.engines.packs import Pack
+from teacher_cache.engines.packs import Pack, lay_out, side_by_side
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method.comp_demo import Request
 from teacher_cache.method.targets import TargetSpec

@@ -17,9 +17,8 @@ from shared.settings.config import CacheConfig, NoiseConfig, StudentConfig, Trai
 from shared.settings.objectives import NoDistillation
 from student_train.batches.collate import Batch, counts_of
 from student_train.losses.fused_head import LossSettings
-from teacher_cache.engines.batches import fill
 from teacher_cache.engines.inputs import build_inputs
-from teacher_cache.engines.packs import pack_requests
+from teacher_cache.engines.packs import fill, pack_requests
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method.comp_demo import Request
 from teacher_cache.method.targets import TargetSpec

@@ -22,6 +22,7 @@ from shared.diffusion.attention import (
     within_block_causal,
 )
 from shared.diffusion.padding import pad
+from teacher_cache.engines.packs import clean_ids, observed_first
 from teacher_cache.method.comp_demo import Request
 from teacher_cache.teachers.registry import Attention, BlockCausal, Full, Native, X0Xt
 
@@ -65,18 +66,3 @@ def build_inputs(attention: Attention, requests: Sequence[Request]) -> Inputs:
                 within_block_causal(valid, block),
                 torch.from_numpy(np.concatenate(columns)).long() + length,
             )
-
-
-def clean_ids(request: Request) -> Int[np.ndarray, " length"]:
-    """x_0: the request's ids with the gold ones in place."""
-    ids = request.ids.copy()
-    ids[request.read] = request.gold
-    return ids
-
-
-def observed_first(request: Request, block: int) -> Int[np.ndarray, " length"]:
-    """WeDLM's order: inside each block the observed positions, then the masked ones, each in their own order."""
-    length = len(request.ids)
-    masked = np.zeros(length, bool)
-    masked[request.read] = True
-    return np.lexsort((np.arange(length), masked, np.arange(length) // block)).astype(np.int32)

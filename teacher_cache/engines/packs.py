@@ -1,8 +1,9 @@
-"""What the engine runs: requests without the rows that nobody reads, and without one row twice.
+"""From requests to the tensors of a forward pass: requests → packs → batches.
 
-The passes of an example (two of CompDemo, of every draw) differ in what they mask. Under block attention what comes
-before a block is clean, and so the same for all of them: it is laid out once, and behind it those blocks of each pass
-that are read. `inputs.build_inputs` is the plain definition that this equals.
+The passes of an example (two of CompDemo, of every draw) differ in what they mask. Under block
+attention what comes before a block is clean, and so the same for all of them: it is laid out once,
+and behind it those blocks of each pass that are read. No row is run that nobody reads, and none
+twice. The values are those of whole sequences under an explicit mask.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Int
+from torch import Tensor
 
-from teacher_cache.engines.inputs import clean_ids, observed_first
+from shared.diffusion.padding import pad
+from shared.models.packed_attention import packed_arguments
 from teacher_cache.method.comp_demo import Request
 from teacher_cache.teachers.registry import Attention, BlockCausal, Full, Native, X0Xt
 
@@ -23,15 +27,15 @@ Row = Int[np.ndarray, " _"]
 
 @dataclass(frozen=True)
 class Pack:
-    """One sequence for one or more requests (`members`, by number). What a row sees stands in four labels:
+    """One sequence for one or more requests, with labels that say which rows see each other.
 
-    rows of its own segment whose rank is not above its own, of these only its own block where it stands `alone`; and,
-    from another segment than 0, the earlier blocks of segment 0. Under full attention there is one segment, of rank 0.
+    A row sees the rows of its own segment whose rank is not above its own (where it stands `alone`,
+    only those of its own block), and of segment 0, where it is in another, the earlier blocks. Under
+    full attention there is one segment, of rank 0.
     """
 
-    members: tuple[int, ...]
-    columns: tuple[Row, ...]
-    """For each member, where the rows stand at which it is read."""
+    members: tuple[int, ...]  # the requests, by number
+    columns: tuple[Row, ...]  # for each of them, where the rows stand at which it is read
     ids: Row
     positions: Row
     segments: Row
@@ -45,6 +49,23 @@ class Pack:
         return len(self.ids)
 
 
+# --- Requests → packs
+
+
+def clean_ids(request: Request) -> Int[np.ndarray, " length"]:
+    """x_0: the request's ids with the gold ones in place of its masks."""
+    ids = request.ids.copy()
+    ids[request.read] = request.gold
+    return ids
+
+
+def observed_first(request: Request, block: int) -> Int[np.ndarray, " length"]:
+    """WeDLM's order: inside each block the observed positions, then the masked ones."""
+    places = np.arange(len(request.ids))
+    masked = np.isin(places, request.read)
+    return np.lexsort((places, masked, places // block)).astype(np.int32)
+
+
 def pack_requests(
     attention: Attention,
     requests: Sequence[Request],
@@ -54,17 +75,18 @@ def pack_requests(
 ) -> list[Pack]:
     """All requests, each in one pack. A pack is at most `budget` rows wide, or has one request.
 
-    `shift` 1: the row of position i − 1 answers for position i. ValueError where that asks for a row before the first.
-    `model_width`: the model's hidden size. Attention looks at all pairs of a pack's rows, so that in a narrow model
-    wide packs cost more than the rows they save: they are cut where two are cheaper.
+    `shift` 1: the row of position i − 1 answers for position i. ValueError where that asks for a row
+    before the first. `model_width`: the model's hidden size. Attention looks at all pairs of a
+    pack's rows, so that in a narrow model wide packs cost more than the rows they save: they are cut
+    where two are cheaper.
     """
     for request in requests:
         if len(request.read) and request.read.min() < shift:
-            raise ValueError(
-                "position 0 is read of a teacher whose row i predicts token i + 1: no row predicts it"
-            )
+            raise ValueError("position 0 is read of a shifted teacher, in which no row predicts it")
     if isinstance(attention, Full):
         return [_whole(i, request, shift) for i, request in enumerate(requests)]
+
+    # 1. Requests over one text share its clean copy, and so a pack.
     together: dict[bytes, list[int]] = {}
     for i, request in enumerate(requests):
         together.setdefault(clean_ids(request).tobytes(), []).append(i)
@@ -72,125 +94,219 @@ def pack_requests(
 
     def cut(members: list[int]) -> list[Pack]:
         whole: Pack = make(attention, requests, members, shift)
-        if len(members) == 1:
-            return [whole]
         half = len(members) // 2
+        if half == 0:
+            return [whole]
+        # 2. What is too wide is halved, and the halves in turn.
         if whole.width > budget:
             return cut(members[:half]) + cut(members[half:])
-        if model_width is None or not _may_be_cut(whole, model_width):
+        # 3. So is what costs more than its halves. Halving saves at most half of the pairs of rows,
+        # and runs segment 0 once more.
+        again = int((whole.segments == 0).sum())
+        if model_width is None or whole.width**2 <= 2 * again * 6 * model_width:
             return [whole]
         halves = cut(members[:half]) + cut(members[half:])
-        cheaper = sum(_cost(pack, model_width) for pack in halves) < _cost(whole, model_width)
-        return halves if cheaper else [whole]
+        # In a layer a row costs 24 · width² operations, a pair of rows 4 · width.
+        costs = [pack.width * (6 * model_width + pack.width) for pack in (whole, *halves)]
+        return halves if sum(costs[1:]) < costs[0] else [whole]
 
-    return [pack for members in together.values() for pack in cut(members)]
-
-
-def _may_be_cut(pack: Pack, model_width: int) -> bool:
-    """Whether two packs could cost less: at most half of the pairs go, and segment 0 comes once more."""
-    again = int((pack.segments == 0).sum())
-    return pack.width**2 > 2 * again * 6 * model_width
-
-
-def _cost(pack: Pack, model_width: int) -> int:
-    """Of a pack's rows and pairs, in proportion: a row costs 24 · width² operations a layer, a pair 4 · width."""
-    return pack.width * (6 * model_width + pack.width)
+    packs: list[Pack] = []
+    for members in together.values():
+        packs += cut(members)
+    return packs
 
 
 def _whole(number: int, request: Request, shift: int) -> Pack:
-    zeros = np.zeros(len(request.ids), np.int64)
+    """Full attention: the sequence as it is."""
     places = np.arange(len(request.ids))
-    return Pack(
-        (number,),
-        (request.read.astype(np.int64) - shift,),
-        request.ids,
-        places,
-        zeros,
-        zeros,
-        zeros,
-        zeros > 0,
-    )
-
-
-@dataclass
-class _Layout:
-    """A pack as it grows."""
-
-    places: list[Row]
-    ids: list[Row]
-    segments: list[Row]
-    ranks: list[Row]
-    columns: list[Row]
-    width: int = 0
-
-    def add(self, segment: int, places: Row, ids: Row, ranks: Row) -> int:
-        """Rows at the end; the column of the first."""
-        self.places.append(places.astype(np.int64))
-        self.ids.append(ids.astype(np.int64))
-        self.segments.append(np.full(len(places), segment))
-        self.ranks.append(ranks.astype(np.int64))
-        start, self.width = self.width, self.width + len(places)
-        return start
-
-    def finish(self, members: Sequence[int], block: int, alone: bool) -> Pack:
-        """The pack; `alone`: rows behind segment 0 see of their own segment no other block."""
-        places, ids, segments, ranks = (
-            np.concatenate(x) for x in (self.places, self.ids, self.segments, self.ranks)
-        )
-        return Pack(
-            tuple(members),
-            tuple(self.columns),
-            ids,
-            places,
-            segments,
-            places // block,
-            ranks,
-            (segments > 0) & alone,
-        )
+    zeros = np.zeros(len(request.ids), np.int64)
+    columns = (request.read.astype(np.int64) - shift,)
+    return Pack((number,), columns, request.ids, places, zeros, zeros, zeros, zeros > 0)
 
 
 def _behind_clean(
     attention: X0Xt | Native, requests: Sequence[Request], members: Sequence[int], shift: int
 ) -> Pack:
-    """x_0 up to the last block that is read, and of each request's x_t the blocks that are."""
+    """[x_0 ; x_t, x_t', …]: of x_0 the blocks before the last that is read, of each x_t those read."""
     block, causal = attention.block, isinstance(attention, Native)
-    clean = clean_ids(requests[members[0]])
-    last = max(
-        (int((requests[i].read.max() - shift) // block) for i in members if len(requests[i].read)),
-        default=0,
-    )
+    asked = [requests[i].read.astype(np.int64) - shift for i in members]
+
+    # 1. Segment 0, the clean copy. Its rows see it causally (rank = position) or block by block.
+    last = max((int(rows.max()) // block for rows in asked if rows.size), default=0)
     before = np.arange(last * block)
-    layout = _Layout([], [], [], [], [])
-    layout.add(0, before, clean[before], before if causal else before // block)
-    for segment, i in enumerate(members, 1):
+    clean = clean_ids(requests[members[0]])[before]
+    parts = [(before, clean, before if causal else before // block)]
+    columns, width = [], len(before)
+
+    for i, rows in zip(members, asked, strict=True):
+        # 2. A segment of each request, in the order in which its rows see each other.
         request = requests[i]
         order = observed_first(request, block) if causal else np.arange(len(request.ids))
-        asked = request.read.astype(np.int64) - shift
         ranks = np.arange(len(order)) if causal else order // block
-        kept = np.isin(order // block, np.unique(asked // block))
-        start = layout.add(segment, order[kept], request.ids[order[kept]], ranks[kept])
+        # 3. Of it the blocks that are read: no other row looks at a block of x_t.
+        kept = np.isin(order // block, np.unique(rows // block))
+        places = order[kept]
+        parts.append((places, request.ids[places], ranks[kept]))
+        # 4. The column of every position that is asked about.
         column = np.full(len(request.ids), -1)
-        column[order[kept]] = start + np.arange(kept.sum())
-        layout.columns.append(column[asked])
-    return layout.finish(members, block, alone=True)
+        column[places] = width + np.arange(len(places))
+        columns.append(column[rows])
+        width += len(places)
+    return _join(members, columns, parts, block, alone=True)
 
 
 def _behind_prefix(
     attention: BlockCausal, requests: Sequence[Request], members: Sequence[int], shift: int
 ) -> Pack:
-    """The blocks at the beginning that all requests have in common, and of each the rest up to the last one read."""
+    """The blocks at the beginning that all requests share, and of each the rest that is read."""
     block = attention.block
     asked = [requests[i].read.astype(np.int64) - shift for i in members]
-    length = len(requests[members[0]].ids)
-    ends = [min(length, (int(own.max()) // block + 1) * block) if own.size else 0 for own in asked]
     ids = np.stack([requests[i].ids for i in members])
+    length = ids.shape[1]
+
+    # 1. Each request is run up to the last block that it reads.
+    ends = [
+        min(length, (int(rows.max()) // block + 1) * block) if rows.size else 0 for rows in asked
+    ]
+
+    # 2. Segment 0: the blocks before the first in which the requests differ.
     different = np.flatnonzero((ids != ids[0]).any(axis=0))
-    common = min(max(ends), (int(different[0]) // block * block) if different.size else length)
-    layout = _Layout([], [], [], [], [])
+    common = int(different[0]) // block * block if different.size else length
+    common = min(common, max(ends))
     prefix = np.arange(common)
-    layout.add(0, prefix, ids[0, :common], prefix // block)
-    for segment, (own, end, positions) in enumerate(zip(ids, ends, asked, strict=True), 1):
+    parts = [(prefix, ids[0, :common], prefix // block)]
+    columns, width = [], common
+
+    # 3. A segment of each request, with what follows. Positions of the prefix are read there.
+    for own, end, rows in zip(ids, ends, asked, strict=True):
         rest = np.arange(common, max(common, end))
-        start = layout.add(segment, rest, own[rest], rest // block)
-        layout.columns.append(np.where(positions < common, positions, positions - common + start))
-    return layout.finish(members, block, alone=False)
+        parts.append((rest, own[rest], rest // block))
+        columns.append(np.where(rows < common, rows, rows - common + width))
+        width += len(rest)
+    return _join(members, columns, parts, block, alone=False)
+
+
+def _join(
+    members: Sequence[int],
+    columns: Sequence[Row],
+    parts: Sequence[tuple[Row, Row, Row]],
+    block: int,
+    alone: bool,
+) -> Pack:
+    """A pack of segments, each of (positions, ids, ranks); `alone` holds for all but the first."""
+    positions = np.concatenate([part[0] for part in parts]).astype(np.int64)
+    ids = np.concatenate([part[1] for part in parts]).astype(np.int64)
+    ranks = np.concatenate([part[2] for part in parts]).astype(np.int64)
+    segments = np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts])
+    by_itself = (segments > 0) & alone
+    return Pack(
+        tuple(members),
+        tuple(columns),
+        ids,
+        positions,
+        segments,
+        positions // block,
+        ranks,
+        by_itself,
+    )
+
+
+# --- Packs → batches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass takes, and where in it the read positions stand, pack by pack."""
+
+    arguments: dict[str, Any]
+    row: Int[Tensor, " read"]
+    column: Int[Tensor, " read"]
+
+    @property
+    def rows(self) -> int:
+        """Rows that the model runs, padding included."""
+        return int(self.arguments["input_ids"].numel())
+
+
+def fill(widths: Sequence[int], budget: int, padded: bool) -> list[list[int]]:
+    """Indices in batches, longest first, of at most `budget` rows (or one pack) with padding."""
+    order = sorted(range(len(widths)), key=lambda i: (-widths[i], i))
+    batches: list[list[int]] = []
+    total = 0
+    for i in order:
+        # The first of a batch is its longest, to which all others are padded.
+        padded_rows = widths[batches[-1][0]] * (len(batches[-1]) + 1) if batches else 0
+        if batches and (padded_rows if padded else total + widths[i]) <= budget:
+            batches[-1].append(i)
+            total += widths[i]
+        else:
+            batches.append([i])
+            total = widths[i]
+    return batches
+
+
+def lay_out(
+    attention: Attention, requests: Sequence[Request], shift: int, budget: int, model_width: int
+) -> list[list[Pack]]:
+    """The packs of each forward pass of at most `budget` rows (see `pack_requests`)."""
+    packs = pack_requests(attention, requests, shift, budget, model_width)
+    batches = fill([pack.width for pack in packs], budget, padded=not isinstance(attention, Full))
+    return [[packs[i] for i in batch] for batch in batches]
+
+
+def one_behind_the_other(packs: Sequence[Pack], device: torch.device) -> Batch:
+    """A batch of one row for a model under `packed_attention`: neither padding nor mask."""
+    ends = np.concatenate([[0], np.cumsum([pack.width for pack in packs])])
+    columns = []
+    for pack, start in zip(packs, ends[:-1], strict=True):
+        columns += [column + start for column in pack.columns]
+    edges = torch.from_numpy(ends.astype(np.int32)).to(device, non_blocking=True)
+    arguments = {
+        "input_ids": _longs([pack.ids for pack in packs], device)[None],  # [1, rows]
+        "position_ids": _longs([pack.positions for pack in packs], device)[None],
+        **packed_arguments(edges, max(pack.width for pack in packs)),
+    }
+    column = _longs(columns, device)
+    return Batch(arguments, torch.zeros_like(column), column)
+
+
+def side_by_side(packs: Sequence[Pack], device: torch.device) -> Batch:
+    """A padded batch for a model under SDPA, with the mask that the packs' labels say."""
+
+    def padded(name: str) -> Int[Tensor, "packs width"]:
+        labels = [getattr(pack, name).astype(np.int64) for pack in packs]
+        return pad(labels)[0].to(device, non_blocking=True)
+
+    valid = pad([pack.ids for pack in packs])[1].to(device, non_blocking=True)
+    mask = labelled_mask(
+        padded("segments"), padded("blocks"), padded("ranks"), padded("alone").bool(), valid
+    )
+    arguments = {
+        "input_ids": padded("ids"),
+        "position_ids": padded("positions"),
+        "attention_mask": mask,
+    }
+    counts = [sum(len(column) for column in pack.columns) for pack in packs]
+    row = _longs([np.repeat(np.arange(len(packs)), counts)], device)
+    return Batch(arguments, row, _longs([c for pack in packs for c in pack.columns], device))
+
+
+def labelled_mask(
+    segments: Int[Tensor, "batch width"],
+    blocks: Int[Tensor, "batch width"],
+    ranks: Int[Tensor, "batch width"],
+    alone: Bool[Tensor, "batch width"],
+    valid: Bool[Tensor, "batch width"],
+) -> Bool[Tensor, "batch 1 width width"]:
+    """The rule of `Pack`. Padding is seen by none; every row sees itself, so that none is empty."""
+    q, k = (slice(None), slice(None), None), (slice(None), None, slice(None))
+    own = (segments[q] == segments[k]) & (ranks[k] <= ranks[q])
+    own &= ~alone[q] | (blocks[q] == blocks[k])
+    clean = (segments[k] == 0) & (segments[q] > 0) & (blocks[k] < blocks[q])
+    itself = torch.eye(segments.shape[1], dtype=torch.bool, device=segments.device)
+    return (((own | clean) & valid[k]) | itself)[:, None]
+
+
+def _longs(parts: Sequence[np.ndarray], device: torch.device) -> Int[Tensor, " n"]:
+    """All parts as one tensor on `device`."""
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device, non_blocking=True)

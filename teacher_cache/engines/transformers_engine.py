@@ -14,8 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from shared.models.loading import compile_layers
 from shared.models.packed_attention import use_packed_attention
-from teacher_cache.engines.batches import Batch, lay_out, one_behind_the_other, side_by_side
-from teacher_cache.engines.packs import Pack
+from teacher_cache.engines.packs import Batch, Pack, lay_out, one_behind_the_other, side_by_side
 from teacher_cache.method.comp_demo import Request
 from teacher_cache.method.targets import (
     Reading,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
-from teacher_cache.engines.batches import fill
-from teacher_cache.engines.inputs import build_inputs, observed_first
+from teacher_cache.engines.inputs import build_inputs
+from teacher_cache.engines.packs import fill, observed_first
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method.comp_demo import Request
 from teacher_cache.method.targets import TargetSpec
