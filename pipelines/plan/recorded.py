@@ -16,7 +16,7 @@ from shared.cache.vocabulary import Vocabulary
 from shared.system.errors import TideError
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method.targets import (
-    Reading,
+    ScoreTensors,
     TargetSpec,
     excluded_ids,
     extract,
@@ -74,7 +74,7 @@ class Sample:
             extract(logits, gold, spec, self._excluded(), members) for logits, gold in self.logits
         ]
         scores = [
-            scores_of([getattr(reading, f.name).numpy() for f in dataclasses.fields(Reading)], spec)
+            scores_of([getattr(reading, f.name).numpy() for f in dataclasses.fields(ScoreTensors)], spec)
             for reading in readings
         ]
         return plan.layout, finish_unit(plan, self.work, scores)[0]

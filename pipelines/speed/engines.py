@@ -86,7 +86,7 @@ def _measure(folder: Path) -> Table:
     )
     settings = EngineConfig(type="vllm", device="cpu", dtype="float32", tokens_per_batch=4096)
     with closing(VllmEngine(checkpoint, entry, spec, settings, _LONGEST)) as fast:
-        from teacher_cache.engines.vllm_engine.pooler import ScorePooler
+        from teacher_cache.engines.vllm_engine.models import ScorePooler
 
         model = load_model(checkpoint, "llama", torch.float32)
         plain = TransformersEngine(model, entry.attention, spec, tokens_per_batch=4096)

@@ -1,7 +1,8 @@
 """CompDemo (TIDE §2.2): what the teacher sees and what is read from it.
 
-The masked units are split into A and B. Pass 1 masks B, reveals A and reads B; pass 2 the reverse. So the teacher
-answers with half of the answer at hand, while the student sees all of it masked. Off: one pass, everything masked.
+The masked units are split into A and B. Pass 1 masks B, reveals A and reads B; pass 2 the reverse.
+So the teacher answers with half of the answer at hand, while the student sees all of it masked. Off:
+one pass, everything masked.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from shared.settings.config import NoiseConfig
 
 @dataclass(frozen=True)
 class Request:
-    """One forward pass of one example: ids with masks in place, positions to read, the gold ids there."""
+    """One forward pass of an example: ids with masks in place, positions to read, the gold ids there."""
 
     ids: Int[np.ndarray, " length"]
     read: Int[np.ndarray, " read"]
@@ -27,11 +28,11 @@ class Request:
 
 @dataclass(frozen=True)
 class TeacherView:
-    """The masked teacher positions (rising), the CompDemo part of each (True: A), and each one's active chunk.
+    """The masked teacher positions (rising), the CompDemo part of each, and each one's active chunk.
 
-    For a shared tokenizer `chunk_of` numbers the positions themselves: every masked token is a chunk of its own; and
-    `student` has the student's positions, which may be fewer than it has masked (`TargetConfig.positions`). What is not
-    read is not masked.
+    `in_a`: True in part A. For a shared tokenizer `chunk_of` numbers the positions themselves (every
+    masked token is a chunk of its own), and `student` has the student's positions, which may be
+    fewer than it has masked (`targets.positions`): what is not read is not masked.
     """
 
     ids: Int[np.ndarray, " length"]
@@ -42,7 +43,7 @@ class TeacherView:
 
 
 def draw_for(example: Prepared, noise: NoiseConfig, draw: int) -> Draw:
-    """The draw of an example: token masks for a shared tokenizer, chunk-consistent ones across tokenizers."""
+    """A draw of an example: token masks for a shared tokenizer, chunk-consistent ones across two."""
     maskable = example.maskable
     if example.shared:
         return token_draw(noise.seed, example.id, draw, maskable, noise.demo_ratio)
@@ -55,9 +56,9 @@ def teacher_view(example: Prepared, draw: Draw) -> TeacherView:
     ids = example.student_ids if example.teacher_ids is None else example.teacher_ids
     if example.shared:
         which, places = example.asked(draw.masked)
-        return TeacherView(
-            ids, places, draw.split[which], np.arange(which.size), draw.masked[which]
-        )
+        chunk_of = np.arange(which.size)
+        return TeacherView(ids, places, draw.split[which], chunk_of, draw.masked[which])
+    # Every position of every active chunk's teacher span, one chunk after the other.
     spans = example.chunks[draw.chunks, :2]
     lengths = spans[:, 1] - spans[:, 0]
     chunk_of = np.repeat(np.arange(len(spans)), lengths)
@@ -69,15 +70,16 @@ def teacher_view(example: Prepared, draw: Draw) -> TeacherView:
 def passes(
     view: TeacherView, mask_id: int, comp_demo: bool
 ) -> list[tuple[Request, Int[np.ndarray, " _"]]]:
-    """The forward passes that read every masked position once, each with the indices (into `view`) that it reads.
+    """The forward passes that read every masked position once, each with the indices it reads.
 
-    A pass with nothing to read is left out.
+    Indices are into `view`. A pass with nothing to read is left out.
     """
     parts = [~view.in_a, view.in_a] if comp_demo else [np.ones(view.positions.size, bool)]
     result = []
     for part in parts:
         rows = np.flatnonzero(part)
         if rows.size:
+            # What is read is masked; the other part is revealed.
             read = view.positions[rows]
             ids = view.ids.copy()
             ids[read] = mask_id

@@ -1,4 +1,4 @@
-"""What is kept of the teacher's logits at one row: the gold token, the top-k, and the mass of what is outside of it."""
+"""What is kept of the teacher's logits at one row: the gold token, the top-k, and the tail's mass."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from shared.system.errors import TideError
 
 @dataclass(frozen=True)
 class Scores:
-    """The teacher at the read positions of one request, float32. All but the first two are None where no top-k is asked
-    for, `class_mass` also where the tail has no classes (see `CacheRow`).
+    """The teacher at the read positions of one request, float32 (see `CacheRow`).
+
+    All but the first two are None where no top-k is asked for, `class_mass` also where the tail has
+    no classes.
     """
 
     gold_logp: Float[np.ndarray, " read"]
@@ -30,7 +32,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """Which numbers to take: `k` is 0 where no top-k is cached, `classes` 1 where its tail is kept as a whole."""
+    """Which numbers to take: `k` is 0 where no top-k is cached, `classes` 1 where its tail is whole."""
 
     k: int
     mass: float
@@ -39,8 +41,8 @@ class TargetSpec:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """`Scores` of many rows as tensors on the logits' device."""
+class ScoreTensors:
+    """`Scores` of many rows on the logits' device; what is not taken has a dimension of 0."""
 
     gold_logp: Float[Tensor, " read"]
     logsumexp: Float[Tensor, " read"]
@@ -49,23 +51,15 @@ class Reading:
     logp: Float[Tensor, "read k"]
     odds: Float[Tensor, "read temperatures"]
     class_mass: Float[Tensor, "read temperatures classes"]
-    """No classes: the last dimension is 0."""
 
 
 def scores_of(cells: list[np.ndarray], spec: TargetSpec) -> Scores:
-    """`Scores` from the arrays of a `Reading`, in their order."""
-    gold, whole, sizes, ids, logp, odds, mass = cells
+    """`Scores` from the arrays of a `ScoreTensors`, in their order."""
+    gold_logp, logsumexp, sizes, ids, logp, odds, mass = cells
     if not spec.k:
-        return Scores(gold, whole)
-    return Scores(
-        gold,
-        whole,
-        sizes.astype(np.int32),
-        ids.astype(np.int32),
-        logp,
-        odds,
-        mass if spec.classes > 1 else None,
-    )
+        return Scores(gold_logp, logsumexp)
+    sizes, ids = sizes.astype(np.int32), ids.astype(np.int32)
+    return Scores(gold_logp, logsumexp, sizes, ids, logp, odds, mass if spec.classes > 1 else None)
 
 
 def extract(
@@ -74,33 +68,37 @@ def extract(
     spec: TargetSpec,
     excluded: Int[Tensor, " excluded"] | None = None,
     members: Float[Tensor, "vocab classes"] | None = None,
-) -> Reading:
-    """What the cache keeps, in float32 before any exp.
+) -> ScoreTensors:
+    """What the cache keeps: natural logarithms of probabilities, in float32 before any exp.
 
-    The top-k's `sizes` is the shortest prefix whose mass at the largest temperature reaches `spec.mass`. Ids in
-    `excluded` (those that mean something else to the student) have no part in anything but `gold_logp`, which is over
-    all logits. `members`: 1 where a token belongs to a class; masses are then summed by a product, the same every time.
+    Ids in `excluded` (those that mean something else to the student) have no part in anything but
+    `gold_logp`. `members`: 1 where a token belongs to a class.
     """
+    # 1. The gold token's log-likelihood, over all logits.
     logits = logits.float()
     gold_logp = logits.gather(1, gold[:, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
+
+    # 2. The top-k of the ids that are shared.
     logits = _shared_alone(logits, excluded)
-    whole = torch.logsumexp(logits, dim=1)
+    logsumexp = torch.logsumexp(logits, dim=1)
     if not spec.k:
         none = logits.new_zeros(len(gold), 0)
-        return Reading(gold_logp, whole, gold, none.long(), none, none, none[:, :, None])
-    values, ids = torch.topk(logits, spec.k, dim=1)
-    sizes = _sizes(logits, values, spec)
+        return ScoreTensors(gold_logp, logsumexp, gold, none.long(), none, none, none[:, :, None])
+    values, ids, sizes = _topk(logits, spec)
+
+    # 3. What is outside of it: at each temperature its odds, and the mass of each class. Masses are
+    #    summed by a product, which gives the same every time.
     odds, masses = [], []
     for temperature in spec.temperatures:
         outside, inside = outside_mass(logits, ids, sizes, temperature)
         odds.append(outside.sum(dim=1).log() - inside.log())
         masses.append(outside @ members if members is not None else outside[:, :0])
-    return Reading(
+    return ScoreTensors(
         gold_logp,
-        whole,
+        logsumexp,
         sizes,
         ids,
-        values - whole[:, None],
+        values - logsumexp[:, None],
         torch.stack(odds, dim=1).clamp(-LARGEST_ODDS, LARGEST_ODDS),
         torch.stack(masses, dim=1).log().clamp_min(EMPTY),
     )
@@ -113,31 +111,31 @@ def outside_sums(
 ) -> Float[Tensor, "temperatures vocab"]:
     """Sums over rows of each token's probability outside of the top-k that `extract` takes."""
     logits = _shared_alone(logits.float(), excluded)
-    values, ids = torch.topk(logits, spec.k, dim=1)
-    sizes = _sizes(logits, values, spec)
-    return torch.stack(
-        [outside_mass(logits, ids, sizes, t)[0].sum(dim=0) for t in spec.temperatures]
-    )
+    _, ids, sizes = _topk(logits, spec)
+    sums = [outside_mass(logits, ids, sizes, t)[0].sum(dim=0) for t in spec.temperatures]
+    return torch.stack(sums)
 
 
 def _shared_alone(logits: Tensor, excluded: Tensor | None) -> Tensor:
-    return (
-        logits
-        if excluded is None or not excluded.numel()
-        else logits.index_fill(1, excluded, -torch.inf)
-    )
+    if excluded is None or not excluded.numel():
+        return logits
+    return logits.index_fill(1, excluded, -torch.inf)
 
 
-def _sizes(
-    logits: Tensor, values: Float[Tensor, "read k"], spec: TargetSpec
-) -> Int[Tensor, " read"]:
+def _topk(
+    logits: Float[Tensor, "read vocab"], spec: TargetSpec
+) -> tuple[Float[Tensor, "read k"], Int[Tensor, "read k"], Int[Tensor, " read"]]:
+    """Values and ids of the k largest, and how many of them are kept.
+
+    Those are the shortest prefix whose mass at the largest temperature reaches `spec.mass`.
+    """
+    values, ids = torch.topk(logits, spec.k, dim=1)
     if spec.mass == 1.0:
-        return torch.full((len(values),), spec.k, device=values.device)
+        return values, ids, torch.full((len(values),), spec.k, device=values.device)
     hottest = spec.temperatures[-1]
-    mass = torch.exp(
-        values / hottest - torch.logsumexp(logits / hottest, dim=1, keepdim=True)
-    ).cumsum(dim=1)
-    return ((mass < spec.mass).sum(dim=1) + 1).clamp_max(spec.k)
+    logp = values / hottest - torch.logsumexp(logits / hottest, dim=1, keepdim=True)
+    short = (logp.exp().cumsum(dim=1) < spec.mass).sum(dim=1)
+    return values, ids, (short + 1).clamp_max(spec.k)
 
 
 def outside_mass(
@@ -146,22 +144,22 @@ def outside_mass(
     sizes: Int[Tensor, " read"],
     temperature: float,
 ) -> tuple[Float[Tensor, "read vocab"], Float[Tensor, " read"]]:
-    """Probabilities at `temperature` with those of each row's kept ids set to 0, and the sum of those."""
+    """Probabilities at `temperature` with those of each row's kept ids set to 0, and their sum."""
     p = torch.softmax(logits / temperature, dim=1)
     kept = torch.arange(ids.shape[1], device=ids.device) < sizes[:, None]
     inside = (p.gather(1, ids) * kept).sum(dim=1)
-    # An id beyond the kept ones keeps its probability: the first of the row, which is always kept, stands in for it.
+    # An id beyond the kept ones keeps its probability: the row's first, always kept, stands for it.
     return p.scatter(1, torch.where(kept, ids, ids[:, :1]), 0.0), inside
 
 
 def member_matrix(
     class_of: Int[np.ndarray, " vocab"], classes: int
 ) -> Float[Tensor, "vocab classes"]:
-    """1 where a token belongs to a class; rows of ids that are in none are 0."""
-    found = torch.zeros(class_of.size, classes)
+    """1 where a token belongs to a class; rows of ids that are in none (−1) are 0."""
+    members = torch.zeros(class_of.size, classes)
     tokens = np.flatnonzero(class_of >= 0)
-    found[torch.from_numpy(tokens), torch.from_numpy(class_of[tokens].astype(np.int64))] = 1.0
-    return found
+    members[torch.from_numpy(tokens), torch.from_numpy(class_of[tokens].astype(np.int64))] = 1.0
+    return members
 
 
 def excluded_ids(shared: Bool[np.ndarray, " ids"], vocabulary: int) -> Int[np.ndarray, " excluded"]:
@@ -173,15 +171,14 @@ def excluded_ids(shared: Bool[np.ndarray, " ids"], vocabulary: int) -> Int[np.nd
 
 def refuse_nonfinite(scores: Scores, example_id: str) -> None:
     """Raise TideError where the teacher returned NaN or infinity for an example."""
-    bad = ~(np.isfinite(scores.gold_logp) & np.isfinite(scores.logsumexp))
-    for values in (scores.topk_logp, scores.tail_odds):
+    finite = np.isfinite(scores.gold_logp) & np.isfinite(scores.logsumexp)
+    for values in (scores.topk_logp, scores.tail_odds, scores.class_mass):
         if values is not None:
-            bad |= ~np.isfinite(values).all(axis=1)
-    if scores.class_mass is not None:
-        bad |= ~np.isfinite(scores.class_mass).all(axis=(1, 2))
-    if bad.any():
+            finite &= np.isfinite(values).reshape(len(finite), -1).all(axis=1)
+    if not finite.all():
         raise TideError(
-            f"the teacher returned {int(bad.sum())} non-finite rows of {bad.size} for example {example_id}",
+            f"the teacher returned {int((~finite).sum())} non-finite rows of {finite.size} "
+            f"for example {example_id}",
             expected="finite logits",
             fix="use engine.dtype=bfloat16 or float32 instead of float16, and check the checkpoint; "
             "finished shards are kept",

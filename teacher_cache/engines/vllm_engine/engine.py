@@ -1,4 +1,4 @@
-"""The fast engine: vLLM scores all passes of a unit at once, batched without padding (DESIGN §7)."""
+"""The fast engine: vLLM scores all passes of a unit at once, batched without padding."""
 
 from __future__ import annotations
 
@@ -22,16 +22,13 @@ from shared.models.checkpoint import Checkpoint
 from shared.models.loading import check_weights
 from shared.settings.config import EngineConfig
 from shared.system.errors import TideError
-from teacher_cache.engines.vllm_engine.packing import unpack
-from teacher_cache.engines.vllm_engine.plugin import SCORERS
+from teacher_cache.engines.vllm_engine.plugin import SCORERS, unpack
 from teacher_cache.method.comp_demo import Request
 from teacher_cache.method.targets import Scores, TargetSpec, excluded_ids
 from teacher_cache.teachers.registry import Full, TeacherEntry
 
-_TASK = "token_classify"
-_SWAPPED = ("Glm4MoeForCausalLM", "Qwen3MoeForCausalLM")
-"""Stock classes of vLLM 0.32 that ignore `is_causal`."""
-_LOOK_SECONDS = 0.5
+_IGNORE_IS_CAUSAL = ("Glm4MoeForCausalLM", "Qwen3MoeForCausalLM")  # of vLLM 0.32's stock classes
+_LOOK_SECONDS = 0.5  # between looks at vLLM's processes
 
 
 def installed() -> bool:
@@ -43,7 +40,8 @@ def why_not(entry: TeacherEntry, settings: EngineConfig) -> TideError | None:
     """Why vLLM cannot run this teacher so, or None. Nothing is imported."""
     if not isinstance(entry.attention, Full):
         return TideError(
-            f"the vLLM engine knows full attention only; this teacher runs under {entry.attention.type}",
+            "the vLLM engine knows full attention only; this teacher runs under "
+            f"{entry.attention.type}",
             expected="a teacher with full attention, or another engine",
             fix="use --engine transformers",
         )
@@ -56,13 +54,14 @@ def why_not(entry: TeacherEntry, settings: EngineConfig) -> TideError | None:
         return TideError(
             "the vLLM engine is not installed",
             expected="vllm 0.32",
-            fix='pip install ".[vllm]" (docs/engines.md has the CPU build), or use --engine transformers',
+            fix='pip install ".[vllm]" (docs/engines.md has the CPU build), '
+            "or use --engine transformers",
         )
     return None
 
 
 class VllmEngine:
-    """Scores requests with vLLM. The same values as the transformers engine, up to the order of sums."""
+    """Scores requests with vLLM: the values of the transformers engine, up to the order of sums."""
 
     def __init__(
         self,
@@ -83,29 +82,28 @@ class VllmEngine:
         _write_config(Path(self._folder.name), checkpoint, entry, spec, settings, shared_ids)
         before = set(multiprocessing.active_children())
         self._llm, self._params = _start(checkpoint, Path(self._folder.name), settings, longest)
-        self._processes = [
-            child for child in multiprocessing.active_children() if child not in before
-        ]
+        children = multiprocessing.active_children()
+        self._processes = [child for child in children if child not in before]
 
     def score(self, requests: Sequence[Request]) -> list[Scores]:
-        """Scores of each request, in order (see `Engine`). TideError where a vLLM process has died."""
+        """Scores of each request, in order (see `Engine`). TideError where a vLLM process died."""
         if not requests:
             return []
         too_long = max(len(request.ids) for request in requests)
         if too_long > self._longest:
             raise TideError(
                 f"a sequence of {too_long} tokens came to a vLLM engine made for {self._longest}",
-                fix="raise lengths.student: prompts grow where their added tokens are spelled out for the teacher",
+                fix="raise lengths.student: prompts grow where their added tokens are spelled out "
+                "for the teacher",
             )
         classes = {} if self._classes is None else {"classes": str(self._classes)}
-        return [unpack(data, self._spec) for data in self._asked(requests, classes)]
+        return [unpack(data, self._spec) for data in self._ask(requests, classes)]
 
     def outside(self, requests: Sequence[Request]) -> Float[np.ndarray, "temperatures vocab"]:
         """Sums of probabilities outside of the top-k (see `Engine`)."""
-        asked = [request for request in requests if len(request.read)]
-        return np.sum(
-            [data.double().numpy() for data in self._asked(asked, {"outside": True})], axis=0
-        )
+        read = [request for request in requests if len(request.read)]
+        sums = [data.double().numpy() for data in self._ask(read, {"outside": True})]
+        return np.sum(sums, axis=0)
 
     def use_classes(self, class_of: Int[np.ndarray, " vocab"]) -> None:
         """From now on scores hold the masses of these classes (see `Engine`)."""
@@ -115,36 +113,36 @@ class VllmEngine:
             self._classes = Path(self._folder.name) / "classes.npy"  # vLLM's processes read it
             np.save(self._classes, class_of)
 
-    def _asked(self, requests: Sequence[Request], more: dict[str, Any]) -> list[torch.Tensor]:
-        """What the pooler answers to each request."""
-        prompts = [{"prompt_token_ids": request.ids.tolist()} for request in requests]
-        params = [
-            self._params(
-                use_activation=False,
-                extra_kwargs={
-                    "positions": request.read.tolist(),
-                    "gold": request.gold.tolist(),
-                    **more,
-                },
-            )
-            for request in requests
-        ]
-        outputs = self._watched(
-            lambda: self._llm.encode(prompts, params, pooling_task=_TASK, use_tqdm=False)
-        )
-        return [output.outputs.data.cpu() for output in outputs]
-
     def close(self) -> None:
         """End vLLM's processes."""
         self._llm.llm_engine.engine_core.shutdown()
         self._folder.cleanup()
 
+    def _ask(self, requests: Sequence[Request], more: dict[str, Any]) -> list[torch.Tensor]:
+        """What the pooler answers to each request."""
+        prompts, params = [], []
+        for request in requests:
+            prompts.append({"prompt_token_ids": request.ids.tolist()})
+            asked = {"positions": request.read.tolist(), "gold": request.gold.tolist(), **more}
+            params.append(self._params(use_activation=False, extra_kwargs=asked))
+        outputs = self._watched(
+            lambda: self._llm.encode(prompts, params, pooling_task="token_classify", use_tqdm=False)
+        )
+        return [output.outputs.data.cpu() for output in outputs]
+
     def _watched(self, call: Callable[[], list[Any]]) -> list[Any]:
-        """The result of `call`. vLLM 0.32 waits for ever where its core process is killed: this looks after it."""
+        """The result of `call`. vLLM 0.32 waits for ever where its core process is killed."""
         if not self._processes:
             return call()
         answer: Future[list[Any]] = Future()
-        threading.Thread(target=_fulfil, args=(answer, call), daemon=True).start()
+
+        def run() -> None:
+            try:
+                answer.set_result(call())
+            except BaseException as error:  # it belongs to the caller, in the other thread
+                answer.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
         while not wait([answer], timeout=_LOOK_SECONDS).done:
             if not all(process.is_alive() for process in self._processes):
                 raise _stopped()
@@ -152,13 +150,6 @@ class VllmEngine:
         if error is not None and type(error).__name__ == "EngineDeadError":
             raise _stopped() from error
         return answer.result()
-
-
-def _fulfil(answer: Future[list[Any]], call: Callable[[], list[Any]]) -> None:
-    try:
-        answer.set_result(call())
-    except BaseException as error:  # it belongs to the caller, in the other thread
-        answer.set_exception(error)
 
 
 def _stopped() -> TideError:
@@ -178,11 +169,10 @@ def _write_config(
     settings: EngineConfig,
     shared_ids: Bool[np.ndarray, " vocab"] | None,
 ) -> None:
-    """A config of the stock architecture, with what the scorer must know under `tide`. The weights stay as they are."""
+    """A config of the stock architecture, with what the scorer must know under `tide`."""
     kind = ARCHITECTURES[entry.architecture]
     config = kind.config(checkpoint.config)
-    stock = kind.stock_class
-    config.architectures = [SCORERS[stock]]
+    config.architectures = [SCORERS[kind.stock_class]]
     config.is_causal = False
     excluded = [] if shared_ids is None else excluded_ids(shared_ids, config.vocab_size).tolist()
     config.tide = {
@@ -193,7 +183,7 @@ def _write_config(
         "temperatures": list(spec.temperatures),
         "head_rows": settings.head_rows,
         "excluded": excluded,
-        "swap_attention": stock in _SWAPPED,
+        "swap_attention": kind.stock_class in _IGNORE_IS_CAUSAL,
     }
     config.to_json_file(folder / "config.json")
 
@@ -202,9 +192,8 @@ def _start(
     checkpoint: Checkpoint, folder: Path, settings: EngineConfig, longest: int
 ) -> tuple[Any, Any]:
     """vLLM's engine, and its class of pooling parameters."""
-    on_cpu = settings.device == "cpu" or (
-        settings.device == "auto" and not torch.accelerator.is_available()
-    )
+    no_accelerator = settings.device == "auto" and not torch.accelerator.is_available()
+    on_cpu = settings.device == "cpu" or no_accelerator
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if on_cpu:

@@ -1,31 +1,59 @@
 """The scorers: vLLM's stock classes under bidirectional attention, with a pooler that returns scores.
 
-Imported inside vLLM's processes only. What a scorer must know travels in its config under `tide` (see `engine`).
+Imported inside vLLM's processes only. What a scorer must know travels in its config under `tide`
+(see `engine`). Top to bottom: weights → model → pooler (hidden states at the requested rows → LM
+head → what is kept of the logits).
 """
 
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Set
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention.encoder_only_attention import EncoderOnlyAttention
-from vllm.model_executor.layers.pooler import DispatchPooler
+from vllm.model_executor.layers.pooler import DispatchPooler, Pooler
 from vllm.model_executor.models.glm4_moe import Glm4MoeForCausalLM
 from vllm.model_executor.models.interfaces_base import attn_type
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
+from vllm.tasks import PoolingTask
+from vllm.v1.pool.metadata import PoolingMetadata
 
-from teacher_cache.engines.vllm_engine.pooler import TASK, ScorePooler
-from teacher_cache.engines.vllm_engine.weights import stock_weights
+from shared.models.architectures import ARCHITECTURES, FUSED_QKV, SPLIT_QKV, split_qkv
+from teacher_cache.engines.vllm_engine.plugin import column_widths, pack
+from teacher_cache.method.targets import TargetSpec, extract, member_matrix, outside_sums
+
+TASK: PoolingTask = "token_classify"
+
+
+def stock_weights(
+    weights: Iterable[tuple[str, Tensor]], architecture: str, config: Any
+) -> Iterator[tuple[str, Tensor]]:
+    """The hub's own tensors under the names of the stock architecture, for vLLM's loaders.
+
+    vLLM stacks experts itself, so an expert's matrix keeps its own name. Keys must be known, as
+    `loading.check_weights` has seen to.
+    """
+    kind, tied = ARCHITECTURES[architecture], bool(config.tie_word_embeddings)
+    for key, tensor in weights:
+        name = kind.stock_name(key)
+        if FUSED_QKV in name:
+            for part, rows in zip(SPLIT_QKV, split_qkv(tensor, config), strict=True):
+                yield name.replace(FUSED_QKV, part), rows
+        elif not (tied and name == "lm_head.weight"):
+            yield name, tensor
 
 
 class _Scorer:
-    """Pooler and key map, put before a stock class in the bases."""
+    """Pooler and renamed weights, put before a stock class in the bases."""
 
     is_pooling_model = True
 
@@ -37,13 +65,13 @@ class _Scorer:
             _see_both_ways(self, vllm_config)
         self.pooler = DispatchPooler({TASK: ScorePooler(self.compute_logits, settings)})  # type: ignore[attr-defined]
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the hub's own layout."""
         return super().load_weights(stock_weights(weights, self._tide["architecture"], self.config))  # type: ignore[misc, attr-defined]
 
 
 def _see_both_ways(model: Any, vllm_config: VllmConfig) -> None:
-    """Replace causal attention by encoder-only attention, for stock classes that do not honour `is_causal`."""
+    """Encoder-only attention in place of causal, for stock classes that do not honour `is_causal`."""
     layers = vllm_config.compilation_config.static_forward_context
     for layer in model.model.layers:
         attention = layer.self_attn
@@ -83,3 +111,94 @@ class TideQwen3MoeScorer(_Scorer, Qwen3MoeForCausalLM):
 @attn_type("encoder_only")
 class TideGlm4MoeScorer(_Scorer, Glm4MoeForCausalLM):
     """LLaDA2.x."""
+
+
+class ScorePooler(Pooler):
+    """Runs the LM head at the rows that requests name in `extra_kwargs`, and at no other.
+
+    `positions` are rows of the request's own sequence, `gold` the token ids there, `classes` (where
+    named) a file with every token's class. A request with `outside` gets sums of probabilities
+    outside of the top-k instead. Requests of one step share the head's passes, `head_rows` rows at a
+    time.
+    """
+
+    # Rows for which the LM head ran in this process, for the benchmark and the tests.
+    rows_run: ClassVar[int] = 0
+
+    def __init__(
+        self, compute_logits: Callable[[Tensor], Tensor | None], settings: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        # A bound method: the model does not become a child of its pooler.
+        self._compute_logits = compute_logits
+        self._spec = TargetSpec(settings["k"], settings["mass"], tuple(settings["temperatures"]))
+        self._shift = int(settings["shift"])
+        self._head_rows = int(settings["head_rows"])
+        self._excluded = torch.tensor(settings["excluded"], dtype=torch.long, device="cpu")
+        self._classes: str | None = None
+        self._members: Tensor | None = None
+
+    def get_supported_tasks(self) -> Set[PoolingTask]:
+        """The one task under which scores are asked for."""
+        return {TASK}
+
+    def forward(
+        self, hidden_states: Tensor, pooling_metadata: PoolingMetadata
+    ) -> list[Tensor | None]:
+        """One packed tensor a request (`plugin.pack`), on the model's device."""
+        # 1. The rows that the requests of this step ask for, in the step's hidden states.
+        cursor = pooling_metadata.get_pooling_cursor()
+        starts = [0, *cursor.num_scheduled_tokens_cpu.cumsum(0).tolist()]
+        rows, gold, sizes, outside = [], [], [], []
+        for start, params in zip(starts, pooling_metadata.pooling_params, strict=False):
+            # vLLM's own warm-up asks for nothing.
+            asked: dict[str, Any] = params.extra_kwargs or {"positions": [], "gold": []}
+            self._use_classes(asked.get("classes"))
+            rows += [start + position - self._shift for position in asked["positions"]]
+            gold += asked["gold"]
+            sizes.append(len(asked["positions"]))
+            outside.append(bool(asked.get("outside")))
+        device = hidden_states.device
+        index = torch.tensor(rows, dtype=torch.long).to(device, non_blocking=True)
+        answers = torch.tensor(gold, dtype=torch.long).to(device, non_blocking=True)
+
+        # 2. The head, over the rows of all requests together, some at a time.
+        if any(outside):
+            return [self._outside(hidden_states[i]) for i in index.split(sizes)]
+        parts = []
+        for i in range(0, len(rows), self._head_rows):
+            some = slice(i, i + self._head_rows)
+            parts.append(self._score(hidden_states[index[some]], answers[some]))
+        nothing = torch.zeros(0, sum(column_widths(self._spec)), device=device)
+        return list(torch.cat(parts or [nothing]).split(sizes))
+
+    def _use_classes(self, path: str | None) -> None:
+        """The classes of a file, which is read when it is first named."""
+        if path is None or path == self._classes:
+            return
+        class_of = np.load(path, allow_pickle=False)
+        self._classes = path
+        self._spec = dataclasses.replace(self._spec, classes=int(class_of.max()) + 1)
+        self._members = member_matrix(class_of, self._spec.classes)
+
+    def _logits(self, hidden: Tensor) -> Tensor | None:
+        """None on a tensor-parallel rank that holds no gathered logits: nobody reads its answer."""
+        ScorePooler.rows_run += len(hidden)
+        logits = self._compute_logits(hidden)
+        if logits is not None:
+            self._excluded = self._excluded.to(logits.device)
+            self._members = None if self._members is None else self._members.to(logits.device)
+        return logits
+
+    def _score(self, hidden: Tensor, gold: Tensor) -> Tensor:
+        logits = self._logits(hidden)
+        if logits is None:
+            return torch.zeros(len(gold), sum(column_widths(self._spec)), device=hidden.device)
+        return pack(extract(logits, gold, self._spec, self._excluded, self._members))
+
+    def _outside(self, hidden: Tensor) -> Tensor:
+        """Sums over rows of probabilities outside of the top-k, a row a temperature."""
+        logits = self._logits(hidden)
+        if logits is None or not len(hidden):
+            return torch.zeros(len(self._spec.temperatures), 1, device=hidden.device)
+        return outside_sums(logits, self._spec, self._excluded)
