@@ -64,7 +64,7 @@ def sample(
 ) -> None:
     """Answer prompts with a student."""
     if file is not None:
-        from shared.data.prompts import read_prompts
+        from shared.data.reading import read_prompts
 
         chats = read_prompts(file)
     else:

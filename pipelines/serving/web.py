@@ -23,7 +23,7 @@ from pipelines.serving.answer import Answer, Piece
 from pipelines.serving.engine import Engine, Event, Full, Job, Stopping
 from pipelines.serving.protocol import ApiError, Asked, ChatRequest, CompletionRequest, Reply, read
 from pipelines.serving.settings import ServeConfig
-from shared.data.prompts import waiting_messages
+from shared.data.reading import waiting_messages
 from shared.system.errors import TideError
 from student_train.using.decoding import Row
 from student_train.using.load import LoadedStudent

@@ -1,8 +1,9 @@
 """Chat examples as token ids for student and teacher, with the chunks that both share.
 
-The student's sequence is prompt and response in turn, and EOS up to a whole block; those EOS are part of the last
-response and carry loss (DESIGN §3). A teacher that shares the student's tokenizer reads that very sequence; another
-teacher reads the conversation in its own template and tokens, and the chunks of the responses tie the two together.
+The student's sequence is prompt and response in turn, and EOS up to a whole block; those EOS are
+part of the last response and carry loss. A teacher that shares the student's tokenizer reads that
+very sequence (or the conversation in its own template); another teacher reads the conversation in
+its own template and tokens, and the chunks of the responses tie the two together.
 """
 
 from __future__ import annotations
@@ -13,35 +14,26 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
-from shared.aligned.alignment import Chunks
-from shared.aligned.responses import Side, align_responses
-from shared.aligned.same_tokens import (
-    SharedVocabulary,
-    positions_in,
-    read_own_text,
-    read_student_text,
-    spans_of,
-    words_in,
-)
+from shared.aligned.alignment import Chunks, Side, align_responses
 from shared.data.conversation import ChatExample
 from shared.settings.config import LengthConfig
 from shared.system.errors import Unusable
-from shared.text.rendered import RenderedChat, Turns
+from shared.text.templates import RenderedChat, Turns
 from shared.text.tokenizers import Tokenizer
-
-NO_CHUNKS = np.zeros((0, 4), np.int32)
-_IGNORED = "not written by a template: "
 
 
 @dataclass(frozen=True)
 class Prepared:
     """One example, ready for draws.
 
-    `spans` are the maskable student positions (start, end; rising, apart). `teacher_ids` is None where the teacher
-    reads the student's ids. `chunks` (teacher_start, teacher_end, student_start, student_end) lie wholly in responses
-    of both; they are empty where `shared`: then student position i of span k is teacher position i + `offsets[k]`.
+    `spans` are the maskable student positions (start, end; rising, apart). `teacher_ids` is None
+    where the teacher reads the student's ids. `chunks` (teacher_start, teacher_end, student_start,
+    student_end) lie wholly in responses of both; they are empty where `shared`.
+
+    Where `shared`, `pairs` are the positions, student's and teacher's, at which the teacher may be
+    asked, rising; None: all maskable ones, position i of span k at i + `offsets[k]`.
     """
 
     id: str
@@ -53,37 +45,73 @@ class Prepared:
     offsets: Int[np.ndarray, " spans"]
     label: str = ""
     pairs: Int[np.ndarray, "asked 2"] | None = None
-    """Where `shared`: the positions, student's and teacher's, at which the teacher may be asked, rising; None: all
-    maskable ones, by `offsets`.
-    """
 
     @property
     def maskable(self) -> Int[np.ndarray, " maskable"]:
         """The maskable student positions, rising."""
-        return positions_in(self.spans)
+        return _positions_in(self.spans)
 
     def asked(
         self, masked: Int[np.ndarray, " masked"]
     ) -> tuple[Int[np.ndarray, " read"], Int[np.ndarray, " read"]]:
-        """Which of these masked positions (by number) a teacher of the same tokenizer is asked about, and where it has
-        them.
+        """Which of these masked positions (by number) a teacher of the same tokenizer is asked
+        about, and where it has them.
         """
         if self.pairs is None:
-            every = np.arange(masked.size)
-            return every, (masked + self.offsets[spans_of(self.spans, masked)]).astype(np.int32)
+            places = masked + _offset_at(masked, self.spans, self.offsets)
+            return np.arange(masked.size), places.astype(np.int32)
         _, which, pair = np.intersect1d(
             masked, self.pairs[:, 0], assume_unique=True, return_indices=True
         )
         return which, self.pairs[pair, 1].astype(np.int32)
 
 
+@dataclass(frozen=True)
+class SharedVocabulary:
+    """A teacher of the student's tokenizer family: ids where `same` is True mean the same to both.
+
+    Vocabularies of one family differ in their added tokens (Qwen's from 151,646 on). In a prompt
+    such a token is given to the teacher as the teacher would write its text; a response that holds
+    one is left out and counted.
+    """
+
+    teacher: Tokenizer
+    same: Bool[np.ndarray, " vocab"]
+
+    @classmethod
+    def between(cls, student: Tokenizer, teacher: Tokenizer) -> SharedVocabulary:
+        """Compare the two vocabularies token by token."""
+        ours, theirs = student.token_bytes, teacher.token_bytes
+        same = np.zeros(max(len(ours), len(theirs)), bool)
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=False)):
+            same[i] = a == b and a != b""
+        return cls(teacher, same)
+
+    def translate(self, ids: Int[np.ndarray, " n"], student: Tokenizer) -> list[int]:
+        """`ids` for the teacher: shared ones as they are, others as it tokenises their text."""
+        result: list[int] = []
+        for token in ids.tolist():
+            if self.same[token]:
+                result.append(token)
+            else:
+                text = student.token_bytes[token].decode("utf-8", "replace")
+                result += self.teacher.encode([text])[0]
+        return result
+
+
 @dataclass
 class Preparer:
     """Turns chat examples into `Prepared` ones.
 
-    `teacher` is a tokenizer of its own, a `SharedVocabulary`, or None where both read the very same ids. `counts` adds
-    up what is lost in rows that are kept: `truncated`, `beyond_teacher`, `response_bytes`, `unaligned_bytes`,
-    `unaligned_examples`.
+    `teacher` is a tokenizer of its own, a `SharedVocabulary`, or None where both read the very same
+    ids. With a shared tokenizer, `positions` says where the teacher is asked: at all of a response,
+    or at the answer's own words (`targets.positions`); `own_text`, that it reads its own template
+    (`targets.teacher_text`). `skip_first`: position 0 of the teacher's sequence is never asked,
+    since a shifted teacher has no row that predicts it.
+
+    `counts` adds up what is lost in rows that are kept: `truncated`, `beyond_teacher` (the prompt
+    alone is longer than the teacher may read: cross-entropy only), `response_bytes`,
+    `unaligned_bytes`, `unaligned_examples`.
     """
 
     student: Tokenizer
@@ -93,144 +121,212 @@ class Preparer:
     teacher_mask_id: int | None = None
     turns: Turns = "last"
     positions: Literal["content", "response"] = "response"
-    """With a shared tokenizer: where the teacher is asked (`TargetConfig.positions`)."""
     own_text: bool = False
-    """With a shared tokenizer: the teacher reads its own template (`TargetConfig.teacher_text`)."""
     skip_first: bool = False
-    """Position 0 of the teacher's sequence is never asked: a shifted teacher has no row that predicts it."""
     counts: Counter[str] = field(default_factory=Counter)
 
     def usable(self, examples: Sequence[ChatExample]) -> list[Prepared]:
         """Those of `examples` that can be used."""
-        return [found for found in self(examples) if isinstance(found, Prepared)]
+        return [result for result in self(examples) if isinstance(result, Prepared)]
 
     def __call__(self, examples: Sequence[ChatExample]) -> list[Prepared | Unusable]:
         """Prepare `examples`; for one that cannot be used, the reason why."""
-        student = _sides(self.student, examples, self.turns, self.counts)
-        teacher: Sequence[Side | Unusable | None] = [None] * len(examples)
+        reader: Tokenizer | None = None  # of the teacher's own text, if it reads any
         if isinstance(self.teacher, Tokenizer):
-            teacher = _sides(self.teacher, examples, self.turns, self.counts)
+            reader = self.teacher
         elif isinstance(self.teacher, SharedVocabulary) and self.own_text:
-            teacher = _sides(self.teacher.teacher, examples, self.turns, self.counts)
-        return [self._try(e, s, t) for e, s, t in zip(examples, student, teacher, strict=True)]
-
-    def _try(
-        self, example: ChatExample, student: Side | Unusable, teacher: Side | Unusable | None
-    ) -> Prepared | Unusable:
-        for side in (student, teacher):
-            if isinstance(side, Unusable):
-                return side
-        assert isinstance(student, Side) and not isinstance(teacher, Unusable)
-        try:
-            return self._one(example, student, teacher)
-        except Unusable as reason:
-            return reason
-
-    def _one(self, example: ChatExample, student: Side, teacher: Side | None) -> Prepared:
-        limit = self.lengths.student
-        _refuse_mask(student, self.student_mask_id, self.student)
-        if teacher is not None:
+            reader = self.teacher.teacher
+        students = self._sides(self.student, self.student_mask_id, examples)
+        teachers: Sequence[Side | Unusable | None] = [None] * len(examples)
+        if reader is not None:
             assert self.teacher_mask_id is not None
-            _refuse_mask(teacher, self.teacher_mask_id, teacher.tokenizer)
-        if student.starts[0] >= limit:
-            raise Unusable(
-                "prompt too long", f"the student's prompt has {student.starts[0]} tokens"
-            )
-        ids, spans, whole = student.ids, student.spans, len(student.ids) <= limit
-        if not whole:
+            teachers = self._sides(reader, self.teacher_mask_id, examples)
+        results: list[Prepared | Unusable] = []
+        for example, student, teacher in zip(examples, students, teachers, strict=True):
+            if isinstance(student, Unusable):
+                results.append(student)
+            elif isinstance(teacher, Unusable):
+                results.append(teacher)
+            else:
+                try:
+                    results.append(self._prepare(example, student, teacher))
+                except Unusable as reason:
+                    results.append(reason)
+        return results
+
+    def _sides(
+        self, tokenizer: Tokenizer, mask_id: int, examples: Sequence[ChatExample]
+    ) -> list[Side | Unusable]:
+        """Each example as one tokenizer sees it: rendered, and tokenised in one call."""
+        chats: list[RenderedChat | Unusable] = []
+        for example in examples:
+            try:
+                chats.append(tokenizer.render(example.messages, self.turns, example.tools))
+            except Unusable as reason:
+                chats.append(reason)
+        encoded = iter(tokenizer.encode_chats([c for c in chats if isinstance(c, RenderedChat)]))
+        sides: list[Side | Unusable] = []
+        for chat in chats:
+            if isinstance(chat, Unusable):
+                sides.append(chat)
+                continue
+            parts = next(encoded)  # ids of prompt, response, prompt, response, …
+            if isinstance(parts, Unusable):
+                sides.append(parts)
+                continue
+            if chat.turns[-1].body[0] == chat.turns[-1].body[1]:
+                sides.append(Unusable("empty response", "the last answer is empty"))
+                continue
+            self.counts.update(f"not written by a template: {name}" for name in chat.ignored)
+            ids = np.array([i for part in parts for i in part], np.int32)
+            ends = np.cumsum([len(part) for part in parts])
+            spans = np.array([ends[k : k + 2] for k in range(0, 2 * len(chat.turns), 2)], np.int32)
+            bodies = [
+                (chat.text[t.start : t.body[0]], chat.text[slice(*t.body)]) for t in chat.turns
+            ]
+            messages = tuple(turn.message for turn in chat.turns)
+            if (ids == mask_id).any():
+                name = f"the mask token of {tokenizer.name} ({tokenizer.decode([mask_id])!r})"
+                reason = f"the text holds {name}, which a model cannot tell from noise"
+                sides.append(Unusable("spells a mask token", reason))
+            else:
+                sides.append(Side(tokenizer, ids, spans, tuple(bodies), messages))
+        return sides
+
+    def _prepare(self, example: ChatExample, student: Side, teacher: Side | None) -> Prepared:
+        """One example out of what either side sees. Unusable where it cannot be trained."""
+        # 1. The student's sequence: cut at its length, or filled with EOS behind the last response.
+        limit, ids, spans = self.lengths.student, student.ids, student.spans.copy()
+        if spans[0, 0] >= limit:
+            raise Unusable("prompt too long", f"the student's prompt has {spans[0, 0]} tokens")
+        whole = len(ids) <= limit
+        if whole:
+            fill = self._fill(ids, int(spans[-1, 0]))
+            ids = np.concatenate([ids, np.full(fill, self.student.special_id("eos"), np.int32)])
+            spans[-1, 1] += fill
+        else:
             self.counts["truncated"] += 1
             ids = ids[:limit]
-            spans = np.minimum(spans[spans[:, 0] < limit], limit).astype(np.int32)
+            spans = np.minimum(spans[spans[:, 0] < limit], limit)
+        # 2. What the teacher reads, and where it is asked.
+        if teacher is not None:
+            self.counts["beyond_teacher"] += int(teacher.spans[0, 0]) >= self.lengths.teacher
+        offsets, pairs = np.zeros(len(spans), np.int32), None
+        if isinstance(self.teacher, Tokenizer):
+            assert teacher is not None
+            teacher_ids, chunks = self._read_other_tokens(student, teacher, len(ids), whole)
+            return Prepared(
+                example.id, ids, spans, teacher_ids, chunks, False, offsets, example.label
+            )
+        if teacher is not None:
+            teacher_ids, pairs = self._read_own_text(student, teacher, len(ids))
         else:
-            fill = self._fill(ids, spans)
-            ids = np.concatenate([ids, np.full(fill, self.student.special_id("eos"), np.int32)])
-            spans = spans.copy()
-            spans[-1, 1] += fill
-        if not isinstance(self.teacher, Tokenizer):
-            return self._same_tokens(example, student, teacher, ids, spans)
-        assert teacher is not None
+            teacher_ids, offsets, pairs = self._read_student_text(student, ids, spans)
+        # 3. A shifted teacher predicts no first position.
+        if self.skip_first and pairs is not None:
+            pairs = pairs[pairs[:, 1] > 0]
+        elif self.skip_first and spans[0, 0] + offsets[0] == 0:
+            spans[0, 0] += 1
+        chunks = np.zeros((0, 4), np.int32)
+        return Prepared(
+            example.id, ids, spans, teacher_ids, chunks, True, offsets, example.label, pairs
+        )
+
+    def _fill(self, ids: Int[np.ndarray, " length"], last_start: int) -> int:
+        """How many EOS follow: up to a whole block, or a block where there would be none at all."""
+        fill = -len(ids) % self.lengths.block
+        ended = fill > 0 or (ids[last_start:] == self.student.special_id("eos")).any()
+        room = len(ids) + self.lengths.block <= self.lengths.student
+        return fill if ended or not room or not self.lengths.end_block else self.lengths.block
+
+    def _read_other_tokens(
+        self, student: Side, teacher: Side, length: int, whole: bool
+    ) -> tuple[Int[np.ndarray, " teacher_length"], Chunks]:
+        """A teacher of another tokenizer: its own text, and the chunks inside of both lengths."""
+        limit = self.lengths.teacher
         chunks = align_responses(student, teacher, self.counts)
-        inside = (chunks[:, 1] <= self.lengths.teacher) & (chunks[:, 3] <= len(ids))
+        inside = (chunks[:, 1] <= limit) & (chunks[:, 3] <= length)
         if self.skip_first:
             inside &= chunks[:, 0] > 0
         chunks = chunks[inside]
-        self._count_unread(teacher)
-        # What the student does not have, the teacher does not read: it would tell what comes before it.
-        end = 0 if not len(chunks) else self.lengths.teacher if whole else int(chunks[-1, 1])
-        none = np.zeros(len(spans), np.int32)
-        return Prepared(
-            example.id, ids, spans, teacher.ids[:end], chunks, False, none, example.label
-        )
+        if not len(chunks):
+            return teacher.ids[:0], chunks
+        # What the student does not have, the teacher does not read: it would tell what comes before.
+        return teacher.ids[: limit if whole else int(chunks[-1, 1])], chunks
 
-    def _count_unread(self, teacher: Side) -> None:
-        """An example whose prompt alone is longer than the teacher may read is trained by cross-entropy alone."""
-        self.counts["beyond_teacher"] += teacher.starts[0] >= self.lengths.teacher
+    def _read_own_text(
+        self, student: Side, teacher: Side, length: int
+    ) -> tuple[Int[np.ndarray, " teacher_length"], Int[np.ndarray, "asked 2"]]:
+        """A teacher of the same tokens that reads its own template, EOS up to a whole block behind
+        it, clean as in TIDE's reference; asked at those words of the answers that the student has.
+        """
+        eos = teacher.tokenizer.special_id("eos")
+        fill = np.full(-len(teacher.ids) % self.lengths.block, eos, np.int32)
+        teacher_ids = np.concatenate([teacher.ids, fill])[: self.lengths.teacher]
+        chunks = align_responses(student, teacher, self.counts)
+        chunks = chunks[(chunks[:, 1] <= len(teacher_ids)) & (chunks[:, 3] <= length)]
+        # Chunks of one token on either side, and the same one.
+        single = (chunks[:, 1] - chunks[:, 0] == 1) & (chunks[:, 3] - chunks[:, 2] == 1)
+        pairs = chunks[single][:, [2, 0]]
+        same = student.ids[pairs[:, 0]] == teacher.ids[pairs[:, 1]]
+        return teacher_ids, pairs[same]
 
-    def _fill(self, ids: Int[np.ndarray, " length"], spans: Int[np.ndarray, "spans 2"]) -> int:
-        """How many EOS follow: up to a whole block, or a block of them where there would be none at all."""
-        block, fill = self.lengths.block, -len(ids) % self.lengths.block
-        ended = fill > 0 or (ids[spans[-1, 0] :] == self.student.special_id("eos")).any()
-        room = len(ids) + block <= self.lengths.student
-        return fill if ended or not room or not self.lengths.end_block else block
-
-    def _same_tokens(
-        self,
-        example: ChatExample,
-        student: Side,
-        teacher: Side | None,
-        ids: Int[np.ndarray, " length"],
-        spans: Int[np.ndarray, "spans 2"],
-    ) -> Prepared:
-        """An example whose answers the teacher reads in the student's tokens."""
-        if teacher is not None:
-            self._count_unread(teacher)
-            found = read_own_text(student, teacher, len(ids), self.lengths, self.counts)
-        else:
-            assert not isinstance(self.teacher, Tokenizer)
-            words = words_in(student, len(ids)) if self.positions == "content" else None
-            found = read_student_text(
-                ids, spans, self.student, self.teacher, self.lengths.teacher, words
-            )
-        pairs = found.pairs
-        if self.skip_first and pairs is not None:
-            pairs = pairs[pairs[:, 1] > 0]
-        elif self.skip_first and spans[0, 0] + found.offsets[0] == 0:
-            spans = spans.copy()
-            spans[0, 0] += 1
-        return Prepared(
-            example.id, ids, spans, found.ids, NO_CHUNKS, True, found.offsets, example.label, pairs
-        )
-
-
-def _sides(
-    tokenizer: Tokenizer, examples: Sequence[ChatExample], turns: Turns, counts: Counter[str]
-) -> list[Side | Unusable]:
-    """Each example as one tokenizer sees it."""
-    chats: list[RenderedChat | Unusable] = []
-    for example in examples:
-        try:
-            chats.append(tokenizer.render(example.messages, turns, example.tools))
-        except Unusable as reason:
-            chats.append(reason)
-    encoded = iter(
-        tokenizer.encode_chats([chat for chat in chats if isinstance(chat, RenderedChat)])
-    )
-    sides: list[Side | Unusable] = []
-    for chat in chats:
-        parts = chat if isinstance(chat, Unusable) else next(encoded)
-        if isinstance(chat, Unusable) or isinstance(parts, Unusable):
-            sides.append(chat if isinstance(chat, Unusable) else parts)  # type: ignore[arg-type]
-        elif chat.turns[-1].body[0] == chat.turns[-1].body[1]:
-            sides.append(Unusable("empty response", "the last answer is empty"))
-        else:
-            counts.update(f"{_IGNORED}{name}" for name in chat.ignored)
-            sides.append(Side.of(chat, parts, tokenizer))
-    return sides
+    def _read_student_text(
+        self, student: Side, ids: Int[np.ndarray, " length"], spans: Int[np.ndarray, "spans 2"]
+    ) -> tuple[
+        Int[np.ndarray, " teacher_length"] | None,
+        Int[np.ndarray, " spans"],
+        Int[np.ndarray, "asked 2"] | None,
+    ]:
+        """A teacher of the same tokens that reads the student's sequence `ids`: its own ids where
+        they are others, each span's offset, and the pairs where not all of `spans` is asked.
+        """
+        # 1. Tokens that are not shared: in a prompt they are translated, which moves what follows.
+        teacher_ids, offsets = None, np.zeros(len(spans), np.int32)
+        shared = self.teacher
+        assert not isinstance(shared, Tokenizer)
+        if shared is not None and not shared.same[ids].all():
+            if not shared.same[ids[_positions_in(spans)]].all():
+                reason = "a response holds an unshared token"
+                raise Unusable("token that the teacher writes otherwise", reason)
+            translated: list[int] = []
+            at = 0
+            for k, (start, stop) in enumerate(spans.tolist()):
+                translated += shared.translate(ids[at:start], self.student)
+                offsets[k] = len(translated) - start
+                translated += ids[start:stop].tolist()
+                at = stop
+            translated += shared.translate(ids[at:], self.student)
+            teacher_ids = np.array(translated, np.int32)
+        # 2. Where it is asked: everywhere, or at tokens that hold nothing but an answer's words.
+        limit = self.lengths.teacher
+        too_long = len(ids if teacher_ids is None else teacher_ids) > limit
+        asked = _positions_in(spans)
+        if self.positions == "content":
+            words = align_responses(student, student, Counter())[:, 2:]
+            asked = _positions_in(words)
+            asked = asked[asked < len(ids)]
+        elif not too_long:
+            return teacher_ids, offsets, None
+        places = asked + _offset_at(asked, spans, offsets)
+        pairs = np.stack([asked, places], axis=1).astype(np.int32)
+        # 3. What it may read.
+        if too_long:
+            teacher_ids = (ids if teacher_ids is None else teacher_ids)[:limit]
+            pairs = pairs[pairs[:, 1] < limit]
+        return teacher_ids, offsets, pairs
 
 
-def _refuse_mask(side: Side, mask_id: int, tokenizer: Tokenizer) -> None:
-    if (side.ids == mask_id).any():
-        name = f"the mask token of {tokenizer.name} ({tokenizer.decode([mask_id])!r})"
-        raise Unusable(
-            "spells a mask token", f"the text holds {name}, which a model cannot tell from noise"
-        )
+def _positions_in(spans: Int[np.ndarray, "spans 2"]) -> Int[np.ndarray, " positions"]:
+    """Every position inside of `spans`."""
+    parts = [np.arange(start, stop, dtype=np.int32) for start, stop in spans.tolist()]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+
+
+def _offset_at(
+    positions: Int[np.ndarray, " n"],
+    spans: Int[np.ndarray, "spans 2"],
+    offsets: Int[np.ndarray, " spans"],
+) -> Int[np.ndarray, " n"]:
+    """The offset of the span that each position lies in."""
+    return offsets[np.searchsorted(spans[:, 0], positions, side="right") - 1]

@@ -1,7 +1,7 @@
 """Chats as people have them: every form and kind of file, as one sequence of conversations."""
 
-from shared.data.conversation import BadRow, ChatExample, content_key
-from shared.data.reading import DataSummary, iter_examples, scan
+from shared.data.conversation import ChatExample, content_key
+from shared.data.reading import BadRow, DataSummary, iter_examples, scan
 from shared.settings.config import DataConfig
 
 __all__ = [

@@ -1,22 +1,59 @@
-"""What the rest of the program sees of a row of data: a conversation, or the reason why there is none."""
+"""A row of data as a conversation: its form is recognised, its messages are brought to one shape.
+
+| form | fields |
+|---|---|
+| `messages` | `messages` (role, content), `tools` |
+| `sharegpt` | `conversations` (from, value), `system`, `tools` |
+| `instruction` | `instruction`, `input`, `output`, `system`, `history`; or `instances` |
+| `prompt_completion` | `prompt`, `completion`: texts, or lists of messages |
+| `question_answer` | `question`, `answer` |
+| `fields` | those that `prompt_field`, `response_field` and `system_field` name |
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shared.data.files import Raw
+from shared.settings.config import DataConfig
+from shared.system.errors import Unusable
+
 Message = dict[str, Any]
+Row = dict[str, Any]
+
+MOST_CHARACTERS = (
+    2**20
+)  # of a row: more is no chat that a student could learn, and slow to tokenise
+_ANSWERS = ("answer", "response", "output", "completion")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+# Other names of the four roles that chat templates know: system, user, assistant and tool.
+_ROLES = {
+    "developer": "system",
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "function_call": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+}
 
 
 @dataclass(frozen=True)
 class ChatExample:
     """A conversation that ends with an answer.
 
-    `id` is its identity: all that is random about it follows from it. It comes from the content (and, for a repeat,
-    from the occurrence), never from `label`, which is the row's own id.
+    `id` is its identity: all that is random about it follows from it. It comes from the content
+    (and, for a repeat, from the occurrence), never from `label`, which is the row's own id.
     """
 
     id: str
@@ -25,30 +62,252 @@ class ChatExample:
     label: str = ""
 
 
-@dataclass(frozen=True)
-class BadRow:
-    """A row that cannot be used: where it stands, and why, in a few words and in one sentence."""
-
-    place: str
-    reason: str
-    detail: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.place}: {self.detail or self.reason}"
-
-
 def content_key(messages: Iterable[Message], tools: Any = None) -> str:
-    """24 hexadecimal digits from the content: the same conversation has the same key wherever it stands."""
+    """24 hexadecimal digits: the same conversation has the same key wherever it stands."""
     content = list(messages) if tools is None else [list(messages), tools]
     text = json.dumps(content, ensure_ascii=False, sort_keys=True)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
 
 
-def content_of(name: str) -> str:
-    """The content's key in an id."""
-    return name.partition("#")[0]
-
-
 def identity(key: str, occurrence: int) -> str:
     """The id of the n-th row with the content `key` (from 0)."""
     return key if occurrence == 0 else f"{key}#{occurrence}"
+
+
+def content_of(example_id: str) -> str:
+    """The content's key in an id."""
+    return example_id.partition("#")[0]
+
+
+def conversation(raw: Raw, config: DataConfig) -> tuple[ChatExample, str] | None:
+    """The conversation in a row, and its form. Unusable where there is none.
+
+    None where a filter leaves the row out, or its content is of the other split.
+    """
+    row = decode(raw)
+    if isinstance(row, dict):
+        for rule in config.filters:
+            value: Any = row
+            for name in rule.field.split("."):
+                value = value.get(name) if isinstance(value, dict) else None
+            if rule.contains is None:
+                passes = value == rule.equals
+            else:
+                passes = isinstance(value, str | list | tuple) and rule.contains in value
+            if not passes:
+                return None
+    try:
+        example, form = parse(row, config)
+    except RecursionError as error:
+        raise Unusable("not in its form", "it is nested too deeply") from error
+    return (example, form) if in_split(example.id, config) else None
+
+
+def decode(raw: Raw) -> Any:
+    """The row in a line of JSON. Unusable where it is none."""
+    if not isinstance(raw, bytes):
+        return raw
+    try:
+        return json.loads(raw.decode("utf-8", "surrogateescape"))
+    except RecursionError as error:
+        raise Unusable("not JSON", "not JSON that can be read: it is nested too deeply") from error
+    except ValueError as error:  # also integers of more digits than Python converts
+        raise Unusable("not JSON", f"not JSON: {str(error)[:120]}") from error
+
+
+def in_split(key: str, config: DataConfig) -> bool:
+    """Whether the content belongs to `config.split`. Equal contents always fall on one side."""
+    if config.split == "all":
+        return True
+    return (_chance(key, "heldout") < config.heldout_share) == (config.split == "heldout")
+
+
+def copies(key: str, config: DataConfig) -> int:
+    """How often a row appears by the source's weight: 0.5 keeps half of the contents, 2.5 gives
+    two or three of each.
+    """
+    whole = int(config.weight)
+    return whole + (_chance(key, "weight") < config.weight - whole)
+
+
+def _chance(key: str, purpose: str) -> float:
+    """A number in [0, 1) from a content's key, independent between purposes."""
+    digest = hashlib.blake2b(f"{purpose}:{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def parse(row: Any, config: DataConfig) -> tuple[ChatExample, str]:
+    """The conversation in a row and its form. Unusable where there is none."""
+    # 1. The form, and the messages as the row has them.
+    if not isinstance(row, dict):
+        raise Unusable("no known form", f"the row is a {type(row).__name__}, not an object")
+    form = _detect(row, config)
+    messages = normal_messages(_written_messages(row, form, config))
+    # 2. What a user says behind the last answer is answered by nobody, and is cut off.
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if not answers:
+        roles = ", ".join(m["role"] for m in messages)
+        raise Unusable("no answer", f"no message is from the assistant (roles: {roles})")
+    messages = messages[: answers[-1] + 1]
+    # 3. Tools as templates want them: a list; a text is read as JSON.
+    tools = row.get(config.tools_field)
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            reason = f"`tools` is a text that is no JSON: {str(error)[:80]}"
+            raise Unusable("not in its form", reason) from error
+    tools = tools or None
+    # 4. The size, and the row's own name.
+    size = sum(len(m["content"]) for m in messages)
+    if size > MOST_CHARACTERS:
+        reason = f"the conversation has {size:,} characters, more than {MOST_CHARACTERS:,}"
+        raise Unusable("too large", reason)
+    name = row.get("id")
+    label = str(name)[:80] if isinstance(name, str | int) and not isinstance(name, bool) else ""
+    return ChatExample(content_key(messages, tools), tuple(messages), tools, label), form
+
+
+def _detect(row: Row, config: DataConfig) -> str:
+    """The form of a row, by the settings or by the fields that it has."""
+    if config.prompt_field is not None:
+        return "fields"
+    if config.form != "auto":
+        return config.form
+    if config.messages_field is not None:
+        return "messages"
+    present = {name for name, value in row.items() if value is not None}
+    if "messages" in present:
+        return "messages"
+    if "conversations" in present:
+        return "sharegpt"
+    if "instruction" in present and present & {"output", "response", "instances"}:
+        return "instruction"
+    if {"prompt", "completion"} <= present:
+        return "prompt_completion"
+    if "question" in present and present & set(_ANSWERS):
+        return "question_answer"
+    fields = ", ".join(map(repr, row)) or "(none)"
+    raise Unusable(
+        "no known form",
+        f"no conversation in the fields {fields}: set data.prompt_field and data.response_field, "
+        "or data.messages_field",
+    )
+
+
+def _written_messages(row: Row, form: str, config: DataConfig) -> list[Any]:
+    """The messages of a row of this form, still as they are written there."""
+    system: Any = None
+    match form:
+        case "messages":
+            messages = _messages_in(row, config.messages_field or "messages")
+        case "sharegpt":
+            system = row.get("system")
+            messages = _messages_in(row, config.messages_field or "conversations")
+        case "instruction":
+            instances = row.get("instances")
+            if isinstance(instances, list) and instances and isinstance(instances[0], dict):
+                row = {**row, **instances[0]}
+            system = row.get("system")
+            request = _field(row, "instruction")
+            if row.get("input"):
+                request = f"{request}\n\n{_field(row, 'input')}"
+            messages = []
+            history = row.get("history") or []
+            for pair in history if isinstance(history, list | tuple) else [history]:
+                if not isinstance(pair, list | tuple) or len(pair) != 2:
+                    raise Unusable("not in its form", "`history` is no list of pairs")
+                messages += _pair(pair[0], pair[1])
+            answer = next((name for name in ("output", "response") if name in row), "output")
+            messages += _pair(request, _field(row, answer))
+        case "prompt_completion":
+            question, answer = _pair(row.get("prompt"), row.get("completion"))
+            front = row["prompt"] if isinstance(row.get("prompt"), list) else [question]
+            back = row["completion"] if isinstance(row.get("completion"), list) else [answer]
+            messages = [*front, *back]
+        case "question_answer":
+            answer = next((name for name in _ANSWERS if name in row), "answer")
+            messages = _pair(_field(row, "question"), _field(row, answer))
+        case _:
+            assert config.prompt_field is not None and config.response_field is not None
+            system = None if config.system_field is None else row.get(config.system_field)
+            messages = _pair(_field(row, config.prompt_field), _field(row, config.response_field))
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def _messages_in(row: Row, name: str) -> list[Any]:
+    messages = row.get(name)
+    if not isinstance(messages, list) or not messages:
+        raise Unusable("not in its form", f"`{name}` is not a list with at least one message")
+    return messages
+
+
+def _field(row: Row, name: str) -> Any:
+    if row.get(name) is None:
+        fields = ", ".join(map(str, row))
+        raise Unusable("not in its form", f"the row has no {name!r} (fields: {fields})")
+    return row[name]
+
+
+def _pair(request: Any, answer: Any) -> list[Message]:
+    return [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
+
+
+def normal_messages(messages: Sequence[Any]) -> list[Message]:
+    """Messages in one shape: a known role, a text as content, and what else a template may want.
+
+    Unusable where a message has no role, or a content that is no text.
+    """
+    return [_normal(number, message) for number, message in enumerate(messages)]
+
+
+def _normal(number: int, message: Any) -> Message:
+    if not isinstance(message, dict):
+        kind = type(message).__name__
+        raise Unusable("not in its form", f"message {number} is a {kind}, not an object")
+    role = message.get("role", message.get("from"))
+    if not isinstance(role, str) or not role:
+        raise Unusable("no role", f"message {number} has no `role`")
+    # The content: a text, or a list of parts that are texts. Beside tool calls it may be missing.
+    content = message.get("content", message.get("value"))
+    if content is None and message.get("tool_calls"):
+        content = ""
+    if isinstance(content, list):
+        content = "".join(_text_of_part(number, part) for part in content)
+    if not isinstance(content, str):
+        kind = type(content).__name__
+        raise Unusable("content is no text", f"the content of message {number} is {kind}, not text")
+    clean: Message = {"role": _ROLES.get(role.lower(), role.lower()), "content": content}
+    # What an answer has beside its content.
+    if message.get("tool_calls"):
+        clean["tool_calls"] = message["tool_calls"]
+    for name in _REASONING:
+        if isinstance(message.get(name), str) and message[name].strip():
+            clean["reasoning_content"] = message[name]
+            break
+    try:
+        content.encode()
+        clean.get("reasoning_content", "").encode()
+    except UnicodeEncodeError as error:
+        reason = (
+            f"the content of message {number} has lone surrogates, which no tokenizer can encode"
+        )
+        raise Unusable("lone surrogates", reason) from error
+    for name in ("name", "tool_call_id"):
+        if message.get(name):
+            clean[name] = str(message[name])
+    return clean
+
+
+def _text_of_part(number: int, part: Any) -> str:
+    """The text of one part of a content: a text, or `{"type": "text", "text": …}`."""
+    if isinstance(part, str):
+        return part
+    kind = type(part).__name__
+    if isinstance(part, dict):
+        kind = part.get("type")
+        text = part.get("text", part.get("content"))
+        if part.get("type", "text") in _TEXT_PARTS and isinstance(text, str):
+            return text
+    reason = f"the content of message {number} has a part that is no text ({kind})"
+    raise Unusable("content is no text", reason)

@@ -1,42 +1,102 @@
-"""Chat templates: where, in the text that a template makes, does each message stand, and what is trained?
+"""Chat templates: where, in the text that a template makes, does each message stand, and what is
+trained?
 
-Nothing is searched for. A response begins where the prompt of inference ends: the conversation before it, rendered with
-a generation prompt. Contents are located by construction: the template is rendered once with sentinels in their places,
-and the real text must equal the pieces between them joined by the contents, verbatim or stripped as templates do.
+Nothing is searched for. A response begins where the prompt of inference ends: the conversation
+before it, rendered with a generation prompt. Contents are located by construction: the template is
+rendered once with sentinels in their places, and the real text must equal the pieces between them
+joined by the contents, verbatim or stripped as templates do.
 """
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any, Literal
 
 from shared.system.errors import TideError, Unusable
-from shared.text.deadline import OutOfTime, within
-from shared.text.located import Span, body_span, joined
-from shared.text.rendered import EXTRAS, Message, Probe, RenderedChat, Turn, Turns
 
-_SECONDS = 5.0
+Message = Mapping[str, Any]
+Turns = Literal["last", "all"]
+Span = tuple[int, int]  # start and end, in characters of a text
+
+EXTRAS = ("tool_calls", "reasoning_content")  # parts of an answer beside its content
+
+# What templates do to contents.
+_CHANGES: tuple[Callable[[str], str], ...] = (
+    lambda text: text,
+    str.strip,
+    str.rstrip,
+    str.lstrip,
+    lambda text: text.strip("\n"),
+    lambda text: text.lstrip("\n"),
+    lambda text: text.rstrip("\n"),
+)
 
 
-def _sentinel(index: int) -> str:
-    return (
-        f"\ue000tide-{index}\ue001"  # private-use characters: no template or corpus contains them
-    )
+@dataclass(frozen=True)
+class Turn:
+    """A response that is trained: from `start` to `end`, its end of turn included. Its own words,
+    without white space and marks of the template around them, are `body`.
+    """
+
+    message: int
+    start: int
+    end: int
+    body: Span
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """A chat as text. What stands outside of `turns` is prompt (no loss).
+
+    `plain` are the spans of all contents; None where they could not be told from the template's own
+    text: then `unplaced` has the contents. `ignored` is what the conversation has and the template
+    does not write: tools, parts of earlier answers.
+    """
+
+    text: str
+    turns: tuple[Turn, ...]
+    plain: tuple[Span, ...] | None
+    unplaced: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def response_start(self) -> int:
+        """Where the last response begins."""
+        return self.turns[-1].start
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What a template writes around the contents of a sequence of roles.
+
+    `pieces` is the fixed text before, between and after the contents; the last one is `closing` and
+    what the template appends behind it. `leads` says how much of the piece before each answer
+    belongs to the answer; None where the prompt of inference is no prefix of the text.
+    """
+
+    pieces: list[str]
+    closing: str
+    leads: dict[int, int | None] = field(default_factory=dict)
 
 
 class ChatTemplate:
-    """Renders conversations with a tokenizer's own Jinja template. `date` is what the template takes for today."""
+    """Renders conversations with a tokenizer's own Jinja template, which transformers runs in a
+    sandbox. `date` is what the template takes for today.
+    """
 
     def __init__(self, tokenizer: Any, name: str, date: datetime.date | None = None) -> None:
         if not tokenizer.chat_template:
             raise TideError(
                 f"the tokenizer of {name} has no chat template",
                 expected="a `chat_template` in its tokenizer_config.json or chat_template.jinja",
-                fix="use the instruct version of the model, or add a template to the tokenizer's folder",
+                fix="use the instruct version of the model, or add a template to the tokenizer's "
+                "folder",
             )
         self._tokenizer, self._name, self._date = tokenizer, name, date
-        self._probes: dict[tuple[str, ...], Probe] = {}
+        self._frames: dict[tuple[str, ...], _Frame] = {}
 
     @property
     def source(self) -> str:
@@ -51,256 +111,269 @@ class ChatTemplate:
 
     @property
     def closing(self) -> str:
-        """What stands behind an answer. Unusable where the template refuses a question and an answer."""
-        return self._probe(
-            [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}], None
-        ).closing
+        """What stands behind an answer. Unusable where the template refuses a plain exchange."""
+        chat = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+        return self._frame(chat, None).closing
 
     def prompt(self, messages: Sequence[Message], tools: Any = None) -> RenderedChat:
-        """The text after which a model answers `messages`: where `render` lets a response begin. Without a think block
-        where the template knows of one.
+        """The text after which a model answers `messages`: where `render` lets a response begin.
+
+        Without a think block where the template knows of one.
         """
-        probes = [{**m, "content": _sentinel(i)} for i, m in enumerate(messages)]
-        text, fixed = (self._prompt_text(chat, tools) for chat in (messages, probes))
-        pieces = self._split(probes, fixed)
-        spans = None if pieces is None else joined(pieces, messages, text)
-        return RenderedChat(text, (), (), *_plain(spans, messages))
+        probes = _with_sentinels(messages)
+        text = self._prompt_text(messages, tools)
+        pieces = _pieces(self._prompt_text(probes, tools), len(probes))
+        spans = None if pieces is None else _locate_contents(pieces, messages, text)
+        return RenderedChat(text, (), *_plain(spans, messages))
 
     def _prompt_text(self, messages: Sequence[Message], tools: Any) -> str:
-        """With the generation prompt; with all that stands before an answer, where the template knows of no such."""
-        prompt = self._apply(messages, True, tools)
+        """With the generation prompt; with all that stands before an answer, where the template
+        knows of no such prompt.
+        """
+        prompt = self._apply(messages, tools, generation=True)
         mark = _sentinel(len(messages))
         try:
-            answered = self._apply(
-                [*messages, {"role": "assistant", "content": mark}], False, tools
-            )
+            answered = self._apply([*messages, {"role": "assistant", "content": mark}], tools)
         except Unusable:
             return prompt
-        before, found, _ = answered.partition(mark)
-        return (
-            before
-            if found and before.startswith(prompt) and before[len(prompt) :].strip()
-            else prompt
-        )
+        before, mark_there, _ = answered.partition(mark)
+        if mark_there and before.startswith(prompt) and before[len(prompt) :].strip():
+            return before
+        return prompt
 
     def render(
         self, messages: Sequence[Message], turns: Turns = "last", tools: Any = None
     ) -> RenderedChat:
         """Render `messages`, whose last one is an answer, and locate what is trained.
 
-        Unusable where the template refuses the roles or rewrites the last answer. A trailing assistant header that some
-        templates append whether or not it is asked for is cut. Earlier answers that cannot be located are not trained.
+        Unusable where the template refuses the roles or rewrites the last answer. A trailing
+        assistant header that some templates append whether or not it is asked for is cut. Earlier
+        answers that cannot be located are not trained.
         """
-        probe = self._probe(messages, tools)
-        real = self._apply(messages, False, tools)
-        if not real.endswith(probe.pieces[-1]):
-            raise self._rewrites(messages[-1])
-        spans = joined(probe.pieces, messages, real)
-        stop = len(real) - len(probe.pieces[-1])
-        last = self._last_turn(messages, real, probe, spans, stop, tools)
-        earlier = []
-        if turns == "all":
-            found = (
-                self._earlier_turn(i, messages, real, probe, spans, tools)
-                for i in _answers(messages[:-1])
-            )
-            earlier = [turn for turn in found if turn is not None and turn.body[0] < turn.body[1]]
-        contents: list[Span | None] = [None] * len(messages)
-        for i, span in enumerate(spans or ()):
-            text = messages[i].get("content") or ""
-            contents[i] = span if real[slice(*span)] in (text, text.strip()) else None
-        return RenderedChat(
-            real[: stop + len(probe.closing)], (*earlier, last), tuple(contents), *_plain(spans, messages),
-            tuple(self._ignored(messages, real, tools)),
-        )  # fmt: skip
-
-    def _last_turn(
-        self,
-        messages: Sequence[Message],
-        real: str,
-        probe: Probe,
-        spans: list[Span] | None,
-        stop: int,
-        tools: Any,
-    ) -> Turn:
-        answer, number = messages[-1], len(messages) - 1
-        start = self._start(number, messages, real, probe, spans, tools)
+        # 1. The text, and in it the contents between the template's fixed pieces.
+        frame = self._frame(messages, tools)
+        text = self._apply(messages, tools)
+        last, answer = len(messages) - 1, messages[-1]
+        rewritten = Unusable(
+            "template rewrites the response",
+            f"the chat template of {self._name} rewrites {str(answer.get('content') or '')[:60]!r}",
+        )
+        if not text.endswith(frame.pieces[-1]):
+            raise rewritten
+        spans = _locate_contents(frame.pieces, messages, text)
+        # 2. The last response: from the end of its prompt to its end of turn.
+        stop = len(text) - len(frame.pieces[-1])
+        start = self._response_start(last, messages, tools, text, frame, spans)
         if start is None or start > stop:
-            raise self._rewrites(answer)
-        for name in EXTRAS:
-            if answer.get(name):
-                self._refuse_ignored(name, messages, real, tools)
-        extras = any(answer.get(name) for name in EXTRAS)
-        body = body_span(real, start, stop, None if extras else answer.get("content") or "")
+            raise rewritten
+        extras = [name for name in EXTRAS if answer.get(name)]
+        for name in extras:
+            if self._apply([*messages[:-1], _without(name, answer)], tools) == text:
+                reason = f"the chat template of {self._name} drops the answer's {name}"
+                raise Unusable(f"template drops {name}", reason)
+        body = _own_words(text, start, stop, None if extras else answer.get("content") or "")
         if body is None:
-            raise self._rewrites(answer)
-        return Turn(number, start, stop + len(probe.closing), body)
-
-    def _earlier_turn(
-        self,
-        i: int,
-        messages: Sequence[Message],
-        real: str,
-        probe: Probe,
-        spans: list[Span] | None,
-        tools: Any,
-    ) -> Turn | None:
-        """The turn of answer `i`, which is not the last message; None where it cannot be located."""
-        if spans is None or any(messages[i].get(name) for name in EXTRAS):
-            return None
-        start, (first, stop) = self._start(i, messages, real, probe, spans, tools), spans[i]
-        if start is None or start > first:
-            start = first
-        closed = real.startswith(probe.closing, stop)
-        return Turn(i, start, stop + (len(probe.closing) if closed else 0), (first, stop))
-
-    def _start(
-        self,
-        i: int,
-        messages: Sequence[Message],
-        real: str,
-        probe: Probe,
-        spans: list[Span] | None,
-        tools: Any,
-    ) -> int | None:
-        """Where the prompt of answer `i` ends in the text; None where no prompt is a prefix of it."""
-        if i not in probe.leads:
-            probes = [{**m, "content": _sentinel(k)} for k, m in enumerate(messages)]
-            prefix = self._prompt_of(i, probes, self._apply(probes, False, tools), tools)
-            ahead = sum(len(p) for p in probe.pieces[: i + 1]) + sum(
-                len(_sentinel(k)) for k in range(i)
-            )
-            lead = None if prefix is None or prefix > ahead else ahead - prefix
-            own = any(messages[i].get(name) for name in EXTRAS)
-            if lead and not own and probe.pieces[i][-lead:].strip():
-                lead = 0  # the template's own words (a header, an empty think block) are no part of the answer
-            probe.leads[i] = lead
-        lead = probe.leads[i]
-        if spans is not None and lead is not None:
-            return spans[i][0] - lead
-        found = self._prompt_of(i, messages, real, tools)
-        return found if found is not None or spans is None else spans[i][0]
-
-    def _prompt_of(self, i: int, messages: Sequence[Message], text: str, tools: Any) -> int | None:
-        """Length of the longest prompt of answer `i` that `text` starts with."""
-        found = []
-        for generation, thinking in ((True, False), (True, True), (False, False)):
-            try:
-                prompt = self._apply(messages[:i], generation, tools, thinking)
-            except (
-                Unusable
-            ):  # a conversation that begins with the answer: some templates want a user first
+            raise rewritten
+        trained = [Turn(last, start, stop + len(frame.closing), body)]
+        # 3. Earlier responses, where their contents were located.
+        for i, message in enumerate(messages[:-1] if turns == "all" and spans else ()):
+            if message["role"] != "assistant" or any(message.get(name) for name in EXTRAS):
                 continue
-            if text.startswith(prompt):
-                found.append(len(prompt))
-        return max(found, default=None)
-
-    def _probe(self, messages: Sequence[Message], tools: Any) -> Probe:
-        """The fixed text before, between and after the contents. Kept by roles where messages are but texts."""
-        plain = tools is None and all(set(m) == {"role", "content"} for m in messages)
-        roles = tuple(str(m["role"]) for m in messages)
-        if plain and roles in self._probes:
-            return self._probes[roles]
-        probes = [{**m, "content": _sentinel(i)} for i, m in enumerate(messages)]
-        text = self._apply(probes, False, tools)
-        pieces = self._split(probes, text)
-        if pieces is None:
-            dropped = next(
-                i
-                for i in range(len(messages))
-                if _sentinel(i) not in text or text.count(_sentinel(i)) > 1
-            )
-            raise Unusable(
-                "template drops a message", f"the chat template of {self._name} drops message {dropped} "
-                f"({roles[dropped]}), or writes it twice or elsewhere",
-            )  # fmt: skip
-        closing = pieces[-1]
-        if text == self._apply(
-            probes, True, tools
-        ):  # a header is appended whether or not it is asked for
-            closing = self._until_special(closing)
-        made = Probe(pieces, closing)
-        if plain:
-            self._probes[roles] = made
-        return made
-
-    @staticmethod
-    def _split(probes: Sequence[Message], text: str) -> list[str] | None:
-        """`text` cut at its sentinels; None where one is missing, stands twice or out of order."""
-        pieces, rest = [], text
-        for i in range(len(probes)):
-            piece, found, rest = rest.partition(_sentinel(i))
-            if not found:
-                return None
-            pieces.append(piece)
-        return None if any(_sentinel(i) in rest for i in range(len(probes))) else [*pieces, rest]
-
-    def _until_special(self, text: str) -> str:
-        """What closes a turn, without a header behind it."""
-        ends = [
-            end + len(str(t))
-            for t in self._tokenizer.all_special_tokens
-            if (end := text.find(str(t))) >= 0
-        ]
-        end = min(ends, default=0)
-        return text[:end] if text[end:].strip() else text
-
-    def _refuse_ignored(
-        self, name: str, messages: Sequence[Message], real: str, tools: Any
-    ) -> None:
-        """Unusable where the template writes the same text without the answer's `name`."""
-        without = [*messages[:-1], {k: v for k, v in messages[-1].items() if k != name}]
-        if self._apply(without, False, tools) == real:
-            raise Unusable(
-                f"template drops {name}",
-                f"the chat template of {self._name} drops the answer's {name}",
-            )
-
-    def _ignored(self, messages: Sequence[Message], real: str, tools: Any) -> Iterator[str]:
-        """What the text would be the same without."""
-        if tools is not None and self._apply(messages, False, None) == real:
-            yield "tools"
+            assert spans is not None
+            first, end = spans[i]
+            start = self._response_start(i, messages, tools, text, frame, spans)
+            start = first if start is None else min(start, first)
+            closed = len(frame.closing) if text.startswith(frame.closing, end) else 0
+            if first < end:
+                trained.insert(-1, Turn(i, start, end + closed, (first, end)))
+        # 4. What the text would be the same without.
+        ignored = []
+        if tools is not None and self._apply(messages, None) == text:
+            ignored.append("tools")
         for name in EXTRAS:
             if any(m.get(name) for m in messages[:-1]):
-                without = [{k: v for k, v in m.items() if k != name} for m in messages[:-1]]
-                if self._apply([*without, messages[-1]], False, tools) == real:
-                    yield f"{name} of earlier answers"
+                earlier = [_without(name, m) for m in messages[:-1]]
+                if self._apply([*earlier, answer], tools) == text:
+                    ignored.append(f"{name} of earlier answers")
+        text = text[: stop + len(frame.closing)]
+        return RenderedChat(text, tuple(trained), *_plain(spans, messages), tuple(ignored))
 
-    def _rewrites(self, answer: Message) -> Unusable:
-        content = str(answer.get("content") or "")[:60]
-        return Unusable(
-            "template rewrites the response",
-            f"the chat template of {self._name} rewrites {content!r}",
-        )
+    def _response_start(
+        self,
+        i: int,
+        messages: Sequence[Message],
+        tools: Any,
+        text: str,
+        frame: _Frame,
+        spans: list[Span] | None,
+    ) -> int | None:
+        """Where the prompt of answer `i` ends in the text; None where no prompt begins it."""
+        if i not in frame.leads:
+            # Found once for a sequence of roles, between sentinels.
+            probes = _with_sentinels(messages)
+            prompt = self._prompt_length(i, probes, self._apply(probes, tools), tools)
+            ahead = sum(len(piece) for piece in frame.pieces[: i + 1])
+            ahead += sum(len(_sentinel(k)) for k in range(i))
+            lead = None if prompt is None or prompt > ahead else ahead - prompt
+            extras = any(messages[i].get(name) for name in EXTRAS)
+            if lead and not extras and frame.pieces[i][-lead:].strip():
+                lead = 0  # the template's own words (a header, an empty think block) are no answer
+            frame.leads[i] = lead
+        lead = frame.leads[i]
+        if spans is not None and lead is not None:
+            return spans[i][0] - lead
+        prompt = self._prompt_length(i, messages, text, tools)
+        return spans[i][0] if prompt is None and spans is not None else prompt
+
+    def _prompt_length(
+        self, i: int, messages: Sequence[Message], text: str, tools: Any
+    ) -> int | None:
+        """Length of the longest prompt of answer `i` that `text` starts with."""
+        lengths = []
+        for generation, thinking in ((True, False), (True, True), (False, False)):
+            try:
+                prompt = self._apply(messages[:i], tools, generation, thinking)
+            except Unusable:  # the answer comes first: some templates want a user before it
+                continue
+            if text.startswith(prompt):
+                lengths.append(len(prompt))
+        return max(lengths, default=None)
+
+    def _frame(self, messages: Sequence[Message], tools: Any) -> _Frame:
+        """The fixed text around the contents. Kept by roles where messages are but texts."""
+        roles = tuple(str(m["role"]) for m in messages)
+        reusable = tools is None and all(set(m) == {"role", "content"} for m in messages)
+        if reusable and roles in self._frames:
+            return self._frames[roles]
+        probes = _with_sentinels(messages)
+        text = self._apply(probes, tools)
+        pieces = _pieces(text, len(probes))
+        if pieces is None:
+            dropped = next(i for i in range(len(roles)) if text.count(_sentinel(i)) != 1)
+            raise Unusable(
+                "template drops a message",
+                f"the chat template of {self._name} drops message {dropped} ({roles[dropped]}), or "
+                "writes it twice or elsewhere",
+            )
+        closing = pieces[-1]
+        if text == self._apply(probes, tools, generation=True):
+            # A header is appended whether or not it is asked for: a turn ends at its control token.
+            ends = []
+            for token in map(str, self._tokenizer.all_special_tokens):
+                if token in closing:
+                    ends.append(closing.find(token) + len(token))
+            end = min(ends, default=0)
+            closing = closing[:end] if closing[end:].strip() else closing
+        frame = _Frame(pieces, closing)
+        if reusable:
+            self._frames[roles] = frame
+        return frame
 
     def _apply(
-        self, messages: Sequence[Message], generation: bool, tools: Any, thinking: bool = False
+        self,
+        messages: Sequence[Message],
+        tools: Any,
+        generation: bool = False,
+        thinking: bool = False,
     ) -> str:
         settings: dict[str, Any] = {} if tools is None else {"tools": tools}
         if self._date is not None:
             settings["strftime_now"] = self._date.strftime
         try:
-            with within(_SECONDS):
-                return self._tokenizer.apply_chat_template(
-                    [dict(m) for m in messages], tokenize=False, add_generation_prompt=generation,
-                    enable_thinking=thinking, **settings,
-                )  # fmt: skip
-        except OutOfTime as error:
-            raise TideError(
-                f"the chat template of {self._name} did not end within {_SECONDS:.0f} seconds",
-                expected="a template that renders a conversation at once",
-                fix="use the model's own template, from a place that you trust",
-            ) from error
+            return self._tokenizer.apply_chat_template(
+                [dict(m) for m in messages],
+                tokenize=False,
+                add_generation_prompt=generation,
+                enable_thinking=thinking,
+                **settings,
+            )
         except Exception as error:  # Jinja raises many types; templates also raise on purpose
+            roles = [m["role"] for m in messages]
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise Unusable(
                 "template refuses the roles",
-                f"the chat template of {self._name} refused roles {[m['role'] for m in messages]}: {reason}",
+                f"the chat template of {self._name} refused roles {roles}: {reason}",
             ) from error
 
 
-def _answers(messages: Sequence[Message]) -> list[int]:
-    return [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+def _sentinel(index: int) -> str:
+    return f"\ue000tide-{index}\ue001"  # private-use characters: nothing else contains them
+
+
+def _with_sentinels(messages: Sequence[Message]) -> list[Message]:
+    return [{**m, "content": _sentinel(i)} for i, m in enumerate(messages)]
+
+
+def _without(name: str, message: Message) -> Message:
+    return {key: value for key, value in message.items() if key != name}
+
+
+def _pieces(text: str, count: int) -> list[str] | None:
+    """`text` cut at its sentinels; None where one is missing, stands twice or out of order."""
+    pieces, rest = [], text
+    for i in range(count):
+        piece, sentinel, rest = rest.partition(_sentinel(i))
+        if not sentinel:
+            return None
+        pieces.append(piece)
+    return None if any(_sentinel(i) in rest for i in range(count)) else [*pieces, rest]
+
+
+def _locate_contents(
+    pieces: Sequence[str], messages: Sequence[Message], text: str
+) -> list[Span] | None:
+    """The span of every content, where `text` is `pieces` joined by the contents, each changed as
+    templates do; None where it is not.
+    """
+    contents = [str(m.get("content") or "") for m in messages]
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    thinks = any("</think>" in contents[i] for i in answers)
+    for of_answers, of_others, of_last in _ways_to_change(thinks):
+        spans: list[Span] = []
+        parts = [pieces[0]]
+        at = len(pieces[0])
+        for i, content in enumerate(contents):
+            if i not in answers:
+                change = of_others
+            else:
+                change = of_last if i == answers[-1] else of_answers
+            changed = change(content)
+            spans.append((at, at + len(changed)))
+            parts += [changed, pieces[i + 1]]
+            at += len(changed) + len(pieces[i + 1])
+        if at == len(text) and "".join(parts) == text:
+            return spans
+    return None
+
+
+def _ways_to_change(thinks: bool) -> Iterator[tuple[Callable[[str], str], ...]]:
+    """What templates do to earlier answers, to the other messages, and to the last answer."""
+    for change in _CHANGES:
+        yield change, change, change
+    for of_answers, of_others in product(_CHANGES, _CHANGES):
+        if of_answers is not of_others:
+            yield of_answers, of_others, of_answers
+    if thinks:
+        for of_answers, of_others, of_last in product(_CHANGES, repeat=3):
+            # Of an earlier answer only what stands behind its think block is kept.
+            yield lambda t, f=of_answers: f(t.rpartition("</think>")[2]), of_others, of_last
+
+
+def _own_words(text: str, start: int, stop: int, content: str | None) -> Span | None:
+    """An answer's own words inside start … stop: `content` verbatim behind white space, or
+    stripped. None where they are other words. Without `content`: all but white space in front.
+    """
+    region = text[start:stop]
+    lead = len(region) - len(region.lstrip())
+    if content is None:
+        return start + lead, stop
+    if region.endswith(content) and not region[: len(region) - len(content)].strip():
+        return stop - len(content), stop
+    inner = content.strip()
+    if region.strip() != inner:
+        return None
+    first = start + lead if inner else start
+    return first, first + len(inner)
 
 
 def _plain(

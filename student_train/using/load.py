@@ -14,7 +14,7 @@ from shared.models.loading import load_model
 from shared.models.masks import stated_mask
 from shared.system.errors import TideError
 from shared.system.hardware import choose_device, choose_precision, torch_dtype
-from shared.text.rendered import Message
+from shared.text.templates import Message
 from shared.text.tokenizers import Tokenizer
 from student_train.model.student import student_architecture
 from student_train.using.sampler import sample

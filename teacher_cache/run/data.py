@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shared.aligned.same_tokens import SharedVocabulary
+from shared.aligned.examples import SharedVocabulary
 from shared.cache.manifest import MANIFEST, load_manifest
 from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve
 from shared.models.masks import student_mask
@@ -16,8 +16,7 @@ from shared.settings.config import CacheConfig
 from shared.system.errors import TideError
 from shared.text.tokenizers import Tokenizer
 from teacher_cache.prepared.folder import PreparedData, totals
-from teacher_cache.prepared.prepare import Request, prepare
-from teacher_cache.prepared.work import Recipe
+from teacher_cache.prepared.prepare import PrepareRequest, prepare
 from teacher_cache.run.preflight import check_teacher
 from teacher_cache.teachers.registry import TeacherEntry, find_teacher
 
@@ -67,19 +66,8 @@ def prepare_data(config: CacheConfig, sides: Sides) -> tuple[PreparedData, datet
     Noise, targets and engine have no part in it.
     """
     day, entry, student, teacher = _day(config, sides), sides.entry, sides.student, sides.teacher
-    recipe = Recipe(
-        student=resolve(config.student_tokenizer or entry.student),
-        teacher=str(sides.checkpoint.folder),
-        shared=entry.student_tokens,
-        student_mask_id=sides.student_mask,
-        teacher_mask_id=entry.mask_id,
-        lengths=config.lengths,
-        skip_first=entry.shift,
-        date=day,
-        positions=config.targets.positions if entry.student_tokens else "content",
-        own_text=entry.student_tokens and config.targets.teacher_text == "own",
-    )
-    reads_template = recipe.own_text or not entry.student_tokens
+    own_text = entry.student_tokens and config.targets.teacher_text == "own"
+    reads_template = own_text or not entry.student_tokens
     identity = {
         "student": [student.fingerprint, student.template.source, sides.student_mask],
         "teacher": [
@@ -89,13 +77,22 @@ def prepare_data(config: CacheConfig, sides: Sides) -> tuple[PreparedData, datet
         ],
         "shared": entry.student_tokens,
     }
-    request = Request(
-        config.sources,
-        recipe,
-        identity,
-        config.prepared_folder,
-        config.dedup,
-        config.prepare_workers,
+    request = PrepareRequest(
+        sources=config.sources,
+        folder=config.prepared_folder,
+        identity=identity,
+        student=resolve(config.student_tokenizer or entry.student),
+        teacher=str(sides.checkpoint.folder),
+        shared=entry.student_tokens,
+        student_mask_id=sides.student_mask,
+        teacher_mask_id=entry.mask_id,
+        lengths=config.lengths,
+        date=day,
+        positions=config.targets.positions if entry.student_tokens else "content",
+        own_text=own_text,
+        skip_first=entry.shift,
+        dedup=config.dedup,
+        workers=config.prepare_workers,
     )
     return prepare(request), day
 

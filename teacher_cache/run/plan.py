@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.aligned.same_tokens import SharedVocabulary
+from shared.aligned.examples import SharedVocabulary
 from shared.cache.fingerprint import (
     CachedData,
     CachedEngine,

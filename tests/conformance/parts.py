@@ -23,7 +23,7 @@ from shared.models.checkpoint import Checkpoint, open_checkpoint
 from shared.models.loading import load_model
 from shared.settings.build import build, strict
 from shared.settings.objectives import Distillation
-from shared.text.bytes_of_tokens import byte_level_bytes
+from shared.text.byte_level import byte_level_bytes
 from student_train.losses.objective import objective
 from student_train.losses.targets import ChunkTargets, Targets, TopKTargets
 from student_train.using.decoding import pad_left

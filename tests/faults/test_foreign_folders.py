@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from shared.cache.manifest import checksum_of, load_manifest
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import check_weights, load_model
 from shared.system.errors import TideError
-from shared.text import templates
 from shared.text.tokenizers import Tokenizer
 
 SECONDS = 12
@@ -135,29 +133,6 @@ def test_files_that_are_none(
 def test_configs_of_no_model(name: str, value: Any, random_teacher: Path, tmp_path: Path) -> None:
     with explained():
         load(model(random_teacher, tmp_path / "m", **{name: value}))
-
-
-LOOPS = {
-    "three loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "a macro that calls itself": ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
-                                  "{{ f(60) }}"),
-}  # fmt: skip
-
-
-@pytest.mark.faults("model folders of strangers")
-@pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("thread", [False, True])
-def test_templates_without_end(
-    loop: str, thread: bool, random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(templates, "_SECONDS", 0.5)
-
-    folder = model(random_teacher, tmp_path / "m")
-    (folder / "chat_template.jinja").write_text(LOOPS[loop])
-    tokenizer = Tokenizer.load(folder)
-    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    with explained("did not end"), ThreadPoolExecutor(1) as pool:
-        pool.submit(tokenizer.render, chat).result() if thread else tokenizer.render(chat)
 
 
 def without(place: str) -> Callable[[dict[str, Any]], None]:

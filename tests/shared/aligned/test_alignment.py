@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.aligned.alignment import Region, align_tokens, common_prefix
-from shared.text.bytes_of_tokens import byte_level_bytes
+from shared.text.byte_level import byte_level_bytes
 
 
 def test_reproduces_the_golden_chunks(golden: Path) -> None:

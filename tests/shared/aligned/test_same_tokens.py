@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.tools.tiny_tokenizers import CHATML_TEMPLATE
-from shared.aligned.examples import Prepared, Preparer
-from shared.aligned.same_tokens import SharedVocabulary
+from shared.aligned.examples import Prepared, Preparer, SharedVocabulary
 from shared.settings.config import LengthConfig
 from shared.text.tokenizers import Tokenizer
 from tests.conftest import TEACHER_TOKENIZER

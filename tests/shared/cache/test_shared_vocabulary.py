@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.aligned.examples import Prepared, Preparer
-from shared.aligned.same_tokens import SharedVocabulary
+from shared.aligned.examples import Prepared, Preparer, SharedVocabulary
 from shared.cache.shards import Unit
 from shared.data import ChatExample
 from shared.models.checkpoint import resolve

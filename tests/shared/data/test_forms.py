@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.data import iter_examples, scan
-from shared.data.forms import parse
-from shared.data.selection import copies, in_split
+from shared.data.conversation import copies, in_split, parse
 from shared.settings.config import DataConfig, RowFilter
 from shared.system.errors import TideError, Unusable
 

@@ -10,7 +10,7 @@ import pytest
 
 from pipelines.recipes.read import cache_config, packaged_recipe
 from shared.cache.shards import finished_units
-from shared.data.hub import HubName
+from shared.data.sources import HubName
 from teacher_cache.prepared.report import describe
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.data import open_sides, prepare_data

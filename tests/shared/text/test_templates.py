@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.system.errors import Unusable
-from shared.text.rendered import RenderedChat
+from shared.text.templates import RenderedChat
 from shared.text.tokenizers import Tokenizer
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from shared.aligned.examples import Preparer
 from shared.settings.config import LengthConfig
 from shared.system.errors import TideError
-from shared.text.bytes_of_tokens import byte_level_alphabet
+from shared.text.byte_level import byte_level_alphabet
 from shared.text.templates import ChatTemplate
 from shared.text.tokenizers import Tokenizer
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
@@ -67,7 +67,7 @@ def test_contents_are_located(folder: Path, messages: list[tuple[str, str]]) -> 
     chat = [{"role": r, "content": c} for r, c in messages]
     rendered = tokenizer.render(chat)
     assert rendered.text == tokenizer.backend.apply_chat_template(chat, tokenize=False)
-    assert [rendered.text[slice(*span)] for span in rendered.contents if span] == [
+    assert [rendered.text[slice(*span)] for span in rendered.plain or ()] == [
         c for _, c in messages
     ]
     prompt = tokenizer.backend.apply_chat_template(
@@ -97,7 +97,7 @@ def test_the_layouts_of_real_teachers(layout: str, messages: list[tuple[str, str
     assert rendered.text.startswith(
         tokenizer.backend.apply_chat_template(chat, tokenize=False).rstrip("\n")
     )
-    assert [rendered.text[slice(*span)] for span in rendered.contents if span] == [
+    assert [rendered.text[slice(*span)] for span in rendered.plain or ()] == [
         c for _, c in messages
     ]
     prompt = tokenizer.backend.apply_chat_template(
@@ -216,7 +216,6 @@ def test_a_template_that_drops_thinking_of_earlier_turns() -> None:
     ]
     rendered = ChatTemplate(Stub(drops), "qwen").render(chat)
     assert rendered.text[rendered.response_start :].startswith("b")
-    assert rendered.contents[1] is None
 
 
 def test_bad_templates_are_explained(tmp_path: Path) -> None:

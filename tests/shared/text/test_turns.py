@@ -11,8 +11,7 @@ from tokenizers import Tokenizer as Raw
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from shared.aligned.examples import Prepared, Preparer
-from shared.aligned.same_tokens import SharedVocabulary
+from shared.aligned.examples import Prepared, Preparer, SharedVocabulary
 from shared.data import ChatExample
 from shared.diffusion.noise import chunk_draw
 from shared.settings.config import LengthConfig

@@ -21,12 +21,9 @@ from shared.data import iter_examples
 from shared.settings.config import DataConfig, LengthConfig
 from shared.system.errors import TideError
 from shared.text.tokenizers import Tokenizer
-from teacher_cache.prepared.cutting import cut
 from teacher_cache.prepared.folder import PreparedData
-from teacher_cache.prepared.prepare import Request, prepare
+from teacher_cache.prepared.prepare import PrepareRequest, Selector, prepare
 from teacher_cache.prepared.report import describe, losses, show
-from teacher_cache.prepared.selecting import Selector
-from teacher_cache.prepared.work import Recipe
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
 
 STUDENT, TEACHER = Tokenizer.load(STUDENT_TOKENIZER), Tokenizer.load(TEACHER_TOKENIZER)
@@ -41,13 +38,13 @@ def write(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def request(folder: Path, *sources: DataConfig, **changes: Any) -> Request:
+def request(folder: Path, *sources: DataConfig, **changes: Any) -> PrepareRequest:
     lengths = LengthConfig(student=64, teacher=64, block=32)
-    recipe = Recipe(
-        str(STUDENT_TOKENIZER), str(TEACHER_TOKENIZER), False, 2047, 4095, lengths, False, None
-    )
     identity = {"student": STUDENT.fingerprint, "teacher": TEACHER.fingerprint}
-    return Request(sources, recipe, identity, folder, **{"workers": 1, **changes})
+    student, teacher = str(STUDENT_TOKENIZER), str(TEACHER_TOKENIZER)
+    own = {"student": student, "teacher": teacher, "shared": False, "lengths": lengths}
+    own |= {"student_mask_id": 2047, "teacher_mask_id": 4095, "workers": 1}
+    return PrepareRequest(sources, folder, identity, **{**own, **changes})
 
 
 def keys(data: PreparedData) -> list[str]:
@@ -63,7 +60,7 @@ def test_what_is_prepared_is_what_the_tokenizers_say(tmp_path: Path) -> None:
     asked = request(tmp_path / "p", DataConfig(str(source)))
     data = prepare(asked)
     assert data.examples == 100
-    preparer = asked.recipe.preparer(asked.sources[0], STUDENT, TEACHER)
+    preparer = asked.preparer(asked.sources[0], STUDENT, TEACHER)
     for found, expected in zip(
         data.between(0, 100), preparer.usable(list(iter_examples(asked.sources[0]))), strict=True
     ):
@@ -95,24 +92,14 @@ def test_a_second_run_reads_nothing_and_other_limits_share_the_parts(
     assert keys(prepare(request(tmp_path / "p", DataConfig(str(source))))) == keys(first)
 
 
-def test_mended_data_keep_the_parts_whose_rows_did_not_change(tmp_path: Path) -> None:
-    """A row taken out, put in or mended in the middle changes one part or two, wherever it moves the others to."""
-    rows: list[Any] = [row(i) for i in range(3000)]
+def test_rows_that_are_mended_or_added_change_only_their_own_part(tmp_path: Path) -> None:
+    rows: list[Any] = [row(i) for i in range(700)]
     source = write(tmp_path / "d.jsonl", rows)
-    last = prepare(request(tmp_path / "p", DataConfig(str(source)))).record.parts
-    assert len(last) > 6
-    mends = (
-        lambda r: r.pop(1500),
-        lambda r: r.insert(700, row(9000)),
-        lambda r: r.__setitem__(2000, row(9001)),
-    )
-    for mend in mends:
-        mend(rows)
-        write(source, rows)
-        again = prepare(request(tmp_path / "p", DataConfig(str(source))))
-        assert again.examples == len(rows)
-        assert 1 <= len(set(again.record.parts) - set(last)) <= 2
-        last = again.record.parts
+    first = prepare(request(tmp_path / "p", DataConfig(str(source)))).record.parts
+    write(source, [*rows[:300], row(9000), *rows[301:], row(9001)])
+    again = prepare(request(tmp_path / "p", DataConfig(str(source))))
+    assert again.examples == 701
+    assert [a == b for a, b in zip(first, again.record.parts, strict=True)] == [True, False, False]
 
 
 def test_a_row_that_cannot_be_used_moves_no_other_and_is_counted_with_its_place(
@@ -194,13 +181,6 @@ def test_selection_is_a_prefix_in_order_with_occurrences(
             expected.append([0, i, seen[name]])
         seen[name] += 1
     assert entries.tolist() == expected
-
-
-@given(st.lists(st.binary(min_size=1, max_size=4), max_size=40))
-def test_cutting_loses_and_reorders_nothing(rows: list[bytes]) -> None:
-    found = list(cut((str(i), r) for i, r in enumerate(rows)))
-    assert [r for part in found for r in part.rows] == rows
-    assert [p for part in found for p in part.places] == [str(i) for i in range(len(rows))]
 
 
 @pytest.mark.slow
