@@ -1,1 +1,1 @@
-"""Many students at once: the demo, grids of variants and seeds."""
+"""Many students over shared caches: ablations, and the demo."""

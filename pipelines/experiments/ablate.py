@@ -1,21 +1,31 @@
-"""`tide ablate RECIPE`: a grid of students over shared caches, seeds × variants, and one report."""
+"""`tide ablate RECIPE`: a grid of students over shared caches, seeds × variants, and one report.
+
+Each training is a `tide train` of its own, a few run at a time, and finished ones are not repeated.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from pipelines.evaluation.use_scores import score_all
-from pipelines.experiments.grid import LOCK, Job, train_all
-from pipelines.recipes.read import own_recipe, train_arguments
+from pipelines.recipes.read import DEFAULT_TEACHER, own_recipe, train_arguments
 from pipelines.reports.paired import paired_table
 from pipelines.reports.report import find_runs, write_report
-from shared.settings.build import build, read_toml, strict
+from shared.settings.build import build, read_toml, require, strict
 from shared.settings.config import CacheConfig, TrainConfig
+from shared.system.errors import TideError
+from shared.system.files import read_json
 from shared.system.locks import hold
+from shared.system.signals import end_children, start_child
 from teacher_cache.run.build import build_cache
 
 
@@ -31,7 +41,7 @@ class Variant:
 
 @strict
 class Grid:
-    """The recipe of an ablation. `caches` and `train` are parts of `CacheConfig` and `TrainConfig`."""
+    """The recipe of an ablation. `caches` and `train` are parts of `[cache]` and `[train]`."""
 
     caches: dict[str, dict[str, Any]]
     variants: dict[str, Variant]
@@ -42,70 +52,119 @@ class Grid:
 
     def __post_init__(self) -> None:
         for name, variant in self.variants.items():
-            if variant.cache not in self.caches:
-                raise ValueError(
-                    f"variant {name} names the cache {variant.cache!r}; there are {sorted(self.caches)}"
-                )
-            if variant.against is not None and variant.against not in self.variants:
-                raise ValueError(
-                    f"variant {name} is to be compared with {variant.against!r}, which is no variant"
-                )
+            require(
+                variant.cache in self.caches,
+                f"variant {name} has the cache {variant.cache!r}, expected one of {[*self.caches]}",
+            )
+            require(
+                variant.against in (None, *self.variants),
+                f"variant {name} is against {variant.against!r}, expected another variant",
+            )
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """(base, other): each variant behind the one that it is compared with."""
+
+        def teacher(variant: Variant) -> str:
+            return self.caches[variant.cache].get("teacher", DEFAULT_TEACHER)
+
+        undistilled = {
+            teacher(variant): name
+            for name, variant in reversed(self.variants.items())
+            if variant.train.get("distillation", {}).get("type") == "none"
+        }
+        pairs = []
+        for name, variant in self.variants.items():
+            base = variant.against or undistilled.get(teacher(variant))
+            if base is not None and base != name:
+                pairs.append((base, name))
+        return pairs
 
 
 def run_ablation(recipe: Path, out: Path, at_once: int | None = None) -> Path:
-    """Build the caches, train every variant at every seed, report. Run again to resume.
-
-    The whole recipe is checked before anything runs. Students start from what the teacher's own recipe names, unless
-    the grid says otherwise.
-    """
+    """Build the caches, train every variant at every seed, report. Run again to resume."""
     grid = build(Grid, read_toml(recipe), str(recipe))
-    caches = {name: _cache(name, values, out) for name, values in grid.caches.items()}
-    starts = {name: _start(config.teacher) for name, config in caches.items()}
-    jobs = []
+    train_grid(grid, out, at_once)
+    head = f"# {recipe.stem}: {len(grid.variants)} variants, {len(grid.seeds)} seeds\n"
+    return write_report(out, head, paired_table(find_runs(out), grid.pairs()) + "\n")
+
+
+def train_grid(grid: Grid, out: Path, at_once: int | None = None) -> None:
+    """Caches and students below `out`. Students start from what the teacher's own recipe names,
+    unless the grid says otherwise. The whole grid is checked before anything runs.
+    """
+    # 1. check all settings
+    caches = {}
+    for name, values in grid.caches.items():
+        base = own_recipe(values.get("teacher", DEFAULT_TEACHER), "cache")
+        settings = {**base, **values, "out": out / "caches" / name}
+        caches[name] = build(CacheConfig, settings, f"cache {name}")
+    jobs = {}
     for seed in grid.seeds:
         for name, variant in grid.variants.items():
-            cache = str(caches[variant.cache].out)
-            values = {
-                **starts[variant.cache],
-                **grid.train,
-                **variant.train,
-                "cache": cache,
-                "seed": seed,
-            }
-            where = f"variant {name} in {recipe}"
-            build(TrainConfig, values, where)
-            jobs.append(Job(out / f"{name}-seed{seed}", train_arguments(values)))
-    with hold(out / LOCK, f"the folder of runs {out}"):
+            cache = caches[variant.cache]
+            own = own_recipe(cache.teacher, "train")
+            start = {"student": own["student"]} if "student" in own else {}
+            values = {**start, **grid.train, **variant.train, "cache": str(cache.out), "seed": seed}
+            build(TrainConfig, values, f"variant {name}")
+            jobs[out / f"{name}-seed{seed}"] = train_arguments(values)
+    # 2. caches, then students, then their scores in use
+    at_once = at_once or os.cpu_count() or 1
+    with hold(out / ".lock", f"the folder of runs {out}"):
         for config in caches.values():
             build_cache(config)
         train_all(jobs, at_once)
         if grid.use:
-            score_all([job.folder for job in jobs], at_once or os.cpu_count() or 1)
-    head = f"# {recipe.stem}: {len(grid.variants)} variants, {len(grid.seeds)} seeds\n"
-    return write_report(out, head, compared(out, grid))
+            score_all([*jobs], at_once)
 
 
-def _start(teacher: str) -> dict[str, Any]:
-    """The student that the teacher's own recipe names, as a part of the settings of training."""
-    own = own_recipe(teacher, "train")
-    return {"student": own["student"]} if "student" in own else {}
+def train_all(jobs: Mapping[Path, Sequence[str]], at_once: int) -> None:
+    """Train into folders by arguments of `tide train`, `at_once` at a time, one thread each.
+
+    TideError with the end of its log where one fails. Called again, it goes on where it stopped.
+    """
+    waiting = [folder for folder in jobs if not (folder / "history.json").exists()]
+    running: dict[subprocess.Popen[bytes], Path] = {}
+    done, total = _steps(jobs)
+    # smoothing=0: the mean rate since the start, starting times and other load included
+    bar = tqdm(
+        total=total, initial=done, unit="step", desc=f"train {len(jobs)} students", smoothing=0
+    )
+    with bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    folder = waiting.pop(0)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    command = [sys.executable, "-m", "pipelines.cli", "train", *jobs[folder]]
+                    with (folder / "log.txt").open("wb") as log:
+                        process = start_child(
+                            [*command, "--out", str(folder)], {"OMP_NUM_THREADS": "1"}, log
+                        )
+                    running[process] = folder
+                time.sleep(0.5)
+                done, bar.total = _steps(jobs)
+                bar.update(done - bar.n)
+                for process in [p for p in running if p.poll() is not None]:
+                    folder = running.pop(process)
+                    if process.returncode != 0:
+                        end = (folder / "log.txt").read_text(errors="replace")[-2000:]
+                        what = f"training {folder.name} failed (exit {process.returncode}):\n{end}"
+                        raise TideError(what)
+        finally:
+            end_children([*running])
 
 
-def _cache(name: str, values: Mapping[str, Any], out: Path) -> CacheConfig:
-    base = own_recipe(str(values.get("teacher", "tiny-cross")), "cache")
-    return build(CacheConfig, {**base, **values, "out": out / "caches" / name}, f"cache {name}")
-
-
-def compared(out: Path, grid: Grid) -> str:
-    """Each variant minus the one that it is compared with: `against`, or the undistilled one of its teacher."""
-    plain = {
-        grid.caches[v.cache].get("teacher", "tiny-cross"): name
-        for name, v in reversed(grid.variants.items())
-        if v.train.get("distillation", {}).get("type") == "none"
-    }
-    pairs = []
-    for name, variant in grid.variants.items():
-        base = variant.against or plain.get(grid.caches[variant.cache].get("teacher", "tiny-cross"))
-        if base not in (None, name):
-            pairs.append((str(base), name))
-    return f"{paired_table(find_runs(out), pairs)}\n"
+def _steps(folders: Mapping[Path, Any]) -> tuple[int, int | None]:
+    """Steps done and in all; students that have not begun are taken to be as long as the rest."""
+    states = []
+    for folder in folders:
+        try:
+            state = read_json(folder / "progress.json")
+            states.append((int(state["step"]), int(state["max_steps"])))
+        except (OSError, ValueError, KeyError):
+            continue
+    if not states:
+        return 0, None
+    longest = max(total for _, total in states)
+    total = sum(total for _, total in states) + longest * (len(folders) - len(states))
+    return sum(done for done, _ in states), total

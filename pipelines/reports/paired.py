@@ -1,4 +1,4 @@
-"""Differences between two variants, seed by seed, with a confidence interval: what a spread over seeds hides."""
+"""Differences between two variants, seed by seed: what a spread over seeds hides."""
 
 from __future__ import annotations
 
@@ -14,16 +14,13 @@ from pipelines.reports.report import Run, find_runs
 from shared.cache.manifest import differences as settings_that_differ
 from shared.system.errors import TideError
 
-CONFIDENCE = 0.95
-Metric = Callable[[Run], float | None]
-"""A number of a run; None where it was not measured."""
+Metric = Callable[[Run], float | None]  # None where it was not measured
 
 
 @dataclass(frozen=True)
 class Paired:
-    """`values` by seed, their mean, and half the width of its confidence interval (None for one seed)."""
+    """The mean, and half the width of its 95 % confidence interval (None for one seed)."""
 
-    values: tuple[float, ...]
     mean: float
     half: float | None
 
@@ -39,18 +36,18 @@ def paired(values: Sequence[float]) -> Paired:
     """Student's t over the differences; they are taken to be independent from seed to seed."""
     mean, n = statistics.mean(values), len(values)
     if n < 2:
-        return Paired(tuple(values), mean, None)
-    half = float(student_t.ppf((1 + CONFIDENCE) / 2, n - 1)) * statistics.stdev(values) / n**0.5
-    return Paired(tuple(values), mean, half)
+        return Paired(mean, None)
+    return Paired(mean, float(student_t.ppf(0.975, n - 1)) * statistics.stdev(values) / n**0.5)
 
 
 def differences(runs: Sequence[Run], base: str, other: str, metric: Metric) -> list[float]:
     """How much more `other` has than `base`, for each seed that both have."""
-    a, b = (
-        {r.seed: v for r in runs if r.variant == name and (v := metric(r)) is not None}
-        for name in (base, other)
-    )
-    return [b[seed] - a[seed] for seed in sorted(a.keys() & b.keys())]
+    sides: dict[str, dict[int, float]] = {base: {}, other: {}}
+    for run in runs:
+        if run.variant in sides and (value := metric(run)) is not None:
+            sides[run.variant][run.seed] = value
+    seeds = sorted(sides[base].keys() & sides[other].keys())
+    return [sides[other][seed] - sides[base][seed] for seed in seeds]
 
 
 def final(name: str) -> Metric:
@@ -63,6 +60,7 @@ def use(name: str) -> Metric:
     return lambda run: None if run.use is None else getattr(run.use, name)
 
 
+# by the words of the table, with the digits that they are given in
 METRICS: dict[str, tuple[Metric, int]] = {
     "NLL, nats": (final("nll"), 3),
     "accuracy": (final("accuracy"), 4),
@@ -71,43 +69,37 @@ METRICS: dict[str, tuple[Metric, int]] = {
     "parse": (use("parse"), 3),
     "tokens a step": (use("tokens_per_step"), 2),
 }
-"""By the words of the table, with the digits that they are given in. Less is better for the first alone."""
 
 
 def paired_table(runs: Sequence[Run], pairs: Sequence[tuple[str, str]]) -> str:
-    """What is shown, and a Markdown table, one row a pair (base, other): other minus base with its interval."""
-    measured = {
-        name: found
-        for name, found in METRICS.items()
-        if any(found[0](run) is not None for run in runs)
-    }
-    lines = [
-        "| " + " | ".join(["student", "minus", "seeds", *measured]) + " |",
-        "|" + "---|" * (3 + len(measured)),
+    """A Markdown table, one row a pair (base, other): other minus base with its interval."""
+    measured = [
+        name for name, (metric, _) in METRICS.items() if any(metric(r) is not None for r in runs)
     ]
+    rows = [["student", "minus", "seeds", *measured], ["---"] * (3 + len(measured))]
     for base, other in pairs:
         cells, seeds = [], 0
-        for metric, digits in measured.values():
+        for metric, digits in (METRICS[name] for name in measured):
             values = differences(runs, base, other, metric)
             seeds = max(seeds, len(values))
             cells.append(paired(values).text(digits) if values else "–")
         if seeds:
-            lines.append("| " + " | ".join([other, base, str(seeds), *cells]) + " |")
+            rows.append([other, base, str(seeds), *cells])
     return (
-        "Differences, paired by seed, with the 95 % confidence interval of their mean; in bold where it leaves out "
-        "zero. Less is better for NLL alone.\n\n" + "\n".join(lines)
+        "Differences, paired by seed, with the 95 % confidence interval of their mean; in bold "
+        "where it leaves out zero. Less is better for NLL alone.\n\n"
+        + "\n".join(f"| {' | '.join(row)} |" for row in rows)
     )
 
 
 def compare(one: Path, other: Path) -> str:
-    """Two folders of runs, each of one variant: which settings differ, and the other minus the one, paired by seed.
+    """Two folders of runs, each of one variant: which settings differ, and the other minus the one.
     TideError where a folder holds several variants, or no seed is in both.
     """
     sides = []
     for name, folder in (("A", one), ("B", other)):
         runs = find_runs(folder)
-        variants = sorted({run.variant for run in runs})
-        if len(variants) > 1:
+        if len(variants := sorted({run.variant for run in runs})) > 1:
             raise TideError(
                 f"{folder} holds {len(variants)} variants: {', '.join(variants)}",
                 expected="runs that differ in their seed alone",
@@ -115,12 +107,11 @@ def compare(one: Path, other: Path) -> str:
             )
         sides.append([dataclasses.replace(run, variant=name) for run in runs])
     a, b = sides
-    shared = {run.seed for run in a} & {run.seed for run in b}
-    if not shared:
-        raise TideError(
-            f"{one} has the seeds {sorted({run.seed for run in a})}, {other} {sorted({run.seed for run in b})}",
-            expected="a seed that both have",
-        )
+    own, others = sorted({run.seed for run in a}), sorted({run.seed for run in b})
+    if not set(own) & set(others):
+        what = f"{one} has the seeds {own}, {other} {others}"
+        raise TideError(what, expected="a seed that both have")
     lines = settings_that_differ(a[0].settings, b[0].settings) or ["nothing but the folder"]
-    said = "\n".join(f"* {line}" for line in lines)
-    return f"A: {one}\nB: {other}\n\nSettings, A → B:\n\n{said}\n\n{paired_table([*a, *b], [('A', 'B')])}"
+    settings = "\n".join(f"* {line}" for line in lines)
+    table = paired_table([*a, *b], [("A", "B")])
+    return f"A: {one}\nB: {other}\n\nSettings, A → B:\n\n{settings}\n\n{table}"

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import statistics
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,36 +31,32 @@ from teacher_cache.run.progress import read_status
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run: its variant (a name that all runs with its settings have, and no others), settings, curves."""
+    """One finished run. All runs with its settings have the name of its variant, and no others."""
 
     variant: str
     seed: int
-    cache: str
-    objective: str
+    settings: dict[str, Any]  # all but the seed
     history: list[dict[str, Any]]
     final: dict[str, float]
-    folder: Path
-    """Of the cache."""
-    command: str
-    machine: str
-    """The hardware that trained it."""
-    use: UseScores | None = None
-    """What was measured of the finished student in use."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """All but the seed."""
-    place: Path = Path()
-    """Of the run."""
+    machine: str  # the hardware that trained it
+    use: UseScores | None  # what was measured of the finished student in use
+    place: Path
+
+    @property
+    def cache(self) -> Path:
+        """The folder of its cache."""
+        return Path(self.settings["cache"])
 
 
-def describe_objective(settings: dict[str, Any], weight: float = 1.0) -> str:
-    """An objective in words, as in `reverse_calm, T 2.0, TIDAL both, weight 2`."""
-    if settings["type"] == "none":
+def describe_objective(settings: dict[str, Any]) -> str:
+    """A run's objective in words, as in `reverse_calm, T 2.0, TIDAL both, weight 2`."""
+    objective, weight = settings["distillation"], settings["weight"]
+    if objective["type"] == "none":
         return "CE only"
-    text = f"{settings['type']}, T {settings['temperature']}"
-    if tidal := settings.get("tidal"):
-        text += f", TIDAL {tidal['axis']}" + (
-            ", midrange" if tidal.get("timestep_weight") == "midrange" else ""
-        )
+    text = f"{objective['type']}, T {objective['temperature']}"
+    if tidal := objective.get("tidal"):
+        text += f", TIDAL {tidal['axis']}"
+        text += ", midrange" if tidal.get("timestep_weight") == "midrange" else ""
     return text + (f", weight {weight:g}" if weight != 1.0 else "")
 
 
@@ -68,13 +64,22 @@ def find_runs(folder: Path) -> list[Run]:
     """The finished runs below `folder`. TideError where there is none."""
     runs = []
     for path in sorted(folder.rglob("history.json")):
+        place = path.parent
         try:
-            runs.append(_read_run(path.parent))
+            settings = read_json(place / "run.json")["config"]
+            history = read_json(path)
+            build(TrainConfig, settings, f"{place}/run.json")
+            seed = int(settings.pop("seed"))
+            final = {name: float(value) for name, value in history["final"].items()}
+            machine = str(history.get("machine", "unknown"))
+            steps = [dict(step) for step in history["steps"]]
+            name = place.name.removesuffix(f"-seed{seed}")
+            runs.append(Run(name, seed, settings, steps, final, machine, read_use(place), place))
+        except TideError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, TideError):
-                raise
             raise TideError(
-                f"{path.parent} is no run that can be read: {type(error).__name__}: {error}",
+                f"{place} is no run that can be read: {type(error).__name__}: {error}",
                 expected="run.json and history.json as `tide train` writes them",
                 fix="move the folder elsewhere, or train again",
             ) from error
@@ -83,151 +88,111 @@ def find_runs(folder: Path) -> list[Run]:
             f"{folder} holds no finished runs",
             expected="folders with run.json and history.json, from `tide train`",
         )
-    return _named_by_settings(runs)
-
-
-def _read_run(folder: Path) -> Run:
-    settings, history = read_json(folder / "run.json")["config"], read_json(folder / "history.json")
-    build(TrainConfig, settings, f"{folder}/run.json")
-    seed = int(settings["seed"])
-    return Run(
-        folder.name.removesuffix(f"-seed{seed}"),
-        seed,
-        Path(settings["cache"]).name,
-        describe_objective(settings["distillation"], settings["weight"]),
-        [{**step} for step in history["steps"]],
-        {name: float(value) for name, value in history["final"].items()},
-        Path(settings["cache"]),
-        train_command(settings),
-        str(history.get("machine", "unknown")),
-        read_use(folder),
-        {name: value for name, value in settings.items() if name != "seed"},
-        folder,
-    )
-
-
-def _named_by_settings(runs: list[Run]) -> list[Run]:
-    """Runs of one name with different settings get names that tell them apart: their folder's, or a number."""
-
-    for longer in (True, False):
+    # Runs of one name but different settings are told apart by their folder, then by a number.
+    for by_folder in (True, False):
         kinds: dict[str, set[str]] = defaultdict(set)
         for run in runs:
-            kinds[run.variant].add(_digest(run))
-        changed = []
-        for run in runs:
-            own, name = sorted(kinds[run.variant]), run.variant
-            if len(own) > 1 and longer:
-                name = f"{run.place.parent.name}/{name}"
-            elif len(own) > 1:
-                name = f"{name} #{own.index(_digest(run)) + 1}"
-            changed.append(dataclasses.replace(run, variant=name))
-        runs = changed
+            kinds[run.variant].add(json.dumps(run.settings, sort_keys=True))
+        for i, run in enumerate(runs):
+            own, name = sorted(kinds[run.variant]), f"{run.place.parent.name}/{run.variant}"
+            if len(own) > 1:
+                number = own.index(json.dumps(run.settings, sort_keys=True)) + 1
+                name = name if by_folder else f"{run.variant} #{number}"
+                runs[i] = dataclasses.replace(run, variant=name)
     return runs
 
 
-def _digest(run: Run) -> str:
-    return json.dumps(run.settings, sort_keys=True)
-
-
-def _spread(values: list[float], digits: int = 3) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-
-
 def summary_table(runs: list[Run]) -> pl.DataFrame:
-    """One row a variant: seeds, held-out masked NLL, bits per byte and top-1 accuracy, what was measured in use (mean ±
-    standard deviation), seconds.
+    """One row a variant: seeds, held-out masked NLL, bits per byte and top-1 accuracy, what was
+    measured in use (mean ± standard deviation), seconds.
     """
-    groups: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        groups[run.variant].append(run)
-    rows = [
-        {
+    rows = []
+    for variant in sorted({run.variant for run in runs}):
+        group = [run for run in runs if run.variant == variant]
+        row = {
             "student": variant,
-            "cache": group[0].cache,
-            "objective": group[0].objective,
+            "cache": group[0].cache.name,
+            "objective": describe_objective(group[0].settings),
             "seeds": len(group),
-            "held-out NLL (nats/token)": _column(group, "eval_heldout_nll"),
-            "bits per byte": _column(group, "eval_heldout_bits_per_byte"),
-            "accuracy": _column(group, "eval_heldout_accuracy"),
-            **_use_columns(group),
-            "training s": f"{statistics.mean(r.final['seconds'] for r in group):.0f}",
         }
-        for variant, group in groups.items()
-    ]
+        titles = {"held-out NLL (nats/token)": "nll", "bits per byte": "bits_per_byte"}
+        for title, name in (titles | {"accuracy": "accuracy"}).items():
+            key = f"eval_heldout_{name}"
+            row[title] = _spread([run.final[key] for run in group if key in run.final])
+        if any(run.use is not None for run in runs):
+            in_use = [run.use for run in group if run.use is not None]
+            row["lines exact"] = _spread([use.lines for use in in_use])
+            row["parse"] = _spread([use.parse for use in in_use], 2)
+            row["tokens a step"] = _spread([use.tokens_per_step for use in in_use], 2)
+        row["training s"] = f"{statistics.mean(run.final['seconds'] for run in group):.0f}"
+        rows.append(row)
     return pl.DataFrame(rows).sort("cache", "student")
 
 
+def _spread(values: list[float], digits: int = 3) -> str:
+    if not values:
+        return "–"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
 def cost_table(runs: list[Run]) -> pl.DataFrame:
-    """What each cache cost: seconds of the teacher's engine, megabytes, and training seconds of all its students."""
+    """What each cache cost: seconds of the teacher's engine, megabytes, and training seconds."""
     rows = []
-    for folder in sorted({run.folder for run in runs}):
-        mine = [run for run in runs if run.folder == folder]
+    for folder in sorted({run.cache for run in runs}):
+        seconds = [run.final["seconds"] for run in runs if run.cache == folder]
         engine = read_status(folder).get("engine_seconds")
         size = sum(path.stat().st_size for path in folder.glob("draw=*/*.parquet"))
         rows.append(
             {
-                "cache": mine[0].cache,
+                "cache": folder.name,
                 "teacher s, once": "–" if engine is None else f"{engine:.0f}",
                 "MB on disk": f"{size / 1e6:.1f}" if size else "–",
-                "students": len(mine),
-                "training s, all": f"{sum(r.final['seconds'] for r in mine):.0f}",
+                "students": len(seconds),
+                "training s, all": f"{sum(seconds):.0f}",
             }
         )
     return pl.DataFrame(rows)
 
 
-def _column(group: list[Run], key: str) -> str:
-    values = [run.final[key] for run in group if key in run.final]
-    return _spread(values) if values else "–"
-
-
-def _use_columns(group: list[Run]) -> dict[str, str]:
-    found = [run.use for run in group if run.use is not None]
-    if not found:
-        return {}
-    return {
-        "lines exact": _spread([use.lines for use in found]),
-        "parse": _spread([use.parse for use in found], 2),
-        "tokens a step": _spread([use.tokens_per_step for use in found], 2),
-    }
-
-
 def to_markdown(table: pl.DataFrame) -> str:
     """A polars table as Markdown."""
-    with pl.Config(
-        tbl_formatting="MARKDOWN",
-        tbl_hide_column_data_types=True,
-        tbl_hide_dataframe_shape=True,
-        tbl_rows=-1,
-        tbl_cols=-1,
-        tbl_width_chars=-1,
-        fmt_str_lengths=200,
-    ):
+    with pl.Config(tbl_formatting="MARKDOWN", tbl_hide_column_data_types=True, tbl_rows=-1,
+                   tbl_cols=-1, tbl_hide_dataframe_shape=True, tbl_width_chars=-1,
+                   fmt_str_lengths=200):  # fmt: skip
         return str(table)
 
 
 def draw_curves(runs: list[Run], path: Path) -> None:
-    """Cross-entropy while training and held-out NLL, one line a variant, the band is the range over seeds."""
-    caches = sorted({run.cache for run in runs})
-    panels = {
+    """Cross-entropy while training and held-out NLL: a line a variant, a band over its seeds."""
+    titles = {
         "denoise": "training cross-entropy, 1/t-weighted",
         "eval_heldout_nll": "held-out masked NLL",
     }
-    measured = [
-        key for key in panels if any(key in entry for run in runs for entry in run.history)
-    ] or ["denoise"]
-    width, height = 5.5 * len(measured), 3.6 * len(caches)
+    logged = {key for run in runs for entry in run.history for key in entry}
+    keys = [key for key in titles if key in logged] or ["denoise"]
+    caches = sorted({run.cache.name for run in runs})
+    size = (5.5 * len(keys), 3.6 * len(caches))
     figure, axes = plt.subplots(
-        len(caches), len(measured), figsize=(width, height), squeeze=False, layout="constrained"
+        len(caches), len(keys), figsize=size, squeeze=False, layout="constrained"
     )
     for row, cache in zip(axes, caches, strict=True):
-        for axis, key in zip(row, measured, strict=True):
-            title = panels[key]
-            for variant in sorted({run.variant for run in runs if run.cache == cache}):
-                _draw_variant(axis, [r for r in runs if r.variant == variant], variant, key)
-            axis.set(title=f"{cache}: {title}", xlabel="step", ylabel="nats a token")
+        for axis, key in zip(row, keys, strict=True):
+            for variant in sorted({run.variant for run in runs if run.cache.name == cache}):
+                curves: dict[int, list[float]] = defaultdict(list)
+                for run in runs:
+                    for entry in run.history if run.variant == variant else ():
+                        if key in entry:
+                            curves[entry["step"]].append(entry[key])
+                if not curves:
+                    continue
+                steps = sorted(curves)
+                means = [statistics.mean(curves[step]) for step in steps]
+                marker = "o" if len(steps) == 1 else None
+                (line,) = axis.plot(steps, means, label=variant, linewidth=1.4, marker=marker)
+                low, high = ([limit(curves[step]) for step in steps] for limit in (min, max))
+                axis.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
+            axis.set(title=f"{cache}: {titles[key]}", xlabel="step", ylabel="nats a token")
             axis.grid(alpha=0.3)
             axis.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -235,34 +200,14 @@ def draw_curves(runs: list[Run], path: Path) -> None:
     plt.close(figure)
 
 
-def _draw_variant(axis: Any, runs: list[Run], label: str, key: str) -> None:
-    curves: dict[int, list[float]] = defaultdict(list)
-    for run in runs:
-        for entry in run.history:
-            if key in entry:
-                curves[entry["step"]].append(entry[key])
-    steps = sorted(curves)
-    if not steps:
-        return
-    (line,) = axis.plot(steps, [statistics.mean(curves[s]) for s in steps], label=label, linewidth=1.4,
-                        marker="o" if len(steps) == 1 else None)  # fmt: skip
-    axis.fill_between(
-        steps,
-        [min(curves[s]) for s in steps],
-        [max(curves[s]) for s in steps],
-        alpha=0.2,
-        color=line.get_color(),
-    )
-
-
 def benchmark_section(measured: dict[str, list[Score]]) -> str:
     """Scores of `tide eval` beside the paper's; without any, how to get them."""
     if not measured:
         return "\nNo benchmark was scored yet: `tide eval runs/NAME/model --tasks paper`.\n"
     return (
-        "\n## Benchmarks, %\n\nRows of the *paper* are copied from it and are of 0.6B students on GPUs; rows "
-        "**measured here** come from `tide eval`. \\* marks a task of which not all rows were asked, † one whose rows "
-        "came from a file of yours.\n\n"
+        "\n## Benchmarks, %\n\nRows of the *paper* are copied from it and are of 0.6B students on "
+        "GPUs; rows **measured here** come from `tide eval`. \\* marks a task of which not all "
+        "rows were asked, † one whose rows came from a file of yours.\n\n"
         f"{to_markdown(beside_the_paper(measured))}\n"
     )
 
@@ -272,34 +217,29 @@ def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
 
     A folder that holds benchmark scores alone gets these alone.
     """
+    target = folder / "report.md"
     measured = find_scores(folder)
     if measured and not any(folder.rglob("history.json")):
-        write_bytes(
-            folder / "report.md", f"# Scores in {folder}\n{benchmark_section(measured)}".encode()
-        )
-        return folder / "report.md"
+        write_bytes(target, f"# Scores in {folder}\n{benchmark_section(measured)}".encode())
+        return target
     runs = find_runs(folder)
     draw_curves(runs, folder / "report.png")
-    table = to_markdown(summary_table(runs))
-    title = head or f"# Runs in {folder}\n"
-    commands = {run.variant: run.command for run in reversed(runs)}
-    rows = "\n".join(f"* `{variant}`: `{command}`" for variant, command in sorted(commands.items()))
-    parts = [
-        title,
-        table,
-        "\n" + to_markdown(cost_table(runs)),
-        "\n![loss and held-out NLL](report.png)\n",
-        tail,
+    first = {run.variant: run for run in reversed(runs)}
+    commands = [
+        f"* `{variant}`: `{train_command({**run.settings, 'seed': run.seed})}`"
+        for variant, run in sorted(first.items())
     ]
-    text = (
-        "\n".join(part for part in parts if part)
-        + f"\n\nThe command of each row, at its first seed:\n\n{rows}\n"
-    )
-    text += (
-        "\nTrained on:\n\n"
-        + "\n".join(f"* {machine}" for machine in sorted({run.machine for run in runs}))
-        + "\n"
-    )
-    text += benchmark_section(measured)
-    write_bytes(folder / "report.md", text.encode())
-    return folder / "report.md"
+    parts = [
+        head or f"# Runs in {folder}\n",
+        to_markdown(summary_table(runs)) + "\n",
+        to_markdown(cost_table(runs)) + "\n",
+        "![loss and held-out NLL](report.png)\n",
+        *([tail] if tail else []),
+        "\nThe command of each row, at its first seed:\n",
+        *commands,
+        "\nTrained on:\n",
+        *(f"* {machine}" for machine in sorted({run.machine for run in runs})),
+        benchmark_section(measured),
+    ]
+    write_bytes(target, "\n".join(parts).encode())
+    return target

@@ -9,15 +9,14 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.experiments import ablate
-from pipelines.experiments.ablate import Grid, run_ablation
-from shared.settings.build import build, read_toml
+from pipelines.experiments.ablate import run_ablation
 from shared.system.errors import TideError
 from tests.conftest import chats_file, heldout_file
 
 
 def write_grid(path: Path, model: Path) -> Path:
     path.write_text(f"""
-seeds = [0, 1]
+seeds = [0]
 [caches.a]
 teacher = "tiny-cross"
 model = "{model}"
@@ -53,7 +52,7 @@ def test_a_grid_trains_reports_and_resumes(
     assert "calm, T 2.0, TIDAL training_only, weight 2" in text
     assert "| calm | " in text
     assert "--set 'weight=2.0'" in text or "--set weight=2.0" in text
-    assert len(list((tmp_path / "out").glob("*-seed*/history.json"))) == 4
+    assert len(list((tmp_path / "out").glob("*-seed*/history.json"))) == 2
     command = next(line for line in text.splitlines() if line.startswith("* `calm`"))
     again = shlex.split(command.split("`")[3])
     assert CliRunner().invoke(app, [*again[1:], "--out", str(tmp_path / "again")]).exit_code == 0
@@ -62,12 +61,8 @@ def test_a_grid_trains_reports_and_resumes(
         for f in (tmp_path / "again", tmp_path / "out" / "calm-seed0")
     ]
     assert runs[0]["final"]["eval_heldout_nll"] == runs[1]["final"]["eval_heldout_nll"]
-    started: list[str] = []
-    monkeypatch.setattr(
-        "pipelines.experiments.grid._start", lambda job: started.append(job.folder.name)
-    )
+    monkeypatch.setattr(ablate, "start_child", lambda *_: pytest.fail("a training began again"))
     run_ablation(recipe, tmp_path / "out")
-    assert started == []
 
 
 def test_the_whole_recipe_is_checked_first(
@@ -77,19 +72,12 @@ def test_the_whole_recipe_is_checked_first(
     recipe = write_grid(tmp_path / "grid.toml", random_teacher)
     whole = recipe.read_text()
     first = 'cache = "{}"\ntrain = {{ distillation = {{ type = "none"'
-    for old, new, message in [
-        ("weight = 2.0", "wieght = 2.0", "wieght: no such setting"),
-        (first.format("a"), first.format("b"), "names the cache 'b'"),
+    for old, new, name in [
+        ("weight = 2.0", "wieght = 2.0", "wieght"),
+        (first.format("a"), first.format("b"), "'b'"),
         ('type = "calm"', 'type = "clam"', "variant calm"),
     ]:
         assert old in whole
         recipe.write_text(whole.replace(old, new, 1))
-        with pytest.raises(TideError, match=message):
+        with pytest.raises(TideError, match=name):
             run_ablation(recipe, tmp_path / "out")
-
-
-def test_the_paper_s_grid_holds() -> None:
-    grid = build(Grid, read_toml(Path("pipelines/recipes/paper.toml")), "paper.toml")
-    assert {v.train["distillation"]["type"] for v in grid.variants.values()} == {
-        "none", "kl", "reverse_kl", "calm", "reverse_calm"}  # fmt: skip
-    assert json.dumps(grid.train)

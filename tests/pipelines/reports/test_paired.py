@@ -29,11 +29,8 @@ def test_the_interval_is_scipy_s_for_one_sample(values: list[float]) -> None:
     np.testing.assert_allclose(
         [found.mean - found.half, found.mean + found.half], [low, high], rtol=1e-9, atol=1e-12
     )
+    assert paired([0.25]).text() == "+0.250"  # one seed has no interval
     assert found.text().startswith("**") == bool(low > 0 or high < 0)
-
-
-def test_one_seed_has_no_interval() -> None:
-    assert paired([0.25]).text() == "+0.250"
 
 
 def test_what_seeds_have_in_common_does_not_count(tmp_path: Path) -> None:
