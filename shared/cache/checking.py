@@ -1,4 +1,4 @@
-"""Every shard of a cache looked at, in several processes: bytes against the ledger, values against the rules."""
+"""Every shard of a cache looked at: bytes against the ledger, values against the rules."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ from shared.cache.ledger import LEDGER, Entry, Ledger
 from shared.cache.manifest import Manifest
 from shared.cache.row import Layout
 from shared.cache.shards import Unit, read_table, refuse_other_cache
-from shared.cache.value_checks import RULES, problems_in
+from shared.cache.value_checks import VERSION, problems_in
 from shared.system.atomic import write_bytes
 from shared.system.errors import TideError
 from shared.system.signals import serve_parent
 
 CHECKED = "checked.json"
 _SHARDS_A_PROCESS = 64
-_HASHED_AT_ONCE = 4_000_000_000
-"""Bytes of a cache that is hashed whole before each training."""
+_HASHED_AT_ONCE = 4_000_000_000  # bytes of a cache that is hashed whole before each training
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -53,9 +52,8 @@ def inspect_shard(
             entry.check(path, content)
         shard = read_table(path, layout, content)
         refuse_other_cache(path, shard.counts, manifest.digest)
-        return Finding(
-            unit, shard.counts["rows"], tuple(problems_in(shard.table, layout, manifest))
-        )
+        problems = problems_in(shard.table, layout, manifest)
+        return Finding(unit, shard.counts["rows"], tuple(problems))
     except TideError as error:
         return Finding(unit, 0, (error.what,))
     except (OSError, ValueError, IndexError) as error:
@@ -71,11 +69,10 @@ def in_processes(work: Callable[[T], R], jobs: Sequence[T], word: str) -> Iterat
                 yield work(job)
                 bar.update()
             return
-        with ProcessPoolExecutor(
-            count, multiprocessing.get_context("spawn"), serve_parent, (os.getpid(),)
-        ) as pool:
-            for found in pool.map(work, jobs, chunksize=4):
-                yield found
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(count, spawn, serve_parent, (os.getpid(),)) as pool:
+            for result in pool.map(work, jobs, chunksize=4):
+                yield result
                 bar.update()
 
 
@@ -83,28 +80,20 @@ def check_shards(
     cache: Path, manifest: Manifest, layout: Layout, ledger: Ledger, units: Sequence[Unit]
 ) -> Iterator[Finding]:
     """What is found in each shard."""
-    return in_processes(
-        partial(inspect_shard, cache, manifest, layout),
-        [(unit, ledger.get(unit)) for unit in units],
-        "check",
-    )
+    jobs = [(unit, ledger.get(unit)) for unit in units]
+    return in_processes(partial(inspect_shard, cache, manifest, layout), jobs, "check")
 
 
-def passed(cache: Path) -> bool:
-    """Whether this very ledger passed before, under these very rules."""
-    try:
-        known = json.loads((cache / CHECKED).read_text())
-        ledger = hashlib.sha256((cache / LEDGER).read_bytes()).hexdigest()
-    except (OSError, ValueError):
-        return False
-    return known == {"ledger": ledger, "rules": RULES}
+def _passing(cache: Path) -> dict[str, object]:
+    """What `checked.json` says of a cache that passed: this very ledger, under these very rules."""
+    ledger = hashlib.sha256((cache / LEDGER).read_bytes()).hexdigest()
+    return {"ledger": ledger, "rules": VERSION}
 
 
 def remember(cache: Path) -> None:
     """Note that the cache passed: as long as its ledger stays, its shards are what they were."""
-    ledger = hashlib.sha256((cache / LEDGER).read_bytes()).hexdigest()
     try:
-        write_bytes(cache / CHECKED, json.dumps({"ledger": ledger, "rules": RULES}).encode())
+        write_bytes(cache / CHECKED, json.dumps(_passing(cache)).encode())
     except (TideError, OSError):
         return  # a cache that cannot be written to is looked at every time
 
@@ -112,49 +101,44 @@ def remember(cache: Path) -> None:
 def refuse_unsound(cache: Path, manifest: Manifest, layout: Layout, ledger: Ledger) -> None:
     """TideError where a shard of a finished cache cannot be trained on.
 
-    Values that passed once are not looked at again: then the bytes must be those of the ledger, or, of a large cache,
-    their number (each shard's hash is compared when it is read).
+    Values that passed once are not looked at again: then the bytes must be those of the ledger, or,
+    of a large cache, their number (each shard's hash is compared when it is read).
     """
-    known = passed(cache)
+    units = manifest.units()
+    try:
+        known = json.loads((cache / CHECKED).read_text()) == _passing(cache)
+    except (OSError, ValueError):
+        known = False
     if known:
         whole = sum(entry.bytes for entry in ledger.values()) <= _HASHED_AT_ONCE
-        jobs = [(unit, ledger[unit]) for unit in manifest.units()]
-        with ThreadPoolExecutor(
-            os.cpu_count() or 1
-        ) as pool:  # hashing and reading leave the interpreter to others
-            checks = pool.map(partial(_same_bytes, cache, whole), jobs)
-            shown = tqdm(checks, total=len(jobs), unit="shard", desc="hash", leave=False, delay=2)
-            bad = [found for found in shown if found.problems]
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # hashing leaves the interpreter free
+            checks = pool.map(partial(_same_bytes, cache, ledger, whole), units)
+            shown = tqdm(checks, total=len(units), unit="shard", desc="hash", leave=False, delay=2)
+            bad = [finding for finding in shown if finding.problems]
     else:
-        bad = [
-            found
-            for found in check_shards(cache, manifest, layout, ledger, manifest.units())
-            if found.problems
-        ]
+        checks = check_shards(cache, manifest, layout, ledger, units)
+        bad = [finding for finding in checks if finding.problems]
     if bad:
-        first = bad[0]
         raise TideError(
-            f"{len(bad)} of {len(manifest.units())} shards of {cache} do not hold; {first.unit.path(cache)}: "
-            + "; ".join(first.problems),
+            f"{len(bad)} of {len(units)} shards of {cache} do not hold; "
+            f"{bad[0].unit.path(cache)}: {'; '.join(bad[0].problems)}",
             expected="shards as `tide cache` writes them",
-            fix=f"`tide verify --cache {cache} --rows 0` lists all, with --delete-damaged they are removed; the same "
-            "`tide cache` command then computes them again",
+            fix=f"`tide verify --cache {cache} --rows 0 --delete-damaged` lists and removes them; "
+            "the same `tide cache` command then computes them again",
         )
     if not known:
         remember(cache)
 
 
-def _same_bytes(cache: Path, whole: bool, job: tuple[Unit, Entry]) -> Finding:
+def _same_bytes(cache: Path, ledger: Ledger, whole: bool, unit: Unit) -> Finding:
     """Whether a shard is still what the ledger says, by its bytes or their number."""
-    unit, entry = job
-    path = unit.path(cache)
+    path, entry = unit.path(cache), ledger[unit]
     try:
         if whole:
             entry.check(path, path.read_bytes())
         elif path.stat().st_size != entry.bytes:
-            return Finding(
-                unit, 0, (f"{path} has {path.stat().st_size:,} bytes instead of {entry.bytes:,}",)
-            )
+            problem = f"{path} has {path.stat().st_size:,} bytes instead of {entry.bytes:,}"
+            return Finding(unit, 0, (problem,))
     except TideError as error:
         return Finding(unit, 0, (error.what,))
     return Finding(unit, entry.rows, ())

@@ -25,7 +25,7 @@ from shared.system.atomic import this_process
 from shared.system.errors import TideError
 
 LEDGER = "ledger.parquet"
-NOTES = "ledger"
+_NOTES = "ledger"
 _NUMBERS = ("bytes", "rows", "masked", "chunks", "rows_without_chunks")
 
 
@@ -63,7 +63,7 @@ Ledger = dict[Unit, Entry]
 
 def note(cache: Path, unit: Unit, entry: Entry) -> None:
     """Add a shard that this process has just written."""
-    path = cache / NOTES / f"{this_process()}.jsonl"
+    path = cache / _NOTES / f"{this_process()}.jsonl"
     path.parent.mkdir(exist_ok=True)
     line = {"draw": unit.draw, "part": unit.part, "at": time.time(), **dataclasses.asdict(entry)}
     with path.open("a") as handle:
@@ -95,7 +95,7 @@ def load_ledger(cache: Path, manifest: Manifest) -> Ledger:
             raise TideError(f"{path} has other columns: {error}", fix=fix) from error
     # The newest note of a shard counts.
     noted: list[tuple[float, Unit, Entry]] = []
-    for file in (cache / NOTES).glob("*.jsonl"):
+    for file in (cache / _NOTES).glob("*.jsonl"):
         for line in file.read_text().splitlines():
             try:
                 row = json.loads(line)
@@ -126,7 +126,7 @@ def settle_ledger(cache: Path, manifest: Manifest) -> Ledger:
             ledger[unit] = known.get(unit) or entry_of(path, path.read_bytes(), manifest)
     if wanted == set(ledger):
         save_ledger(cache, manifest, ledger)
-        for file in (cache / NOTES).glob("*.jsonl"):
+        for file in (cache / _NOTES).glob("*.jsonl"):
             file.unlink(missing_ok=True)
     return ledger
 

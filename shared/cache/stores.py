@@ -1,197 +1,231 @@
-"""A cache in an object store (`shared.cache.marked_files`): pushed, pulled, or gone on with. The manifest comes last."""
+"""A cache in an object store: s3://, gs://, hf:// or any that fsspec knows, or a path.
+
+Such stores have no rename, but a file is there whole or not at all; the ledger has the SHA-256 of every
+shard. The manifest is written first, so that runs can go on, and the ledger last.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.fs as pafs
 from tqdm import tqdm
 
-from shared.cache.ledger import LEDGER, Entry, Ledger, load_ledger, save_ledger
+from shared.cache.ledger import LEDGER, Ledger, entry_of, load_ledger, save_ledger
 from shared.cache.manifest import MANIFEST, Manifest, check_fingerprint, load_manifest
-from shared.cache.marked_files import MarkedFiles
-from shared.cache.shards import Unit, finished_units, read_table
+from shared.cache.shards import Unit, finished_units
 from shared.cache.vocabulary import TABLES, has_tables
 from shared.system.atomic import write_bytes
 from shared.system.errors import TideError
 
-_ENTRY = [field.name for field in dataclasses.fields(Entry)]
+_ERRORS = (OSError, ValueError, pa.ArrowException, ImportError)
 
 
-class Store(MarkedFiles):
-    """A cache in a store."""
+def is_remote(place: str) -> bool:
+    """Whether a path is the address of a store."""
+    return "://" in place
+
+
+def belongs_to_cache(name: str) -> bool:
+    """Whether a cache has files of that name: manifest, ledger, tokenizers, tables, shards."""
+    path = PurePosixPath(name)
+    if name in (MANIFEST, LEDGER):
+        return True
+    if name != str(path) or len(path.parts) != 2 or ".." in path.parts or path.name[0] == ".":
+        return False
+    kinds = {"student_tokenizer": "", "teacher_tokenizer": "", TABLES: ".parquet"}
+    folder = path.parts[0]
+    return Unit.at(Path(name)) is not None or (folder in kinds and name.endswith(kinds[folder]))
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of a file system of pyarrow. Names that are no cache's are neither read nor written."""
+
+    files: Any
+    root: str
+    url: str
+
+    @classmethod
+    def open(cls, url: str) -> Store:
+        """TideError where the address cannot be understood, or what it needs is not installed."""
+        try:
+            if url.startswith("hf://"):
+                from huggingface_hub import HfFileSystem
+
+                files = pafs.PyFileSystem(pafs.FSSpecHandler(HfFileSystem()))
+                return cls(files, url.removeprefix("hf://"), url)
+            address = url if is_remote(url) else Path(url).absolute().as_uri()
+            files, root = pafs.FileSystem.from_uri(address)
+        except _ERRORS as error:
+            raise TideError(
+                f"the store {url} cannot be opened: {error}",
+                expected="s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, hf://datasets/NAME or a path",
+                fix="check the address and the credentials (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, …)",
+            ) from error
+        return cls(files, root.rstrip("/"), url)
+
+    @contextmanager
+    def _file(self, name: str) -> Iterator[str]:
+        """The path of one of the cache's files in the store, for a block whose errors are explained."""
+        if name and not belongs_to_cache(name):
+            raise TideError(f"{name!r} is no file of a cache")
+        try:
+            yield f"{self.root}/{name}".rstrip("/")
+        except _ERRORS as error:
+            if isinstance(error, TideError):
+                raise
+            raise TideError(
+                f"{self.url}/{name}: {error}",
+                fix="check the address, the credentials and the network, and run the same command "
+                "again; what is finished is kept",
+            ) from error
+
+    def sizes(self) -> dict[str, int]:
+        """The cache's files that are there, in order, with their bytes."""
+        with self._file("") as root:
+            selector = pafs.FileSelector(root, recursive=True, allow_not_found=True)
+            listed = self.files.get_file_info(selector)
+        sizes = {}
+        for info in listed:
+            name = info.path.removeprefix(self.root).lstrip("/")
+            if info.type == pafs.FileType.File and belongs_to_cache(name):
+                sizes[name] = info.size
+        return dict(sorted(sizes.items()))
+
+    def read(self, name: str) -> bytes:
+        """A file's content. TideError where it cannot be read."""
+        with self._file(name) as path, self.files.open_input_stream(path) as stream:
+            return stream.read()
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write a file. TideError where it cannot be written."""
+        with self._file(name) as path:
+            if isinstance(self.files, pafs.LocalFileSystem):
+                write_bytes(Path(path), content)
+            else:
+                with self.files.open_output_stream(path) as stream:
+                    stream.write(content)
+
+    def manifest(self, cache: Path | None = None) -> Manifest:
+        """The store's manifest. TideError where there is none, or `cache` has another's."""
+        if MANIFEST not in self.sizes():
+            expected = "a cache from `tide push`"
+            raise TideError(f"{self.url} is no cache: it has no {MANIFEST}", expected=expected)
+        with tempfile.TemporaryDirectory(prefix="tide-store-") as folder:
+            self._bring(Path(folder), MANIFEST)
+            manifest = load_manifest(Path(folder))
+        if cache is not None and (cache / MANIFEST).exists():
+            old, purpose = load_manifest(cache).fingerprint, f"bring it up to {self.url}"
+            check_fingerprint(cache, old, manifest.fingerprint, purpose)
+        return manifest
+
+    def _bring(self, cache: Path, *names: str) -> None:
+        for name in names:
+            write_bytes(cache / name, self.read(name))
 
     def bring(self, cache: Path) -> None:
-        """All of a finished cache but its shards. TideError where the store holds none, or `cache` is another."""
+        """For training: all but the shards. TideError where there is no cache, or `cache` is another."""
+        manifest = self.manifest(cache)
         there = (cache / LEDGER).exists() and (cache / MANIFEST).exists()
-        if there and self._same(cache) == (cache / MANIFEST).read_bytes():
-            return  # else it has grown since
-        wanted = [
-            name
-            for name in self.names()
-            if not name.endswith(".parquet") or name.startswith(f"{TABLES}/")
-        ]
-        if MANIFEST not in wanted:
-            raise TideError(
-                f"{self.url} is no cache: it has no {MANIFEST}", expected="a cache from `tide push`"
-            )
-        for name in [*(n for n in wanted if n != MANIFEST), LEDGER, MANIFEST]:
-            write_bytes(cache / name, self.get(name))
-
-    def _same(self, cache: Path) -> bytes:
-        """The store's manifest. TideError where `cache` has another's."""
-        content = self.get(MANIFEST)
-        if (cache / MANIFEST).exists():
-            about = self._manifest(content).fingerprint
-            old = load_manifest(cache).fingerprint
-            check_fingerprint(cache, old, about, f"bring it up to {self.url}")
-        return content
-
-    def units(self) -> list[Unit]:
-        """Units whose shards are there, with markers that fit them."""
-        return sorted(self._markers())
-
-    def _markers(self) -> dict[Unit, dict[str, Any]]:
-        found = self.sound(lambda name: Unit.at(Path(name)) is not None)
-        return {
-            unit: marker
-            for name, marker in found.items()
-            if (unit := Unit.at(Path(name))) is not None
-        }
+        if not there or load_manifest(cache) != manifest:  # it may have grown
+            small = [name for name in self.sizes() if Unit.at(Path(name)) is None]
+            last = (LEDGER, MANIFEST)
+            self._bring(cache, *(name for name in small if name not in last), *last)
 
     def bring_manifest(self, cache: Path) -> None:
-        """The store's manifest, and its tables, to a folder that has none: a run goes on with the store's cache."""
-        if not (cache / MANIFEST).exists() and MANIFEST in self.names():
+        """For stage one: the store's manifest and tables, to a folder that has none."""
+        if not (cache / MANIFEST).exists() and MANIFEST in self.sizes():
             self.bring_tables(cache)
-            write_bytes(cache / MANIFEST, self.get(MANIFEST))
+            self._bring(cache, MANIFEST)
 
     def bring_tables(self, cache: Path) -> None:
-        """The store's tables, where it has them and `cache` does not; the one that says that all are there is last."""
+        """The store's tables, where `cache` has none. By name the one that says that all are there is last."""
         if not has_tables(cache):
-            for name in sorted(
-                name for name in self.names(TABLES) if name.startswith(f"{TABLES}/")
-            ):
-                write_bytes(cache / name, self.get(name))
+            self._bring(cache, *(n for n in self.sizes() if n.startswith(f"{TABLES}/")))
 
     def begin(self, cache: Path, manifest: Manifest) -> frozenset[Unit]:
         """Units that need not be computed. TideError where the store holds another cache."""
-        if MANIFEST in self.names():
-            self._refuse_other(manifest, self.get(MANIFEST))
-        self._put_small(cache)
-        return frozenset(self.units())
-
-    def _refuse_other(self, manifest: Manifest, content: bytes) -> None:
-        check_fingerprint(
-            Path(self.url),
-            self._manifest(content).fingerprint,
-            manifest.fingerprint,
-            "go on with it",
-        )
-
-    @staticmethod
-    def _manifest(content: bytes) -> Manifest:
-        with tempfile.TemporaryDirectory(prefix="tide-store-") as folder:
-            write_bytes(Path(folder) / MANIFEST, content)
-            return load_manifest(Path(folder))
-
-    def _put_small(self, cache: Path) -> None:
+        sizes = self.sizes()
+        if MANIFEST in sizes:
+            there = self.manifest().fingerprint
+            check_fingerprint(Path(self.url), there, manifest.fingerprint, "go on with it")
         small = [*sorted(cache.glob("*_tokenizer/*")), *sorted(cache.glob(f"{TABLES}/*.parquet"))]
         for path in [*small, cache / MANIFEST]:
             self.put(path.relative_to(cache).as_posix(), path.read_bytes())
+        return frozenset(u for name in sizes if (u := Unit.at(Path(name))) is not None)
 
-    def put_shard(self, cache: Path, unit: Unit, entry: Entry | None = None) -> None:
-        """Copy a finished shard; its marker says all that the ledger does."""
-        path = unit.path(cache)
-        content = path.read_bytes()
-        if entry is None:
-            entry = Entry.of(content, read_table(path, None, content).counts)
-        entry.check(path, content)
-        self.put(path.relative_to(cache).as_posix(), content, dataclasses.asdict(entry))
+    def put_shard(self, cache: Path, unit: Unit) -> None:
+        """Copy a finished shard."""
+        self.put(unit.path(Path()).as_posix(), unit.path(cache).read_bytes())
 
     def push(self, cache: Path, manifest: Manifest, ledger: Ledger) -> int:
-        """Copy everything of `cache` that the store lacks; how many shards there are now. Once all are there the ledger
-        follows. TideError where a shard is not what the ledger says.
-        """
-        if self.sound(
-            lambda name: name == MANIFEST
-        ):  # one that is damaged says nothing: then the ledger tells what is there
-            self._refuse_other(manifest, self.get(MANIFEST))
-        self._put_small(cache)
-        there = {unit: marker["sha256"] for unit, marker in self._markers().items()}
-        same = {
-            unit
-            for unit, digest in there.items()
-            if unit not in ledger or ledger[unit].sha256 == digest
-        }
-        for unit in tqdm(
-            [u for u in finished_units(cache) if u not in same], unit="shard", desc="push"
-        ):
-            self.put_shard(cache, unit, ledger.get(unit))
-        markers = self._markers()  # other ranks may have written since
-        if set(markers) == set(manifest.units()):
-            self._put_ledger(manifest, ledger, markers)
-        return len(markers)
+        """Copy what the store lacks of `cache`; how many shards it has now.
 
-    def _put_ledger(
-        self, manifest: Manifest, ledger: Ledger, markers: dict[Unit, dict[str, Any]]
-    ) -> None:
-        """The ledger of all shards; those that another process wrote are known from their markers."""
-        whole: Ledger = {
-            unit: ledger[unit]
-            if unit in ledger
-            else Entry(**{name: marker[name] for name in _ENTRY})
-            for unit, marker in sorted(markers.items())
-        }
-        with tempfile.TemporaryDirectory(prefix="tide-ledger-") as folder:
-            save_ledger(Path(folder), manifest, whole)
-            self.put(LEDGER, (Path(folder) / LEDGER).read_bytes())
+        TideError where a shard is not what the ledger says.
+        """
+        # 1. shards that are not there, or not as long as the ledger says
+        self.begin(cache, manifest)
+        sizes = self.sizes()
+        for unit in tqdm(finished_units(cache), unit="shard", desc="push"):
+            name = unit.path(Path()).as_posix()
+            if unit in ledger and sizes.get(name) != ledger[unit].bytes:
+                ledger[unit].check(unit.path(cache), unit.path(cache).read_bytes())
+                self.put_shard(cache, unit)
+        # 2. once all are there, the ledger; what others wrote is read for it, and so checked
+        sizes = self.sizes()
+        names = {unit: unit.path(Path()).as_posix() for unit in manifest.units()}
+        there = [unit for unit in names if names[unit] in sizes]
+        if len(there) == len(names):
+            whole = dict(ledger)
+            for unit in tqdm([u for u in there if u not in ledger], unit="shard", desc="ledger"):
+                path = Path(self.url) / names[unit]
+                whole[unit] = entry_of(path, self.read(names[unit]), manifest)
+            with tempfile.TemporaryDirectory(prefix="tide-ledger-") as folder:
+                save_ledger(Path(folder), manifest, {unit: whole[unit] for unit in there})
+                self.put(LEDGER, (Path(folder) / LEDGER).read_bytes())
+        return len(there)
 
     def pull(self, cache: Path) -> int:
-        """Copy everything that `cache` lacks; how many files. TideError where the store holds no cache, or another."""
-        names = self.names()
-        if MANIFEST not in names:
+        """Copy everything that `cache` lacks; how many files.
+
+        TideError where the store holds no cache, or another, or one that lost something.
+        """
+        # 1. all that manifest and ledger speak of is there
+        manifest, sizes = self.manifest(cache), self.sizes()
+        ledger: Ledger = {}
+        if LEDGER in sizes:
+            with tempfile.TemporaryDirectory(prefix="tide-ledger-") as folder:
+                self._bring(Path(folder), LEDGER)
+                ledger = load_ledger(Path(folder), manifest)
+        needed = [unit.path(Path()).as_posix() for unit in ledger]
+        needed.append("student_tokenizer/tokenizer.json")
+        if not manifest.shared_tokenizer:
+            needed.append("teacher_tokenizer/tokenizer.json")
+        if manifest.fingerprint.tables is not None:
+            needed.append(f"{TABLES}/vocabulary.parquet")
+        lost = [name for name in needed if name not in sizes]
+        if lost:
             raise TideError(
-                f"{self.url} is no cache: it has no {MANIFEST}", expected="a cache from `tide push`"
+                f"{self.url} lacks {len(lost)} files of the cache, the first is {lost[0]}",
+                fix="push it again (`tide push`) from where it was made: it writes what is missing",
             )
-        if lost := self.lost():
-            raise self._lacks(lost)
-        content = self._same(cache)
-        missing = [name for name in names if name != MANIFEST and not (cache / name).exists()]
-        ledger = self._ledger(content) if LEDGER in names else {}
-        if lost := sorted({unit.path(Path()).as_posix() for unit in ledger} - set(names)):
-            raise self._lacks(lost)
-        for name in tqdm(missing, unit="file", desc="pull"):
-            unit = Unit.at(Path(name))
-            found = self.read(name) if unit in ledger else self.get(name)
-            if unit in ledger:  # it knows the shard even where the marker was cut
-                ledger[unit].check(Path(self.url) / name, found)
-            write_bytes(cache / name, found)
-        self._check_small(cache, content)
-        write_bytes(cache / MANIFEST, content)
+        # 2. shards are checked by the ledger, or in an unfinished cache by their own checksums
+        last = [name for name in (LEDGER, MANIFEST) if name in sizes]
+        missing = [name for name in sizes if not (cache / name).exists()]
+        for name in tqdm([n for n in missing if n not in last], unit="file", desc="pull"):
+            content, unit = self.read(name), Unit.at(Path(name))
+            if unit in ledger:
+                ledger[unit].check(Path(self.url) / name, content)
+            elif unit is not None:
+                entry_of(Path(self.url) / name, content, manifest)
+            write_bytes(cache / name, content)
+        # 3. at the end, what says that the rest is there
+        self._bring(cache, *last)
         return len(missing)
-
-    def _check_small(self, cache: Path, manifest: bytes) -> None:
-        """TideError where the tokenizers or tables that the manifest speaks of did not come."""
-        about = self._manifest(manifest).fingerprint
-        wanted = ["student_tokenizer/tokenizer.json"]
-        wanted += [] if about.teacher.student_tokens else ["teacher_tokenizer/tokenizer.json"]
-        if lost := [name for name in wanted if not (cache / name).exists()]:
-            raise self._lacks(lost)
-        if about.tables is not None and not has_tables(cache):
-            raise self._lacks([TABLES])
-
-    def _lacks(self, lost: list[str]) -> TideError:
-        return TideError(
-            f"{self.url} lacks {len(lost)} files that it should have, the first is {lost[0]}",
-            expected="a whole cache",
-            fix="push the cache again (`tide push`) from where it was made: it writes what is missing",
-        )
-
-    def _ledger(self, manifest: bytes) -> Ledger:
-        """The ledger of the store's cache."""
-        with tempfile.TemporaryDirectory(prefix="tide-ledger-") as folder:
-            write_bytes(Path(folder) / LEDGER, self.get(LEDGER))
-            write_bytes(Path(folder) / MANIFEST, manifest)
-            return load_ledger(Path(folder), load_manifest(Path(folder)))

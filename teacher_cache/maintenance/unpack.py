@@ -18,7 +18,7 @@ import zstandard
 from tqdm import tqdm
 
 from shared.cache.manifest import load_manifest
-from shared.cache.marked_files import belongs_to_cache
+from shared.cache.stores import belongs_to_cache
 from shared.system.atomic import new_folder, remove_leftovers
 from shared.system.errors import TideError
 from shared.system.files import refuse_odd

@@ -25,7 +25,7 @@ def check_places(config: CacheConfig) -> None:
             )
         refuse_unwritable(config.metrics_file.parent)
     if config.store is not None:
-        Store.open(config.store).names()
+        Store.open(config.store).sizes()
 
 
 def check_devices(engine: EngineConfig) -> None:
