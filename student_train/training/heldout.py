@@ -1,4 +1,4 @@
-"""Held-out masked NLL at fixed masks: how well a student denoises text that it was not trained on."""
+"""Held-out masked NLL at fixed masks: how well a student denoises text it was not trained on."""
 
 from __future__ import annotations
 
@@ -37,12 +37,13 @@ _TOKENS_PER_BATCH = 8192
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out examples as batches of tensors, with the bytes of each masked token (0 for special tokens)."""
+    """Held-out examples as batches of tensors, with the bytes of each masked token (0 for special
+    tokens).
+    """
 
     batches: list[dict[str, Tensor]]
-    ids: tuple[str, ...]
-    """Of the examples."""
-    masked: int
+    ids: tuple[str, ...]  # of the examples
+    masked: int  # tokens
 
 
 def prepare_heldout(
@@ -50,38 +51,66 @@ def prepare_heldout(
 ) -> HeldOut:
     """Tokenise and mask the held-out examples. t is stratified over each example's `draws`."""
     scan(data, extras=True)
-    prepared = Preparer(tokenizer, None, lengths, mask_id, turns=data.turns).usable(
-        list(iter_examples(data, extras=True))
-    )
-    special = set(tokenizer.backend.all_special_ids)
-    byte_lengths = np.array(
-        [0 if i in special else n for i, n in enumerate(tokenizer.byte_lengths)], np.int64
-    )
-    rows = [(e, token_draw(_SEED, e.id, d, e.maskable, 0.5).masked)
-            for e in prepared for d in range(draws)]  # fmt: skip
-    rows = sorted((r for r in rows if r[1].size), key=lambda r: len(r[0].student_ids))
+    preparer = Preparer(tokenizer, None, lengths, mask_id, turns=data.turns)
+    examples = preparer.usable(list(iter_examples(data, extras=True)))
+    # 1. Every example under every draw, with its masked positions; the short ones first.
+    rows = []
+    for example in examples:
+        for draw in range(draws):
+            masked = token_draw(_SEED, example.id, draw, example.maskable, 0.5).masked
+            if masked.size:
+                rows.append((example, masked))
+    rows.sort(key=lambda row: len(row[0].student_ids))
     if not rows:
         raise TideError(
             f"no held-out example of {data.source} fits",
             fix="raise lengths.student or use other data",
         )
+    # 2. Batches of at most so many tokens, padding included.
+    special = set(tokenizer.backend.all_special_ids)
+    byte_lengths = torch.tensor(
+        [0 if i in special else n for i, n in enumerate(tokenizer.byte_lengths)]
+    )
     batches, start = [], 0
-    while start < len(rows):
-        end = start + 1
-        while (
-            end < len(rows)
-            and (end - start + 1) * len(rows[end][0].student_ids) <= _TOKENS_PER_BATCH
+    for end in range(1, len(rows) + 1):
+        if (
+            end == len(rows)
+            or (end - start + 1) * len(rows[end][0].student_ids) > _TOKENS_PER_BATCH
         ):
-            end += 1
-        batches.append(_batch(rows[start:end], mask_id, byte_lengths, lengths.block))
-        start = end
-    return HeldOut(batches, tuple(e.id for e in prepared), sum(masked.size for _, masked in rows))
+            batches.append(_batch(rows[start:end], mask_id, byte_lengths, lengths.block))
+            start = end
+    return HeldOut(batches, tuple(e.id for e in examples), sum(masked.size for _, masked in rows))
+
+
+def _batch(
+    rows: Sequence[tuple[Prepared, np.ndarray]], mask_id: int, byte_lengths: Tensor, block: int
+) -> dict[str, Tensor]:
+    masked = [m for _, m in rows]
+    clean, valid = pad([e.student_ids for e, _ in rows])  # [rows, length]
+    # The masked positions of all rows one after the other, [masked]: their row and column.
+    row = torch.from_numpy(np.repeat(np.arange(len(rows)), [m.size for m in masked]))
+    column = torch.from_numpy(np.concatenate(masked)).long()
+    places, place = needed_places(masked, [len(e.student_ids) for e, _ in rows], block)
+    noised = clean.clone()
+    noised[row, column] = mask_id
+    return {
+        "clean": clean,
+        "noised": noised,
+        "valid": valid,
+        "row": row,
+        "column": column,
+        "places": places,
+        "place": place,
+        "bytes": byte_lengths[clean[row, column]],
+    }
 
 
 def warn_of_overlap(
     heldout: HeldOut, cache: Path, manifest: Manifest, store: Store | None = None
 ) -> None:
-    """A warning, with the count, where the cache (in a folder, or a store) trains on held-out contents."""
+    """A warning, with the count, where the cache (in a folder, or a store) trains on held-out
+    contents.
+    """
     trained: set[str] = set()
     place, files = (cache, None) if store is None else (Path(store.root), store.files)
     for part in tqdm(range(manifest.parts), unit="shard", desc="held out?", leave=False, delay=2):
@@ -91,28 +120,11 @@ def warn_of_overlap(
     both = sum(content_of(name) in trained for name in heldout.ids)
     if both:
         warnings.warn(
-            f"{both:,} of {len(heldout.ids):,} held-out examples are also trained on: their score says little. "
+            f"{both:,} of {len(heldout.ids):,} held-out examples are also trained on: their score "
+            "says little. "
             "data.split and data.heldout_share divide a source by content",
             stacklevel=2,
         )
-
-
-def _batch(
-    rows: Sequence[tuple[Prepared, np.ndarray]], mask_id: int, byte_lengths: np.ndarray, block: int
-) -> dict[str, Tensor]:
-    clean, valid = pad([e.student_ids for e, _ in rows])
-    row = torch.from_numpy(np.repeat(np.arange(len(rows)), [m.size for _, m in rows]))
-    column = torch.from_numpy(np.concatenate([m for _, m in rows])).long()
-    places, place = needed_places(
-        [m for _, m in rows], [len(e.student_ids) for e, _ in rows], block
-    )
-    noised = clean.clone()
-    noised[row, column] = mask_id
-    bytes_ = torch.from_numpy(byte_lengths)[clean[row, column]]
-    return {
-        "clean": clean, "noised": noised, "valid": valid, "row": row, "column": column,
-        "places": places, "place": place, "bytes": bytes_,
-    }  # fmt: skip
 
 
 Predict = Callable[[dict[str, Tensor]], Tensor]
@@ -142,34 +154,31 @@ def student_predictor(model: Any, block: int) -> Predict:
 
 @torch.no_grad()
 def masked_nll(model: Any, heldout: HeldOut, predict: Predict) -> dict[str, float]:
-    """`nll`: mean −log p in nats per masked token; `bits_per_byte`: over masked tokens that are text; `accuracy`: share
-    of masked tokens that are the likeliest; `confidence`: mean probability of the likeliest.
+    """`nll`: mean −log p in nats per masked token; `bits_per_byte`: over masked tokens that are
+    text; `accuracy`: share of masked tokens that are the likeliest; `confidence`: mean probability
+    of the likeliest.
 
     Bits per byte compare students of different tokenizers; nats per token do not.
     """
     training = model.training
     model.eval()
     device = next(model.parameters()).device
-    total = torch.zeros(4, dtype=torch.float64, device=device)
-    amount = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
     for cpu_batch in heldout.batches:
         batch = {k: v.to(device) for k, v in cpu_batch.items()}
-        gold = batch["clean"][batch["row"], batch["column"]]
-        logits = predict(batch).float()
+        gold = batch["clean"][batch["row"], batch["column"]]  # [masked]
+        logits = predict(batch).float()  # [masked, vocab]
         nll = F.cross_entropy(logits, gold, reduction="none").double()
         best, guess = logits.max(dim=1)
         confidence = (best - torch.logsumexp(logits, dim=1)).exp().double()
-        text = batch["bytes"] > 0
-        total += torch.stack(
-            [nll.sum(), nll[text].sum(), (guess == gold).double().sum(), confidence.sum()]
-        )
-        amount += torch.stack([torch.tensor(nll.numel(), device=device), batch["bytes"].sum()])
+        text_nll = nll[batch["bytes"] > 0].sum()  # special tokens have no bytes
+        sums += torch.stack([nll.sum(), text_nll, (guess == gold).double().sum(), confidence.sum()])
     model.train(training)
-    nats, text_nats, right, confidence = total.tolist()
-    tokens, text_bytes = amount.tolist()
+    nats, text_nats, right, confidence = sums.tolist()
+    text_bytes = sum(int(batch["bytes"].sum()) for batch in heldout.batches)
     return {
-        "nll": nats / tokens,
+        "nll": nats / heldout.masked,
         "bits_per_byte": text_nats / math.log(2) / max(text_bytes, 1),
-        "accuracy": right / tokens,
-        "confidence": confidence / tokens,
+        "accuracy": right / heldout.masked,
+        "confidence": confidence / heldout.masked,
     }

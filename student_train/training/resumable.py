@@ -1,11 +1,22 @@
-"""Hugging Face's Trainer, made safe against kill -9: only whole checkpoints are resumed from."""
+"""Hugging Face's Trainer, made safe against kill -9: it goes on from the last whole checkpoint.
+
+A checkpoint is a folder `checkpoint-STEP` of several files. Its marker `COMPLETE` is written last
+and holds the SHA-256 of each, so that a folder that was half written, or changed since, is never
+gone on from.
+"""
 
 from __future__ import annotations
 
-import sys
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -16,19 +27,107 @@ from accelerate.utils import broadcast_object_list
 from torch.utils._pytree import tree_map_only
 from transformers import Trainer, TrainingArguments
 
-from student_train.training.checkpoints import clear, mark, rotate, whole_checkpoints
+from shared.system.atomic import write_bytes
 
+logger = logging.getLogger(__name__)
+
+MARKER = "COMPLETE"
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+_READ_BY_TRAINER = (".pt", ".pth", ".bin", ".safetensors")
 _KEPT = 2
 
 
-@no_type_check  # its inherited fields are transformers' own, and not all of the types that they state
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: its optimizer step, and the seconds of training up to it."""
+
+    folder: Path
+    step: int
+    seconds: float
+
+
+def _by_step(place: Path) -> list[tuple[int, Path]]:
+    """The folders with a checkpoint's name, whole or not, in the order of their steps."""
+    names = [(path, _NAME.fullmatch(path.name)) for path in place.glob("checkpoint-*")]
+    return sorted((int(name[1]), path) for path, name in names if name and path.is_dir())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _mark(folder: Path, step: int, seconds: float) -> None:
+    """Declare a checkpoint whole: sync its files, and write the marker."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER):
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+        files[path.relative_to(folder).as_posix()] = _sha256(path)
+    note = {"step": step, "seconds": round(seconds, 3), "files": files}
+    write_bytes(folder / MARKER, (json.dumps(note, indent=1) + "\n").encode())
+
+
+def _rotate(place: Path, keep: int) -> None:
+    """Delete all marked checkpoints but the `keep` of the highest steps, whatever their dates."""
+    marked = [folder for _, folder in _by_step(place) if (folder / MARKER).exists()]
+    for folder in marked[:-keep]:
+        (folder / MARKER).unlink()  # first, so that one killed on the way is broken, not damaged
+        shutil.rmtree(folder)
+
+
+def whole_checkpoints(place: Path) -> list[Checkpoint]:
+    """Marked checkpoints, oldest first, all their hashes looked at. Damaged ones are named and left
+    out.
+    """
+    whole = []
+    for step, folder in _by_step(place):
+        if not (folder / MARKER).exists():
+            continue
+        try:
+            note = json.loads((folder / MARKER).read_text())
+            seconds, files = float(note["seconds"]), dict(note["files"])
+            if note["step"] != step:
+                raise ValueError(f"{MARKER} is that of step {note['step']}")
+            for name, digest in files.items():
+                if _sha256(folder / name) != digest:
+                    raise ValueError(f"{name} is not what was written")
+            for path in folder.rglob("*"):
+                known = path.relative_to(folder).as_posix() in files
+                if path.suffix in _READ_BY_TRAINER and not known:
+                    raise ValueError(f"{path.name} was not written with it")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("checkpoint %s is damaged and not used: %s", folder, error)
+        else:
+            whole.append(Checkpoint(folder, step, seconds))
+    return whole
+
+
+def _clear(place: Path, whole: list[Checkpoint]) -> None:
+    """Make room for steps that will be computed again: half-written checkpoints go, damaged ones
+    are put aside as `damaged-checkpoint-STEP`. Nothing without a checkpoint's name is touched.
+    """
+    good = {checkpoint.folder for checkpoint in whole}
+    for _, folder in _by_step(place):
+        if folder in good:
+            continue
+        if (folder / MARKER).exists():
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        else:
+            shutil.rmtree(folder)
+
+
+@no_type_check  # its inherited fields are not all of the types that transformers states
 class RecordedArguments(TrainingArguments):
-    """TrainingArguments that tell trackers of `tide` too: the run's own settings, and what it is trained from."""
+    """TrainingArguments that tell trackers of `tide` too: the run's own settings, and what it is
+    trained from.
+    """
 
     tide: Mapping[str, Any] = MappingProxyType({})
 
     def to_dict(self) -> dict[str, Any]:
-        """What trackers log as the run's configuration."""
         return {**super().to_dict(), "tide": dict(self.tide)}
 
 
@@ -38,7 +137,7 @@ def training_arguments(out: Path, **settings: Any) -> RecordedArguments:
         "output_dir": str(out),
         "report_to": [],
         "save_strategy": "steps",
-        "save_total_limit": None,  # transformers goes by dates, which a clock that steps back turns round
+        "save_total_limit": None,  # transformers goes by dates, and clocks step back
         "dataloader_num_workers": 0,
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,
@@ -53,34 +152,70 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._seconds_before, self._started = 0.0, time.monotonic()
         self.model_accepts_loss_kwargs = (
-            True  # the losses are divided by global counts, not by the loop
+            True  # losses are divided by global counts, not by the loop
         )
+        self._seconds_before = 0.0
+        self._started = time.monotonic()
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
+        # Within `_save_checkpoint`: what is written while training goes on.
         self._later: list[Callable[[], object]] | None = None
-        """Within `_save_checkpoint`: what is written while training goes on."""
 
     @property
     def seconds_trained(self) -> float:
         """Seconds of training, those before an interruption included."""
         return self._seconds_before + time.monotonic() - self._started
 
+    def train_resuming(self) -> None:
+        """Train to the end, from the last whole checkpoint if there is one."""
+        place = Path(str(self.args.output_dir))
+        last: list[Any] = [None]
+        if self.args.process_index == 0:
+            whole = whole_checkpoints(place)
+            _clear(place, whole)
+            if whole:
+                step, steps = whole[-1].step, self.args.max_steps
+                last = [(str(whole[-1].folder), whole[-1].seconds)]
+                if step >= steps:
+                    logger.info(
+                        "this run has ended, at step %d; more epochs or max_steps extend it", step
+                    )
+                else:
+                    logger.info(
+                        "the run goes on from step %d; %d of %d are left", step, steps - step, steps
+                    )
+        if self.args.world_size > 1:
+            broadcast_object_list(last)  # on a shared file system all must see the same
+        folder, self._seconds_before = last[0] or (None, 0.0)
+        self._started = time.monotonic()
+        try:
+            self.train(resume_from_checkpoint=folder)
+        finally:
+            self._finish_checkpoint()
+
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
         """In order: the data set itself is the shuffled plan of the whole run."""
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        assert dataset is not None
-        return torch.utils.data.SequentialSampler(dataset)  # type: ignore[arg-type]
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        return torch.utils.data.SequentialSampler(dataset)
+
+    def _load_callback_state(self) -> None:
+        """Called with a checkpoint's state, which says how often it logged, saved and scored: that
+        may have changed.
+        """
+        self.state.compute_steps(self.args, self.state.max_steps)
+        super()._load_callback_state()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Weights and optimizer state are copied to host memory, and written while training goes on; what is sharded
-        (FSDP) is written by all processes at once, and waited for. Then one marks it, and deletes old ones.
+        """Weights and optimizer state are copied to host memory, and written while training goes
+        on; what is sharded (FSDP) is written by all processes at once, and waited for. Then one
+        marks it, and deletes old ones.
         """
-        self.settle()
+        self._finish_checkpoint()
         self._later = None if self.is_fsdp_enabled else []
         super()._save_checkpoint(model, trial)
-        later, self._later = self._later or [], None
+        later = self._later or []
+        self._later = None
         self.accelerator.wait_for_everyone()
         if not self.is_world_process_zero():
             return
@@ -90,26 +225,21 @@ class ResumableTrainer(Trainer):
             self.seconds_trained,
         )
 
-        def finish() -> None:
+        def write_and_mark() -> None:
             for write in later:
                 write()
-            mark(place / f"checkpoint-{step}", step, seconds)
-            rotate(place, _KEPT)
+            _mark(place / f"checkpoint-{step}", step, seconds)
+            _rotate(place, _KEPT)
 
-        self._pending = self._writer.submit(finish)
+        self._pending = self._writer.submit(write_and_mark)
         if self.is_fsdp_enabled:
-            self.settle()
+            self._finish_checkpoint()
 
-    def settle(self) -> None:
+    def _finish_checkpoint(self) -> None:
         """Wait for the checkpoint that is being written; what went wrong with it is raised here."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
-
-    def _load_callback_state(self) -> None:
-        """Called with a checkpoint's state, which says how often it logged, saved and scored: that may have changed."""
-        self.state.compute_steps(self.args, self.state.max_steps)
-        super()._load_callback_state()
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
@@ -125,39 +255,14 @@ class ResumableTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._later is None:
             super()._save_optimizer_and_scheduler(output_dir)
-            return
-        if not self.args.should_save:
-            return
-        parts: dict[str, Any] = {"optimizer.pt": self.optimizer, "scheduler.pt": self.lr_scheduler}
-        for name, part in parts.items():
-            self._later.append(
-                partial(torch.save, _in_host_memory(part.state_dict()), Path(output_dir) / name)
-            )
-
-    def train_resuming(self) -> None:
-        """Train to the end, from the last whole checkpoint if there is one. Damaged ones are named and passed over."""
-        place = Path(str(self.args.output_dir))
-        last: list[Any] = [None]
-        if self.args.process_index == 0:
-            whole = whole_checkpoints(place)
-            clear(place, whole)
-            last = [(str(whole[-1].folder), whole[-1].seconds) if whole else None]
-            if whole:
-                print(_what_resume_does(whole[-1].step, self.args.max_steps), file=sys.stderr)
-        if self.args.world_size > 1:
-            broadcast_object_list(last)  # on a shared file system all must see the same
-        folder, self._seconds_before = last[0] or (None, 0.0)
-        self._started = time.monotonic()
-        try:
-            self.train(resume_from_checkpoint=folder)
-        finally:
-            self.settle()
-
-
-def _what_resume_does(step: int, steps: int) -> str:
-    if step >= steps:
-        return f"this run has ended, at step {step:,}; with more epochs or max_steps it is extended"
-    return f"the run goes on from checkpoint-{step}: {steps - step:,} of {steps:,} steps are left"
+        elif self.args.should_save:
+            states: dict[str, Any] = {
+                "optimizer.pt": self.optimizer,
+                "scheduler.pt": self.lr_scheduler,
+            }
+            for name, owner in states.items():
+                state = _in_host_memory(owner.state_dict())
+                self._later.append(partial(torch.save, state, Path(output_dir) / name))
 
 
 def _in_host_memory(state: Any) -> Any:

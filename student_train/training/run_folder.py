@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,47 +15,58 @@ from shared.system.atomic import write_bytes
 from shared.system.errors import TideError
 from shared.system.files import read_json
 
-_NAME = "run.json"
-_MAY_CHANGE = ("log_steps", "checkpoint_steps", "eval_steps", "report_to", "run_name", "loader_workers",
-               "store_cache_gb")  # fmt: skip
-"""Settings that change nothing of what is trained."""
+logger = logging.getLogger(__name__)
+
+_RUN = "run.json"
+# Settings that change nothing of what is trained.
+_MAY_CHANGE = {"log_steps", "checkpoint_steps", "eval_steps", "report_to", "run_name"}
+_MAY_CHANGE |= {"loader_workers", "store_cache_gb"}
 
 
 def recorded_settings(out: Path) -> dict[str, Any]:
-    """The settings of the run in `out`; empty where there is none yet. TideError where they are damaged."""
-    return dict(_read(out).get("config", {}))
-
-
-def settle_run_folder(config: TrainConfig, manifest: Manifest, processes: int, steps: int) -> None:
-    """Write what this run of `steps` steps is, or refuse to go on with another one. A run may be looked at otherwise
-    (`_MAY_CHANGE`), and it may become longer, which is said.
+    """The settings of the run in `out`; empty where there is none yet. TideError where they are
+    damaged.
     """
-    about = {
-        "config": to_plain(config),
-        "cache": manifest.digest,
-        "draws": manifest.draws,
-        "steps": steps,
-    }
-    this = json.loads(json.dumps(about))
-    this["config"].pop("out")
+    return dict(_recorded(out).get("config", {}))
+
+
+def _recorded(out: Path) -> dict[str, Any]:
+    path = out / _RUN
+    if not path.exists():
+        return {}
+    try:
+        about = read_json(path)
+        if not isinstance(about, dict) or not isinstance(about.get("config"), dict):
+            raise ValueError("it describes no run")
+    except ValueError as error:
+        raise TideError(
+            f"{path} is damaged: {error}", fix="delete the run's folder and train again"
+        ) from error
+    return about
+
+
+def begin_or_go_on(config: TrainConfig, manifest: Manifest, processes: int, steps: int) -> None:
+    """Write what this run of `steps` steps is, or refuse to go on with another one.
+
+    A run may be looked at otherwise (`_MAY_CHANGE`), and it may become longer, which is said.
+    """
+    settings = to_plain(config)
+    settings.pop("out")
     if config.global_batch is None:
-        this["config"]["batch_size"] *= (
+        settings["batch_size"] *= (
             processes  # the same rows make a step, however many processes share them
         )
     else:
-        for name in ("batch_size", "accumulation"):  # how a step is divided does not change it
-            this["config"].pop(name)
-    before = _read(config.out)
+        del (
+            settings["batch_size"],
+            settings["accumulation"],
+        )  # how a step is divided does not change it
+    this = {"config": settings, "cache": manifest.digest, "draws": manifest.draws, "steps": steps}
+    this = json.loads(json.dumps(this))
+    before = _recorded(config.out)
     if before:
-        known = {
-            name: value for name, value in to_plain(TrainConfig()).items() if name in this["config"]
-        }
-        before = {
-            **before,
-            "config": {**json.loads(json.dumps(known)), **before["config"]},
-        }  # settings that came since
         longer = steps > before.get("steps", steps)
-        lines = differences(_compared(before, longer), _compared(this, longer))
+        lines = differences(_identity(before, longer), _identity(this, longer))
         if lines:
             raise TideError(
                 f"{config.out} holds a run with other settings (run → now):\n    "
@@ -62,32 +74,18 @@ def settle_run_folder(config: TrainConfig, manifest: Manifest, processes: int, s
                 fix="give back the old settings, or choose another folder (--out)",
             )
         if longer:
-            print(
-                f"the run is extended from {before['steps']:,} to {steps:,} steps: from here on the learning rate and "
-                f"TIDAL follow the schedule of {steps:,}",
-                file=sys.stderr,
+            logger.info(
+                "the run is extended from %d to %d steps: learning rate and TIDAL follow the "
+                "longer schedule",
+                before["steps"],
+                steps,
             )
     if before != this:
-        write_bytes(config.out / _NAME, (json.dumps(this, indent=2) + "\n").encode())
+        write_bytes(config.out / _RUN, (json.dumps(this, indent=2) + "\n").encode())
 
 
-def _compared(about: dict[str, Any], longer: bool) -> dict[str, Any]:
-    """What must be the same; the length must not where a run becomes longer."""
-    left = {*_MAY_CHANGE, *(("epochs", "max_steps") if longer else ())}
-    config = {name: value for name, value in about["config"].items() if name not in left}
+def _identity(about: Mapping[str, Any], longer: bool) -> dict[str, Any]:
+    """What must be the same; the length need not where a run becomes longer."""
+    free = _MAY_CHANGE | ({"epochs", "max_steps"} if longer else set())
+    config = {name: value for name, value in about["config"].items() if name not in free}
     return {**about, "config": config, "steps": None}
-
-
-def _read(out: Path) -> dict[str, Any]:
-    path = out / _NAME
-    if not path.exists():
-        return {}
-    try:
-        found = read_json(path)
-        if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
-            raise ValueError("it describes no run")
-    except ValueError as error:
-        raise TideError(
-            f"{path} is damaged: {error}", fix="delete the run's folder and train again"
-        ) from error
-    return found

@@ -1,56 +1,131 @@
-"""Stage two: the loop. Hugging Face's Trainer carries it; the loss is `objective`, the data `BatchDataset`."""
+"""Stage two: the loop. Hugging Face's Trainer carries it; the loss is `objective`, the data
+`BatchDataset`.
+"""
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import set_seed
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from shared.cache.manifest import Manifest
 from shared.models.loading import compile_layers
+from shared.settings.build import to_plain
 from shared.settings.config import TrainConfig
 from shared.settings.objectives import KL, ReverseKL
-from shared.system.atomic import disk_is_full, write_bytes
+from shared.system.atomic import write_bytes
 from shared.system.errors import TideError
 from shared.system.hardware import hardware_line, shut_down_process_group
 from shared.system.locks import hold
 from shared.text.tokenizers import Tokenizer
 from student_train.batches.collate import Batch, TargetReader, counts_of
 from student_train.batches.loader import BatchDataset, refuse_error
-from student_train.batches.open_cache import open_cache
 from student_train.losses.fused_head import LossSettings
 from student_train.losses.objective import parts_of
 from student_train.losses.tidal import training_strength
 from student_train.model.card import write_card
 from student_train.model.export import save_student
 from student_train.model.student import embedding_rows, load_student
-from student_train.training.arguments import arguments, tensorboard
 from student_train.training.heldout import HeldOut, masked_nll, prepare_heldout, warn_of_overlap
 from student_train.training.metrics import Watch, stop_at_nonfinite
-from student_train.training.preflight import (
-    check_draws,
-    check_hardware,
-    check_objective,
-    check_optimizer,
-    check_targets,
-    check_trackers,
-    compiles,
-    settle_attention,
-    settle_batch,
-    settle_precision,
-)
-from student_train.training.resumable import ResumableTrainer
-from student_train.training.run_folder import settle_run_folder
+from student_train.training.preflight import compiles, is_first, on_gpu, preflight
+from student_train.training.resumable import ResumableTrainer, training_arguments
+from student_train.training.run_folder import begin_or_go_on
 from student_train.training.step import train_on_loss
+
+_OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "adafactor": "adafactor",
+}
+_AHEAD = 16  # batches that a process of the loader has ready
+_TENSORBOARD = "tensorboard"
+
+
+def train_student(config: TrainConfig) -> dict[str, float]:
+    """Train (or go on training) a student from a cache; return its final metrics.
+
+    The result is `out/model`, which transformers loads as is, and `out/history.json`, the logged
+    curve.
+    """
+    with ExitStack() as held:
+        trainer, tokenizer = make_trainer(config, held)
+        trainer.train_resuming()
+        trainer.refuse_nonfinite()
+        metrics = {**trainer.evaluate(), "seconds": trainer.seconds_trained}
+        state = trainer.accelerator.get_state_dict(trainer.model)  # gathers what FSDP has sharded
+        if trainer.is_world_process_zero():
+            final = trainer.accelerator.unwrap_model(trainer.model)
+            save_student(final, tokenizer, config.out / "model", state)
+            write_card(config.out / "model", trainer.config, trainer.manifest, metrics)
+            curve = trainer.state.log_history
+            history = {"steps": curve, "final": metrics, "machine": hardware_line()}
+            content = json.dumps(history, indent=1) + "\n"
+            write_bytes(config.out / "history.json", content.encode())
+        shut_down_process_group()
+    return metrics
+
+
+def make_trainer(
+    config: TrainConfig, held: ExitStack | None = None
+) -> tuple[StudentTrainer, Tokenizer]:
+    """Everything that a run needs, checked; `held` gets the lock of the run's folder.
+
+    TideError where something does not fit, or another process trains there.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    # 1. Machine, settings and cache fit each other.
+    config, opened = preflight(config, processes)
+    manifest = opened.manifest
+    # 2. The student, and its batches: the whole run's, in order.
+    set_seed(config.seed)
+    model, tokenizer = load_student(config.student, config.cache, manifest)
+    k, width = manifest.fingerprint.targets.k, embedding_rows(model)
+    if manifest.shared_tokenizer and k > width:
+        raise TideError(
+            f"the cache keeps {k} logits a position, the student has {width}",
+            fix="use another student",
+        )
+    dataset = BatchDataset(opened, config, processes)
+    steps = math.ceil(len(dataset) / (config.accumulation * processes))
+    lengths = manifest.fingerprint.lengths
+    heldout = None
+    if config.heldout is not None:
+        mask_id = manifest.fingerprint.student.mask_id
+        heldout = prepare_heldout(config.heldout, lengths, tokenizer, mask_id, config.heldout_draws)
+        warn_of_overlap(heldout, config.cache, manifest, opened.store)
+    # 3. The run's folder is ours from here on.
+    if is_first():
+        if held is not None:
+            held.enter_context(hold(config.out / ".lock", f"the run {config.out}"))
+        begin_or_go_on(config, manifest, processes, steps)
+    # 4. The model's forward becomes the loss, and the loop is made.
+    read_targets = TargetReader(manifest, opened.layout)
+    if compiles(config):
+        compile_layers(model)
+    train_on_loss(model, lengths.block, read_targets, compiles(config))
+    trainer = StudentTrainer(
+        model=model,
+        args=arguments(config, manifest, steps, evaluates=heldout is not None),
+        callbacks=_tensorboard(config),
+        train_dataset=dataset,
+        eval_dataset=None if heldout is None else dataset,
+        data_collator=lambda batches: batches[0],  # the data set's items are whole batches already
+        config=config,
+        block=lengths.block,
+        heldout=heldout,
+        read_targets=read_targets,
+        manifest=manifest,
+    )
+    return trainer, tokenizer
 
 
 class StudentTrainer(ResumableTrainer):
@@ -67,50 +142,40 @@ class StudentTrainer(ResumableTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.config = config  # with all that was left open decided
+        self.block = block
         self.manifest = manifest
-        self._config, self._block, self._heldout, self.read_targets = (
-            config,
-            block,
-            heldout,
-            read_targets,
-        )
-        self._watch, self._batches_done = Watch(), 0
+        self.read_targets = read_targets
+        self._heldout = heldout
+        self._watch = Watch()
+        self._batches_done = 0  # of the step at hand
+        # Called before each batch with its number in the run, for `tide replay`.
         self.at_item: Callable[[int, Any, Batch, LossSettings], None] | None = None
-        """Called before each batch with its number in the run, for `tide replay`."""
-
-    @property
-    def config(self) -> TrainConfig:
-        """The run's settings, with all that was left open decided."""
-        return self._config
-
-    @property
-    def block(self) -> int:
-        """Block of the student's block diffusion."""
-        return self._block
 
     @property
     def progress(self) -> float:
         """τ = step / max_steps."""
         return self.state.global_step / max(self.state.max_steps, 1)
 
-    def get_batch_samples(
-        self, epoch_iterator: Any, num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Any]:
-        """The batches of one optimizer step, and the denominators over all of them, on all processes."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        for batch in batches:
-            refuse_error(batch)
-        counts = torch.zeros(3, dtype=torch.float64, device=device)
-        for batch in batches:
-            counts += batch["counts"].to(device)
-        self._batches_done = 0
-        return batches, self.accelerator.reduce(counts, "sum")
-
     @property
     def _item(self) -> int:
         """The number in the data set of the batch at hand."""
-        done = self.state.global_step * self._config.accumulation + self._batches_done
+        done = self.state.global_step * self.config.accumulation + self._batches_done
         return done * self.accelerator.num_processes + self.accelerator.process_index
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The batches of one optimizer step, and the denominators over all of them, on all
+        processes.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.zeros(3, dtype=torch.float64, device=device)
+        for batch in batches:
+            refuse_error(batch)
+            counts += batch["counts"].to(device)
+        self._batches_done = 0
+        return batches, self.accelerator.reduce(counts, "sum")
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -119,10 +184,12 @@ class StudentTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        """This process's share of the step's loss. Gradients over processes and accumulated batches add up to those
-        of one large batch: counts are global, and DDP's mean over processes is undone.
+        """This process's share of the step's loss.
+
+        Gradients over processes and accumulated batches add up to those of one large batch: counts
+        are global, and DDP's mean over processes is undone.
         """
-        config, counts = self._config, counts_of(num_items_in_batch)
+        config, counts = self.config, counts_of(num_items_in_batch)
         settings = LossSettings(config.distillation, config.weight, counts, self.progress)
         if self.at_item is not None:
             self.at_item(self._item, model, inputs, settings)
@@ -131,29 +198,28 @@ class StudentTrainer(ResumableTrainer):
             mass = None
             if isinstance(config.distillation, KL | ReverseKL):
                 mass = self.read_targets.mass_in_topk(inputs, config.distillation.temperature)
-            self._watch.add(
-                self._item, loss, parts_of(sums, counts, config.distillation), inputs, mass
-            )
+            parts = parts_of(sums, counts, config.distillation)
+            self._watch.add(self._item, loss, parts, inputs, mass)
         self._batches_done += 1
         return loss * self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds what is watched and λ to the training logs. TideError where a loss was not finite."""
+        """Adds what is watched, and λ. TideError where a loss was not finite."""
         self.refuse_nonfinite()
         logs.pop("train_samples_per_second", None)  # to transformers a whole batch is one sample
         if "loss" in logs:
-            logs = {**logs, **self._watch.read(self.accelerator, self._config.accumulation)}
-            tidal = getattr(self._config.distillation, "tidal", None)
+            logs = {**logs, **self._watch.read(self.accelerator, self.config.accumulation)}
+            tidal = getattr(self.config.distillation, "tidal", None)
             if tidal is not None:
                 logs["tidal_lambda_train"] = training_strength(tidal, self.progress)
         dataset: Any = self.train_dataset
-        done = self.state.global_step * self._config.accumulation * self.accelerator.num_processes
+        done = self.state.global_step * self.config.accumulation * self.accelerator.num_processes
         self.state.epoch = dataset.epochs_in(done)  # to transformers the whole run is one epoch
         super().log(logs, *args, **kwargs)
-        if not self.is_world_process_zero():
-            return
-        progress = {"step": self.state.global_step, "max_steps": self.state.max_steps, **logs}
-        write_bytes(self._config.out / "progress.json", (json.dumps(progress) + "\n").encode())
+        if self.is_world_process_zero():
+            step, steps = self.state.global_step, self.state.max_steps
+            progress = json.dumps({"step": step, "max_steps": steps, **logs})
+            write_bytes(self.config.out / "progress.json", (progress + "\n").encode())
 
     def refuse_nonfinite(self) -> None:
         """TideError, with the batch saved, where a loss since the start was not finite."""
@@ -162,133 +228,82 @@ class StudentTrainer(ResumableTrainer):
             return
         dataset: Any = self.train_dataset
         number = item // self.accelerator.num_processes
-        step = number // self._config.accumulation
-        raise stop_at_nonfinite(self._config.out, step, number, dataset.rows(item), dataset[item])
+        step = number // self.config.accumulation
+        raise stop_at_nonfinite(self.config.out, step, number, dataset.rows(item), dataset[item])
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Held-out masked NLL; logged as eval_heldout_nll and eval_heldout_bits_per_byte."""
+        """Held-out scores (`masked_nll`), logged as eval_heldout_…; those of a step that is scored
+        already (perhaps before an interruption) are not computed again.
+        """
         if self._heldout is None:
             return {}
-        for (
-            entry
-        ) in self.state.log_history:  # this step is scored already, perhaps before an interruption
+        for entry in self.state.log_history:
             if entry["step"] == self.state.global_step and "eval_heldout_nll" in entry:
                 return {k: v for k, v in entry.items() if k.startswith("eval_heldout_")}
         model = self.accelerator.unwrap_model(self.model)
-        found = masked_nll(model, self._heldout, lambda batch: model(batch=batch))
-        metrics = {f"eval_heldout_{name}": value for name, value in found.items()}
+        scores = masked_nll(model, self._heldout, lambda batch: model(batch=batch))
+        metrics = {f"eval_heldout_{name}": value for name, value in scores.items()}
         self.log(metrics)
         return metrics
 
 
-def make_trainer(
-    config: TrainConfig, held: ExitStack | None = None
-) -> tuple[StudentTrainer, Tokenizer]:
-    """Everything that a run needs, checked; `held` gets the lock of the run's folder. TideError where something does
-    not fit, or another process trains there.
+def arguments(config: TrainConfig, manifest: Manifest, steps: int, evaluates: bool) -> Any:
+    """TrainingArguments of a run of `steps` steps; trackers log the settings as `tide`, with the
+    cache's digest.
     """
-    check_trackers(config.report_to)
-    check_hardware(config)
-    check_optimizer(config)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    config = settle_batch(settle_precision(config), processes)
-    opened = open_cache(config)
-    manifest = opened.manifest
-    check_objective(config.distillation, manifest, config.cache)
-    check_draws(config, manifest)
-    lengths = manifest.fingerprint.lengths
-    set_seed(config.seed)
-    model, tokenizer = load_student(settle_attention(config), config.cache, manifest)
-    _check_ids(model, manifest)
-    dataset = BatchDataset(opened, config, processes)
-    check_targets(config.distillation, dataset.totals, config.cache)
-    steps = math.ceil(len(dataset) / (config.accumulation * processes))
-    heldout = None
-    if config.heldout is not None:
-        mask_id = manifest.fingerprint.student.mask_id
-        heldout = prepare_heldout(config.heldout, lengths, tokenizer, mask_id, config.heldout_draws)
-        warn_of_overlap(heldout, config.cache, manifest, opened.store)
-    if int(os.environ.get("RANK", "0")) == 0:
-        if held is not None:
-            held.enter_context(hold(config.out / ".lock", f"the run {config.out}"))
-        settle_run_folder(config, manifest, processes, steps)
-    read_targets = TargetReader(manifest, opened.layout)
-    if compiles(config):
-        compile_layers(model)
-    train_on_loss(model, lengths.block, read_targets, compiles(config))
-    trainer = StudentTrainer(
-        model=model,
-        args=arguments(config, manifest, steps, heldout is not None),
-        callbacks=tensorboard(config),
-        train_dataset=dataset,
-        eval_dataset=dataset if heldout is not None else None,
-        data_collator=_only,
-        config=config,
-        block=lengths.block,
-        heldout=heldout,
-        read_targets=read_targets,
-        manifest=manifest,
+    on_cuda = torch.cuda.is_available()
+    settings: dict[str, Any] = {}
+    workers = (1 if on_gpu(config) else 0) if config.loader_workers < 0 else config.loader_workers
+    if (
+        workers
+    ):  # batches made many ahead, so that the next shards are decoded while the last are trained on
+        settings["dataloader_num_workers"] = workers
+        settings["dataloader_prefetch_factor"] = _AHEAD
+        settings["dataloader_persistent_workers"] = True
+        # Of a process that has CUDA and threads nothing may be forked.
+        settings["dataloader_multiprocessing_context"] = "spawn"
+    if config.device == "cpu":
+        settings["use_cpu"] = True
+    if config.parallel == "fsdp":
+        settings["fsdp"] = True
+        settings["fsdp_config"] = {"version": 2}
+    made = training_arguments(
+        config.out / "checkpoints",
+        run_name=config.run_name or config.out.name,
+        per_device_train_batch_size=1,  # an item of the data set is a whole batch
+        gradient_accumulation_steps=config.accumulation,
+        max_steps=steps,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=math.ceil(config.warmup_ratio * steps),
+        lr_scheduler_type=config.schedule,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.precision == "bfloat16",
+        seed=config.seed,
+        save_steps=config.checkpoint_steps,
+        logging_steps=config.log_steps,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=config.eval_steps,
+        report_to=[name for name in config.report_to if name != _TENSORBOARD],
+        ddp_find_unused_parameters=False,
+        optim=_OPTIMIZERS[config.optimizer],
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        dataloader_pin_memory=on_cuda,
+        accelerator_config={"non_blocking": on_cuda},
+        **settings,
     )
-    return trainer, tokenizer
+    about = {"cache_digest": manifest.digest, "teacher": manifest.fingerprint.teacher.name}
+    made.tide = json.loads(json.dumps({**to_plain(config), **about}))
+    return made
 
 
-def train_student(config: TrainConfig) -> dict[str, float]:
-    """Train (or go on training) a student from a cache; return its final metrics.
-
-    The result is `out/model`, which transformers loads as is, and `out/history.json`, the logged curve.
+def _tensorboard(config: TrainConfig) -> list[TensorBoardCallback]:
+    """TensorBoard in the run's own folder, one place for all its resumptions; nothing where it is
+    not asked for.
     """
-    with ExitStack() as held, _explained_disk(config.out):
-        trainer, tokenizer = make_trainer(config, held)
-        trainer.train_resuming()
-        trainer.refuse_nonfinite()
-        metrics = {**trainer.evaluate(), "seconds": trainer.seconds_trained}
-        state = trainer.accelerator.get_state_dict(trainer.model)  # gathers what FSDP has sharded
-        if trainer.is_world_process_zero():
-            final = trainer.accelerator.unwrap_model(trainer.model)
-            save_student(final, tokenizer, config.out / "model", state)
-            write_card(config.out / "model", trainer.config, trainer.manifest, metrics)
-            history = {
-                "steps": trainer.state.log_history,
-                "final": metrics,
-                "machine": hardware_line(),
-            }
-            write_bytes(
-                config.out / "history.json", (json.dumps(history, indent=1) + "\n").encode()
-            )
-        shut_down_process_group()
-    return metrics
-
-
-@contextmanager
-def _explained_disk(out: Path) -> Iterator[None]:
-    """A full disk, or a folder that cannot be written: an OSError, or an error of the library that was writing."""
-    try:
-        yield
-    except TideError:
-        raise
-    except Exception as error:
-        if disk_is_full(error):
-            raise TideError(
-                f"the disk is full: a file in {out} could not be written",
-                fix="free some space and run the same command again; it goes on from the last whole checkpoint",
-            ) from error
-        if getattr(error, "errno", None) in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise TideError(
-                f"{out} cannot be written: {error}", fix="choose another folder (--out)"
-            ) from error
-        raise
-
-
-def _only(batches: list[Batch]) -> Batch:
-    """The data set's items are whole batches already."""
-    return batches[0]
-
-
-def _check_ids(model: Any, manifest: Manifest) -> None:
-    width = embedding_rows(model)
-    k = manifest.fingerprint.targets.k
-    if manifest.shared_tokenizer and k > width:
-        raise TideError(
-            f"the cache keeps {k} logits a position, the student has {width}",
-            fix="use another student",
-        )
+    if _TENSORBOARD not in config.report_to:
+        return []
+    callback = TensorBoardCallback()
+    callback.logging_dir = str(config.out / _TENSORBOARD)
+    return [callback]

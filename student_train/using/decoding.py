@@ -1,8 +1,9 @@
-"""Rows under way, block by block: what of them is in the cache, and one block's steps from masks to tokens.
+"""Rows under way, block by block: what of them is in the cache, and one block from masks to tokens.
 
-Rows may join between blocks (a server's requests come when they come). Each has settings of its own; the block and the
-guidance are those of all. Slots of the cache are common to all rows, positions are a row's own: whole blocks of padding
-on the left move a row's slots and nothing else, so that a row gives what it gives alone.
+Rows may join between blocks (a server's requests come when they come). Each has settings of its
+own; the block and the guidance are those of all. Slots of the cache are common to all rows,
+positions are a row's own: whole blocks of padding on the left move a row's slots and nothing else,
+so that a row gives what it gives alone.
 """
 
 from __future__ import annotations
@@ -27,62 +28,103 @@ class Row:
     def __init__(self, prompt: Sequence[int], config: SampleConfig) -> None:
         if not prompt:
             raise ValueError("a prompt is empty; each needs at least one token")
-        self.prompt, self.config = prompt, config
-        self.made: list[int] = []
-        """Tokens of its finished blocks; from its end on they are EOS."""
+        self.prompt = prompt
+        self.config = config
+        self.made: list[int] = []  # tokens of its finished blocks; from its end on they are EOS
         # Noise depends on the seed and the prompt, not on the batch.
         digest = hashlib.blake2b(f"{config.seed}:{list(prompt)}".encode(), digest_size=7).digest()
         self.noise = torch.Generator().manual_seed(int.from_bytes(digest))
 
+    def settles(self, size: int, step: int) -> tuple[float, float]:
+        """How many of a block of `size` become final in this step at least, and above which
+        confidence all do.
+        """
+        if self.config.threshold is not None:
+            return 1, self.config.threshold
+        count, more = divmod(size, min(size, self.config.steps_per_block or size))
+        return count + (step < more), torch.inf
+
 
 class Decoding:
-    """Prompts and finished blocks of `rows` in the cache, and what is not in it yet."""
+    """Prompts and finished blocks of `rows` in the cache, and what is not in it yet.
+
+    With guidance every row is there twice: `copies` is 2, and the second half of the batch has its
+    prompt masked.
+    """
 
     def __init__(self, model: Any, special: Special, block: int, guidance: float = 0.0) -> None:
-        self._model, self._special, self._block, self._guidance = model, special, block, guidance
+        self._model = model
+        self._special = special
+        self._block = block
+        self._guidance = guidance
         self._copies = 2 if guidance > 0 else 1
         self._device = model.get_input_embeddings().weight.device
         self._ends = torch.tensor([special.eos, *special.ends], device=self._device)
-        self.rows: list[Row] = []
-        self.passes = 0
-        """Of the model, so far."""
+        self.passes = 0  # of the model, so far
         self._begin([])
+
+    def _begin(self, rows: Sequence[Row]) -> None:
+        """Nothing but the prompts of `rows`, none of them encoded."""
+        self.rows = list(rows)
+        ids, valid = pad_left([row.prompt for row in rows], self._block, self._special.pad)
+        if self._guidance > 0:
+            ids = torch.cat([ids, torch.where(valid, self._special.mask, ids)])
+            valid = valid.repeat(2, 1)
+        padding = (~valid).sum(dim=1) // self._block * self._block
+        self._pending = ids.to(self._device)  # [copies · rows, n], behind the cached slots
+        self._valid = valid.to(self._device)  # [copies · rows, slots], False at padding
+        self._offset = padding.to(self._device)  # slots before a row's position 0
+        self._cache = DynamicCache()
+        self._cached = 0  # slots
 
     @torch.no_grad()
     def join(self, rows: Sequence[Row]) -> None:
-        """Decode these too, from the next block on. Where others are under way, all of their prompts but the last block
-        is encoded now; that goes through the model with their first new block, as the others' last block does.
+        """Decode these too, from the next block on.
+
+        Where others are under way, all of their prompts but the last block is encoded now; that
+        goes through the model with their first new block, as the others' last block does.
         """
         if not self.rows:
             self._begin(rows)
             return
+        # 1. Both sides: all that is pending into the cache, but for its last block.
         others = Decoding(self._model, self._special, self._block, self._guidance)
         others._begin(rows)
-        for each in (self, others):
-            each._encode_ahead()
-        self._take(others)
+        for side in (self, others):
+            ahead = side._pending.shape[1] - self._block
+            if ahead > 0:
+                side._run(side._pending[:, :ahead])
+                side._cached += ahead
+                side._pending = side._pending[:, ahead:]
+        # 2. Equally many slots: whole blocks of padding on the left of the shorter side.
+        width = max(self._cached, others._cached)
+        layers = [side._layers(width, like=self if self._cached else others)
+                  for side in (self, others)]  # fmt: skip
+        for side in (self, others):
+            more = width - side._cached
+            side._valid = pad(side._valid, (more, 0))
+            side._offset = side._offset + more
+        # 3. One batch: all rows, then their masked copies.
+        mine, theirs = len(self.rows), len(others.rows)
 
-    @torch.no_grad()
-    def next_block(self, size: int) -> Iterator[Int[Tensor, "rows size"]]:
-        """Settle one block of `size` positions: its state after each step, and the whole with EOS from an end on."""
-        mask = self._special.mask
-        block = torch.full((len(self.rows), size), mask, device=self._device)
-        step = 0
-        while bool((masked := block == mask).any()):
-            tokens, confidence = self._choose(self._hidden(block), masked)
-            settled = self._settle(confidence, masked, step)
-            block = torch.where(settled, tokens, block)
-            step += 1
-            yield block
-        ends = torch.isin(block, self._ends)
-        block = torch.where(ends.cumsum(dim=1) > 0, self._special.eos, block)
-        self._pending = block.repeat(self._copies, 1)
-        for row, tokens in zip(self.rows, block.tolist(), strict=True):
-            row.made += tokens
-        yield block
+        def together(a: Tensor, b: Tensor) -> Tensor:
+            return torch.cat([a[:mine], b[:theirs], a[mine:], b[theirs:]])
+
+        self._valid = together(self._valid, others._valid)
+        self._offset = together(self._offset, others._offset)
+        self._pending = together(self._pending, others._pending)
+        self._cache = _cache_of(
+            (together(keys, other_keys), together(values, other_values))
+            for (keys, values), (other_keys, other_values) in zip(*layers, strict=True)
+        )
+        self._cached = width
+        self.rows = self.rows + others.rows
+        self.passes += others.passes
 
     def keep(self, going: Sequence[bool]) -> None:
-        """The other rows leave, and cost nothing from here on; nor does padding that no row needs any more."""
+        """The other rows leave, and cost nothing from here on; nor does padding that no row needs
+        any more.
+        """
         if all(going):
             return
         kept = [i for i, goes in enumerate(going) if goes]
@@ -90,88 +132,68 @@ class Decoding:
         if not self.rows:
             self._begin([])
             return
-        both = [row + half * len(going) for half in range(self._copies) for row in kept]
-        self._pending, self._valid, self._offset = (
-            self._pending[both],
-            self._valid[both],
-            self._offset[both],
-        )
-        cut = min(int(self._offset.min()), self._cached)
-        self._valid, self._offset, self._cached = (
-            self._valid[:, cut:],
-            self._offset - cut,
-            self._cached - cut,
-        )
-        self._cache = _cache_of(
-            (keys[both, :, cut:], values[both, :, cut:]) for keys, values in self._layers()
-        )
+        both = [row + copy * len(going) for copy in range(self._copies) for row in kept]
+        cut = min(int(self._offset[both].min()), self._cached)
+        self._pending = self._pending[both]
+        self._valid = self._valid[both, cut:]
+        self._offset = self._offset[both] - cut
+        layers = self._layers(self._cached, like=self)
+        self._cache = _cache_of((k[both, :, cut:], v[both, :, cut:]) for k, v in layers)
+        self._cached -= cut
 
-    def _begin(self, rows: Sequence[Row]) -> None:
-        """Nothing but the prompts of `rows`, none of them encoded."""
-        self.rows = list(rows)
-        ids, valid = pad_left([row.prompt for row in rows], self._block, self._special.pad)
-        if self._guidance > 0:  # the second half of the batch has its prompt masked
-            ids, valid = (
-                torch.cat([ids, torch.where(valid, self._special.mask, ids)]),
-                valid.repeat(2, 1),
-            )
-        padding = (~valid).sum(dim=1) // self._block * self._block
-        self._pending, self._valid = ids.to(self._device), valid.to(self._device)
-        self._offset = padding.to(self._device)  # slots before a row's position 0
-        self._cache, self._cached = DynamicCache(), 0
+    def _layers(self, width: int, like: Decoding) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer, [copies · rows, heads, width, size], zeros on the left.
 
-    def _encode_ahead(self) -> None:
-        """Bring all that is pending into the cache, but for its last block."""
-        ahead = self._pending.shape[1] - self._block
-        if ahead > 0:
-            self._run(self._pending[:, :ahead])
-            self._cached, self._pending = self._cached + ahead, self._pending[:, ahead:]
-
-    def _take(self, others: Decoding) -> None:
-        """Take over rows of which, as of these, one block is pending. The shorter get padding on the left."""
-        mine, theirs, width = len(self.rows), len(others.rows), max(self._cached, others._cached)
-
-        def together(a: Tensor, b: Tensor) -> Tensor:
-            """Rows, and after all of them their guides."""
-            return torch.cat([a[:mine], b[:theirs], a[mine:], b[theirs:]])
-
-        for part in (self, others):
-            more = width - part._cached
-            part._valid, part._offset = pad(part._valid, (more, 0)), part._offset + more
-        self._valid, self._offset = (
-            together(self._valid, others._valid),
-            together(self._offset, others._offset),
-        )
-        layers = zip(self._widened(width, others), others._widened(width, self), strict=True)
-        self._cache = _cache_of(
-            (together(k, others_k), together(v, others_v))
-            for (k, v), (others_k, others_v) in layers
-        )
-        self._pending = together(self._pending, others._pending)
-        self.rows, self._cached, self.passes = (
-            self.rows + others.rows,
-            width,
-            self.passes + others.passes,
-        )
-
-    def _layers(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values of each layer."""
-        layers: Any = self._cache.layers
+        Where nothing is cached yet they have the form of those of `like`, without slots.
+        """
+        layers: Any = like._cache.layers if not self._cached else self._cache.layers
+        wide = []
         for layer in layers:
-            yield layer.keys, layer.values
+            keys, values = layer.keys, layer.values
+            if not self._cached:
+                rows = len(self._pending)
+                keys = keys[:1, :, :0].expand(rows, -1, -1, -1)
+                values = values[:1, :, :0].expand(rows, -1, -1, -1)
+            more = (0, 0, width - keys.shape[2], 0)
+            wide.append((pad(keys, more), pad(values, more)))
+        return wide
 
-    def _widened(self, width: int, like: Decoding) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values of each layer in `width` slots; of `like` where nothing is cached here yet, without slots."""
-        for pair in (self if self._cached else like)._layers():
-            own = (
-                pair
-                if self._cached
-                else [part[:1, :, :0].expand(len(self._pending), -1, -1, -1) for part in pair]
-            )
-            keys, values = (pad(part, (0, 0, width - part.shape[2], 0)) for part in own)
-            yield keys, values
+    @torch.no_grad()
+    def next_block(self, size: int) -> Iterator[Int[Tensor, "rows size"]]:
+        """Settle one block of `size` positions: its state after each step, and the whole with EOS
+        from an end on.
+        """
+        mask = self._special.mask
+        block = torch.full((len(self.rows), size), mask, device=self._device)
+        step = 0
+        while bool((masked := block == mask).any()):
+            # 1. Hidden states of the block. What is pending goes through with it and stays in the
+            #    cache; the noised block does not.
+            both = torch.cat([self._pending, block.repeat(self._copies, 1)], dim=1)
+            hidden = self._run(both)[:, -size:]
+            self._cache.crop(-size)
+            self._cached += self._pending.shape[1]
+            self._pending = self._pending[:, :0]
+            # 2. A token for every masked position, and how sure the row is of it.
+            tokens, confidence = self._choose(hidden, masked)
+            # 3. The most confident ones are final: a number of them, and all above a threshold.
+            confidence = torch.where(masked, confidence, -torch.inf)
+            rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            rules = torch.tensor([row.settles(size, step) for row in self.rows])
+            count, above = rules.to(confidence).unbind(dim=1)
+            final = masked & ((rank < count[:, None]) | (confidence > above[:, None]))
+            block = torch.where(final, tokens, block)
+            step += 1
+            yield block
+        # 4. Behind an end there is nothing but EOS.
+        ended = torch.isin(block, self._ends).cumsum(dim=1) > 0
+        block = torch.where(ended, self._special.eos, block)
+        self._pending = block.repeat(self._copies, 1)
+        for row, made in zip(self.rows, block.tolist(), strict=True):
+            row.made += made
+        yield block
 
-    def _run(self, ids: Int[Tensor, "rows n"]) -> Float[Tensor, "rows n width"]:
+    def _run(self, ids: Int[Tensor, "batch n"]) -> Float[Tensor, "batch n width"]:
         """Hidden states of what follows the cached slots; its keys and values stay in the cache."""
         known = self._cached + ids.shape[1]
         if self._valid.shape[1] < known:
@@ -188,102 +210,58 @@ class Decoding:
         self.passes += 1
         return output.last_hidden_state
 
-    def _hidden(self, block: Int[Tensor, "batch block"]) -> Float[Tensor, "rows block width"]:
-        """Hidden states of the block at hand. What is pending goes through with it and stays in the cache."""
-        size = block.shape[1]
-        hidden = self._run(torch.cat([self._pending, block.repeat(self._copies, 1)], dim=1))
-        self._cache.crop(-size)  # the noised block does not stay
-        self._cached, self._pending = self._cached + self._pending.shape[1], self._pending[:, :0]
-        return hidden[:, -size:]
-
-    def _logits(
-        self, hidden: Float[Tensor, "rows block width"], masked: Bool[Tensor, "batch block"]
-    ) -> Float[Tensor, "n vocab"]:
-        """Logits of the masked positions alone, one after the other; no mask token, no EOS that comes too early."""
-        parts = [self._head(part[masked]) for part in hidden.split(len(masked))]
+    def _choose(
+        self, hidden: Float[Tensor, "batch block width"], masked: Bool[Tensor, "rows block"]
+    ) -> tuple[Int[Tensor, "rows block"], Float[Tensor, "rows block"]]:
+        """A token for each masked position, and its probability (or a random number); elsewhere
+        nothing of use.
+        """
+        special = self._special
+        # 1. Logits of the masked positions alone, row after row: [n, vocab]. The head runs on
+        #    whole multiples of 32 positions: products of a few round otherwise than those of many,
+        #    and a prompt alone must give what it gives in a batch.
+        parts = []
+        for copy in hidden.split(len(masked)):
+            states = copy[masked]
+            padded = pad(states, (0, 0, 0, -len(states) % 32))
+            parts.append(self._model.lm_head(padded)[: len(states)].float())
         logits = parts[0]
         if self._guidance > 0:  # away from what a masked prompt gives
             logits = parts[1] + (1 + self._guidance) * (logits - parts[1])
-        logits[:, self._special.mask] = -torch.inf
-        if self._special.vocabulary is not None:
-            logits[:, self._special.vocabulary :] = -torch.inf
+        # 2. No mask token, no id without a token, no end that comes too early.
+        logits[:, special.mask] = -torch.inf
+        if special.vocabulary is not None:
+            logits[:, special.vocabulary :] = -torch.inf
         early = torch.tensor([row.config.min_new_tokens - len(row.made) for row in self.rows])
         if bool((early > 0).any()):
-            row, column = masked.nonzero().unbind(dim=1)
-            too_early = column < early.to(column.device)[row]
-            logits[:, self._ends] = logits[:, self._ends].masked_fill(
-                too_early[:, None], -torch.inf
-            )
-        return logits
-
-    def _head(self, rows: Float[Tensor, "n width"]) -> Float[Tensor, "n vocab"]:
-        """The LM head on whole multiples of 32 rows: products of a few rows round otherwise than those of many, and a
-        prompt alone must give what it gives in a batch.
-        """
-        padded = pad(rows, (0, 0, 0, -len(rows) % 32))
-        return self._model.lm_head(padded)[: len(rows)].float()
-
-    def _choose(
-        self, hidden: Float[Tensor, "rows block width"], masked: Bool[Tensor, "batch block"]
-    ) -> tuple[Int[Tensor, "batch block"], Float[Tensor, "batch block"]]:
-        """A token for each masked position, and its probability (or a random number); elsewhere nothing of use."""
-        logits = self._logits(hidden, masked)
-        chosen = self._warmed(logits, masked).argmax(dim=1)
-        tokens = torch.full(masked.shape, self._special.mask, device=logits.device).masked_scatter(
-            masked, chosen
-        )
+            row_of, column = masked.nonzero().unbind(dim=1)
+            too_early = (column < early.to(column.device)[row_of])[:, None]
+            logits[:, self._ends] = logits[:, self._ends].masked_fill(too_early, -torch.inf)
+        # 3. The likeliest token; with a temperature, of logits over it, inside top_k and top_p,
+        #    with Gumbel noise: that samples from their softmax.
+        shape = torch.Size((masked.shape[1], logits.shape[1]))
+        warm = []
+        for row, own, places in zip(
+            self.rows, logits.split(masked.sum(dim=1).tolist()), masked, strict=True
+        ):
+            if row.config.temperature > 0:
+                noise = _gumbel(shape, row.noise)[places.cpu()].to(own.device)
+                own = _narrowed(own / row.config.temperature, row.config) + noise  # noqa: PLW2901
+            warm.append(own)
+        chosen = torch.cat(warm).argmax(dim=1)
+        # 4. Back in their places, with the confidence by which they settle.
+        tokens = torch.full(masked.shape, special.mask, device=logits.device)
+        tokens = tokens.masked_scatter(masked, chosen)
         confidence = torch.zeros(masked.shape, device=logits.device)
         random = [row.config.remasking == "random" for row in self.rows]
         if not all(random):  # random numbers need no probabilities
             probability = logits.softmax(dim=1).gather(1, chosen[:, None])[:, 0]
             confidence = confidence.masked_scatter(masked, probability)
-        for i in (i for i, drawn in enumerate(random) if drawn):
-            confidence[i] = torch.rand(masked.shape[1], generator=self.rows[i].noise).to(
-                confidence.device
-            )
+        for i, row in enumerate(self.rows):
+            if random[i]:
+                numbers = torch.rand(masked.shape[1], generator=row.noise)
+                confidence[i] = numbers.to(confidence.device)
         return tokens, confidence
-
-    def _warmed(
-        self, logits: Float[Tensor, "n vocab"], masked: Bool[Tensor, "batch block"]
-    ) -> Float[Tensor, "n vocab"]:
-        """Logits over temperature, inside top_k and top_p, with Gumbel noise, in rows that have a temperature; as they
-        are in greedy rows.
-        """
-        if not any(row.config.temperature > 0 for row in self.rows):
-            return logits
-        parts = []
-        shape = torch.Size((masked.shape[1], logits.shape[1]))
-        counts = masked.sum(dim=1).tolist()
-        for row, own, where in zip(self.rows, logits.split(counts), masked, strict=True):
-            if row.config.temperature > 0:
-                noise = _gumbel(shape, row.noise)[where.cpu()].to(own.device)
-                parts.append(_narrowed(own / row.config.temperature, row.config) + noise)
-            else:
-                parts.append(own)
-        return torch.cat(parts)
-
-    def _settle(
-        self,
-        confidence: Float[Tensor, "batch block"],
-        masked: Bool[Tensor, "batch block"],
-        step: int,
-    ) -> Bool[Tensor, "batch block"]:
-        """Which masked positions are final after this step: the most confident ones."""
-        confidence = torch.where(masked, confidence, -torch.inf)
-        rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        rules = [_rule(row.config, masked.shape[1], step) for row in self.rows]
-        count, above = torch.tensor(rules, device=masked.device, dtype=confidence.dtype).unbind(
-            dim=1
-        )
-        return masked & ((rank < count[:, None]) | (confidence > above[:, None]))
-
-
-def _rule(config: SampleConfig, size: int, step: int) -> tuple[float, float]:
-    """How many of a block of `size` settle in this step at least, and above which confidence all do."""
-    if config.threshold is not None:
-        return 1, config.threshold
-    count, more = divmod(size, min(size, config.steps_per_block or size))
-    return count + (step < more), torch.inf
 
 
 def _narrowed(logits: Float[Tensor, "n vocab"], config: SampleConfig) -> Float[Tensor, "n vocab"]:
@@ -295,6 +273,12 @@ def _narrowed(logits: Float[Tensor, "n vocab"], config: SampleConfig) -> Float[T
     return TopPLogitsWarper(config.top_p)(unread, kept) if config.top_p < 1 else kept
 
 
+def _gumbel(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Standard Gumbel noise; computed in float64, where log(−log u) keeps its tail."""
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
+    return -torch.log(-torch.log(uniform)).float()
+
+
 def _cache_of(layers: Iterable[tuple[Tensor, Tensor]]) -> DynamicCache:
     cache = DynamicCache()
     for number, (keys, values) in enumerate(layers):
@@ -303,7 +287,7 @@ def _cache_of(layers: Iterable[tuple[Tensor, Tensor]]) -> DynamicCache:
 
 
 def pad_left(prompts: Sequence[Sequence[int]], block: int, padding: int) -> tuple[Tensor, Tensor]:
-    """Prompts, padded on the left to whole blocks; True where a token is."""
+    """Prompts, padded on the left to whole blocks, [rows, width]; True where a token is."""
     width = -(-max(map(len, prompts), default=0) // block) * block
     ids = torch.full((len(prompts), width), padding)
     valid = torch.zeros(len(prompts), width, dtype=torch.bool)
@@ -311,9 +295,3 @@ def pad_left(prompts: Sequence[Sequence[int]], block: int, padding: int) -> tupl
         ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
         valid[row, width - len(prompt) :] = True
     return ids, valid
-
-
-def _gumbel(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Standard Gumbel noise; computed in float64, where log(−log u) keeps its tail."""
-    uniform = torch.rand(shape, generator=generator, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
-    return -torch.log(-torch.log(uniform)).float()

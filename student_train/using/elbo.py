@@ -1,12 +1,14 @@
-"""Log-likelihood of continuations, bounded from below by the diffusion ELBO of block diffusion (LLaDA, BD3LM).
+"""Log-likelihood of continuations, bounded from below by the diffusion ELBO of block diffusion.
 
-For a block of n tokens the bound is E over l uniform in 1 … n, and over sets S of l masked positions, of
-(n / l) · Σ_{i in S} log p(x_i | rest of the block, earlier blocks): the mean, over all orders in which the block's
-tokens can be revealed, of the log-probability of revealing them in that order. Blocks add up, and a block of one
-token is exact. As in sampling, the continuation starts a block, and the part of the last block behind it is masked.
+For a block of n tokens the bound is E over l uniform in 1 … n, and over sets S of l masked
+positions, of (n / l) · Σ_{i in S} log p(x_i | rest of the block, earlier blocks): the mean, over
+all orders in which the block's tokens can be revealed, of the log-probability of revealing them in
+that order (LLaDA, BD3LM). Blocks add up, and a block of one token is exact. As in sampling, the
+continuation starts a block, and the part of the last block behind it is masked.
 
-The sets are fixed: they depend on the seed, the block and the draw, not on the text. Answers to one question are
-thus compared under the same noise, and a score does not depend on what else is in the batch.
+The sets are fixed: they depend on the seed, the block and the draw, not on the text. Answers to one
+question are thus compared under the same noise, and a score does not depend on what else is in the
+batch.
 """
 
 from __future__ import annotations
@@ -23,14 +25,15 @@ from transformers import DynamicCache
 from student_train.using.decoding import pad_left
 from student_train.using.settings import Special
 
-_TOKENS_PER_PASS = 2048
-"""Of noised copies; they do not see each other, so more at once would mostly add masked attention."""
+_TOKENS_PER_PASS = 2048  # of noised copies; more at once would mostly add masked attention
 _LOGITS_PER_SLICE = 1 << 26
 
 
 @dataclass(frozen=True)
 class ElboConfig:
-    """`draws` masks for each block (more lower the variance), `block` as in training, `seed` of the masks."""
+    """`draws` masks for each block (more lower the variance), `block` as in training, `seed` of
+    the masks.
+    """
 
     draws: int = 32
     block: int = 32
@@ -43,12 +46,12 @@ class ElboConfig:
 
 @dataclass(frozen=True)
 class _Copy:
-    """One noised copy of a block: of which continuation, which block of it, what is masked and scored."""
+    """One noised copy of a block: of which continuation, which block of it, what is scored."""
 
     owner: int
     index: int
     tokens: list[int]
-    scored: list[int]
+    scored: list[int]  # positions inside of the block
     weight: float
 
 
@@ -63,120 +66,113 @@ def log_likelihoods(
     special: Special,
     config: ElboConfig,
 ) -> list[float]:
-    """Lower bounds of log p(continuation | context), in nats, one for each; the context is encoded once for all.
-
-    ValueError where the context or a continuation is empty.
+    """Lower bounds of log p(continuation | context), in nats, one for each; the context is encoded
+    once for all. ValueError where the context or a continuation is empty.
     """
     return log_likelihoods_together(model, [(context, continuations)], special, config)[0]
 
 
+@torch.no_grad()
 def log_likelihoods_together(
     model: Any, questions: Sequence[Question], special: Special, config: ElboConfig
 ) -> list[list[float]]:
     """The same for several questions at once, each a row of the batch: it scores as alone."""
-    if not all(
-        context and continuations and all(continuations) for context, continuations in questions
-    ):
-        raise ValueError("the context or a continuation is empty; each needs at least one token")
-    copies = [
-        [
-            copy
-            for i, tokens in enumerate(continuations)
-            for copy in _copies(i, tokens, special.mask, config)
-        ]
-        for _, continuations in questions
-    ]
-    scores = [
-        torch.zeros(len(continuations), dtype=torch.float64) for _, continuations in questions
-    ]
-    with torch.no_grad():
-        state = _Clean(model, questions, special, config.block)
-        per_pass = max(1, _TOKENS_PER_PASS // (config.block * len(questions)))
-        for start in range(0, max(map(len, copies)), per_pass):
-            parts = [row[start : start + per_pass] for row in copies]
-            for row, part, found in zip(scores, parts, state.score(parts, questions), strict=True):
-                row.index_add_(
-                    0,
-                    torch.tensor([copy.owner for copy in part], dtype=torch.long),
-                    found.double().cpu(),
-                )
-    return [row.tolist() for row in scores]
+    for context, continuations in questions:
+        if not (context and continuations and all(continuations)):
+            raise ValueError("the context or a continuation is empty; each needs a token at least")
+    # 1. Every block of every continuation under every draw of its masks.
+    copies = [_noised_copies(row, special.mask, config) for _, row in questions]
+    # 2. What is clean goes through the model once, and stays in the cache.
+    clean = _Clean(model, questions, special, config.block)
+    # 3. The copies are run against it, so many at a time; their scores add up by continuation.
+    scores = [torch.zeros(len(row), dtype=torch.float64) for _, row in questions]
+    per_pass = max(1, _TOKENS_PER_PASS // (config.block * len(questions)))
+    for start in range(0, max(map(len, copies)), per_pass):
+        parts = [row[start : start + per_pass] for row in copies]
+        for score, part, values in zip(scores, parts, clean.score(parts), strict=True):
+            owners = torch.tensor([copy.owner for copy in part], dtype=torch.long)
+            score.index_add_(0, owners, values.double().cpu())
+    return [score.tolist() for score in scores]
 
 
 def masks(
     length: int, index: int, config: ElboConfig
 ) -> list[tuple[Bool[Tensor, " length"], float]]:
-    """Masked sets of block `index`, which has `length` tokens, and the weight of each: n / (l · draws).
+    """Masked sets of block `index`, which has `length` tokens, and the weight of each:
+    n / (l · draws).
 
-    l is stratified over the draws, each of 1 … length equally likely over seeds. One token needs one mask.
+    l is stratified over the draws, each of 1 … length equally likely over seeds. One token needs
+    one mask.
     """
     if length == 1:
         return [(torch.ones(1, dtype=torch.bool), 1.0)]
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
     shift = float(torch.rand(1, generator=generator, dtype=torch.float64))
     order = torch.rand(config.draws, config.block, generator=generator).argsort(dim=1)
-    found = []
+    sets = []
     for draw in range(config.draws):
         count = 1 + min(length - 1, int(length * (draw + shift) / config.draws))
         mask = torch.zeros(length, dtype=torch.bool)
         mask[order[draw][order[draw] < length][:count]] = True
-        found.append((mask, length / count / config.draws))
-    return found
+        sets.append((mask, length / count / config.draws))
+    return sets
 
 
-def _copies(owner: int, tokens: Sequence[int], mask_id: int, config: ElboConfig) -> list[_Copy]:
+def _noised_copies(
+    continuations: Sequence[Sequence[int]], mask_id: int, config: ElboConfig
+) -> list[_Copy]:
     copies = []
-    for start in range(0, len(tokens), config.block):
-        block = torch.tensor(tokens[start : start + config.block])
-        for mask, weight in masks(len(block), start // config.block, config):
-            noised = block.masked_fill(mask, mask_id).tolist() + [mask_id] * (
-                config.block - len(block)
-            )
-            copies.append(
-                _Copy(owner, start // config.block, noised, mask.nonzero()[:, 0].tolist(), weight)
-            )
+    for owner, tokens in enumerate(continuations):
+        for index in range(-(-len(tokens) // config.block)):
+            block = torch.tensor(tokens[index * config.block : (index + 1) * config.block])
+            behind = [mask_id] * (config.block - len(block))
+            for mask, weight in masks(len(block), index, config):
+                noised = block.masked_fill(mask, mask_id).tolist() + behind
+                scored = mask.nonzero()[:, 0].tolist()
+                copies.append(_Copy(owner, index, noised, scored, weight))
     return copies
 
 
-_SHARED, _NOBODY = -1, -2
-"""Owners of a context's positions, and of padding."""
+_CONTEXT, _NOBODY = -1, -2  # owners of a context's positions, and of padding
 
 
 class _Clean:
-    """Contexts and clean blocks of all continuations in the key-value cache; noised copies are run against it.
+    """Contexts and clean blocks of all continuations in the key-value cache; noised copies are run
+    against it.
 
-    A row is a question: its context, padded on the left to whole blocks, then the clean blocks of each continuation,
-    then padding. Positions are those that each has alone.
+    A row is a question: its context, padded on the left to whole blocks, then the clean blocks of
+    each continuation, then padding. Positions are those that each has alone.
     """
 
     def __init__(
         self, model: Any, questions: Sequence[Question], special: Special, block: int
     ) -> None:
         self._model, self._block, self._special = model, block, special
+        self._questions = questions
         self._device = model.get_input_embeddings().weight.device
+        # 1. Contexts, [row, width]; a continuation begins at `start`.
         contexts, valid = pad_left([context for context, _ in questions], block, special.pad)
         width = contexts.shape[1]
         self._start = torch.tensor([-(-len(context) // block) * block for context, _ in questions])
-        clean = [
-            [list(tokens[: (len(tokens) - 1) // block * block]) for tokens in row]
-            for _, row in questions
-        ]
-        own = [
-            [(i, at, token) for i, tokens in enumerate(row) for at, token in enumerate(tokens)]
-            for row in clean
-        ]
-        longest = max(map(len, own))
-        behind = torch.tensor(
-            [[*row, *[(_NOBODY, 0, special.pad)] * (longest - len(row))] for row in own],
-            dtype=torch.long,
-        ).reshape(len(own), longest, 3)
-        owner, at, tokens = behind.unbind(dim=2)
         context_position = torch.arange(width)[None] - (width - self._start)[:, None]
-        self._owner = torch.cat([torch.full_like(contexts, _SHARED), owner], dim=1)
-        self._position = torch.cat([context_position, self._start[:, None] + at], dim=1).clamp(
-            min=0
-        )
+        # 2. Behind them all blocks but the last of each continuation: its number, place and token.
+        rows = []
+        for _, continuations in questions:
+            entries = []
+            for owner, tokens in enumerate(continuations):
+                finished = tokens[: (len(tokens) - 1) // block * block]
+                entries += [(owner, at, token) for at, token in enumerate(finished)]
+            rows.append(entries)
+        longest = max(map(len, rows))
+        filled = [row + [(_NOBODY, 0, special.pad)] * (longest - len(row)) for row in rows]
+        behind = torch.tensor(filled, dtype=torch.long).reshape(len(rows), longest, 3)
+        owner, at, tokens = behind.unbind(dim=2)
+        # 3. Whose each position is, where it stands, and whether it may be seen: [row, clean].
+        self._owner = torch.cat([torch.full_like(contexts, _CONTEXT), owner], dim=1)
+        position = torch.cat([context_position, self._start[:, None] + at], dim=1)
+        self._position = position.clamp(min=0)
         self._seen = torch.cat([valid, owner != _NOBODY], dim=1)
+        # 4. One pass over all of it.
         self._cache = DynamicCache()
         mask = self._mask(self._owner, self._position, own_block=True)
         self._run(torch.cat([contexts, tokens], dim=1), self._position, mask)
@@ -184,9 +180,11 @@ class _Clean:
     def _mask(
         self, owner: Int[Tensor, "row query"], position: Int[Tensor, "row query"], own_block: bool
     ) -> Bool[Tensor, "row query clean"]:
-        """Which clean positions are seen: the context's and one's own, of earlier blocks (and of the same block)."""
+        """Which clean positions are seen: the context's and one's own, of earlier blocks (and of
+        the same block).
+        """
         key_owner = self._owner[:, None]
-        mine = (key_owner == owner[:, :, None]) | (key_owner == _SHARED)
+        mine = (key_owner == owner[:, :, None]) | (key_owner == _CONTEXT)
         query, key = position[:, :, None] // self._block, self._position[:, None] // self._block
         return mine & ((key <= query) if own_block else (key < query)) & self._seen[:, None]
 
@@ -197,9 +195,8 @@ class _Clean:
         mask: Bool[Tensor, "row n keys"],
     ) -> Float[Tensor, "row n width"]:
         own = torch.arange(ids.shape[1])
-        mask[:, own, mask.shape[2] - ids.shape[1] + own] = (
-            True  # padding sees itself, so that no row is empty
-        )
+        # Padding sees itself, so that no row is empty.
+        mask[:, own, mask.shape[2] - ids.shape[1] + own] = True
         output = self._model.model(
             input_ids=ids.to(self._device),
             position_ids=position.to(self._device),
@@ -209,57 +206,48 @@ class _Clean:
         )
         return output.last_hidden_state
 
-    def score(
-        self, parts: Sequence[list[_Copy]], questions: Sequence[Question]
-    ) -> list[Float[Tensor, " copies"]]:
+    def score(self, parts: Sequence[list[_Copy]]) -> list[Float[Tensor, " copies"]]:
         """Weighted Σ log p(gold) of each copy, row by row."""
         block, count = self._block, max(map(len, parts))
+        # 1. Equally many copies a row, side by side: [row, count · block].
         empty = _Copy(_NOBODY, 0, [self._special.mask] * block, [], 0.0)
-        whole = [[*part, *[empty] * (count - len(part))] for part in parts]
+        whole = [part + [empty] * (count - len(part)) for part in parts]
         ids = torch.tensor([[copy.tokens for copy in row] for row in whole]).flatten(1)
         index = torch.tensor([[copy.index for copy in row] for row in whole])
-        position = (self._start[:, None] + index * block)[:, :, None] + torch.arange(block)
-        owner = torch.tensor([[copy.owner for copy in row] for row in whole]).repeat_interleave(
-            block, dim=1
-        )
+        owner = torch.tensor([[copy.owner for copy in row] for row in whole])
+        owner = owner.repeat_interleave(block, dim=1)
+        place = (self._start[:, None] + index * block)[:, :, None] + torch.arange(block)
+        position = place.flatten(1)
+        # 2. A copy sees the clean blocks before its own, and itself.
         copy_of = torch.arange(count).repeat_interleave(block)
-        among = (copy_of[:, None] == copy_of[None]).expand(len(whole), -1, -1)
-        mask = torch.cat([self._mask(owner, position.flatten(1), own_block=False), among], dim=2)
-        hidden = self._run(ids, position.flatten(1), mask)
+        itself = (copy_of[:, None] == copy_of[None]).expand(len(whole), -1, -1)
+        mask = torch.cat([self._mask(owner, position, own_block=False), itself], dim=2)
+        hidden = self._run(ids, position, mask)
         self._cache.crop(-count * block)
-        spots = [
-            (
-                row,
-                n * block + at,
-                questions[row][1][copy.owner][copy.index * block + at],
-                row * count + n,
-                copy.weight,
-            )
-            for row, copies in enumerate(parts)
-            for n, copy in enumerate(copies)
-            for at in copy.scored
+        # 3. The scored positions of all copies, one after the other: [n].
+        rows, columns, gold, copies, weights = [], [], [], [], []
+        for row, part in enumerate(parts):
+            for number, copy in enumerate(part):
+                tokens = self._questions[row][1][copy.owner]
+                for at in copy.scored:
+                    rows.append(row)
+                    columns.append(number * block + at)
+                    gold.append(tokens[copy.index * block + at])
+                    copies.append(row * count + number)
+                    weights.append(copy.weight)
+        # 4. log p of their gold tokens in slices; the mask token counts as any other, as in
+        #    training.
+        picked = hidden[
+            torch.tensor(rows).to(hidden.device), torch.tensor(columns).to(hidden.device)
         ]
-        rows, columns, gold, of = torch.tensor(
-            [spot[:4] for spot in spots], dtype=torch.long
-        ).unbind(dim=1)
-        logp = self._log_probability(
-            hidden[rows.to(hidden.device), columns.to(hidden.device)], gold
-        )
-        weights = torch.tensor([spot[4] for spot in spots])
-        found = (
-            torch.zeros(len(whole) * count)
-            .index_add_(0, of, logp.cpu() * weights)
-            .view(len(whole), count)
-        )
-        return [row[: len(part)] for row, part in zip(found, parts, strict=True)]
-
-    def _log_probability(
-        self, hidden: Float[Tensor, "n width"], gold: Int[Tensor, " n"]
-    ) -> Float[Tensor, " n"]:
-        """log p of the gold tokens, in slices: the mask token counts as any other, as in training."""
         size = max(32, _LOGITS_PER_SLICE // self._model.lm_head.weight.shape[0])
-        found = []
-        for rows, ids in zip(hidden.split(size), gold.to(hidden.device).split(size), strict=True):
-            logits = self._model.lm_head(rows).float()
-            found.append(logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(dim=1))
-        return torch.cat(found)
+        logp = []
+        for states, ids in zip(picked.split(size), torch.tensor(gold).split(size), strict=True):
+            logits = self._model.lm_head(states).float()
+            gold_logits = logits.gather(1, ids[:, None].to(logits.device))[:, 0]
+            logp.append((gold_logits - logits.logsumexp(dim=1)).cpu())
+        # 5. Weighted sums by copy.
+        values = torch.zeros(len(whole) * count)
+        values.index_add_(0, torch.tensor(copies), torch.cat(logp) * torch.tensor(weights))
+        by_row = values.view(len(whole), count)
+        return [row[: len(part)] for row, part in zip(by_row, parts, strict=True)]

@@ -34,7 +34,9 @@ class LoadedStudent:
     """Of its block diffusion in training; None where its config does not say."""
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a chat up to where the response begins, as in training (an empty think block included)."""
+        """Ids of a chat up to where the response begins, as in training (an empty think block
+        included).
+        """
         return self.tokenizer.encode_prompt(messages)
 
     def text(self, ids: Sequence[int]) -> str:
@@ -53,7 +55,8 @@ class LoadedStudent:
 def load_for_use(place: str, device: str = "auto") -> LoadedStudent:
     """A student from a folder or a hub id.
 
-    In bfloat16 on an accelerator that has it, else in float32: on every CPU, so that all answer alike.
+    In bfloat16 on an accelerator that has it, else in float32: on every CPU, so that all answer
+    alike.
 
     TideError where it is no student, or nothing names its mask token.
     """

@@ -1,8 +1,9 @@
-"""Block diffusion sampling: blocks from left to right, each from all masks to tokens in a few steps (BD3LM, LLaDA).
+"""Block diffusion sampling: blocks from left to right, each from all masks to tokens in a few steps
+(BD3LM, LLaDA).
 
-Keys and values of everything finished are cached: no token of the prefix is encoded twice. Prompts are padded on the
-left so that each ends where a block ends, as the reference does; padding is hidden, so a batch of unequal prompts gives
-what each gives alone.
+Keys and values of everything finished are cached: no token of the prefix is encoded twice. Prompts
+are padded on the left so that each ends where a block ends, as the reference does; padding is
+hidden, so a batch of unequal prompts gives what each gives alone.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from student_train.using.settings import SampleConfig, Special
 def sample(
     model: Any, prompts: Sequence[Sequence[int]], special: Special, config: SampleConfig
 ) -> list[list[int]]:
-    """The response to each prompt, up to its first EOS (or other end), which is left out. ValueError where a prompt
-    is empty.
+    """The response to each prompt, up to its first EOS (or other end), which is left out.
+    ValueError where a prompt is empty.
     """
     tokens = torch.zeros(len(prompts), 0, dtype=torch.long)
     for tokens, _ in sample_steps(model, prompts, special, config):  # noqa: B007 - the last state counts
@@ -36,7 +37,9 @@ def until_eos(row: list[int], eos: int) -> list[int]:
 
 
 Stop = Callable[[int, list[int]], bool]
-"""Whether a row, by its place in the batch and its new tokens, needs no more of them. Asked after each block."""
+"""Whether a row, by its place in the batch and its new tokens, needs no more of them. Asked after
+each block.
+"""
 
 
 @torch.no_grad()
@@ -49,8 +52,8 @@ def sample_steps(
 ) -> Iterator[tuple[Int[Tensor, "batch new"], int]]:
     """The new tokens after each step (those still masked are the mask's id), and the passes so far.
 
-    A row with an EOS in a finished block, or that `stop` ends, leaves the batch; what follows in it is EOS. Ends early
-    when all have left.
+    A row with an EOS in a finished block, or that `stop` ends, leaves the batch; what follows in it
+    is EOS. Ends early when all have left.
     """
     rows = [Row(prompt, config) for prompt in prompts]
     decoding = Decoding(model, special, config.block, config.guidance)

@@ -1,4 +1,6 @@
-"""Texts that end a response, wherever it is asked for: of a benchmark's `until`, of a request's `stop`."""
+"""Texts that end a response, wherever it is asked for: of a benchmark's `until`, of a request's
+`stop`.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,9 @@ class Stops:
     def cut(self, ids: Sequence[int]) -> tuple[str, bool]:
         """The text of `ids` up to where the first stop begins, and whether there is one.
 
-        The first is the one that is complete first (of several that end together, the longest): so it is the same
-        one whether the text is read as it grows or all at once, also where a stop lies within another.
+        The first is the one that is complete first (of several that end together, the longest): so
+        it is the same one whether the text is read as it grows or all at once, also where a stop
+        lies within another.
         """
         ends = [i for i, token in enumerate(ids) if token in self.ids]
         text = self.student.text(ids[: ends[0]] if ends else ids)

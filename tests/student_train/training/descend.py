@@ -15,15 +15,15 @@ from torch.distributed.fsdp import FSDPModule
 
 from shared.settings.build import build
 from shared.settings.config import TrainConfig
-from student_train.training import trainer
+from student_train.training import preflight, trainer
 
 
 def take_optimizer(name: str) -> None:
     """By plain gradient descent with rate 1 the step's change of the weights is the gradient itself."""
     arguments = trainer.arguments
 
-    def descend(*args: Any) -> Any:
-        made = arguments(*args)
+    def descend(*args: Any, **named: Any) -> Any:
+        made = arguments(*args, **named)
         made.optim = name
         return made
 
@@ -43,7 +43,7 @@ def shard_on_cpus() -> None:
 
     state.PartialState.__init__ = told
     torch.accelerator.is_available = lambda: True  # type: ignore[assignment]
-    trainer.check_hardware = lambda config: None  # noqa: ARG005
+    preflight.check_machine = lambda config, processes: None  # noqa: ARG005
     evaluate = trainer.StudentTrainer.evaluate
 
     def sharded(self: Any, **ignored: Any) -> Any:

@@ -19,7 +19,7 @@ from shared.settings.build import build
 from shared.settings.config import TrainConfig
 from shared.settings.objectives import KL, Calm, ReverseCalm, ReverseKL, Tidal
 from shared.system.errors import TideError
-from student_train.training.checkpoints import whole_checkpoints
+from student_train.training.resumable import whole_checkpoints
 from student_train.training.preflight import check_objective
 from student_train.training.trainer import train_student
 from tests.conftest import heldout_file

@@ -1,4 +1,6 @@
-"""Rows that join others under way: each gives what it gives alone, whatever the others do, and nothing is run twice."""
+"""Rows that join others under way: each gives what it gives alone, whatever the others do, and
+nothing is run twice.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def alone(model: Any, row: Row, guidance: float) -> list[int]:
 def test_a_row_that_joins_gives_what_it_gives_alone(
     model: Any, arrivals: list[Any], guidance: float
 ) -> None:
-    """Every block some rows come, with settings and lengths of their own, and those that are done leave."""
+    """Every block some rows come, with settings and lengths of their own, and those that are done
+    leave.
+    """
     decoding = Decoding(model, ENDLESS, BLOCK, guidance)
     every: list[Row] = []
     rounds = 0
@@ -78,7 +82,9 @@ def test_a_row_that_joins_gives_what_it_gives_alone(
 
 
 def test_who_joins_costs_one_pass_over_a_prompt_but_for_its_last_block(model: Any) -> None:
-    """Its last block goes through with the first new block; where a prompt is one block, nothing is run to join."""
+    """Its last block goes through with the first new block; where a prompt is one block, nothing is
+    run to join.
+    """
     decoding = Decoding(model, ENDLESS, BLOCK)
     config = SampleConfig(new_tokens=8, block=BLOCK, steps_per_block=1)
     shapes: list[tuple[int, ...]] = []
