@@ -118,7 +118,7 @@ def make_trainer(
         callbacks=_tensorboard(config),
         train_dataset=dataset,
         eval_dataset=None if heldout is None else dataset,
-        data_collator=lambda batches: batches[0],  # the data set's items are whole batches already
+        data_collator=_only,
         config=config,
         block=lengths.block,
         heldout=heldout,
@@ -296,6 +296,11 @@ def arguments(config: TrainConfig, manifest: Manifest, steps: int, evaluates: bo
     about = {"cache_digest": manifest.digest, "teacher": manifest.fingerprint.teacher.name}
     made.tide = json.loads(json.dumps({**to_plain(config), **about}))
     return made
+
+
+def _only(batches: list[Batch]) -> Batch:
+    """The data set's items are whole batches already. (A lambda cannot be sent to the loader.)"""
+    return batches[0]
 
 
 def _tensorboard(config: TrainConfig) -> list[TensorBoardCallback]:

@@ -1,5 +1,6 @@
-"""A run with and without torch.compile, as a program of its own: the checks of shapes that tests put around functions
-cannot be compiled. Arguments: a cache, a folder, an objective as JSON. Prints losses and counts of graphs as JSON.
+"""A run with and without torch.compile, as a program of its own: the checks of shapes that tests
+put around functions cannot be compiled. Arguments: a cache, a folder, an objective as JSON. Prints
+losses and counts of graphs as JSON.
 """
 
 from __future__ import annotations

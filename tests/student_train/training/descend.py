@@ -1,7 +1,8 @@
-"""Run as a program: `train_student` with an optimizer by name, and with FSDP on a CPU where the settings ask for it.
+"""Run as a program: `train_student` with an optimizer by name, and with FSDP on a CPU where the
+settings ask for it.
 
-Arguments are the settings as JSON and the optimizer. It is a module, not text in a test, so that a name that is gone
-is found by the type checker.
+Arguments are the settings as JSON and the optimizer. It is a module, not text in a test, so that a
+name that is gone is found by the type checker.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from student_train.training import preflight, trainer
 
 
 def take_optimizer(name: str) -> None:
-    """By plain gradient descent with rate 1 the step's change of the weights is the gradient itself."""
+    """By plain gradient descent with rate 1 the step's change of the weights is the gradient
+    itself.
+    """
     arguments = trainer.arguments
 
     def descend(*args: Any, **named: Any) -> Any:
@@ -31,7 +34,9 @@ def take_optimizer(name: str) -> None:
 
 
 def shard_on_cpus() -> None:
-    """accelerate shards on accelerators only. Told that this process is on one, it does the same over gloo."""
+    """accelerate shards on accelerators only. Told that this process is on one, it does the same
+    over gloo.
+    """
     from accelerate import state
 
     begin = state.PartialState.__init__

@@ -1,4 +1,6 @@
-"""Compiled layers and loss: the same values, and nothing compiled anew over batches of other lengths."""
+"""Compiled layers and loss: the same values, and nothing compiled anew over batches of other
+lengths.
+"""
 
 from __future__ import annotations
 

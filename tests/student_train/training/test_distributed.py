@@ -1,4 +1,6 @@
-"""Several processes and accumulation: the gradient is that of one large batch, whoever holds which rows."""
+"""Several processes and accumulation: the gradient is that of one large batch, whoever holds which
+rows.
+"""
 
 from __future__ import annotations
 

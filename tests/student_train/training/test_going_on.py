@@ -20,70 +20,35 @@ def losses(out: Path) -> dict[int, float]:
 
 
 def test_the_logs_epoch_is_the_epoch(caches: dict[str, Path], tmp_path: Path) -> None:
-    """Twenty-four examples in batches of 4 are six steps, whatever accumulates, however many draws share a step."""
+    """Twenty-four examples in batches of 4 are six steps, whatever accumulates, however many draws
+    share a step.
+    """
     for name, changes in (
-        ("plain", {}),
         ("accumulated", {"batch_size": 2, "accumulation": 2}),
         ("draws", {"draws_per_step": 2}),
     ):
-        train_student(
-            config(
-                caches["tiny-cross"], tmp_path / name, log_steps=1, checkpoint_steps=12, **changes
-            )
-        )
+        changes |= {"log_steps": 1, "checkpoint_steps": 12, "heldout": None}
+        train_student(config(caches["tiny-cross"], tmp_path / name, **changes))
         epochs = {
             entry["step"]: entry["epoch"] for entry in curve(tmp_path / name) if "loss" in entry
         }
         assert epochs[6] == pytest.approx(1) and epochs[12] == pytest.approx(2), name
-    run = config(
-        caches["tiny-cross"], tmp_path / "epochs", max_steps=-1, epochs=1.5, checkpoint_steps=2
-    )
-    train_student(run)
-    assert curve(tmp_path / "epochs")[-1]["epoch"] == pytest.approx(1.5)
 
 
-def test_a_run_is_extended(
-    caches: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """At a constant rate it is the longer run, step for step; run.json and the curve are those of the longer one."""
-    constant = {"schedule": "constant_with_warmup", "warmup_ratio": 0.0}
-    train_student(config(caches["tiny-cross"], tmp_path / "long", **constant))
-    train_student(config(caches["tiny-cross"], tmp_path / "short", max_steps=4, **constant))
-    assert "goes on" not in capsys.readouterr().err
-    train_student(config(caches["tiny-cross"], tmp_path / "short", **constant))
-    said = capsys.readouterr().err
-    assert "the run is extended from 4 to 12 steps" in said
-    assert "goes on from checkpoint-4: 8 of 12 steps are left" in said
-    assert losses(tmp_path / "short") == losses(tmp_path / "long")
-    assert json.loads((tmp_path / "short" / "run.json").read_text())["steps"] == 12
-    train_student(config(caches["tiny-cross"], tmp_path / "short", **constant))
-    assert "this run has ended, at step 12" in capsys.readouterr().err
-    with pytest.raises(TideError, match="max_steps: 12 → 8"):
-        train_student(config(caches["tiny-cross"], tmp_path / "short", max_steps=8, **constant))
-    with pytest.raises(TideError, match="learning_rate"):
-        train_student(
-            config(
-                caches["tiny-cross"],
-                tmp_path / "short",
-                max_steps=16,
-                learning_rate=1e-3,
-                **constant,
-            )
-        )
-
-
-def test_by_epochs_too(caches: dict[str, Path], tmp_path: Path) -> None:
-    for epochs in (1, 2):
-        train_student(
-            config(
-                caches["tiny-cross"],
-                tmp_path / "r",
-                max_steps=-1,
-                epochs=epochs,
-                checkpoint_steps=2,
-            )
-        )
-    assert curve(tmp_path / "r")[-1]["step"] == 12
+def test_a_run_is_extended(caches: dict[str, Path], tmp_path: Path) -> None:
+    """At a constant rate it is the longer run, step for step; run.json and the curve say so."""
+    cache, short = caches["tiny-cross"], tmp_path / "short"
+    constant = {"schedule": "constant_with_warmup", "warmup_ratio": 0.0, "heldout": None}
+    train_student(config(cache, tmp_path / "long", **constant))
+    train_student(config(cache, short, max_steps=4, **constant))
+    train_student(config(cache, short, **constant))
+    assert losses(short) == losses(tmp_path / "long")
+    assert json.loads((short / "run.json").read_text())["steps"] == 12
+    train_student(config(cache, short, max_steps=-1, epochs=3, **constant))  # by epochs too
+    assert curve(short)[-1]["step"] == 18
+    for changes in ({"max_steps": 8}, {"max_steps": 16, "learning_rate": 1e-3}):
+        with pytest.raises(TideError):
+            train_student(config(cache, short, **{**constant, **changes}))
 
 
 def test_how_a_run_is_looked_at_may_change(caches: dict[str, Path], tmp_path: Path) -> None:

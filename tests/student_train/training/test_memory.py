@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +55,11 @@ def test_activations_are_not_kept(caches: dict[str, Path], tmp_path: Path) -> No
     assert kept(True) < 0.7 * kept(False)
 
 
-@pytest.mark.parametrize("name", ["adafactor", "adamw"])
-def test_optimizers_train(name: str, caches: dict[str, Path], tmp_path: Path) -> None:
-    metrics = train_student(
-        config(caches["tiny-shared"], tmp_path / "r", optimizer=name, heldout=None, max_steps=2)
-    )
-    assert metrics["seconds"] > 0
-
-
-def test_8_bit_adam_asks_for_what_it_needs(caches: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(TideError, match="adamw_8bit"):
-        make_trainer(config(caches["tiny-shared"], tmp_path / "r", optimizer="adamw_8bit"))
+def test_other_optimizers(caches: dict[str, Path], tmp_path: Path) -> None:
+    cache, short = caches["tiny-shared"], {"heldout": None, "max_steps": 2}
+    train_student(config(cache, tmp_path / "r", optimizer="adafactor", **short))
+    with pytest.raises(TideError, match="adamw_8bit"):  # which needs a GPU
+        make_trainer(config(cache, tmp_path / "r", optimizer="adamw_8bit"))
 
 
 def test_slices_are_sized_by_memory() -> None:
@@ -77,18 +70,3 @@ def test_slices_are_sized_by_memory() -> None:
     assert slice_rows(10**9, 1 << 30) == 32
     for memory in (8 << 30, 24 << 30, 141 << 30):  # a sixth of the GPU, at most
         assert slice_rows(151_936, memory) * 151_936 * 4 * 6 <= 0.16 * memory
-
-
-def test_a_run_that_was_begun_before_a_setting_came_goes_on(
-    caches: dict[str, Path], tmp_path: Path
-) -> None:
-    run = config(caches["tiny-cross"], tmp_path / "r")
-    train_student(run)
-    path = run.out / "run.json"
-    recorded = json.loads(path.read_text())
-    for name in ("optimizer", "gradient_checkpointing"):
-        recorded["config"].pop(name)
-    path.write_text(json.dumps(recorded))
-    train_student(run)
-    with pytest.raises(TideError, match='optimizer: "adamw" → "adafactor"'):
-        train_student(config(caches["tiny-cross"], tmp_path / "r", optimizer="adafactor"))

