@@ -107,7 +107,7 @@ def take_sample(plan: CachePlan, examples: int) -> Sample:
     halves = [prepare_unit(plan, Unit(0, 0), part) for part in (chosen[1::2], chosen[0::2])]
     if not all(half.requests for half in halves):
         raise TideError(
-            f"no example of {plan.data.source} has a masked token", fix="take more examples"
+            "no example of the data has a masked token", fix="take more examples"
         )
     with closing(load_engine(plan)) as engine:
         if not isinstance(engine, TransformersEngine):

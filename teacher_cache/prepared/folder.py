@@ -1,17 +1,16 @@
 """A folder of prepared data.
 
-parts/NAME.parquet   the usable rows of one run of a source's rows; any settings share it
-NAME.json            the record of a data set: its parts in order, what became of the rows
-NAME.index.parquet   which example of the data set is which example of which part
+parts/NAME.parquet  the usable rows of one run of a source's rows; any settings share it
+NAME.parquet        a data set: its record, and which of its examples is which of which part
 
-A part is named by what it is made from (its raw rows and the settings), so it is never wrong.
+Either is named by what it is made from. A part's name has its raw rows in it, so it is never wrong.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,16 @@ from jaxtyping import Int
 from shared.aligned.examples import Prepared
 from shared.cache.parquet import write_parquet
 from shared.data.conversation import identity
-from shared.system.atomic import write_bytes
 from shared.system.errors import TideError
 
-VERSION = 3  # of the layout and of what preparing does: another version prepares anew
 NOT_BAD = ("prompt too long", "token that the teacher writes otherwise")
 """Reasons that are no fault of a row: they are counted, and stop no run."""
 
 _PLACES = 5  # shown of each reason
 _PARTS_IN_MEMORY = 8
-_REPORT = b"tide.report"
+_ABOUT = b"tide.prepared"  # the metadata: a report, or a record
 _INTS = pa.list_(pa.int32())
-_SCHEMA = pa.schema(
+_PART = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),  # of the content
         pa.field("label", pa.string(), nullable=False),  # the row's own id, or empty
@@ -47,7 +44,6 @@ _SCHEMA = pa.schema(
         pa.field("pairs", _INTS),  # student's and teacher's position, …; null: all, by the offsets
     ]
 )
-_ARRAYS = ("student_ids", "spans", "teacher_ids", "chunks", "offsets", "pairs")
 
 Entries = Int[np.ndarray, "examples 3"]
 """Columns: number of the part, number of the example in it, occurrence of its content."""
@@ -81,8 +77,7 @@ class RowReport:
     def drop(self, place: str, reason: str, detail: str) -> None:
         """One more row that cannot be used."""
         self.dropped[reason] += 1
-        self.places.setdefault(reason, []).append((place, detail))
-        del self.places[reason][_PLACES:]
+        self.places[reason] = [*self.places.get(reason, []), (place, detail)][:_PLACES]
 
     def add(self, part: RowReport) -> None:
         """The rows of one more part."""
@@ -107,33 +102,16 @@ def totals(sources: Sequence[RowReport]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Record:
-    """What a prepared data set is: what it was made from, its parts in order, its examples, and
-    what was lost. `stamps` tell, without reading them, whether the sources are what they were.
+    """What a prepared data set is: its parts in order, a hash of its examples' contents, and what
+    became of the rows. `stamps` tell, without reading them, whether the sources are what they were.
     """
 
-    settings: dict[str, Any]
     stamps: list[Any]
     parts: list[str]
-    examples: int
     content: str
     duplicates: int
     sources: list[RowReport]
     shared: bool
-
-    def save(self, path: Path) -> None:
-        """Write it, whole or not at all."""
-        values = {**vars(self), "sources": [vars(source) for source in self.sources]}
-        write_bytes(path, (json.dumps(values, indent=1, sort_keys=True) + "\n").encode())
-
-    @classmethod
-    def load(cls, path: Path) -> Record | None:
-        """The record at `path`; None where there is none that can be read (it is made anew)."""
-        try:
-            values = json.loads(path.read_text())
-            values["sources"] = [RowReport(**source) for source in values["sources"]]
-            return cls(**values)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return None
 
 
 @dataclass
@@ -144,6 +122,35 @@ class PreparedData:
     record: Record
     entries: Entries
     _parts: dict[int, list[Prepared]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: Path, name: str, stamps: list[Any]) -> PreparedData | None:
+        """What `save` wrote. None where it is to be made anew: it is not there or damaged, the
+        sources have changed, or a part is missing.
+        """
+        path = folder / f"{name}.parquet"
+        if not path.exists():
+            return None
+        try:
+            table = pq.ParquetFile(path, page_checksum_verification=True).read()
+            values = json.loads(table.schema.metadata[_ABOUT])
+            values["sources"] = [RowReport(**source) for source in values["sources"]]
+            record = Record(**values)
+            columns = [table.column(name).to_numpy() for name in ("part", "row", "occurrence")]
+        except Exception:  # a flipped bit leads the library anywhere
+            return None
+        there = all(part_path(folder, part).exists() for part in record.parts)
+        if record.stamps != stamps or not there:
+            return None
+        return cls(folder, record, np.stack(columns, axis=1).astype(np.int32))
+
+    def save(self, name: str) -> None:
+        """Write record and entries, whole or not at all."""
+        about = {**vars(self.record), "sources": [vars(s) for s in self.record.sources]}
+        names = ("part", "row", "occurrence")
+        table = pa.table({name: self.entries[:, i] for i, name in enumerate(names)})
+        metadata = {_ABOUT: json.dumps(about, sort_keys=True)}
+        write_parquet(self.folder / f"{name}.parquet", table.replace_schema_metadata(metadata))
 
     @property
     def examples(self) -> int:
@@ -177,31 +184,21 @@ def part_path(folder: Path, name: str) -> Path:
 
 def write_part(path: Path, examples: Sequence[Prepared], report: RowReport) -> None:
     """Write a part, whole or not at all."""
-    columns = [
-        pa.array([example.id for example in examples], pa.string()),
-        pa.array([example.label for example in examples], pa.string()),
-    ]
-    for name in _ARRAYS:
+    columns = [[example.id for example in examples], [example.label for example in examples]]
+    for name in _PART.names[2:]:
         arrays = [getattr(example, name) for example in examples]
-        lists = [None if array is None else array.reshape(-1).tolist() for array in arrays]
-        columns.append(pa.array(lists, _INTS))
-    metadata = {_REPORT: json.dumps(vars(report), sort_keys=True).encode()}
-    write_parquet(path, pa.Table.from_arrays(columns, schema=_SCHEMA.with_metadata(metadata)))
+        columns.append([None if array is None else array.reshape(-1) for array in arrays])
+    typed = [pa.array(values, f.type) for values, f in zip(columns, _PART, strict=True)]
+    metadata = {_ABOUT: json.dumps(vars(report), sort_keys=True)}
+    write_parquet(path, pa.table(typed, _PART.with_metadata(metadata)))
 
 
-def read_report(path: Path) -> RowReport:
-    """What became of the rows of a part. TideError where it is damaged."""
+def read_summary(path: Path) -> tuple[RowReport, list[str]]:
+    """What became of the rows of a part, and its examples' keys. TideError where it is damaged."""
     try:
-        metadata = pq.ParquetFile(path).schema_arrow.metadata or {}
-        return RowReport(**json.loads(metadata[_REPORT]))
-    except Exception as error:  # a footer with a flipped bit leads the library anywhere
-        raise _damaged(path, error) from error
-
-
-def read_keys(path: Path) -> list[str]:
-    """The keys of a part's examples."""
-    try:
-        return pq.read_table(path, columns=["key"]).column("key").to_pylist()
+        table = pq.read_table(path, columns=["key"])
+        report = RowReport(**json.loads(table.schema.metadata[_ABOUT]))
+        return report, table.column("key").to_pylist()
     except Exception as error:
         raise _damaged(path, error) from error
 
@@ -210,48 +207,26 @@ def read_part(path: Path, shared: bool) -> list[Prepared]:
     """The examples of a part, with their keys as ids. TideError where a checksum does not hold."""
     try:
         table = pq.ParquetFile(path, page_checksum_verification=True).read()
-        if not table.schema.equals(_SCHEMA, check_metadata=False):
+        if not table.schema.equals(_PART, check_metadata=False):
             raise ValueError("its columns are others")
-        keys, labels = table.column("key").to_pylist(), table.column("label").to_pylist()
-        arrays = [_arrays_in(table.column(name).combine_chunks()) for name in _ARRAYS]
     except Exception as error:
         raise _damaged(path, error) from error
     examples = []
-    for key, label, *values in zip(keys, labels, *arrays, strict=True):
-        ids, spans, teacher_ids, chunks, offsets, pairs = values
-        spans, chunks = spans.reshape(-1, 2), chunks.reshape(-1, 4)
+    for key, label, *lists in zip(*table.columns, strict=True):
+        arrays = [values.values.to_numpy() if values.is_valid else None for values in lists]
+        ids, spans, teacher_ids, chunks, offsets, pairs = arrays
+        assert ids is not None and spans is not None and chunks is not None and offsets is not None
         pairs = None if pairs is None else pairs.reshape(-1, 2)
-        example = Prepared(key, ids, spans, teacher_ids, chunks, shared, offsets, label, pairs)
+        spans, chunks = spans.reshape(-1, 2), chunks.reshape(-1, 4)
+        name, own = key.as_py(), label.as_py()
+        example = Prepared(name, ids, spans, teacher_ids, chunks, shared, offsets, own, pairs)
         examples.append(example)
     return examples
-
-
-def _arrays_in(column: Any) -> Iterable[Any]:
-    """A column of lists as one array, or None, a row."""
-    flat, ends = column.values.to_numpy(zero_copy_only=False), column.offsets.to_numpy()
-    present = column.is_valid().to_numpy(zero_copy_only=False)
-    return [flat[ends[i] : ends[i + 1]] if there else None for i, there in enumerate(present)]
-
-
-def save_index(path: Path, entries: Entries) -> None:
-    """Which example is which."""
-    names = ("part", "row", "occurrence")
-    write_parquet(path, pa.table({name: entries[:, i] for i, name in enumerate(names)}))
-
-
-def load_index(path: Path) -> Entries:
-    """The inverse of `save_index`. TideError where it is damaged."""
-    try:
-        table = pq.ParquetFile(path, page_checksum_verification=True).read()
-        columns = [table.column(name).to_numpy() for name in ("part", "row", "occurrence")]
-        return np.stack(columns, axis=1).astype(np.int32)
-    except Exception as error:
-        raise _damaged(path, error) from error
 
 
 def _damaged(path: Path, error: Exception) -> TideError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return TideError(
-        f"the file {path} of prepared data cannot be read: {reason}",
-        fix="delete this file and run the same command again: it is made anew",
+        f"the part {path} of prepared data cannot be read: {reason}",
+        fix="delete this file and run the same command again: it is prepared anew",
     )

@@ -1,7 +1,6 @@
-"""`prepare`: sources in, prepared data out. Once for any number of caches; stopped and run again,
-it goes on.
+"""Sources in, prepared data out. Once for any number of caches; stopped and run again, it goes on.
 
-A source is cut into parts of a fixed number of rows. Each part that is not there yet is prepared, in
+A source is cut into parts of a fixed number of rows. A part that is not there yet is prepared, in
 processes where there are many, and found again by its name ever after.
 """
 
@@ -16,9 +15,8 @@ import platform
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +24,8 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from shared.aligned.examples import Preparer, SharedVocabulary
-from shared.data.conversation import ChatExample, conversation, copies
+from shared.aligned.examples import Prepared, Preparer, SharedVocabulary
+from shared.data.conversation import conversation, copies
 from shared.data.files import Place, Raw
 from shared.data.reading import BadRow, refuse_bad_rows
 from shared.data.sources import describe_source, source_files, source_rows
@@ -39,19 +37,16 @@ from shared.system.signals import serve_parent
 from shared.text.tokenizers import Tokenizer
 from teacher_cache.prepared.folder import (
     NOT_BAD,
-    VERSION,
     Entries,
     PreparedData,
     Record,
     RowReport,
-    load_index,
     part_path,
-    read_keys,
-    read_report,
-    save_index,
+    read_summary,
     write_part,
 )
 
+_VERSION = 3  # of what preparing does, and of the layout: another one prepares anew
 _ROWS_OF_A_PART = 256
 _PARTS_HERE = 12  # so few new parts are prepared here: starting processes would take longer
 _LENGTH_STEP = 32  # of the histogram of lengths, in tokens
@@ -70,7 +65,7 @@ class PrepareRequest:
 
     sources: tuple[DataConfig, ...]
     folder: Path
-    identity: dict[str, Any]
+    identity: dict[str, Any] = field(hash=False)
     student: str
     teacher: str
     shared: bool
@@ -84,27 +79,18 @@ class PrepareRequest:
     dedup: bool = False
     workers: int = 0
 
+    @property
+    def processes(self) -> int:
+        """How many prepare at once."""
+        return self.workers or os.cpu_count() or 1
+
     @cached_property
     def settings(self) -> dict[str, Any]:
         """All that an example depends on beside its row."""
         names = ("skip_first", "positions", "own_text")
         own = {name: getattr(self, name) for name in names}
-        own |= {"version": VERSION, "date": str(self.date), "lengths": to_plain(self.lengths)}
+        own |= {"version": _VERSION, "date": str(self.date), "lengths": to_plain(self.lengths)}
         return {**self.identity, **own}
-
-    def preparer(self, data: DataConfig, student: Tokenizer, teacher: Tokenizer) -> Preparer:
-        """What turns this source's conversations into examples."""
-        return Preparer(
-            student,
-            SharedVocabulary.between(student, teacher) if self.shared else teacher,
-            self.lengths,
-            self.student_mask_id,
-            self.teacher_mask_id,
-            data.turns,
-            self.positions,
-            self.own_text,
-            self.skip_first,
-        )
 
 
 def prepare(request: PrepareRequest) -> PreparedData:
@@ -113,59 +99,61 @@ def prepare(request: PrepareRequest) -> PreparedData:
     TideError where a source cannot be read, where more rows cannot be used than is allowed, and
     where none can be.
     """
-    whole = [request.settings, to_plain(request.sources), request.dedup]
-    path = request.folder / f"{_digest(whole)[:16]}.json"
-    index = path.with_suffix(".index.parquet")
-    stamps = [_stamp(data.source) for data in request.sources]
+    stamps: list[Any] = []  # what tells, without reading it, whether a source is what it was
+    for data in request.sources:
+        stats = [(str(file), file.stat()) for file in source_files(data.source)]
+        stamps.append([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats])
+        if data.source.startswith("stdlib:"):
+            stamps[-1] = platform.python_version()
+    name = _digest([request.settings, to_plain(request.sources), request.dedup])[:16]
     with hold(request.folder / ".lock", f"the prepared data in {request.folder}", wait=True):
-        record = Record.load(path)
-        if record is not None and record.stamps == stamps and index.exists():
-            if all(part_path(request.folder, name).exists() for name in record.parts):
-                return PreparedData(request.folder, record, load_index(index))
-        record, entries = _prepare(request, stamps)
-        save_index(index, entries)
-        record.save(path)
-        return PreparedData(request.folder, record, entries)
+        prepared = PreparedData.load(request.folder, name, stamps)
+        if prepared is None:
+            prepared = _prepare(request, stamps)
+            prepared.save(name)
+    return prepared
 
 
-def _stamp(source: str) -> list[Any]:
-    """What tells, without reading it, whether a source is what it was."""
-    if source.startswith("stdlib:"):
-        return [source, platform.python_version()]
-    stats = [(str(file), file.stat()) for file in source_files(source)]
-    return [source, *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats)]
-
-
-def _prepare(request: PrepareRequest, stamps: list[Any]) -> tuple[Record, Entries]:
+def _prepare(request: PrepareRequest, stamps: list[Any]) -> PreparedData:
     selector = Selector(request.dedup)
     names: list[str] = []
     reports: list[RowReport] = []
-    with ExitStack() as stack, tqdm(unit="row", desc="prepare", dynamic_ncols=True) as bar:
-        workers = _Workers(request, stack)
+    context = multiprocessing.get_context("spawn")  # a model's threads do not survive a fork
+    with (
+        ProcessPoolExecutor(request.processes, context, _start_process, (os.getpid(),)) as pool,
+        tqdm(unit="row", desc="prepare", dynamic_ncols=True) as bar,
+    ):
         for data in request.sources:
             report = RowReport(describe_source(data.source))
+            reports.append(report)
             selector.begin()
-            for name, part in workers.parts(data):
+            for name, (part, keys) in _parts(request, data, pool):
                 bar.update(part.rows)
                 report.add(part)
                 names.append(name)
-                # Stop as soon as no number of good rows to come is likely to mend it.
                 if report.bad > max(1000, report.rows / 2):
-                    _refuse_bad_rows(data, report)
-                keys = read_keys(part_path(request.folder, name))
+                    _refuse_bad_rows(data, report)  # rows to come are not likely to mend it
                 if not selector.take(len(names) - 1, keys, data):
                     break
             _refuse_bad_rows(data, report)
             report.taken = selector.taken
-            reports.append(report)
     entries, content = selector.finish()
     if not len(entries):
-        _refuse_empty(reports)
-    settings = {**request.settings, "sources": to_plain(request.sources), "dedup": request.dedup}
-    examples, shared = len(entries), request.shared
-    duplicates = selector.duplicates
-    record = Record(settings, stamps, names, examples, content, duplicates, reports, shared)
-    return record, entries
+        listing = ""
+        for report in reports:
+            listing += f"\n    {report.source}: {report.rows:,} rows, {report.filtered:,} filtered"
+            listing += "".join(f", {n:,} {reason}" for reason, n in report.dropped.items())
+            listing += "".join(
+                f"\n    {rows[0][0]}: {rows[0][1]}" for rows in report.places.values()
+            )
+        raise TideError(
+            f"the data have no examples that fit:{listing}",
+            expected="conversations whose prompts are shorter than lengths.student and "
+            "lengths.teacher",
+            fix="check the file given as --data, raise the lengths, or mend the filters",
+        )
+    record = Record(stamps, names, content, selector.duplicates, reports, request.shared)
+    return PreparedData(request.folder, record, entries)
 
 
 def _refuse_bad_rows(data: DataConfig, report: RowReport) -> None:
@@ -174,26 +162,6 @@ def _refuse_bad_rows(data: DataConfig, report: RowReport) -> None:
         if reason not in NOT_BAD:
             bad += [BadRow(place, reason, detail) for place, detail in places]
     refuse_bad_rows(data, report.bad, report.rows, bad)
-
-
-def _refuse_empty(reports: Sequence[RowReport]) -> None:
-    rows = sum(report.rows for report in reports)
-    if not rows:
-        raise TideError(
-            f"{reports[0].source} has no examples: it holds no rows",
-            fix="check the file given as --data",
-        )
-    dropped, first = {}, ""
-    for report in reports:
-        dropped |= report.dropped
-        first += "".join(f"\n    {': '.join(places[0])}" for places in report.places.values())
-    filtered = sum(report.filtered for report in reports)
-    raise TideError(
-        f"no example of {' + '.join(r.source for r in reports)} fits: of {rows:,} rows "
-        f"{filtered:,} were filtered, and left out were {json.dumps(dropped)}{first}",
-        expected="conversations whose prompts are shorter than lengths.student and lengths.teacher",
-        fix="raise the lengths, mend the filters, or use other data",
-    )
 
 
 @dataclass
@@ -245,131 +213,110 @@ class Selector:
         return entries, digest.hexdigest()[:32]
 
 
-class _Workers:
-    """Prepares parts in order: here, or in processes once there are more than a few new ones."""
-
-    def __init__(self, request: PrepareRequest, stack: ExitStack) -> None:
-        self._request, self._stack = request, stack
-        self._processes = request.workers or os.cpu_count() or 1
-        self._new = 0
-
-    def parts(self, data: DataConfig) -> Iterator[tuple[str, RowReport]]:
-        """Every part of a source, in order: its name, and what became of its rows."""
-        own = to_plain(data)
-        for name in ("limit", "weight", "allow_bad_rows"):
-            own.pop(name)
-        waiting: deque[tuple[str, Callable[[], RowReport]]] = deque()
-        stream = iter(source_rows(data.source))
-        while rows := list(islice(stream, _ROWS_OF_A_PART)):
-            content = hashlib.sha256()
-            for place, raw in rows:
-                text = raw if isinstance(raw, bytes) else _plain(raw)
-                content.update(f"{place}\0{len(text)}\0".encode("utf-8", "surrogatepass") + text)
-            name = _digest([self._request.settings, own, content.hexdigest()])[:24]
-            waiting.append((name, self._begin(rows, data, part_path(self._request.folder, name))))
-            ahead = 2 * self._processes if "_pool" in self.__dict__ else 0
-            if len(waiting) > ahead:
-                name, report = waiting.popleft()
-                yield name, report()
-        yield from ((name, report()) for name, report in waiting)
-
-    def _begin(self, rows: Rows, data: DataConfig, path: Path) -> Callable[[], RowReport]:
-        """Begin a part where it is not there; what returned waits for it."""
-        if path.exists():
-            return partial(read_report, path)
-        self._new += 1
-        if self._new <= _PARTS_HERE or self._processes == 1:
-            return partial(self._here.prepare, rows, data, path)
-        return self._pool.submit(_prepare_in_process, rows, data, path).result
-
-    @cached_property
-    def _here(self) -> Worker:
-        return Worker(self._request)
-
-    @cached_property
-    def _pool(self) -> ProcessPoolExecutor:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        context = multiprocessing.get_context("spawn")  # a model's threads do not survive a fork
-        begin = (self._request, os.getpid())
-        pool = ProcessPoolExecutor(self._processes, context, _start_process, begin)
-        self._stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-        return pool
+Part = tuple[RowReport, list[str]]  # what became of its rows, and its examples' keys
 
 
-class Worker:
-    """Prepares parts in one process: tokenizers are loaded once."""
-
-    def __init__(self, request: PrepareRequest) -> None:
-        self._request = request
-        self._student = Tokenizer.load(request.student, request.date)
-        self._teacher = Tokenizer.load(request.teacher, request.date)
-        self._preparers: dict[DataConfig, Preparer] = {}
-
-    def prepare(self, rows: Rows, data: DataConfig, path: Path) -> RowReport:
-        """Prepare the rows of a part and write them to `path`; what became of each."""
-        report = RowReport(rows=len(rows))
-        # 1. Rows to conversations.
-        places: list[str] = []
-        examples: list[ChatExample] = []
+def _parts(
+    request: PrepareRequest, data: DataConfig, pool: ProcessPoolExecutor
+) -> Iterator[tuple[str, Part]]:
+    """Every part of a source in order, with its name. Where more than a few are new, the pool
+    prepares them.
+    """
+    own = to_plain(data)
+    for name in ("limit", "weight", "allow_bad_rows"):
+        own.pop(name)
+    new = 0
+    waiting: deque[tuple[str, Callable[[], Part]]] = deque()
+    stream = iter(source_rows(data.source))
+    while rows := list(islice(stream, _ROWS_OF_A_PART)):
+        # 1. The name: what the part is made from.
+        content = hashlib.sha256()
         for place, raw in rows:
-            try:
-                read = conversation(raw, data)
-            except Unusable as reason:
-                report.drop(place, reason.reason, reason.what)
-                continue
-            if read is None:
-                report.filtered += 1
-                continue
-            example, form = read
-            report.forms[form] += 1
-            places.append(place)
-            examples.append(example)
-        # 2. Conversations to token ids and chunks.
-        if data not in self._preparers:
-            made = self._request.preparer(data, self._student, self._teacher)
-            self._preparers[data] = made
-        preparer = self._preparers[data]
-        preparer.counts = Counter()
-        kept = []
-        for place, prepared in zip(places, preparer(examples), strict=True):
-            if isinstance(prepared, Unusable):
-                report.drop(place, prepared.reason, prepared.what)
-            else:
-                kept.append(prepared)
-        # 3. Sums for the report.
-        counts = Counter(preparer.counts)
-        for example in kept:
-            ids, teacher_ids, maskable = example.student_ids, example.teacher_ids, example.maskable
-            counts["student_tokens"] += len(ids)
-            counts["teacher_tokens"] += len(ids if teacher_ids is None else teacher_ids)
-            counts["maskable"] += len(maskable)
-            pairs = maskable if example.pairs is None else example.pairs
-            counts["chunks"] += len(pairs if example.shared else example.chunks)
-            counts["turns"] += len(example.spans)
-            report.lengths[str(-(-len(ids) // _LENGTH_STEP) * _LENGTH_STEP)] += 1
-        report.kept, report.counts = len(kept), counts
-        write_part(path, kept, report)
-        return report
+            row = raw
+            if not isinstance(raw, bytes):
+                row = json.dumps(raw, ensure_ascii=False, sort_keys=True, default=str)
+                row = row.encode("utf-8", "surrogatepass")
+            content.update(f"{place}\0{len(row)}\0".encode("utf-8", "surrogatepass") + row)
+        name = _digest([request.settings, own, content.hexdigest()])[:24]
+        # 2. Read, prepared here, or begun in another process.
+        path = part_path(request.folder, name)
+        new += not path.exists()
+        if path.exists():
+            waiting.append((name, partial(read_summary, path)))
+        elif new <= _PARTS_HERE or request.processes == 1:
+            waiting.append((name, partial(_prepare_part, request, rows, data, path)))
+        else:
+            waiting.append((name, pool.submit(_prepare_part, request, rows, data, path).result))
+        # 3. In order, some parts ahead.
+        while len(waiting) > (2 * request.processes if new > _PARTS_HERE else 0):
+            name, wait = waiting.popleft()
+            yield name, wait()
+    for name, wait in waiting:
+        yield name, wait()
 
 
-_worker: Worker | None = None
+def _prepare_part(request: PrepareRequest, rows: Rows, data: DataConfig, path: Path) -> Part:
+    """Prepare the rows of a part and write them to `path`; what became of each."""
+    report = RowReport(rows=len(rows))
+    # 1. Rows to conversations.
+    places, examples = [], []
+    for place, raw in rows:
+        try:
+            read = conversation(raw, data)
+        except Unusable as reason:
+            report.drop(place, reason.reason, reason.what)
+            continue
+        if read is None:
+            report.filtered += 1
+            continue
+        example, form = read
+        report.forms[form] += 1
+        places.append(place)
+        examples.append(example)
+    # 2. Conversations to token ids and chunks.
+    counts: Counter[str] = Counter()
+    preparer = replace(_preparer(request), turns=data.turns, counts=counts)
+    kept: list[Prepared] = []
+    for place, prepared in zip(places, preparer(examples), strict=True):
+        if isinstance(prepared, Unusable):
+            report.drop(place, prepared.reason, prepared.what)
+        else:
+            kept.append(prepared)
+    # 3. Sums for the report.
+    for example in kept:
+        ids, teacher_ids, maskable = example.student_ids, example.teacher_ids, example.maskable
+        counts["student_tokens"] += len(ids)
+        counts["teacher_tokens"] += len(ids if teacher_ids is None else teacher_ids)
+        counts["maskable"] += len(maskable)
+        pairs = maskable if example.pairs is None else example.pairs
+        counts["chunks"] += len(pairs if example.shared else example.chunks)
+        counts["turns"] += len(example.spans)
+        report.lengths[str(-(-len(ids) // _LENGTH_STEP) * _LENGTH_STEP)] += 1
+    report.kept, report.counts = len(kept), counts
+    write_part(path, kept, report)
+    return report, [example.id for example in kept]
 
 
-def _start_process(request: PrepareRequest, parent: int) -> None:
-    """What a process of the pool does first."""
+@lru_cache(maxsize=1)
+def _preparer(request: PrepareRequest) -> Preparer:
+    """What turns conversations into examples: a process loads the tokenizers once."""
+    student = Tokenizer.load(request.student, request.date)
+    teacher = Tokenizer.load(request.teacher, request.date)
+    return Preparer(
+        student,
+        SharedVocabulary.between(student, teacher) if request.shared else teacher,
+        request.lengths,
+        request.student_mask_id,
+        request.teacher_mask_id,
+        positions=request.positions,
+        own_text=request.own_text,
+        skip_first=request.skip_first,
+    )
+
+
+def _start_process(parent: int) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     serve_parent(parent)
-    global _worker  # noqa: PLW0603 - a process has one worker for its whole life
-    _worker = Worker(request)
-
-
-def _prepare_in_process(rows: Rows, data: DataConfig, path: Path) -> RowReport:
-    assert _worker is not None
-    return _worker.prepare(rows, data, path)
-
-
-def _plain(row: dict[str, Any]) -> bytes:
-    text = json.dumps(row, ensure_ascii=False, sort_keys=True, default=str)
-    return text.encode("utf-8", "surrogatepass")
 
 
 def _digest(value: Any) -> str:

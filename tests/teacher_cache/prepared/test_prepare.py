@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.aligned.examples import Preparer
 from shared.data import iter_examples
 from shared.settings.config import DataConfig, LengthConfig
 from shared.system.errors import TideError
@@ -60,7 +61,7 @@ def test_what_is_prepared_is_what_the_tokenizers_say(tmp_path: Path) -> None:
     asked = request(tmp_path / "p", DataConfig(str(source)))
     data = prepare(asked)
     assert data.examples == 100
-    preparer = asked.preparer(asked.sources[0], STUDENT, TEACHER)
+    preparer = Preparer(STUDENT, TEACHER, asked.lengths, 2047, 4095)
     for found, expected in zip(
         data.between(0, 100), preparer.usable(list(iter_examples(asked.sources[0]))), strict=True
     ):
@@ -142,7 +143,7 @@ def test_a_row_that_cannot_be_used_moves_no_other_and_is_counted_with_its_place(
     with pytest.raises(
         TideError, match=r"3 of 44 rows[\s\S]*2 are allowed[\s\S]*mixed.jsonl:8: not JSON"
     ):
-        prepare(request(tmp_path / "p", DataConfig(str(mixed), allow_bad_rows=2)))
+        prepare(request(tmp_path / "p", DataConfig(str(mixed), allow_bad_rows=2.0)))
 
 
 def test_repeats_are_examples_of_their_own_or_left_out_on_request(tmp_path: Path) -> None:
@@ -264,8 +265,8 @@ def _rank(barrier: Any, answers: Any, source: str, folder: str) -> None:
 def test_damage_is_named_or_mended(tmp_path: Path) -> None:
     source = DataConfig(str(write(tmp_path / "d.jsonl", [row(i) for i in range(300)])))
     whole = keys(prepare(request(tmp_path / "p", source)))
-    path = next((tmp_path / "p").glob("*.json"))
-    path.write_text(path.read_text()[:100])  # a record that is cut is made again
+    path = next((tmp_path / "p").glob("*.parquet"))
+    path.write_bytes(path.read_bytes()[:100])  # a record that is cut is made again
     assert keys(prepare(request(tmp_path / "p", source))) == whole
     part = next((tmp_path / "p" / "parts").iterdir())
     content = bytearray(part.read_bytes())
