@@ -103,10 +103,9 @@ def _topk(rows: Sequence[CacheRow]) -> Batch:
         "topk_ids": torch.from_numpy(ids.astype(np.int64)[flat]),
         "topk_logp": torch.from_numpy(logp.astype(np.float32, copy=False)[flat]),
         "topk_kept": torch.from_numpy(kept),
-        "tail_odds": torch.from_numpy(
-            np.concatenate([row.tail_odds for row in rows if row.tail_odds is not None])
-        ),
     }
+    odds = [row.tail_odds for row in rows if row.tail_odds is not None]
+    batch["tail_odds"] = torch.from_numpy(np.concatenate(odds))
     masses = [row.class_mass for row in rows if row.class_mass is not None]
     if masses:
         batch["class_mass"] = torch.from_numpy(np.concatenate(masses))
@@ -114,7 +113,7 @@ def _topk(rows: Sequence[CacheRow]) -> Batch:
 
 
 def _chunks(rows: Sequence[CacheRow], order: Int[np.ndarray, " n"]) -> Batch:
-    """The active chunks; of each of their tokens its place among the masked positions, its chunk."""
+    """The active chunks, and of each of their tokens its masked position and its chunk."""
     token_rows, chunk_of, logp, t = [], [], [], []
     first_row = first_chunk = 0
     for row in rows:
@@ -151,12 +150,34 @@ class TargetReader:
     def __init__(self, manifest: Manifest, layout: Layout) -> None:
         self.temperatures, self._vocabulary = layout.temperatures, layout.vocabulary
         self._student_shaped = manifest.fingerprint.targets.tail == "student"
-        self._tables: dict[torch.device, tuple[Classes, dict[float, Tensor]]] = {}
+        if self._vocabulary is not None:
+            # Class of each token (vocab), log-prior (temperatures, vocab), and each class's share
+            # of the mean tail (temperatures, classes).
+            class_of = torch.from_numpy(self._vocabulary.class_of.astype(np.int64))
+            log_prior = torch.from_numpy(self._vocabulary.prior.copy()).log().clamp_min(EMPTY)
+            shares = torch.from_numpy(self._vocabulary.class_prior)
+            self._tables = [class_of, log_prior, shares]
 
     def __call__(self, batch: Batch) -> Targets:
         """The targets of a batch."""
-        topk = self._topk(batch) if "topk_ids" in batch else None
-        chunks = None
+        topk = chunks = None
+        if "topk_ids" in batch:
+            assert self._vocabulary is not None
+            self._tables = [table.to(batch["topk_ids"].device) for table in self._tables]
+            class_of, log_prior, shares = self._tables
+            priors, odds, masses = {}, {}, {}
+            for i, temperature in enumerate(self.temperatures):
+                priors[temperature] = log_prior[i]
+                odds[temperature] = batch["tail_odds"][:, i]
+                if "class_mass" in batch:  # log-masses or their levels   (n, temperatures, classes)
+                    mass = batch["class_mass"][:, i]
+                    if mass.dtype == torch.uint8:
+                        mass = class_log_mass(mass, odds[temperature], shares[i])
+                    masses[temperature] = mass
+            ids, logp, kept = batch["topk_ids"], batch["topk_logp"], batch["topk_kept"]
+            classes = Classes(class_of, self._vocabulary.classes, priors)
+            shaped = self._student_shaped
+            topk = TopKTargets(ids, logp, kept, odds, classes, masses or None, shaped)
         if "chunk_rows" in batch:
             names = ("chunk_rows", "chunk_of", "chunk_logp", "chunk_t", "chunk_host")
             chunks = ChunkTargets(*(batch[name] for name in names))
@@ -165,34 +186,6 @@ class TargetReader:
     def mass_in_topk(self, batch: Batch, temperature: float) -> Tensor:
         """The teacher's probability inside its cached top-k, one value per position read."""
         return torch.sigmoid(-batch["tail_odds"][:, self.temperatures.index(temperature)])
-
-    def _topk(self, batch: Batch) -> TopKTargets:
-        classes, shares = self._tables_on(batch["topk_ids"].device)
-        odds = {T: batch["tail_odds"][:, i] for i, T in enumerate(self.temperatures)}
-        mass = None
-        if "class_mass" in batch:
-            # As the cache holds them: levels, or float32 log-masses.     (n, temperatures, classes)
-            stored = batch["class_mass"]
-            mass = {T: stored[:, i] for i, T in enumerate(self.temperatures)}
-            if stored.dtype == torch.uint8:
-                mass = {T: class_log_mass(mass[T], odds[T], shares[T]) for T in mass}
-        ids, logp, kept = batch["topk_ids"], batch["topk_logp"], batch["topk_kept"]
-        return TopKTargets(ids, logp, kept, odds, classes, mass, self._student_shaped)
-
-    def _tables_on(self, device: torch.device) -> tuple[Classes, dict[float, Tensor]]:
-        """The classes with their log-priors, and each class's share of the mean tail."""
-        if device not in self._tables:
-            vocabulary = self._vocabulary
-            assert vocabulary is not None
-            log_prior, shares = {}, {}
-            class_prior = torch.from_numpy(vocabulary.class_prior).to(device)
-            for i, temperature in enumerate(self.temperatures):
-                prior = torch.from_numpy(vocabulary.prior[i].copy())
-                log_prior[temperature] = prior.log().clamp_min(EMPTY).to(device)
-                shares[temperature] = class_prior[i]
-            class_of = torch.from_numpy(vocabulary.class_of.astype(np.int64)).to(device)
-            self._tables[device] = Classes(class_of, vocabulary.classes, log_prior), shares
-        return self._tables[device]
 
 
 def counts_of(counts: Tensor) -> Counts:

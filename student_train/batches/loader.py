@@ -27,8 +27,6 @@ from shared.system.errors import TideError
 from student_train.batches.collate import Batch, collate
 from student_train.batches.open_cache import OpenCache
 
-_RUN = 16  # batches among which rows are sorted by length
-
 
 def refuse_error(batch: Batch) -> None:
     """TideError where one stands in the batch's place (see `BatchDataset.__getitem__`)."""
@@ -179,17 +177,16 @@ class Window:
             ids = shards[0].table.column("example_id")
             for unit, shard in zip(draws, shards, strict=True):
                 if not shard.table.column("example_id").equals(ids):
+                    first, other = draws[0].path(cache.folder), unit.path(cache.folder)
                     raise TideError(
-                        f"{draws[0].path(cache.folder)} and {unit.path(cache.folder)} hold other "
-                        "examples",
-                        expected="the same examples in every draw of a part, to train on several "
-                        "draws of an example at once",
+                        f"{first} and {other} hold other examples",
+                        expected="the same examples in every draw of a part",
                         fix="train with draws_per_step=1",
                     )
             tokens: Any = shards[0].table.column("student_ids").combine_chunks()
             lengths.append(tokens.value_lengths().to_numpy().astype(np.int64))
             home += [(part, row) for row in range(len(ids))]
-        order = _order(np.concatenate(lengths), begun, batch, stream)
+        order = length_bucketed(np.concatenate(lengths), begun, batch, stream)
         self._order = [home[i] for i in order]
 
     def rows(self, places: Sequence[int]) -> list[CacheRow]:
@@ -202,23 +199,23 @@ class Window:
         for part, chosen in rows_of.items():
             for unit, shard in zip(self._units[part], self._shards[part], strict=True):
                 path = unit.path(self._cache.folder)
-                for number, row in zip(
-                    chosen, shard.rows(path, self._cache.layout, chosen), strict=True
-                ):
+                rows = shard.rows(path, self._cache.layout, chosen)
+                for number, row in zip(chosen, rows, strict=True):
                     decoded[part, number].append(row)
         return [row for place in places for row in decoded[self._order[place]]]
 
 
-def _order(
+def length_bucketed(
     lengths: Int[np.ndarray, " n"], begun: int, batch: int, stream: np.random.Generator
 ) -> Int[np.ndarray, " n"]:
+    """An order of examples in which whole batches hold such of like length."""
     # 1. Shuffle. The first `begun` examples stay as they come.
     order = stream.permutation(len(lengths))
     head, rest = order[:begun], order[begun:]
     # 2. Sort by length inside runs of 16 batches.
-    for at in range(0, len(rest), _RUN * batch):
-        run = rest[at : at + _RUN * batch]
-        rest[at : at + _RUN * batch] = run[np.argsort(lengths[run], kind="stable")]
+    for at in range(0, len(rest), 16 * batch):
+        run = rest[at : at + 16 * batch]
+        rest[at : at + 16 * batch] = run[np.argsort(lengths[run], kind="stable")]
     # 3. Shuffle whole batches; what is left over comes last.
     whole = len(rest) // batch * batch
     batches = rest[:whole].reshape(-1, batch)

@@ -84,12 +84,12 @@ def objective_at(
         case NoDistillation():
             return Sums(ce, torch.zeros((), device=logits.device))
         case KL() | ReverseKL():
-            return Sums(ce, _over_tokens(logits, targets, distillation, train))
+            return Sums(ce, token_distillation(logits, targets, distillation, train))
         case Calm() | ReverseCalm():
-            return Sums(ce, _over_chunks(logits, targets, distillation, train))
+            return Sums(ce, chunk_distillation(logits, targets, distillation, train))
 
 
-def _over_tokens(
+def token_distillation(
     logits: Float[Tensor, "n vocab"],
     targets: Targets,
     settings: KL | ReverseKL,
@@ -117,7 +117,7 @@ def _over_tokens(
     return temperature**2 * (weight * divergence).sum()
 
 
-def _over_chunks(
+def chunk_distillation(
     logits: Float[Tensor, "n vocab"],
     targets: Targets,
     settings: Calm | ReverseCalm,

@@ -25,8 +25,8 @@ _TEXT = """\
 
 # A block-diffusion student
 
-A language model that fills in blocks of {block} masked tokens (mask `{mask_token}`, id {mask_id}), \
-distilled with tide-distill.
+A language model that fills in blocks of {about.lengths.block} masked tokens (mask \
+`{about.student.mask_token}`, id {about.student.mask_id}), distilled with tide-distill.
 
 transformers loads it, but its `generate()` would decode from left to right, which this model was \
 never trained to do. Use
@@ -37,9 +37,9 @@ tide sample {folder} "your question"
 
 ## How it was made
 
-* teacher `{teacher}` ({architecture}, weights {weights})
+* teacher `{about.teacher.name}` ({about.teacher.architecture}, weights {about.teacher.weights:.16})
 * data: {sources}
-* cache {cache}
+* cache {manifest.digest}: {manifest.examples:,} examples, {manifest.draws} draws
 * started from {start}
 {scores}
 Settings:
@@ -58,7 +58,6 @@ def write_card(
     folder: Path, config: TrainConfig, manifest: Manifest, metrics: Mapping[str, float]
 ) -> None:
     """Write the card of a run's finished student. Paths of this machine are left out of it."""
-    about = manifest.fingerprint
     base = config.student.checkpoint
     on_the_hub = (
         base is not None
@@ -86,15 +85,10 @@ def write_card(
         scores = f"\nHeld-out, at fixed masks:\n\n| | |\n|---|---|\n{scores}"
     text = _TEXT.format(
         data=data.to_yaml(),
-        block=about.lengths.block,
-        mask_token=about.student.mask_token,
-        mask_id=about.student.mask_id,
+        about=manifest.fingerprint,
+        manifest=manifest,
         folder=OWN_FOLDER,
-        teacher=about.teacher.name,
-        architecture=about.teacher.architecture,
-        weights=about.teacher.weights[:16],
         sources=", ".join(f"`{name}`" for name in manifest.sources) or "not on record",
-        cache=f"{manifest.digest}: {manifest.examples:,} examples, {manifest.draws} draws",
         start="random weights" if base is None else f"`{base}`" if on_the_hub else "a checkpoint",
         scores=scores,
         settings=json.dumps(settings, indent=1),

@@ -1,4 +1,4 @@
-"""The student: a Qwen3 or Llama that denoises blocks. From a checkpoint or new, run on [x_t ; x_0]."""
+"""The student: a Qwen3 or Llama, from a checkpoint or new, that denoises blocks of [x_t ; x_0]."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ from shared.text.tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-FLEX = "tide_flex"
-"""The name under which transformers' models find `attend_flex`."""
+FLEX = "tide_flex"  # the name under which transformers' models find `attend_flex`
 
 
 def load_student(
@@ -50,8 +49,7 @@ def load_student(
             f"the cache {cache} was built for another student tokenizer ({wanted[:12]}…) than that "
             f"of {tokenizer.name} ({tokenizer.fingerprint[:12]}…)",
             expected="the tokenizer given to `tide cache` as --student-tokenizer",
-            fix="train a student with that tokenizer, or build a cache with "
-            f"--student-tokenizer {tokenizer.name}",
+            fix=f"train another student, or use --student-tokenizer {tokenizer.name} there",
         )
     return student_for(settings, checkpoint, tokenizer, manifest), tokenizer
 
@@ -82,8 +80,7 @@ def student_for(
             raise TideError(
                 f"the student {checkpoint.folder} has mask id {stated}, the cache {mask_id}",
                 expected="one and the same id",
-                fix="build the cache with this student's tokenizer, or correct mask_token_id in "
-                "config.json",
+                fix="build the cache with this student's tokenizer, or correct its mask_token_id",
             )
     for parameter in model.parameters():
         parameter.requires_grad_(True)
@@ -91,7 +88,6 @@ def student_for(
     model.config.mask_token_id = mask_id
     model.config.block_size = manifest.fingerprint.lengths.block
     if settings.attention == "flex":
-        register_flex()
         model.set_attn_implementation(FLEX)
     if model.config.tie_word_embeddings:  # no alarm about it when a checkpoint is resumed
         model._keys_to_ignore_on_save = {"lm_head.weight"}
@@ -120,16 +116,13 @@ def _make_room(model: Any, mask_id: int, settings: StudentConfig) -> None:
         raise TideError(
             f"the mask id {mask_id} lies outside the student's embedding of {width} rows",
             expected="an embedding with a row for the mask token",
-            fix="allow new rows with --set student.add_mask_row=true; the checkpoint on disk stays "
-            "as it is",
+            fix="allow new rows, in memory, with --set student.add_mask_row=true",
         )
     model.resize_token_embeddings(mask_id + 1, mean_resizing=False)
     with torch.no_grad():
         for layer in {model.get_input_embeddings(), model.get_output_embeddings()}:
             layer.weight[width:] = layer.weight[:width].mean(dim=0)
-    logger.warning(
-        "student: embedding grown from %s to %s rows for the mask token", width, mask_id + 1
-    )
+    logger.warning("embedding grown from %s to %s rows for the mask token", width, mask_id + 1)
 
 
 def embedding_rows(model: Any) -> int:
@@ -193,12 +186,6 @@ def flex_mask(
     return make(rule, batch, None, rows, rows, device=places.device)
 
 
-def register_flex() -> None:
-    """Make the name known to transformers."""
-    AttentionInterface.register(FLEX, attend_flex)
-    AttentionMaskInterface.register(FLEX, flex_attention_mask)
-
-
 def attend_flex(
     _module: Any,
     query: Float[Tensor, "batch heads length depth"],
@@ -213,6 +200,10 @@ def attend_flex(
     grouped = query.shape[1] != key.shape[1]
     out: Any = run(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(FLEX, attend_flex)
+AttentionMaskInterface.register(FLEX, flex_attention_mask)
 
 
 @cache

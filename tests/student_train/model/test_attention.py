@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from shared.diffusion.attention import block_diffusion, block_diffusion_places
-from student_train.model.student import FLEX, flex_mask, masked_hidden, register_flex
+from student_train.model.student import FLEX, flex_mask, masked_hidden
 from tests.student_train.model.test_student import places_of, small
 from tests.student_train.places import all_places
 
@@ -73,7 +73,6 @@ def hidden_of(
 def test_flex_and_sdpa_agree_in_values_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch refuses gradients of flex_attention on a CPU, though its dense form has them: so the guard is lifted."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
-    register_flex()
     model = small()
     batch = inputs([37, 64, 5])
     found = []
@@ -91,7 +90,6 @@ def test_flex_and_sdpa_agree_in_values_and_gradients(monkeypatch: pytest.MonkeyP
 
 
 def test_padding_does_not_change_values() -> None:
-    register_flex()
     model = small().requires_grad_(False)
     model.set_attn_implementation(FLEX)
     noised, clean, valid, row, column = inputs([37, 64, 5])

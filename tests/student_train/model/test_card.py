@@ -34,9 +34,6 @@ def test_a_finished_students_folder_is_complete(caches: dict[str, Path], tmp_pat
     settings = json.loads(text.partition("```json\n")[2].partition("\n```")[0])
     assert settings["distillation"]["type"] == "kl"
     known = AutoModelForCausalLM.from_pretrained(folder).config
-    assert (known.block_size, known.mask_token_id) == (
-        32,
-        manifest.fingerprint.student.mask_id,
-    )
+    assert (known.block_size, known.mask_token_id) == (32, manifest.fingerprint.student.mask_id)
     assert AutoTokenizer.from_pretrained(folder).chat_template
     assert load_for_use(str(folder), "cpu").block == 32
