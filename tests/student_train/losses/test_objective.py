@@ -1,10 +1,16 @@
+"""The whole objective against float64, and the LM head with the loss in slices against it."""
+
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.settings.objectives import (
     KL,
@@ -15,42 +21,79 @@ from shared.settings.objectives import (
     ReverseKL,
     Tidal,
 )
-from student_train.losses.calm import chunk_log_likelihood, token_log_likelihood
+from student_train.losses.fused_head import LossSettings, fused_loss
 from student_train.losses.objective import Counts, objective, total
-from student_train.losses.targets import ChunkTargets, Targets, rows_of
+from student_train.losses.targets import ChunkTargets, Targets, slice_targets
 from tests.student_train.losses.problems import cached
 
-VOCABULARY, N = 12, 6
-ALL: list[Distillation] = [
+OBJECTIVES: dict[str, Distillation] = {
+    "ce": NoDistillation(),
+    "kl_tidal": KL(tidal=Tidal()),
+    "reverse_kl": ReverseKL(temperature=1.0),
+    "calm": Calm(),
+    "calm_tidal": Calm(tidal=Tidal()),
+    "reverse_calm": ReverseCalm(),
+}
+
+
+def problem(n: int, vocab: int, width: int, seed: int = 0, k: int = 4) -> tuple[Any, ...]:
+    """Hidden states, head, targets, counts; chunks of one to four rows, some rows in none."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, width, generator=g)
+    head = torch.randn(vocab, width, generator=g) / width**0.5 * 3
+    teacher = torch.randn(n, vocab, generator=g) * 2
+    rows, owner, place, count = [], [], 0, 0
+    while place < n:
+        length = min(n - place, int(torch.randint(0, 5, (1,), generator=g)))
+        rows += range(place, place + length)
+        owner += [count] * length
+        count += length > 0
+        place += length + int(torch.randint(0, 2, (1,), generator=g))
+    chunks = ChunkTargets(
+        torch.tensor(rows).long(),
+        torch.tensor(owner).long(),
+        -torch.rand(count, generator=g) * 5,
+        torch.rand(count, generator=g),
+        torch.tensor([rows, owner]).long().numpy(),
+    )
+    gold = torch.randint(0, vocab, (n,), generator=g)
+    topk = cached(teacher, min(k, vocab), 3, "prior", seed=seed)
+    targets = Targets(gold, torch.rand(n, generator=g) * 0.9 + 0.05, topk, chunks)
+    counts = torch.tensor([3.0 * n + 1, max(n, 1), max(count, 1)])
+    return hidden, head, targets, Counts(*counts)
+
+
+def plain(hidden: Tensor, head: Tensor, targets: Targets, settings: LossSettings) -> Tensor:
+    sums = objective(hidden @ head.T, targets, settings.distillation, settings.progress)
+    return total(sums, settings.counts, settings.distillation, settings.weight)
+
+
+def gradients(loss_of: Callable, hidden: Tensor, head: Tensor, *rest: Any) -> list[Tensor]:
+    """The loss and its gradients by hidden states and head."""
+    hidden, head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    loss = loss_of(hidden, head, *rest)
+    loss = loss if isinstance(loss, Tensor) else loss[0]
+    return [loss.detach(), *torch.autograd.grad(loss * 0.7, (hidden, head))]
+
+
+@pytest.mark.parametrize("settings", [
     kind(temperature=2.0, tidal=tidal)
-    for kind in (KL, ReverseKL, Calm, ReverseCalm)
-    for tidal in (None, Tidal())
-]
-
-
-def targets(teacher: Tensor, k: int = VOCABULARY) -> Targets:
-    return Targets(
-        gold=torch.arange(N) % VOCABULARY,
-        t=torch.linspace(0.1, 0.9, N),
-        topk=cached(teacher, k),
-        chunks=ChunkTargets(
-            torch.tensor([0, 1, 3, 4]), torch.tensor([0, 0, 1, 2]), torch.tensor([-1.0, -0.2, -9.0]),
-            torch.tensor([0.1, 0.5, 0.9]),
-        ),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("settings", ALL, ids=str)
+    for kind, tidal in ((KL, None), (KL, Tidal()), (ReverseKL, Tidal()), (Calm, None),
+                        (ReverseCalm, None), (ReverseCalm, Tidal()))
+], ids=str)  # fmt: skip
 def test_against_the_definition_in_float64(settings: Any) -> None:
     torch.manual_seed(0)
-    logits, teacher = torch.randn(N, VOCABULARY) * 2, torch.randn(N, VOCABULARY) * 2
-    made = targets(teacher)
-    sums = objective(logits, made, settings, 0.35)
-    x, z, t, temperature = logits.double(), teacher.double(), made.t.double(), settings.temperature
-    gold_logp = torch.log_softmax(x, 1)[torch.arange(N), made.gold]
+    logits, teacher = torch.randn(6, 12) * 2, torch.randn(6, 12) * 2
+    chunks = ChunkTargets(
+        torch.tensor([0, 1, 3, 4]), torch.tensor([0, 0, 1, 2]),
+        torch.tensor([-1.0, -0.2, -9.0]), torch.tensor([0.1, 0.5, 0.9]),
+    )  # fmt: skip
+    targets = Targets(torch.arange(6), torch.linspace(0.1, 0.9, 6), cached(teacher, 12), chunks)
+    sums = objective(logits, targets, settings, 0.35)
+    x, z, t, temperature = logits.double(), teacher.double(), targets.t.double(), 2.0
+    gold_logp = torch.log_softmax(x, 1)[torch.arange(6), targets.gold]
     torch.testing.assert_close(sums.denoise.double(), (-gold_logp / t).sum(), rtol=1e-6, atol=1e-6)
-    growth = (1 - torch.cos(torch.tensor(0.35 * torch.pi, dtype=torch.float64))) / 2
-    train = 0.1 + 0.8 * growth
+    train = 0.1 + 0.8 * (1 - torch.cos(torch.tensor(0.35 * torch.pi).double())) / 2
     if isinstance(settings, KL | ReverseKL):
         q, p = torch.log_softmax(x / temperature, 1), torch.log_softmax(z / temperature, 1)
         if settings.tidal:
@@ -59,83 +102,117 @@ def test_against_the_definition_in_float64(settings: Any) -> None:
         a, b = (p, q) if isinstance(settings, KL) else (q, p)
         expected = temperature**2 * (a.exp() * (a - b)).sum()
     else:
-        assert made.chunks is not None
         chunk = torch.stack([gold_logp[0] + gold_logp[1], gold_logp[3], gold_logp[4]]) / temperature
-        m = (made.chunks.teacher_logp.double() / temperature).exp()
+        m, ps = (chunks.teacher_logp.double() / temperature).exp(), chunk.exp()
         if settings.tidal:
-            lam = train * (1 - made.chunks.t.double())
-            m = (1 - lam) * chunk.exp() + lam * m
-        ps = chunk.exp()
-        if isinstance(settings, Calm):
-            expected = -(m * chunk + (1 - m) * torch.log1p(-ps)).sum()
-        else:
-            expected = -(ps * m.log() + (1 - ps) * torch.log1p(-m)).sum()
+            lam = train * (1 - chunks.t.double())
+            m = (1 - lam) * ps + lam * m
+        forward = -(m * chunk + (1 - m) * torch.log1p(-ps)).sum()
+        backward = -(ps * m.log() + (1 - ps) * torch.log1p(-m)).sum()
+        expected = forward if isinstance(settings, Calm) else backward
     torch.testing.assert_close(sums.distillation.double(), expected, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("settings", ALL, ids=str)
-def test_no_masked_position_no_loss_and_finite_gradients(settings: Any) -> None:
-    logits = torch.zeros(0, VOCABULARY, requires_grad=True)
-    topk = cached(torch.zeros(0, VOCABULARY), 3)
-    chunks = ChunkTargets(
-        torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0), torch.zeros(0)
-    )
-    sums = objective(
-        logits, Targets(torch.zeros(0).long(), torch.zeros(0), topk, chunks), settings, 0.5
-    )
-    zero = torch.zeros(())
-    loss = total(sums, Counts(zero, zero, zero), settings, 1.0)
-    loss.backward()
-    assert float(loss.detach()) == 0
-
-
-def test_each_term_has_its_own_denominator() -> None:
-    logits, made = torch.randn(N, VOCABULARY), targets(torch.randn(N, VOCABULARY))
+def test_each_sum_is_divided_by_its_own_count() -> None:
+    hidden, head, targets, _ = problem(6, 12, 4)
     counts = Counts(torch.tensor(40.0), torch.tensor(8.0), torch.tensor(5.0))
-    for settings, denominator in ((KL(), 8), (Calm(), 5)):
-        sums = objective(logits, made, settings, 0.0)
+    for settings, denominator in ((KL(), 8), (Calm(), 5), (NoDistillation(), 1)):
+        sums = objective(hidden @ head.T, targets, settings, 0.0)
         expected = sums.denoise / 40 + 0.7 * sums.distillation / denominator
         torch.testing.assert_close(total(sums, counts, settings, 0.7), expected)
-    sums = objective(logits, made, NoDistillation(), 0.0)
-    torch.testing.assert_close(total(sums, counts, NoDistillation(), 0.7), sums.denoise / 40)
-
-
-def test_sums_of_two_halves_are_the_sums_of_the_whole() -> None:
-    """What makes accumulation exact: nothing is averaged inside."""
-    logits, teacher = torch.randn(N, VOCABULARY), torch.randn(N, VOCABULARY)
-    made = targets(teacher, 5)
-    assert made.topk is not None
-    whole = objective(logits, made, KL(), 0.0)
-    halves = []
-    for part in (slice(0, 2), slice(2, N)):
-        topk = rows_of(made.topk, part)
-        halves.append(
-            objective(logits[part], Targets(made.gold[part], made.t[part], topk), KL(), 0.0)
-        )
-    torch.testing.assert_close(whole.denoise, halves[0].denoise + halves[1].denoise)
-    torch.testing.assert_close(whole.distillation, halves[0].distillation + halves[1].distillation)
 
 
 def test_the_student_is_never_clamped() -> None:
     """A student that is sure of the wrong token still feels forward CALM at full strength."""
-    logits = torch.zeros(1, 3)
-    logits[0, 1] = 60.0
-    logits.requires_grad_()
-    gold = torch.tensor([0])
-    made = Targets(gold, torch.ones(1), None,
-                   ChunkTargets(torch.tensor([0]), torch.tensor([0]), torch.tensor([-0.1]), torch.ones(1)))  # fmt: skip
-    sums = objective(logits, made, Calm(temperature=1.0), 0.0)
+    logits, one = torch.tensor([[0.0, 60.0, 0.0]], requires_grad=True), torch.zeros(1).long()
+    chunks = ChunkTargets(one, one, torch.tensor([-0.1]), torch.ones(1))
+    sums = objective(logits, Targets(one, torch.ones(1), None, chunks), Calm(temperature=1.0), 0.0)
     (gradient,) = torch.autograd.grad(sums.distillation, logits)
     assert float(gradient[0, 0]) == pytest.approx(-float(torch.tensor(-0.1).exp()), rel=1e-4)
-    chunk = chunk_log_likelihood(
-        token_log_likelihood(logits, gold), torch.tensor([0]), torch.tensor([0]), 1
-    )
-    assert float(chunk.detach()) == pytest.approx(-60, rel=1e-6)
 
 
-def test_missing_targets_are_explained() -> None:
+def test_missing_targets_are_refused() -> None:
     bare = Targets(torch.zeros(1).long(), torch.ones(1))
-    with pytest.raises(ValueError, match=r"no top-k targets at temperature 2.0"):
-        objective(torch.zeros(1, 3), bare, KL(), 0.0)
-    with pytest.raises(ValueError, match="no chunk targets"):
-        objective(torch.zeros(1, 3), bare, Calm(), 0.0)
+    for settings, missing in ((KL(), "top-k"), (Calm(), "chunk")):
+        with pytest.raises(ValueError, match=missing):
+            objective(torch.zeros(1, 3), bare, settings, 0.0)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_slices_are_the_plain_loss_never_hold_all_logits_and_never_wait(name: str) -> None:
+    for rows in (1, 7, 1000):
+        hidden, head, targets, counts = problem(41, 53, 16)
+        rest = (targets, LossSettings(OBJECTIVES[name], 1.3, counts, 0.4))
+        expected = gradients(plain, hidden, head, *rest)
+        for a, b in zip(gradients(fused_loss, hidden, head, *rest, rows), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(b.abs().max()))
+    hidden, head, targets, counts = problem(512, 700, 8)
+    with Watch() as seen:
+        settings = LossSettings(OBJECTIVES[name], 1.0, counts, 0.5)
+        gradients(fused_loss, hidden, head, targets, settings, 16)
+    assert seen.largest == max(head.numel(), 16 * 700)
+    assert seen.waits == set()
+
+
+class Watch(TorchDispatchMode):
+    """The largest tensor, in numbers, and operations after which the host waits for a device."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
+        by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if by_mask or name in ("_local_scalar_dense", "nonzero", "unique_consecutive"):
+            self.waits.add(name)
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            self.largest = max(self.largest, tensor.numel() if isinstance(tensor, Tensor) else 0)
+        return out
+
+    def __enter__(self) -> Watch:
+        self.waits: set[str] = set()
+        return super().__enter__()
+
+
+@given(n=st.integers(0, 60), size=st.integers(1, 70), seed=st.integers(0, 99))
+def test_slices_cover_every_row_and_chunk_once(n: int, size: int, seed: int) -> None:
+    _, _, targets, _ = problem(n, 11, 4, seed)
+    rows, likelihoods, tokens = [], [], []
+    for part, own in slice_targets(targets, size):
+        assert part.stop - part.start <= max(size, 4)
+        assert own.gold.tolist() == targets.gold[part].tolist() and own.chunks is not None
+        rows += range(part.start, part.stop)
+        chunk_of = (own.chunks.chunk_of + len(likelihoods)).tolist()
+        tokens += zip((own.chunks.rows + part.start).tolist(), chunk_of, strict=True)
+        likelihoods += own.chunks.teacher_logp.tolist()
+    assert rows == list(range(n)) and targets.chunks is not None
+    assert likelihoods == targets.chunks.teacher_logp.tolist()
+    assert tokens == [tuple(pair) for pair in targets.chunks.host.T.tolist()]
+
+
+def test_no_positions_a_frozen_head_and_no_gradients_at_all() -> None:
+    hidden, head, targets, counts = problem(0, 11, 4)
+    loss, _, grad_head = gradients(
+        fused_loss, hidden, head, targets, LossSettings(KL(), 1.0, counts, 0.5)
+    )
+    assert loss == 0 and not grad_head.any()
+    hidden, head, targets, counts = problem(9, 11, 4)
+    settings = LossSettings(KL(), 1.0, counts, 0.5)
+    hidden.requires_grad_()
+    fused_loss(hidden, head, targets, settings, 2)[0].backward()
+    assert hidden.grad is not None
+    with torch.no_grad():
+        loss, sums = fused_loss(hidden, head, targets, settings, 2)
+    torch.testing.assert_close(loss, plain(hidden, head, targets, settings).detach())
+    assert not sums.denoise.requires_grad
+
+
+def test_autocast_keeps_the_head_s_gradient_in_float32() -> None:
+    hidden, head, targets, counts = problem(64, 301, 32)
+    settings = LossSettings(KL(), 1.0, counts, 0.5)
+    exact = gradients(plain, hidden, head, targets, settings)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = gradients(fused_loss, hidden, head, targets, settings, 8)
+    assert [x.dtype for x in half] == [torch.float32] * 3
+    for a, b in zip(half, exact, strict=True):
+        assert float((a - b).norm() / b.norm()) < 0.02
