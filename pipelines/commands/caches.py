@@ -44,7 +44,7 @@ def inspect(
     contents = inspect_cache(folder)
     say(describe(contents))
     if picture is not None:
-        from teacher_cache.maintenance.picture import draw_picture
+        from teacher_cache.maintenance.inspect import draw_picture
 
         draw_picture(contents, picture)
         say(f"\n{picture}")
@@ -74,10 +74,8 @@ def verify(
         teacher, config, [*(sets or []), f"engine.type={against}"], teachers_file,
         model=model, student_tokenizer=student_tokenizer, data=data, out=out,
     )  # fmt: skip
-    from teacher_cache.maintenance.check import check_cache
-    from teacher_cache.maintenance.check import delete_damaged as delete_shards
-    from teacher_cache.maintenance.verify import verify_cache
-    from teacher_cache.maintenance.wording import in_words
+    from teacher_cache.maintenance.verify import check_cache, in_words, verify_cache
+    from teacher_cache.maintenance.verify import delete_damaged as delete_shards
 
     checked = check_cache(settings.out)
     say(in_words(checked))
@@ -118,7 +116,7 @@ def merge(
     out: Out,
 ) -> None:
     """One cache out of several that are parts of one, or differ in their data alone."""
-    from teacher_cache.maintenance.reshape import merge_caches
+    from teacher_cache.maintenance.merge import merge_caches
 
     made = merge_caches(folders, out)
     say(f"{out}: {made.draws} draws of {made.examples:,} examples")
@@ -138,7 +136,7 @@ def unpack(
     folder: Annotated[Path, Argument(help="A new folder.")],
 ) -> None:
     """The cache out of an archive, every byte checked."""
-    from teacher_cache.maintenance.unpack import unpack_cache
+    from teacher_cache.maintenance.pack import unpack_cache
 
     say(f"{folder}: {unpack_cache(archive, folder):,} files")
 

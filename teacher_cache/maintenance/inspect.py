@@ -1,7 +1,9 @@
-"""`tide inspect`: what a cache holds, from its shards alone."""
+"""`tide inspect`: what a cache holds, from its shards alone, in words or as a picture."""
 
 from __future__ import annotations
 
+import io
+import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,8 +13,9 @@ import numpy as np
 
 from shared.cache.checking import in_processes
 from shared.cache.manifest import Manifest, load_manifest
-from shared.cache.row import CacheRow, Layout
+from shared.cache.row import Layout
 from shared.cache.shards import Unit, column_bytes, finished_units, read_shard
+from shared.system.atomic import write_bytes
 
 T_EDGES = np.linspace(0.0, 1.0, 6)
 LOGP_EDGES = np.array([-np.inf, -8.0, -4.0, -2.0, -1.0, -0.5, -0.1, 0.0])
@@ -27,27 +30,29 @@ class Inspection:
     rows: int = 0
     masked: int = 0
     chunks: int = 0
+    positions: int = 0  # those with a top-k
+    kept: int = 0  # entries of all lists
+    mass: np.ndarray = field(default_factory=lambda: np.zeros(0))  # in the top-k, by temperature
     masked_by_t: np.ndarray = field(default_factory=lambda: np.zeros(5, np.int64))
-    mass: dict[float, float] = field(default_factory=dict)
-    """Mean teacher mass inside the top-k at each stored temperature; empty without the signal."""
-    kept: float = 0.0
-    """Mean logits kept per position."""
-    positions: int = 0
-    """Positions with a top-k."""
-    chunk_tokens: Counter[tuple[int, int]] = field(default_factory=Counter)
-    """How many chunks have so many teacher and student tokens."""
     likelihoods: np.ndarray = field(default_factory=lambda: np.zeros((5, 7), np.int64))
     """Chunks by t (rows) and log-likelihood (columns, edges `LOGP_EDGES`)."""
+    chunk_tokens: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """How many chunks have so many teacher and student tokens."""
     bytes_by_column: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Inspection) -> None:
         """Add the sums over other rows."""
-        for name in ("rows", "masked", "chunks", "kept", "positions"):
+        for name in (
+            "rows",
+            "masked",
+            "chunks",
+            "positions",
+            "kept",
+            "mass",
+            "masked_by_t",
+            "likelihoods",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.masked_by_t += other.masked_by_t
-        self.likelihoods += other.likelihoods
-        for t, mass in other.mass.items():
-            self.mass[t] = self.mass.get(t, 0.0) + mass
         self.chunk_tokens.update(other.chunk_tokens)
         self.bytes_by_column.update(other.bytes_by_column)
 
@@ -56,88 +61,112 @@ def inspect_cache(folder: Path) -> Inspection:
     """Read every finished shard of the cache at `folder`, in several processes. TideError where it is no cache."""
     manifest = load_manifest(folder)
     layout, units = manifest.layout(folder), finished_units(folder)
-    found = Inspection(manifest, units)
+    total = Inspection(manifest, units, mass=np.zeros(len(manifest.temperatures)))
     for part in in_processes(partial(_inspect_shard, folder, manifest, layout), units, "inspect"):
-        found.add(part)
-    if found.positions:
-        found.mass = {t: total / found.positions for t, total in found.mass.items()}
-        found.kept /= found.positions
-    return found
+        total.add(part)
+    return total
 
 
 def _inspect_shard(folder: Path, manifest: Manifest, layout: Layout, unit: Unit) -> Inspection:
     """The sums over one shard."""
     path = unit.path(folder)
-    found = Inspection(manifest, [unit])
     content = path.read_bytes()
-    found.bytes_by_column.update(column_bytes(content))
+    sums = Inspection(manifest, [unit], mass=np.zeros(len(manifest.temperatures)))
+    sums.bytes_by_column.update(column_bytes(content))
     for row in read_shard(path, layout, content):
-        _count(found, row)
+        band = min(4, int(row.t * 5))
+        sums.rows += 1
+        sums.masked += row.masked.size
+        sums.masked_by_t[band] += row.masked.size
         if row.topk_sizes is not None and row.tail_odds is not None:
-            found.kept += int(row.topk_sizes.sum())
-            found.positions += row.topk_sizes.size
-            inside = (1 / (1 + np.exp(row.tail_odds.astype(np.float64)))).sum(axis=0)
-            for t, mass in zip(manifest.temperatures, inside.tolist(), strict=True):
-                found.mass[t] = found.mass.get(t, 0.0) + mass
-    return found
-
-
-def _count(found: Inspection, row: CacheRow) -> None:
-    bucket = min(4, int(row.t * 5))
-    found.rows += 1
-    found.masked += row.masked.size
-    found.masked_by_t[bucket] += row.masked.size
-    if row.chunk_logp is None or row.chunk_student is None or row.chunk_teacher is None:
-        return
-    found.chunks += row.chunk_logp.size
-    sizes = np.stack(
-        [np.diff(row.chunk_teacher, axis=1)[:, 0], np.diff(row.chunk_student, axis=1)[:, 0]], axis=1
-    )
-    found.chunk_tokens.update(map(tuple, sizes.tolist()))
-    # Intervals are open to the left, so that a log-likelihood of exactly 0 falls into the last one.
-    places = np.clip(np.searchsorted(LOGP_EDGES, row.chunk_logp, side="left") - 1, 0, 6)
-    found.likelihoods[bucket] += np.bincount(places, minlength=7)
+            sums.kept += int(row.topk_sizes.sum())
+            sums.positions += row.topk_sizes.size
+            sums.mass += (1 / (1 + np.exp(row.tail_odds.astype(np.float64)))).sum(axis=0)
+        if row.chunk_logp is None or row.chunk_student is None or row.chunk_teacher is None:
+            continue
+        sums.chunks += row.chunk_logp.size
+        lengths = (
+            np.diff(spans, axis=1)[:, 0].tolist()
+            for spans in (row.chunk_teacher, row.chunk_student)
+        )
+        sums.chunk_tokens.update(zip(*lengths, strict=True))
+        # Intervals are open to the left, so that a likelihood of exactly 0 falls into the last one.
+        places = np.clip(np.searchsorted(LOGP_EDGES, row.chunk_logp, side="left") - 1, 0, 6)
+        sums.likelihoods[band] += np.bincount(places, minlength=7)
+    return sums
 
 
 def describe(found: Inspection) -> str:
     """The inspection in words and small tables."""
-    manifest, fingerprint = found.manifest, found.manifest.fingerprint
-    teacher, units = fingerprint.teacher, len(manifest.units())
+    manifest, known = found.manifest, found.manifest.fingerprint
+    teacher, targets = known.teacher, known.targets
     lines = [
-        f"teacher {teacher.name} ({teacher.architecture}, {teacher.attention['type']}), engine "
-        f"{fingerprint.engine.type} in {fingerprint.engine.dtype}",
-        f"{len(found.units)} of {units} shards, {manifest.draws} draws of {manifest.examples:,} examples",
+        f"teacher {teacher.name} ({teacher.architecture}, {teacher.attention['type']}), "
+        f"engine {known.engine.type} in {known.engine.dtype}",
+        f"{len(found.units)} of {len(manifest.units())} shards, "
+        f"{manifest.draws} draws of {manifest.examples:,} examples",
         f"{found.rows:,} rows, {found.masked:,} masked positions, {found.chunks:,} chunks",
     ]
-    if found.mass:
-        masses = ", ".join(f"{mass:.3f} at T = {t:g}" for t, mass in found.mass.items())
-        targets = fingerprint.targets
+    if found.positions:
+        masses = zip((found.mass / found.positions).tolist(), manifest.temperatures, strict=True)
+        shown = ", ".join(f"{mass:.3f} at T = {t:g}" for mass, t in masses)
+        each = found.kept / found.positions
+        lines.append(f"top-k: {each:.1f} logits a position, teacher mass {shown}")
         tail = f"{targets.classes} classes" if targets.classes > 1 else "one class"
-        lines.append(f"top-k: {found.kept:.1f} logits a position, teacher mass {masses}")
-        lines.append(
-            f"tail: {tail}, shaped by the {targets.tail}; values as {targets.values}"
-        )
+        lines.append(f"tail: {tail}, shaped by the {targets.tail}; values as {targets.values}")
     if found.chunks:
-        common = ", ".join(
-            f"{t}:{s} {n / found.chunks:.1%}" for (t, s), n in found.chunk_tokens.most_common(6)
-        )
-        lines.append(f"chunks, teacher tokens : student tokens: {common}")
+        common = found.chunk_tokens.most_common(6)
+        shown = ", ".join(f"{t}:{s} {n / found.chunks:.1%}" for (t, s), n in common)
+        lines.append(f"chunks, teacher tokens : student tokens: {shown}")
     lines += ["", "by t              masked   share of chunks with log p(c) in nats"]
-    labels = [f"≤{edge:g}" for edge in LOGP_EDGES[1:]]
-    lines.append(" " * 26 + "".join(f"{label:>8}" for label in labels))
-    for i in range(5):
+    lines.append(" " * 26 + "".join(f"{f'≤{edge:g}':>8}" for edge in LOGP_EDGES[1:]))
+    for i, (low, high) in enumerate(itertools.pairwise(T_EDGES)):
         of_all = found.likelihoods[i] / max(1, found.likelihoods[i].sum())
         shares = "".join(f"{share:>8.1%}" for share in of_all) if found.chunks else ""
-        lines.append(
-            f"{T_EDGES[i]:.1f} to {T_EDGES[i + 1]:.1f} {found.masked_by_t[i]:>15,}{shares}"
-        )
-    total = sum(found.bytes_by_column.values())
-    lines += [
-        "",
-        f"bytes on disk by column: {total:,}, {total / max(1, found.masked):.0f} a masked position",
-    ]
+        lines.append(f"{low:.1f} to {high:.1f} {found.masked_by_t[i]:>15,}{shares}")
+    total, masked = sum(found.bytes_by_column.values()), max(1, found.masked)
+    lines += ["", f"bytes on disk by column: {total:,}, {total / masked:.0f} a masked position"]
     for name, size in found.bytes_by_column.most_common():
-        lines.append(
-            f"  {name:<16}{size:>14,}{size / max(1, total):>8.1%}{size / max(1, found.masked):>9.1f}"
-        )
+        share = size / max(1, total)
+        lines.append(f"  {name:<16}{size:>14,}{share:>8.1%}{size / masked:>9.1f}")
     return "\n".join(lines)
+
+
+def draw_picture(found: Inspection, path: Path) -> None:
+    """As PNG: likelihoods of chunks by t, chunk lengths, masked positions by t, bytes by column."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    axes = figure.subplots(2, 2)
+    teacher, bands = found.manifest.fingerprint.teacher.name, []
+    figure.suptitle(
+        f"{teacher}: {found.rows:,} rows, {found.masked:,} masked positions, {found.chunks:,} chunks"
+    )
+    labels = [f"≤ {edge:g}" for edge in LOGP_EDGES[1:]]
+    for (low, high), counts in zip(itertools.pairwise(T_EDGES), found.likelihoods, strict=True):
+        bands.append(f"{low:.1f} to {high:.1f}")
+        if counts.sum():
+            axes[0, 0].plot(labels, counts / counts.sum(), marker="o", label=f"t {bands[-1]}")
+            axes[0, 0].legend(frameon=False)
+    axes[0, 0].set(title="share of chunks by log p(c), nats", xlabel="log p(c)")
+    counts = np.zeros((4, 4))  # teacher's tokens, student's tokens; 4 and more in the last
+    for (ours, theirs), n in found.chunk_tokens.items():
+        counts[min(ours, 4) - 1, min(theirs, 4) - 1] += n
+    share = counts / max(1.0, counts.sum())
+    axes[0, 1].imshow(share, cmap="Blues", vmin=0)
+    for (row, column), value in np.ndenumerate(share):
+        color = "white" if value > 0.4 else "black"
+        axes[0, 1].text(column, row, f"{value:.1%}", ha="center", va="center", color=color)
+    names, ticks = ["1", "2", "3", "4+"], range(4)
+    axes[0, 1].set(title="tokens of a chunk", xlabel="student", ylabel="teacher")
+    axes[0, 1].set_xticks(ticks, names)
+    axes[0, 1].set_yticks(ticks, names)
+    axes[1, 0].bar(bands, found.masked_by_t)
+    axes[1, 0].set(title="masked positions by t", xlabel="t")
+    sizes = found.bytes_by_column.most_common(8)[::-1]
+    each = [size / max(1, found.masked) for _, size in sizes]
+    axes[1, 1].barh([name for name, _ in sizes], each)
+    axes[1, 1].set(title="bytes a masked position by column")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    write_bytes(path, content.getvalue())

@@ -1,14 +1,16 @@
-"""`tide verify`: score a sample of a cache's rows again, with any engine, and say how far the numbers lie apart."""
+"""`tide verify`: is a cache whole and sound, and does a teacher, in any engine, still say what it holds?"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from shared.cache.checking import CHECKED, check_shards, remember
+from shared.cache.ledger import LEDGER, Ledger, load_ledger, settle_ledger
 from shared.cache.levels import CLASS_LEVELS, GOLD_STEPS, LOGIT_STEPS, ODDS_STEPS, half_steps
 from shared.cache.manifest import load_manifest
 from shared.cache.row import CacheRow
@@ -17,13 +19,68 @@ from shared.settings.config import CacheConfig
 from shared.system.errors import TideError
 from teacher_cache.engines.base import Engine
 from teacher_cache.method.comp_demo import TeacherView, passes
-from teacher_cache.method.targets import Scores
 from teacher_cache.run.load_engine import load_engine
 from teacher_cache.run.plan import CachePlan, make_plan
 from teacher_cache.run.tables.settle import with_tables
 from teacher_cache.run.work import merge_passes
 
-_SEED = 0
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong. `path`: the shard, where it is one that can be computed again."""
+
+    text: str
+    path: Path | None = None
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What was looked at, and what is wrong with it."""
+
+    shards: int
+    rows: int
+    missing: int
+    problems: list[Problem]
+
+
+def check_cache(folder: Path) -> CheckReport:
+    """Read every shard of the cache at `folder`: its bytes against the ledger, its values against the rules.
+
+    A ledger that is not there is made anew. TideError where manifest or tables cannot be read.
+    """
+    manifest = load_manifest(folder)
+    layout = manifest.layout(folder)
+    ledger: Ledger = {}
+    problems = []
+    try:
+        ledger = load_ledger(folder, manifest)
+    except TideError as error:
+        problems.append(Problem(error.what, folder / LEDGER))
+    units, expected = finished_units(folder), set(manifest.units())
+    size = f"{manifest.draws} draws and {manifest.parts} parts"
+    for unit in units:
+        if unit not in expected:
+            problems.append(Problem(f"{unit.path(folder)} is no part of a cache of {size}"))
+    rows = 0
+    for finding in check_shards(folder, manifest, layout, ledger, units):
+        path = finding.unit.path(folder)
+        rows += finding.rows
+        for text in finding.problems:
+            problems.append(Problem(text if str(path) in text else f"{path}: {text}", path))
+    missing = len(expected - set(units))
+    if not problems and not missing:
+        settle_ledger(folder, manifest)
+        remember(folder)
+    return CheckReport(len(units), rows, missing, problems)
+
+
+def delete_damaged(report: CheckReport) -> int:
+    """Delete the files that have a problem, so that `tide cache` makes them again; how many there were."""
+    damaged = {problem.path for problem in report.problems if problem.path is not None}
+    for path in damaged:
+        path.unlink(missing_ok=True)
+        (path.parent.parent / CHECKED).unlink(missing_ok=True)
+    return len(damaged)
 
 
 @dataclass(frozen=True)
@@ -54,97 +111,88 @@ class VerifyReport:
 def verify_cache(config: CacheConfig, rows: int) -> VerifyReport:
     """Compare `rows` rows of the cache at `config.out` with what `config.engine` says now.
 
-    The sample is the same for every engine. Top-k log-probabilities are compared rank by rank (ids may change places
-    where two are nearly equal), roots of the classes' masses as they are; what counts is the deviation beyond that of
-    rounding. TideError where the cache, the teacher or the settings do not belong together.
+    The sample, spread evenly over the shards, is the same for every engine. TideError where the cache, the teacher
+    or the settings do not belong together.
     """
     if rows < 1:
         raise TideError(f"--rows is {rows}", expected="1 or more")
     cached = load_manifest(config.out).fingerprint.engine
     plan = with_tables(make_plan(config, write=False, engine=cached))
-    sample = list(_sample(plan, rows))
+    units, chosen = finished_units(config.out), random.Random(0)
+    chosen.shuffle(units)
+    sample: list[CacheRow] = []
+    for unit in units:
+        content = read_shard(unit.path(config.out), plan.layout)
+        each = min(-(-rows // len(units)), rows - len(sample), len(content))
+        sample += chosen.sample(content, each)
     if not sample:
         raise TideError(f"{config.out} has no finished shard", fix="run `tide cache` first")
     with closing(load_engine(plan)) as engine:
         return compare(plan, engine, sample)
 
 
-def _sample(plan: CachePlan, rows: int) -> Iterator[CacheRow]:
-    """`rows` rows, spread evenly over the finished shards, the same ones every time."""
-    units = finished_units(plan.config.out)
-    chosen = random.Random(_SEED)
-    chosen.shuffle(units)
-    each = -(-rows // max(1, len(units)))
-    left = rows
-    for unit in units:
-        if left <= 0:
-            return
-        content = read_shard(unit.path(plan.config.out), plan.layout)
-        picked = chosen.sample(content, min(each, left, len(content)))
-        left -= len(picked)
-        yield from picked
-
-
 def compare(plan: CachePlan, engine: Engine, sample: list[CacheRow]) -> VerifyReport:
-    """Score the rows of `sample` with `engine` and set the values beside the cached ones."""
-    requests, cells = [], []
+    """Score the rows of `sample` with `engine` and set the values beside the cached ones.
+
+    Top-k log-probabilities are compared rank by rank (ids may change places where two are nearly equal), roots of the
+    classes' masses as they are; what counts is the deviation beyond that of rounding.
+    """
+    # 1. what the teacher saw, from the rows alone, scored again
+    requests, views = [], []
     for row in sample:
-        view = _view(row)
+        ids = row.student_ids if row.teacher_ids is None else row.teacher_ids
+        places = row.asked if row.teacher_masked is None else row.teacher_masked
+        view = TeacherView(ids, places, row.split, np.arange(places.size))
         pairs = passes(view, plan.entry.mask_id, plan.config.noise.comp_demo)
-        cells.append((row, view, [indices for _, indices in pairs]))
+        views.append((places.size, [indices for _, indices in pairs]))
         requests += [request for request, _ in pairs]
-    scores = engine.score(requests)
-    differences: dict[str, list[np.ndarray]] = {name: [] for name in _QUANTITIES}
-    position = 0
-    for row, view, indices in cells:
-        again = merge_passes(
-            plan.target_spec(),
-            view.positions.size,
-            scores[position : position + len(indices)],
-            indices,
-        )
-        position += len(indices)
-        _differences(row, again, plan, differences)
-    found = [(name, np.concatenate(parts)) for name, parts in differences.items() if parts]
-    return VerifyReport(
-        plan.config.engine.type,
-        len(sample),
-        sum(view.positions.size for _, view, _ in cells),
-        [
-            Deviation(name, v.size, float(v.max(initial=0.0)), float(v.mean()) if v.size else 0.0)
-            for name, v in found
-        ],
-    )
-
-
-def _view(row: CacheRow) -> TeacherView:
-    """What the teacher saw, from the row alone."""
-    ids = row.student_ids if row.teacher_ids is None else row.teacher_ids
-    places = row.asked if row.teacher_masked is None else row.teacher_masked
-    return TeacherView(ids, places, row.split, np.arange(places.size))
-
-
-_QUANTITIES = ("log p of gold", "logsumexp", "top-k log p", "tail log-odds", "√ class mass")
-
-
-def _differences(
-    row: CacheRow, again: Scores, plan: CachePlan, into: dict[str, list[np.ndarray]]
-) -> None:
+    scores = iter(engine.score(requests))
+    # 2. how far each value lies from the cached one, less what rounding may have moved it
     rounded = plan.layout.values == "levels"
+    apart: dict[str, list[np.ndarray]] = {}
 
     def add(name: str, cached: np.ndarray, now: np.ndarray, rounding: np.ndarray | float) -> None:
-        apart = np.abs(cached.astype(np.float64) - now)
-        into[name].append(np.maximum(apart - (rounding if rounded else 0.0), 0.0).reshape(-1))
+        difference = np.abs(cached.astype(np.float64) - now) - (rounding if rounded else 0.0)
+        apart.setdefault(name, []).append(np.maximum(difference, 0.0).reshape(-1))
 
-    add("log p of gold", row.gold_logp, again.gold_logp, 0.5 / GOLD_STEPS)
-    add("logsumexp", row.logsumexp, again.logsumexp, 0.5 / LOGIT_STEPS)
-    if row.topk_sizes is not None and row.topk_logp is not None and again.topk_logp is not None:
-        kept = np.arange(again.topk_logp.shape[1]) < row.topk_sizes[:, None]
-        steps = half_steps(row.topk_logp, plan.layout.temperatures)
-        add("top-k log p", row.topk_logp, again.topk_logp[kept], steps)
-    if row.tail_odds is not None and again.tail_odds is not None:
-        add("tail log-odds", row.tail_odds, again.tail_odds, 0.5 / ODDS_STEPS)
-    if row.class_mass is not None and again.class_mass is not None:
-        levels = row.class_mass.dtype == np.uint8
-        before = row.class_mass / CLASS_LEVELS if levels else np.exp(0.5 * row.class_mass)
-        add("√ class mass", before, np.exp(0.5 * again.class_mass), 0.5 / CLASS_LEVELS)
+    for row, (size, indices) in zip(sample, views, strict=True):
+        again = merge_passes(plan.target_spec(), size, [next(scores) for _ in indices], indices)
+        add("log p of gold", row.gold_logp, again.gold_logp, 0.5 / GOLD_STEPS)
+        add("logsumexp", row.logsumexp, again.logsumexp, 0.5 / LOGIT_STEPS)
+        if row.topk_sizes is not None and row.topk_logp is not None and again.topk_logp is not None:
+            kept = np.arange(again.topk_logp.shape[1]) < row.topk_sizes[:, None]
+            steps = half_steps(row.topk_logp, plan.layout.temperatures)
+            add("top-k log p", row.topk_logp, again.topk_logp[kept], steps)
+        if row.tail_odds is not None and again.tail_odds is not None:
+            add("tail log-odds", row.tail_odds, again.tail_odds, 0.5 / ODDS_STEPS)
+        if row.class_mass is not None and again.class_mass is not None:
+            levels = row.class_mass.dtype == np.uint8
+            root = row.class_mass / CLASS_LEVELS if levels else np.exp(0.5 * row.class_mass)
+            add("√ class mass", root, np.exp(0.5 * again.class_mass), 0.5 / CLASS_LEVELS)
+    deviations = []
+    for name, parts in apart.items():
+        values = np.concatenate(parts)
+        mean = float(values.mean()) if values.size else 0.0
+        deviations.append(Deviation(name, values.size, float(values.max(initial=0.0)), mean))
+    positions = sum(size for size, _ in views)
+    return VerifyReport(plan.config.engine.type, len(sample), positions, deviations)
+
+
+def in_words(report: CheckReport | VerifyReport) -> str:
+    """A few lines: whether the shards hold, or how far the values of a sample lie apart."""
+    if isinstance(report, VerifyReport):
+        scored = f"scored again with {report.engine}"
+        lines = [f"{report.rows} rows, {report.positions:,} positions {scored}"]
+        lines.append(f"  {'':<14}{'values':>12}{'largest':>12}{'mean':>12}")
+        for d in report.deviations:
+            lines.append(f"  {d.name:<14}{d.values:>12,}{d.largest:>12.2e}{d.mean:>12.2e}")
+        return "\n".join(lines)
+    looked = f"{report.shards:,} shards, {report.rows:,} rows"
+    if report.problems:
+        lines = [f"{looked}; {len(report.problems)} problems:"]
+        lines += [f"  {problem.text}" for problem in report.problems]
+    else:
+        lines = [f"{looked}: checksums, schema, counts and values hold"]
+    if report.missing:
+        lines.append(f"{report.missing:,} shards are not there yet: `tide cache` computes them")
+    return "\n".join(lines)

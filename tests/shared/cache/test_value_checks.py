@@ -17,7 +17,7 @@ from shared.cache.shards import Unit, read_table
 from shared.cache.value_checks import problems_in
 from shared.system.errors import TideError
 from student_train.training.trainer import train_student
-from teacher_cache.maintenance.check import check_cache
+from teacher_cache.maintenance.verify import check_cache
 from teacher_cache.run.build import build_cache
 from tests.conftest import small_cache_config
 from tests.reading import change_column, layout_of, plain_table, same_values

@@ -14,7 +14,7 @@ import pytest
 from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit
 from shared.settings.config import CacheConfig
-from teacher_cache.maintenance.check import check_cache
+from teacher_cache.maintenance.verify import check_cache
 from teacher_cache.run.build import build_cache
 from tests.conftest import STUDENT_TOKENIZER, files, small_cache_config, write_chats
 from tests.reading import rows_in

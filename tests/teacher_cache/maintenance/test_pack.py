@@ -1,0 +1,130 @@
+"""Archives: the cache comes back whole, or nothing is left of an archive that is odd."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+
+from shared.system.errors import TideError
+from shared.system.hardware import largest_process
+from teacher_cache.maintenance.pack import CHECKSUMS, pack_cache, unpack_cache
+from tests.conftest import files
+
+SHARD = "draw=00/part-00000.parquet"
+
+
+def archive_of(
+    folder: Path, note: Any, members: dict[str, bytes], kind: bytes = tarfile.REGTYPE
+) -> Path:
+    """An archive with any note and any members."""
+    content = note if isinstance(note, bytes) else json.dumps(note).encode()
+    plain = io.BytesIO()
+    with tarfile.open(fileobj=plain, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in {CHECKSUMS: content, **members}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            if name != CHECKSUMS:
+                info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info, io.BytesIO(data))
+    path = folder / "a.tar.zst"
+    path.write_bytes(zstandard.compress(plain.getvalue()))
+    return path
+
+
+def about(content: bytes, **changes: Any) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), **changes}
+
+
+def refused(archive: Path, target: Path) -> None:
+    """Nothing is left, and no memory was taken."""
+    before, beside = largest_process(), set(target.parent.iterdir())
+    with pytest.raises(TideError):
+        unpack_cache(archive, target)
+    assert set(target.parent.iterdir()) == beside
+    assert largest_process() - before < 300 << 20
+
+
+def test_pack_and_unpack_give_the_cache_back(caches: dict[str, Path], tmp_path: Path) -> None:
+    archive = tmp_path / "c.tar.zst"
+    pack_cache(caches["tiny-cross"], archive)
+    once = archive.read_bytes()
+    unpack_cache(archive, tmp_path / "again")
+    assert files(tmp_path / "again") == files(caches["tiny-cross"])
+    pack_cache(tmp_path / "again", archive)
+    assert archive.read_bytes() == once
+    for place in range(0, len(once), len(once) // 20):
+        for damaged in (once[:place], once[:place] + bytes([once[place] ^ 4]) + once[place + 1 :]):
+            archive.write_bytes(damaged)
+            try:
+                unpack_cache(archive, tmp_path / "bad")
+            except TideError:
+                assert not list(tmp_path.glob("bad*"))
+            else:  # a flip in zstd's or tar's own header that changes nothing
+                assert files(tmp_path / "bad") == files(caches["tiny-cross"])
+                shutil.rmtree(tmp_path / "bad")
+
+
+def test_notes_and_names_that_do_not_hold(tmp_path: Path) -> None:
+    notes: list[Any] = [b"{", b"[" * 100_000, [], {SHARD: None}, {SHARD: about(b"x", bytes="1")}]
+    notes += [{SHARD: about(b"x", bytes=size)} for size in (-1, 0, 10, 1 << 60)]
+    notes += [{SHARD: about(b"x", sha256="zz")}, {SHARD: about(b"y")}, {}]
+    for note in notes:
+        refused(archive_of(tmp_path, note, {SHARD: b"x"}), tmp_path / "cache")
+    for name in ("../x", "/tmp/x", "draw=00/../../x", "./manifest.json", "tables/x.py", ""):
+        refused(archive_of(tmp_path, {name: about(b"x")}, {name: b"x"}), tmp_path / "cache")
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE):
+        refused(archive_of(tmp_path, {SHARD: about(b"")}, {SHARD: b""}, kind), tmp_path / "cache")
+
+
+@pytest.mark.parametrize("what", ["content", "header", "end"])
+def test_small_archives_that_grow(what: str, tmp_path: Path) -> None:
+    """Some hundred kilobytes that would be gigabytes in memory or on disk."""
+    path = tmp_path / "a.tar.zst"
+    zeros, many = bytes(1 << 20), 3000
+    info = tarfile.TarInfo(SHARD)
+    with path.open("wb") as raw, zstandard.ZstdCompressor(level=3).stream_writer(raw) as packed:
+        if what == "header":
+            info.type, info.name = b"x", "pax"
+        else:
+            claimed = 10 if what == "content" else len(zeros)
+            note = json.dumps({SHARD: about(zeros, bytes=claimed)}).encode()
+            first = tarfile.TarInfo(CHECKSUMS)
+            first.size = len(note)
+            packed.write(first.tobuf() + note + bytes(-len(note) % 512))
+        info.size = len(zeros) if what == "end" else many * len(zeros)
+        packed.write(info.tobuf(tarfile.USTAR_FORMAT))
+        for _ in range(many):
+            packed.write(zeros)
+    refused(path, tmp_path / "cache")
+
+
+def test_targets_that_are_taken_and_archives_that_are_no_files(
+    caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tmp_path / "a.tar.zst"
+    pack_cache(caches["tiny-cross"], archive)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for name in ("file", "full", "link"):
+        refused(archive, tmp_path / name)
+    for name in ("fifo", "device", "full", "none"):
+        refused(tmp_path / name, tmp_path / "cache")
+    monkeypatch.chdir(tmp_path / "empty")
+    refused(archive, Path("."))
+    monkeypatch.undo()
+    assert (tmp_path / "file").read_text() == "mine"
+    assert unpack_cache(archive, tmp_path / "empty") > 6
