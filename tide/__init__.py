@@ -7,15 +7,15 @@
     run = tide.train(cache, out="runs/mine", epochs=2)
     print(run.student().answer("Write `f`."))
 
-Settings are those of a recipe (docs/settings.md), by name and nested as there: `noise={"draws": 2}`. What is finished
-is kept: called again, each goes on where it stopped. What cannot work raises `TideError`, which says how to mend it.
+Settings are those of a recipe (docs/settings.md), by name and nested as there:
+`noise={"draws": 2}`. What is finished is kept: called again, each goes on where it stopped. What
+cannot work raises `TideError`, which says how to mend it.
 """
 
 from __future__ import annotations
 
 from shared.system.errors import TideError
-from tide.results import Cache, Data, Run
-from tide.stages import cache, prepare, train
+from tide.stages import Cache, Data, Run, cache, prepare, train
 from tide.student import Student, load_student
 
 __all__ = [

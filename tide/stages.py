@@ -3,55 +3,124 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.recipes.read import cache_config, train_config
 from shared.settings.config import CacheConfig
-from tide.results import Cache, Data, Run
+from shared.system.files import read_json
+from tide.student import Student, load_student
 
+if TYPE_CHECKING:
+    from shared.text.tokenizers import Tokenizer
+    from teacher_cache.prepared.folder import PreparedData
+
+# a file, a folder, a glob, hf://OWNER/NAME, stdlib:train; a source with its settings; or several
 Source = str | dict[str, Any] | Sequence[str | dict[str, Any]]
-"""A file, a folder, a glob, hf://OWNER/NAME, stdlib:train; a source with its settings; or several (docs/data.md)."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Prepared data: rendered, tokenised and aligned. Shown, it says what became of the rows."""
+
+    folder: Path
+    examples: int
+    prepared: PreparedData = field(repr=False)
+    student_tokenizer: Tokenizer = field(repr=False)
+
+    def __str__(self) -> str:
+        from teacher_cache.prepared.report import describe
+
+        return describe(self.prepared)
+
+    def show(self, count: int = 3) -> str:
+        """The first examples as the student reads them, trained answers in ⟦ ⟧."""
+        from teacher_cache.prepared.report import show
+
+        return show(self.prepared.between(0, count), self.student_tokenizer)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A finished cache."""
+
+    folder: Path
+    teacher: str
+    examples: int
+    draws: int
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Cache:
+        """The cache in a folder. TideError where it holds none."""
+        from shared.cache.manifest import load_manifest
+
+        manifest = load_manifest(Path(folder))
+        teacher = manifest.fingerprint.teacher.name
+        return cls(Path(folder), teacher, manifest.examples, manifest.draws)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of training."""
+
+    folder: Path
+    metrics: dict[str, float]
+
+    @property
+    def model(self) -> Path:
+        """The student's folder, which transformers loads."""
+        return self.folder / "model"
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The logged curve, an entry a step that was logged or scored."""
+        return list(read_json(self.folder / "history.json")["steps"])
+
+    def student(self, device: str = "auto") -> Student:
+        """Ready to answer."""
+        return load_student(self.model, device)
 
 
 def prepare(teacher: str | None = None, data: Source | None = None, **settings: Any) -> Data:
-    """Render, tokenise and align the data for a teacher, once. No weight is read, and `cache` finds it again.
+    """Render, tokenise and align the data for a teacher, once; `cache` finds it again.
 
-    `recipe` and `teachers_file` are paths; all else are settings of `[cache]`. TideError where the data cannot be used.
+    `recipe` and `teachers_file` are paths; all else are settings of `[cache]`. TideError where the
+    data cannot be used.
     """
+    config = _cache_config(teacher, data, settings)
     from teacher_cache.run.data import open_sides, prepare_data
 
-    config = _cache_config(teacher, data, settings)
     sides = open_sides(config, weights=False)
-    found, _ = prepare_data(config, sides)
-    return Data(config.prepared_folder, found.examples, found, sides.student)
+    prepared, _ = prepare_data(config, sides)
+    return Data(config.prepared_folder, prepared.examples, prepared, sides.student)
 
 
 def cache(teacher: str | None = None, data: Source | None = None, **settings: Any) -> Cache:
-    """Stage one: run the teacher once, and write what it knows to Parquet shards in `out` (default: caches/TEACHER).
+    """Stage one: run the teacher once, and write what it knows to `out` (default: caches/TEACHER).
 
-    Arguments as of `prepare`. What is there already is not computed again. TideError before anything is loaded, where
-    that is possible.
+    Arguments as of `prepare`. What is there already is not computed again. TideError before
+    anything is loaded, where that is possible.
     """
+    config = _cache_config(teacher, data, settings)
     from teacher_cache.run.build import build_cache
 
-    return Cache.open(build_cache(_cache_config(teacher, data, settings)).folder)
+    return Cache.open(build_cache(config).folder)
 
 
 def train(cache: Cache | str | Path, **settings: Any) -> Run:
     """Stage two: train a student from a cache into `out` (default: runs/TEACHER).
 
-    `recipe` is a path (default: the one of the cache's teacher); all else are settings of `[train]`. A run that was
-    interrupted goes on. TideError where cache, student and settings do not fit.
+    `recipe` is a path (default: the recipe of the cache's teacher); all else are settings of
+    `[train]`. A run that was interrupted goes on. TideError where cache, student and settings do
+    not fit.
     """
-    from student_train.training.trainer import train_student
-
     source = cache if isinstance(cache, Cache) else Cache.open(cache)
     recipe, teachers = _paths(settings)
-    out = settings.pop("out", None)
-    config = train_config(
-        source.teacher, recipe, [], teachers, settings, cache=source.folder, out=out
-    )
+    settings = {"cache": source.folder, **settings}
+    config = train_config(source.teacher, recipe, [], teachers, settings)
+    from student_train.training.trainer import train_student
+
     return Run(config.out, train_student(config))
 
 
@@ -59,16 +128,15 @@ def _cache_config(
     teacher: str | None, data: Source | None, settings: dict[str, Any]
 ) -> CacheConfig:
     recipe, teachers = _paths(settings)
-    if data is not None and not isinstance(data, str):
-        one = isinstance(data, dict)
-        settings["data"] = (
-            data if one else [{"source": part} if isinstance(part, str) else part for part in data]
-        )
-        data = None
-    return cache_config(teacher, recipe, [], teachers, settings, data=data)
+    if isinstance(data, dict):
+        settings["data"] = data
+    elif data is not None and not isinstance(data, str):
+        settings["data"] = [{"source": one} if isinstance(one, str) else one for one in data]
+    source = data if isinstance(data, str) else None
+    return cache_config(teacher, recipe, [], teachers, settings, data=source)
 
 
 def _paths(settings: dict[str, Any]) -> tuple[Path | None, Path | None]:
     """Recipe and teachers' file, taken out of the settings."""
-    recipe, teachers = (settings.pop(name, None) for name in ("recipe", "teachers_file"))
-    return None if recipe is None else Path(recipe), None if teachers is None else Path(teachers)
+    recipe, teachers = settings.pop("recipe", None), settings.pop("teachers_file", None)
+    return recipe and Path(recipe), teachers and Path(teachers)

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.data.reading import waiting_messages
+from shared.data.prompts import waiting_messages
+
 from shared.system.errors import TideError
 
 if TYPE_CHECKING:
     from student_train.using.load import LoadedStudent
 
-Chat = str | Sequence[dict[str, Any]]
-"""A question, or messages with `role` and `content`."""
+Chat = str | Sequence[dict[str, Any]]  # a question, or messages with `role` and `content`
 
 
 @dataclass(frozen=True)
@@ -29,29 +29,29 @@ class Student:
         return self.answers([chat], **sampling)[0]
 
     def answers(self, chats: Sequence[Chat], batch: int = 8, **sampling: Any) -> list[str]:
-        """The answers to several, `batch` at a time. Settings of sampling by the names of docs/using.md: `new_tokens`,
-        `threshold`, `steps_per_block`, `temperature`, `seed`, …
-
-        TideError where a chat or a setting cannot be.
+        """The answers to several, `batch` at a time. Settings of sampling by the names of
+        docs/using.md: `new_tokens`, `threshold`, `steps_per_block`, `temperature`, `seed`, …
         """
         from student_train.using.load import choose_block
         from student_train.using.settings import SampleConfig
 
         if batch < 1:
             raise TideError(f"batch is {batch}", expected="at least 1")
-        asked = [_messages(chat) for chat in chats]
+        messages = []
+        for chat in chats:
+            asked = [{"role": "user", "content": chat}] if isinstance(chat, str) else chat
+            messages.append(waiting_messages(asked))
+        block = choose_block(sampling.get("block"), self.loaded)
         try:
-            config = SampleConfig(
-                **{**sampling, "block": choose_block(sampling.get("block"), self.loaded)}
-            )
+            config = SampleConfig(**{**sampling, "block": block})
         except (TypeError, ValueError) as error:
             raise TideError(f"{error}", expected="settings of sampling (docs/using.md)") from error
-        return list(self.loaded.answer(asked, config, batch))
+        return list(self.loaded.answer(messages, config, batch))
 
     def log_likelihoods(
         self, context: str, continuations: Sequence[str], draws: int = 32
     ) -> list[float]:
-        """Lower bounds of log p(continuation | context) in nats, by the diffusion ELBO over `draws` masks a block."""
+        """Lower bounds of log p(continuation | context) in nats: the ELBO over `draws` masks."""
         from student_train.using.elbo import ElboConfig, log_likelihoods
         from student_train.using.load import choose_block
 
@@ -69,7 +69,3 @@ def load_student(place: str | Path, device: str = "auto") -> Student:
     from student_train.using.load import load_for_use
 
     return Student(str(place), load_for_use(str(place), device))
-
-
-def _messages(chat: Chat) -> list[Any]:
-    return waiting_messages([{"role": "user", "content": chat}] if isinstance(chat, str) else chat)

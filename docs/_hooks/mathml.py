@@ -1,4 +1,4 @@
-"""Equations become MathML while the site is built: browsers show it without scripts or a network."""
+"""Equations become MathML while the site is built: no scripts, no network."""
 
 from __future__ import annotations
 

@@ -8,18 +8,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from pipelines.commands.app import (
-    CACHES,
-    DataSource,
-    RecipeFile,
-    Sets,
-    StudentTokenizer,
-    TeacherName,
-    TeachersFile,
-    Weights,
-    app,
-)
-from pipelines.recipes.read import cache_config
+from pipelines.commands.app import CACHES, Configure, app, cache_options, takes
 from pipelines.terminal import say
 
 Cache = Annotated[Path, Argument(help="A cache, such as caches/TEACHER.")]
@@ -51,8 +40,8 @@ def inspect(
 
 
 @app.command(rich_help_panel=CACHES)
+@takes("configure", cache_options)
 def verify(
-    teacher: TeacherName = None,
     against: Annotated[str, Option(help="The engine: transformers or vllm.")] = "transformers",
     rows: Annotated[int, Option(help="Rows to score again; 0: no teacher is loaded.")] = 200,
     tolerance: Annotated[
@@ -61,19 +50,12 @@ def verify(
     delete_damaged: Annotated[
         bool, Option("--delete-damaged", help="Delete shards that do not hold.")
     ] = False,
-    model: Weights = None,
-    student_tokenizer: StudentTokenizer = None,
-    data: DataSource = None,
     out: Annotated[Path | None, Option("--cache", help="Default: caches/TEACHER.")] = None,
-    config: RecipeFile = None,
-    teachers_file: TeachersFile = None,
-    sets: Sets = None,
+    *,
+    configure: Configure,
 ) -> None:
     """Check every shard (checksums, schema, counts, values), then score a sample of rows again."""
-    settings = cache_config(
-        teacher, config, [*(sets or []), f"engine.type={against}"], teachers_file,
-        model=model, student_tokenizer=student_tokenizer, data=data, out=out,
-    )  # fmt: skip
+    settings = configure(out=out, changes={"engine": {"type": against}})
     from teacher_cache.maintenance.verify import check_cache, in_words, verify_cache
     from teacher_cache.maintenance.verify import delete_damaged as delete_shards
 

@@ -10,20 +10,15 @@ from typer import Argument, Option
 
 from pipelines.commands.app import (
     STAGE_ONE,
-    DataSource,
-    PreparedFolder,
-    RecipeFile,
-    Sets,
-    Shape,
-    StudentTokenizer,
-    TeacherName,
+    Configure,
     TeachersFile,
-    Weights,
     app,
+    cache_options,
     given,
     require_positive,
+    takes,
 )
-from pipelines.recipes.read import cache_config, packaged_recipes, train_config
+from pipelines.recipes.read import packaged_recipes, train_config
 from pipelines.terminal import print_table, say
 from shared.system.errors import TideError
 
@@ -89,22 +84,14 @@ def show_recipe(
 
 
 @app.command(rich_help_panel=STAGE_ONE)
+@takes("configure", cache_options)
 def prepare(
-    teacher: TeacherName = None,
-    model: Weights = None,
-    student_tokenizer: StudentTokenizer = None,
-    data: DataSource = None,
-    prepared: PreparedFolder = None,
     show: Annotated[int, Option(help="Also print so many examples, answers in ⟦ ⟧.")] = 0,
-    config: RecipeFile = None,
-    teachers_file: TeachersFile = None,
-    sets: Sets = None,
+    *,
+    configure: Configure,
 ) -> None:
     """Render, tokenise and align the data once, and say what became of it. No weight is read."""
-    settings = cache_config(
-        teacher, config, sets or [], teachers_file,
-        model=model, student_tokenizer=student_tokenizer, data=data, prepared=prepared,
-    )  # fmt: skip
+    settings = configure()
     from shared.system.hardware import largest_process
     from teacher_cache.prepared.report import describe
     from teacher_cache.prepared.report import show as show_examples
@@ -119,9 +106,8 @@ def prepare(
 
 
 @app.command(rich_help_panel=STAGE_ONE)
+@takes("configure", cache_options)
 def plan(
-    teacher: TeacherName = None,
-    model: Shape = None,
     examples: Annotated[int, Option(min=1, help="Examples in the data.")] = 1_000_000,
     tokens: Annotated[int, Option(min=1, help="Mean tokens of an example.")] = 512,
     response: Annotated[float, Option(max=1, help="The response's share of them.")] = 0.75,
@@ -132,15 +118,14 @@ def plan(
     gpu_hour: Annotated[float | None, Option(min=0, help="Price of a GPU hour.")] = None,
     terabyte_month: Annotated[float, Option(min=0, help="Price of a TB for a month.")] = 23.0,
     gpu: Annotated[str, Option(help="h100, h200, a100, 4090 or l40s.")] = "h100",
-    config: RecipeFile = None,
-    teachers_file: TeachersFile = None,
-    sets: Sets = None,
+    *,
+    configure: Configure,
 ) -> None:
     """Memory, bytes and GPU hours of both stages, from what you state. Nothing is loaded."""
     require_positive(response=response, tflops=tflops, mfu=mfu, tokens_per_second=tokens_per_second)
-    changes = {"noise": given(draws=draws)}
-    settings = cache_config(teacher, config, sets or [], teachers_file, changes, model=model)
-    training = train_config(settings.teacher, config, [], teachers_file)
+    settings = configure(changes={"noise": given(draws=draws)})
+    recipe = configure.args[1]  # type: ignore[attr-defined]
+    training = train_config(settings.teacher, recipe, [], settings.teachers_file)
     from pipelines.plan.cards import find_card
     from pipelines.plan.plan import Prices, Speed, plan_from_statement
     from pipelines.plan.rehearse import summarise_rehearsal
@@ -154,28 +139,26 @@ def plan(
 
 
 @app.command(rich_help_panel=STAGE_ONE)
+@takes("configure", cache_options)
 def throughput(
-    teacher: TeacherName = None,
-    model: Shape = None,
     length: Annotated[int, Option(min=1, help="Tokens of one pass.")] = 512,
     requests: Annotated[int, Option(min=1, help="Passes in one round.")] = 256,
     rounds: Annotated[int, Option(min=1, help="Rounds; the median counts.")] = 3,
     tflops: Annotated[float | None, Option(help="Dense peak, for utilisation.")] = None,
-    config: RecipeFile = None,
-    teachers_file: TeachersFile = None,
-    sets: Sets = None,
+    *,
+    configure: Configure,
 ) -> None:
     """Measure a teacher's speed and memory here, with random weights of its true shapes."""
     require_positive(tflops=tflops)
-    settings = cache_config(teacher, config, sets or [], teachers_file, model=model)
+    settings = configure()
     from pipelines.plan.throughput import measure_throughput
 
     say(measure_throughput(settings, length, requests, rounds, tflops))
 
 
 @app.command(rich_help_panel=STAGE_ONE)
+@takes("configure", cache_options)
 def fidelity(
-    teacher: Annotated[str, Option(help="One with the student's tokenizer.")] = "tiny-shared",
     student: Annotated[str | None, Option(help="A checkpoint; default: random weights.")] = None,
     k: Annotated[list[int] | None, Option(min=1, help="Default 16, 32, 64.")] = None,
     classes: Annotated[list[int] | None, Option(min=1, help="Default 1 and 64.")] = None,
@@ -183,10 +166,8 @@ def fidelity(
     temperature: Annotated[list[float] | None, Option(help="Default 1 and 2.")] = None,
     objective: Annotated[list[str] | None, Option(help="kl or tidal; default tidal.")] = None,
     examples: Annotated[int, Option(min=1, help="Half of them give the priors.")] = 32,
-    model: Weights = None,
-    config: RecipeFile = None,
-    teachers_file: TeachersFile = None,
-    sets: Sets = None,
+    *,
+    configure: Configure,
 ) -> None:
     """The angle between a cache's gradient and that of full logits, by k, classes, tail and T.
     Lists are repeated options.
@@ -195,8 +176,7 @@ def fidelity(
         require_positive(temperature=value)
     if wrong := {*(tail or ()), *(objective or ())} - {"student", "prior", "kl", "tidal"}:
         raise TideError(f"--tail or --objective is {wrong.pop()!r}", expected="see --help")
-    out = Path("caches/fidelity")
-    settings = cache_config(teacher, config, sets or [], teachers_file, model=model, out=out)
+    settings = configure(out=Path("caches/fidelity"), default="tiny-shared")
     from pipelines.plan.fidelity import Grid, measure_fidelity, table
     from shared.settings.config import StudentConfig
 
@@ -208,12 +188,8 @@ def fidelity(
 
 
 @app.command(rich_help_panel=STAGE_ONE)
+@takes("configure", cache_options)
 def cache(
-    teacher: TeacherName = None,
-    model: Weights = None,
-    student_tokenizer: StudentTokenizer = None,
-    data: DataSource = None,
-    prepared: PreparedFolder = None,
     draws: Annotated[int | None, Option(help="Of every example; raise it to grow.")] = None,
     out: Annotated[Path | None, Option(help="Default: caches/TEACHER.")] = None,
     engine: Annotated[
@@ -228,15 +204,14 @@ def cache(
         str | None, Option(help="s3://…, gs://…, hf://…: shards are copied there.")
     ] = None,
     metrics_file: Annotated[Path | None, Option(help="Progress, for Prometheus.")] = None,
-    config: RecipeFile = None,
-    teachers_file: TeachersFile = None,
-    sets: Sets = None,
     dry_run: Annotated[
         bool, Option("--dry-run", help="Check everything, print the costs, run nothing.")
     ] = False,
     random_weights: Annotated[
         bool, Option("--random-weights", help="With --dry-run: as `tide plan`.")
     ] = False,
+    *,
+    configure: Configure,
 ) -> None:
     """Stage one: run the teacher once and write what it knows to shards. Run again to resume."""
     changes = {
@@ -244,11 +219,9 @@ def cache(
         "engine": given(type=engine, tensor_parallel=tensor_parallel, data_parallel=data_parallel,
                         workers=engine_workers),
     }  # fmt: skip
-    settings = cache_config(
-        teacher, config, sets or [], teachers_file, changes, model=model, data=data, out=out,
-        student_tokenizer=student_tokenizer, prepared=prepared, rank=rank, world=world,
-        store=store, metrics_file=metrics_file,
-    )  # fmt: skip
+    settings = configure(
+        changes=changes, out=out, rank=rank, world=world, store=store, metrics_file=metrics_file
+    )
     if random_weights and not dry_run:
         raise TideError(
             "--random-weights makes no cache worth keeping",

@@ -23,8 +23,9 @@ from pipelines.commands.app import (
     Student,
     app,
     require_positive,
+    sampling_options,
     sampling_settings,
-    takes_sampling,
+    takes,
 )
 from pipelines.terminal import json_line, say
 from shared.system.errors import TideError
@@ -45,7 +46,7 @@ def _load(student: str, device: str, **options: Any) -> tuple[LoadedStudent, Sam
 
 
 @app.command(rich_help_panel=STUDENTS)
-@takes_sampling
+@takes("sampling", sampling_options)
 def sample(
     student: Student,
     prompts: Annotated[
@@ -76,10 +77,8 @@ def sample(
                 raise TideError(what, fix="write it in UTF-8") from error
             prompts = [re.sub("\r\n?", "\n", text).strip()]
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    loaded, config = _load(
-        student, device, new_tokens=new_tokens, steps_per_block=steps_per_block, seed=seed,
-        **sampling,
-    )  # fmt: skip
+    sampling |= {"new_tokens": new_tokens, "steps_per_block": steps_per_block, "seed": seed}
+    loaded, config = _load(student, device, **sampling)
     for messages, answer in zip(chats, loaded.answer(chats, config, batch), strict=True):
         if file is None:
             say(answer)
@@ -89,7 +88,7 @@ def sample(
 
 
 @app.command(rich_help_panel=STUDENTS)
-@takes_sampling
+@takes("sampling", sampling_options)
 def chat(
     student: Student,
     new_tokens: NewTokens = 256,
@@ -101,10 +100,8 @@ def chat(
     sampling: dict[str, Any],
 ) -> None:
     """Talk to a student; blocks appear as they settle. Ctrl-D or an empty line ends it."""
-    loaded, config = _load(
-        student, device, new_tokens=new_tokens, steps_per_block=steps_per_block, seed=seed,
-        **sampling,
-    )  # fmt: skip
+    sampling |= {"new_tokens": new_tokens, "steps_per_block": steps_per_block, "seed": seed}
+    loaded, config = _load(student, device, **sampling)
     from rich.console import Console
 
     from pipelines.commands.chat import talk
@@ -113,7 +110,7 @@ def chat(
 
 
 @app.command(rich_help_panel=STUDENTS)
-@takes_sampling
+@takes("sampling", sampling_options)
 def serve(
     student: Student,
     host: Annotated[str, Option(help="0.0.0.0: also for other machines.")] = "127.0.0.1",
@@ -138,18 +135,18 @@ def serve(
     from pipelines.serving.settings import ServeConfig
 
     check_installed()
-    options = {"new_tokens": new_tokens, "steps_per_block": steps_per_block, **sampling}
+    sampling |= {"new_tokens": new_tokens, "steps_per_block": steps_per_block}
     config = ServeConfig(
-        name=served_name(student) if name is None else name, sampling=sampling_settings(**options),
+        name=served_name(student) if name is None else name, sampling=sampling_settings(**sampling),
         batch=batch, waiting=waiting, host=host, port=port, api_key=api_key,
     )  # fmt: skip
     with bind(config) as bound:
-        loaded, chosen = _load(student, device, **options)
+        loaded, chosen = _load(student, device, **sampling)
         run_server(loaded, replace(config, sampling=chosen), bound)
 
 
 @app.command("eval", rich_help_panel=STUDENTS)
-@takes_sampling
+@takes("sampling", sampling_options)
 def evaluate(
     student: Student,
     tasks: Annotated[str, Option(help="paper (all eight), or names by commas.")],
@@ -177,7 +174,7 @@ def evaluate(
 ) -> None:
     """Score a student on benchmarks. Run again to go on where it stopped."""
     require_positive(code_seconds=code_seconds, code_gigabytes=code_gigabytes)
-    sampling = {**sampling, "seed": seed}
+    sampling |= {"seed": seed}
     sampling_settings(**sampling)  # says what is out of range
     from pipelines.evaluation.data import parse_places
     from pipelines.evaluation.recipe import choose

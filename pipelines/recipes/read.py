@@ -90,6 +90,7 @@ def cache_config(
     teachers_file: Path | None = None,
     changes: Mapping[str, Any] | None = None,
     data: str | None = None,
+    default: str = DEFAULT_TEACHER,
     **flags: Any,
 ) -> CacheConfig:
     """The settings of `tide cache`: recipe, then `changes` (nested, as in a recipe), then `data`
@@ -99,7 +100,7 @@ def cache_config(
     if "train" in tables:  # a misspelt one is better said now
         build(TrainConfig, tables["train"], f"[train] of {recipe}")
     values = tables.get("cache", {})
-    name = teacher or values.get("teacher", DEFAULT_TEACHER)
+    name = teacher or values.get("teacher", default)
     if recipe is None:
         values = read_recipe(_recipe_for(name, teachers_file)).get("cache", {})
     values = _over({"out": f"caches/{name}", **values, "teacher": name}, changes or {})

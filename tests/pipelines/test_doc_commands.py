@@ -1,4 +1,4 @@
-"""Every `tide` command on the pages is run as it stands, in a folder with what the pages suppose, or named below."""
+"""Every `tide` command on the pages is run as it stands, where a user of the README stands."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 
 from tests.pipelines.test_docs import PAGES, ROOT, shell_lines
 
+# Commands that are not run, and why.
 NEEDS = {
     r"^(cache|prepare|train|verify|sample|publish) .*(llada|dream|wedlm|sdar|OWNER/NAME --license apache-2.0$)":
         "weights and tokenizers of the hub",
@@ -21,100 +22,55 @@ NEEDS = {
     r"^lm-eval ": "data sets of the hub",
     r"^(cache|train|ablate) .*runs/frontier": "an hour: tests/pipelines/experiments run a small grid",
     r"^ablate ": "an hour: tests/pipelines/experiments run a small grid",
-    r"^bench --only serving": "minutes: tests/pipelines/speed/test_serving.py runs it smaller",
-    r"^bench --only use": "minutes: tests/pipelines/speed/test_use.py runs it smaller",
+    r"^bench --only (serving|use)": "minutes: tests/pipelines/speed run them smaller",
 }  # fmt: skip
-"""Commands that are not run, and why."""
 
 
-def lines() -> list[str]:
-    """In the order of the pages, each once."""
-    found = [
-        line
-        for page in PAGES
-        if page.name != "CHANGELOG.md"
-        for line in shell_lines(page.read_text())
-    ]
-    found = [line[line.index(".venv/bin/tide ") :] for line in found]
-    return list(dict.fromkeys(re.sub(r"\s+#.*$", "", line).strip() for line in found))
-
-
-def reason(line: str) -> str | None:
-    command = line.removeprefix(".venv/bin/tide ")
-    return next((why for pattern, why in NEEDS.items() if re.search(pattern, command)), None)
-
-
-def run(line: str, world: Path) -> subprocess.CompletedProcess[str]:
+def run(line: str, world: Path) -> None:
+    """Run a line; a server until it says that it serves."""
     command = line.replace(".venv/bin/tide", f"{sys.executable} -m pipelines.cli")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    if " serve " in line:
-        return served(command, world, environment)
-    return subprocess.run(["bash", "-c", command], cwd=world, input="Write `f`.\n\n", capture_output=True, text=True,
-                          check=False, env=environment)  # fmt: skip
-
-
-def served(
-    command: str, world: Path, environment: dict[str, str]
-) -> subprocess.CompletedProcess[str]:
-    """Until it says that it serves, and then to the end."""
+    if " serve " not in line:
+        done = subprocess.run(["bash", "-c", command], cwd=world, input="Write `f`.\n\n", capture_output=True,
+                              text=True, check=False, env=environment)  # fmt: skip
+        assert done.returncode == 0, (line, done.stderr[-3000:])
+        return
     command = re.sub(r"--port \d+", "--port 0", command)
     with subprocess.Popen(["bash", "-c", f"exec {command}"], cwd=world, stderr=subprocess.PIPE, text=True,
                           env=environment) as process:  # fmt: skip
         assert process.stderr is not None
         said = ""
-        while "serving" not in said and (line := process.stderr.readline()):
-            said += line
+        while "serving" not in said and (text := process.stderr.readline()):
+            said += text
         process.send_signal(signal.SIGINT)
         said += process.stderr.read()
-    return subprocess.CompletedProcess(command, process.returncode, "", said)
-
-
-def test_what_is_not_run_is_on_the_pages() -> None:
-    commands = [line.removeprefix(".venv/bin/tide ") for line in lines()]
-    for pattern in NEEDS:
-        assert any(re.search(pattern, command) for command in commands), pattern
-    assert sum(reason(line) is None for line in lines()) > 25
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a user who followed the README stands: recipes, the demo's caches and runs, some runs more."""
-    place = tmp_path_factory.mktemp("world")
-    (place / "pipelines").symlink_to(ROOT / "pipelines")
-    (place / "gsm8k.jsonl").write_text(
-        '{"question": "What is 3 and 4?", "answer": "3 and 4 is 7. #### 7"}\n'
-    )
-    for teacher in ("tiny-cross", "tiny-shared"):
-        small = "--set data.limit=24 --set noise.draws=2"
-        done = run(
-            f".venv/bin/tide cache --teacher {teacher} {small} --out runs/demo/caches/{teacher}",
-            place,
-        )
-        assert done.returncode == 0, done.stderr
-    for name, teacher in (
-        ("demo/TIDE-Cross-seed0", "tiny-cross"),
-        ("demo/undistilled-shared-seed0", "tiny-shared"),
-    ):
-        few = "--set max_steps=2 --set heldout.limit=8"
-        done = run(f".venv/bin/tide train --teacher {teacher} --cache runs/demo/caches/{teacher} {few} "
-                   f"--out runs/{name}", place)  # fmt: skip
-        assert done.returncode == 0, done.stderr
-    for name, other in (("NAME", 0), ("one", 0), ("other", 1)):
-        shutil.copytree(place / "runs/demo/TIDE-Cross-seed0", place / "runs" / name)
-        settings = place / "runs" / name / "run.json"
-        settings.write_text(
-            settings.read_text().replace('"weight_decay": 0.0', f'"weight_decay": {other / 10}')
-        )
-    return place
+    assert process.returncode == 0, (line, said)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", [line for line in lines() if reason(line) is None])
-def test_a_command_of_the_pages_runs(line: str, world: Path) -> None:
-    if "runs/sums.jsonl" in line:  # the page makes it in the line before
-        (world / "runs" / "sums.jsonl").write_text(
-            '{"ask": "What is 3 and 4?", "say": "3 and 4 is 7.", "question": "What is 3 and 4?", '
-            '"answer": "3 and 4 is 7. #### 7"}\n'
-        )
-    done = run(line, world)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_the_commands_of_the_pages_run(tmp_path: Path) -> None:
+    # 1. recipes, the demo's caches and runs, some runs more
+    tide = ".venv/bin/tide"
+    (tmp_path / "pipelines").symlink_to(ROOT / "pipelines")
+    row = '{"ask": "What is 3 and 4?", "say": "7.", "question": "What is 3 and 4?", "answer": "#### 7"}\n'
+    (tmp_path / "gsm8k.jsonl").write_text(row)
+    for teacher, name in (("tiny-cross", "TIDE-Cross"), ("tiny-shared", "undistilled-shared")):
+        cache = f"runs/demo/caches/{teacher}"
+        small = "--set data.limit=24 --set noise.draws=2"
+        run(f"{tide} cache --teacher {teacher} {small} --out {cache}", tmp_path)
+        small = f"--set max_steps=2 --set heldout.limit=8 --out runs/demo/{name}-seed0"
+        run(f"{tide} train --teacher {teacher} --cache {cache} {small}", tmp_path)
+    for name, decay in (("NAME", 0.0), ("one", 0.0), ("other", 0.1)):
+        shutil.copytree(tmp_path / "runs/demo/TIDE-Cross-seed0", tmp_path / "runs" / name)
+        settings = tmp_path / "runs" / name / "run.json"
+        text = settings.read_text().replace('"weight_decay": 0.0', f'"weight_decay": {decay}')
+        settings.write_text(text)
+    # 2. every line of every page, once, in their order
+    pages = [page for page in PAGES if page.name != "CHANGELOG.md"]
+    lines = [re.sub(r"\s+#.*$", "", line).strip() for page in pages for line in shell_lines(page)]
+    for line in dict.fromkeys(lines):
+        if any(re.search(pattern, line.removeprefix(f"{tide} ")) for pattern in NEEDS):
+            continue
+        if "runs/sums.jsonl" in line:  # the page makes it in the line before
+            (tmp_path / "runs/sums.jsonl").write_text(row)
+        run(line, tmp_path)
