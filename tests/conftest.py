@@ -1,4 +1,4 @@
-"""Shapes and types in signatures are enforced in every test; small checkpoints and caches are made here."""
+"""Shapes and types in signatures are enforced in every test; small caches are made here."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HOME"] = tempfile.mkdtemp(
-    prefix="tide-hf-"
-)  # no data set that happens to lie in the user's cache
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="tide-hf-")  # not the user's own data sets
 
 from jaxtyping import install_import_hook
 
@@ -35,28 +33,20 @@ from shared.settings.config import CacheConfig, DataConfig
 from teacher_cache.run.build import build_cache
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
-settings.register_profile(
-    "tide",
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+calm = [HealthCheck.function_scoped_fixture]
+settings.register_profile("tide", deadline=None, derandomize=True, suppress_health_check=calm)
 settings.load_profile("tide")
+# How many times the examples of a property test are tried, at random (`make test-more`); 0: the
+# same ones always, so that what fails is what was changed.
 MORE = int(os.environ.get("TIDE_EXAMPLES", "0"))
-"""How many times the examples of a property test are tried, then at random (`make test-more`); 0: the same ones always,
-so that what fails is what was changed."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`TIDE_EXAMPLES`, over what each property test says of itself."""
-    tests = {
-        getattr(item.obj, "__func__", item.obj)
-        for item in items
-        if isinstance(item, pytest.Function)
-    }
-    for test in tests if MORE else ():
-        own = getattr(test, "_hypothesis_internal_use_settings", None)
-        if own is not None:
+    functions = {item.obj for item in items if isinstance(item, pytest.Function) and MORE}
+    for function in functions:
+        test = getattr(function, "__func__", function)
+        if own := getattr(test, "_hypothesis_internal_use_settings", None):
             more = settings(own, max_examples=MORE * own.max_examples, derandomize=False)
             test._hypothesis_internal_use_settings = more
 
@@ -101,7 +91,7 @@ def random_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @lru_cache
 def chats_file() -> Path:
-    """Held-out functions of the standard library as a JSONL file: 24 to cache, 12 more behind them."""
+    """Held-out functions of the standard library as JSONL: 24 to cache, 12 more behind them."""
     folder = Path(tempfile.mkdtemp(prefix="tide-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     rows = [

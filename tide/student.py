@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.data.prompts import waiting_messages
-
+from shared.data.reading import waiting_messages
 from shared.system.errors import TideError
 
 if TYPE_CHECKING:

@@ -54,14 +54,10 @@ class TargetConfig:
     values: Literal["levels", "float32"] = "levels"
     """How numbers are kept: rounded to levels (docs/cache-format.md), or exactly."""
     positions: Literal["content", "response"] = "response"
-    """Where a teacher that shares the student's tokenizer is read: at the words of the answers, as
-    the paper does, or at every masked position, the end of turn and the EOS behind it too.
-    (Across tokenizers chunks hold words alone.)
-    """
+    """Where a teacher with the student's tokenizer is read: at the answers' words, as the paper
+    does, or at every masked position, also the end of turn and the EOS behind it."""
     teacher_text: Literal["student", "own"] = "student"
-    """What such a teacher reads: the student's sequence, or, as in the paper, the conversation in
-    its own template; then its positions are those of the words.
-    """
+    """What it reads: the student's sequence, or, as in the paper, the chat in its own template."""
 
     def __post_init__(self) -> None:
         require(len(self.signals) > 0, "signals is empty, expected topk, chunks or both")
@@ -124,9 +120,7 @@ class CacheConfig:
     student_tokenizer: str | None = None
     """Path or hub id of the student's tokenizer (default: the registry's partner)."""
     student_mask_token: str | None = None
-    """The student's mask token (default: the one that its tokenizer names, else <|mask|>); where
-    the tokenizer lacks it, it is added at the end of the vocabulary.
-    """
+    """Default: the one that its tokenizer names, else <|mask|>, added where it is missing."""
     teachers_file: Path | None = None
     """A TOML file with teachers of your own, in the form of registry.toml."""
     out: Path = Path("caches/default")
@@ -160,12 +154,10 @@ class CacheConfig:
 
     @property
     def sources(self) -> tuple[DataConfig, ...]:
-        """The sources of the data."""
         return (self.data,) if isinstance(self.data, DataConfig) else self.data
 
     @property
     def prepared_folder(self) -> Path:
-        """Where prepared data lies."""
         return self.prepared or self.out.parent / "prepared"
 
 
@@ -224,26 +216,20 @@ class TrainConfig:
     max_steps: int = -1
     """Optimizer steps; overrides `epochs` where positive."""
     global_batch: Count | None = None
-    """Examples of an optimizer step, on all processes together: divided among these, and further
-    into passes of at most `batch_size`. None: `batch_size` · `accumulation` · processes.
-    """
+    """Examples of a step on all processes (default: `batch_size` · `accumulation` · processes)."""
     batch_size: Count = 8
     """Examples per device and forward pass; with `global_batch` at most."""
     accumulation: Count = 1
     """Forward passes of a step; with `global_batch` it follows."""
     draws_per_step: Count = 1
-    """Draws of an example that a step trains on in one pass, over one clean copy of it
-    (docs/speed.md). Batches and epochs count draws: the number of steps does not change.
-    """
+    """Draws of an example in one pass, over one clean copy; batches and epochs count draws."""
     learning_rate: Positive = 5e-5
     weight_decay: NotNegative = 0.0
     warmup_ratio: Share = 0.1
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "cosine"
     max_grad_norm: Positive = 1.0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of products; weights stay in float32. `auto`: as the run was begun, else bfloat16 where the
-    hardware has it, else float32.
-    """
+    """Of products; weights stay float32. `auto`: as begun, else bfloat16 where hardware has it."""
     device: Literal["auto", "cpu"] = "auto"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: a whole student on each GPU, or one sharded with its optimizer (FSDP2)."""

@@ -31,10 +31,8 @@ class DataConfig:
     """One source of chats (`shared.data`, docs/data.md)."""
 
     source: str = "stdlib:train"
-    """A file, a folder or a glob (JSONL, JSON, CSV, Parquet, Arrow; compressed or not), a folder of
-    `save_to_disk`, hf://OWNER/NAME[:CONFIG][:SPLIT] or hf://OWNER/NAME#SPLIT, or
-    stdlib:train|heldout|all.
-    """
+    """A file, folder or glob (JSONL, JSON, CSV, Parquet, Arrow; compressed or not; `save_to_disk`),
+    hf://OWNER/NAME[:CONFIG][:SPLIT] or hf://OWNER/NAME#SPLIT, or stdlib:train|heldout|all."""
     form: Literal[
         "auto", "messages", "sharegpt", "instruction", "prompt_completion", "question_answer"
     ] = "auto"
@@ -58,9 +56,7 @@ class DataConfig:
     limit: Count | None = None
     """Take the first `limit` usable examples only."""
     allow_bad_rows: NotNegative = 0.1
-    """Rows that may be left out as unusable: below 1 a share of all (ten are always allowed), 0
-    none, else a number. More stop the run.
-    """
+    """Unusable rows that do not stop the run: a share (and always ten), 0 none, else a number."""
 
     def __post_init__(self) -> None:
         require(
@@ -74,7 +70,6 @@ class DataConfig:
 
     @property
     def filters(self) -> tuple[RowFilter, ...]:
-        """All filters."""
         return (self.filter,) if isinstance(self.filter, RowFilter) else self.filter
 
     def bad_rows_allowed(self, rows: int) -> int:
@@ -100,9 +95,7 @@ class LengthConfig:
     block: Count = 32
     """Block of the student's block diffusion; sequences are whole numbers of blocks."""
     end_block: bool = True
-    """A row whose last response fills its last block without any EOS gets a block of EOS behind it:
-    else nothing teaches the student to stop there.
-    """
+    """Add a block of EOS to a row that fills its last block: else nothing teaches to stop there."""
 
     def __post_init__(self) -> None:
         require(

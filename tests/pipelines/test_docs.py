@@ -55,7 +55,7 @@ def test_every_command_of_every_page_parses() -> None:
     commands = [(page, line) for page in PAGES for line in shell_lines(page)]
     assert len(commands) > 25
     for page, line in commands:
-        words = shlex.split(line, comments=True)[1:]
+        words = shlex.split(re.sub(r"\$\w+", "1", line), comments=True)[1:]
         end = [i for i, word in enumerate(words) if word in ("|", ">", "<", "&&")]
         name, *arguments = words[: end[0]] if end else words
         assert name in root.commands, (page, line)
