@@ -1,4 +1,4 @@
-"""Training from a store: shards come as they are needed, ahead of their use, and a bounded number of them stays."""
+"""Training from a store: shards come ahead of their use, and a bounded number of them stays."""
 
 from __future__ import annotations
 
@@ -17,11 +17,7 @@ from shared.settings.config import TrainConfig
 from shared.system.errors import TideError
 from student_train.batches.loader import BatchDataset
 from student_train.batches.open_cache import OpenCache, open_cache
-from student_train.training.trainer import train_student
-from teacher_cache.run.build import build_cache
-from tests.conftest import small_cache_config
 from tests.reading import dataset
-from tests.student_train.training.test_trainer import config, curve
 
 
 @pytest.fixture
@@ -83,7 +79,7 @@ def test_what_is_there_already_is_not_fetched_and_what_is_damaged_is(
     cache = opened(store, tmp_path / "local")
     for part in range(3):
         cache.shard(Unit(0, part))
-    again = opened(store, tmp_path / "local")
+    again = pickle.loads(pickle.dumps(opened(store, tmp_path / "local")))  # to a loader's process
     path = Unit(0, 1).path(tmp_path / "local")
     path.write_bytes(path.read_bytes()[:-3])
     fetched.clear()
@@ -99,49 +95,14 @@ def test_a_shard_that_is_not_the_ledgers_is_refused(store: str, tmp_path: Path) 
         Path(store) / "draw=00" / "part-00000.parquet",
         Path(store) / "draw=01" / "part-00002.parquet",
     )
-    with pytest.raises(TideError, match="not what the cache's ledger says"):
+    with pytest.raises(TideError, match="part-00002"):
         source.shard(Unit(1, 2))
     (Path(store) / "draw=01" / "part-00001.parquet").unlink()
-    with pytest.raises(TideError, match="part-00001.parquet"):
+    with pytest.raises(TideError, match="part-00001"):
         source.shard(Unit(1, 1))
 
 
-def test_a_store_without_a_finished_cache(store: str, tmp_path: Path) -> None:
+def test_a_store_without_a_finished_cache_is_refused(store: str, tmp_path: Path) -> None:
     (Path(store) / LEDGER).unlink()
-    with pytest.raises(TideError, match="ledger.parquet"):
+    with pytest.raises(TideError, match=LEDGER):
         opened(store, tmp_path / "local")
-    with pytest.raises(TideError, match=r"is no cache: it has no manifest"):
-        opened(str(tmp_path / "nothing"), tmp_path / "local")
-
-
-def test_it_goes_to_other_processes(store: str, tmp_path: Path) -> None:
-    source = opened(store, tmp_path / "local")
-    source.soon([Unit(0, 0)])
-    assert pickle.loads(pickle.dumps(source)).shard(Unit(0, 1)).counts["rows"] > 0
-
-
-def test_a_student_learns_the_same_from_a_store(
-    caches: dict[str, Path], store: str, tmp_path: Path
-) -> None:
-    objective = {"type": "kl"}
-    one = config(caches["tiny-shared"], tmp_path / "a", distillation=objective, max_steps=4)
-    two = config(
-        tmp_path / "local", tmp_path / "b", distillation=objective, max_steps=4, store=store
-    )
-    for settings in (one, two):
-        train_student(settings)
-    losses = [[e["loss"] for e in curve(tmp_path / name) if "loss" in e] for name in ("a", "b")]
-    assert losses[0] == losses[1]
-
-
-def test_a_store_that_has_grown_is_seen(
-    caches: dict[str, Path], random_teacher: Path, store: str, tmp_path: Path
-) -> None:
-    before = opened(store, tmp_path / "local")
-    grown = Path(shutil.copytree(caches["tiny-shared"], tmp_path / "grown"))
-    build_cache(
-        small_cache_config("tiny-shared", random_teacher, grown, noise={"draws": 3}, store=store)
-    )
-    after = opened(store, tmp_path / "local")
-    assert (len(before.ledger), len(after.ledger)) == (6, 9)
-    assert after.manifest.draws == 3

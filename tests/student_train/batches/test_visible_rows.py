@@ -15,118 +15,75 @@ from tests.student_train.places import all_places, in_float64
 
 
 @st.composite
-def batches(draw: Any) -> tuple[list[int], list[np.ndarray], int]:
-    lengths = draw(st.lists(st.integers(1, 24), min_size=1, max_size=4))
-    masked = [np.array(sorted(draw(st.sets(st.integers(0, n - 1)))), np.int64) for n in lengths]
+def batches(draw: Any) -> tuple[list[int], list[list[np.ndarray]], int]:
+    """Lengths of examples, the masked positions of each one's draws, a block."""
+    lengths = draw(st.lists(st.integers(1, 24), min_size=1, max_size=3))
+    masked = []
+    for n in lengths:
+        sets = draw(st.lists(st.sets(st.integers(0, n - 1)), min_size=1, max_size=4))
+        masked.append([np.array(sorted(positions), np.int64) for positions in sets])
     return lengths, masked, draw(st.integers(1, 9))
 
 
 @given(batches())
 def test_masked_positions_stand_where_it_says_and_nothing_is_there_twice(batch: Any) -> None:
     lengths, masked, block = batch
+    masked = [draws[0] for draws in masked]
     places, column = needed_places(masked, lengths, block)
     row = np.repeat(np.arange(len(masked)), [m.size for m in masked])
     assert places[row, column].tolist() == np.concatenate(masked).tolist()
     for mine, length, m in zip(places.numpy(), lengths, masked, strict=True):
         kept = mine[mine >= 0]
         assert len(set(kept.tolist())) == len(kept) and (kept % max(lengths) < length).all()
-        last = m.max(initial=-1) // block * block
-        assert (kept[kept >= max(lengths)] - max(lengths)).tolist() == list(range(max(last, 0)))
+        last = m.max(initial=0) // block * block
+        assert (kept[kept >= max(lengths)] - max(lengths)).tolist() == list(range(last))
 
 
 @settings(max_examples=25)
 @given(batches(), st.integers(0, 2**31))
-def test_hidden_states_and_gradients_are_those_of_all_rows(batch: Any, seed: int) -> None:
-    lengths, masked, block = batch
-    generator = torch.Generator().manual_seed(seed)
-    clean = torch.randint(0, 49, (len(lengths), max(lengths)), generator=generator)
-    row = torch.from_numpy(np.repeat(np.arange(len(masked)), [m.size for m in masked]))
-    column = torch.from_numpy(np.concatenate(masked))
-    noised = clean.clone()
-    noised[row, column] = 49
-    model = small().double()
-    found = []
-    for places, where in (needed_places(masked, lengths, block), (all_places(lengths), column)):
-        model.zero_grad()
-        hidden = masked_hidden(model, noised, clean, places, row, where, block)
-        (
-            hidden * torch.linspace(-1, 1, hidden.numel()).double().reshape(hidden.shape)
-        ).sum().backward()
-        gradients = [
-            torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()
-        ]
-        found.append((hidden.detach(), gradients))
-    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-10, atol=1e-10)
-    for a, b in zip(found[0][1], found[1][1], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-
-
-@st.composite
-def draws_of(draw: Any) -> tuple[list[int], list[list[np.ndarray]], int]:
-    lengths = draw(st.lists(st.integers(1, 24), min_size=1, max_size=3))
-    masked = [
-        [
-            np.array(sorted(draw(st.sets(st.integers(0, n - 1)))), np.int64)
-            for _ in range(draw(st.integers(1, 4)))
-        ]
-        for n in lengths
-    ]
-    return lengths, masked, draw(st.integers(1, 9))
-
-
-@settings(max_examples=25)
-@given(draws_of(), st.integers(0, 2**31))
-def test_draws_over_one_clean_copy_have_the_states_and_gradients_of_each_alone(
+def test_states_and_gradients_are_those_of_each_draw_alone_over_all_rows(
     batch: Any, seed: int
 ) -> None:
     lengths, masked, block = batch
     generator = torch.Generator().manual_seed(seed)
-    width, copies = max(lengths), max(map(len, masked))
-    clean = torch.randint(0, 49, (len(lengths), width), generator=generator)
+    clean = torch.randint(0, 49, (len(lengths), max(lengths)), generator=generator)
     model = in_float64(small())
 
-    def run(
-        clean: torch.Tensor, masked: list[list[np.ndarray]], lengths: list[int], copies: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        width = clean.shape[1]
-        flat = [(i, j, m) for i, draws in enumerate(masked) for j, m in enumerate(draws)]
-        row = torch.from_numpy(
-            np.repeat([i for i, _, _ in flat], [m.size for _, _, m in flat])
-        ).long()
-        column = torch.from_numpy(np.concatenate([m + j * width for _, j, m in flat])).long()
+    def run(clean: torch.Tensor, masked: Any, lengths: list[int], whole: bool) -> torch.Tensor:
+        width, copies = clean.shape[1], max(map(len, masked))
+        row, column = [], []
+        for i, draws in enumerate(masked):
+            for j, positions in enumerate(draws):
+                row += [i] * positions.size
+                column += (positions + j * width).tolist()
+        row, column = torch.tensor(row).long(), torch.tensor(column).long()
         noised = clean.repeat(1, copies)
         noised[row, column] = 49
-        places, where = places_of_draws(masked, lengths, block)
-        return masked_hidden(model, noised, clean, places, row, where, block), places
+        places, place = places_of_draws(masked, lengths, block)
+        if whole:
+            places, place = all_places(lengths), column
+        return masked_hidden(model, noised, clean, places, row, place, block)
 
-    def gradients() -> list[torch.Tensor]:
-        found = [
-            torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()
-        ]
-        model.zero_grad()
-        return found
+    def gradients(hidden: torch.Tensor) -> list[torch.Tensor]:
+        weights = torch.linspace(-1, 1, hidden.numel()).double().reshape(hidden.shape)
+        parameters = list(model.model.parameters())
+        loss = (hidden * weights).sum()
+        return list(
+            torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        )
 
-    shared, places = run(clean, masked, lengths, copies)
-    (shared * torch.linspace(-1, 1, shared.numel()).double().reshape(shared.shape)).sum().backward()
-    together, rows = gradients(), int((places >= 0).sum())
-    alone, alone_rows = [], 0
-    for i, draws in enumerate(masked):
-        for one in draws:
-            hidden, own = run(clean[i : i + 1, : lengths[i]], [[one]], [lengths[i]], 1)
-            alone.append(hidden)
-            alone_rows += int((own >= 0).sum())
-    apart = torch.cat(alone)
-    (apart * torch.linspace(-1, 1, apart.numel()).double().reshape(apart.shape)).sum().backward()
-    torch.testing.assert_close(shared, apart, rtol=1e-10, atol=1e-10)
-    for a, b in zip(together, gradients(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-    assert rows <= alone_rows
+    together = run(clean, masked, lengths, False)
+    alone = torch.cat([
+        run(clean[i : i + 1, :n], [[one]], [n], True)
+        for i, n in enumerate(lengths) for one in masked[i]
+    ])  # fmt: skip
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradients(together), gradients(alone), rtol=1e-9, atol=1e-9)
 
 
 def test_the_prompt_and_the_last_block_are_left_out() -> None:
-    places, _ = needed_places(
-        [np.array([33, 70])], [96], 32
-    )  # a prompt of one block, two masked positions
+    prompt_and_two_masked = [np.array([33, 70])]
+    places, _ = needed_places(prompt_and_two_masked, [96], 32)
     assert places.tolist() == [[*range(32, 96), *range(96, 96 + 64)]]
 
 

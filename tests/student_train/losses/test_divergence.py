@@ -7,6 +7,7 @@ import itertools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,6 @@ from student_train.losses.divergence import (
     teacher_log_probabilities,
     token_divergence,
 )
-from student_train.losses.targets import TopKTargets
 from tests.student_train.losses.problems import Shape, cached, dense_teacher
 
 SHAPES: tuple[Shape, ...] = ("student", "prior")
@@ -40,29 +40,15 @@ def expected(
     return value.detach(), torch.autograd.grad(value, x)[0]
 
 
-@given(
-    reverse=st.booleans(),
-    seed=st.integers(0, 999),
-    k=st.integers(1, 30),
-    classes=st.sampled_from([1, 3, 7]),
-    shape=st.sampled_from(["student", "prior"]),
-    t=st.sampled_from([1.0, 2.0, 5.0]),
-    mixed=st.booleans(),
-    unshared=st.integers(0, 4),
-    absent=st.integers(0, 2),
-)
+@given(data=st.data(), seed=st.integers(0, 999), reverse=st.booleans(), mixed=st.booleans())
 def test_value_and_gradient_against_the_definition(
-    reverse: bool,
-    seed: int,
-    k: int,
-    classes: int,
-    shape: Shape,
-    t: float,
-    mixed: bool,
-    unshared: int,
-    absent: int,
+    data: Any, seed: int, reverse: bool, mixed: bool
 ) -> None:
-    """`absent`: rows of the student beyond the table, which no teacher's token has."""
+    """With k = V it is the full loss."""
+    k, classes = data.draw(st.integers(1, 30)), data.draw(st.sampled_from([1, 3, 7]))
+    shape, t = data.draw(st.sampled_from(SHAPES)), data.draw(st.sampled_from([1.0, 2.0, 5.0]))
+    # Ids that only one model has: in the table, and rows of the student beyond it.
+    unshared, absent = data.draw(st.integers(0, 4)), data.draw(st.integers(0, 2))
     torch.manual_seed(seed)
     student, teacher, strength = torch.randn(3, 30 + absent), torch.randn(3, 30) * 2, torch.rand(3)
     shared = torch.ones(30, dtype=torch.bool)
@@ -79,39 +65,6 @@ def test_value_and_gradient_against_the_definition(
         torch.testing.assert_close(loss.detach().double(), value, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(slope.double(), gradient, rtol=tolerance, atol=tolerance)
         assert not slope[:, ~allowed].any()
-
-
-@given(seed=st.integers(0, 999), k=st.integers(1, 30), classes=st.sampled_from([1, 4]))
-def test_the_teacher_is_a_distribution_whose_top_k_and_classes_have_their_masses(
-    seed: int, k: int, classes: int
-) -> None:
-    torch.manual_seed(seed)
-    student, teacher = torch.randn(4, 30).double(), torch.randn(4, 30).double() * 3
-    truth = torch.softmax(teacher / 2, 1)
-    for shape in SHAPES:
-        topk = cached(teacher, k, classes, shape, seed=seed)
-        p = teacher_log_probabilities(topk, log_student(student, topk, 2.0), 2.0).exp()
-        assert topk.classes is not None
-        torch.testing.assert_close(p.gather(1, topk.ids), truth.gather(1, topk.ids))
-        for c in range(classes):
-            member = topk.classes.class_of == c
-            torch.testing.assert_close(
-                p[:, member].sum(1), truth[:, member].sum(1), rtol=1e-8, atol=1e-12
-            )
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_k_equal_to_the_vocabulary_is_the_full_loss(reverse: bool) -> None:
-    torch.manual_seed(0)
-    student, teacher = torch.randn(6, 23) * 4, torch.randn(6, 23) * 4
-    full = torch.log_softmax(teacher.double() / 2, 1)
-    value, gradient = expected(student, full, torch.ones(23).bool(), 2.0, None, reverse)
-    for classes, shape in itertools.product((1, 5), SHAPES):
-        x = student.clone().requires_grad_()
-        loss = token_divergence(x, cached(teacher, 23, classes, shape), 2.0, None, reverse).sum()
-        (slope,) = torch.autograd.grad(loss, x)
-        torch.testing.assert_close(loss.detach().double(), value, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(slope.double(), gradient, rtol=1e-5, atol=1e-6)
 
 
 def test_padding_of_shorter_lists_changes_nothing() -> None:
@@ -154,24 +107,6 @@ def test_a_prior_that_the_top_k_has_nearly_all_of_leaves_what_is_left() -> None:
     tail = float(torch.softmax(teacher, 1)[0, 2:].sum())
     assert float(p[0, 2:].sum()) == pytest.approx(tail, rel=1e-4)
     assert float(p[0, 2] / p[0, 3]) == pytest.approx(10, rel=1e-4)
-
-
-def test_a_renormalised_top_k_turns_the_gradient_and_a_tail_does_not() -> None:
-    """A teacher that differs from the student in ten tokens only, with much mass outside them."""
-    torch.manual_seed(0)
-    student = torch.randn(64, 2000)
-    teacher = student.clone()
-    teacher[:, :10] += 8
-    topk = cached(teacher, 10)
-    no_tail = dict.fromkeys(topk.odds, torch.full((64,), -64.0))
-
-    def gradient(targets: TopKTargets) -> Tensor:
-        return divergence_and_gradient(student, targets, 2.0, None, False)[1].flatten()
-
-    full = gradient(cached(teacher, 2000))
-    assert float(F.cosine_similarity(gradient(topk), full, dim=0)) > 0.99999
-    renormalised = gradient(dataclasses.replace(topk, odds=no_tail))
-    assert float(F.cosine_similarity(renormalised, full, dim=0)) < 0.999
 
 
 COMPILED = """

@@ -1,3 +1,5 @@
+"""The student: what it sees of [x_t ; x_0], by SDPA and flex_attention; what it is loaded from."""
+
 from __future__ import annotations
 
 import shutil
@@ -6,189 +8,216 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import create_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from shared.cache.manifest import load_manifest
+from shared.diffusion.attention import block_diffusion, block_diffusion_places
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
 from shared.settings.config import StudentConfig
 from shared.system.errors import TideError
 from student_train.batches.visible_rows import needed_places
 from student_train.model.export import export_student
-from student_train.model.student import load_student, masked_hidden
+from student_train.model.student import FLEX, flex_mask, load_student, masked_hidden
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
+from tests.student_train.places import all_places
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 
 
-def places_of(
-    valid: torch.Tensor, row: torch.Tensor, column: torch.Tensor, block: int
-) -> tuple[Any, Any]:
-    lengths = valid.sum(dim=1).tolist()
-    return needed_places([column[row == i].numpy() for i in range(len(lengths))], lengths, block)
+def small() -> Any:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = Qwen3Config(vocab_size=50, **shape, **heads, initializer_range=0.1)
+    return Qwen3ForCausalLM(config).eval()
 
 
-def masked_logits(
-    model: Any,
-    noised: Any,
-    clean: Any,
-    valid: torch.Tensor,
-    row: torch.Tensor,
-    column: torch.Tensor,
-    block: int,
-) -> torch.Tensor:
-    """Logits at masked positions, from the needed rows alone."""
-    places, place = places_of(valid, row, column, block)
-    return model.lm_head(masked_hidden(model, noised, clean, places, row, place, block))
+def hidden_of(
+    model: Any, noised: Tensor, clean: Tensor, lengths: list[int], block: int, mask: int = 49
+) -> Tensor:
+    """Hidden states at masked positions, from the needed rows alone."""
+    inside = torch.arange(clean.shape[1]) < torch.tensor(lengths)[:, None]
+    row, column = (inside & (noised == mask)).nonzero(as_tuple=True)
+    masked = [column[row == i].numpy() for i in range(len(lengths))]
+    places, place = needed_places(masked, lengths, block)
+    return masked_hidden(model, noised, clean, places, row, place, block)
+
+
+def inputs(lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """x_t and x_0."""
+    clean = torch.randint(0, 49, (len(lengths), max(lengths)))
+    return torch.where(torch.rand(clean.shape) < 0.5, 49, clean), clean
 
 
 def test_golden_logits_at_masked_positions(golden: Path) -> None:
     model = load_model(open_checkpoint(str(golden / "a2d_qwen3")), "qwen3", torch.float32)
     expected = load_file(golden / "a2d_qwen3" / "expected.safetensors")
     noised, clean = expected["noised_ids"], expected["clean_ids"]
-    row, column = (noised == 95).nonzero(as_tuple=True)
+    lengths = [noised.shape[1]] * len(noised)
     with torch.no_grad():
-        logits = masked_logits(
-            model, noised, clean, torch.ones_like(noised, dtype=torch.bool), row, column, 4
-        )
-    torch.testing.assert_close(
-        logits, expected["logits_bd3lm_block_4"][row, column], rtol=0, atol=1e-5
-    )
+        logits = model.lm_head(hidden_of(model, noised, clean, lengths, 4, mask=95))
+    reference = expected["logits_bd3lm_block_4"][noised == 95]
+    torch.testing.assert_close(logits, reference, rtol=0, atol=1e-5)
 
 
-def small() -> Any:
-    torch.manual_seed(0)
-    config = Qwen3Config(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
-                         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1)  # fmt: skip
-    return Qwen3ForCausalLM(config).eval()
-
-
-def test_padding_changes_no_value() -> None:
-    model = small()
-    lengths, width = [8, 16, 12], 16
-    clean = torch.randint(0, 49, (3, width))
-    noised = torch.where(torch.rand(3, width) < 0.5, 49, clean)
-    valid = torch.arange(width) < torch.tensor(lengths)[:, None]
-    row, column = (valid & (noised == 49)).nonzero(as_tuple=True)
-    with torch.no_grad():
-        together = masked_logits(model, noised, clean, valid, row, column, 4)
-        for i, n in enumerate(lengths):
-            inside = column[row == i]
-            alone = masked_logits(model, noised[i : i + 1, :n], clean[i : i + 1, :n], valid[i : i + 1, :n],
-                                  torch.zeros_like(inside), inside, 4)  # fmt: skip
-            torch.testing.assert_close(alone, together[row == i], rtol=0, atol=1e-6)
+@pytest.mark.parametrize("attention", ["sdpa", FLEX])
+def test_padding_changes_no_value(attention: str) -> None:
+    model, lengths = small().requires_grad_(False), [37, 64, 5]
+    model.set_attn_implementation(attention)
+    noised, clean = inputs(lengths)
+    alone = [
+        hidden_of(model, noised[i : i + 1, :n], clean[i : i + 1, :n], [n], 8)
+        for i, n in enumerate(lengths)
+    ]
+    together = hidden_of(model, noised, clean, lengths, 8)
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
 def test_a_prediction_sees_its_noised_block_and_earlier_clean_blocks_only() -> None:
-    model = small()
-    clean = torch.randint(0, 48, (1, 12))
+    model, clean = small().requires_grad_(False), torch.randint(0, 48, (1, 12))
     noised = clean.clone()
     noised[0, 5] = 49
-    ask = (torch.tensor([0]), torch.tensor([5]), 4)
-    valid = torch.ones(1, 12, dtype=torch.bool)
-
-    def predict(noised: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return masked_logits(model, noised, clean, valid, *ask)
-
-    base = predict(noised, clean)
+    base = hidden_of(model, noised, clean, [12], 4)
     for position in range(12):
-        changed_clean, changed_noised = clean.clone(), noised.clone()
-        changed_clean[0, position] = 48
-        changed_noised[0, position] = 48
-        moved_by_clean = not torch.equal(predict(noised, changed_clean), base)
-        moved_by_noised = not torch.equal(predict(changed_noised, clean), base)
-        assert moved_by_clean == (
-            position < 4
-        )  # its own clean block, with the answer, is never seen
-        assert moved_by_noised == (4 <= position < 8)
+        other_clean, other_noised = clean.clone(), noised.clone()
+        other_clean[0, position] = 48
+        by_clean = not hidden_of(model, noised, other_clean, [12], 4).equal(base)
+        assert by_clean == (position < 4)  # its own clean block, with the answer, is never seen
+        if position != 5:
+            other_noised[0, position] = 48
+            by_noised = not hidden_of(model, other_noised, clean, [12], 4).equal(base)
+            assert by_noised == (4 <= position < 8)
 
 
-def test_a_new_student_and_one_from_a_checkpoint(caches: dict[str, Path], tmp_path: Path) -> None:
-    cache = caches["tiny-cross"]
-    manifest = load_manifest(cache)
-    settings = StudentConfig(hidden_size=32, layers=1, heads=2, kv_heads=1, intermediate_size=32)
-    model, tokenizer = load_student(settings, cache, manifest)
-    assert model.get_input_embeddings().weight.shape == (2048, 32)
-    model.save_pretrained(tmp_path)
-    tokenizer.backend.save_pretrained(tmp_path)
-    again, _ = load_student(StudentConfig(checkpoint=str(tmp_path)), cache, manifest)
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
-    )
-    assert all(p.requires_grad for p in again.parameters())
-
-
-def test_a_student_of_another_tokenizer_is_refused(caches: dict[str, Path], tmp_path: Path) -> None:
-    small().save_pretrained(tmp_path)
-    for file in TEACHER_TOKENIZER.glob("*.js*"):
-        if file.name.startswith("tokenizer") or file.name == "chat_template.jinja":
-            shutil.copy(file, tmp_path / file.name)
-    with pytest.raises(TideError, match="was built for another student tokenizer"):
-        load_student(
-            StudentConfig(checkpoint=str(tmp_path)),
-            caches["tiny-cross"],
-            load_manifest(caches["tiny-cross"]),
+def test_flex_and_sdpa_agree_in_values_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch refuses gradients of flex_attention on a CPU, though its dense form has them."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    model, results = small(), []
+    noised, clean = inputs([37, 64, 5])
+    for name in ("sdpa", FLEX):
+        model.set_attn_implementation(name)
+        hidden = hidden_of(model, noised, clean, [37, 64, 5], 8)
+        loss = (hidden * torch.linspace(-1, 1, hidden.numel()).reshape(hidden.shape)).sum()
+        gradients = torch.autograd.grad(loss, list(model.model.parameters()))
+        results.append(
+            (hidden.detach(), torch.cat([g.flatten() / g.abs().max() for g in gradients]))
         )
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=20)
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    st.integers(1, 9),
+    st.randoms(use_true_random=False),
+)
+def test_masks_of_chosen_places_are_those_of_block_diffusion(
+    lengths: list[int], block: int, random: Any
+) -> None:
+    width, places = max(lengths), all_places(lengths)
+    kept = sorted(random.sample(range(2 * width), random.randint(1, 2 * width)))
+    for chosen in (places, places[:, kept]):
+        made = flex_mask(chosen, width, block)
+        dense = create_mask(made.mask_mod, len(lengths), 1, *[chosen.shape[1]] * 2, device="cpu")
+        assert dense.equal(block_diffusion_places(chosen, width, block))
+    dense, whole = block_diffusion_places(places, width, block)[:, 0], block_diffusion(width, block)
+    for mask, real in zip(dense, places >= 0, strict=True):
+        assert mask[real][:, real].equal(whole[real][:, real])
+        assert mask[:, ~real].sum() == (~real).sum() and mask.any(dim=1).all()
+
+
+def test_new_lengths_compile_nothing_anew() -> None:
+    """Traced as on CUDA, by a backend that counts. A few shapes are special to the tracer (one tile
+    only; a batch size that is also the number of heads) and may make a graph of their own.
+    """
+    counter = CompileCounter()
+    attend: Any = torch.compile(flex_attention, backend=counter, dynamic=True)
+    torch._dynamo.reset()
+
+    def graphs_after(widths: list[list[int]]) -> int:
+        for lengths in widths:
+            places, length = all_places(lengths), max(lengths)
+            q, k, v = torch.randn(3, len(lengths), 2, 2 * length, 16)
+            out = attend(q, k, v, block_mask=flex_mask(places, length, 8))
+            dense = block_diffusion_places(places, length, 8)
+            expected = scaled_dot_product_attention(q, k, v, attn_mask=dense)
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        return counter.frame_count
+
+    few = graphs_after([[64, 40], [64, 40, 7], [96, 33], [128, 3, 4]])
+    assert few <= 4
+    assert graphs_after([[200, 33, 5], [128] * 4, [160, 7, 9, 1, 3], [32] * 3, [256, 9]]) == few
+
+
+def tokenizer_into(folder: Path, source: Path = STUDENT_TOKENIZER) -> StudentConfig:
+    for file in source.glob("*.j*"):
+        if file.name.startswith("tokenizer") or file.suffix == ".jinja":
+            shutil.copy(file, folder / file.name)
+    return StudentConfig(checkpoint=str(folder))
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_a_new_student_is_loaded_again(
+    caches: dict[str, Path], tmp_path: Path, architecture: Any
+) -> None:
+    cache, manifest = caches["tiny-cross"], load_manifest(caches["tiny-cross"])
+    shape: dict[str, Any] = {"hidden_size": 32, "layers": 1, "heads": 2, "intermediate_size": 32}
+    model, tokenizer = load_student(StudentConfig(architecture, **shape), cache, manifest)
+    assert model.get_input_embeddings().weight.shape == (2048, 32)
+    model.save_pretrained(tmp_path / "a")
+    tokenizer.backend.save_pretrained(tmp_path / "a")
+    again, _ = load_student(StudentConfig(checkpoint=str(tmp_path / "a")), cache, manifest)
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b) and b.requires_grad
+    export_student(tmp_path / "a", tmp_path / "hf", "hf")
+    if architecture == "llama":
+        with pytest.raises(TideError):
+            export_student(tmp_path / "a", tmp_path / "a2d", "a2d")
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    caches: dict[str, Path], golden: Path, tmp_path: Path
+) -> None:
+    cache, manifest = caches["tiny-cross"], load_manifest(caches["tiny-cross"])
+    small().save_pretrained(tmp_path / "other tokenizer")
+    shutil.copytree(golden / "dream", tmp_path / "no student")
+    wrong = [
+        (tokenizer_into(tmp_path / "other tokenizer", TEACHER_TOKENIZER), "tokenizer"),
+        (tokenizer_into(tmp_path / "no student"), "Dream"),
+    ]
+    for config, name in wrong:
+        with pytest.raises(TideError, match=name):
+            load_student(config, cache, manifest)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_embedding_without_a_row_for_the_mask_grows_only_when_told_to(
-    caches: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, tied: bool
+    caches: dict[str, Path], tmp_path: Path, tied: bool
 ) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=2000, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                         num_attention_heads=2, tie_word_embeddings=tied)  # fmt: skip
+    shape: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = LlamaConfig(vocab_size=2000, **shape, num_attention_heads=2, tie_word_embeddings=tied)
     before: Any = LlamaForCausalLM(config)
     before.save_pretrained(tmp_path)
-    for file in STUDENT_TOKENIZER.iterdir():
-        shutil.copy(file, tmp_path / file.name)
+    tokenizer_into(tmp_path)
     cache, manifest = caches["tiny-cross"], load_manifest(caches["tiny-cross"])
-    with pytest.raises(
-        TideError, match="mask id 2047 lies outside the student's embedding of 2000 rows"
-    ):
+    with pytest.raises(TideError, match="2047"):
         load_student(StudentConfig(checkpoint=str(tmp_path)), cache, manifest)
-    model, _ = load_student(
-        StudentConfig(checkpoint=str(tmp_path), add_mask_row=True), cache, manifest
-    )
-    assert "grown from 2000 to 2048 rows" in caplog.text
-    pairs = [
-        (before.get_input_embeddings(), model.get_input_embeddings()),
-        (before.lm_head, model.lm_head),
-    ]
-    for old, new in pairs:
-        assert torch.equal(new.weight[:2000], old.weight)
-        torch.testing.assert_close(new.weight[2047], old.weight.mean(dim=0))
+    settings = StudentConfig(checkpoint=str(tmp_path), add_mask_row=True)
+    model, _ = load_student(settings, cache, manifest)
+    for layer in ("model.embed_tokens.weight", "lm_head.weight"):
+        old, new = before.get_parameter(layer), model.get_parameter(layer)
+        assert torch.equal(new[:2000], old)
+        torch.testing.assert_close(new[2047], old.mean(dim=0))
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
     assert model.config.vocab_size == 2048
-
-
-def test_a_llama_student(caches: dict[str, Path], tmp_path: Path) -> None:
-    cache, manifest = caches["tiny-cross"], load_manifest(caches["tiny-cross"])
-    settings = StudentConfig(
-        architecture="llama", hidden_size=32, layers=1, heads=2, intermediate_size=32
-    )
-    model, tokenizer = load_student(settings, cache, manifest)
-    assert isinstance(model, LlamaForCausalLM)
-    model.save_pretrained(tmp_path / "llama")
-    tokenizer.backend.save_pretrained(tmp_path / "llama")
-    again, _ = load_student(StudentConfig(checkpoint=str(tmp_path / "llama")), cache, manifest)
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
-    )
-    export_student(tmp_path / "llama", tmp_path / "hf", "hf")
-    with pytest.raises(TideError, match="a2d-qwen3 is a layout of Qwen3 only"):
-        export_student(tmp_path / "llama", tmp_path / "a2d", "a2d")
-
-
-def test_a_checkpoint_that_is_no_student_is_refused(
-    caches: dict[str, Path], golden: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(golden / "dream", tmp_path / "dream")
-    for file in STUDENT_TOKENIZER.iterdir():
-        shutil.copy(file, tmp_path / "dream" / file.name)
-    with pytest.raises(TideError, match=r"model_type 'Dream'[\s\S]*qwen3, a2d-qwen3 or llama"):
-        load_student(
-            StudentConfig(checkpoint=str(tmp_path / "dream")),
-            caches["tiny-cross"],
-            load_manifest(caches["tiny-cross"]),
-        )
