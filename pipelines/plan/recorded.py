@@ -16,13 +16,12 @@ from shared.cache.vocabulary import Vocabulary
 from shared.system.errors import TideError
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method.targets import (
-    ScoreTensors,
+    Scores,
     TargetSpec,
     excluded_ids,
     extract,
     member_matrix,
     outside_sums,
-    scores_of,
 )
 from teacher_cache.run.load_engine import load_engine
 from teacher_cache.run.plan import CachePlan
@@ -70,13 +69,10 @@ class Sample:
         plan = dataclasses.replace(plan, vocabulary=self._vocabulary(spec, class_of))
         members = member_matrix(class_of, classes) if classes > 1 else None
         spec = dataclasses.replace(spec, classes=classes)
-        readings = [
-            extract(logits, gold, spec, self._excluded(), members) for logits, gold in self.logits
-        ]
-        scores = [
-            scores_of([getattr(reading, f.name).numpy() for f in dataclasses.fields(ScoreTensors)], spec)
-            for reading in readings
-        ]
+        scores = []
+        for logits, gold in self.logits:
+            fields = extract(logits, gold, spec, self._excluded(), members)
+            scores.append(Scores(**{name: cells.numpy() for name, cells in fields.items()}))
         return plan.layout, finish_unit(plan, self.work, scores)[0]
 
     def _excluded(self) -> Tensor:
@@ -92,7 +88,7 @@ class Sample:
             self._excluded(),
         )
         for logits, gold in self.fit:
-            ids.append(extract(logits, gold, spec, excluded).ids.numpy().reshape(-1))
+            ids.append(extract(logits, gold, spec, excluded)["topk_ids"].numpy().reshape(-1))
             total += outside_sums(logits, spec, excluded).double().numpy()
         return Vocabulary.of(
             class_of, total, sum(len(gold) for _, gold in self.fit), np.concatenate(ids)

@@ -68,13 +68,7 @@ class _Work:
     def batches(self) -> list[list[Pack]]:
         """The requests as the engine lays them out."""
         budget = self.config.engine.tokens_per_batch
-        return lay_out(
-            self.entry.attention,
-            self.requests,
-            int(self.entry.shift),
-            budget,
-            int(self.sizes.hidden_size),
-        )
+        return lay_out(self.entry.attention, self.requests, int(self.entry.shift), budget)
 
     def engine(self, on_gpu: bool) -> TransformersEngine:
         """The engine with a model of these sizes."""

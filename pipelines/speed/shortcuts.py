@@ -113,7 +113,7 @@ def _teachers() -> dict[str, tuple[float, float]]:
         )
         rows = sum(
             pack.width
-            for pack in pack_requests(attention, asked, budget=16_384, model_width=_TRUE_WIDTH)
+            for pack in pack_requests(attention, asked, budget=16_384)
         )
         batches = _in_batches(attention, asked)
         whole = sum(_width(attention, part[0]) * len(part) for part in batches)

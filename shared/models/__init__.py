@@ -1,1 +1,1 @@
-"""Checkpoints as the hub has them, opened as stock transformers models: what both stages need of a model."""
+"""Checkpoints of the hub, opened as stock transformers models."""

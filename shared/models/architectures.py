@@ -1,7 +1,8 @@
 """How checkpoints of the hub become stock transformers models.
 
-No modelling code: an architecture names the transformers class, translates the config, and says which of the
-checkpoint's tensors have other names there. transformers' own loader renames, splits and stacks them.
+No modelling code: an architecture names the transformers class, translates the config, and says
+which of the checkpoint's tensors are called differently there. transformers' own loader renames,
+splits and stacks them.
 """
 
 from __future__ import annotations
@@ -11,20 +12,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from transformers import (
-    Glm4MoeConfig,
-    Glm4MoeForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -41,8 +30,11 @@ FUSED_QKV = "attention.query_key_value"
 SPLIT_QKV = tuple(f"self_attn.{x}_proj" for x in "qkv")
 
 
-class FusedGlm4Moe(Glm4MoeForCausalLM):
-    """GLM-4's MoE. Under this name transformers knows that the checkpoint keeps query, key and value in one tensor."""
+class FusedGlm4Moe(transformers.Glm4MoeForCausalLM):
+    """GLM-4's MoE from checkpoints that keep query, key and value in one tensor.
+
+    A class of its own, so that transformers splits them under this name alone.
+    """
 
 
 def split_qkv(fused: torch.Tensor, config: Any) -> tuple[torch.Tensor, ...]:
@@ -72,10 +64,11 @@ register_checkpoint_conversion_mapping(
 
 @dataclass(frozen=True)
 class Architecture:
-    """One layout of checkpoints: the config's model types, the transformers class, and what is called differently.
+    """One layout of checkpoints.
 
-    `renames`: regular expressions of the checkpoint's tensor names, and what stands in their place in the model.
-    `fixed`: keys of the config that must be as the transformers class has it.
+    `model_types`: what a config of it calls itself. `config`: its translation. `renames`: regular
+    expressions of the checkpoint's tensor names, and what stands there in the model's. `fixed`:
+    keys of the config that must be as the transformers class has it.
     """
 
     model_types: tuple[str, ...]
@@ -92,33 +85,29 @@ class Architecture:
         )
 
     def stock_name(self, key: str) -> str:
-        """A tensor's name with the renames applied; an expert's matrix and fused projections stay by themselves."""
+        """A tensor's name after `renames`; nothing is split or stacked."""
         renamings = [WeightRenaming(old, new) for old, new in self.renames.items()]
         return rename_source_key(key, renamings, [])[0]
 
 
-def _rope(raw: RawConfig) -> dict[str, Any]:
-    """As transformers 5 has it (`rope_parameters`), also from transformers 4 (`rope_theta`, `rope_scaling`)."""
-    stored, scaling = raw.get("rope_parameters"), dict(raw.get("rope_scaling") or {})
+def _common(raw: RawConfig) -> dict[str, Any]:
+    """Special ids, and rope as transformers 5 has it, also of configs that transformers 4 wrote."""
+    special = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
+    scaling = dict(raw.get("rope_scaling") or {})
     theta = float(raw.get("rope_theta", 10_000.0))
-    if stored:
-        return dict(stored)
-    return {"rope_type": scaling.pop("type", "default"), **scaling, "rope_theta": theta}
+    old = {"rope_type": scaling.pop("type", "default"), **scaling, "rope_theta": theta}
+    rope = dict(raw.get("rope_parameters") or old)
+    return {**{name: raw.get(name) for name in special}, "rope_parameters": rope}
 
 
-def _special(raw: RawConfig) -> dict[str, Any]:
-    names = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
-    return {name: raw.get(name) for name in names}
-
-
-def _llama(raw: RawConfig) -> LlamaConfig:
-    names = {field.name for field in fields(LlamaConfig)} - {"architectures"}
+def _llama(raw: RawConfig) -> PreTrainedConfig:
+    names = {field.name for field in fields(transformers.LlamaConfig)} - {"architectures"}
     values = {name: raw[name] for name in raw if name in names}
-    return LlamaConfig(**{**values, "rope_parameters": _rope(raw), **_special(raw)})
+    return transformers.LlamaConfig(**{**values, **_common(raw)})
 
 
-def _llada(raw: RawConfig) -> LlamaConfig:
-    return LlamaConfig(
+def _llada(raw: RawConfig) -> PreTrainedConfig:
+    return transformers.LlamaConfig(
         vocab_size=raw.get("embedding_size") or raw["vocab_size"],
         hidden_size=raw["d_model"],
         intermediate_size=raw.get("mlp_hidden_size") or raw["mlp_ratio"] * raw["d_model"],
@@ -128,40 +117,40 @@ def _llada(raw: RawConfig) -> LlamaConfig:
         hidden_act=raw["activation_type"],
         max_position_embeddings=raw["max_sequence_length"],
         rms_norm_eps=raw["rms_norm_eps"],
-        rope_parameters=_rope(raw),
         tie_word_embeddings=raw["weight_tying"],
         attention_bias=raw["include_qkv_bias"],
         mlp_bias=raw["include_bias"],
-        **_special(raw),
+        **_common(raw),
     )
 
 
 def _qwen(raw: RawConfig, *more: str) -> dict[str, Any]:
     """What the configs of the Qwen family name alike, and the keys in `more`."""
-    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-             "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", *more)  # fmt: skip
-    values = {name: raw[name] for name in names}
-    return {**values, "rope_parameters": _rope(raw), **_special(raw)}
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps",
+             "tie_word_embeddings", *more)  # fmt: skip
+    return {**{name: raw[name] for name in names}, **_common(raw)}
+
+
+def _qwen2(raw: RawConfig) -> PreTrainedConfig:
+    values = _qwen(raw, "intermediate_size")
+    return transformers.Qwen2Config(**values, use_sliding_window=False)
 
 
 def _head_dim(raw: RawConfig) -> int:
     return raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
 
 
-def _qwen2(raw: RawConfig) -> Qwen2Config:
-    return Qwen2Config(**_qwen(raw, "intermediate_size"), use_sliding_window=False)
-
-
-def _qwen3(raw: RawConfig) -> Qwen3Config:
-    return Qwen3Config(
+def _qwen3(raw: RawConfig) -> PreTrainedConfig:
+    return transformers.Qwen3Config(
         **_qwen(raw, "intermediate_size"),
         head_dim=_head_dim(raw),
         attention_bias=raw.get("attention_bias", False),
     )
 
 
-def _llada_moe(raw: RawConfig) -> Qwen3MoeConfig:
-    return Qwen3MoeConfig(
+def _llada_moe(raw: RawConfig) -> PreTrainedConfig:
+    return transformers.Qwen3MoeConfig(
         **_qwen(raw, "num_experts", "num_experts_per_tok"),
         head_dim=_head_dim(raw),
         intermediate_size=raw["dense_intermediate_size"],
@@ -173,13 +162,13 @@ def _llada_moe(raw: RawConfig) -> Qwen3MoeConfig:
     )
 
 
-def _llada2_moe(raw: RawConfig) -> Glm4MoeConfig:
+def _llada2_moe(raw: RawConfig) -> PreTrainedConfig:
     values = _qwen(
         raw, "intermediate_size", "moe_intermediate_size", "num_experts_per_tok", "n_group",
         "topk_group", "first_k_dense_replace", "routed_scaling_factor",
     )  # fmt: skip
     values["rope_parameters"]["partial_rotary_factor"] = raw.get("partial_rotary_factor", 1.0)
-    return Glm4MoeConfig(
+    return transformers.Glm4MoeConfig(
         **values,
         head_dim=_head_dim(raw),
         attention_bias=raw.get("use_qkv_bias", False),
@@ -191,10 +180,10 @@ def _llada2_moe(raw: RawConfig) -> Glm4MoeConfig:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(("llama",), LlamaForCausalLM, _llama),
+    "llama": Architecture(("llama",), transformers.LlamaForCausalLM, _llama),
     "llada": Architecture(
         ("llada",),
-        LlamaForCausalLM,
+        transformers.LlamaForCausalLM,
         _llada,
         {
             r"^model\.transformer\.wte\.": "model.embed_tokens.",
@@ -210,16 +199,22 @@ ARCHITECTURES: dict[str, Architecture] = {
             r"\.ff_out\.": ".mlp.down_proj.",
         },
         {
-            "block_type": ("llama",), "block_group_size": (1,), "layer_norm_type": ("rms",), "rope": (True,),
-            "layer_norm_with_affine": (True,), "rope_full_precision": (True,), "tie_word_embeddings": (True, False),
-            "mlp_ratio": (), "vocab_size": (),
+            "block_type": ("llama",), "block_group_size": (1,), "layer_norm_type": ("rms",),
+            "rope": (True,), "layer_norm_with_affine": (True,), "rope_full_precision": (True,),
+            "tie_word_embeddings": (True, False), "mlp_ratio": (), "vocab_size": (),
         },
     ),
-    "dream": Architecture(("Dream",), Qwen2ForCausalLM, _qwen2, {}, {"head_dim": (), "attention_bias": ()}),
-    "qwen3": Architecture(("qwen3", "a2d-qwen3", "wedlm", "sdar"), Qwen3ForCausalLM, _qwen3, {}, {"qk_norm": (True,)}),
+    "dream": Architecture(
+        ("Dream",),
+        transformers.Qwen2ForCausalLM, _qwen2, {}, {"head_dim": (), "attention_bias": ()},
+    ),
+    "qwen3": Architecture(
+        ("qwen3", "a2d-qwen3", "wedlm", "sdar"),
+        transformers.Qwen3ForCausalLM, _qwen3, {}, {"qk_norm": (True,)},
+    ),
     "llada_moe": Architecture(
         ("lladamoe", "llada_moe", "llada"),  # the published ones say llada
-        Qwen3MoeForCausalLM,
+        transformers.Qwen3MoeForCausalLM,
         _llada_moe,
         {},
         {
@@ -240,8 +235,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             r"\.mlp\.gate\.expert_bias": ".mlp.gate.e_score_correction_bias",
         },
         {
-            "score_function": ("sigmoid",), "router_dtype": ("fp32", "float32"), "use_rmsnorm": (True,),
-            "moe_router_enable_expert_bias": (True,), "rotary_dim": (),
+            "score_function": ("sigmoid",), "router_dtype": ("fp32", "float32"),
+            "use_rmsnorm": (True,), "moe_router_enable_expert_bias": (True,), "rotary_dim": (),
         },
     ),
 }  # fmt: skip

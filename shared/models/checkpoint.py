@@ -13,8 +13,6 @@ from huggingface_hub import snapshot_download
 from shared.system.errors import TideError
 from shared.system.files import read_json, refuse_odd
 
-_EMBEDDED = "embedded:"
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -37,27 +35,19 @@ class Checkpoint:
     def special_ids(self, role: str) -> list[int]:
         """The config's ids for `role` (`eos`, `pad`): none, one, or several."""
         value = self.config.get(f"{role}_token_id")
-        return (
-            []
-            if value is None
-            else [int(i) for i in (value if isinstance(value, list) else [value])]
-        )
+        if value is None:
+            return []
+        return [int(i) for i in (value if isinstance(value, list) else [value])]
 
     @property
     def weight_files(self) -> list[Path]:
-        """The safetensors files, all that the index names where there is one."""
+        """The safetensors files, all that an index names where there is one. TideError for none."""
         index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            names = _indexed(index)
-            missing = [name for name in names if not (self.folder / name).exists()]
-            if missing:
-                raise TideError(
-                    f"{self.folder} lacks {len(missing)} of {len(names)} weight files: {', '.join(missing[:5])}",
-                    fix="download the checkpoint again",
-                )
-            return self._regular([self.folder / name for name in names])
         single = self.folder / "model.safetensors"
-        files = [single] if single.exists() else sorted(self.folder.glob("*.safetensors"))
+        if index.exists():
+            files = _indexed(index)
+        else:
+            files = [single] if single.exists() else sorted(self.folder.glob("*.safetensors"))
         if not files:
             pickled = [p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
             raise TideError(
@@ -66,10 +56,6 @@ class Checkpoint:
                 expected="model.safetensors, or shards with model.safetensors.index.json",
                 fix="convert the weights to safetensors; pickles can run code and are never loaded",
             )
-        return self._regular(files)
-
-    @staticmethod
-    def _regular(files: list[Path]) -> list[Path]:
         for file in files:
             refuse_odd(file)
         return files
@@ -83,76 +69,71 @@ class Checkpoint:
         return digest.hexdigest()[:32]
 
 
-def _indexed(index: Path) -> list[str]:
-    """The files that an index names, in order. TideError where it is no index, or a name leads out of the folder."""
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index names, which must lie beside it."""
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
-        if not all(isinstance(name, str) for name in names):
-            raise ValueError("a file has no name")
+        strange = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]
+    except TideError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, TideError):
-            raise
         raise TideError(
             f"{index} is no index of weights: {error}", fix="download the checkpoint again"
         ) from error
-    strange = [
-        name for name in names if Path(name).name != name or not name.endswith(".safetensors")
-    ]
     if strange or not names:
         raise TideError(
             f"{index} names {strange[0][:200]!r}" if strange else f"{index} names no file",
             expected="safetensors files in the same folder",
             fix="download the checkpoint again, from a place that you trust",
         )
-    return names
+    missing = [name for name in names if not (index.parent / name).exists()]
+    if missing:
+        raise TideError(
+            f"{index.parent} lacks {len(missing)} of {len(names)} weight files: "
+            f"{', '.join(missing[:5])}",
+            fix="download the checkpoint again",
+        )
+    return [index.parent / name for name in names]
 
 
 def resolve(location: str) -> str:
     """A path or hub id as it is; `embedded:NAME` as the folder inside the package."""
-    if not location.startswith(_EMBEDDED):
+    if not location.startswith("embedded:"):
         return location
-    package, _, name = location.removeprefix(_EMBEDDED).partition("/")
+    package, _, name = location.removeprefix("embedded:").partition("/")
     return str(Path(str(resources.files(package))) / name)
 
 
 def open_checkpoint(location: str, weights: bool = True) -> Checkpoint:
-    """Find a checkpoint by path or hub id (fetched if need be, with or without its weights) and read its config."""
+    """Find a checkpoint by path or hub id and read its config. TideError where there is none.
+
+    From the hub it is fetched if need be, with or without its weights.
+    """
     folder = Path(location)
-    if "\0" in location:
-        raise TideError(
-            f"{location!r} is no path", expected="a checkpoint's folder, or a hub id OWNER/NAME"
-        )
-    if not folder.is_dir():
-        if location.startswith((".", "/", "~")) or location.count("/") != 1:
+    if "\0" in location or not folder.is_dir():
+        if "\0" in location or location.startswith((".", "/", "~")) or location.count("/") != 1:
             raise TideError(
-                f"there is no folder {location}",
+                f"there is no folder {location!r}",
                 expected="a checkpoint's folder, or a hub id OWNER/NAME",
             )
+        patterns = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+        patterns += ["*.safetensors"] if weights else []
         try:
-            patterns = [
-                "*.json",
-                *(["*.safetensors"] if weights else []),
-                "*.jinja",
-                "*.txt",
-                "*.model",
-                "*.tiktoken",
-            ]
             folder = Path(snapshot_download(location, allow_patterns=patterns))
-        except (
-            Exception
-        ) as error:  # the hub client raises many types, all about reaching or finding the model
+        except Exception as error:  # the client raises many types, all about reaching the model
             raise TideError(
                 f"{location} could not be fetched from the hub: {str(error).splitlines()[0]}",
                 expected="a folder, or a hub id that can be reached",
-                fix="check the name and the network, or download the model and give its path (--model PATH)",
+                fix="check the name and the network, or download the model and give its path "
+                "(--model PATH)",
             ) from error
     try:
         config = read_json(folder / "config.json")
         if not isinstance(config, dict):
             raise ValueError("it is no object")
+    except TideError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, TideError):
-            raise
         raise TideError(
             f"{folder} has no readable config.json: {error}", fix="download the checkpoint again"
         ) from error

@@ -1,8 +1,9 @@
 """Every key of a checkpoint's config is obeyed, known to change nothing, or refused by name.
 
-A key that a key map does not read could change what the model computes, in silence. One that is off (null, false, 0,
-empty) changes nothing. Of the others `HARMLESS` are those without influence on logits, and `FIXED` those that must have
-the value for which the transformers class is written; so must what an architecture fixes of its own.
+A key that no translation reads could change what the model computes, in silence. One that is off
+(null, false, 0, empty) changes nothing. Of the others `HARMLESS` have no influence on logits, and
+`FIXED` must have the value for which the transformers class is written; so must what an
+architecture fixes of its own.
 """
 
 from __future__ import annotations
@@ -14,34 +15,37 @@ from shared.system.errors import TideError
 
 HARMLESS = frozenset({
     # what it is, and who wrote it
-    "architectures", "auto_map", "model_type", "dtype", "torch_dtype", "transformers_version", "tokenizer_class",
-    "attn_implementation", "unsloth_version", "is_llama_config", "transformers.js_config", "model_max_length",
-    "unsloth_fixed", "save_dtype", "language", "name", "license", "task_specific_params", "id2label", "label2id",
-    "num_labels", "problem_type", "finetuning_task", "prefix",
+    "architectures", "auto_map", "model_type", "dtype", "torch_dtype", "transformers_version",
+    "tokenizer_class", "attn_implementation", "unsloth_version", "is_llama_config",
+    "transformers.js_config", "model_max_length", "unsloth_fixed", "save_dtype", "language", "name",
+    "license", "task_specific_params", "id2label", "label2id", "num_labels", "problem_type",
+    "finetuning_task", "prefix",
     # special ids, which are read elsewhere
-    "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "sep_token_id", "decoder_start_token_id",
+    "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "sep_token_id",
+    "decoder_start_token_id",
     # how text is generated: never by these keys here
-    "max_length", "min_length", "num_beams", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
-    "length_penalty", "num_return_sequences", "num_beam_groups", "do_sample", "block_size", "mask_id",
-    "wedlm_window_size", "wedlm_entropy_threshold", "wedlm_pos_penalty_factor", "generation_config",
+    "max_length", "min_length", "num_beams", "temperature", "top_k", "top_p", "typical_p",
+    "repetition_penalty", "length_penalty", "num_return_sequences", "num_beam_groups", "do_sample",
+    "block_size", "mask_id", "wedlm_window_size", "wedlm_entropy_threshold",
+    "wedlm_pos_penalty_factor", "generation_config",
     # how it is trained and run
-    "use_cache", "return_dict", "return_dict_in_generate", "initializer_range", "init_device", "init_fn", "init_std",
-    "init_cutoff_factor", "precision", "flash_attention", "use_flash_attn", "use_flash_attention",
-    "router_aux_loss_coef", "output_router_logits", "pretraining_tp", "fuse_cross_entropy", "ep_size", "micro_forward",
-    "skip_checkpoint", "use_deepep", "debug", "chunk_size_feed_forward",
+    "use_cache", "return_dict", "return_dict_in_generate", "initializer_range", "init_device",
+    "init_fn", "init_std", "init_cutoff_factor", "precision", "flash_attention", "use_flash_attn",
+    "use_flash_attention", "router_aux_loss_coef", "output_router_logits", "pretraining_tp",
+    "fuse_cross_entropy", "ep_size", "micro_forward", "skip_checkpoint", "use_deepep", "debug",
+    "chunk_size_feed_forward",
     # of what is off: ALiBi, windows, the norm that attention_layer_norm would add
     "alibi_bias_max", "max_window_layers", "sliding_window", "attention_layer_norm_with_affine",
 })  # fmt: skip
 
+# The values that a key may have; none: any, since the key follows from others.
 Fixed = Mapping[str, tuple[Any, ...]]
-"""The values that a key may have; none: any, since the key follows from others."""
 
 FIXED: Fixed = {
     "use_sliding_window": (False,),
     "is_encoder_decoder": (False,),
     "is_decoder": (False, True),
 }
-"""Of every architecture; each has its own beside them."""
 
 
 class Read(dict[str, Any]):
@@ -62,43 +66,35 @@ class Read(dict[str, Any]):
 
 
 def refuse_unread(config: Read, own: Fixed, source: str) -> None:
-    """TideError where a key that was not asked for may change what the model computes. `own`: what the architecture
-    fixes.
+    """TideError where a key that was not asked for may change what the model computes.
+
+    `own`: what the architecture fixes.
     """
-    fixed = {**FIXED, **own}
-    wrong, unknown = [], []
-    read = set(config.keys_read)
+    fixed, read = {**FIXED, **own}, set(config.keys_read)
+    unknown = []
     for key, value in config.items():
-        if key in fixed and value is not None:
-            if fixed[key] and value not in fixed[key]:
-                wrong.append((key, value, fixed[key]))
-        elif key == "layer_types":
-            if not isinstance(value, list | tuple | None) or set(value or ()) - {"full_attention"}:
-                wrong.append((key, value, ("full_attention alone",)))
-        elif key not in read and not _harmless(key) and not _off(value):
-            unknown.append((key, value))
-    if wrong:
-        key, value, allowed = wrong[0]
-        raise TideError(
-            f"{key} in the config of {source} is {str(value)[:80]}: such a model is not built here",
-            expected=" or ".join(map(str, allowed)),
-            fix="use another checkpoint",
-        )
+        # 1. A value for which the class is not written.
+        allowed: tuple[Any, ...] = fixed.get(key, ())
+        wrong = bool(allowed) and value is not None and value not in allowed
+        if key == "layer_types":
+            allowed = ("full_attention alone",)
+            wrong = not isinstance(value, list | None) or set(value or ()) - {"full_attention"}
+        if wrong:
+            raise TideError(
+                f"{key} in the config of {source} is {str(value)[:80]}, and no such model is built",
+                expected=" or ".join(map(str, allowed)),
+                fix="use another checkpoint",
+            )
+        # 2. A key that nothing reads. Notes of libraries begin with _; dropout is never used.
+        known = key in read or key in fixed or key in HARMLESS or key == "layer_types"
+        known = known or key.startswith("_") or key.endswith(("dropout", "pdrop"))
+        off = value is None or value is False or value in (0, "", (), [], {})
+        if not known and not off:
+            unknown.append(f"{key} ({str(value)[:40]})")
     if unknown:
-        listed = ", ".join(f"{key} ({str(value)[:40]})" for key, value in unknown[:5])
         raise TideError(
-            f"the config of {source} has keys that nothing here reads, and that may change what the model computes: "
-            f"{listed}",
-            fix="if they change nothing, take them out of config.json in a copy of the folder; else use another "
-            "checkpoint",
+            f"the config of {source} has keys that nothing here reads, and that may change what "
+            f"the model computes: {', '.join(unknown[:5])}",
+            fix="if they change nothing, take them out of config.json in a copy of the folder; "
+            "else use another checkpoint",
         )
-
-
-def _harmless(key: str) -> bool:
-    """Of the list, a library's own note (`_name_or_path`, …), or a dropout, which is never used."""
-    return key in HARMLESS or key.startswith("_") or key.endswith(("dropout", "pdrop"))
-
-
-def _off(value: Any) -> bool:
-    """Null, false, 0 or empty."""
-    return value is None or value is False or value in (0, "", (), [], {})

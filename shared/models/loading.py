@@ -1,6 +1,6 @@
-"""Models from checkpoints, from a config alone, and new ones; all of them stock classes of transformers.
+"""Models from checkpoints, from a config alone, and new ones; all of transformers' stock classes.
 
-A checkpoint is loaded by transformers' own `from_pretrained`, which is fed with the tensors of its safetensors files:
+A checkpoint is loaded by transformers' own `from_pretrained`, fed with the tensors of its files:
 code, adapters and settings that lie beside them play no part.
 """
 
@@ -11,18 +11,12 @@ from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import (
-    BitsAndBytesConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from shared.models.architectures import ARCHITECTURES, Architecture
@@ -46,9 +40,10 @@ def load_model(
 ) -> PreTrainedModel:
     """The model on `device` in `dtype`, in evaluation mode, under SDPA attention.
 
-    `device_map`: `auto` and `balanced` spread the layers evenly over the GPUs, `sequential` fills one after the other;
-    what fits no GPU stays in host memory. `quantization`: all linear layers but the head in 8 bits (LLM.int8) or 4
-    (NF4). TideError names tensors that nothing takes, parameters that nothing fills, and shapes that do not match.
+    `device_map`: `auto` and `balanced` spread the layers evenly over the GPUs, `sequential` fills
+    one after the other; what fits no GPU stays in host memory. `quantization`: all linear layers
+    but the head in 8 bits (LLM.int8) or 4 (NF4). TideError names tensors that nothing takes,
+    parameters that nothing fills, and shapes that do not match.
     """
     with ExitStack() as files:
         tensors = _tensors(checkpoint, files)
@@ -57,7 +52,7 @@ def load_model(
 
 
 def check_weights(checkpoint: Checkpoint, architecture: str) -> None:
-    """The same account of every tensor as in `load_model`, from the files' headers alone. TideError as there."""
+    """The account that `load_model` takes of every tensor, from the files' headers alone."""
     with ExitStack() as files:
         shapes = {key: tensor.get_shape() for key, tensor in _tensors(checkpoint, files).items()}
     empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
@@ -65,7 +60,7 @@ def check_weights(checkpoint: Checkpoint, architecture: str) -> None:
 
 
 def head_rows(checkpoint: Checkpoint, architecture: str) -> Float[Tensor, "vocab width"]:
-    """The LM head's rows in float32; the embedding's where the two are tied. TideError where there are none."""
+    """The LM head's rows in float32; the embedding's where the two are tied."""
     kind = _architecture(checkpoint, architecture)
     with ExitStack() as files:
         tensors = {kind.stock_name(key): t for key, t in _tensors(checkpoint, files).items()}
@@ -88,7 +83,8 @@ def _tensors(checkpoint: Checkpoint, files: ExitStack) -> dict[str, Any]:
             raise TideError(
                 f"{file} is no whole safetensors file: {error}", fix="download this file again"
             ) from error
-        tensors |= {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 - no mapping
+        for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+            tensors[key] = handle.get_slice(key)
     return tensors
 
 
@@ -100,7 +96,7 @@ def _from_pretrained(
     device_map: Any,
     quantization: str | None = None,
 ) -> PreTrainedModel:
-    """transformers' own loading, with its report made an error wherever anything is left over or missing."""
+    """transformers' own loading; whatever its report finds left over or missing is an error."""
     kind, folder = _architecture(checkpoint, architecture), checkpoint.folder
     misfit = f"{folder} does not fit its architecture {architecture}"
     fix = "check that config.json and the weights belong together"
@@ -109,24 +105,33 @@ def _from_pretrained(
     layers = checkpoint.config.get("num_hidden_layers") or checkpoint.config.get("n_layers")
     if isinstance(layers, int) and layers > len(tensors):
         raise TideError(
-            f"the config of {folder} asks for {layers} layers, its files hold {len(tensors)} tensors",
+            f"the config of {folder} has {layers} layers, its files hold {len(tensors)} tensors",
             expected="at least one tensor a layer",
             fix=fix,
         )
 
     # 2. The config, in which every key is obeyed or refused.
     config = _empty_model(kind, checkpoint.config, str(folder)).config
-    quantized = None if quantization is None else _bitsandbytes(quantization, config, dtype)
+    if quantization is not None and hasattr(config, "num_experts_per_tok"):
+        raise TideError(
+            f"engine.quantization={quantization} covers linear layers; this teacher keeps its "
+            f"experts in stacked tensors, which would stay in {dtype}",
+            fix="use engine.device_map=auto where one GPU is too small",
+        )
+    quantized = None if quantization is None else _bitsandbytes(quantization, dtype)
 
     # 3. The weights. transformers' bar and log are still: the error below says what its log would.
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    level, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:
         model, report = kind.model_class.from_pretrained(
-            None, config=config, state_dict=tensors, key_mapping=dict(kind.renames), dtype=dtype, device_map=device_map,
-            quantization_config=quantized, ignore_mismatched_sizes=True, output_loading_info=True,
-            offload_buffers=True,
+            None, config=config, state_dict=tensors, key_mapping=dict(kind.renames), dtype=dtype,
+            device_map=device_map, offload_buffers=True, quantization_config=quantized,
+            ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
     except ValueError as error:
         if "disk" not in str(error):
@@ -165,49 +170,43 @@ def _from_pretrained(
     return model.requires_grad_(False)
 
 
-def _architecture(checkpoint: Checkpoint, name: str) -> Architecture:
-    if name not in ARCHITECTURES:
-        raise TideError(
-            f"unknown architecture {name!r}", expected=f"one of {', '.join(sorted(ARCHITECTURES))}"
-        )
-    architecture, model_type = ARCHITECTURES[name], checkpoint.config.get("model_type")
-    if model_type not in architecture.model_types:
-        raise TideError(
-            f"{checkpoint.folder} has a config of model_type {model_type!r}",
-            expected=f"{' or '.join(map(repr, architecture.model_types))} for the architecture {name}",
-            fix="choose the teacher that this checkpoint belongs to, or another checkpoint",
-        )
-    return architecture
-
-
-def architecture_of(checkpoint: Checkpoint) -> str:
-    """The first architecture that takes a config of this model type. TideError where none does."""
-    kind = checkpoint.config.get("model_type")
-    for name, architecture in ARCHITECTURES.items():
-        if kind in architecture.model_types:
-            return name
-    raise TideError(
-        f"{checkpoint.folder} has a config of model_type {kind!r}",
-        expected="a model type of one of " + ", ".join(sorted(ARCHITECTURES)),
-    )
-
-
-def _bitsandbytes(kind: str, config: Any, dtype: torch.dtype) -> BitsAndBytesConfig:
-    if hasattr(config, "num_experts_per_tok"):
-        raise TideError(
-            f"engine.quantization={kind} covers linear layers; this teacher keeps its experts in stacked tensors, "
-            f"which would stay in {dtype}",
-            fix="leave engine.quantization out, and use engine.device_map=auto where one GPU is too small",
-        )
+def _bitsandbytes(quantization: str, dtype: torch.dtype) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise TideError(
             "engine.quantization needs bitsandbytes, which is not installed",
             fix='pip install ".[quant]", or leave engine.quantization out',
         )
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
+    if quantization == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
+
+
+def _architecture(checkpoint: Checkpoint, name: str) -> Architecture:
+    if name not in ARCHITECTURES:
+        raise TideError(
+            f"unknown architecture {name!r}", expected=f"one of {', '.join(sorted(ARCHITECTURES))}"
+        )
+    kinds, model_type = ARCHITECTURES[name].model_types, checkpoint.config.get("model_type")
+    if model_type not in kinds:
+        raise TideError(
+            f"{checkpoint.folder} has a config of model_type {model_type!r}",
+            expected=f"{' or '.join(map(repr, kinds))} for the architecture {name}",
+            fix="choose the teacher that this checkpoint belongs to, or another checkpoint",
+        )
+    return ARCHITECTURES[name]
+
+
+def architecture_of(checkpoint: Checkpoint) -> str:
+    """The first architecture that takes a config of this model type. TideError where none does."""
+    model_type = checkpoint.config.get("model_type")
+    for name, architecture in ARCHITECTURES.items():
+        if model_type in architecture.model_types:
+            return name
+    raise TideError(
+        f"{checkpoint.folder} has a config of model_type {model_type!r}",
+        expected="a model type of one of " + ", ".join(sorted(ARCHITECTURES)),
     )
 
 
@@ -245,27 +244,20 @@ def random_model(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """The model with random weights (normal, standard deviation 0.02; norms 1), to measure speed and memory with."""
-    model: Any = meta_model(architecture, config)
-    for name, parameter in list(model.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
-        tensor = tensor.fill_(1.0) if parameter.dim() == 1 else tensor.normal_(std=0.02)
-        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensor, requires_grad=False))
-    model.tie_weights()
-    return model.to(device=device).eval()
+    """The model with random weights, to measure speed and memory with."""
+    kind = ARCHITECTURES[architecture]
+    empty = meta_model(architecture, config)
+    with torch.device(device):
+        model = kind.model_class._from_config(empty.config, dtype=dtype)
+    return model.requires_grad_(False).eval()
 
 
 def new_model(
     shape: ModelShape, tokenizer: Tokenizer, mask_id: int, positions: int
 ) -> PreTrainedModel:
-    """A student of `shape` for `tokenizer`, embedding and head tied, its weights random; seed torch first."""
-    kinds: dict[str, Any] = {
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-        "llama": (LlamaConfig, LlamaForCausalLM),
-    }
-    config_class, model_class = kinds[shape.architecture]
-    config = config_class(
+    """A student of `shape` for `tokenizer`, embedding and head tied; seed torch first."""
+    model_class: Any = ARCHITECTURES[shape.architecture].model_class
+    config = model_class.config_class(
         vocab_size=max(len(tokenizer), mask_id + 1),
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
@@ -285,10 +277,10 @@ def new_model(
 
 
 def compile_layers(model: Any) -> None:
-    """Compile each decoder layer in place (torch.compile). Weights keep their names; the layers share what is compiled,
-    and sizes are symbols of it, so that batches of other lengths compile nothing anew.
+    """Compile each decoder layer in place; of one with experts the attention alone.
 
-    Of a layer with experts, whose shapes depend on values, the attention alone.
+    (Shapes of experts depend on values.) Weights keep their names. The layers share what is
+    compiled, and sizes are symbols of it, so that batches of other lengths compile nothing anew.
     """
     for layer in model.model.layers:
         whole = not hasattr(layer.mlp, "experts")

@@ -1,7 +1,7 @@
-"""Full attention over sequences that lie one behind the other: no padding, and no mask, which flash kernels refuse.
+"""Full attention over sequences that lie one behind the other: no padding, and no mask.
 
-transformers' models find it as the attention implementation `tide_packed`. The ends of the sequences come as keyword
-arguments of the forward, under the names that transformers gives them for its own packed batches.
+transformers' models find it as the attention implementation `tide_packed`. The sequences' ends come
+as keyword arguments of the forward, under the names of transformers' own packed batches.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 PACKED = "tide_packed"
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def use_packed_attention(model: Any) -> None:
@@ -27,8 +26,9 @@ def use_packed_attention(model: Any) -> None:
 
 
 def packed_arguments(ends: Int[Tensor, " edges"], longest: int) -> dict[str, Any]:
-    """What the forward of such a model takes beside ids and positions. `ends`: 0, and where each sequence ends, int32;
-    `longest`: tokens of the longest.
+    """What the forward of such a model takes beside ids and positions.
+
+    `ends`: 0, and where each sequence ends, int32; `longest`: tokens of the longest.
     """
     # Of four dimensions, so that transformers makes none of its own; nobody reads it.
     unread = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=ends.device)
@@ -47,9 +47,9 @@ def _attend(
     """transformers' contract of an attention function."""
     ends, longest = arguments["cu_seq_lens_q"], arguments["max_length_q"]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.is_cuda and query.dtype in _HALF:
+    grouped = query.shape[1] != key.shape[1]
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-        grouped = query.shape[1] != key.shape[1]
         out: Any = varlen_attn(
             q, k, v, ends, ends, longest, longest, scale=scale, enable_gqa=grouped
         )
@@ -63,13 +63,13 @@ _SCHEMA = "(Tensor query, Tensor key, Tensor value, Tensor ends, float scale) ->
 
 @torch.library.custom_op("tide::packed_attention", mutates_args=(), schema=_SCHEMA)
 def _one_by_one(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> Tensor:
-    """Sequence by sequence, where PyTorch has no kernel for all of them: on a CPU, and in float32."""
+    """Sequence by sequence, where PyTorch has no kernel for all: on a CPU, and in float32."""
     out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
     grouped = query.shape[1] != key.shape[1]
     for start, end in itertools.pairwise(ends.tolist()):
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        found = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
-        out[:, start:end] = found.transpose(1, 2)
+        one = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+        out[:, start:end] = one.transpose(1, 2)
     return out
 
 

@@ -17,15 +17,15 @@ class Engine(Protocol):
     """Runs the teacher. Values do not depend on which requests are scored together."""
 
     def score(self, requests: Sequence[Request]) -> list[Scores]:
-        """Scores of each request, in order; the LM head runs at the requests' read positions only."""
+        """Scores of each request, in order; the LM head runs at the read positions only."""
         ...
 
     def outside(self, requests: Sequence[Request]) -> Float[np.ndarray, "temperatures vocab"]:
-        """Sums over all read positions of each token's probability outside of the top-k, by temperature (float64)."""
+        """Each token's probability outside of the top-k, summed over all read rows (float64)."""
         ...
 
     def use_classes(self, class_of: Int[np.ndarray, " vocab"]) -> None:
-        """From now on scores hold the masses of these classes (−1: a token in none); one class: none."""
+        """From now on scores hold the masses of these classes (−1: in none); one class: none."""
         ...
 
     def close(self) -> None:

@@ -30,8 +30,8 @@ class Pack:
     """One sequence for one or more requests, with labels that say which rows see each other.
 
     A row sees the rows of its own segment whose rank is not above its own (where it stands `alone`,
-    only those of its own block), and of segment 0, where it is in another, the earlier blocks. Under
-    full attention there is one segment, of rank 0.
+    only those of its own block), and of segment 0, where it is in another, the earlier blocks.
+    Under full attention there is one segment, of rank 0.
     """
 
     members: tuple[int, ...]  # the requests, by number
@@ -67,18 +67,12 @@ def observed_first(request: Request, block: int) -> Int[np.ndarray, " length"]:
 
 
 def pack_requests(
-    attention: Attention,
-    requests: Sequence[Request],
-    shift: int = 0,
-    budget: int = 1 << 62,
-    model_width: int | None = None,
+    attention: Attention, requests: Sequence[Request], shift: int = 0, budget: int = 1 << 62
 ) -> list[Pack]:
     """All requests, each in one pack. A pack is at most `budget` rows wide, or has one request.
 
-    `shift` 1: the row of position i − 1 answers for position i. ValueError where that asks for a row
-    before the first. `model_width`: the model's hidden size. Attention looks at all pairs of a
-    pack's rows, so that in a narrow model wide packs cost more than the rows they save: they are cut
-    where two are cheaper.
+    `shift` 1: the row of position i − 1 answers for position i. ValueError where that asks for a
+    row before the first.
     """
     for request in requests:
         if len(request.read) and request.read.min() < shift:
@@ -90,44 +84,34 @@ def pack_requests(
     together: dict[bytes, list[int]] = {}
     for i, request in enumerate(requests):
         together.setdefault(clean_ids(request).tobytes(), []).append(i)
+
+    # 2. A pack that is too wide is halved, and its halves in turn.
     make: Any = _behind_prefix if isinstance(attention, BlockCausal) else _behind_clean
-
-    def cut(members: list[int]) -> list[Pack]:
-        whole: Pack = make(attention, requests, members, shift)
-        half = len(members) // 2
-        if half == 0:
-            return [whole]
-        # 2. What is too wide is halved, and the halves in turn.
-        if whole.width > budget:
-            return cut(members[:half]) + cut(members[half:])
-        # 3. So is what costs more than its halves. Halving saves at most half of the pairs of rows,
-        # and runs segment 0 once more.
-        again = int((whole.segments == 0).sum())
-        if model_width is None or whole.width**2 <= 2 * again * 6 * model_width:
-            return [whole]
-        halves = cut(members[:half]) + cut(members[half:])
-        # In a layer a row costs 24 · width² operations, a pair of rows 4 · width.
-        costs = [pack.width * (6 * model_width + pack.width) for pack in (whole, *halves)]
-        return halves if sum(costs[1:]) < costs[0] else [whole]
-
     packs: list[Pack] = []
-    for members in together.values():
-        packs += cut(members)
+    waiting = list(together.values())
+    while waiting:
+        members = waiting.pop()
+        pack: Pack = make(attention, requests, members, shift)
+        if pack.width > budget and len(members) > 1:
+            half = len(members) // 2
+            waiting += [members[:half], members[half:]]
+        else:
+            packs.append(pack)
     return packs
 
 
 def _whole(number: int, request: Request, shift: int) -> Pack:
     """Full attention: the sequence as it is."""
-    places = np.arange(len(request.ids))
     zeros = np.zeros(len(request.ids), np.int64)
     columns = (request.read.astype(np.int64) - shift,)
+    places = np.arange(len(request.ids))
     return Pack((number,), columns, request.ids, places, zeros, zeros, zeros, zeros > 0)
 
 
 def _behind_clean(
     attention: X0Xt | Native, requests: Sequence[Request], members: Sequence[int], shift: int
 ) -> Pack:
-    """[x_0 ; x_t, x_t', …]: of x_0 the blocks before the last that is read, of each x_t those read."""
+    """[x_0 ; x_t, x_t', …]: of x_0 the blocks before the last read one, of each x_t those read."""
     block, causal = attention.block, isinstance(attention, Native)
     asked = [requests[i].read.astype(np.int64) - shift for i in members]
 
@@ -222,11 +206,6 @@ class Batch:
     row: Int[Tensor, " read"]
     column: Int[Tensor, " read"]
 
-    @property
-    def rows(self) -> int:
-        """Rows that the model runs, padding included."""
-        return int(self.arguments["input_ids"].numel())
-
 
 def fill(widths: Sequence[int], budget: int, padded: bool) -> list[list[int]]:
     """Indices in batches, longest first, of at most `budget` rows (or one pack) with padding."""
@@ -246,10 +225,10 @@ def fill(widths: Sequence[int], budget: int, padded: bool) -> list[list[int]]:
 
 
 def lay_out(
-    attention: Attention, requests: Sequence[Request], shift: int, budget: int, model_width: int
+    attention: Attention, requests: Sequence[Request], shift: int, budget: int
 ) -> list[list[Pack]]:
     """The packs of each forward pass of at most `budget` rows (see `pack_requests`)."""
-    packs = pack_requests(attention, requests, shift, budget, model_width)
+    packs = pack_requests(attention, requests, shift, budget)
     batches = fill([pack.width for pack in packs], budget, padded=not isinstance(attention, Full))
     return [[packs[i] for i in batch] for batch in batches]
 
@@ -278,33 +257,23 @@ def side_by_side(packs: Sequence[Pack], device: torch.device) -> Batch:
         return pad(labels)[0].to(device, non_blocking=True)
 
     valid = pad([pack.ids for pack in packs])[1].to(device, non_blocking=True)
-    mask = labelled_mask(
-        padded("segments"), padded("blocks"), padded("ranks"), padded("alone").bool(), valid
-    )
+    segments, blocks, ranks = padded("segments"), padded("blocks"), padded("ranks")
+    # The rule of `Pack`, for every row q and every row k: [packs, width, width].
+    q, k = (slice(None), slice(None), None), (slice(None), None, slice(None))
+    own = (segments[q] == segments[k]) & (ranks[k] <= ranks[q])
+    own &= ~padded("alone").bool()[q] | (blocks[q] == blocks[k])
+    clean = (segments[k] == 0) & (segments[q] > 0) & (blocks[k] < blocks[q])
+    # Padding is seen by none; every row sees itself, so that none is empty (NaN on some GPUs).
+    itself = torch.eye(segments.shape[1], dtype=torch.bool, device=device)
+    mask = ((own | clean) & valid[k]) | itself
     arguments = {
         "input_ids": padded("ids"),
         "position_ids": padded("positions"),
-        "attention_mask": mask,
+        "attention_mask": mask[:, None],
     }
     counts = [sum(len(column) for column in pack.columns) for pack in packs]
     row = _longs([np.repeat(np.arange(len(packs)), counts)], device)
     return Batch(arguments, row, _longs([c for pack in packs for c in pack.columns], device))
-
-
-def labelled_mask(
-    segments: Int[Tensor, "batch width"],
-    blocks: Int[Tensor, "batch width"],
-    ranks: Int[Tensor, "batch width"],
-    alone: Bool[Tensor, "batch width"],
-    valid: Bool[Tensor, "batch width"],
-) -> Bool[Tensor, "batch 1 width width"]:
-    """The rule of `Pack`. Padding is seen by none; every row sees itself, so that none is empty."""
-    q, k = (slice(None), slice(None), None), (slice(None), None, slice(None))
-    own = (segments[q] == segments[k]) & (ranks[k] <= ranks[q])
-    own &= ~alone[q] | (blocks[q] == blocks[k])
-    clean = (segments[k] == 0) & (segments[q] > 0) & (blocks[k] < blocks[q])
-    itself = torch.eye(segments.shape[1], dtype=torch.bool, device=segments.device)
-    return (((own | clean) & valid[k]) | itself)[:, None]
 
 
 def _longs(parts: Sequence[np.ndarray], device: torch.device) -> Int[Tensor, " n"]:

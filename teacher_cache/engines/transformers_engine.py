@@ -1,7 +1,7 @@
 """The reference engine: a stock transformers model.
 
-Requests are packed and batched (`packs`), run through the layers, and the LM head reads some rows at
-a time: what is kept of their logits leaves the device, the logits never do.
+Requests are packed and batched (`packs`), run through the layers, and the LM head reads some rows
+at a time: what is kept of their logits leaves the device, the logits never do.
 """
 
 from __future__ import annotations
@@ -21,13 +21,11 @@ from teacher_cache.engines.packs import Batch, Pack, lay_out, one_behind_the_oth
 from teacher_cache.method.comp_demo import Request
 from teacher_cache.method.targets import (
     Scores,
-    ScoreTensors,
     TargetSpec,
     excluded_ids,
     extract,
     member_matrix,
     outside_sums,
-    scores_of,
 )
 from teacher_cache.teachers.registry import Attention, Full
 
@@ -35,9 +33,9 @@ from teacher_cache.teachers.registry import Attention, Full
 class TransformersEngine:
     """Scores requests with `model` (see `Engine`).
 
-    `shift`: row i of the model predicts token i + 1 (Dream). `shared_ids`: only ids marked True enter
-    a top-k. `compiled`: decoder layers by torch.compile. `forward_rows` and `trunk_rows` count the
-    rows that the LM head and the layers (padding included) ran.
+    `shift`: row i of the model predicts token i + 1 (Dream). `shared_ids`: only ids marked True
+    enter a top-k. `compiled`: decoder layers by torch.compile. `forward_rows` counts
+    the rows that the LM head ran.
     """
 
     def __init__(
@@ -67,7 +65,6 @@ class TransformersEngine:
             self._excluded = torch.from_numpy(excluded_ids(shared_ids, model.config.vocab_size))
         self._members: Tensor | None = None
         self.forward_rows = 0
-        self.trunk_rows = 0
 
     def use_classes(self, class_of: Int[np.ndarray, " vocab"]) -> None:
         """From now on scores hold the masses of these classes (see `Engine`)."""
@@ -85,12 +82,12 @@ class TransformersEngine:
             # 2. Cut where one request's rows end and the next one's begin.
             members = _members(packs)
             ends = np.cumsum([len(requests[i].read) for i in members])[:-1]
-            columns = []
-            for field in dataclasses.fields(ScoreTensors):
-                whole = torch.cat([getattr(part, field.name) for part in parts]).cpu().numpy()
-                columns.append(np.split(whole, ends))
-            for i, *cells in zip(members, *columns, strict=True):
-                scores[i] = scores_of(cells, self._spec)
+            fields = {}
+            for name in parts[0]:
+                whole = torch.cat([part[name] for part in parts]).cpu().numpy()
+                fields[name] = np.split(whole, ends)
+            for n, i in enumerate(members):
+                scores[i] = Scores(**{name: cells[n] for name, cells in fields.items()})
         return [scores[i] for i in range(len(requests))]
 
     @torch.inference_mode()
@@ -118,8 +115,7 @@ class TransformersEngine:
 
     def batches(self, requests: Sequence[Request]) -> list[list[Pack]]:
         """The packs of each forward pass."""
-        width = int(self._model.config.hidden_size)
-        return lay_out(self._attention, requests, self._shift, self._tokens_per_batch, width)
+        return lay_out(self._attention, requests, self._shift, self._tokens_per_batch)
 
     def batch(self, packs: Sequence[Pack]) -> Batch:
         """The tensors of one forward pass."""
@@ -142,7 +138,6 @@ class TransformersEngine:
         gold = np.concatenate([requests[i].gold for i in _members(packs)]).astype(np.int64)
         answers = torch.from_numpy(gold).to(hidden.device)
         self.forward_rows += len(gold)
-        self.trunk_rows += batch.rows
         for start in range(0, len(gold), self._head_rows):
             rows = slice(start, start + self._head_rows)
             logits = self._model.lm_head(hidden[rows])
@@ -152,8 +147,10 @@ class TransformersEngine:
                 self._members = self._members.to(logits.device)
             yield logits, answers[rows].to(logits.device)
 
-    def readings(self, packs: Sequence[Pack], requests: Sequence[Request]) -> list[ScoreTensors]:
-        """What is kept of one batch's logits, on the device, some rows at a time."""
+    def readings(
+        self, packs: Sequence[Pack], requests: Sequence[Request]
+    ) -> list[dict[str, Tensor]]:
+        """What is kept of one batch's logits (see `extract`), some rows at a time."""
         parts = []
         for logits, gold in self._logits(packs, requests):
             parts.append(extract(logits, gold, self._spec, self._excluded, self._members))

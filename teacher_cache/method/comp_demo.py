@@ -1,8 +1,8 @@
 """CompDemo (TIDE §2.2): what the teacher sees and what is read from it.
 
 The masked units are split into A and B. Pass 1 masks B, reveals A and reads B; pass 2 the reverse.
-So the teacher answers with half of the answer at hand, while the student sees all of it masked. Off:
-one pass, everything masked.
+So the teacher answers with half of the answer at hand, while the student sees all of it masked.
+Off: one pass, everything masked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from shared.settings.config import NoiseConfig
 
 @dataclass(frozen=True)
 class Request:
-    """One forward pass of an example: ids with masks in place, positions to read, the gold ids there."""
+    """One forward pass of an example: ids with masks, positions to read, the gold ids there."""
 
     ids: Int[np.ndarray, " length"]
     read: Int[np.ndarray, " read"]
@@ -28,11 +28,11 @@ class Request:
 
 @dataclass(frozen=True)
 class TeacherView:
-    """The masked teacher positions (rising), the CompDemo part of each, and each one's active chunk.
+    """The masked teacher positions (rising), the CompDemo part of each, and its active chunk.
 
-    `in_a`: True in part A. For a shared tokenizer `chunk_of` numbers the positions themselves (every
-    masked token is a chunk of its own), and `student` has the student's positions, which may be
-    fewer than it has masked (`targets.positions`): what is not read is not masked.
+    `in_a`: True in part A. For a shared tokenizer `chunk_of` numbers the positions themselves
+    (every masked token is a chunk of its own), and `student` has the student's positions, which may
+    be fewer than it has masked (`targets.positions`): what is not read is not masked.
     """
 
     ids: Int[np.ndarray, " length"]
@@ -43,7 +43,7 @@ class TeacherView:
 
 
 def draw_for(example: Prepared, noise: NoiseConfig, draw: int) -> Draw:
-    """A draw of an example: token masks for a shared tokenizer, chunk-consistent ones across two."""
+    """A draw of an example: token masks for a shared tokenizer, chunk-consistent ones else."""
     maskable = example.maskable
     if example.shared:
         return token_draw(noise.seed, example.id, draw, maskable, noise.demo_ratio)

@@ -1,4 +1,4 @@
-"""What is kept of the teacher's logits at one row: the gold token, the top-k, and the tail's mass."""
+"""What is kept of the teacher's logits at one row: the gold token, the top-k, the tail's mass."""
 
 from __future__ import annotations
 
@@ -32,34 +32,12 @@ class Scores:
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """Which numbers to take: `k` is 0 where no top-k is cached, `classes` 1 where its tail is whole."""
+    """Which numbers to take: `k` 0: no top-k is cached; `classes` 1: its tail is kept whole."""
 
     k: int
     mass: float
     temperatures: tuple[float, ...]
     classes: int = 1
-
-
-@dataclass(frozen=True)
-class ScoreTensors:
-    """`Scores` of many rows on the logits' device; what is not taken has a dimension of 0."""
-
-    gold_logp: Float[Tensor, " read"]
-    logsumexp: Float[Tensor, " read"]
-    sizes: Int[Tensor, " read"]
-    ids: Int[Tensor, "read k"]
-    logp: Float[Tensor, "read k"]
-    odds: Float[Tensor, "read temperatures"]
-    class_mass: Float[Tensor, "read temperatures classes"]
-
-
-def scores_of(cells: list[np.ndarray], spec: TargetSpec) -> Scores:
-    """`Scores` from the arrays of a `ScoreTensors`, in their order."""
-    gold_logp, logsumexp, sizes, ids, logp, odds, mass = cells
-    if not spec.k:
-        return Scores(gold_logp, logsumexp)
-    sizes, ids = sizes.astype(np.int32), ids.astype(np.int32)
-    return Scores(gold_logp, logsumexp, sizes, ids, logp, odds, mass if spec.classes > 1 else None)
 
 
 def extract(
@@ -68,8 +46,8 @@ def extract(
     spec: TargetSpec,
     excluded: Int[Tensor, " excluded"] | None = None,
     members: Float[Tensor, "vocab classes"] | None = None,
-) -> ScoreTensors:
-    """What the cache keeps: natural logarithms of probabilities, in float32 before any exp.
+) -> dict[str, Tensor]:
+    """The fields of `Scores` that `spec` asks for, on the logits' device; float32 before any exp.
 
     Ids in `excluded` (those that mean something else to the student) have no part in anything but
     `gold_logp`. `members`: 1 where a token belongs to a class.
@@ -81,10 +59,12 @@ def extract(
     # 2. The top-k of the ids that are shared.
     logits = _shared_alone(logits, excluded)
     logsumexp = torch.logsumexp(logits, dim=1)
+    fields = {"gold_logp": gold_logp, "logsumexp": logsumexp}
     if not spec.k:
-        none = logits.new_zeros(len(gold), 0)
-        return ScoreTensors(gold_logp, logsumexp, gold, none.long(), none, none, none[:, :, None])
+        return fields
     values, ids, sizes = _topk(logits, spec)
+    topk_logp = values - logsumexp[:, None]
+    fields |= {"topk_sizes": sizes.int(), "topk_ids": ids.int(), "topk_logp": topk_logp}
 
     # 3. What is outside of it: at each temperature its odds, and the mass of each class. Masses are
     #    summed by a product, which gives the same every time.
@@ -92,16 +72,12 @@ def extract(
     for temperature in spec.temperatures:
         outside, inside = outside_mass(logits, ids, sizes, temperature)
         odds.append(outside.sum(dim=1).log() - inside.log())
-        masses.append(outside @ members if members is not None else outside[:, :0])
-    return ScoreTensors(
-        gold_logp,
-        logsumexp,
-        sizes,
-        ids,
-        values - logsumexp[:, None],
-        torch.stack(odds, dim=1).clamp(-LARGEST_ODDS, LARGEST_ODDS),
-        torch.stack(masses, dim=1).log().clamp_min(EMPTY),
-    )
+        if members is not None:
+            masses.append(outside @ members)
+    fields["tail_odds"] = torch.stack(odds, dim=1).clamp(-LARGEST_ODDS, LARGEST_ODDS)
+    if members is not None:
+        fields["class_mass"] = torch.stack(masses, dim=1).log().clamp_min(EMPTY)
+    return fields
 
 
 def outside_sums(
@@ -180,6 +156,6 @@ def refuse_nonfinite(scores: Scores, example_id: str) -> None:
             f"the teacher returned {int((~finite).sum())} non-finite rows of {finite.size} "
             f"for example {example_id}",
             expected="finite logits",
-            fix="use engine.dtype=bfloat16 or float32 instead of float16, and check the checkpoint; "
-            "finished shards are kept",
+            fix="use engine.dtype=bfloat16 or float32 instead of float16, and check the checkpoint;"
+            " finished shards are kept",
         )

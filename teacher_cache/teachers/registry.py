@@ -1,7 +1,7 @@
 """The teachers: one small declarative entry each, in `registry.toml` or in a file of the user's.
 
-An entry names a known architecture (`architectures`) and what differs between checkpoints of it; the code has no
-teacher's name in it.
+An entry names an architecture (`shared.models.architectures`) and what differs between checkpoints
+of it; the code has no teacher's name in it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class X0Xt(_Blocks):
 
 @strict
 class Native(_Blocks):
-    """WeDLM's own: [x_0 ; x_t], inside each block observed tokens first and masks last, causal, true positions."""
+    """WeDLM's own: [x_0 ; x_t], in each block observed tokens first, masks last; causal."""
 
     type: Literal["native"] = "native"
 
@@ -55,7 +55,7 @@ Attention = Annotated[Full | BlockCausal | X0Xt | Native, BY_TYPE]
 
 @strict
 class TeacherEntry:
-    """What must be known of a teacher beside its checkpoint (DESIGN §5)."""
+    """What must be known of a teacher beside its checkpoint."""
 
     model: str
     """Hub id, path, or `embedded:NAME` for weights that ship with the package."""
@@ -72,36 +72,34 @@ class TeacherEntry:
     shift: bool = False
     """Row i of the model predicts token i + 1."""
     eos_id: int | None = None
-    """With `pad_id` and `vocabulary` (the embedding's rows): checked against the checkpoint where stated."""
+    """Checked against the checkpoint where stated, as `pad_id` and `vocabulary` (embedding rows)."""
     pad_id: int | None = None
     vocabulary: int | None = None
     shape: str | None = None
-    """A table of shapes.toml: the sizes in the checkpoint's config, for plans without the checkpoint."""
+    """A table of shapes.toml: the sizes in the checkpoint's config, for plans without it."""
     about: str = ""
 
 
-def parse_entries(values: dict[str, Any], where: str) -> dict[str, TeacherEntry]:
-    """Entries of a TOML document, one table a teacher. TideError names what is wrong."""
+def _packaged(name: str) -> dict[str, Any]:
+    path = resources.files("teacher_cache.teachers").joinpath(name)
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def all_teachers(extra: Path | None = None) -> dict[str, TeacherEntry]:
+    """The built-in entries and those of `extra` (a TOML file), which may replace built-in ones.
+
+    TideError names what is wrong in `extra`.
+    """
+    tables = [(name, table, "registry.toml") for name, table in _packaged("registry.toml").items()]
+    if extra is not None:
+        tables += [(name, table, str(extra)) for name, table in read_toml(extra).items()]
     entries = {}
-    for name, table in values.items():
+    for name, table, where in tables:
         if not isinstance(table, dict):
             raise TideError(
                 f"{where}: {name} is a value", expected="one table a teacher, such as [my-teacher]"
             )
         entries[name] = build(TeacherEntry, table, f"teacher {name} in {where}")
-    return entries
-
-
-def all_teachers(extra: Path | None = None) -> dict[str, TeacherEntry]:
-    """The built-in entries and those of `extra` (a TOML file), which may replace built-in ones."""
-    text = (
-        resources.files("teacher_cache.teachers")
-        .joinpath("registry.toml")
-        .read_text(encoding="utf-8")
-    )
-    entries = parse_entries(tomllib.loads(text), "registry.toml")
-    if extra is not None:
-        entries |= parse_entries(read_toml(extra), str(extra))
     return entries
 
 
@@ -120,15 +118,10 @@ def find_teacher(name: str, extra: Path | None = None) -> TeacherEntry:
 
 
 def known_shape(entry: TeacherEntry) -> dict[str, Any] | None:
-    """The sizes of a published checkpoint, in the keys of its own config; None where they are not recorded."""
+    """The sizes of a published checkpoint, in the keys of its own config; None where unknown."""
     return published_shape(entry.shape) if entry.shape else None
 
 
 def published_shape(name: str) -> dict[str, Any] | None:
     """A table of shapes.toml; None where there is none of that name."""
-    text = (
-        resources.files("teacher_cache.teachers")
-        .joinpath("shapes.toml")
-        .read_text(encoding="utf-8")
-    )
-    return tomllib.loads(text).get(name)
+    return _packaged("shapes.toml").get(name)

@@ -1,1 +1,1 @@
-"""The vLLM engine: a plugin that registers scorers, and the engine that feeds them. Optional: the `vllm` extra."""
+"""The vLLM engine (the `vllm` extra): a plugin that registers scorers, and what feeds them."""

@@ -1,4 +1,4 @@
-"""The scorers: vLLM's stock classes under bidirectional attention, with a pooler that returns scores.
+"""The scorers: vLLM's stock classes under bidirectional attention, with a pooler for scores.
 
 Imported inside vLLM's processes only. What a scorer must know travels in its config under `tide`
 (see `engine`). Top to bottom: weights → model → pooler (hidden states at the requested rows → LM
@@ -28,7 +28,7 @@ from vllm.tasks import PoolingTask
 from vllm.v1.pool.metadata import PoolingMetadata
 
 from shared.models.architectures import ARCHITECTURES, FUSED_QKV, SPLIT_QKV, split_qkv
-from teacher_cache.engines.vllm_engine.plugin import column_widths, pack
+from teacher_cache.engines.vllm_engine.plugin import field_widths, pack
 from teacher_cache.method.targets import TargetSpec, extract, member_matrix, outside_sums
 
 TASK: PoolingTask = "token_classify"
@@ -71,7 +71,7 @@ class _Scorer:
 
 
 def _see_both_ways(model: Any, vllm_config: VllmConfig) -> None:
-    """Encoder-only attention in place of causal, for stock classes that do not honour `is_causal`."""
+    """Encoder-only attention in place of causal, for stock classes that ignore `is_causal`."""
     layers = vllm_config.compilation_config.static_forward_context
     for layer in model.model.layers:
         attention = layer.self_attn
@@ -118,8 +118,8 @@ class ScorePooler(Pooler):
 
     `positions` are rows of the request's own sequence, `gold` the token ids there, `classes` (where
     named) a file with every token's class. A request with `outside` gets sums of probabilities
-    outside of the top-k instead. Requests of one step share the head's passes, `head_rows` rows at a
-    time.
+    outside of the top-k instead. Requests of one step share the head's passes, `head_rows` rows
+    at a time.
     """
 
     # Rows for which the LM head ran in this process, for the benchmark and the tests.
@@ -169,7 +169,7 @@ class ScorePooler(Pooler):
         for i in range(0, len(rows), self._head_rows):
             some = slice(i, i + self._head_rows)
             parts.append(self._score(hidden_states[index[some]], answers[some]))
-        nothing = torch.zeros(0, sum(column_widths(self._spec)), device=device)
+        nothing = torch.zeros(0, sum(field_widths(self._spec).values()), device=device)
         return list(torch.cat(parts or [nothing]).split(sizes))
 
     def _use_classes(self, path: str | None) -> None:
@@ -193,8 +193,11 @@ class ScorePooler(Pooler):
     def _score(self, hidden: Tensor, gold: Tensor) -> Tensor:
         logits = self._logits(hidden)
         if logits is None:
-            return torch.zeros(len(gold), sum(column_widths(self._spec)), device=hidden.device)
-        return pack(extract(logits, gold, self._spec, self._excluded, self._members))
+            return torch.zeros(
+                len(gold), sum(field_widths(self._spec).values()), device=hidden.device
+            )
+        fields = extract(logits, gold, self._spec, self._excluded, self._members)
+        return pack(fields, self._spec)
 
     def _outside(self, hidden: Tensor) -> Tensor:
         """Sums over rows of probabilities outside of the top-k, a row a temperature."""

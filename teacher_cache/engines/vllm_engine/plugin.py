@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from teacher_cache.method.targets import Scores, ScoreTensors, TargetSpec, scores_of
+from teacher_cache.method.targets import Scores, TargetSpec
 
 # The scorer of each stock transformers class that a teacher may load as.
 SCORERS = {
@@ -32,29 +32,39 @@ def register() -> None:
             ModelRegistry.register_model(name, f"teacher_cache.engines.vllm_engine.models:{name}")
 
 
-# One request's scores travel as one float32 tensor, the only thing that a vLLM pooler can send back.
-# Ids and sizes stay below 2²⁴ and are exact in float32.
+def field_widths(spec: TargetSpec) -> dict[str, int]:
+    """How many columns each field of `Scores` has in an answer: one float32 tensor a request.
+
+    A vLLM pooler can send back nothing else. Ids and sizes stay below 2²⁴ and are exact in float32.
+    """
+    widths = {"gold_logp": 1, "logsumexp": 1}
+    if spec.k:
+        widths |= {"topk_sizes": 1, "topk_ids": spec.k, "topk_logp": spec.k}
+        widths["tail_odds"] = len(spec.temperatures)
+        if spec.classes > 1:
+            widths["class_mass"] = len(spec.temperatures) * spec.classes
+    return widths
 
 
-def column_widths(spec: TargetSpec) -> list[int]:
-    """Columns of each field of `ScoreTensors`, in their order."""
-    t = len(spec.temperatures)
-    if not spec.k:
-        return [1, 1, 1, 0, 0, 0, 0]
-    return [1, 1, 1, spec.k, spec.k, t, t * spec.classes if spec.classes > 1 else 0]
-
-
-def pack(scores: ScoreTensors) -> Float[Tensor, "read columns"]:
+def pack(fields: dict[str, Tensor], spec: TargetSpec) -> Float[Tensor, "read columns"]:
     """What `targets.extract` returns, side by side."""
-    cells = [scores.gold_logp[:, None], scores.logsumexp[:, None], scores.sizes[:, None], scores.ids,
-             scores.logp, scores.odds, scores.class_mass.flatten(1)]  # fmt: skip
-    return torch.cat([cell.float() for cell in cells], dim=1)
+    widths = field_widths(spec)
+    cells = [cell.float().reshape(len(cell), widths[name]) for name, cell in fields.items()]
+    return torch.cat(cells, dim=1)
 
 
 def unpack(packed: Float[Tensor, "read columns"], spec: TargetSpec) -> Scores:
     """The inverse, as arrays of their own."""
-    cells = np.split(packed.float().numpy(), np.cumsum(column_widths(spec))[:-1], axis=1)
-    gold, logsumexp, sizes = (cell[:, 0].copy() for cell in cells[:3])
-    ids, logp, odds, mass = (cell.copy() for cell in cells[3:])
-    mass = mass.reshape(len(mass), len(spec.temperatures), -1)
-    return scores_of([gold, logsumexp, sizes, ids, logp, odds, mass], spec)
+    widths = field_widths(spec)
+    cells = np.split(packed.float().numpy(), np.cumsum(list(widths.values()))[:-1], axis=1)
+    fields = {name: cell.copy() for name, cell in zip(widths, cells, strict=True)}
+    for name in ("gold_logp", "logsumexp", "topk_sizes"):
+        if name in fields:
+            fields[name] = fields[name][:, 0]
+    for name in ("topk_sizes", "topk_ids"):
+        if name in fields:
+            fields[name] = fields[name].astype(np.int32)
+    if "class_mass" in fields:
+        shape = (len(packed), len(spec.temperatures), spec.classes)
+        fields["class_mass"] = fields["class_mass"].reshape(shape)
+    return Scores(**fields)

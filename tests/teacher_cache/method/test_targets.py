@@ -36,20 +36,23 @@ def test_against_float64(seed: int, k: int, mass: float, unshared: int) -> None:
     rows = torch.arange(5)
     # The gold token's likelihood is over all logits, everything else over the shared ones.
     torch.testing.assert_close(
-        found.gold_logp.double(), torch.log_softmax(exact, 1)[rows, gold], rtol=1e-5, atol=1e-5
+        found["gold_logp"].double(), torch.log_softmax(exact, 1)[rows, gold], rtol=1e-5, atol=1e-5
     )
     exact = exact.masked_fill(~allowed, -torch.inf)
     torch.testing.assert_close(
-        found.logsumexp.double(), torch.logsumexp(exact, 1), rtol=1e-6, atol=1e-6
+        found["logsumexp"].double(), torch.logsumexp(exact, 1), rtol=1e-6, atol=1e-6
     )
     for i in range(5):
         order = torch.argsort(exact[i], descending=True)
-        assert torch.equal(exact[i][found.ids[i]], exact[i][order[:k]])
+        assert torch.equal(exact[i][found["topk_ids"][i]], exact[i][order[:k]])
         torch.testing.assert_close(
-            found.logp[i].double(), torch.log_softmax(exact, 1)[i][order[:k]], rtol=1e-5, atol=1e-5
+            found["topk_logp"][i].double(),
+            torch.log_softmax(exact, 1)[i][order[:k]],
+            rtol=1e-5,
+            atol=1e-5,
         )
         reached = torch.softmax(exact[i] / 3.0, 0)[order[:k]].cumsum(0)
-        n = int(found.sizes[i])
+        n = int(found["topk_sizes"][i])
         assert n == k if mass == 1.0 else n == k or reached[n - 1] >= mass - 1e-6
         assert mass == 1.0 or n == 1 or reached[n - 2] < mass + 1e-6
         for j, temperature in enumerate(spec.temperatures):
@@ -58,11 +61,13 @@ def test_against_float64(seed: int, k: int, mass: float, unshared: int) -> None:
             outside[order[:n]] = False
             tail = p[outside].sum()
             odds = (tail.log() - p[~outside].sum().log()).clamp(-LARGEST_ODDS, LARGEST_ODDS)
-            torch.testing.assert_close(found.odds[i, j].double(), odds, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                found["tail_odds"][i, j].double(), odds, rtol=1e-4, atol=1e-4
+            )
             for c in range(3):
                 expected = p[outside & torch.from_numpy(own == c)].sum()
                 torch.testing.assert_close(
-                    found.class_mass[i, j, c].exp().double(), expected, rtol=1e-4, atol=1e-9
+                    found["class_mass"][i, j, c].exp().double(), expected, rtol=1e-4, atol=1e-9
                 )
 
 
@@ -71,7 +76,7 @@ def test_what_is_outside_is_exact_where_nearly_all_is_inside() -> None:
     logits = torch.tensor([[30.0, 0.0, -1.0, -2.0]])
     found = extract(logits, torch.tensor([0]), TargetSpec(1, 1.0, (1.0,)))
     exact = torch.logsumexp(logits[:, 1:].double(), 1) - 30
-    torch.testing.assert_close(found.odds[:, 0].double(), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found["tail_odds"][:, 0].double(), exact, rtol=1e-6, atol=1e-6)
 
 
 def test_a_shorter_list_leaves_the_rest_of_the_top_k_outside() -> None:
@@ -88,9 +93,9 @@ def test_a_shorter_list_leaves_the_rest_of_the_top_k_outside() -> None:
 def test_bfloat16_logits_are_widened_before_exp() -> None:
     logits = (torch.randn(3, 4096) * 5).bfloat16()
     found = extract(logits, torch.zeros(3, dtype=torch.long), TargetSpec(4, 1.0, (1.0,)))
-    assert found.logsumexp.dtype == torch.float32
+    assert found["logsumexp"].dtype == torch.float32
     torch.testing.assert_close(
-        found.logsumexp.double(), torch.logsumexp(logits.double(), 1), rtol=1e-6, atol=1e-6
+        found["logsumexp"].double(), torch.logsumexp(logits.double(), 1), rtol=1e-6, atol=1e-6
     )
 
 
@@ -124,6 +129,6 @@ def test_a_teacher_that_overflows_is_noticed(bad: float) -> None:
     logits = torch.zeros(2, 9)
     logits[1, 4] = bad
     found = extract(logits, torch.zeros(2, dtype=torch.long), TargetSpec(3, 1.0, (1.0, 2.0)))
-    scores = Scores(found.gold_logp.numpy(), found.logsumexp.numpy())
+    scores = Scores(found["gold_logp"].numpy(), found["logsumexp"].numpy())
     with pytest.raises(TideError, match="1 non-finite rows of 2"):
         refuse_nonfinite(scores, "e")
