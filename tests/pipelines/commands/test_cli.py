@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +15,7 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app, main
 from shared.cache.shards import finished_units
-from shared.system.errors import TideError
-from tests.conftest import STUDENT_TOKENIZER, chats_file, heldout_file
+from tests.conftest import chats_file, heldout_file
 
 CACHE = ["--set", "shard_examples=8", "--set", "lengths.student=128", "--set", "lengths.teacher=128",
          "--set", "data.limit=24", "--set", "engine.device=cpu"]  # fmt: skip
@@ -136,17 +133,6 @@ def test_ctrl_c_says_how_to_go_on(random_teacher: Path, tmp_path: Path) -> None:
     assert "the same command goes on from there" in errors
     assert "Traceback" not in errors
     assert not list((tmp_path / "c").rglob(".*.tide-tmp"))
-
-
-def test_a_student_is_exported(golden: Path, tmp_path: Path) -> None:
-    source = tmp_path / "s"
-    source.mkdir()
-    for file in (*(golden / "a2d_qwen3").glob("[cm]*"), *STUDENT_TOKENIZER.iterdir()):
-        shutil.copyfile(file, source / file.name)
-    tide("export", str(source), str(tmp_path / "hf"), "--format", "hf")
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "qwen3"
-    with pytest.raises(TideError):
-        CliRunner().invoke(app, ["export", str(source), str(source)], catch_exceptions=False)
 
 
 @pytest.mark.slow

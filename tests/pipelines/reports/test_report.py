@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from pipelines.experiments.demo import demo_grid, verdicts
-from pipelines.reports import report
 from pipelines.reports.paired import compare
 from pipelines.reports.report import find_runs, summary_table, write_report
 from shared.system.errors import TideError
@@ -100,21 +99,3 @@ def test_two_variants_are_compared_seed_by_seed(tmp_path: Path) -> None:
     fake_run(tmp_path / "c" / "z-seed9", 9, "tiny-cross", 4.0, {"type": "none"})
     with pytest.raises(TideError, match="seed"):
         compare(tmp_path / "a", tmp_path / "c")
-
-
-def test_a_panel_without_a_curve_is_not_drawn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_run(tmp_path / "x", 0, "tiny-cross", 4.0, {"type": "none"})
-    history = json.loads((tmp_path / "x" / "history.json").read_text())
-    history["steps"] = [entry for entry in history["steps"] if "denoise" in entry][:1]
-    (tmp_path / "x" / "history.json").write_text(json.dumps(history))
-    drawn: list[tuple[int, int]] = []
-    subplots = report.plt.subplots
-    monkeypatch.setattr(
-        report.plt,
-        "subplots",
-        lambda *shape, **more: (drawn.append(shape), subplots(*shape, **more))[1],
-    )
-    write_report(tmp_path)
-    assert drawn == [(1, 1)]
