@@ -67,12 +67,14 @@ def all_sections() -> list[str]:
 def _words(kind: type) -> dict[str, str]:
     """The text below each field of the class and of those that it is made from."""
     words = {}
-    for base in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
+    for base in reversed(kind.__mro__):
+        if not hasattr(base, "__dataclass_fields__"):
+            continue
         (tree,) = ast.parse(inspect.cleandoc("\n" + inspect.getsource(base))).body
         assert isinstance(tree, ast.ClassDef)
         for line, below in zip(tree.body, tree.body[1:], strict=False):
-            text = below.value if isinstance(below, ast.Expr) else None
-            named = isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
-            if named and isinstance(text, ast.Constant):
-                words[line.target.id] = str(text.value)
+            if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
+                continue
+            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                words[line.target.id] = str(below.value.value)
     return words
