@@ -11,8 +11,6 @@ from typing import Any
 
 from shared.system.errors import TideError
 
-_LARGEST_JSON = 64 << 20  # bytes
-
 
 def refuse_odd(path: Path) -> None:
     """TideError where `path`, or what it links to, is a pipe, a device or a socket: reading one may never end."""
@@ -33,13 +31,16 @@ def refuse_odd_in(folder: Path) -> None:
             refuse_odd(path)
 
 
-def read_json(path: Path) -> Any:
-    """The JSON in a file. OSError where it cannot be read, ValueError where it is no JSON or larger than 64 MiB."""
+def read_json(path: Path, largest: int = 64 << 20) -> Any:
+    """The JSON in a file. OSError where it cannot be read, ValueError where it is none.
+
+    Nor may it have more than `largest` bytes.
+    """
     refuse_odd(path)
     with path.open("rb") as handle:
-        content = handle.read(_LARGEST_JSON + 1)
-    if len(content) > _LARGEST_JSON:
-        raise ValueError(f"it has more than {_LARGEST_JSON:,} bytes")
+        content = handle.read(largest + 1)
+    if len(content) > largest:
+        raise ValueError(f"it has more than {largest:,} bytes")
     try:
         return json.loads(content)
     except RecursionError as error:
