@@ -89,7 +89,7 @@ def prepare(teacher: str | None = None, data: Source | None = None, **settings: 
     data cannot be used.
     """
     config = _cache_config(teacher, data, settings)
-    from teacher_cache.run.data import open_sides, prepare_data
+    from teacher_cache.run.open import open_sides, prepare_data
 
     sides = open_sides(config, weights=False)
     prepared, _ = prepare_data(config, sides)

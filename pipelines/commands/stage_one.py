@@ -95,7 +95,7 @@ def prepare(
     from shared.system.hardware import largest_process
     from teacher_cache.prepared.report import describe
     from teacher_cache.prepared.report import show as show_examples
-    from teacher_cache.run.data import open_sides, prepare_data
+    from teacher_cache.run.open import open_sides, prepare_data
 
     sides = open_sides(settings, weights=False)
     prepared_data, _ = prepare_data(settings, sides)

@@ -34,7 +34,7 @@ from student_train.batches.collate import TargetReader, collate
 from student_train.losses.objective import objective
 from student_train.losses.targets import Classes, Targets, TopKTargets, rows_of
 from student_train.model.student import batch_hidden, student_for
-from teacher_cache.run.plan import make_plan
+from teacher_cache.run.open import open_or_begin
 
 _PROGRESS = 0.5
 _TARGET_COLUMNS = ("topk_sizes", "topk_ranks", "topk_logp", "tail_odds", "class_mass")
@@ -83,7 +83,7 @@ def measure_fidelity(
     """The grid, halfway through training. TideError where teacher and student share no tokenizer."""
     hottest = tuple(sorted({1.0, *grid.temperatures}))
     targets = dataclasses.replace(config.targets, signals=("topk",), temperatures=hottest)
-    plan = make_plan(dataclasses.replace(config, targets=targets), write=False)
+    plan = open_or_begin(dataclasses.replace(config, targets=targets))
     if plan.shared is None:
         raise TideError(
             f"{config.teacher} gives the student no top-k in its own vocabulary",

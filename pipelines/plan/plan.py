@@ -16,7 +16,7 @@ from teacher_cache.run.costs import (
     sampled_workload,
     size_of,
 )
-from teacher_cache.run.plan import make_plan
+from teacher_cache.run.open import open_or_begin
 from teacher_cache.teachers.registry import TeacherEntry, find_teacher, known_shape
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -76,7 +76,7 @@ def plan_from_statement(
 
 def plan_from_data(config: CacheConfig, speed: Speed) -> str:
     """A plan from the checkpoint's config, the real tokenizers and the real data. Nothing is written."""
-    plan = make_plan(config, write=False)
+    plan = open_or_begin(config)
     return _describe(plan.config, plan.entry, plan.checkpoint.config, sampled_workload(plan), speed)
 
 

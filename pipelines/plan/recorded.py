@@ -24,8 +24,8 @@ from teacher_cache.method.targets import (
     outside_sums,
 )
 from teacher_cache.run.load_engine import load_engine
-from teacher_cache.run.plan import CachePlan
-from teacher_cache.run.tables.classes import classes_for
+from teacher_cache.run.open import Run
+from teacher_cache.run.tables import classes_for
 from teacher_cache.run.work import UnitWork, finish_unit, prepare_unit
 
 
@@ -33,7 +33,7 @@ from teacher_cache.run.work import UnitWork, finish_unit, prepare_unit
 class Sample:
     """Two halves of a sample: one for the priors, one to be cached. Full logits in float32, request by request."""
 
-    plan: CachePlan
+    plan: Run
     fit: list[tuple[Tensor, Tensor]]
     """Logits and gold ids."""
     work: UnitWork
@@ -95,7 +95,7 @@ class Sample:
         )
 
 
-def take_sample(plan: CachePlan, examples: int) -> Sample:
+def take_sample(plan: Run, examples: int) -> Sample:
     """The first examples of the data under their first draw, every other one for the priors. TideError where nothing of
     them is masked, or another engine than transformers is asked for.
     """

@@ -20,7 +20,7 @@ from shared.data import iter_examples
 from shared.settings.config import CacheConfig, DataConfig
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.run.load_engine import load_engine
-from teacher_cache.run.plan import CachePlan, make_plan
+from teacher_cache.run.open import Run, open_or_begin
 from teacher_cache.run.units import examples_of, run_units
 from teacher_cache.run.work import prepare_unit
 
@@ -71,7 +71,7 @@ def _random_teacher(folder: Path, width: int, layers: int) -> Path:
 
 
 def _measure(config: CacheConfig) -> list[str]:
-    plan = make_plan(config)
+    plan = open_or_begin(config)
     engine = load_engine(plan)
     assert isinstance(engine, TransformersEngine)
     works = [prepare_unit(plan, unit, examples_of(plan, unit)) for unit in plan.missing]
@@ -94,7 +94,7 @@ def _measure(config: CacheConfig) -> list[str]:
     return [f"{parameters / 1e6:.0f} M", *shares]
 
 
-def _bare(plan: CachePlan, engine: TransformersEngine, requests: list) -> Callable[[], None]:
+def _bare(plan: Run, engine: TransformersEngine, requests: list) -> Callable[[], None]:
     """The same batches, built beforehand, through model and head; nothing is taken from the logits."""
     per_unit = len(requests) // 6
     made = []
@@ -113,7 +113,7 @@ def _bare(plan: CachePlan, engine: TransformersEngine, requests: list) -> Callab
     return run
 
 
-def _whole(plan: CachePlan, engine: TransformersEngine) -> None:
+def _whole(plan: Run, engine: TransformersEngine) -> None:
     for path in plan.config.out.glob("draw=*/*.parquet"):
         path.unlink()
     units = [Unit(0, part) for part in range(plan.manifest.parts)]

@@ -17,8 +17,7 @@ from shared.cache.shards import Unit
 from shared.data import iter_examples
 from shared.settings.config import CacheConfig, DataConfig
 from shared.system.hardware import largest_process
-from teacher_cache.run.data import open_sides, prepare_data
-from teacher_cache.run.plan import CachePlan, make_plan
+from teacher_cache.run.open import Run, open_or_begin, open_sides, prepare_data
 from teacher_cache.run.work import prepare_unit
 
 _ROWS = 16_000
@@ -61,7 +60,7 @@ def _measure(folder: Path, source: Path, rows: int) -> Table:
             f"{workers} process{'es' * (workers > 1)}", _rate(rows, lambda c=settings: _prepare(c))
         )
     table.add_row("found again, nothing to prepare", _rate(rows, lambda: _prepare(config(1))))
-    plan = make_plan(dataclasses.replace(config(1), shard_examples=rows))
+    plan = open_or_begin(dataclasses.replace(config(1), shard_examples=rows))
     table.add_row(
         "a draw: ids read, time, mask and split drawn", _rate(rows, lambda: _draw(plan, rows))
     )
@@ -73,7 +72,7 @@ def _prepare(config: CacheConfig) -> None:
     prepare_data(config, open_sides(config))
 
 
-def _draw(plan: CachePlan, rows: int) -> None:
+def _draw(plan: Run, rows: int) -> None:
     prepare_unit(plan, Unit(0, 0), plan.data.between(0, rows))
 
 

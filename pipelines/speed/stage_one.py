@@ -15,7 +15,7 @@ from shared.models.loading import load_model
 from teacher_cache.engines.inputs import build_inputs
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.run.load_engine import load_engine
-from teacher_cache.run.plan import make_plan
+from teacher_cache.run.open import open_or_begin
 from teacher_cache.run.work import prepare_unit
 from teacher_cache.teachers.registry import Full
 
@@ -29,7 +29,7 @@ def bench_stage_one() -> Table:
 def _measure(folder: Path) -> Table:
     changes = ["data.limit=64", "shard_examples=64", "noise.draws=1", "engine.dtype=float32"]
     config = cache_config("tiny-shared", None, changes, out=folder / "speed")
-    plan = make_plan(config)
+    plan = open_or_begin(config)
     engine = load_engine(plan)
     assert isinstance(engine, TransformersEngine)
     requests = prepare_unit(plan, Unit(0, 0), plan.data.between(0, 64)).requests

@@ -30,7 +30,7 @@ from shared.cache.vocabulary import (
 from shared.system.atomic import link
 from shared.system.errors import TideError
 from teacher_cache.maintenance.merge import begin
-from teacher_cache.run.tables.classes import cluster
+from teacher_cache.run.tables import cluster
 
 
 def prune_cache(

@@ -20,8 +20,7 @@ from shared.system.errors import TideError
 from teacher_cache.engines.base import Engine
 from teacher_cache.method.comp_demo import TeacherView, passes
 from teacher_cache.run.load_engine import load_engine
-from teacher_cache.run.plan import CachePlan, make_plan
-from teacher_cache.run.tables.settle import with_tables
+from teacher_cache.run.open import Run, open_or_begin
 from teacher_cache.run.work import merge_passes
 
 
@@ -116,8 +115,8 @@ def verify_cache(config: CacheConfig, rows: int) -> VerifyReport:
     """
     if rows < 1:
         raise TideError(f"--rows is {rows}", expected="1 or more")
-    cached = load_manifest(config.out).fingerprint.engine
-    plan = with_tables(make_plan(config, write=False, engine=cached))
+    load_manifest(config.out)  # or else it is no cache
+    plan = open_or_begin(config, any_engine=True)
     units, chosen = finished_units(config.out), random.Random(0)
     chosen.shuffle(units)
     sample: list[CacheRow] = []
@@ -131,7 +130,7 @@ def verify_cache(config: CacheConfig, rows: int) -> VerifyReport:
         return compare(plan, engine, sample)
 
 
-def compare(plan: CachePlan, engine: Engine, sample: list[CacheRow]) -> VerifyReport:
+def compare(plan: Run, engine: Engine, sample: list[CacheRow]) -> VerifyReport:
     """Score the rows of `sample` with `engine` and set the values beside the cached ones.
 
     Top-k log-probabilities are compared rank by rank (ids may change places where two are nearly equal), roots of the

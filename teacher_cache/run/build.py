@@ -7,24 +7,22 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from shared.cache.ledger import Ledger, settle_ledger
-from shared.cache.shards import Unit
+from shared.cache.ledger import settle_ledger
 from shared.cache.stores import Store
 from shared.settings.config import CacheConfig
-from shared.system.atomic import remove_leftovers
+from shared.system.atomic import new_folder, remove_leftovers
 from shared.system.locks import hold
 from teacher_cache.engines.base import Engine
 from teacher_cache.prepared.folder import totals
 from teacher_cache.prepared.report import losses
 from teacher_cache.run.load_engine import load_engine
-from teacher_cache.run.plan import CachePlan, make_plan
-from teacher_cache.run.ray_workers import run_ray, tables_by_ray
-from teacher_cache.run.tables.pilot import make_tables
-from teacher_cache.run.tables.settle import settle_tables
+from teacher_cache.run.open import open_or_begin
+from teacher_cache.run.ranks import run_ranks
+from teacher_cache.run.tables import make_tables, settle_tables
 from teacher_cache.run.units import run_units
-from teacher_cache.run.workers import run_workers, tables_by_worker
 
 
 @dataclass(frozen=True)
@@ -36,110 +34,101 @@ class CacheReport:
     masked: int
     chunks: int
     bytes: int
-    computed: int
+    computed: int  # shards
     kept: int
     elsewhere: int
     """Shards that other ranks compute, or that only the store has."""
     counts: Counter[str]
-    """Of the data: rows, what was left out by reason, what was cut or lost (`teacher_cache.prepared`)."""
+    """Of the data: rows, what was left out by reason, what was cut or lost."""
     notes: list[str]
-    """The same in words: what was left out, cut, or lost its alignment."""
+    """The same in words."""
 
 
 def build_cache(config: CacheConfig) -> CacheReport:
     """Compute every missing shard of the cache at `config.out`; finished ones are skipped.
 
-    Raises TideError on anything that the user can mend, before the teacher is loaded where that is possible.
+    Raises TideError on anything that the user can mend, before the teacher is loaded where that is
+    possible.
     """
+    out = config.out
     store = None if config.store is None else Store.open(config.store)
-    with _only_writer(config):
+    with ExitStack() as stack:
+        # 1. Open: begin the cache, or go on with what is there or in the store.
+        parallel = config.engine.data_parallel > 1 or config.engine.workers == "ray"
+        stack.enter_context(only_writer(config, parallel))
         if store is not None:
-            store.bring_manifest(config.out)
-        plan = make_plan(config)
-        engine = _Engine()
-        with closing(engine):
-            plan = settle_tables(plan, engine.make_tables, store)
-            return _fill(plan, engine, store)
+            store.bring_manifest(out)
+        run = open_or_begin(config)
+        missing = run.missing
 
+        # 2. A cache with a manifest has its tokenizers and tables: the manifest comes last.
+        sides = {"student": run.student}
+        if not run.entry.student_tokens:
+            sides["teacher"] = run.teacher
+        for side, tokenizer in sides.items():
+            folder = out / f"{side}_tokenizer"
+            if not folder.exists():
+                with new_folder(folder) as half:
+                    tokenizer.backend.save_pretrained(half)
+        if parallel and missing:
+            run_ranks(run)
 
-def _fill(plan: CachePlan, engine: _Engine, store: Store | None) -> CacheReport:
-    """Compute what is missing of a cache whose manifest is written."""
-    out = plan.config.out
-    if store is not None:
-        plan = dataclasses.replace(plan, stored=store.begin(out, plan.manifest))
-    missing = plan.missing
-    remove_leftovers([out] if plan.config.world == 1 else [unit.path(out) for unit in missing])
-    if missing:
-        engine.run(plan, missing)
-    ledger = settle_ledger(out, plan.manifest)
-    if store is not None:
-        store.push(out, plan.manifest, ledger)
-    return summarise(plan, len(missing), ledger)
+        @cache
+        def engine() -> Engine:
+            return stack.enter_context(closing(load_engine(run)))
 
+        run = settle_tables(run, lambda unsettled: make_tables(unsettled, engine()), store)
+        if store is not None:
+            run = dataclasses.replace(run, stored=store.begin(out, run.manifest))
 
-class _Engine:
-    """Runs the teacher, in this process or in others; one that was loaded for the tables is kept for the shards."""
+        # 3. Compute; after ranks nothing is left to.
+        left = run.missing
+        remove_leftovers([out] if config.world == 1 else [unit.path(out) for unit in left])
+        if left:
+            teacher = engine()
+            if run.vocabulary is not None:
+                teacher.use_classes(run.vocabulary.class_of)
+            run_units(run, teacher, left)
 
-    def __init__(self) -> None:
-        self._loaded: Engine | None = None
-
-    def make_tables(self, plan: CachePlan) -> None:
-        """Score the pilot sample where the teacher will run."""
-        if plan.config.engine.workers == "ray":
-            tables_by_ray(plan)
-        elif plan.config.engine.data_parallel > 1:
-            tables_by_worker(plan)
-        else:
-            self._loaded = load_engine(plan)
-            make_tables(plan, self._loaded)
-
-    def run(self, plan: CachePlan, missing: list[Unit]) -> None:
-        """Compute units."""
-        if plan.config.engine.workers == "ray":
-            run_ray(plan, missing)
-        elif plan.config.engine.data_parallel > 1:
-            run_workers(plan, missing)
-        else:
-            if self._loaded is None:
-                self._loaded = load_engine(plan)
-            elif plan.vocabulary is not None:
-                self._loaded.use_classes(plan.vocabulary.class_of)
-            run_units(plan, self._loaded, missing)
-
-    def close(self) -> None:
-        """Give back what was loaded."""
-        if self._loaded is not None:
-            self._loaded.close()
+        # 4. What there is now.
+        ledger = settle_ledger(out, run.manifest)
+        if store is not None:
+            store.push(out, run.manifest, ledger)
+    entries = ledger.values()
+    computed = sum(unit in ledger and unit not in run.stored for unit in missing)
+    return CacheReport(
+        folder=out,
+        rows=sum(entry.rows for entry in entries),
+        masked=sum(entry.masked for entry in entries),
+        chunks=sum(entry.chunks for entry in entries),
+        bytes=sum(entry.bytes for entry in entries),
+        computed=computed,
+        kept=len(ledger) - computed,
+        elsewhere=len(run.manifest.units()) - len(ledger),
+        counts=Counter(totals(run.data.record.sources)),
+        notes=losses(run.data),
+    )
 
 
 @contextmanager
-def _only_writer(config: CacheConfig) -> Iterator[None]:
-    """Hold the cache's lock. The system drops it with the process, however that ends.
+def only_writer(config: CacheConfig, parallel: bool = False) -> Iterator[None]:
+    """Hold the cache's lock; the system drops it with the process, however that ends.
 
-    Runs of one `world` share the cache's lock and each holds that of its rank.
+    A rank holds the lock of its rank, and whoever only starts ranks one of its own. The run of a
+    whole cache holds `.lock`, and goes on only where no rank is at work.
     """
-    what = f"the cache {config.out}"
+    out, what = config.out, f"the cache {config.out}"
+    name = f"{config.rank}-of-{config.world}"
     with ExitStack() as held:
-        held.enter_context(hold(config.out / ".lock", what, shared=config.world > 1))
-        if config.world > 1:
-            name = f".lock-{config.rank}-of-{config.world}"
-            held.enter_context(hold(config.out / name, f"rank {config.rank} of {what}"))
+        if parallel:
+            held.enter_context(hold(out / f".lock-start-{name}", f"rank {name} of {what}"))
+        elif config.world > 1:
+            held.enter_context(hold(out / f".lock-{name}", f"rank {name} of {what}"))
+            with hold(out / ".lock", what, wait=True):
+                pass  # nobody has the whole of it
+        else:
+            held.enter_context(hold(out / ".lock", what))
+            for rank in out.glob(".lock-[0-9]*-of-*[0-9]"):
+                with hold(rank, what):
+                    pass
         yield
-
-
-def summarise(plan: CachePlan, computed: int, ledger: Ledger) -> CacheReport:
-    """Add up what the shards at hand hold."""
-    entries = ledger.values()
-    kept, elsewhere = len(ledger) - computed, len(plan.manifest.units()) - len(ledger)
-    return CacheReport(
-        plan.config.out,
-        sum(entry.rows for entry in entries),
-        sum(entry.masked for entry in entries),
-        sum(entry.chunks for entry in entries),
-        sum(entry.bytes for entry in entries),
-        computed,
-        kept,
-        elsewhere,
-        Counter(totals(plan.data.record.sources)),
-        losses(plan.data),
-    )

@@ -19,7 +19,7 @@ from shared.cache.shards import Unit, table_bytes
 from shared.cache.vocabulary import Vocabulary
 from shared.settings.config import CacheConfig, TargetConfig
 from teacher_cache.engines.packs import pack_requests
-from teacher_cache.run.plan import CachePlan
+from teacher_cache.run.open import Run
 from teacher_cache.run.work import prepare_unit
 from teacher_cache.teachers.registry import BlockCausal, Full, TeacherEntry
 
@@ -97,20 +97,20 @@ def assumed_workload(
     return Workload(examples, passes, each, masked, float(tokens), chunks, words)
 
 
-def sampled_workload(plan: CachePlan) -> Workload:
+def sampled_workload(run: Run) -> Workload:
     """The workload of the data itself, from its first examples under all draws."""
-    examples = plan.data.between(0, _SAMPLE)
-    draws = range(plan.manifest.draws)
-    works = [prepare_unit(plan, Unit(draw, 0), examples) for draw in draws]
+    examples = run.data.between(0, _SAMPLE)
+    draws = range(run.manifest.draws)
+    works = [prepare_unit(run, Unit(draw, 0), examples) for draw in draws]
     requests = [request for work in works for request in work.requests]
     packs = pack_requests(
-        plan.entry.attention, requests, int(plan.entry.shift), plan.config.engine.tokens_per_batch
+        run.entry.attention, requests, int(run.entry.shift), run.config.engine.tokens_per_batch
     )
     items = [item for work in works for item in work.items]
     n = max(1, len(items))
-    shared = plan.shared is not None
+    shared = run.shared is not None
     return Workload(
-        examples=round(plan.data.examples * len(items) / (len(draws) * max(1, len(examples)))),
+        examples=round(run.data.examples * len(items) / (len(draws) * max(1, len(examples)))),
         passes=len(requests) / n,
         tokens=sum(pack.width for pack in packs) / n,
         masked=sum(item.view.positions.size for item in items) / n,

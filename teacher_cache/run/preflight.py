@@ -1,35 +1,127 @@
-"""Do entry, checkpoint, tokenizer and settings belong together? Checked before any weight is read (DESIGN §5)."""
+"""Can a run do what it is told to, where it is told to? Tried before any weight is read."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+
+from shared.cache.fingerprint import CachedEngine
+from shared.cache.stores import Store
 from shared.models.checkpoint import Checkpoint
 from shared.models.masks import refuse_as_mask, stated_mask
-from shared.settings.config import CacheConfig
+from shared.settings.config import CacheConfig, EngineConfig
 from shared.system.errors import TideError
+from shared.system.files import refuse_unwritable
+from shared.system.hardware import choose_device, choose_precision, explain_precision
 from shared.text.tokenizers import Tokenizer
-from teacher_cache.teachers.registry import TeacherEntry
+from teacher_cache.engines.vllm_engine.engine import why_not
+from teacher_cache.prepared.folder import PreparedData, totals
+from teacher_cache.teachers.registry import TeacherEntry, find_teacher
+
+logger = logging.getLogger(__name__)
+
+
+def check_places(config: CacheConfig) -> None:
+    """TideError for the first of device, GPUs, folders and store that is not there."""
+    check_devices(config.engine)
+    refuse_unwritable(config.out)
+    if config.metrics_file is not None:
+        if not config.metrics_file.parent.is_dir():
+            raise TideError(
+                f"metrics_file is {config.metrics_file}, and there is no folder of that name",
+                fix="make the folder, or name a file in another one",
+            )
+        refuse_unwritable(config.metrics_file.parent)
+    if config.store is not None:
+        Store.open(config.store).sizes()
+
+
+def check_devices(engine: EngineConfig) -> None:
+    """TideError where the device is not there, or copies of the teacher would have no GPU."""
+    if engine.workers == "ray":
+        return
+    choose_device(engine.device)
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = len(named.split(",")) if named else torch.cuda.device_count()
+    most = visible // engine.tensor_parallel
+    if visible and 1 < engine.data_parallel > most and engine.device in ("auto", "cuda"):
+        raise TideError(
+            f"engine.data_parallel is {engine.data_parallel} with {engine.tensor_parallel} GPUs "
+            f"each, and {visible} GPUs are visible"
+            + (f" (CUDA_VISIBLE_DEVICES={named})" if named else ""),
+            expected=f"at most {most} copies",
+            fix=f"lower it: --data-parallel {max(1, most)}, or --set engine.device=cpu",
+        )
+
+
+def ray_cluster() -> Any:
+    """Ray, talking to the cluster at hand (`RAY_ADDRESS`, or the local one)."""
+    if importlib.util.find_spec("ray") is None:
+        raise TideError(
+            "engine.workers is ray, and Ray is not installed", fix="pip install '.[ray]'"
+        )
+    import ray
+
+    if not ray.is_initialized():
+        try:
+            ray.init(address="auto", log_to_driver=False)
+        except ConnectionError as error:
+            raise TideError(
+                "engine.workers is ray, and no Ray cluster answers",
+                expected="a running cluster",
+                fix="start one (`ray start --head`), or name it in RAY_ADDRESS",
+            ) from error
+    return ray
+
+
+def settle_engine(config: CacheConfig, begun: CachedEngine | None = None) -> CacheConfig:
+    """`config` with every `auto` of its engine decided but the device's.
+
+    A cache keeps the engine that it was begun with (`begun`), on whatever machine it is gone on
+    with. TideError where the engine cannot run.
+    """
+    settings, kind = config.engine, config.engine.type
+    if kind == "auto" and begun is not None:
+        kind = begun.type
+    if kind != "transformers":
+        entry = find_teacher(config.teacher, config.teachers_file)
+        problem = why_not(entry, dataclasses.replace(settings, type=kind))
+        if problem is not None and kind == "vllm":
+            raise problem
+        kind = "vllm" if problem is None else "transformers"
+    elif settings.tensor_parallel > 1:
+        raise TideError(
+            f"engine.tensor_parallel is {settings.tensor_parallel}, and the transformers engine "
+            "has no such thing",
+            fix="use --engine vllm, or spread the teacher with engine.device_map=auto",
+        )
+    dtype = settings.dtype
+    # With Ray this machine only drives those that compute.
+    of_cluster = settings.workers == "ray" and dtype == "auto" and begun is None
+    if of_cluster and ray_cluster().cluster_resources().get("GPU"):
+        dtype = "bfloat16"
+    else:
+        device, before = choose_device(settings.device), begun and begun.dtype
+        dtype = choose_precision(settings.dtype, device, before)
+        if settings.dtype == "auto":
+            logger.info("engine.dtype %s", explain_precision(dtype, device, before))
+    return dataclasses.replace(config, engine=dataclasses.replace(settings, type=kind, dtype=dtype))
 
 
 def check_teacher(
     config: CacheConfig, entry: TeacherEntry, checkpoint: Checkpoint, tokenizer: Tokenizer
 ) -> None:
-    """TideError names the first thing that does not fit."""
-    rows = checkpoint.embedding_rows
-    _check_sizes(config, entry, checkpoint, tokenizer, rows)
-    _check_mask(config.teacher, entry, checkpoint, tokenizer, rows)
-    _check_specials(config.teacher, entry, checkpoint, rows)
-
-
-def _check_sizes(
-    config: CacheConfig,
-    entry: TeacherEntry,
-    checkpoint: Checkpoint,
-    tokenizer: Tokenizer,
-    rows: int,
-) -> None:
+    """Do entry, checkpoint, tokenizer and settings belong together? TideError names what does not."""
+    name, rows = config.teacher, checkpoint.embedding_rows
     if "topk" in config.targets.signals and config.targets.k > rows:
         raise TideError(
-            f"targets.k is {config.targets.k}, but the teacher {config.teacher} has {rows} logits",
+            f"targets.k is {config.targets.k}, but the teacher {name} has {rows} logits",
             expected=f"k between 1 and {rows}",
             fix=f"lower it: --set targets.k={min(64, rows)}",
         )
@@ -39,53 +131,66 @@ def _check_sizes(
             expected="a tokenizer that fits the checkpoint",
             fix="check that tokenizer and weights belong together",
         )
-    if entry.vocabulary is not None and rows != entry.vocabulary:
-        raise TideError(
-            f"the checkpoint {checkpoint.folder} has {rows} logits, the entry {config.teacher} says {entry.vocabulary}",
-            expected="one and the same number",
-            fix="choose the teacher that this checkpoint belongs to, or correct vocabulary in your entry",
-        )
-    limit = int(
-        checkpoint.config.get("max_position_embeddings")
-        or checkpoint.config.get("max_sequence_length")
-        or 0
-    )
-    needed = config.lengths.student if entry.student_tokens else config.lengths.teacher
-    if limit and needed > limit:
+    limits = ("max_position_embeddings", "max_sequence_length")
+    limit = next((int(n) for key in limits if (n := checkpoint.config.get(key))), 0)
+    side = "student" if entry.student_tokens else "teacher"
+    if 0 < limit < (needed := getattr(config.lengths, side)):
         raise TideError(
             f"the teacher would read {needed} tokens, but knows {limit} positions",
-            fix=f"lower lengths.{'student' if entry.student_tokens else 'teacher'} to {limit} or less",
+            fix=f"lower lengths.{side} to {limit} or less",
         )
 
+    # What the entry states must be what the checkpoint says.
+    def differs(what: str, theirs: object, ours: object) -> TideError:
+        return TideError(
+            f"the checkpoint {checkpoint.folder} has {what} {theirs}, the entry {name} says {ours}",
+            expected=f"one and the same, below the {rows} rows of the embedding",
+            fix=f"choose the teacher that this checkpoint belongs to, or correct {what} in your entry",
+        )
 
-def _check_mask(
-    name: str, entry: TeacherEntry, checkpoint: Checkpoint, tokenizer: Tokenizer, rows: int
-) -> None:
+    if entry.vocabulary is not None and rows != entry.vocabulary:
+        raise differs("vocabulary", rows, entry.vocabulary)
     stated = stated_mask(checkpoint, tokenizer)
     if (stated is not None and stated != entry.mask_id) or not 0 <= entry.mask_id < rows:
-        raise TideError(
-            f"the checkpoint {checkpoint.folder} has mask id {stated}, the entry {name} says {entry.mask_id}",
-            expected=f"one and the same id below {rows}",
-            fix="choose the teacher that this checkpoint belongs to, or correct mask_id in your entry",
-        )
+        raise differs("mask_id", stated, entry.mask_id)
     refuse_as_mask(entry.mask_id, tokenizer, checkpoint, f"the entry {name}")
-
-
-def _check_specials(name: str, entry: TeacherEntry, checkpoint: Checkpoint, rows: int) -> None:
-    """End and padding ids: inside the embedding, and the entry's where it states them."""
     for role, expected in (("eos", entry.eos_id), ("pad", entry.pad_id)):
-        found = checkpoint.special_ids(role)
-        outside = [i for i in found if not 0 <= i < rows]
+        ids = checkpoint.special_ids(role)
+        outside = [i for i in ids if not 0 <= i < rows]
         if outside:
             raise TideError(
                 f"the config of {checkpoint.folder} has {role}_token_id {outside[0]}",
                 expected=f"an id below {rows}, the rows of the embedding",
                 fix="correct config.json, or download the checkpoint again",
             )
-        if expected is not None and found and expected not in found:
-            raise TideError(
-                f"the checkpoint {checkpoint.folder} has {role} id {', '.join(map(str, found))}, "
-                f"the entry {name} says {expected}",
-                expected="one and the same id",
-                fix=f"choose the teacher that this checkpoint belongs to, or correct {role}_id in your entry",
-            )
+        if expected is not None and ids and expected not in ids:
+            raise differs(f"{role}_id", ", ".join(map(str, ids)), expected)
+
+
+def check_data(config: CacheConfig, shared_tokenizer: bool, data: PreparedData) -> None:
+    """TideError where no example can be used, or chunks are wanted and the two tokenizers share
+    none; a warning where most bytes are in no chunk.
+    """
+    sums = totals(data.record.sources)
+    if data.examples == 0:
+        raise TideError(
+            f"none of the {sums.get('rows', 0):,} rows of the data can be used",
+            expected="at least one conversation with an answer",
+            fix="look at what was left out, and why, with `tide prepare`",
+        )
+    if shared_tokenizer or "chunks" not in config.targets.signals:
+        return
+    lost, whole = sums.get("unaligned_bytes", 0), sums.get("response_bytes", 0)
+    if not sums.get("chunks"):
+        raise TideError(
+            f"teacher {config.teacher} and its student share no chunk: {lost:,} of {whole:,} "
+            "response bytes could not be aligned",
+            expected="two tokenizers whose tokens spell the same bytes",
+            fix="look at `tide prepare --show 3`; choose another student tokenizer or teacher",
+        )
+    if lost > whole / 2:
+        warnings.warn(
+            f"{lost / whole:.0%} of the response bytes could not be aligned between teacher and "
+            "student: these are trained by cross-entropy alone",
+            stacklevel=2,
+        )

@@ -1,6 +1,6 @@
 """A unit of work: examples made into requests for the engine, and its scores made into rows of the cache.
 
-Both halves are pure functions of the plan and their arguments, so they may run in other threads or processes.
+Both halves are pure functions of the run and their arguments, so they may run in other threads or processes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shared.cache.shards import CACHE, Unit
 from shared.diffusion.noise import Draw
 from teacher_cache.method.comp_demo import Request, TeacherView, draw_for, passes, teacher_view
 from teacher_cache.method.targets import Scores, TargetSpec, refuse_nonfinite
-from teacher_cache.run.plan import CachePlan
+from teacher_cache.run.open import Run
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,20 @@ class UnitWork:
     requests: list[Request]
 
 
-def prepare_unit(plan: CachePlan, unit: Unit, examples: Sequence[Prepared]) -> UnitWork:
+def prepare_unit(run: Run, unit: Unit, examples: Sequence[Prepared]) -> UnitWork:
     """Draw and split: everything before the engine."""
     items, requests = [], []
     for example in examples:
-        draw = draw_for(example, plan.config.noise, unit.draw)
+        draw = draw_for(example, run.config.noise, unit.draw)
         view = teacher_view(example, draw)
-        pairs = passes(view, plan.entry.mask_id, plan.config.noise.comp_demo)
+        pairs = passes(view, run.entry.mask_id, run.config.noise.comp_demo)
         requests += [request for request, _ in pairs]
         items.append(_Item(example, draw, view, [rows for _, rows in pairs]))
     return UnitWork(unit, len(examples), items, requests)
 
 
 def finish_unit(
-    plan: CachePlan, work: UnitWork, scores: Sequence[Scores]
+    run: Run, work: UnitWork, scores: Sequence[Scores]
 ) -> tuple[list[CacheRow], dict[str, Any]]:
     """Rows of the shard, and the counts that are stored with it. TideError where a score is not finite."""
     rows, position = [], 0
@@ -63,9 +63,9 @@ def finish_unit(
         position += len(item.rows)
         for part in parts:
             refuse_nonfinite(part, item.example.id)
-        merged = merge_passes(plan.target_spec(), item.view.positions.size, parts, item.rows)
+        merged = merge_passes(run.target_spec(), item.view.positions.size, parts, item.rows)
         about = RowSettings(
-            plan.config.targets.signals, plan.config.noise.comp_demo, plan.layout.partial
+            run.config.targets.signals, run.config.noise.comp_demo, run.layout.partial
         )
         rows.append(cache_row(item.example, item.draw, work.unit.draw, item.view, merged, about))
     masked = sum(row.masked.size for row in rows)
@@ -74,7 +74,7 @@ def finish_unit(
         row.chunk_logp is not None and row.masked.size > 0 and row.chunk_logp.size == 0
         for row in rows
     )
-    place = {"draw": work.unit.draw, "part": work.unit.part, CACHE: plan.manifest.digest}
+    place = {"draw": work.unit.draw, "part": work.unit.part, CACHE: run.manifest.digest}
     return rows, {"rows_without_chunks": bare, "masked": masked, "chunks": chunks, **place}
 
 

@@ -16,8 +16,7 @@ from student_train.losses.objective import objective
 from student_train.losses.tidal import strength_at, training_strength
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.load_engine import load_engine
-from teacher_cache.run.plan import make_plan
-from teacher_cache.run.tables.settle import with_tables
+from teacher_cache.run.open import open_or_begin
 from teacher_cache.run.work import prepare_unit
 from tests.conftest import small_cache_config
 from tests.reading import layout_of, rows_in
@@ -38,7 +37,7 @@ def exact(
         "tiny-shared", random_teacher, out, targets=targets, noise={"draws": 1}, data=data
     )
     build_cache(config)
-    plan = with_tables(make_plan(config, write=False))
+    plan = open_or_begin(config)
     work = prepare_unit(plan, Unit(0, 0), plan.data.between(0, 3))
     engine: Any = load_engine(plan)
     logits, found = iter(engine.logits(work.requests)), []

@@ -13,7 +13,7 @@ from shared.cache.shards import finished_units
 from shared.data.sources import HubName
 from teacher_cache.prepared.report import describe
 from teacher_cache.run.build import build_cache
-from teacher_cache.run.data import open_sides, prepare_data
+from teacher_cache.run.open import open_sides, prepare_data
 from tests.reading import rows_in
 from tests.shared.data.test_files import hub_folder
 

@@ -96,7 +96,7 @@ def test_a_cache_keeps_the_day_on_which_it_was_begun(
             def today(cls) -> Day:
                 return cls(2026, 11, day)
 
-        monkeypatch.setattr("teacher_cache.run.data.datetime", SimpleNamespace(date=Day))
+        monkeypatch.setattr("teacher_cache.run.open.datetime", SimpleNamespace(date=Day))
         changes = {"data": source, "student_tokenizer": str(student), "noise": {"draws": draws}}
         config = small_cache_config("tiny-cross", random_teacher, tmp_path / out, **changes)
         build_cache(config)

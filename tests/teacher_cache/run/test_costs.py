@@ -20,7 +20,7 @@ from teacher_cache.run.costs import (
     sampled_workload,
     size_of,
 )
-from teacher_cache.run.plan import make_plan
+from teacher_cache.run.open import open_or_begin
 from teacher_cache.teachers.registry import all_teachers, find_teacher, known_shape
 from tests.conftest import small_cache_config
 
@@ -71,7 +71,7 @@ def test_the_bytes_of_a_draw_bound_those_of_a_real_cache(
     for teacher in ("tiny-cross", "tiny-shared"):
         config = small_cache_config(teacher, random_teacher, tmp_path / teacher, shard_examples=24)
         build_cache(config)
-        plan = make_plan(config)
+        plan = open_or_begin(config)
         load = sampled_workload(plan)
         assert load.examples == 24
         rows = [unit.path(config.out).stat().st_size / 24 for unit in finished_units(config.out)]

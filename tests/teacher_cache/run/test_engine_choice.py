@@ -10,7 +10,7 @@ from shared.models.loading import check_weights
 from shared.system.errors import TideError
 from shared.system.hardware import choose_device
 from teacher_cache.engines.vllm_engine import engine as vllm_engine
-from teacher_cache.run.resolve_auto import settle_engine
+from teacher_cache.run.preflight import settle_engine
 
 
 def settle(teacher: str, *settings: str) -> str:

@@ -10,15 +10,15 @@ from shared.cache.shards import Unit, finished_units
 from shared.system.errors import TideError
 from teacher_cache.run import overlap
 from teacher_cache.run.load_engine import load_engine
-from teacher_cache.run.plan import CachePlan, make_plan
+from teacher_cache.run.open import Run, open_or_begin
 from teacher_cache.run.units import run_units
 from tests.conftest import small_cache_config
 
 
 @pytest.fixture
-def plan(random_teacher: Path, tmp_path: Path) -> CachePlan:
+def plan(random_teacher: Path, tmp_path: Path) -> Run:
     targets = {"signals": ["chunks"]}
-    return make_plan(
+    return open_or_begin(
         small_cache_config("tiny-cross", random_teacher, tmp_path / "cache", targets=targets)
     )
 
@@ -45,7 +45,7 @@ class Spy:
 
 
 def test_the_next_unit_is_prepared_and_the_last_one_written_while_the_engine_works(
-    plan: CachePlan, monkeypatch: pytest.MonkeyPatch
+    plan: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each scoring call waits for the next unit's preparation, each write for the next scoring call: no deadlock."""
     units = plan.missing
@@ -78,7 +78,7 @@ def test_the_next_unit_is_prepared_and_the_last_one_written_while_the_engine_wor
     assert finished_units(plan.config.out) == units
 
 
-def test_what_was_scored_is_written_when_a_later_unit_stops_the_run(plan: CachePlan) -> None:
+def test_what_was_scored_is_written_when_a_later_unit_stops_the_run(plan: Run) -> None:
     def before(call: int) -> None:
         if call == 4:
             raise KeyboardInterrupt
@@ -89,9 +89,9 @@ def test_what_was_scored_is_written_when_a_later_unit_stops_the_run(plan: CacheP
 
 
 def test_an_error_in_preparation_reaches_the_user(
-    plan: CachePlan, monkeypatch: pytest.MonkeyPatch
+    plan: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(_plan: CachePlan, unit: Unit, _examples: Any) -> Any:
+    def fails(_plan: Run, unit: Unit, _examples: Any) -> Any:
         raise TideError(f"unit {unit.part} cannot be prepared")
 
     monkeypatch.setattr(overlap, "prepare_unit", fails)

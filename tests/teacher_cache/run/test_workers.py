@@ -13,7 +13,7 @@ from shared.cache.shards import finished_units
 from shared.system.errors import TideError
 from teacher_cache.run import workers
 from teacher_cache.run.build import build_cache
-from teacher_cache.run.plan import make_plan
+from teacher_cache.run.open import open_or_begin
 from tests.conftest import small_cache_config
 
 pytestmark = pytest.mark.slow  # every process imports torch and transformers anew
@@ -77,7 +77,7 @@ def test_a_process_that_always_dies_ends_the_run(
     random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config(random_teacher, tmp_path / "c", 2)
-    plan = make_plan(settings)
+    plan = open_or_begin(settings)
     monkeypatch.setattr(
         workers, "_serve", os._exit
     )  # called with the plan: no exit code, so it dies of the error
@@ -87,7 +87,7 @@ def test_a_process_that_always_dies_ends_the_run(
 
 def test_what_a_process_finds_wrong_reaches_the_user(random_teacher: Path, tmp_path: Path) -> None:
     settings = config(random_teacher, tmp_path / "c", 2)
-    plan = make_plan(settings)
+    plan = open_or_begin(settings)
     (random_teacher / "model.safetensors").rename(random_teacher / "hidden")
     try:
         with pytest.raises(TideError, match="has no safetensors weights"):

@@ -23,9 +23,8 @@ from shared.models.loading import architecture_of, head_rows, load_model
 from shared.system.errors import TideError
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.load_engine import load_engine
-from teacher_cache.run.plan import make_plan
-from teacher_cache.run.tables.classes import classes_for, cluster
-from teacher_cache.run.tables.pilot import pilot_requests
+from teacher_cache.run.open import open_or_begin
+from teacher_cache.run.tables import classes_for, cluster, pilot_requests
 from tests.conftest import GOLDEN, files, small_cache_config
 from tests.reading import all_rows
 
@@ -35,7 +34,7 @@ def test_the_prior_is_the_mean_of_what_is_outside(
 ) -> None:
     """Recomputed in float64 from full logits, one request at a time."""
     config = small_cache_config("tiny-shared", random_teacher, caches["tiny-shared"])
-    plan = make_plan(config, write=False)
+    plan = open_or_begin(config)
     engine: Any = load_engine(plan)
     requests = pilot_requests(plan)
     assert 200 <= sum(len(request.read) for request in requests) < 400
@@ -60,7 +59,7 @@ def test_the_sample_is_spread_over_the_data_and_the_same_every_time(
     caches: dict[str, Path], random_teacher: Path
 ) -> None:
     config = small_cache_config("tiny-shared", random_teacher, caches["tiny-shared"])
-    plan = make_plan(config, write=False)
+    plan = open_or_begin(config)
     first, again = ([r.ids.tolist() for r in pilot_requests(plan)] for _ in range(2))
     assert first == again
     assert len(first) < 48  # not all of it
@@ -105,7 +104,7 @@ def test_classes_of_the_students_head_and_of_the_teachers(
     def classes(**targets: Any) -> np.ndarray:
         changes = {"targets": {"k": 8, "classes": 5, **targets}}
         return classes_for(
-            make_plan(small_cache_config("tiny-shared", random_teacher, tmp_path / "c", **changes))
+            open_or_begin(small_cache_config("tiny-shared", random_teacher, tmp_path / "c", **changes))
         )[0]
 
     own = classes()

@@ -1,0 +1,251 @@
+"""The one opening of a cache: begin it, or go on with what is there.
+
+Everything that can go wrong before the teacher is loaded goes wrong here: `auto`s are decided,
+teacher, student and data opened, and what follows from them is compared with the manifest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool
+
+from shared.aligned.examples import SharedVocabulary
+from shared.cache.fingerprint import CachedData, CachedStudent, CachedTeacher, Fingerprint
+from shared.cache.manifest import MANIFEST, Manifest, check_fingerprint, load_manifest
+from shared.cache.row import Layout
+from shared.cache.shards import Unit, finished_units, read_table, refuse_other_cache
+from shared.cache.vocabulary import Vocabulary, has_tables, load_vocabulary
+from shared.data.sources import public_name
+from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve
+from shared.models.masks import student_mask
+from shared.settings.build import to_plain
+from shared.settings.config import CacheConfig
+from shared.system.errors import TideError
+from shared.text.tokenizers import Tokenizer
+from teacher_cache.method.targets import TargetSpec
+from teacher_cache.prepared.folder import PreparedData
+from teacher_cache.prepared.prepare import PrepareRequest, prepare
+from teacher_cache.run.preflight import check_data, check_places, check_teacher, settle_engine
+from teacher_cache.teachers.registry import Full, TeacherEntry, find_teacher
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Teacher and student, opened and checked."""
+
+    entry: TeacherEntry
+    checkpoint: Checkpoint
+    teacher: Tokenizer
+    student: Tokenizer
+    mask_token: str
+    student_mask: int
+    shared: SharedVocabulary | None
+    """What both vocabularies share, where the teacher reads the student's ids; else None."""
+
+    def shared_ids(self) -> Bool[np.ndarray, " vocab"] | None:
+        """Whether an id means the same to student and teacher; None across tokenizers."""
+        return None if self.shared is None else self.shared.same
+
+
+def open_sides(config: CacheConfig, weights: bool = True) -> Sides:
+    """Open and check both sides. `weights` False: those of a teacher on the hub are not fetched."""
+    entry = find_teacher(config.teacher, config.teachers_file)
+    checkpoint = open_checkpoint(resolve(config.model or entry.model), weights)
+    teacher = Tokenizer.load(checkpoint.folder)
+    student = Tokenizer.load(resolve(config.student_tokenizer or entry.student))
+    check_teacher(config, entry, checkpoint, teacher)
+    token, mask = student_mask(student, config.student_mask_token)
+    shared = None
+    if entry.student_tokens:
+        # The teacher reads the student's ids: only added tokens may differ.
+        shared = SharedVocabulary.between(student, teacher)
+        alike = set(np.flatnonzero(shared.same).tolist())
+        different = set()
+        for side in (student, teacher):
+            different |= set(side.backend.get_vocab().values()) - side.added_ids - alike
+        if different:
+            raise TideError(
+                f"the tokenizers of teacher {config.teacher} and student {student.name} differ in "
+                f"{len(different)} tokens",
+                expected="the same tokens but for added ones: this teacher reads the student's ids",
+                fix="give the student that shares the teacher's tokenizer, or use a "
+                "cross-tokenizer teacher",
+            )
+        if "topk" in config.targets.signals and config.targets.k > len(alike):
+            raise TideError(
+                f"targets.k is {config.targets.k}, but teacher {config.teacher} and student share "
+                f"{len(alike)} tokens",
+                expected=f"k between 1 and {len(alike)}",
+                fix=f"lower it: --set targets.k={min(64, len(alike))}",
+            )
+    return Sides(entry, checkpoint, teacher, student, token, mask, shared)
+
+
+def prepare_data(
+    config: CacheConfig, sides: Sides, begun: Manifest | None = None
+) -> tuple[PreparedData, datetime.date | None]:
+    """The data as student and teacher need it, prepared where it is not yet, and what templates
+    take for today: the day on which the cache was begun (its manifest), None where none asks.
+    """
+    entry, student, teacher = sides.entry, sides.student, sides.teacher
+    day = None
+    if student.template.knows_today or teacher.template.knows_today:
+        date = begun and begun.fingerprint.data.date
+        day = datetime.date.fromisoformat(date) if date else datetime.date.today()
+    own_text = entry.student_tokens and config.targets.teacher_text == "own"
+    reads_template = own_text or not entry.student_tokens
+    identity = {
+        "student": [student.fingerprint, student.template.source, sides.student_mask],
+        "teacher": [
+            teacher.fingerprint,
+            teacher.template.source if reads_template else "",
+            entry.mask_id,
+        ],
+        "shared": entry.student_tokens,
+    }
+    request = PrepareRequest(
+        sources=config.sources,
+        folder=config.prepared_folder,
+        identity=identity,
+        student=resolve(config.student_tokenizer or entry.student),
+        teacher=str(sides.checkpoint.folder),
+        shared=entry.student_tokens,
+        student_mask_id=sides.student_mask,
+        teacher_mask_id=entry.mask_id,
+        lengths=config.lengths,
+        date=day,
+        positions=config.targets.positions if entry.student_tokens else "content",
+        own_text=own_text,
+        skip_first=entry.shift,
+        dedup=config.dedup,
+        workers=config.prepare_workers,
+    )
+    return prepare(request), day
+
+
+@dataclass(frozen=True)
+class Run(Sides):
+    """A checked run of stage one: what to compute, with what."""
+
+    config: CacheConfig
+    data: PreparedData
+    manifest: Manifest
+    """Complete once the tables are there (`tables.settle_tables`)."""
+    vocabulary: Vocabulary | None = None
+    stored: frozenset[Unit] = frozenset()
+    """Units that the store already has."""
+
+    @property
+    def wants_tables(self) -> bool:
+        """Whether the shards need what is known of the vocabulary as a whole."""
+        return "topk" in self.config.targets.signals
+
+    @property
+    def layout(self) -> Layout:
+        """How the shards are written."""
+        targets = self.manifest.fingerprint.targets
+        return Layout(targets.temperatures, targets.values, self.vocabulary, targets.partial)
+
+    def target_spec(self) -> TargetSpec:
+        """What to take of the logits."""
+        targets = self.config.targets
+        k = targets.k if self.wants_tables else 0
+        return TargetSpec(k, targets.mass, targets.stored_temperatures, self.layout.classes)
+
+    @property
+    def missing(self) -> list[Unit]:
+        """Units of this rank whose shards are not there yet, neither here nor in the store."""
+        done = {*finished_units(self.config.out), *self.stored}
+        rank, world, units = self.config.rank, self.config.world, self.manifest.units()
+        if isinstance(self.entry.attention, Full):
+            mine = units[rank::world]
+        else:  # passes of all draws share a clean copy: a part is one rank's
+            mine = [unit for unit in units if unit.part % world == rank]
+        return [unit for unit in mine if unit not in done]
+
+    def examples_in(self, unit: Unit) -> int:
+        """How many examples of the data belong to `unit`."""
+        size = self.config.shard_examples
+        return min(size, self.data.examples - unit.part * size)
+
+
+def open_or_begin(config: CacheConfig, any_engine: bool = False) -> Run:
+    """The run that `config` describes: a new one, or that of the cache which lies at `config.out`.
+
+    Nothing is written but prepared data. TideError names the first thing that is wrong, and all
+    that differs from the cache. `any_engine`: look at it with another engine than it was made with.
+    """
+    # 1. What is there decides what was left open.
+    out = config.out
+    check_places(config)
+    begun = load_manifest(out) if (out / MANIFEST).exists() else None
+    config = settle_engine(config, begun and begun.fingerprint.engine)
+
+    # 2. Teacher, student and data.
+    sides = open_sides(config)
+    data, day = prepare_data(config, sides, begun)
+    check_data(config, sides.shared is not None, data)
+
+    # 3. All that the values depend on.
+    entry, student = sides.entry, sides.student
+    classes_from = config.targets.classes_from
+    if classes_from is not None:
+        classes_from = open_checkpoint(resolve(classes_from)).fingerprint()
+    fingerprint = Fingerprint.of(
+        config,
+        CachedTeacher(
+            name=config.teacher,
+            architecture=entry.architecture,
+            attention=to_plain(entry.attention),
+            shift=entry.shift,
+            student_tokens=entry.student_tokens,
+            mask_id=entry.mask_id,
+            vocabulary=sides.checkpoint.embedding_rows,
+            weights=sides.checkpoint.fingerprint(),
+            tokenizer=sides.teacher.fingerprint,
+            template=sides.teacher.template.source,
+        ),
+        CachedStudent(
+            tokenizer=student.fingerprint,
+            template=student.template.source,
+            mask_id=sides.student_mask,
+            mask_token=sides.mask_token,
+            vocabulary=max(len(student), sides.student_mask + 1),
+        ),
+        CachedData(
+            content=data.record.content,
+            examples=data.examples,
+            shard_examples=config.shard_examples,
+            turns=tuple(sorted({source.turns for source in config.sources})),
+            date=None if day is None else str(day),
+        ),
+        classes_from,
+    )
+
+    # 4. The tables, where they are made already.
+    tables, vocabulary = begun and begun.fingerprint.tables, None
+    if "topk" in config.targets.signals and has_tables(out):
+        vocabulary = load_vocabulary(out, tables)
+        tables = vocabulary.digest
+    fingerprint = dataclasses.replace(fingerprint, tables=tables)
+
+    # 5. Begin, or go on.
+    draws, parts = config.noise.draws, -(-data.examples // config.shard_examples)
+    names = tuple(dict.fromkeys(public_name(source.source) for source in config.sources))
+    if begun is not None:
+        if any_engine:
+            fingerprint = dataclasses.replace(fingerprint, engine=begun.fingerprint.engine)
+        check_fingerprint(out, begun.fingerprint, fingerprint, "go on with it")
+        draws, names = max(begun.draws, draws), begun.sources or names
+    elif units := finished_units(out):
+        # The manifest was lost: the shards say what they belong to.
+        for unit in units:
+            path = unit.path(out)
+            refuse_other_cache(path, read_table(path).counts, fingerprint.digest)
+        draws = max(draws, units[-1].draw + 1)
+    manifest = Manifest(fingerprint, draws, parts, data.examples, sources=names)
+    return Run(**vars(sides), config=config, data=data, manifest=manifest, vocabulary=vocabulary)
