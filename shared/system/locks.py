@@ -42,14 +42,19 @@ def hold(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         raise TideError(
             f"{path.parent} cannot be written: {error.strerror}", fix="choose another folder"
         ) from error
-    if isinstance(lock, FileLock):
-        with contextlib.suppress(OSError):  # a full disk keeps nobody from locking
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
-            path.write_text(f"process {os.getpid()} of {socket.gethostname()} since {since}")
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    _sign(lock, path, f"process {os.getpid()} of {socket.gethostname()} since {since}")
     try:
         yield
     finally:
+        _sign(lock, path, "")
         lock.release()
+
+
+def _sign(lock: BaseFileLock, path: Path, holder: str) -> None:
+    if isinstance(lock, FileLock):  # a soft lock's file is the library's
+        with contextlib.suppress(OSError):  # a full disk keeps nobody from locking
+            path.write_text(holder)
 
 
 def _acquire(lock: BaseFileLock, path: Path, what: str, wait: bool) -> None:

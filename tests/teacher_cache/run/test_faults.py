@@ -119,8 +119,8 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from shared.settings.config import CacheConfig
-from teacher_cache.run.build import _only_writer
-with _only_writer(CacheConfig(out=Path(sys.argv[1]))):
+from teacher_cache.run.build import only_writer
+with only_writer(CacheConfig(out=Path(sys.argv[1]))):
     print("held", flush=True)
     time.sleep(60)
 """

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,6 @@ import pytest
 import torch
 
 from shared.cache.manifest import load_manifest
-from shared.cache.shards import finished_units
-from shared.cache.stores import Store
 from shared.cache.vocabulary import load_centroids, load_pilot, load_vocabulary, ranks, smaller
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import architecture_of, head_rows, load_model
@@ -25,7 +20,7 @@ from teacher_cache.run.build import build_cache
 from teacher_cache.run.load_engine import load_engine
 from teacher_cache.run.open import open_or_begin
 from teacher_cache.run.tables import classes_for, cluster, pilot_requests
-from tests.conftest import GOLDEN, files, small_cache_config
+from tests.conftest import GOLDEN, small_cache_config
 from tests.reading import all_rows
 
 
@@ -157,86 +152,6 @@ def test_what_classes_and_priors_come_from_is_part_of_the_cache(
     shutil.copytree(tmp_path / "d" / "tables", tmp_path / "c" / "tables", dirs_exist_ok=True)
     with pytest.raises(TideError, match="is not the table that the shards were written with"):
         all_rows(tmp_path / "c")
-
-
-def _rank(settings: dict[str, Any], barrier: Any, results: Any) -> None:
-    config = small_cache_config(**settings)
-    barrier.wait()
-    try:
-        results.put(build_cache(config).computed)
-    except BaseException as error:
-        results.put(repr(error))
-
-
-def release(count: int, settings: dict[str, Any]) -> list[Any]:
-    """`count` ranks, each a process, that all begin at one moment."""
-    context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(count), context.Queue()
-    ranks_ = [
-        context.Process(
-            target=_rank, args=({**settings, "rank": rank, "world": count}, barrier, results)
-        )
-        for rank in range(count)
-    ]
-    for process in ranks_:
-        process.start()
-    found = [results.get(timeout=300) for _ in ranks_]
-    for process in ranks_:
-        process.join()
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.faults("ranks released at one moment")
-def test_six_ranks_released_at_one_moment_make_one_table(
-    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
-) -> None:
-    """Twenty times over, as a Slurm array begins (docs/scaling.md): no rank dies of another's files, and the cache is
-    the one of a single process.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # six forks on a few cores
-    try:
-        for trial in range(20):
-            out = tmp_path / f"c{trial}"
-            settings = {"teacher": "tiny-shared", "model": random_teacher, "out": out}
-            assert release(6, settings) == [1] * 6
-            assert files(out) == files(caches["tiny-shared"])
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_ranks_without_a_common_disk_wait_for_rank_0(
-    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
-) -> None:
-    store, found = str(tmp_path / "store"), []
-
-    def late() -> None:
-        changes = {"rank": 1, "world": 2, "store": store}
-        found.append(
-            build_cache(
-                small_cache_config("tiny-shared", random_teacher, tmp_path / "host-1", **changes)
-            )
-        )
-
-    thread = threading.Thread(target=late)
-    thread.start()
-    time.sleep(1.5)
-    assert not found and finished_units(tmp_path / "host-1") == []
-    changes = {"rank": 0, "world": 2, "store": store}
-    build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "host-0", **changes))
-    thread.join(timeout=120)
-    assert found and found[0].computed == 3
-    Store.open(store).pull(tmp_path / "whole")
-    assert files(tmp_path / "whole") == files(caches["tiny-shared"])
-
-
-def test_two_workers_take_the_tables_of_a_process_that_is_gone(
-    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
-) -> None:
-    engine = {"dtype": "float32", "device": "cpu", "data_parallel": 2}
-    build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "c", engine=engine))
-    assert files(tmp_path / "c") == files(caches["tiny-shared"])
 
 
 def test_tables_of_another_cache_must_fit(

@@ -1,0 +1,213 @@
+"""Ranks: of one disk, of one store, as processes, on a Ray cluster; all make the one cache."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shared.cache.shards import finished_units
+from shared.cache.stores import Store
+from shared.settings.build import build
+from shared.settings.config import CacheConfig
+from shared.system.errors import TideError
+from teacher_cache.run import ranks
+from teacher_cache.run.build import build_cache, only_writer
+from teacher_cache.run.progress import read_status
+from tests.conftest import files, small_cache_config
+
+CPU = {"dtype": "float32", "device": "cpu"}
+
+
+def test_ranks_share_the_units_on_one_disk(
+    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "c"
+    for rank in range(3):
+        report = build_cache(
+            small_cache_config("tiny-shared", random_teacher, out, rank=rank, world=3)
+        )
+        assert (report.computed, report.kept) == (2, 2 * rank)
+    assert files(out) == files(caches["tiny-shared"])
+    status = read_status(out)
+    assert (status["state"], status["ranks"], status["rows_done"]) == ("finished", 3, 48)
+    with pytest.raises(TideError):
+        build(CacheConfig, {"rank": 2, "world": 2})
+
+
+def test_ranks_lock_out_a_plain_run_and_their_own_twins(
+    random_teacher: Path, tmp_path: Path
+) -> None:
+    def config(**changes: Any) -> CacheConfig:
+        return small_cache_config("tiny-shared", random_teacher, tmp_path / "c", **changes)
+
+    with only_writer(config(rank=0, world=2)):
+        for other in ({"rank": 0, "world": 2}, {}):
+            with pytest.raises(TideError, match=str(os.getpid())):
+                build_cache(config(**other))
+        assert build_cache(config(rank=1, world=2)).computed == 3
+    with only_writer(config()), pytest.raises(TideError):
+        build_cache(config())
+
+
+def test_ranks_without_a_common_disk_wait_for_the_tables_of_rank_0(
+    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
+) -> None:
+    store, reports = str(tmp_path / "store"), []
+
+    def run(rank: int) -> None:
+        changes = {"rank": rank, "world": 2, "store": store}
+        out = tmp_path / f"host-{rank}"
+        reports.append(
+            build_cache(small_cache_config("tiny-shared", random_teacher, out, **changes))
+        )
+
+    late = threading.Thread(target=run, args=(1,))
+    late.start()
+    time.sleep(1.5)
+    assert not reports and finished_units(tmp_path / "host-1") == []
+    run(0)
+    late.join(timeout=120)
+    assert [report.computed for report in reports] == [3, 3]
+    Store.open(store).pull(tmp_path / "whole")
+    assert files(tmp_path / "whole") == files(caches["tiny-shared"])
+
+
+def in_child(settings: dict[str, Any], barrier: Any, results: Any) -> None:
+    config = small_cache_config(**settings)
+    barrier.wait()
+    try:
+        results.put(build_cache(config).computed)
+    except BaseException as error:
+        results.put(repr(error))
+
+
+@pytest.mark.slow
+def test_six_ranks_released_at_one_moment_make_one_table(
+    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
+) -> None:
+    """Twenty times over, as a Slurm array begins: no rank dies of another's files."""
+    context, threads = multiprocessing.get_context("fork"), torch.get_num_threads()
+    torch.set_num_threads(1)  # six forks on a few cores
+    try:
+        for trial in range(20):
+            out = tmp_path / f"c{trial}"
+            settings = {"teacher": "tiny-shared", "model": random_teacher, "out": out, "world": 6}
+            barrier, results = context.Barrier(6), context.Queue()
+            children = []
+            for rank in range(6):
+                own = ({**settings, "rank": rank}, barrier, results)
+                children.append(context.Process(target=in_child, args=own))
+                children[-1].start()
+            assert [results.get(timeout=300) for _ in children] == [1] * 6
+            for child in children:
+                child.join()
+            assert files(out) == files(caches["tiny-shared"])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_data_parallel_makes_the_same_cache_and_goes_on_where_a_rank_was_killed(
+    caches: dict[str, Path], random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two processes is killed at its start: the other writes its half, the run ends with an
+    error, and the same command makes the rest.
+    """
+    start, killed = ranks.start_child, []
+
+    def watched(*arguments: Any) -> Any:
+        child = start(*arguments)
+        if not killed:
+            killed.append(child.pid)
+            os.kill(child.pid, signal.SIGKILL)
+        return child
+
+    out = tmp_path / "c"
+    changes = {"engine": {**CPU, "data_parallel": 2}, "metrics_file": tmp_path / "tide.prom"}
+    config = small_cache_config("tiny-shared", random_teacher, out, **changes)
+    monkeypatch.setattr(ranks, "start_child", watched)
+    with pytest.raises(TideError, match="rank 0 of 2"):
+        build_cache(config)
+    assert len(finished_units(out)) == 3
+    report = build_cache(config)
+    assert (report.computed, report.kept) == (3, 3)
+    assert files(out) == files(caches["tiny-shared"])
+    assert "tide_cache_rows_done" in (tmp_path / "tide.prom").read_text()
+
+
+def test_what_a_rank_finds_wrong_reaches_the_user(
+    random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m").mkdir()
+    for path in random_teacher.iterdir():
+        (tmp_path / "m" / path.name).symlink_to(path)
+    start = ranks.start_child
+
+    def without_weights(*arguments: Any) -> Any:
+        (tmp_path / "m" / "model.safetensors").unlink(missing_ok=True)
+        return start(*arguments)
+
+    monkeypatch.setattr(ranks, "start_child", without_weights)
+    changes = {"engine": {**CPU, "data_parallel": 2}}
+    config = small_cache_config("tiny-cross", tmp_path / "m", tmp_path / "c", **changes)
+    with pytest.raises(TideError, match=str(tmp_path / "m")):
+        build_cache(config)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """Ray on two nodes, two CPUs each."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    ray.init(address=made.address, log_to_driver=False)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_a_ray_cluster_of_two_nodes_loses_one(
+    caches: dict[str, Path], random_teacher: Path, tmp_path: Path, cluster: Any
+) -> None:
+    """Ranks run on both nodes; one node goes while units are computed; Ray runs its ranks again."""
+    second = cluster.add_node(num_cpus=2)
+    cluster.wait_for_nodes()
+    out = tmp_path / "c"
+    engine = {**CPU, "workers": "ray", "data_parallel": 4}
+    config = small_cache_config("tiny-shared", random_teacher, out, engine=engine)
+
+    def lose() -> None:
+        while not finished_units(out):
+            time.sleep(0.05)
+        cluster.remove_node(second, allow_graceful=False)
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    report = build_cache(config)
+    thread.join()
+    assert report.computed == 6
+    assert files(out) == files(caches["tiny-shared"])
+
+
+def test_ray_that_is_not_there_is_explained(
+    random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *_: None if name == "ray" else object()
+    )
+    engine = {**CPU, "workers": "ray", "dtype": "auto"}
+    with pytest.raises(TideError, match="ray"):
+        build_cache(
+            small_cache_config("tiny-shared", random_teacher, tmp_path / "c", engine=engine)
+        )
