@@ -50,18 +50,10 @@ def config(cache: Path, out: Path, **changes: Any) -> TrainConfig:
 def curve(out: Path) -> list[dict[str, Any]]:
     """The logged history without what a clock says."""
     steps = json.loads((out / "history.json").read_text())["steps"]
-    clock = {
-        "train_runtime",
-        "train_steps_per_second",
-        "total_flos",
-        "train_loss",
-        "tokens_per_second",
-    }
-    return [
-        {k: v for k, v in entry.items() if k not in clock}
-        for entry in steps
-        if "train_runtime" not in entry
-    ]
+    clock = {"train_runtime", "train_steps_per_second", "total_flos", "train_loss"}
+    clock.add("tokens_per_second")
+    entries = [entry for entry in steps if "train_runtime" not in entry]
+    return [{k: v for k, v in entry.items() if k not in clock} for entry in entries]
 
 
 CASES = [
@@ -85,9 +77,6 @@ def test_every_objective_trains(
     for entry in logged:
         assert entry["loss"] == pytest.approx(entry["denoise"] + entry["distillation"], rel=1e-4)
     assert 0 < metrics["eval_heldout_nll"] < 12
-    assert (
-        "train_samples_per_second" not in (tmp_path / "history.json").read_text()
-    )  # transformers counts batches
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents*"))
 
 
@@ -98,33 +87,6 @@ def test_the_result_loads_with_transformers_alone(caches: dict[str, Path], tmp_p
     assert model.config.model_type == "qwen3"
     assert model.config.mask_token_id == tokenizer.mask_token_id == 2047
     assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 2048)
-
-
-def test_accumulated_batches_are_one_large_batch(caches: dict[str, Path], tmp_path: Path) -> None:
-    """The first step's gradient norm and loss: 3 × 8 examples against one batch of 24, of unequal
-    counts.
-    """
-    found = []
-    for name, batch, accumulation in (("one", 24, 1), ("many", 8, 3)):
-        settings = {
-            "batch_size": batch,
-            "accumulation": accumulation,
-            "max_steps": 1,
-            "log_steps": 1,
-        }
-        calm = {"type": "calm"}
-        train_student(
-            config(
-                caches["tiny-shared"],
-                tmp_path / name,
-                distillation=calm,
-                checkpoint_steps=1,
-                **settings,
-            )
-        )
-        found.append(next(entry for entry in curve(tmp_path / name) if "loss" in entry))
-    for key in ("loss", "denoise", "distillation", "grad_norm"):
-        assert found[1][key] == pytest.approx(found[0][key], rel=1e-5), key
 
 
 def test_killed_at_random_moments_and_restarted_the_curve_is_the_same(
