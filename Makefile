@@ -64,7 +64,6 @@ docs: $(VENV)/.ready  ## the documentation's site, to site/; fails on a broken l
 
 bench: $(VENV)/.ready  ## ratios of speed, side by side in one run
 	$(BIN)/tide bench $(ARGS)
-	@if [ -e $(VENV)-vllm/.ready ]; then $(VENV)-vllm/bin/tide bench --only engines; fi
 
 cache: $(VENV)/.ready  ## stage one: make cache TEACHER=llada-8b ARGS="--model PATH --data FILE"
 	$(BIN)/tide cache --teacher $(TEACHER) $(ARGS)

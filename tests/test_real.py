@@ -205,7 +205,7 @@ def without_layers(folder: Path, out: Path, removed: range) -> Path:
     return out
 
 
-def causal_states(model: Any, rows: list[CacheRow], _manifest: Manifest) -> fidelity._Student:
+def causal_states(model: Any, rows: list[CacheRow], _manifest: Manifest) -> tuple[torch.Tensor, torch.Tensor]:
     """Where a causal model predicts each masked token, from the same noised text as its teacher."""
     parts = []
     for row in rows:
@@ -216,14 +216,14 @@ def causal_states(model: Any, rows: list[CacheRow], _manifest: Manifest) -> fide
             parts.append(
                 model.model(input_ids=ids, use_cache=False).last_hidden_state[0, masked - 1]
             )
-    return fidelity._Student(torch.cat(parts).float(), model.lm_head.weight.detach().float())
+    return torch.cat(parts).float(), model.lm_head.weight.detach().float()
 
 
 def test_what_a_cache_of_a_real_model_keeps_of_its_gradient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SmolLM2 and itself less 6 of its 30 layers, both causal: the angle on the student's hidden states under TIDAL."""
-    monkeypatch.setattr(fidelity, "_states", causal_states)
+    monkeypatch.setattr(fidelity, "student_states", causal_states)
     teacher = smollm2()
     student = without_layers(teacher, tmp_path / "student", range(12, 18))
     mask_id = Tokenizer.load(teacher).special_id("mask", "<empty_output>")

@@ -42,13 +42,12 @@ def demo(
 
 @app.command(rich_help_panel=INSTALLATION)
 def bench(
-    only: Annotated[str | None, Option(help="One table, such as end-to-end or use.")] = None,
-    figure: Annotated[Path | None, Option(help="Default: runs/bench/use.png.")] = None,
+    only: Annotated[str | None, Option(help="One table: stages, head, loader or use.")] = None,
 ) -> None:
     """Measure, side by side in one run, what the design claims about speed."""
     from pipelines.speed import run_bench
 
-    run_bench(only, figure)
+    run_bench(only)
 
 
 @app.command(rich_help_panel=INSTALLATION)

@@ -56,7 +56,7 @@ def show_teacher(
     from teacher_cache.teachers.registry import find_teacher
 
     find_teacher(name, teachers_file)
-    from pipelines.plan.show_teacher import describe_teacher
+    from pipelines.plan.teacher import describe_teacher
 
     say(describe_teacher(name, teachers_file))
 
@@ -113,11 +113,12 @@ def plan(
     response: Annotated[float, Option(max=1, help="The response's share of them.")] = 0.75,
     draws: Annotated[int | None, Option(help="Draws of every example.")] = None,
     tokens_per_second: Annotated[float | None, Option(help="The teacher's, if known.")] = None,
-    tflops: Annotated[float, Option(help="The card's dense peak, for GPU hours.")] = 989.0,
+    tflops: Annotated[float | None, Option(help="The card's dense peak, if another.")] = None,
     mfu: Annotated[float, Option(max=1, help="The share of that peak that is reached.")] = 0.35,
     gpu_hour: Annotated[float | None, Option(min=0, help="Price of a GPU hour.")] = None,
     terabyte_month: Annotated[float, Option(min=0, help="Price of a TB for a month.")] = 23.0,
     gpu: Annotated[str, Option(help="h100, h200, a100, 4090 or l40s.")] = "h100",
+    train: Annotated[list[str] | None, Option(help="Of stage two: key=value; repeatable.")] = None,
     *,
     configure: Configure,
 ) -> None:
@@ -125,17 +126,12 @@ def plan(
     require_positive(response=response, tflops=tflops, mfu=mfu, tokens_per_second=tokens_per_second)
     settings = configure(changes={"noise": given(draws=draws)})
     recipe = configure.args[1]  # type: ignore[attr-defined]
-    training = train_config(settings.teacher, recipe, [], settings.teachers_file)
-    from pipelines.plan.cards import find_card
-    from pipelines.plan.plan import Prices, Speed, plan_from_statement
-    from pipelines.plan.rehearse import summarise_rehearsal
-    from pipelines.plan.work import Conversations
+    training = train_config(settings.teacher, recipe, train or [], settings.teachers_file)
+    from pipelines.plan.plan import Assumptions, Prices, find_card, plan_from_statement
 
-    card = find_card(gpu)
     prices = None if gpu_hour is None else Prices(gpu_hour, terabyte_month)
-    speed = Speed(tokens_per_second, tflops, mfu)
-    say(plan_from_statement(settings, examples, tokens, response, speed, prices))
-    say(summarise_rehearsal(settings, training, Conversations(tokens, response), examples, card))
+    assumed = Assumptions(find_card(gpu, tflops), mfu, tokens_per_second, prices)
+    say(plan_from_statement(settings, examples, tokens, response, assumed, training))
 
 
 @app.command(rich_help_panel=STAGE_ONE)
@@ -151,7 +147,7 @@ def throughput(
     """Measure a teacher's speed and memory here, with random weights of its true shapes."""
     require_positive(tflops=tflops)
     settings = configure()
-    from pipelines.plan.throughput import measure_throughput
+    from pipelines.plan.teacher import measure_throughput
 
     say(measure_throughput(settings, length, requests, rounds, tflops))
 
@@ -229,13 +225,13 @@ def cache(
             fix="use `tide throughput` to measure a teacher with random weights on this machine",
         )
     if dry_run:
-        from pipelines.plan.plan import Speed, plan_from_data, plan_from_statement
+        from pipelines.plan.plan import Assumptions, plan_from_data, plan_from_statement
 
         if random_weights:
             length = settings.lengths.student
-            say(plan_from_statement(settings, 1_000_000, length, 0.75, Speed()))
+            say(plan_from_statement(settings, 1_000_000, length, 0.75, Assumptions()))
         else:
-            say(plan_from_data(settings, Speed()))
+            say(plan_from_data(settings, Assumptions()))
         return
     from teacher_cache.run.build import build_cache
 

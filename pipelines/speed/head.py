@@ -1,7 +1,5 @@
-"""Head and loss against the plain computation over whole sequences, at a real vocabulary: time and memory.
-
-Times are of alternating runs in one process; memory of one run each in a process of its own, whose high-water mark is
-then its own (Linux).
+"""Head and loss in slices against plain logits of whole sequences, at a real vocabulary: time and
+memory.
 """
 
 from __future__ import annotations
@@ -9,106 +7,91 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from rich.table import Table
 
-from pipelines.speed.memory import in_process
-from pipelines.speed.timing import side_by_side
+from pipelines.speed.timing import added_memory, in_process, side_by_side
 from shared.settings.objectives import KL, Distillation, ReverseCalm, Tidal
 from shared.system.hardware import bfloat16_in_hardware
 from student_train.losses.fused_head import LossSettings, fused_loss
 from student_train.losses.objective import Counts, objective, total
 from student_train.losses.targets import ChunkTargets, Classes, Targets, TopKTargets
 
-_ROWS, _VOCABULARY, _WIDTH, _K, _CLASSES = 512, 151_936, 512, 32, 64
-_OBJECTIVES: dict[str, Distillation] = {
+ROWS, VOCABULARY, WIDTH, K, CLASSES = 512, 151_936, 512, 32, 64
+OBJECTIVES: dict[str, Distillation] = {
     "kl + TIDAL": KL(tidal=Tidal()),
     "reverse_calm": ReverseCalm(),
 }
 
 
-@dataclass(frozen=True)
-class _Case:
-    objective: str
-    share: float
-    """Of the rows that are masked: the plain way makes logits of all."""
-    half: bool
-    """Products in bfloat16."""
-
-
-def bench_head() -> Table:
-    """The ratios as a table."""
+def bench_head(vocabulary: int = VOCABULARY) -> Table:
+    """Time and memory in slices ÷ plain."""
     half = bfloat16_in_hardware(torch.device("cpu"))
     title = (
-        f"LM head and loss ÷ plain over the whole sequence, forward and backward: {_ROWS:,} rows, "
-        f"vocabulary {_VOCABULARY:,}, width {_WIDTH:,}, {'bfloat16' if half else 'float32'}"
+        f"LM head and loss in slices ÷ plain over the whole sequence, forward and backward: "
+        f"{ROWS} rows, {vocabulary:,} tokens, width {WIDTH}, {'bfloat16' if half else 'float32'}"
     )
     table = Table(
         "objective", "rows masked", "time", "memory beyond inputs and gradients", title=title
     )
-    for name in _OBJECTIVES:
-        for share in (1.0, 0.5):
-            case = _Case(name, share, half)
-            jobs: dict[str, Callable[[], object]] = {
-                way: _job(case, way) for way in ("plain", "fused")
-            }
+    for name in OBJECTIVES:
+        for masked in (ROWS, ROWS // 2):
+            case = (name, masked, vocabulary, half)
+            jobs = {way: head_job(way, *case) for way in ("plain", "sliced")}
             seconds = side_by_side(jobs, rounds=2)
             memory = ""
-            if share == 1.0:
-                found = {way: max(1, in_process(_job, case, way)) for way in jobs}
-                memory = f"{found['fused'] / found['plain']:.2f}"
-            table.add_row(
-                name, f"{share:.0%}", f"{seconds['fused'] / seconds['plain']:.2f}", memory
-            )
+            if masked == ROWS:
+                bytes_of = {
+                    way: max(1, in_process(added_memory, head_job, way, *case)) for way in jobs
+                }
+                memory = f"{bytes_of['sliced'] / bytes_of['plain']:.2f}"
+            share, time = masked / ROWS, seconds["sliced"] / seconds["plain"]
+            table.add_row(name, f"{share:.0%}", f"{time:.2f}", memory)
     return table
 
 
-def _job(case: _Case, way: str) -> Callable[[], None]:
-    """One step. Its gradients and a second one of the head, which a loss adds up, are there before."""
+def head_job(
+    way: str, objective_name: str, masked: int, vocabulary: int, half: bool
+) -> Callable[[], object]:
+    """A step of head and loss, `plain` or `sliced`. Its gradients are there before it, as in
+    accumulation.
+    """
     torch.manual_seed(0)
-    hidden = torch.randn(_ROWS, _WIDTH, requires_grad=True)
-    head = (torch.randn(_VOCABULARY, _WIDTH) * 0.02).requires_grad_()
+    hidden = torch.randn(ROWS, WIDTH, requires_grad=True)
+    head = (torch.randn(vocabulary, WIDTH) * 0.02).requires_grad_()
     hidden.grad, head.grad = torch.zeros_like(hidden), torch.zeros_like(head)
-    spare = torch.ones_like(head)
-    del spare
-    masked = round(_ROWS * case.share)
-    targets = _problem(masked)
+    torch.ones_like(head)  # a second gradient of the head, which a loss adds up, is no news later
+    targets = made_up_targets(masked, vocabulary)
     counts = Counts(*torch.full((3,), float(masked)))
-    settings = LossSettings(_OBJECTIVES[case.objective], 1.0, counts, 0.5)
+    settings = LossSettings(OBJECTIVES[objective_name], 1.0, counts, 0.5)
 
     def run() -> None:
-        half = torch.autocast("cpu", torch.bfloat16) if case.half else contextlib.nullcontext()
-        with half:
-            if way == "fused":
+        with torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext():
+            if way == "sliced":
                 loss, _ = fused_loss(hidden[:masked], head, targets, settings)
-            else:
+            else:  # logits of all rows, of which the masked ones are read
                 logits = torch.nn.functional.linear(hidden, head)[:masked]
                 sums = objective(logits, targets, settings.distillation, settings.progress)
-                loss = total(sums, settings.counts, settings.distillation, settings.weight)
+                loss = total(sums, counts, settings.distillation, settings.weight)
         loss.backward()
 
     return run
 
 
-def _problem(rows: int) -> Targets:
-    ids = torch.stack([torch.randperm(_VOCABULARY)[:_K] for _ in range(64)]).repeat(rows // 64, 1)
-    logp = torch.randn(rows, _K).sort(dim=1, descending=True).values
+def made_up_targets(rows: int, vocabulary: int) -> Targets:
+    """Random targets of a top-k with classes, and chunks of two tokens."""
+    ids = torch.randint(0, vocabulary, (rows, K))
+    logp = torch.randn(rows, K).sort(dim=1, descending=True).values
+    kept = torch.ones_like(ids, dtype=torch.bool)
+    prior = torch.full((vocabulary,), -math.log(vocabulary))
+    classes = Classes(torch.arange(vocabulary) % CLASSES, CLASSES, {1.0: prior, 2.0: prior})
     odds = {t: torch.zeros(rows) for t in (1.0, 2.0)}
-    prior = torch.full((_VOCABULARY,), -math.log(_VOCABULARY))
-    classes = Classes(torch.arange(_VOCABULARY) % _CLASSES, _CLASSES, {1.0: prior, 2.0: prior})
-    mass = {t: torch.full((rows, _CLASSES), math.log(0.5 / _CLASSES)) for t in (1.0, 2.0)}
-    topk = TopKTargets(
-        ids, logp, torch.ones_like(ids, dtype=torch.bool), odds, classes, mass, student_shaped=False
-    )
+    mass = {t: torch.full((rows, CLASSES), math.log(0.5 / CLASSES)) for t in (1.0, 2.0)}
+    topk = TopKTargets(ids, logp, kept, odds, classes, mass, student_shaped=False)
     places = np.arange(rows)
-    chunk_of = places // 2
-    chunks = ChunkTargets(
-        torch.from_numpy(places), torch.from_numpy(chunk_of), -torch.rand(rows // 2), torch.rand(rows // 2) * 0.9 + 0.1,
-        np.stack([places, chunk_of]),
-    )  # fmt: skip
-    return Targets(
-        torch.randint(0, _VOCABULARY, (rows,)), torch.rand(rows) * 0.9 + 0.1, topk, chunks
-    )
+    host = np.stack([places, places // 2])  # rows, and each row's chunk
+    t = torch.rand(rows) * 0.9 + 0.1
+    chunks = ChunkTargets(*torch.from_numpy(host), -torch.rand(rows // 2), t[::2], host)
+    return Targets(torch.randint(0, vocabulary, (rows,)), t, topk, chunks)

@@ -1,15 +1,20 @@
-"""Jobs timed in alternation, so that a busy machine slows all of them alike."""
+"""Jobs timed in alternation, so that a busy machine slows all of them alike; memory of a job in a
+process of its own.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
-_ROUNDS = 5
+from shared.system.hardware import high_water
 
 
-def side_by_side(jobs: dict[str, Callable[[], object]], rounds: int = _ROUNDS) -> dict[str, float]:
+def side_by_side(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each job, all jobs in turn in every round, after one round to warm up."""
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(rounds + 1):
@@ -19,3 +24,19 @@ def side_by_side(jobs: dict[str, Callable[[], object]], rounds: int = _ROUNDS) -
             if turn:
                 times[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of a module returns in a fresh process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def added_memory(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> int:
+    """Bytes by which a job raises the high-water mark of its process (Linux). `prepare` loads what
+    is not the job's.
+    """
+    job = prepare(*arguments)
+    before = high_water()
+    job()
+    return high_water() - before

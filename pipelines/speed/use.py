@@ -1,322 +1,185 @@
-"""What a student costs in use: tokens a second, memory and quality, against its teacher and autoregressive decoding.
+"""A student in use: sampling by steps and thresholds, likelihoods, and requests to a server one by
+one and at once.
 
-The embedded pair; all answers are equally long. Quality is the teacher's NLL of blocks decoded after the true text of
-held-out functions ("generative perplexity", in nats), at fixed masks, with the share of distinct tokens beside it,
-since text that repeats itself can please a model too. The backbone was never trained to decode autoregressively: its
-speed and memory are measured, its text is not judged.
+All responses are equally long. What fewer steps cost is said by the embedded teacher: its NLL of
+blocks decoded after the true text of held-out functions, at fixed masks, with the share of distinct
+tokens beside it, since text that repeats itself can please a model too.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import http.client
 import itertools
-import math
-import statistics
-import tempfile
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
+import numpy as np
 import torch
-from matplotlib import pyplot as plt
 from rich.table import Table
-from torch import Tensor
 
-from pipelines.recipes.read import cache_config, train_config
-from pipelines.speed.full_attention import sample_full_attention
-from pipelines.speed.memory import in_process
+from pipelines.serving.background import served
+from pipelines.serving.run import check_installed
+from pipelines.serving.settings import ServeConfig
 from pipelines.speed.timing import side_by_side
 from shared.data import iter_examples
 from shared.diffusion.attention import full
 from shared.models.checkpoint import open_checkpoint, resolve
-from shared.models.loading import load_model
-from shared.settings.config import DataConfig
-from student_train.training.trainer import train_student
-from student_train.using.decoding import pad_left
+from shared.models.loading import load_model, new_model
+from shared.settings.config import DataConfig, StudentConfig
+from student_train.using.elbo import ElboConfig, log_likelihoods_together
 from student_train.using.load import LoadedStudent, load_for_use
 from student_train.using.sampler import sample_steps
 from student_train.using.settings import SampleConfig
-from teacher_cache.run.build import build_cache
 from teacher_cache.teachers.registry import find_teacher
 
-_TEACHER = "tiny-shared"
-_DEMO = Path("runs/demo/TIDE-Shared-seed0/model")
-_NEW, _BLOCK, _PROMPTS, _ROUNDS = 64, 32, 12, 2
-_FUNCTIONS, _BLOCKS, _DRAWS = 24, 3, 8
-"""Of the measure of quality: held-out functions, the most blocks of each, masks of each block."""
-_STEPS = (32, 16, 8, 4, 2)
-_THRESHOLDS = (0.9, 0.5, 0.2, 0.1)
-
-Decode = Callable[[list[list[int]], int], tuple[Tensor, int]]
-"""Prompts and a number of new tokens to those tokens, and how often the model ran."""
-
-
-@dataclass(frozen=True)
-class _Row:
-    name: str
-    passes: int
-    speed: float
-    """Tokens a second."""
-    memory: int
-    """Bytes beyond libraries and tokenizer: weights and all that decoding needs."""
-    quality: tuple[float, float] | None
-    """The teacher's NLL, nats a token, and the share of distinct tokens; None where text is not judged."""
+EMBEDDED = "student_train/tiny_students/shared"
+# Of a width at which products and not Python take the time: for speed alone, its weights are
+# random.
+SHAPE = StudentConfig(hidden_size=512, layers=8, heads=8, kv_heads=4, intermediate_size=1536)
+NEW, BLOCK, ROUNDS = 64, 32, 2
+DRAWS = 8  # masks of each judged block
+WAYS: dict[str, dict[str, Any]] = {
+    "1 token a step": {"steps_per_block": 32},
+    "8 steps a block": {"steps_per_block": 8},
+    "4 steps a block": {"steps_per_block": 4},
+    "threshold 0.9": {"threshold": 0.9},
+    "threshold 0.5": {"threshold": 0.5},
+}
 
 
-def bench_use(figure: Path = Path("runs/bench/use.png")) -> Table:
-    """Measure, draw `figure`, and return the table. Takes the demo's student where there is one, else trains one."""
-    with tempfile.TemporaryDirectory(prefix="tide-bench-") as folder:
-        place = _DEMO if _DEMO.is_dir() else _train(Path(folder))
-        rows, truth = _measure(place)
-    _draw(rows, truth[0], figure)
-    title = f"{_PROMPTS} held-out prompts at a time, {_NEW} tokens each, blocks of {_BLOCK}"
-    table = Table(
-        "decoding", "passes", "tokens/s", "÷ teacher", "memory, MB", "NLL", "distinct", title=title
-    )
-    for row in rows:
-        judged = (
-            ("–", "–")
-            if row.quality is None
-            else (f"{row.quality[0]:.2f}", f"{row.quality[1]:.2f}")
-        )
-        cells = (
-            f"{row.speed:.0f}",
-            f"{row.speed / rows[0].speed:.1f}",
-            f"{row.memory / 1e6:.0f}",
-            *judged,
-        )
-        table.add_row(row.name, str(row.passes), *cells)
-    table.add_row("(the true text)", *"––––", f"{truth[0]:.2f}", f"{truth[1]:.2f}")
+def bench_use(shape: StudentConfig = SHAPE, prompts: int = 8) -> Table:
+    """Tokens a second of each way, against the first of its kind."""
+    check_installed()
+    torch.manual_seed(0)
+    trained = load_for_use(EMBEDDED, "cpu")
+    fresh = new_model(shape, trained.tokenizer, trained.special.mask, 4096)
+    student = dataclasses.replace(trained, model=fresh.eval())
+    title = f"{prompts} held-out prompts, {NEW} new tokens each, blocks of {BLOCK}"
+    table = Table("what", "passes", "tokens/s", "ratio", "NLL", "distinct", title=title)
+    add_sampling(table, trained, prompts)
+    add_likelihoods(table, student, prompts)
+    add_serving(table, student, prompts)
     return table
 
 
-def _train(folder: Path) -> Path:
-    """The embedded student of the tiny-shared recipe."""
-    build_cache(cache_config(_TEACHER, None, [], out=folder / "cache"))
-    train_student(train_config(_TEACHER, None, [], cache=folder / "cache", out=folder / "run"))
-    return folder / "run" / "model"
+def settings(**changes: Any) -> SampleConfig:
+    """Of responses that do not end early."""
+    return SampleConfig(new_tokens=NEW, min_new_tokens=NEW, block=BLOCK, **changes)
 
 
-def _load_teacher() -> Any:
-    entry = find_teacher(_TEACHER)
-    model: Any = load_model(
-        open_checkpoint(resolve(entry.model)), entry.architecture, torch.float32
-    )
-    return model.eval()
+def held_out(student: LoadedStudent, count: int) -> list[tuple[list[int], list[int]]]:
+    """Prompts and answers of functions that nothing embedded was trained on, as ids."""
+    pairs = []
+    for chat in itertools.islice(iter_examples(DataConfig("stdlib:heldout")), count):
+        answer = student.tokenizer.encode([chat.messages[-1]["content"]])[0]
+        pairs.append((student.prompt(chat.messages[:-1]), answer))
+    return pairs
 
 
-def _measure(place: Path) -> tuple[list[_Row], tuple[float, float]]:
-    """Every way to decode, and the quality of the true text."""
-    student, teacher = load_for_use(str(place), "cpu"), _load_teacher()
-    prompts = _prompts(student)
-    ways = {**_teacher_ways(student, teacher), **_student_ways(student)}
-    jobs = {name: lambda way=way: way(prompts, _NEW) for name, way in ways.items()}
-    passes = {name: job()[1] for name, job in jobs.items()}
-    seconds = side_by_side(jobs, _ROUNDS)
-    blocks = _blocks(student)
-    mask = student.special.mask
-    judged = {
-        name: None
-        if name.startswith("autoregressive")
-        else _quality(teacher, mask, _after(way, blocks))
-        for name, way in ways.items()
-    }
-    kinds = {name.split(",")[0] for name in ways}
-    memory = {kind: in_process(_prepare, kind, str(place)) for kind in sorted(kinds)}
-    made = len(prompts) * _NEW
-    rows = [_Row(n, passes[n], made / seconds[n], memory[n.split(",")[0]], judged[n]) for n in ways]
-    return rows, _quality(teacher, mask, blocks)
+def add_sampling(table: Table, student: LoadedStudent, prompts: int) -> None:
+    """A row a way to sample, by the embedded student, since a threshold needs one that is sure."""
+    asked = [prompt for prompt, _ in held_out(student, prompts)]
+    blocks = []  # each with the true text before it
+    for prompt, answer in held_out(student, 3 * prompts):
+        if len(answer) >= 2 * BLOCK:
+            blocks.append((prompt + answer[:BLOCK], answer[BLOCK : 2 * BLOCK]))
+    contexts = [context for context, _ in blocks]
+    passes: dict[str, int] = {}
 
-
-def _prompts(student: LoadedStudent) -> list[list[int]]:
-    chats = itertools.islice(iter_examples(DataConfig("stdlib:heldout")), _PROMPTS)
-    return [student.prompt(chat.messages[:-1]) for chat in chats]
-
-
-def _teacher_ways(student: LoadedStudent, teacher: Any) -> dict[str, Decode]:
-    """The first of them is what others are compared with."""
-
-    def way(per_step: int) -> Decode:
-        return lambda prompts, new: sample_full_attention(
-            teacher, prompts, student.special, new, _BLOCK, per_step
+    def decode(way: str) -> None:
+        *_, (_, passes[way]) = sample_steps(
+            student.model, asked, student.special, settings(**WAYS[way])
         )
 
-    return {"teacher, 1 token a step": way(1), "teacher, 4 tokens a step": way(4)}
-
-
-def _student_ways(student: LoadedStudent) -> dict[str, Decode]:
-    """Nothing ends early, so all make the same number of tokens."""
-
-    def way(**settings: Any) -> Decode:
-        def decode(prompts: list[list[int]], new: int) -> tuple[Tensor, int]:
-            config = SampleConfig(new_tokens=new, min_new_tokens=new, block=_BLOCK, **settings)
-            *_, (tokens, passes) = sample_steps(student.model, prompts, student.special, config)
-            return tokens, passes
-
-        return decode
-
-    return {
-        **{f"student, {n} steps a block": way(steps_per_block=n) for n in _STEPS},
-        **{f"student, threshold {t}": way(threshold=t) for t in _THRESHOLDS},
-        "autoregressive, same backbone": lambda prompts, new: _autoregressive(
-            student, prompts, new
-        ),
-    }
-
-
-def _autoregressive(
-    student: LoadedStudent, prompts: list[list[int]], new: int
-) -> tuple[Tensor, int]:
-    """Greedy decoding of the student's weights under causal attention, with transformers' cache."""
-    ids, valid = pad_left(prompts, 1, student.special.pad)
-    output = student.model.generate(
-        input_ids=ids,
-        attention_mask=valid.long(),
-        max_new_tokens=new,
-        min_new_tokens=new,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=student.special.pad,
-    )
-    return output[:, ids.shape[1] :], new
-
-
-def _blocks(student: LoadedStudent) -> list[tuple[list[int], list[int]]]:
-    """Whole blocks of held-out functions, each with the true text before it."""
-    found = []
-    for chat in itertools.islice(iter_examples(DataConfig("stdlib:heldout")), _FUNCTIONS):
-        prompt = student.prompt(chat.messages[:-1])
-        answer = student.tokenizer.encode([chat.messages[-1]["content"]])[0]
-        starts = range(0, min(len(answer) - _BLOCK + 1, _BLOCKS * _BLOCK), _BLOCK)
-        found += [(prompt + answer[:start], answer[start : start + _BLOCK]) for start in starts]
-    return found
-
-
-def _after(
-    decode: Decode, blocks: list[tuple[list[int], list[int]]]
-) -> list[tuple[list[int], list[int]]]:
-    """The same contexts with decoded blocks."""
-    found = []
-    for start in range(0, len(blocks), _PROMPTS):
-        contexts = [context for context, _ in blocks[start : start + _PROMPTS]]
-        tokens, _ = decode(contexts, _BLOCK)
-        found += list(zip(contexts, tokens.tolist(), strict=True))
-    return found
+    seconds = side_by_side({way: lambda way=way: decode(way) for way in WAYS}, ROUNDS)
+    first = next(iter(WAYS))
+    for way, changes in WAYS.items():
+        config = dataclasses.replace(settings(**changes), new_tokens=BLOCK, min_new_tokens=BLOCK)
+        *_, (tokens, _) = sample_steps(student.model, contexts, student.special, config)
+        nll, distinct = judge(student, list(zip(contexts, tokens.tolist(), strict=True)))
+        speed, ratio = prompts * NEW / seconds[way], seconds[first] / seconds[way]
+        cells = (str(passes[way]), f"{speed:.0f}", f"{ratio:.2f}", f"{nll:.2f}", f"{distinct:.2f}")
+        table.add_row(f"sampling, {way}", *cells)
+    nll, distinct = judge(student, blocks)
+    table.add_row("(the true text)", "–", "–", "–", f"{nll:.2f}", f"{distinct:.2f}")
 
 
 @torch.no_grad()
-def _quality(
-    teacher: Any, mask: int, blocks: list[tuple[list[int], list[int]]]
-) -> tuple[float, float]:
-    """The teacher's NLL of the blocks given their contexts, nats a token, and the share of distinct tokens.
+def judge(student: LoadedStudent, blocks: list[tuple[list[int], list[int]]]) -> tuple[float, float]:
+    """The teacher's NLL of blocks given their contexts, nats a token, and the share of distinct
+    tokens.
 
-    Fixed masks: a block's `_DRAWS` copies have 1/16, 3/16, … of it masked, the same places in every block.
+    `DRAWS` copies of a block have 1/16, 3/16, … of it masked, the same places in every block.
     """
-    generator = torch.Generator().manual_seed(0)
-    counts = [1 + int(_BLOCK * (draw + 0.5) / _DRAWS) for draw in range(_DRAWS)]
-    hidden = torch.zeros(_DRAWS, _BLOCK, dtype=torch.bool)
+    entry = find_teacher("tiny-shared")
+    checkpoint = open_checkpoint(resolve(entry.model))
+    teacher: Any = load_model(checkpoint, entry.architecture, torch.float32).eval()
+    random = torch.Generator().manual_seed(0)
+    counts = [1 + int(BLOCK * (draw + 0.5) / DRAWS) for draw in range(DRAWS)]
+    hidden = torch.zeros(DRAWS, BLOCK, dtype=torch.bool)
     for draw, count in enumerate(counts):
-        hidden[draw, torch.randperm(_BLOCK, generator=generator)[:count]] = True
-    weights = 1.0 / torch.tensor(counts)
-    found = []
+        hidden[draw, torch.randperm(BLOCK, generator=random)[:count]] = True
+    nll, distinct = [], []
     for context, block in blocks:
-        gold = torch.tensor([block] * _DRAWS)
-        noised = gold.masked_fill(hidden, mask)
-        ids = torch.cat([torch.tensor([context] * _DRAWS), noised], dim=1)
+        gold = torch.tensor([block] * DRAWS)
+        noised = gold.masked_fill(hidden, student.special.mask)
+        ids = torch.cat([torch.tensor([context] * DRAWS), noised], dim=1)  # [draws, length]
         seen = full(torch.ones_like(ids, dtype=torch.bool))
-        states = teacher.model(
-            input_ids=ids, attention_mask=seen, use_cache=False
-        ).last_hidden_state
-        logp = (
-            teacher.lm_head(states[:, -_BLOCK:])
-            .float()
-            .log_softmax(dim=-1)
-            .gather(-1, gold[..., None])[..., 0]
-        )
-        found.append(float(-((logp * hidden).sum(dim=1) * weights).mean()))
-    return statistics.mean(found), statistics.mean(
-        len(set(block)) / len(block) for _, block in blocks
-    )
+        states = teacher.model(input_ids=ids, attention_mask=seen, use_cache=False)
+        logits = teacher.lm_head(states.last_hidden_state[:, -BLOCK:]).float()
+        logp = logits.log_softmax(dim=-1).gather(-1, gold[..., None])[..., 0]
+        nll.append(float(-((logp * hidden).sum(dim=1) / torch.tensor(counts)).mean()))
+        distinct.append(len(set(block)) / len(block))
+    return float(np.mean(nll)), float(np.mean(distinct))
 
 
-def _prepare(kind: str, place: str) -> Callable[[], object]:
-    """Loads libraries and tokenizer; the job loads the one model and decodes."""
-    student = load_for_use(place, "cpu")
-    prompts = _prompts(student)
+def add_likelihoods(table: Table, student: LoadedStudent, prompts: int) -> None:
+    """Bounds of log p(answer | prompt), question by question and all questions in one batch."""
+    questions = [(prompt, [answer[:NEW]]) for prompt, answer in held_out(student, prompts)]
+    config = ElboConfig(draws=4, block=BLOCK)
+    model, special = student.model, student.special
 
-    def job() -> object:
-        if kind == "teacher":
-            return _teacher_ways(student, _load_teacher())["teacher, 1 token a step"](prompts, _NEW)
-        ways = _student_ways(load_for_use(place, "cpu"))
-        return next(way for name, way in ways.items() if name.startswith(kind))(prompts, _NEW)
+    def score(size: int) -> None:
+        for start in range(0, len(questions), size):
+            log_likelihoods_together(model, questions[start : start + size], special, config)
 
-    return job
-
-
-def _together(points: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
-    """Points with their labels; neighbours too close to be read apart get one label, at the first of them."""
-    found: list[tuple[float, float, str]] = []
-    for speed, nll, text in points:
-        if found and abs(math.log(speed / found[-1][0])) < 0.35 and abs(nll - found[-1][1]) < 0.3:
-            found[-1] = (*found[-1][:2], f"{found[-1][2]}, {text}")
-        else:
-            found.append((speed, nll, text))
-    return found
+    seconds = side_by_side({str(n): lambda n=n: score(n) for n in (1, prompts)}, ROUNDS)
+    tokens = sum(len(answer) for _, (answer,) in questions)
+    for size in (1, prompts):
+        ratio = seconds["1"] / seconds[str(size)]
+        name = f"likelihoods, {size} question{'s' if size > 1 else ''} at once"
+        table.add_row(name, "", f"{tokens / seconds[str(size)]:.0f}", f"{ratio:.2f}", "", "")
 
 
-def _draw(rows: list[_Row], truth: float, path: Path) -> None:
-    """Quality against speed; the best lie at the upper right."""
-    figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    for label, mark in (
-        ("teacher", "s"),
-        ("student, threshold", "^"),
-        ("student, steps a block", "o"),
-    ):
-        mine = [
-            (r.speed, r.quality[0], r.name) for r in rows if r.quality and _group(r.name) == label
-        ]
-        axis.plot(
-            [speed for speed, _, _ in mine],
-            [nll for _, nll, _ in mine],
-            mark + "-",
-            label=label,
-            linewidth=1,
-        )
-        short = [(speed, nll, name.partition(", ")[2].removeprefix("threshold ").removesuffix(" steps a block"))
-                 for speed, nll, name in mine]  # fmt: skip
-        below = mark == "^"  # where two lines meet, their labels stand on either side
-        for speed, nll, text in _together(short):
-            axis.annotate(
-                text,
-                (speed, nll),
-                textcoords="offset points",
-                xytext=(4, -13 if below else 6),
-                fontsize=8,
-            )
-    for row in rows:
-        if row.quality is None:
-            axis.axvline(row.speed, linestyle=":", color="grey", label=f"{row.name} (speed alone)")
-    axis.axhline(truth, linestyle="--", color="grey", linewidth=1, label="the true text")
-    axis.set(
-        xscale="log",
-        xlabel="tokens a second",
-        ylabel="teacher's NLL, nats a token (better is higher up)",
-    )
-    axis.margins(y=0.12)
-    axis.invert_yaxis()
-    axis.legend(frameon=False, fontsize=8)
-    axis.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def add_serving(table: Table, student: LoadedStudent, prompts: int) -> None:
+    """The same number of requests through HTTP, so many at once."""
+    at_once = sorted({1, min(4, prompts), prompts})
+    config = ServeConfig("student", settings(steps_per_block=8), batch=prompts, port=0)
+    with served(student, config) as address:
 
+        def ask(number: int) -> None:
+            place = urlsplit(address)
+            connection = http.client.HTTPConnection(place.hostname or "", place.port)
+            message = {"role": "user", "content": f"Write `f{number}`."}
+            body = json.dumps({"model": config.name, "messages": [message]})
+            headers = {"content-type": "application/json"}
+            connection.request("POST", "/v1/chat/completions", body, headers)
+            made = json.load(connection.getresponse())["usage"]["completion_tokens"]
+            connection.close()
+            if made != NEW:
+                raise RuntimeError(f"a response has {made} tokens and not {NEW}")
 
-def _group(name: str) -> str:
-    kind, _, how = name.partition(", ")
-    if kind != "student":
-        return kind
-    return "student, threshold" if how.startswith("threshold") else "student, steps a block"
+        def ask_all(count: int) -> None:
+            with ThreadPoolExecutor(count) as pool:
+                list(pool.map(ask, range(prompts)))
+
+        jobs: dict[str, Callable[[], object]] = {str(n): lambda n=n: ask_all(n) for n in at_once}
+        seconds = side_by_side(jobs, ROUNDS)
+    for count in at_once:
+        speed, ratio = prompts * NEW / seconds[str(count)], seconds["1"] / seconds[str(count)]
+        name = f"serving, {count} request{'s' if count > 1 else ''} at once"
+        table.add_row(name, "", f"{speed:.0f}", f"{ratio:.2f}", "", "")

@@ -22,7 +22,7 @@ NEEDS = {
     r"^lm-eval ": "data sets of the hub",
     r"^(cache|train|ablate) .*runs/frontier": "an hour: tests/pipelines/experiments run a small grid",
     r"^ablate ": "an hour: tests/pipelines/experiments run a small grid",
-    r"^bench --only (serving|use)": "minutes: tests/pipelines/speed run them smaller",
+    r"^bench ": "minutes: tests/pipelines/speed runs the tables smaller",
 }  # fmt: skip
 
 

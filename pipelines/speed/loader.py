@@ -1,0 +1,118 @@
+"""A large cache: what the start of training, a resumed run and the reading of positions take, and
+what of it grows.
+
+Shards are made up: one a draw is written, and every part is a link to it, so that a million rows
+under four draws take no more room on the disk. The ledger, the tables and the manifest are those of
+the full size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from rich.table import Table
+
+from pipelines.speed.timing import in_process
+from shared.cache.checking import inspect_shard, remember
+from shared.cache.ledger import Entry, load_ledger, save_ledger
+from shared.cache.manifest import Manifest
+from shared.cache.row import Layout
+from shared.cache.shards import Unit, read_shard, write_shard
+from shared.cache.vocabulary import TABLES, Pilot, Vocabulary, save_tables
+from shared.settings.config import CacheConfig, TargetConfig, TrainConfig
+from shared.system.hardware import high_water
+from student_train.batches.collate import TargetReader, collate
+from student_train.batches.loader import BatchDataset
+from student_train.batches.open_cache import open_cache
+from teacher_cache.run.costs import Workload, made_up_fingerprint, random_rows
+
+DRAWS, ROWS, VOCABULARY = 4, 512, 151_936
+CONFIG = CacheConfig(targets=TargetConfig(signals=("topk",)))
+LOAD = Workload(1, 2, 1024, 150, 300, 0, "")
+
+
+def bench_loader(sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)) -> Table:
+    """A row a size of cache."""
+    targets = CONFIG.targets
+    kept = f"k {targets.k}, {targets.classes} classes, {VOCABULARY:,} tokens, {DRAWS} draws"
+    columns = ("rows", "shards", "start of training s", "of it ledger s", "memory of it MB",
+               "first batch of epoch 9 s", "read positions/s", "to targets", "checked")  # fmt: skip
+    table = Table(*columns, title=f"A made-up cache, {kept}; one thread")
+    for rows in sizes:
+        with tempfile.TemporaryDirectory(prefix="tide-bench-") as folder:
+            cache = Path(folder) / "cache"
+            shards = make_cache(cache, rows)
+            table.add_row(f"{rows:,}", f"{shards:,}", *in_process(measure_cache, cache))
+    return table
+
+
+def make_cache(cache: Path, rows: int) -> int:
+    """Write the cache; how many shards it has."""
+    targets, parts = CONFIG.targets, -(-rows // ROWS)
+    ids, none = np.arange(VOCABULARY, dtype=np.int32), np.zeros(0, np.int32)
+    prior = np.full((2, VOCABULARY), 1 / VOCABULARY, np.float32)
+    vocabulary = Vocabulary((ids % targets.classes).astype(np.int32), ids, prior)
+    pilot = Pilot(none, none, none.astype(np.float32), np.zeros((0, 2), np.float32))
+    save_tables(cache / TABLES, vocabulary, pilot, np.zeros((targets.classes, 1), np.float32))
+    fingerprint = made_up_fingerprint(CONFIG, True, VOCABULARY, 0)
+    fingerprint = dataclasses.replace(fingerprint, tables=vocabulary.digest)
+    manifest = Manifest(fingerprint, DRAWS, parts, rows)
+    manifest.save(cache)
+    layout, ledger = Layout((1.0, 2.0), "levels", vocabulary), {}
+    for draw in range(DRAWS):
+        made = random_rows(LOAD, CONFIG, VOCABULARY, ROWS, draw)
+        first = Unit(draw, 0).path(cache)
+        masked = sum(row.masked.size for row in made)
+        counts = {"masked": masked, "cache": manifest.digest, "draw": draw}
+        content = write_shard(first, made, layout, counts)
+        entry = Entry.of(content, {**counts, "rows": len(made)})
+        for part in range(parts):
+            ledger[Unit(draw, part)] = entry
+            if part:
+                os.link(first, Unit(draw, part).path(cache))
+    save_ledger(cache, manifest, ledger)
+    remember(cache)
+    return len(ledger)
+
+
+def measure_cache(cache: Path) -> list[str]:
+    """The cells of a row. In a process of its own, for its memory."""
+    torch.set_num_threads(1)
+    pa.set_cpu_count(1)
+    config = TrainConfig(cache=cache, batch_size=32, epochs=10.0)
+    before, started = high_water(), time.perf_counter()
+    opened = open_cache(config)
+    data = BatchDataset(opened, config)
+    start, memory = time.perf_counter() - started, high_water() - before
+    manifest, layout = opened.manifest, opened.layout
+
+    def seconds(work: Callable[[], object], rounds: int = 5) -> float:
+        """The best of some rounds."""
+        times = []
+        for _ in range(rounds):
+            started = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    ledger = seconds(lambda: load_ledger(cache, manifest), 1)
+    resume = seconds(lambda: data.rows(len(data) - 1), 1)
+    path = Unit(0, 0).path(cache)
+    content, rows = path.read_bytes(), read_shard(path, layout)
+    read, part = TargetReader(manifest, layout), 32
+    job = (Unit(0, 0), opened.ledger[Unit(0, 0)])
+    speeds = [
+        ROWS / seconds(lambda: read_shard(path, layout, content)),
+        part / seconds(lambda: read(collate(rows[:part], manifest))),
+        ROWS / seconds(lambda: inspect_shard(cache, manifest, layout, job)),
+    ]
+    cells = [f"{start:.2f}", f"{ledger:.2f}", f"{memory / 1e6:.0f}", f"{resume:.2f}"]
+    return cells + [f"{LOAD.masked * speed:,.0f}" for speed in speeds]
