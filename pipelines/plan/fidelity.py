@@ -37,13 +37,12 @@ from student_train.losses.targets import Classes, Targets, TopKTargets, rows_of
 from student_train.model.student import batch_hidden, student_for
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method.targets import (
-    ScoreTensors,
+    Scores,
     TargetSpec,
     excluded_ids,
     extract,
     member_matrix,
     outside_sums,
-    scores_of,
 )
 from teacher_cache.run.load_engine import load_engine
 from teacher_cache.run.plan import CachePlan, make_plan
@@ -127,7 +126,7 @@ class Sample:
         # 1. Priors and ranks, from the half that is not looked at.
         total, ids = np.zeros((len(spec.temperatures), class_of.size)), []
         for logits, gold in self.fit:
-            ids.append(extract(logits, gold, spec, excluded).ids.numpy().reshape(-1))
+            ids.append(extract(logits, gold, spec, excluded)["topk_ids"].numpy().reshape(-1))
             total += outside_sums(logits, spec, excluded).double().numpy()
         positions = sum(len(gold) for _, gold in self.fit)
         vocabulary = Vocabulary.of(class_of, total, positions, np.concatenate(ids))
@@ -141,11 +140,8 @@ class Sample:
         spec = dataclasses.replace(spec, classes=classes)
         scores = []
         for logits, gold in self.logits:
-            reading = extract(logits, gold, spec, excluded, members)
-            columns = [
-                getattr(reading, field.name).numpy() for field in dataclasses.fields(ScoreTensors)
-            ]
-            scores.append(scores_of(columns, spec))
+            fields = extract(logits, gold, spec, excluded, members)
+            scores.append(Scores(**{name: cells.numpy() for name, cells in fields.items()}))
         return plan.layout, finish_unit(plan, self.work, scores)[0]
 
     def full_logits(self) -> Tensor:

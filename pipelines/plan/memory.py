@@ -150,9 +150,7 @@ def teacher_memory(
     settings, targets = config.engine, config.targets
     sizes: Any = meta_model(entry.architecture, raw).config
     requests = teacher_requests(config, data, int(sizes.vocab_size))
-    batches = lay_out(
-        entry.attention, requests, int(entry.shift), settings.tokens_per_batch, sizes.hidden_size
-    )
+    batches = lay_out(entry.attention, requests, int(entry.shift), settings.tokens_per_batch)
     k = targets.k if "topk" in targets.signals else 0
     spec = TargetSpec(k, targets.mass, targets.stored_temperatures)
     dtype = torch_dtype("bfloat16" if settings.dtype == "auto" else settings.dtype)

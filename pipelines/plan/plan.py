@@ -178,8 +178,8 @@ def stage_one_lines(
     if (prices := given.prices) is not None:
         disk = each * draws / 1e12 * prices.terabyte_month
         lines.append(
-            f"  money           {hours * prices.gpu_hour:,.0f} for the GPUs, {disk:,.2f} a month of "
-            f"disk ({prices.gpu_hour:g} a GPU hour, {prices.terabyte_month:g} a terabyte-month)"
+            f"  money           {hours * prices.gpu_hour:,.0f} for the GPUs, {disk:,.2f} a month "
+            f"for disks ({prices.gpu_hour:g} a GPU hour, {prices.terabyte_month:g} a terabyte-month)"
         )
     return lines
 
