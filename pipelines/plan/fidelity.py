@@ -45,8 +45,8 @@ from teacher_cache.method.targets import (
     outside_sums,
 )
 from teacher_cache.run.load_engine import load_engine
-from teacher_cache.run.plan import CachePlan, make_plan
-from teacher_cache.run.tables.classes import classes_for
+from teacher_cache.run.open import Run, open_or_begin
+from teacher_cache.run.tables import classes_for
 from teacher_cache.run.work import UnitWork, finish_unit, prepare_unit
 
 PROGRESS = 0.5  # halfway through training, where TIDAL mixes
@@ -90,13 +90,13 @@ class Sample:
     for the priors, `logits` of the `work` that is cached.
     """
 
-    plan: CachePlan
+    plan: Run
     fit: list[tuple[Tensor, Tensor]]
     work: UnitWork
     logits: list[tuple[Tensor, Tensor]]
 
     @classmethod
-    def take(cls, plan: CachePlan, examples: int) -> Sample:
+    def take(cls, plan: Run, examples: int) -> Sample:
         """The first examples of the data under their first draw, every other one for the priors."""
         chosen = plan.data.between(0, min(examples, plan.data.examples))
         fit, work = (prepare_unit(plan, Unit(0, 0), part) for part in (chosen[1::2], chosen[0::2]))
@@ -164,7 +164,7 @@ def measure_fidelity(
     """The grid. TideError where teacher and student share no tokenizer."""
     temperatures = tuple(sorted({1.0, *grid.temperatures}))
     targets = dataclasses.replace(config.targets, signals=("topk",), temperatures=temperatures)
-    plan = make_plan(dataclasses.replace(config, targets=targets), write=False)
+    plan = open_or_begin(dataclasses.replace(config, targets=targets))
     if plan.shared is None:
         raise TideError(
             f"{config.teacher} gives the student no top-k in its own vocabulary",

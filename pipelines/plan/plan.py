@@ -32,7 +32,7 @@ from teacher_cache.run.costs import (
     sampled_workload,
     size_of,
 )
-from teacher_cache.run.plan import make_plan
+from teacher_cache.run.open import open_or_begin
 from teacher_cache.teachers.registry import TeacherEntry, find_teacher, known_shape
 
 USABLE = 0.92  # of a card's memory, for the allocator's gaps and the driver
@@ -129,7 +129,7 @@ def plan_from_data(config: CacheConfig, given: Assumptions) -> str:
     """Stage one from the checkpoint's config, the real tokenizers and the real data. Nothing is
     written.
     """
-    plan = make_plan(config, write=False)
+    plan = open_or_begin(config)
     load = sampled_workload(plan)
     response = min(1.0, 2 * load.masked / max(load.student_tokens, 1))
     data = Conversations(max(4, round(load.student_tokens)), max(response, 0.01))
@@ -175,11 +175,12 @@ def stage_one_lines(
         f"  compute         {flops / 1e12:,.3g} TFLOP a draw, {flops * draws / 1e18:,.3g} EFLOP",
         f"  GPU hours       {hours:,.1f} at {speed}",
     ]
-    if (prices := given.prices) is not None:
+    prices = given.prices
+    if prices is not None:
         disk = each * draws / 1e12 * prices.terabyte_month
         lines.append(
-            f"  money           {hours * prices.gpu_hour:,.0f} for the GPUs, {disk:,.2f} a month "
-            f"for disks ({prices.gpu_hour:g} a GPU hour, {prices.terabyte_month:g} a terabyte-month)"
+            f"  money           {hours * prices.gpu_hour:,.0f} for the GPUs, {disk:,.2f} a month for "
+            f"disk ({prices.gpu_hour:g} a GPU hour, {prices.terabyte_month:g} a terabyte-month)"
         )
     return lines
 

@@ -25,7 +25,7 @@ from student_train.training.step import train_on_loss
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.load_engine import load_engine
-from teacher_cache.run.plan import make_plan
+from teacher_cache.run.open import open_or_begin
 from teacher_cache.run.units import examples_of, run_units
 from teacher_cache.run.work import prepare_unit
 
@@ -42,7 +42,7 @@ def _measure(folder: Path, examples: int) -> Table:
     changes = [f"data.limit={examples}", f"shard_examples={examples // 4}", "noise.draws=1"]
     config = cache_config("tiny-shared", None, changes, out=folder / "cache")
     build_cache(config)
-    plan = make_plan(config)
+    plan = open_or_begin(config)
     engine = load_engine(plan)
     assert isinstance(engine, TransformersEngine)
     units = [Unit(0, part) for part in range(plan.manifest.parts)]
