@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shared.aligned.alignment import Region, align_tokens
 from shared.cache.levels import LARGEST_ODDS
-from shared.diffusion.attention import block_diffusion, block_diffusion_batch, repeat_positions
+from shared.diffusion.attention import block_diffusion_places
 from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import Checkpoint, open_checkpoint
 from shared.models.loading import load_model
@@ -34,6 +34,7 @@ from teacher_cache.method.comp_demo import Request
 from teacher_cache.method.targets import TargetSpec
 from teacher_cache.teachers.registry import Attention
 from tests.conformance import Group
+from tests.plain_masks import block_diffusion_batch, repeat_positions
 
 RELATIVE = 1e-5
 FLOAT32 = torch.finfo(torch.float32).eps
@@ -134,8 +135,11 @@ def mask_groups(folder: Path) -> list[Group]:
     path = folder / "bd3lm_masks.safetensors"
     groups: dict[str, Group] = {}
     for key, expected in (load_file(path) if path.exists() else {}).items():
-        length, block, order = re.fullmatch(r"n(\d+)-block(\d+)-(\w+)", key).groups()  # type: ignore[union-attr]
-        mask = block_diffusion(int(length), int(block), order)
+        size, block, order = re.fullmatch(r"n(\d+)-block(\d+)-(\w+)", key).groups()  # type: ignore[union-attr]
+        length = int(size)
+        places = torch.arange(2 * length)  # of [x_t ; x_0]
+        places = places if order == "xt_x0" else places.roll(length)
+        mask = block_diffusion_places(places[None], length, int(block))[0, 0]
         wrong = float((mask != expected.bool()).sum())
         groups.setdefault(order, Group(order)).add(wrong, 0.0)
     return list(groups.values())

@@ -23,11 +23,11 @@ from pipelines.tools.optimizer import MuonWithAdamW
 from pipelines.tools.tiny_student import TOKENIZERS, TinyStudentConfig, TinyStudentTrainer
 from shared.aligned.examples import Preparer
 from shared.data import ChatExample
-from shared.diffusion.attention import block_diffusion_batch, repeat_positions
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import new_model
 from shared.settings.config import LengthConfig, StudentConfig
 from shared.text.tokenizers import Tokenizer
+from tests.plain_masks import block_diffusion_batch, repeat_positions
 from tests.shared.aligned.test_examples import chat
 
 

@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from shared.cache.manifest import load_manifest
-from shared.diffusion.attention import block_diffusion, block_diffusion_places
+from shared.diffusion.attention import block_diffusion_places
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
 from shared.settings.config import StudentConfig
@@ -27,6 +27,7 @@ from student_train.batches.visible_rows import needed_places
 from student_train.model.export import export_student
 from student_train.model.student import FLEX, flex_mask, load_student, masked_hidden
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
+from tests.plain_masks import block_diffusion
 from tests.student_train.places import all_places
 
 pytestmark = [

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
-from teacher_cache.engines.inputs import build_inputs
 from teacher_cache.engines.packs import fill, observed_first
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method.comp_demo import Request
 from teacher_cache.method.targets import TargetSpec
 from teacher_cache.teachers.registry import Attention, BlockCausal, Full, Native, X0Xt
+from tests.teacher_cache.engines.plain_inputs import build_inputs
 
 SPEC = TargetSpec(8, 1.0, (1.0, 2.0))
 

@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from teacher_cache.engines.inputs import build_inputs
 from teacher_cache.engines.packs import pack_requests
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method.comp_demo import Request
 from teacher_cache.method.targets import TargetSpec
 from teacher_cache.teachers.registry import Attention, BlockCausal, Full, Native, X0Xt
 from tests.student_train.places import in_float64
+from tests.teacher_cache.engines.plain_inputs import build_inputs
 
 KINDS = {"full": Full, "block_causal": BlockCausal, "x0_xt": X0Xt, "native": Native}
 MASK = 96
