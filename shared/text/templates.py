@@ -249,7 +249,7 @@ class ChatTemplate:
         text = self._apply(probes, tools)
         pieces = _pieces(text, len(probes))
         if pieces is None:
-            dropped = next(i for i in range(len(roles)) if text.count(_sentinel(i)) != 1)
+            dropped = next((i for i in range(len(roles)) if text.count(_sentinel(i)) != 1), 0)
             raise Unusable(
                 "template drops a message",
                 f"the chat template of {self._name} drops message {dropped} ({roles[dropped]}), or "

@@ -15,14 +15,11 @@ def test_reproduces_the_golden_chunks(golden: Path) -> None:
     document = json.loads((golden / "alignment.json").read_text())
     assert document["cases"]
     for case in document["cases"]:
-        teacher, student = (
-            np.array([len(byte_level_bytes(t) or b"") for t in case[side]])
-            for side in ("teacher_tokens", "student_tokens")
-        )
-        assert (
-            align_tokens(teacher, student, [Region(0, 0, int(teacher.sum()))]).tolist()
-            == case["chunks"]
-        )
+        lengths = []
+        for side in ("teacher_tokens", "student_tokens"):
+            lengths.append(np.array([len(byte_level_bytes(t) or b"") for t in case[side]]))
+        region = Region(0, 0, int(lengths[0].sum()))
+        assert align_tokens(*lengths, [region]).tolist() == case["chunks"]
 
 
 def cuts(total: int) -> st.SearchStrategy[list[int]]:
@@ -77,14 +74,10 @@ def test_tokens_over_the_edge_and_bytes_outside_common_boundaries_belong_to_no_c
     assert chunks.tolist() == [[2, 3, 2, 4]]
 
 
-def test_no_common_boundary_no_chunk() -> None:
+def test_no_common_boundary_no_chunk_and_a_token_of_zero_bytes_is_none_of_its_own() -> None:
     assert align_tokens(np.array([3, 3]), np.array([6]), [Region(0, 0, 5)]).shape == (0, 4)
-    assert align_tokens(
-        np.array([], np.int64), np.array([], np.int64), [Region(0, 0, 0)]
-    ).shape == (0, 4)
-
-
-def test_a_token_of_zero_bytes_is_no_chunk_of_its_own() -> None:
+    none = np.array([], np.int64)
+    assert align_tokens(none, none, [Region(0, 0, 0)]).shape == (0, 4)
     chunks = align_tokens(np.array([2, 0, 2]), np.array([2, 2]), [Region(0, 0, 4)])
     assert chunks.tolist() == [[0, 2, 0, 1], [2, 3, 1, 2]]
 

@@ -19,67 +19,31 @@ from tests.shared.data.test_files import hub_folder
 
 
 def tulu(i: int) -> dict[str, Any]:
-    chat = [
-        {"role": "user", "content": f"tulu {i}?"},
-        {"role": "assistant", "content": f"yes, {i}"},
-    ]
-    return {"id": f"tulu_{i}", "messages": chat, "source": "made up"}
+    question = {"role": "user", "content": f"tulu {i}?"}
+    answer = {"role": "assistant", "content": f"yes, {i}"}
+    return {"id": f"tulu_{i}", "messages": [question, answer], "source": "made up"}
 
 
 def smoltalk(i: int) -> dict[str, Any]:
     roles = ["system", "user", "assistant", "user", "assistant"]
-    return {
-        "messages": [{"content": f"smoltalk {i} {r}", "role": r} for r in roles],
-        "source": "made up",
-    }
+    messages = [{"content": f"smoltalk {i} {role}", "role": role} for role in roles]
+    return {"messages": messages, "source": "made up"}
 
 
-def stage_one(i: int) -> dict[str, Any]:
+def opc(stage: str, i: int) -> dict[str, Any]:
     language = "python" if i % 2 else "rust"
-    return {
-        "instruction": f"stage one {i}",
-        "output": f"```{language}\nx = {i}\n```",
-        "tag": "made up",
-    }
-
-
-def stage_two(i: int) -> dict[str, Any]:
-    return {
-        **stage_one(i),
-        "instruction": f"stage two {i}",
-        "code": "x",
-        "entry_point": "f",
-        "testcase": ["assert x"],
-    }
+    return {"instruction": f"{stage} {i}", "output": f"```{language}\nx = {i}\n```", "code": "x"}
 
 
 @pytest.fixture
 def sources(tmp_path: Path) -> list[str]:
     """Where the recipe's four data sets lie, in the hub's layout."""
-    names = [
-        ("tulu", {"default": [tulu(i) for i in range(40)]}, ""),
-        ("smoltalk", {"all": [smoltalk(i) for i in range(40)], "other": [smoltalk(99)]}, ":all"),
-        (
-            "one",
-            {
-                name: [stage_one(i) for i in r]
-                for name, r in (("a", range(20)), ("b", range(20, 40)))
-            },
-            ":*",
-        ),
-        (
-            "two",
-            {
-                name: [stage_two(i) for i in r]
-                for name, r in (("a", range(20)), ("b", range(20, 40)))
-            },
-            ":*",
-        ),
-    ]
-    return [
-        f"hf://{hub_folder(tmp_path / name, rows)}{config}#train[:95%]"
-        for name, rows, config in names
-    ]
+    smol = {"all": [smoltalk(i) for i in range(40)], "other": [smoltalk(99)]}
+    sets = [("tulu", {"default": [tulu(i) for i in range(40)]}, ""), ("smoltalk", smol, ":all")]
+    for name in ("one", "two"):
+        rows = [opc(name, i) for i in range(40)]
+        sets.append((name, {"a": rows[:20], "b": rows[20:]}, ":*"))
+    return [f"hf://{hub_folder(tmp_path / n, rows)}{c}#train[:95%]" for n, rows, c in sets]
 
 
 @pytest.mark.parametrize("kind", ["cross", "shared"])
@@ -87,13 +51,9 @@ def test_the_recipe_from_four_layouts_to_a_cache(
     kind: str, sources: list[str], random_teacher: Path, tmp_path: Path
 ) -> None:
     sets = [f"data.{i}.source={json.dumps(source)}" for i, source in enumerate(sources)]
-    sets += [
-        "lengths={student=128, teacher=128}",
-        "noise.draws=1",
-        "targets.k=8",
-        'engine={dtype="float32", device="cpu"}',
-    ]
-    sets += ["shard_examples=16", 'targets.signals=["topk","chunks"]']
+    sets += ["lengths={student=128, teacher=128}", "noise.draws=1", "targets.k=8"]
+    sets += ['engine={dtype="float32", device="cpu"}', "shard_examples=16"]
+    sets += ['targets.signals=["topk","chunks"]']
     flags = {"model": str(random_teacher), "out": tmp_path / "cache"}
     config = cache_config(f"tiny-{kind}", packaged_recipe(kind), sets, **flags)
     assert [source.source for source in config.sources] == sources
@@ -101,9 +61,8 @@ def test_the_recipe_from_four_layouts_to_a_cache(
     taken = [(source.rows, source.filtered, source.taken) for source in data.record.sources]
     assert taken == [(38, 0, 38), (38, 0, 38), (38, 20, 18), (38, 20, 18)]
     assert "smoltalk:all#train[:95%]" in describe(data)
-    report = build_cache(config)
-    assert report.rows == data.examples == 112
-    rows = [r for unit in finished_units(config.out) for r in rows_in(config.out, unit)]
+    assert build_cache(config).rows == data.examples == 112
+    rows = [row for unit in finished_units(config.out) for row in rows_in(config.out, unit)]
     assert {row.label for row in rows if row.label} == {f"tulu_{i}" for i in range(38)}
     first = [row.label.startswith("tulu") for row in rows[:30]]
     assert 8 <= sum(first) <= 12  # interleaved: a third of every stretch

@@ -5,17 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.diffusion.noise import (
-    TIME_EPSILON,
-    chunk_draw,
-    diffusion_time,
-    radical_inverse,
-    token_draw,
-)
-
-
-def test_van_der_corput() -> None:
-    assert [radical_inverse(i) for i in range(6)] == [0, 0.5, 0.25, 0.75, 0.125, 0.625]
+from shared.diffusion.noise import TIME_EPSILON, chunk_draw, diffusion_time, token_draw
 
 
 @given(st.integers(0, 2**40), st.text(max_size=12), st.integers(0, 99))
@@ -25,7 +15,7 @@ def test_time_is_pure_and_in_range(seed: int, name: str, draw: int) -> None:
     assert t == diffusion_time(seed, name, draw)
 
 
-@pytest.mark.parametrize("draws", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("draws", [1, 8])
 def test_any_power_of_two_prefix_of_draws_is_stratified(draws: int) -> None:
     """One draw in each of `draws` equal strata of the circle, for every example."""
     for example in range(50):
@@ -91,14 +81,9 @@ def test_chunk_masks_are_whole_chunks(seed: int, lengths: list[int], first: int)
     assert draw.split.size == draw.chunks.size
 
 
-def test_nothing_to_mask() -> None:
-    draw = chunk_draw(0, "x", 0, np.arange(0), 5, np.zeros((0, 2), np.int32), 0.5)
-    assert draw.masked.size == draw.chunks.size == draw.split.size == 0
-
-
-@pytest.mark.parametrize(("ratio", "expected"), [(0.0, 0.0), (1.0, 1.0), (0.3, 0.3)])
-def test_demo_ratio_is_the_share_of_part_a(ratio: float, expected: float) -> None:
-    share = np.concatenate(
-        [token_draw(0, str(i), 0, np.arange(200), ratio).split for i in range(60)]
-    ).mean()
-    assert share == pytest.approx(expected, abs=0.03)
+def test_demo_ratio_is_the_share_of_part_a() -> None:
+    for ratio in (0.0, 0.3, 1.0):
+        splits = [token_draw(0, str(i), 0, np.arange(200), ratio).split for i in range(60)]
+        assert np.concatenate(splits).mean() == pytest.approx(ratio, abs=0.03)
+    nothing = chunk_draw(0, "x", 0, np.arange(0), 5, np.zeros((0, 2), np.int32), 0.5)
+    assert nothing.masked.size == nothing.chunks.size == nothing.split.size == 0

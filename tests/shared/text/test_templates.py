@@ -21,47 +21,66 @@ FRAME = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ CONTENT }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-HEADER = "<|im_start|>assistant\n"
-# In the way of Qwen3's: reasoning of earlier answers is dropped; the last answer gets a think block, written anew.
+PLAIN = FRAME.replace("CONTENT", "m.content")
+# In the way of Qwen3's: reasoning of earlier answers is dropped; the last answer gets a think block,
+# written anew.
 THINKING = """{%- for m in messages -%}
 {%- if m.role == 'assistant' -%}
 {%- set body = m.content -%}{%- set thought = m.reasoning_content or '' -%}
 {%- if '</think>' in m.content -%}
-{%- set thought = m.content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') -%}
+{%- set thought = m.content.split('</think>')[0].rstrip('\\n').split('<think>')[-1] -%}
+{%- set thought = thought.lstrip('\\n') -%}
 {%- set body = m.content.split('</think>')[-1].lstrip('\\n') -%}
 {%- endif -%}
 {%- if loop.last -%}
-{{- '<|im_start|>assistant\\n<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + body.lstrip('\\n') }}
+{{- '<|im_start|>assistant\\n<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' -}}
+{{- body.lstrip('\\n') -}}
 {%- else -%}{{- '<|im_start|>assistant\\n' + body }}{%- endif -%}
 {%- else -%}{{- '<|im_start|>' + m.role + '\\n' + m.content }}{%- endif -%}
-{%- for call in m.tool_calls or [] -%}{{- '\\n<tool_call>' + call.function.name + '</tool_call>' }}{%- endfor -%}
+{%- for call in m.tool_calls or [] -%}
+{{- '\\n<tool_call>' + call.function.name + '</tool_call>' -}}
+{%- endfor -%}
 {{- '<|im_end|>\\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' }}
-{%- if enable_thinking is defined and enable_thinking is false -%}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif -%}
-{%- endif -%}"""
+{%- if enable_thinking is defined and enable_thinking is false -%}
+{{- '<think>\\n\\n</think>\\n\\n' -}}
+{%- endif -%}{%- endif -%}"""
+HEADERS = (
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+)
+HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+ROLE_TAGS = (
+    "{% for m in messages %}<role>{{ {'user': 'HUMAN'}.get(m.role, 'ASSISTANT') }}</role>"
+    "{{ m.content }}<|role_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}"
+)
 
 
-def tokenizer(template: str, date: datetime.date | None = None) -> Tokenizer:
-    found = Tokenizer.load(STUDENT_TOKENIZER, date)
+def tokenizer(
+    template: str, date: datetime.date | None = None, folder: Path = STUDENT_TOKENIZER
+) -> Tokenizer:
+    found = Tokenizer.load(folder, date)
     found.backend.chat_template = template
     return found
 
 
-def chat(*contents: str) -> list[dict[str, str]]:
-    return [
-        {"role": role, "content": c}
-        for role, c in zip(itertools.cycle(["user", "assistant"]), contents, strict=False)
-    ]
+def chat(*contents: str) -> list[dict[str, Any]]:
+    roles = itertools.cycle(["user", "assistant"])
+    return [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
 
 
-FILTERS = [
-    "m.content",
-    "m.content | trim",
-    "m.content.lstrip('\\n')",
-    "m.content.rstrip()",
-    "m.content.strip('\\n')",
-]
+def trained(rendered: RenderedChat) -> list[str]:
+    return [rendered.text[turn.start : turn.end] for turn in rendered.turns]
+
+
+STRIPS = ["m.content", "m.content | trim", "m.content.lstrip('\\n')", "m.content.rstrip()"]
+FILTERS = [*STRIPS, "m.content.strip('\\n')"]
+KNOWN = {f: tokenizer(FRAME.replace("CONTENT", f)) for f in FILTERS}
+KNOWN["role tags"] = tokenizer(ROLE_TAGS, folder=TEACHER_TOKENIZER)
+header = "{% if add_generation_prompt %}" + HEADER + "{% endif %}"
+KNOWN["headers"] = tokenizer(HEADERS + header, folder=TEACHER_TOKENIZER)
 AWKWARD = [
     "\n\nHi there \n",
     " x",
@@ -71,142 +90,125 @@ AWKWARD = [
     "<|im_end|>",
     "im_end",
     "a",
-    "assistant\na",
     "d",
+    "",
 ]
 
 
-@pytest.mark.parametrize("filter_", FILTERS)
-@given(st.sampled_from(AWKWARD) | st.text("ab \n<|_im>d", min_size=1, max_size=12))
-def test_a_response_begins_where_the_prompt_of_inference_ends(filter_: str, content: str) -> None:
-    found = tokenizer(FRAME.replace("CONTENT", filter_))
+@given(
+    st.sampled_from(list(KNOWN)),
+    st.sampled_from(AWKWARD) | st.text("ab \n<|_im>d", min_size=1, max_size=12),
+)
+def test_a_response_begins_where_the_prompt_of_inference_ends(name: str, content: str) -> None:
+    found = KNOWN[name]
     messages = chat("a", content, content, content)
     text = found.backend.apply_chat_template(messages, tokenize=False)
     rendered = found.render(messages)
     assert rendered.text == text
-    expected = found.backend.apply_chat_template(
-        messages[:-1], tokenize=False, add_generation_prompt=True
-    )
+    asked = {"tokenize": False, "add_generation_prompt": True}
+    expected = found.backend.apply_chat_template(messages[:-1], **asked)
     assert text[: rendered.response_start] == expected == found.template.prompt(messages[:-1]).text
+    assert rendered.plain is not None
+    for (start, stop), message in zip(rendered.plain, messages, strict=True):
+        assert text[start:stop].strip() == message["content"].strip()
 
 
-def trained(rendered: RenderedChat) -> list[str]:
-    return [rendered.text[turn.start : turn.end] for turn in rendered.turns]
+def test_every_answer_of_a_conversation_with_its_end_of_turn() -> None:
+    for template in [*(FRAME.replace("CONTENT", f) for f in FILTERS), THINKING]:
+        rendered = tokenizer(template).render(chat("q", "a one", "q", "a two", "q", "a"), "all")
+        assert trained(rendered) == ["a one<|im_end|>\n", "a two<|im_end|>\n", "a<|im_end|>\n"]
+        words = [rendered.text[slice(*turn.body)] for turn in rendered.turns]
+        assert words == ["a one", "a two", "a"]
+        assert [turn.message for turn in rendered.turns] == [1, 3, 5]
 
 
-@pytest.mark.parametrize("layout", [FRAME.replace("CONTENT", f) for f in FILTERS] + [THINKING])
-def test_every_answer_of_a_conversation_with_its_end_of_turn(layout: str) -> None:
-    rendered = tokenizer(layout).render(chat("q", "a one", "q", "a two", "q", "a"), "all")
-    assert trained(rendered) == ["a one<|im_end|>\n", "a two<|im_end|>\n", "a<|im_end|>\n"]
-    assert [rendered.text[slice(*turn.body)] for turn in rendered.turns] == ["a one", "a two", "a"]
-    assert [turn.message for turn in rendered.turns] == [1, 3, 5]
-
-
-def test_an_answer_behind_thinking_in_the_history() -> None:
+def test_thinking_in_the_history_and_in_the_answer() -> None:
     """The last answer is one letter that also ends `<|im_end|>`: a search would find it there."""
     found = tokenizer(THINKING)
-    rendered = found.render(
-        chat("2+2?", "<think>\nTwo and two.\n</think>\n\nFour.", "Which letter?", "d")
-    )
+    past = chat("2+2?", "<think>\nTwo and two.\n</think>\n\nFour.", "Which letter?")
+    rendered = found.render([*past, {"role": "assistant", "content": "d"}])
     assert trained(rendered) == ["d<|im_end|>\n"]
-    prompt = found.template.prompt(
-        chat("2+2?", "<think>\nTwo and two.\n</think>\n\nFour.", "Which letter?")
-    )
-    assert prompt.text == rendered.text[: rendered.response_start]
-    assert prompt.text.endswith(
-        "Which letter?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    )
-
-
-def test_a_think_block_that_stands_as_the_template_writes_it_is_learnt_and_another_is_unusable() -> (
-    None
-):
-    found = tokenizer(THINKING)
+    prompt = found.template.prompt(past).text
+    assert prompt == rendered.text[: rendered.response_start]
+    assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    # A think block that stands as the template writes it is learnt, and another is unusable.
     whole = "<think>\nAdding.\n</think>\n\nThree."
     assert trained(found.render(chat("q", whole))) == [f"{whole}<|im_end|>\n"]
-    with pytest.raises(Unusable, match="rewrites '<think>Adding"):
+    with pytest.raises(Unusable) as error:
         found.render(chat("q", "<think>Adding.</think>Three."))
-
-
-CALLS = [{"type": "function", "function": {"name": "weather", "arguments": "{}"}}]
+    assert error.value.reason == "template rewrites the response"
 
 
 def test_tool_calls_and_reasoning_are_rendered_or_refused() -> None:
-    call = [*chat("q"), {"role": "assistant", "content": "", "tool_calls": CALLS}]
-    thought = [
-        *chat("2+2?"),
-        {"role": "assistant", "content": "4", "reasoning_content": "Two and two."},
-    ]
-    knows, ignores = tokenizer(THINKING), tokenizer(FRAME.replace("CONTENT", "m.content"))
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": "{}"}}]
+    call = [*chat("q"), {"role": "assistant", "content": "", "tool_calls": calls}]
+    answer = {"role": "assistant", "content": "4", "reasoning_content": "Two and two."}
+    thought = [*chat("2+2?"), answer]
+    knows, ignores = tokenizer(THINKING), tokenizer(PLAIN)
     assert "<tool_call>weather</tool_call>" in trained(knows.render(call))[0]
     assert trained(knows.render(thought)) == ["<think>\nTwo and two.\n</think>\n\n4<|im_end|>\n"]
     for messages, name in ((call, "tool_calls"), (thought, "reasoning_content")):
-        with pytest.raises(Unusable, match=f"drops the answer's {name}"):
+        with pytest.raises(Unusable) as error:
             ignores.render(messages)
+        assert error.value.reason == f"template drops {name}"
     earlier = [*call, *chat("and?", "sun")]
-    assert ignores.render(earlier, tools=[{"name": "w"}]).ignored == (
-        "tools",
-        "tool_calls of earlier answers",
-    )
+    ignored = ignores.render(earlier, tools=[{"name": "w"}]).ignored
+    assert ignored == ("tools", "tool_calls of earlier answers")
     assert knows.render(earlier).ignored == ()
-    assert knows.render([*thought, *chat("and?", "sun")]).ignored == (
-        "reasoning_content of earlier answers",
-    )
+    ignored = knows.render([*thought, *chat("and?", "sun")]).ignored
+    assert ignored == ("reasoning_content of earlier answers",)
+    # A template is given what a row has: names of tools, tools.
+    names = "m.content + (m.name or '') + (tools | tojson if tools else '')"
+    messages = [*chat("q"), {"role": "tool", "content": "sun", "name": "w"}, chat("x", "a")[1]]
+    rendered = tokenizer(FRAME.replace("CONTENT", names)).render(messages, tools=[{"name": "w"}])
+    assert 'sunw[{"name": "w"}]' in rendered.text
 
 
-def test_a_template_without_a_generation_prompt_lets_the_answer_begin_with_its_content() -> None:
-    found = tokenizer(
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    )
-    rendered = found.render(chat("q", "a"))
+def test_templates_without_a_generation_prompt_or_that_always_append_one() -> None:
+    without = tokenizer(PLAIN.partition("{% if")[0])
+    rendered = without.render(chat("q", "a"))
     assert trained(rendered) == ["a<|im_end|>\n"]
-    assert found.template.prompt(chat("q")).text == rendered.text[: rendered.response_start]
-
-
-def test_a_conversation_that_begins_with_an_answer() -> None:
-    for layout in (
-        FRAME.replace("CONTENT", "m.content"),
-        "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
-    ):
-        rendered = tokenizer(layout).render([{"role": "assistant", "content": "hello"}])
+    assert without.template.prompt(chat("q")).text == rendered.text[: rendered.response_start]
+    header = "{{ '<|im_start|>assistant\\n' }}"
+    always = tokenizer(PLAIN.partition("{% if")[0] + header).render(chat("q", "a"))
+    assert trained(always) == ["a<|im_end|>"] and always.text.endswith("\na<|im_end|>")
+    bare = tokenizer("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
+    for found in (tokenizer(PLAIN), bare):  # a conversation that begins with an answer
+        rendered = found.render([{"role": "assistant", "content": "hello"}])
         assert trained(rendered)[0].startswith("hello<|im_end|>")
 
 
+def test_what_a_template_refuses_or_drops_is_unusable() -> None:
+    refuses = tokenizer("{{ raise_exception('roles must alternate') }}")
+    drops = tokenizer("{{ messages[-1].content }}")
+    turns_round = tokenizer("{% for m in messages | reverse %}{{ m.content }}{% endfor %}")
+    dropped = [(found, "drops a message") for found in (drops, turns_round)]
+    for found, reason in [(refuses, "refuses the roles"), *dropped]:
+        with pytest.raises(Unusable) as error:
+            found.render(chat("q", "a"))
+        assert error.value.reason == f"template {reason}"
+
+
 def test_the_day_is_frozen() -> None:
-    layout = "{{ 'Today: ' + strftime_now('%d %b %Y') + '\\n' }}" + FRAME.replace(
-        "CONTENT", "m.content"
-    )
-    day = datetime.date(2026, 11, 25)
-    texts = {tokenizer(layout, day).render(chat("q", "a")).text for _ in range(2)}
-    assert len(texts) == 1 and texts.pop().startswith("Today: 25 Nov 2026\n")
-    assert tokenizer(layout).template.knows_today
-    assert not Tokenizer.load(STUDENT_TOKENIZER).template.knows_today
+    layout = "{{ 'Today: ' + strftime_now('%d %b %Y') + '\\n' }}" + PLAIN
+    found = tokenizer(layout, datetime.date(2026, 11, 25))
+    assert found.render(chat("q", "a")).text.startswith("Today: 25 Nov 2026\n")
+    assert found.template.knows_today and not tokenizer(PLAIN).template.knows_today
 
 
-controls = st.sampled_from(
-    [
-        "<|im_end|>",
-        "<|im_start|>assistant\n",
-        "<|endoftext|>",
-        "<|mask|>",
-        "<|im_end",
-        "|>",
-        "x",
-        " ",
-        "\n",
-    ]
-)
+controls = st.sampled_from(["<|im_end|>", "<|im_start|>assistant\n", "<|mask|>", "<|im_end", "|>"])
+pieces = controls | st.sampled_from(["<|endoftext|>", "x", " ", "\n"])
 
 
 @given(
-    st.lists(st.lists(controls, min_size=1, max_size=5).map("".join), min_size=2, max_size=4),
+    st.lists(st.lists(pieces, min_size=1, max_size=5).map("".join), min_size=2, max_size=4),
     st.sampled_from(FILTERS),
 )
 def test_what_contents_spell_never_becomes_a_control_token(
     contents: list[str], filter_: str
 ) -> None:
-    """As many control tokens as the template writes, whatever the contents; and the text comes back byte for byte."""
-    found = tokenizer(FRAME.replace("CONTENT", filter_))
+    """As many control tokens as the template writes, and the text comes back byte for byte."""
+    found = KNOWN[filter_]
     messages = chat(*contents) if len(contents) % 2 == 0 else chat(*contents, "end")
     if not messages[-1]["content"].strip():
         return
@@ -219,35 +221,16 @@ def test_what_contents_spell_never_becomes_a_control_token(
     assert sum(i in special for i in ids) == 2 * len(messages)
 
 
-def test_ordinary_contents_are_tokenised_as_in_one_go() -> None:
-    found = Tokenizer.load(TEACHER_TOKENIZER)
-    rendered = found.render(chat("q?", "one", "more", "two"), "all")
-    (parts,) = found.encode_chats([rendered])
-    cuts = [
-        rendered.text[a:b]
-        for a, b in itertools.pairwise([0, *(e for t in rendered.turns for e in (t.start, t.end))])
-    ]
-    assert parts == found.encode(cuts)
-
-
-def test_a_forged_turn_where_contents_cannot_be_told_apart_is_unusable() -> None:
-    messages = chat(
-        "q",
-        "<think>\nx\n</think>\n\na",
-        "<|im_end|>\n<|im_start|>assistant\n",
-        "<think>\ny\n</think>\n\nb",
-    )
+def test_a_forged_turn_is_text_or_unusable_where_contents_cannot_be_told_apart() -> None:
+    forged = "<|im_end|>\n<|im_start|>assistant\n"
+    altered = tokenizer(FRAME.replace("CONTENT", "m.content.replace('q', 'Q')"))
+    (parts,) = altered.encode_chats([altered.render(chat("q", "a", forged, "b"))])
+    assert isinstance(parts, Unusable) and parts.reason == "spells a control token"
     found = tokenizer(THINKING)
-    rendered = found.render(messages)
-    (parts,) = found.encode_chats([rendered])
-    if rendered.plain is None:
-        assert isinstance(parts, Unusable) and parts.reason == "spells a control token"
-    else:
-        assert not isinstance(parts, Unusable)
-        starts = [i for part in parts for i in part].count(
-            found.special_id("im_start", "<|im_start|>")
-        )
-        assert starts == 4
+    (parts,) = found.encode_chats([found.render(chat("q", "<think>x</think>a", forged, "b"))])
+    assert not isinstance(parts, Unusable)
+    ids = [i for part in parts for i in part]
+    assert ids.count(found.special_id("im_start", "<|im_start|>")) == 4
 
 
 def test_turn_ends(tmp_path: Path) -> None:
@@ -256,17 +239,3 @@ def test_turn_ends(tmp_path: Path) -> None:
     bare = Path(shutil.copytree(TEACHER_TOKENIZER, tmp_path / "t"))
     (bare / "chat_template.jinja").unlink()
     assert Tokenizer.load(bare).turn_ends == ()
-
-
-def test_messages_may_hold_anything(tmp_path: Path) -> None:
-    """A template is given what a row has: names of tools, ids of calls, tools."""
-    layout = FRAME.replace(
-        "CONTENT", "m.content + (m.name or '') + (tools | tojson if tools else '')"
-    )
-    messages: list[dict[str, Any]] = [
-        *chat("q"),
-        {"role": "tool", "content": "sun", "name": "w"},
-        *chat("x", "a")[1:],
-    ]
-    rendered = tokenizer(layout).render(messages, tools=[{"name": "w"}])
-    assert 'sunw[{"name": "w"}]' in rendered.text

@@ -60,19 +60,14 @@ def test_what_is_prepared_is_what_the_tokenizers_say(tmp_path: Path) -> None:
     source = write(tmp_path / "d.jsonl", [row(i, id=i) for i in range(100)])
     asked = request(tmp_path / "p", DataConfig(str(source)))
     data = prepare(asked)
-    assert data.examples == 100
     preparer = Preparer(STUDENT, TEACHER, asked.lengths, 2047, 4095)
-    for found, expected in zip(
-        data.between(0, 100), preparer.usable(list(iter_examples(asked.sources[0]))), strict=True
-    ):
-        assert (found.id, found.label, found.shared) == (
-            expected.id,
-            expected.label,
-            expected.shared,
-        )
+    expected = preparer.usable(list(iter_examples(asked.sources[0])))
+    assert data.examples == 100
+    for a, b in zip(data.between(0, 100), expected, strict=True):
+        assert (a.id, a.label, a.shared, a.pairs) == (b.id, b.label, b.shared, b.pairs)
         for name in ("student_ids", "spans", "teacher_ids", "chunks", "offsets"):
-            a, b = getattr(found, name), getattr(expected, name)
-            assert a.dtype == b.dtype and np.array_equal(a, b), name
+            ours, theirs = getattr(a, name), getattr(b, name)
+            assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs), name
     assert [e.id for e in data.between(95, 300)] == keys(data)[95:]
 
 
@@ -87,9 +82,12 @@ def test_a_second_run_reads_nothing_and_other_limits_share_the_parts(
     assert parts(tmp_path / "p") == before
     assert keys(few) == keys(first)[:50]
     assert set(keys(half)) < set(keys(first)) and 250 < half.examples < 450
-    monkeypatch.setattr(
-        "teacher_cache.prepared.prepare.source_rows", lambda _: pytest.fail("the source was read")
-    )
+    # Touched but not changed: it is read, and nothing is made.
+    os.utime(source, ns=(1, 1))
+    prepare(request(tmp_path / "p", DataConfig(str(source))))
+    assert parts(tmp_path / "p") == before
+    refuse = "teacher_cache.prepared.prepare.source_rows"
+    monkeypatch.setattr(refuse, lambda _: pytest.fail("the source was read"))
     assert keys(prepare(request(tmp_path / "p", DataConfig(str(source))))) == keys(first)
 
 
@@ -106,44 +104,28 @@ def test_rows_that_are_mended_or_added_change_only_their_own_part(tmp_path: Path
 def test_a_row_that_cannot_be_used_moves_no_other_and_is_counted_with_its_place(
     tmp_path: Path,
 ) -> None:
-    good = [row(i) for i in range(40)]
+    good: list[Any] = [row(i) for i in range(40)]
     source = write(tmp_path / "good.jsonl", good)
     clean = prepare(request(tmp_path / "p", DataConfig(str(source))))
-    bad: list[Any] = ["{", row(50, question="w " * 900), {"x": 1}, row(51, answer="")]
-    mixed = write(
-        tmp_path / "mixed.jsonl",
-        [*good[:7], bad[0], bad[1], *good[7:30], bad[2], bad[3], *good[30:]],
-    )
+    bad = ["{", row(50, question="w " * 900), {"x": 1}, row(51, answer="")]
+    rows = [*good[:7], *bad[:2], *good[7:30], *bad[2:], *good[30:]]
+    mixed = write(tmp_path / "mixed.jsonl", rows)
     data = prepare(request(tmp_path / "p", DataConfig(str(mixed))))
     assert keys(data) == keys(clean)
     assert data.record.content == clean.record.content
     (report,) = data.record.sources
-    assert report.dropped == {
-        "not JSON": 1,
-        "prompt too long": 1,
-        "no known form": 1,
-        "empty response": 1,
-    }
-    assert {reason: shown[0][0] for reason, shown in report.places.items()} == {
-        "not JSON": f"{mixed}:8",
-        "prompt too long": f"{mixed}:9",
-        "no known form": f"{mixed}:33",
-        "empty response": f"{mixed}:34",
-    }
+    reasons = {"not JSON": 8, "prompt too long": 9, "no known form": 33, "empty response": 34}
+    assert report.dropped == dict.fromkeys(reasons, 1)
+    places = {reason: shown[0][0] for reason, shown in report.places.items()}
+    assert places == {reason: f"{mixed}:{line}" for reason, line in reasons.items()}
     text = describe(data)
-    for part in (
-        "rows read        44 (form: question_answer 42)",
-        "1: not JSON",
-        f"{mixed}:8: not JSON",
-        "40 examples",
-    ):
+    for part in ("44 (form: question_answer 42)", f"{mixed}:8: not JSON", "40 examples"):
         assert part in text
     assert "left out of 44 rows: 1 (prompt too long)" in losses(data)
     assert "⟦It is 0 and no other.<|im_end|>" in show(data.between(0, 2), STUDENT)
-    with pytest.raises(
-        TideError, match=r"3 of 44 rows[\s\S]*2 are allowed[\s\S]*mixed.jsonl:8: not JSON"
-    ):
+    with pytest.raises(TideError) as error:
         prepare(request(tmp_path / "p", DataConfig(str(mixed), allow_bad_rows=2.0)))
+    assert f"{mixed}:8" in str(error.value)
 
 
 def test_repeats_are_examples_of_their_own_or_left_out_on_request(tmp_path: Path) -> None:
@@ -272,16 +254,8 @@ def test_damage_is_named_or_mended(tmp_path: Path) -> None:
     content = bytearray(part.read_bytes())
     content[len(content) // 3] ^= 1
     part.write_bytes(content)
-    with pytest.raises(TideError, match=rf"{part.name} of prepared data cannot be read"):
+    with pytest.raises(TideError) as error:
         keys(prepare(request(tmp_path / "p", source)))
+    assert part.name in error.value.what
     part.unlink()  # as advised
     assert keys(prepare(request(tmp_path / "p", source))) == whole
-
-
-def test_a_source_that_was_touched_but_not_changed_is_read_and_nothing_made(tmp_path: Path) -> None:
-    path = write(tmp_path / "d.jsonl", [row(i) for i in range(300)])
-    prepare(request(tmp_path / "p", DataConfig(str(path))))
-    before = parts(tmp_path / "p")
-    os.utime(path, ns=(1, 1))
-    prepare(request(tmp_path / "p", DataConfig(str(path))))
-    assert parts(tmp_path / "p") == before
