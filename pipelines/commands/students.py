@@ -130,9 +130,8 @@ def serve(
     sampling: dict[str, Any],
 ) -> None:
     """Serve a student as OpenAI's API does: /v1/chat/completions, /v1/completions, streamed."""
-    from pipelines.serving.run import bind, check_installed, served_name
-    from pipelines.serving.run import serve as run_server
-    from pipelines.serving.settings import ServeConfig
+    from pipelines.serving.server import ServeConfig, bind, check_installed, served_name
+    from pipelines.serving.server import serve as run_server
 
     check_installed()
     sampling |= {"new_tokens": new_tokens, "steps_per_block": steps_per_block}
@@ -167,6 +166,9 @@ def evaluate(
     confirm_run_unsafe_code: Annotated[
         bool, Option("--confirm-run-unsafe-code", help="Run the code that the student writes.")
     ] = False,
+    unsandboxed: Annotated[
+        bool, Option("--unsandboxed", help="Run it without bubblewrap, within limits only.")
+    ] = False,
     code_seconds: Annotated[float, Option(help="Limit of one program.")] = 10.0,
     code_gigabytes: Annotated[float, Option(help="Limit of one program.")] = 4.0,
     *,
@@ -176,11 +178,10 @@ def evaluate(
     require_positive(code_seconds=code_seconds, code_gigabytes=code_gigabytes)
     sampling |= {"seed": seed}
     sampling_settings(**sampling)  # says what is out of range
-    from pipelines.evaluation.data import parse_places
-    from pipelines.evaluation.recipe import choose
+    from pipelines.evaluation.recipe import choose, parse_places
+    from pipelines.evaluation.results import score_table
     from pipelines.evaluation.run import EvalSettings, default_output, run_benchmarks
-    from pipelines.evaluation.sandbox.run import Limits
-    from pipelines.evaluation.table import score_table
+    from pipelines.evaluation.sandbox import Limits
 
     wanted = choose(tasks, recipe, shots=num_fewshot, chat=chat, new_tokens=new_tokens, steps=steps)
     settings = EvalSettings(
@@ -190,7 +191,7 @@ def evaluate(
         limit=limit,
         data=parse_places(data or []),
         run_code=confirm_run_unsafe_code,
-        limits=Limits(seconds=code_seconds, memory=int(code_gigabytes * 2**30)),
+        limits=Limits(code_seconds, int(code_gigabytes * 2**30), sandboxed=not unsandboxed),
     )
     scores = run_benchmarks(student, wanted, settings, output or default_output(student))
     if os.environ.get("RANK", "0") == "0":
@@ -201,7 +202,12 @@ _PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_op
 
 
 @app.command("lm-eval", context_settings=_PASSED_ON, rich_help_panel=STUDENTS)
-def lm_eval_command(context: typer.Context) -> None:
+def lm_eval_command(
+    context: typer.Context,
+    unsandboxed: Annotated[
+        bool, Option("--unsandboxed", help="Run code without bubblewrap.")
+    ] = False,
+) -> None:
     """lm-eval's own command line with the model `tide_bd3lm`; code runs within our limits."""
     from pipelines.evaluation.run import check_installed
 
@@ -209,11 +215,12 @@ def lm_eval_command(context: typer.Context) -> None:
     from lm_eval.__main__ import cli_evaluate
 
     from pipelines.evaluation.code_eval import code_eval_with_limits
-    from pipelines.evaluation.register import register_model
+    from pipelines.evaluation.model import register_model
+    from pipelines.evaluation.sandbox import Limits
 
     register_model()
     sys.argv = ["lm_eval", *context.args]
-    with code_eval_with_limits():
+    with code_eval_with_limits(Limits(sandboxed=not unsandboxed)):
         cli_evaluate()
 
 
@@ -244,8 +251,7 @@ def publish(
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would be sent.")] = False,
 ) -> None:
     """Put a student on the hub, with its card, its scores and its licence, and nothing else."""
-    from pipelines.publishing.contents import gather
-    from pipelines.publishing.upload import parse_target, upload
+    from pipelines.publishing import gather, parse_target, upload
 
     name = parse_target(target)
     contents = gather(run, name, licence)

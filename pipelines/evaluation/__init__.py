@@ -1,1 +1,1 @@
-"""Benchmarks with lm-evaluation-harness: the student as its model, the paper's tasks, scores beside its table."""
+"""Benchmarks with lm-evaluation-harness: the paper's tasks, scores beside its table."""

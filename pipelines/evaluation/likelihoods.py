@@ -1,4 +1,4 @@
-"""Likelihoods of many continuations: questions share passes; what is longer than the student is scored in pieces."""
+"""Likelihoods of many continuations: questions share passes; what is too long goes in pieces."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from student_train.using.load import LoadedStudent
 from student_train.using.sampler import sample_steps
 from student_train.using.settings import SampleConfig
 
-Score = tuple[float, bool]
-"""The ELBO of a continuation, and whether greedy sampling would give it."""
-
 
 def pieces(
     context: list[int], tokens: list[int], length: int, block: int
 ) -> list[tuple[list[int], list[int]]]:
-    """A continuation behind its context, of which the end is kept that fits into `length`; in pieces of half the
-    length, each behind what stands before it, where the continuation itself does not fit.
+    """A continuation behind the end of its context that fits into `length`.
+
+    Where the continuation itself does not fit: in pieces of half the length, each behind what
+    stands before it.
     """
     room = (length - len(tokens)) // block * block
     if room >= block:
@@ -40,55 +39,49 @@ class Likelihoods:
 
     def score(
         self, questions: Sequence[tuple[list[int], list[list[int]]]]
-    ) -> Iterator[tuple[int, list[Score]]]:
-        """The scores of each question's continuations, with its number; the longest questions first."""
-        whole: list[int] = []
-        for number, (context, tokens) in enumerate(questions):
-            if all(len(pieces(context, t, self.length, self.elbo.block)) == 1 for t in tokens):
-                whole.append(number)
-            else:
-                yield number, [self._in_pieces(context, t) for t in tokens]
-        whole.sort(key=lambda n: -len(questions[n][0]))
-        for start in range(0, len(whole), self.batch):
-            part = whole[start : start + self.batch]
-            fitting = [self._fit(*questions[n]) for n in part]
-            model, special = self.student.model, self.student.special
-            values = log_likelihoods_together(model, fitting, special, self.elbo)
-            for number, found, greedy in zip(part, values, self._are_greedy(fitting), strict=True):
-                yield number, list(zip(found, greedy, strict=True))
-
-    def _fit(self, context: list[int], tokens: list[list[int]]) -> Question:
-        """With one context for all continuations: what fits before the longest."""
-        ((cut, _),) = pieces(context, max(tokens, key=len), self.length, self.elbo.block)
-        return cut, tokens
-
-    def _in_pieces(self, context: list[int], tokens: list[int]) -> Score:
-        """The sum over the pieces. That greedy sampling would give so much is not looked at."""
-        parts = [(c, [t]) for c, t in pieces(context, tokens, self.length, self.elbo.block)]
-        model, special = self.student.model, self.student.special
-        return sum(
-            log_likelihoods_together(model, [part], special, self.elbo)[0][0] for part in parts
-        ), False
+    ) -> Iterator[tuple[int, list[tuple[float, bool]]]]:
+        """Each question's number, and for each of its continuations the ELBO (nats) and whether
+        greedy sampling would give it (False, unasked, where it goes in pieces).
+        """
+        model, special, block = self.student.model, self.student.special, self.elbo.block
+        fitting: list[tuple[int, Question]] = []
+        for number, (context, continuations) in enumerate(questions):
+            parts = [pieces(context, tokens, self.length, block) for tokens in continuations]
+            if all(len(part) == 1 for part in parts):
+                # one context for all: what fits before the longest
+                cut, _ = min((part[0] for part in parts), key=lambda pair: len(pair[0]))
+                fitting.append((number, (cut, continuations)))
+                continue
+            sums = []
+            for part in parts:
+                asked = [(before, [piece]) for before, piece in part]
+                values = [log_likelihoods_together(model, [q], special, self.elbo) for q in asked]
+                sums.append((sum(value for ((value,),) in values), False))
+            yield number, sums
+        fitting.sort(key=lambda question: -len(question[1][0]))
+        for start in range(0, len(fitting), self.batch):
+            numbers, batch = zip(*fitting[start : start + self.batch], strict=True)
+            values = log_likelihoods_together(model, batch, special, self.elbo)
+            for number, value, greedy in zip(numbers, values, self._are_greedy(batch), strict=True):
+                yield number, list(zip(value, greedy, strict=True))
 
     def _are_greedy(self, questions: Sequence[Question]) -> list[list[bool]]:
-        """Whether greedy sampling, one token a step, gives each; a row is given up when its answers all differ."""
-        block, special = self.elbo.block, self.student.special
-        longest = [max(map(len, tokens)) for _, tokens in questions]
+        """Whether greedy sampling gives each; a row leaves when its continuations all differ."""
+        block, mask = self.elbo.block, self.student.special.mask
+        longest = [max(map(len, continuations)) for _, continuations in questions]
         config = SampleConfig(new_tokens=-(-max(longest) // block) * block, block=block)
-        alike = [[True] * len(tokens) for _, tokens in questions]
-        contexts = [context for context, _ in questions]
+        alike = [[True] * len(continuations) for _, continuations in questions]
 
         def stop(row: int, made: list[int]) -> bool:
             return not any(alike[row]) or len(made) >= longest[row]
 
-        for state, _ in sample_steps(self.student.model, contexts, special, config, stop):
+        contexts = [context for context, _ in questions]
+        model, special = self.student.model, self.student.special
+        for state, _ in sample_steps(model, contexts, special, config, stop):
             for row, made in enumerate(state.tolist()):
                 for number, wanted in enumerate(questions[row][1]):
-                    same = all(
-                        token in (special.mask, want)
-                        for token, want in zip(made, wanted, strict=False)
-                    )
-                    alike[row][number] = alike[row][number] and same
+                    pairs = zip(made, wanted, strict=False)
+                    alike[row][number] &= all(token in (mask, gold) for token, gold in pairs)
             if not any(map(any, alike)):
                 break
         return alike

@@ -1,4 +1,4 @@
-"""`tide eval`: a student on a list of benchmarks. Finished ones are kept; an interrupted one goes on where it was."""
+"""`tide eval`: a student on benchmarks. Finished ones are kept; an interrupted one goes on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import functools
 import hashlib
 import logging
 import os
-import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -14,17 +13,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipelines.evaluation.answers import Answers
 from pipelines.evaluation.code_eval import code_eval_with_limits
-from pipelines.evaluation.data import load_tasks
-from pipelines.evaluation.recipe import Benchmark, packaged
-from pipelines.evaluation.results import Score, digest, finished, read_scores, save
-from pipelines.evaluation.sandbox.run import Limits
+from pipelines.evaluation.recipe import Benchmark, load_tasks, packaged
+from pipelines.evaluation.results import Answers, Score, digest, finished, read_scores, save
+from pipelines.evaluation.sandbox import Limits
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.system.errors import TideError
 from shared.system.hardware import choose_device, shut_down_process_group
 from shared.system.locks import hold
 from student_train.using.load import load_for_use
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,20 +42,33 @@ class EvalSettings:
 def run_benchmarks(
     student: str, benchmarks: list[Benchmark], settings: EvalSettings, out: Path
 ) -> list[Score]:
-    """Measure, and return the scores in the order asked. Everything that can be wrong is looked at before the model."""
+    """Measure, and return the scores in the order asked.
+
+    TideError for whatever is wrong, before the model is loaded.
+    """
     check_installed()
-    unknown = set(settings.data) - {b.name for b in benchmarks}
-    if unknown:
+    if unknown := sorted(set(settings.data) - {b.name for b in benchmarks}):
         names = ", ".join(b.name for b in benchmarks)
-        raise TideError(
-            f"--data names {', '.join(sorted(unknown))}",
-            expected=f"benchmarks of this call: {names}",
-        )
+        raise TideError(f"--data names {', '.join(unknown)}", expected=f"one of {names}")
+    # 1. All that a score depends on
     checkpoint = open_checkpoint(resolve(student))
-    fingerprint = checkpoint.fingerprint()
     block = settings.sampling.get("block_size") or checkpoint.config.get("block_size") or 32
     settings = replace(settings, sampling={**settings.sampling, "block_size": block})
-    described = {b.name: _describe(b, settings, fingerprint) for b in benchmarks}
+    common = {
+        "student": checkpoint.fingerprint(), **settings.sampling, "limit": settings.limit,
+        "device": choose_device(settings.device).type, "lm_eval": version("lm-eval"),
+    }  # fmt: skip
+    described = {}
+    for benchmark in benchmarks:
+        rows: Any = settings.data.get(benchmark.name)
+        if rows is not None:
+            content = rows.is_file() and rows.read_bytes()
+            rows = hashlib.sha256(content).hexdigest()[:16] if content else str(rows)
+        own = asdict(benchmark)
+        for about_the_result in ("name", "title", "metric"):
+            own.pop(about_the_result)
+        described[benchmark.name] = {**common, **own, "rows": rows}
+    # 2. What is not done yet
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -66,12 +78,12 @@ def run_benchmarks(
     open_ones = [b for b in benchmarks if not finished(out, b, described[b.name])]
     if open_ones:
         with ExitStack() as held, code_eval_with_limits(settings.limits):
-            tasks = _tasks(open_ones, settings)
+            tasks = [(b, _load(b, settings)) for b in open_ones]
             if os.environ.get("RANK", "0") == "0":
                 held.enter_context(hold(out / ".lock", f"the evaluation in {out}"))
             _measure(student, tasks, settings, described, out)
-    found = {score.name: score for score in read_scores(out)}
-    return [found[b.name] for b in benchmarks if b.name in found]
+    scores = {score.name: score for score in read_scores(out)}
+    return [scores[b.name] for b in benchmarks if b.name in scores]
 
 
 def default_output(student: str) -> Path:
@@ -92,46 +104,18 @@ def check_installed(quiet: bool = True) -> None:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
-def _describe(benchmark: Benchmark, settings: EvalSettings, fingerprint: str) -> dict[str, Any]:
-    """All that a score depends on."""
-    place = settings.data.get(benchmark.name)
-    rows = None if place is None else str(place)
-    if place is not None and place.is_file():
-        rows = hashlib.sha256(place.read_bytes()).hexdigest()[:16]
-    return {
-        "student": fingerprint,
-        **{
-            key: value
-            for key, value in asdict(benchmark).items()
-            if key not in ("name", "title", "metric")
-        },
-        **settings.sampling,
-        "device": choose_device(settings.device).type,
-        "limit": settings.limit,
-        "rows": rows,
-        "lm_eval": version("lm-eval"),
-    }
-
-
-def _tasks(
-    benchmarks: list[Benchmark], settings: EvalSettings
-) -> dict[str, tuple[Benchmark, dict[str, Any]]]:
-    """lm-eval's tasks with their rows, by benchmark. TideError where one would run code and that was not allowed."""
-    found = {}
-    manager = _task_manager()
-    for benchmark in benchmarks:
-        loaded = load_tasks(manager, benchmark, settings.data.get(benchmark.name))
-        if not settings.run_code and any(
-            getattr(t, "UNSAFE_CODE", False) for t in loaded["tasks"].values()
-        ):
-            raise TideError(
-                f"{benchmark.name} runs the code that the student writes",
-                expected="your consent",
-                fix="add --confirm-run-unsafe-code, best in a container: the code is kept from your files, processes "
-                "and the network as far as this kernel can (docs/benchmarks.md), which is no virtual machine",
-            )
-        found[benchmark.name] = (benchmark, loaded)
-    return found
+def _load(benchmark: Benchmark, settings: EvalSettings) -> Any:
+    """lm-eval's task, or group, with its rows. TideError where it runs code without consent."""
+    loaded = load_tasks(_task_manager(), benchmark, settings.data.get(benchmark.name))
+    unsafe = any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values())
+    if unsafe and not settings.run_code:
+        raise TideError(
+            f"{benchmark.name} runs the code that the student writes",
+            expected="your consent",
+            fix="add --confirm-run-unsafe-code: each program runs in a bubblewrap sandbox, which "
+            "is no virtual machine (docs/benchmarks.md)",
+        )
+    return loaded["groups"].get(benchmark.task) or loaded["tasks"][benchmark.task]
 
 
 @functools.cache
@@ -144,21 +128,21 @@ def _task_manager() -> Any:
 
 def _measure(
     student: str,
-    tasks: dict[str, tuple[Benchmark, dict[str, Any]]],
+    tasks: list[tuple[Benchmark, Any]],
     settings: EvalSettings,
     described: dict[str, dict[str, Any]],
     out: Path,
 ) -> None:
     import lm_eval
 
-    from pipelines.evaluation.model import TideBD3LM
-    from pipelines.evaluation.processes import Processes
+    from pipelines.evaluation.model import TideBD3LM, join_processes
 
-    processes = Processes()
-    loaded = load_for_use(student, processes.device(settings.device))
-    for name, (benchmark, task) in tasks.items():
-        started = time.monotonic()
-        answers = Answers(out / f".{name}-{digest(described[name])}_rank{processes.rank}.jsonl")
+    loaded = load_for_use(student, join_processes(settings.device))
+    rank = os.environ.get("RANK", "0")
+    evaluate: Any = lm_eval.simple_evaluate
+    for benchmark, task in tasks:
+        name, started = benchmark.name, time.monotonic()
+        answers = Answers(out / f".{name}-{digest(described[name])}_rank{rank}.jsonl")
         model = TideBD3LM(
             loaded,
             answers=answers,
@@ -167,10 +151,9 @@ def _measure(
             steps=benchmark.steps,
             **settings.sampling,
         )
-        evaluate: Any = lm_eval.simple_evaluate
-        found = evaluate(
+        reported = evaluate(
             model=model,
-            tasks=[task["groups"].get(benchmark.task) or task["tasks"][benchmark.task]],
+            tasks=[task],
             num_fewshot=benchmark.shots,
             limit=settings.limit,
             apply_chat_template=benchmark.chat,
@@ -179,14 +162,11 @@ def _measure(
             bootstrap_iters=1000,
             task_manager=_task_manager(),
         )
-        if found is not None:
-            about = {"seconds": time.monotonic() - started, "prompts_cut": model.truncated}
-            save(out, benchmark, described[name], found, about)
-            if model.truncated:
-                print(
-                    f"{name}: {model.truncated} prompts lost their beginning, too long to fit",
-                    file=sys.stderr,
-                )
-        processes.barrier()
+        if reported is not None:  # in the first process alone
+            seconds, cut = time.monotonic() - started, model.truncated
+            save(out, benchmark, described[name], reported, seconds=seconds, prompts_cut=cut)
+            if cut:
+                logger.warning("%s: %d prompts lost their beginning, too long to fit", name, cut)
+        model.barrier()
         answers.discard()
     shut_down_process_group()

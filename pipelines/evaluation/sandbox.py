@@ -48,6 +48,8 @@ def run_program(program: str, limits: Limits, test: str = "") -> str:
     """
     theirs, ours = socket.socketpair()
     with (
+        theirs,
+        ours,
         tempfile.TemporaryDirectory(prefix="tide-code-", ignore_cleanup_errors=True) as folder,
         _running("judge", theirs, limits, folder) as judge,
     ):
@@ -64,15 +66,15 @@ def run_program(program: str, limits: Limits, test: str = "") -> str:
 @contextlib.contextmanager
 def _running(role: str, link: socket.socket, limits: Limits, folder: str) -> Iterator[Any]:
     """An interpreter whose standard input is the link; at the end all that it began is gone."""
-    told, tell = os.pipe()
-    home, bwrap, options = folder, "", []
-    if limits.sandboxed:
-        home, bwrap, options = "/tmp", find_bubblewrap(), ["--info-fd", str(tell)]
+    bwrap = find_bubblewrap() if limits.sandboxed else ""
+    home = "/tmp" if bwrap else folder
     environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": home, "TMPDIR": home}
+    told, tell = os.pipe()
+    command = _command(role, limits, bwrap, ["--info-fd", str(tell)])
     process = subprocess.Popen(
-        _command(role, limits, bwrap, options), env=environment | {"OPENBLAS_NUM_THREADS": "1"},
-        stdin=link, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, pass_fds=[tell],
-        cwd=folder, start_new_session=True,
+        command, env=environment | {"OPENBLAS_NUM_THREADS": "1"}, cwd=folder, stdin=link,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, pass_fds=[tell],
+        start_new_session=True,
     )  # fmt: skip
     link.close()
     os.close(tell)

@@ -1,7 +1,9 @@
-"""What a person sees of a student, beside its held-out NLL: lines filled in, functions that parse, tokens a step.
+"""What a person sees of a student, beside its held-out NLL: lines filled in, functions that parse,
+tokens a step.
 
-A mode-seeking objective need not lower the NLL; what it buys may be speed at a confidence threshold, or text that holds
-together. Held-out functions of the standard library, greedy, the same ones for every student.
+A mode-seeking objective need not lower the NLL; what it buys may be speed at a confidence
+threshold, or text that holds together. Held-out functions of the standard library, greedy, the same
+ones for every student.
 """
 
 from __future__ import annotations
@@ -36,19 +38,16 @@ from student_train.using.load import LoadedStudent, load_for_use
 from student_train.using.settings import SampleConfig
 
 USE = "use.json"
-THRESHOLD = 0.5
-"""Of confidence, above which a token is settled; models as small as the embedded ones are seldom surer than 0.9."""
+THRESHOLD = 0.5  # of confidence, above which a token is settled; tiny models are seldom above 0.9
 _LINES, _FUNCTIONS = 160, 24
-_LINE, _LONGEST, _LONGEST_FUNCTION = 16, 192, 160
-"""Tokens of a line and of its conversation, characters of a function to be sampled."""
-_BATCH, _BLOCKS = 32, 3
-_MOST = 400
-"""Functions among which lines and short ones are looked for."""
+_LINE, _LONGEST = 16, 192  # tokens of a line, and of its conversation
+_LONGEST_FUNCTION = 160  # characters of a function to be sampled
+_BATCH = 32
 
 
 @dataclass(frozen=True)
 class UseScores:
-    """Shares of held-out lines completed exactly and of sampled functions that parse, and tokens settled a step."""
+    """Shares of lines completed exactly and of functions that parse; tokens settled a step."""
 
     lines: float
     parse: float
@@ -60,14 +59,22 @@ def score_use(model: str, threshold: float = THRESHOLD) -> UseScores:
     """Score the student in the folder `model`, settling what is surer than `threshold` at once."""
     student = load_for_use(model, "cpu")
     # By length, so that the lines of a batch take about as many steps.
-    gaps = sorted(itertools.islice(_gaps(student), _LINES), key=lambda gap: len(gap.places))
+    gaps = sorted(itertools.islice(gaps_of(student), _LINES), key=lambda gap: len(gap.places))
     exact = tokens = steps = 0
     for start in range(0, len(gaps), _BATCH):
-        part = gaps[start : start + _BATCH]
-        for gap, (found, passes) in zip(part, _fill(student, part, threshold), strict=True):
-            exact += found == gap.ids[gap.places].tolist()
-            tokens, steps = tokens + len(found), steps + passes
-    return UseScores(exact / len(gaps), _parsing(student, threshold), tokens / steps, threshold)
+        batch = gaps[start : start + _BATCH]
+        for gap, (ids, passes) in zip(batch, fill(student, batch, threshold), strict=True):
+            exact += ids == gap.ids[gap.places].tolist()
+            tokens, steps = tokens + len(ids), steps + passes
+    # The share of short functions, asked for by name, for which a function that parses is sampled
+    chats = []
+    for chat in heldout_functions():
+        if len(str(chat.messages[-1]["content"])) <= _LONGEST_FUNCTION:
+            chats.append(list(chat.messages[:-1]))
+    block = student.block or 32
+    config = SampleConfig(new_tokens=3 * block, block=block, threshold=threshold)
+    parsed = [is_function(text) for text in student.answer(chats[:_FUNCTIONS], config, _BATCH)]
+    return UseScores(exact / len(gaps), sum(parsed) / len(parsed), tokens / steps, threshold)
 
 
 def score_all(runs: Sequence[Path], workers: int = 2) -> None:
@@ -83,91 +90,88 @@ def score_all(runs: Sequence[Path], workers: int = 2) -> None:
             bar.update()
 
 
+def _score_run(run: Path) -> None:
+    torch.set_num_threads(1)
+    write_bytes(run / USE, (json.dumps(asdict(score_use(str(run / "model")))) + "\n").encode())
+
+
 def read_use(run: Path) -> UseScores | None:
     """What `score_all` found of a run; None where it was not asked."""
     path = run / USE
     return UseScores(**read_json(path)) if path.exists() else None
 
 
-def _score_run(run: Path) -> None:
-    torch.set_num_threads(1)
-    write_bytes(run / USE, (json.dumps(asdict(score_use(str(run / "model")))) + "\n").encode())
-
-
 @lru_cache
-def _heldout() -> tuple[ChatExample, ...]:
-    """The first of the held-out functions, read once a process."""
-    return tuple(itertools.islice(iter_examples(DataConfig("stdlib:heldout")), _MOST))
+def heldout_functions() -> tuple[ChatExample, ...]:
+    """The first 400, among which lines and short functions are looked for."""
+    return tuple(itertools.islice(iter_examples(DataConfig("stdlib:heldout")), 400))
 
 
 @dataclass(frozen=True)
-class _Gap:
+class Gap:
     """A conversation as in training, and the positions of one line of its answer."""
 
     ids: Int[np.ndarray, " length"]
     places: Int[np.ndarray, " line"]
 
 
-def _gaps(student: LoadedStudent) -> Iterator[_Gap]:
+def gaps_of(student: LoadedStudent) -> Iterator[Gap]:
     """One line a function, chosen by its hash: the whole tokens between two line breaks."""
-    for chat in _heldout():
+    for chat in heldout_functions():
         text = str(chat.messages[-1]["content"])
         prompt = student.prompt(chat.messages[:-1])
         answer = np.array(student.tokenizer.encode([text])[0], np.int32)
         if len(prompt) + len(answer) > _LONGEST:
             continue
         edges = token_boundaries(student.tokenizer.byte_lengths[answer])
-        rows = text.encode().split(b"\n")
-        starts = np.cumsum([0, *(len(row) + 1 for row in rows)])
-        inside = [
-            np.flatnonzero((edges[:-1] >= at) & (edges[1:] <= at + len(row)))
-            for at, row in zip(starts, rows)
-        ]
-        fit = [places for places in inside[1:] if 3 <= len(places) <= _LINE]
-        if fit:
-            places = fit[hashlib.sha256(text.encode()).digest()[1] % len(fit)]
-            yield _Gap(np.concatenate([np.array(prompt, np.int32), answer]), places + len(prompt))
+        lines = []
+        start = 0
+        for row in text.encode().split(b"\n"):
+            end = start + len(row)
+            places = np.flatnonzero((edges[:-1] >= start) & (edges[1:] <= end))
+            if start > 0 and 3 <= len(places) <= _LINE:
+                lines.append(places)
+            start = end + 1
+        if lines:
+            places = lines[hashlib.sha256(text.encode()).digest()[1] % len(lines)]
+            yield Gap(np.concatenate([np.array(prompt, np.int32), answer]), places + len(prompt))
 
 
 @torch.no_grad()
-def _fill(
-    student: LoadedStudent, gaps: Sequence[_Gap], threshold: float
+def fill(
+    student: LoadedStudent, gaps: Sequence[Gap], threshold: float
 ) -> list[tuple[list[int], int]]:
-    """What the student puts in each gap, the rest of the text given, and the steps that it took."""
+    """What the student puts in each gap, the rest of the text given, and the steps it took."""
     block = student.block or 32
+    lengths = [len(gap.places) for gap in gaps]
     clean, _ = pad([gap.ids for gap in gaps])
-    row = torch.from_numpy(np.repeat(np.arange(len(gaps)), [len(gap.places) for gap in gaps]))
+    # 1. For every masked position: its gap and its column
+    row = torch.from_numpy(np.repeat(np.arange(len(gaps)), lengths))
     column = torch.from_numpy(np.concatenate([gap.places for gap in gaps])).long()
     places, place = needed_places(
         [gap.places for gap in gaps], [len(gap.ids) for gap in gaps], block
     )
     noised = clean.clone()
     noised[row, column] = student.special.mask
-    open_, steps = torch.ones(len(row), dtype=torch.bool), torch.zeros(len(gaps), dtype=torch.long)
-    while open_.any():
-        steps[row[open_].unique()] += 1
+    masked = torch.ones(len(row), dtype=torch.bool)
+    steps = torch.zeros(len(gaps), dtype=torch.long)
+    while masked.any():
+        steps[row[masked].unique()] += 1
+        # 2. The likeliest token of each position that is still masked
         hidden = masked_hidden(student.model, noised, clean, places, row, place, block)
         confidence, tokens = student.model.lm_head(hidden).float().softmax(dim=1).max(dim=1)
-        confidence = confidence.where(open_, -1.0)
+        confidence = confidence.where(masked, -1.0)
+        # 3. Settle those above the threshold, and in each gap the surest
         best = torch.full((len(gaps),), -1.0).scatter_reduce(0, row, confidence, "amax")
-        settled = open_ & ((confidence > threshold) | (confidence == best[row]))
+        settled = masked & ((confidence > threshold) | (confidence == best[row]))
         noised[row[settled], column[settled]] = tokens[settled]
-        open_ &= ~settled
-    found = noised[row, column].split([len(gap.places) for gap in gaps])
-    return [(ids.tolist(), n) for ids, n in zip(found, steps.tolist(), strict=True)]
+        masked &= ~settled
+    filled = noised[row, column].split(lengths)
+    return [(ids.tolist(), count) for ids, count in zip(filled, steps.tolist(), strict=True)]
 
 
-def _parsing(student: LoadedStudent, threshold: float) -> float:
-    """The share of short held-out functions, asked for by name, for which what is sampled is a function that parses."""
-    chats = (c for c in _heldout() if len(str(c.messages[-1]["content"])) <= _LONGEST_FUNCTION)
-    chosen = [list(chat.messages[:-1]) for chat in itertools.islice(chats, _FUNCTIONS)]
-    block = student.block or 32
-    config = SampleConfig(new_tokens=_BLOCKS * block, block=block, threshold=threshold)
-    good = [_is_function(text) for text in student.answer(chosen, config, _BATCH)]
-    return sum(good) / len(good)
-
-
-def _is_function(text: str) -> bool:
+def is_function(text: str) -> bool:
+    """Whether it is one function, and nothing else."""
     try:
         body = ast.parse(text).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):

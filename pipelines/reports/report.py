@@ -17,8 +17,7 @@ mpl.use("Agg")
 import polars as pl
 from matplotlib import pyplot as plt
 
-from pipelines.evaluation.results import Score
-from pipelines.evaluation.table import beside_the_paper, find_scores
+from pipelines.evaluation.results import Score, beside_the_paper, find_scores
 from pipelines.evaluation.use_scores import UseScores, read_use
 from pipelines.recipes.read import train_command
 from shared.settings.build import build

@@ -1,30 +1,68 @@
-"""The thread that decodes. Requests join the batch between two blocks, and leave it when they have ended.
+"""The thread that decodes. Requests join the batch between two blocks, and leave it when they end.
 
-At most `batch` responses are under way at once; the others wait in the order in which they came. Where decoding fails,
-those under way get the error and the next ones begin anew.
+At most `batch` responses are under way at once; the others wait in the order in which they came.
+Where decoding fails, those under way get the error and the next ones begin anew.
 """
 
 from __future__ import annotations
 
-import sys
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from pipelines.serving.answer import Answer, Piece
 from student_train.using.decoding import Decoding, Row
 from student_train.using.load import LoadedStudent
+from student_train.using.sampler import until_eos
+from student_train.using.stops import Stops
 
-Event = Piece | Exception
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """More text of a response; `reason` where it is the last. `tokens` are those so far."""
+
+    text: str
+    tokens: int
+    reason: Literal["stop", "length"] | None = None
+
+
+class Answer:
+    """Text of at most `limit` tokens, as blocks settle: what may begin a stop, or is half a
+    character, waits for the next block.
+    """
+
+    def __init__(self, stops: Stops, limit: int) -> None:
+        self._stops, self._limit, self._sent = stops, limit, 0
+
+    def read(self, made: Sequence[int]) -> Piece:
+        """What is new in a response whose finished blocks are `made`."""
+        whole = until_eos(list(made), self._stops.student.special.eos)
+        kept = whole[: self._limit]
+        text, stopped = self._stops.cut(kept)
+        reason: Literal["stop", "length"] | None = None
+        if stopped or (len(whole) < len(made) and len(whole) <= self._limit):
+            reason = "stop"
+        elif len(made) >= self._limit:
+            reason = "length"
+        if reason is None:
+            text = text.rstrip("\ufffd")  # of a character whose bytes are not all there
+            text = text[: len(text) - self._stops.may_begin(text)]
+        more, self._sent = text[self._sent :], max(self._sent, len(text))
+        return Piece(more, len(kept), reason)
 
 
 class Job:
-    """A response that is asked for. `deliver` is called from the engine's thread, after each block."""
+    """A response that is asked for. `deliver` is called from the engine's thread, each block."""
 
-    def __init__(self, row: Row, answer: Answer, deliver: Callable[[Event], None]) -> None:
+    def __init__(
+        self, row: Row, answer: Answer, deliver: Callable[[Piece | Exception], None]
+    ) -> None:
         self.row, self.answer, self.deliver = row, answer, deliver
-        self.cancelled = False
-        """Set by whoever asked, when nobody waits for it any more."""
+        self.cancelled = False  # set by whoever asked, when nobody waits for it any more
 
 
 class Full(Exception):
@@ -47,9 +85,10 @@ class Engine:
         self._running: list[Job] = []
         self._changed = threading.Condition()
         self._stopping = False
+        # Who encodes or decodes text holds it: a call changes a tokenizer's settings while it runs.
         self.tokenizing = threading.Lock()
-        """Whoever encodes or decodes text holds it: a tokenizer has settings that a call changes while it runs."""
         self._thread = threading.Thread(target=self._work, name="decoding", daemon=True)
+        self.start = self._thread.start
 
     @property
     def alive(self) -> bool:
@@ -60,10 +99,6 @@ class Engine:
     def load(self) -> tuple[int, int]:
         """Responses under way, and waiting."""
         return len(self._running), len(self._waiting)
-
-    def start(self) -> None:
-        """Once."""
-        self._thread.start()
 
     def stop(self) -> None:
         """Ends after the step at hand."""
@@ -76,70 +111,56 @@ class Engine:
         """All or none. Full where more would wait than may."""
         with self._changed:
             self._waiting = deque(job for job in self._waiting if not job.cancelled)
-            free = self.batch - len(self._running)
-            if self._stopping or len(self._waiting) + len(jobs) > self._most + max(free, 0):
+            free = max(self.batch - len(self._running), 0)
+            if self._stopping or len(self._waiting) + len(jobs) > self._most + free:
                 raise Full
             self._waiting += jobs
             self._changed.notify()
 
     def _work(self) -> None:
-        while True:
-            decoding = Decoding(
-                self._student.model, self._student.special, self._block, self._guidance
-            )
+        model, special = self._student.model, self._student.special
+        while not self._stopping:
+            decoding = Decoding(model, special, self._block, self._guidance)
             try:
-                while self._next(decoding):
+                while not self._stopping:
                     self._round(decoding)
                 error: Exception = Stopping("the server is stopping")
             except Exception as failure:  # whatever it is, those who wait must hear of it
-                print(f"tide serve: {type(failure).__name__}: {failure}", file=sys.stderr)
-                error = failure.with_traceback(
-                    None
-                )  # its frames would keep the cache of what failed
-            self._fail(error)
-            if self._stopping:
-                return
+                logger.error("decoding failed: %s: %s", type(failure).__name__, failure)
+                error = failure.with_traceback(None)  # its frames would keep the failed cache
+            with self._changed:
+                told, self._running = self._running, []
+                if self._stopping:
+                    told += self._waiting
+                    self._waiting.clear()
+            for job in told:
+                job.deliver(error)
 
-    def _fail(self, error: Exception) -> None:
-        """Tell those under way, and when stopping all others too."""
-        with self._changed:
-            told = self._running + (list(self._waiting) if self._stopping else [])
-            self._running = []
-            if self._stopping:
-                self._waiting.clear()
-        for job in told:
-            job.deliver(error)
-
-    def _next(self, decoding: Decoding) -> bool:
-        """Wait for work, and let what waits join; False when stopping."""
+    def _round(self, decoding: Decoding) -> None:
+        """Wait for work, let what waits join, and decode one block of all that are under way."""
+        # 1. Who joins
         with self._changed:
             self._changed.wait_for(lambda: self._stopping or self._running or self._waiting)
-            if self._stopping:
-                return False
             coming: list[Job] = []
             while self._waiting and len(self._running) + len(coming) < self.batch:
                 job = self._waiting.popleft()
                 if not job.cancelled:
                     coming.append(job)
             self._running = self._running + coming
+        if self._stopping or not self._running:
+            return
         if coming:
             decoding.join([job.row for job in coming])
-        return True
-
-    def _round(self, decoding: Decoding) -> None:
-        """One block of all that are under way."""
-        if not self._running:
-            return
+        # 2. A block
         for _ in decoding.next_block(self._block):
             if self._stopping:
                 return
+        # 3. What is new of each, and who stays
         with self.tokenizing:
             pieces = [job.answer.read(job.row.made) for job in self._running]
-        going = [
-            piece.reason is None and not job.cancelled
-            for job, piece in zip(self._running, pieces, strict=True)
-        ]
+        going = []
         for job, piece in zip(self._running, pieces, strict=True):
+            going.append(piece.reason is None and not job.cancelled)
             job.deliver(piece)
         decoding.keep(going)
         with self._changed:

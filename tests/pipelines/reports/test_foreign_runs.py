@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.evaluation.answers import Answers
-from pipelines.evaluation.results import read_scores
+from pipelines.evaluation.results import Answers, read_scores
 from pipelines.reports.report import find_runs
 from shared.settings.build import to_plain
 from shared.settings.config import TrainConfig

@@ -8,8 +8,8 @@ from typing import Any
 
 from openai import OpenAI
 
-from pipelines.serving import background
-from pipelines.serving.settings import ServeConfig
+from pipelines.serving import server
+from pipelines.serving.server import ServeConfig
 from student_train.using.load import LoadedStudent
 
 _OPEN: list[OpenAI] = []
@@ -18,7 +18,7 @@ _OPEN: list[OpenAI] = []
 @contextmanager
 def served(student: LoadedStudent, config: ServeConfig) -> Iterator[str]:
     """Its address, until the block ends; its clients are closed after it."""
-    with closed_clients(), background.served(student, config) as address:
+    with closed_clients(), server.served(student, config) as address:
         yield address
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipelines.serving.answer import Answer
+from pipelines.serving.engine import Answer
 from student_train.using.load import LoadedStudent, load_for_use
 from student_train.using.sampler import until_eos
 from student_train.using.stops import Stops

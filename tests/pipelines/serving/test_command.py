@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-from pipelines.serving.run import served_name
+from pipelines.serving.server import served_name
 from shared.system.errors import TideError
 from tests.pipelines.serving.running import client, closed_clients
 

@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 
-from pipelines.serving.settings import ServeConfig
+from pipelines.serving.server import ServeConfig
 from student_train.using.load import LoadedStudent, load_for_use
 from student_train.using.sampler import sample
 from student_train.using.settings import SampleConfig
@@ -375,7 +375,7 @@ def test_who_hangs_up_leaves_the_batch(loaded: LoadedStudent, address: str) -> N
 
 
 def test_a_failure_is_told_and_the_next_request_is_answered(
-    loaded: LoadedStudent, address: str, capsys: pytest.CaptureFixture[str]
+    loaded: LoadedStudent, address: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("out of memory")
@@ -389,7 +389,7 @@ def test_a_failure_is_told_and_the_next_request_is_answered(
     hook.remove()
     got = client(address).chat.completions.create(**asked)
     assert got.choices[0].message.content == sampled(loaded, prompt_of(loaded, CHATS[0]), 8)
-    assert "out of memory" in capsys.readouterr().err
+    assert "out of memory" in caplog.text
 
 
 def test_a_server_that_stops_tells_those_who_wait(loaded: LoadedStudent) -> None:

@@ -1,0 +1,128 @@
+"""`tide publish`: a student on the hub, in one commit: the files that its users need, and a card
+with its scores and its licence. All is looked at before anything is sent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from pipelines.evaluation.results import read_scores, score_table
+from shared.system.errors import TideError
+from shared.system.files import refuse_odd
+from student_train.model.card import CARD, OWN_FOLDER
+from student_train.using.load import load_for_use
+
+_SENT = (
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a repository, by name: files, and the card as its text; what is left out."""
+
+    files: dict[str, Path]
+    card: str
+    left_out: tuple[str, ...]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each, the card among them."""
+        sizes = {name: path.stat().st_size for name, path in self.files.items()}
+        return {**sizes, CARD: len(self.card.encode())}
+
+
+def gather(run: Path, name: str, licence: str | None) -> Contents:
+    """Of a run, or of a student's folder, for the repository `name`. TideError where it is no
+    student that whoever downloads it could load.
+    """
+    folder = run / "model" if (run / "model").is_dir() else run
+    if not (folder / "config.json").is_file():
+        raise TideError(
+            f"{run} holds no finished student",
+            expected="runs/NAME or runs/NAME/model of a run that has ended",
+        )
+    if load_for_use(str(folder), "cpu").tokenizer.backend.chat_template is None:
+        raise TideError(f"the tokenizer of {folder} has no chat template", fix="save one with it")
+    files, left_out = {}, []
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _SENT):
+            refuse_odd(path)
+            files[path.name] = path
+        elif path.name != CARD:
+            left_out.append(path.name)
+    # The card, with benchmark scores unless it has some, and with the licence
+    refuse_odd(folder / CARD)
+    try:
+        card: Any = ModelCard((folder / CARD).read_text())
+    except Exception as error:  # it is missing, or the YAML in front is wrong
+        raise TideError(
+            f"{folder} has no {CARD}, the card that says what the student is: {error}",
+            fix="write one, or mend the lines between `---`; `tide train` puts one there",
+        ) from error
+    text = card.text.replace(OWN_FOLDER, name)
+    about, heading, rest = text.partition("## Licence")
+    scores = read_scores(folder.parent / "eval")
+    if scores and "## Benchmarks" not in text:
+        about = f"{about.rstrip()}\n\n## Benchmarks\n\nMeasured with `tide eval`.\n\n"
+        about += f"{score_table(scores)}\n\n"
+    if licence is not None:
+        card.data.license = licence
+        about, heading, rest = f"{about.rstrip()}\n\n", "## Licence", f"\n\n{licence}"
+    text = f"---\n{card.data.to_yaml()}\n---\n\n{(about + heading + rest).strip()}\n"
+    return Contents(files, text, tuple(left_out))
+
+
+def parse_target(target: str) -> str:
+    """OWNER/NAME out of hf://OWNER/NAME. TideError where it is none."""
+    name = target.removeprefix("hf://")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        name = ""
+    if not target.startswith("hf://") or name.count("/") != 1:
+        raise TideError(f"{target!r} is no place for a model", expected="hf://OWNER/NAME")
+    return name
+
+
+def upload(contents: Contents, name: str, private: bool, message: str) -> str:
+    """Send everything in one commit; its address. What is there already is not sent again.
+
+    TideError where the hub cannot be reached, refuses, or holds something else afterwards.
+    """
+    operations = [CommitOperationAdd(file, str(path)) for file, path in contents.files.items()]
+    operations.append(CommitOperationAdd(CARD, contents.card.encode()))
+    api = HfApi()
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+        commit = api.create_commit(name, operations, commit_message=message)
+        arrived = api.get_paths_info(name, [*contents.sizes], revision=commit.oid)
+    except Exception as error:  # of huggingface_hub, and of whatever it talks through
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        status = (
+            getattr(error.response, "status_code", 0) if isinstance(error, HfHubHTTPError) else 0
+        )
+        fix = "check the network and HF_ENDPOINT, and run it again: what arrived is not sent again"
+        if status in (401, 403):
+            fix = "get a token that may write there: `hf auth login`, or set HF_TOKEN"
+        raise TideError(f"the hub did not take {name}: {first}", fix=fix) from error
+    there = {info.path: info for info in arrived}
+    for file, size in contents.sizes.items():
+        info = there.get(file)
+        same = getattr(info, "size", None) == size
+        if same and (lfs := getattr(info, "lfs", None)) is not None:
+            with contents.files[file].open("rb") as content:
+                same = hashlib.file_digest(content, "sha256").hexdigest() == lfs.sha256
+        if not same:
+            raise TideError(f"{file} did not arrive at {name} as it was sent", fix="run it again")
+    return str(commit.commit_url)
