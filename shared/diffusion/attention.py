@@ -1,4 +1,4 @@
-"""Attention masks as explicit boolean tensors: True where a query (row) may look at a key (column).
+"""Padded batches and their attention masks: True where a query (row) may look at a key (column).
 
 Explicit, because a model given no mask, or a 2-D padding mask, falls back to causal attention.
 Padding hides keys only, never whole rows: a row that sees nothing is NaN on some GPUs.
@@ -6,9 +6,25 @@ Padding hides keys only, never whole rows: a row that sees nothing is NaN on som
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+
+def pad(
+    sequences: Sequence[Int[np.ndarray, " _"]],
+) -> tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
+    """Right-padded ids and the mask of real positions. The pad value 0 is never looked at."""
+    shape = (len(sequences), max(len(sequence) for sequence in sequences))
+    ids, valid = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+    for i, sequence in enumerate(sequences):
+        copy = sequence.astype(np.int64)  # Arrow's arrays are read-only
+        ids[i, : len(sequence)] = torch.from_numpy(copy)
+        valid[i, : len(sequence)] = True
+    return ids, valid
 
 
 def full(valid: Bool[Tensor, "batch length"]) -> Bool[Tensor, "batch 1 length length"]:

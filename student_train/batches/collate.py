@@ -18,7 +18,7 @@ from torch import Tensor
 from shared.cache.levels import EMPTY, class_log_mass
 from shared.cache.manifest import Manifest
 from shared.cache.row import CacheRow, Layout
-from shared.diffusion.padding import pad
+from shared.diffusion.attention import pad
 from student_train.batches.visible_rows import places_of_draws
 from student_train.losses.objective import Counts
 from student_train.losses.targets import ChunkTargets, Classes, Targets, TopKTargets

@@ -22,9 +22,8 @@ from shared.cache.shards import Unit
 from shared.cache.stores import Store
 from shared.data import iter_examples, scan
 from shared.data.conversation import content_of
-from shared.diffusion.attention import full
+from shared.diffusion.attention import full, pad
 from shared.diffusion.noise import token_draw
-from shared.diffusion.padding import pad
 from shared.settings.config import DataConfig, LengthConfig
 from shared.system.errors import TideError
 from shared.text.tokenizers import Tokenizer

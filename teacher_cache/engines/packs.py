@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from shared.diffusion.padding import pad
+from shared.diffusion.attention import pad
 from shared.models.packed_attention import packed_arguments
 from teacher_cache.method.comp_demo import Request
 from teacher_cache.teachers.registry import Attention, BlockCausal, Full, Native, X0Xt

@@ -14,8 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from shared.diffusion.attention import block_causal, full
-from shared.diffusion.padding import pad
+from shared.diffusion.attention import block_causal, full, pad
 from teacher_cache.engines.packs import clean_ids, observed_first
 from teacher_cache.method.comp_demo import Request
 from teacher_cache.teachers.registry import Attention, BlockCausal, Full, Native, X0Xt
