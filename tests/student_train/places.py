@@ -19,7 +19,7 @@ def all_places(lengths: Sequence[int]) -> Int[Tensor, "batch rows"]:
 
 
 def in_float64(model: Any) -> Any:
-    """The model with float64 throughout: transformers' norms compute in float32, which rounds what is to be equal."""
+    """The model in float64 throughout: transformers' norms compute in float32."""
 
     def norm(self: Any, x: torch.Tensor) -> torch.Tensor:
         return (

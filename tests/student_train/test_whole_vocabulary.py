@@ -1,4 +1,4 @@
-"""From chats through Parquet to the gradient: with exact values and k = V it is that of the teacher's full logits."""
+"""From chats through Parquet to the gradient: at k = V it is that of the teacher's full logits."""
 
 from __future__ import annotations
 
@@ -26,16 +26,12 @@ from tests.reading import layout_of, rows_in
 def exact(
     random_teacher: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, torch.Tensor]:
-    """A cache of all 4,096 logits, and the teacher's logits at its masked positions, in the order of its shard."""
+    """A cache of all 4,096 logits, and the teacher's own at its masked positions, in its order."""
     out = tmp_path_factory.mktemp("exact") / "c"
     targets = {"k": 4096, "classes": 1, "pilot": 20, "values": "float32", "signals": ["topk"]}
-    data = {
-        "source": small_cache_config("tiny-shared", random_teacher, out).sources[0].source,
-        "limit": 3,
-    }
-    config = small_cache_config(
-        "tiny-shared", random_teacher, out, targets=targets, noise={"draws": 1}, data=data
-    )
+    source = small_cache_config("tiny-shared", random_teacher, out).sources[0].source
+    changes = {"targets": targets, "noise": {"draws": 1}, "data": {"source": source, "limit": 3}}
+    config = small_cache_config("tiny-shared", random_teacher, out, **changes)
     build_cache(config)
     plan = open_or_begin(config)
     work = prepare_unit(plan, Unit(0, 0), plan.data.between(0, 3))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -41,14 +40,10 @@ def opened(store: str, folder: Path, gigabytes: float = 1.0) -> OpenCache:
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The shards that came from the store."""
     names: list[str] = []
-    read = Store.read
-
-    def counted(self: Store, name: str, *args: Any) -> bytes:
-        if name.startswith("draw="):
-            names.append(name)
-        return read(self, name, *args)
-
-    monkeypatch.setattr(Store, "read", counted)
+    fetch = OpenCache._fetch
+    monkeypatch.setattr(
+        OpenCache, "_fetch", lambda self, unit: (names.append(str(unit)), fetch(self, unit))[1]
+    )
     return names
 
 
@@ -89,20 +84,15 @@ def test_what_is_there_already_is_not_fetched_and_what_is_damaged_is(
     assert len(fetched) == 1
 
 
-def test_a_shard_that_is_not_the_ledgers_is_refused(store: str, tmp_path: Path) -> None:
+def test_another_shard_a_missing_one_and_no_ledger_are_refused(store: str, tmp_path: Path) -> None:
     source = opened(store, tmp_path / "local")
-    shutil.copyfile(
-        Path(store) / "draw=00" / "part-00000.parquet",
-        Path(store) / "draw=01" / "part-00002.parquet",
-    )
+    first = Unit(0, 0).path(Path(store))
+    shutil.copyfile(first, Unit(1, 2).path(Path(store)))
     with pytest.raises(TideError, match="part-00002"):
         source.shard(Unit(1, 2))
-    (Path(store) / "draw=01" / "part-00001.parquet").unlink()
-    with pytest.raises(TideError, match="part-00001"):
-        source.shard(Unit(1, 1))
-
-
-def test_a_store_without_a_finished_cache_is_refused(store: str, tmp_path: Path) -> None:
+    first.unlink()
+    with pytest.raises(TideError, match="part-00000"):
+        source.shard(Unit(0, 0))
     (Path(store) / LEDGER).unlink()
     with pytest.raises(TideError, match=LEDGER):
-        opened(store, tmp_path / "local")
+        opened(store, tmp_path / "other")
