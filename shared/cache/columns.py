@@ -1,8 +1,9 @@
 """Rows of a cache as columns of Parquet, and back (docs/cache-format.md).
 
-A column is flat: the arrays of all rows one after the other, and where each row's begins. Names that end in `_q` hold
-integers, rounded as `shared.cache.levels` says; with `targets.values = "float32"` the same quantities stand there
-exactly, under the name without `_q`. Ids of a top-k stand by their rank in the cache's vocabulary.
+A column is flat: the arrays of all rows one after the other, and where each row's begins. Names
+that end in `_q` hold integers, rounded as `shared.cache.levels` says; with `targets.values =
+"float32"` the same quantities stand there exactly, under the name without `_q`. Ids of a top-k
+stand by their rank in the cache's vocabulary.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def _stored(name: str, values: np.ndarray, topk_sizes: np.ndarray, layout: Layou
 
 
 def _restored(name: str, stored: np.ndarray, topk_sizes: np.ndarray, layout: Layout) -> np.ndarray:
-    """The inverse of `_stored`, but for `class_mass`, whose levels `levels.class_log_mass` reads in training."""
+    """The inverse of `_stored`, but for `class_mass`, which training reads as levels."""
     if name == "topk_ranks" and layout.vocabulary is not None:
         return layout.vocabulary.ids_by_rank.take(stored)
     if layout.values == "float32":

@@ -1,7 +1,7 @@
-"""What every shard of a cache is: its SHA-256, bytes, rows, positions, chunks; read where training starts.
+"""What every shard of a cache is: its SHA-256, bytes, rows, positions, chunks.
 
-`ledger.parquet` has all shards of a finished cache. While it is being built each process notes what it
-writes in a file of its own (`ledger/HOST-PID.jsonl`), so no two ever write to one; what a killed
+`ledger.parquet` has all shards of a finished cache. While it is being built each process notes what
+it writes in a file of its own (`ledger/HOST-PID.jsonl`), so no two ever write to one; what a killed
 process did not come to note is found again from the shard itself.
 """
 
@@ -65,7 +65,7 @@ def note(cache: Path, unit: Unit, entry: Entry) -> None:
     """Add a shard that this process has just written."""
     path = cache / _NOTES / f"{this_process()}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    line = {"draw": unit.draw, "part": unit.part, "at": time.time(), **dataclasses.asdict(entry)}
+    line = {**dataclasses.asdict(unit), "at": time.time(), **dataclasses.asdict(entry)}
     with path.open("a") as handle:
         handle.write(json.dumps(line) + "\n")
 
@@ -109,14 +109,17 @@ def load_ledger(cache: Path, manifest: Manifest) -> Ledger:
 
 
 def entry_of(path: Path, content: bytes, manifest: Manifest) -> Entry:
-    """The entry of a shard that nobody noted. TideError where it is damaged, or of another cache."""
+    """The entry of a shard that nobody noted.
+
+    TideError where it is damaged, or of another cache.
+    """
     counts = read_table(path, None, content).counts
     refuse_other_cache(path, counts, manifest.digest)
     return Entry.of(content, counts)
 
 
 def settle_ledger(cache: Path, manifest: Manifest) -> Ledger:
-    """The ledger of all shards that are there, from notes or read; written where the cache is whole."""
+    """The ledger of all shards that are there; written where the cache is whole."""
     known = load_ledger(cache, manifest)
     wanted = set(manifest.units())
     ledger: Ledger = {}
@@ -133,9 +136,8 @@ def settle_ledger(cache: Path, manifest: Manifest) -> Ledger:
 
 def save_ledger(cache: Path, manifest: Manifest, ledger: Ledger) -> None:
     """Write `ledger.parquet`, in the order of the units."""
-    rows = []
-    for unit in sorted(ledger):
-        rows.append({"draw": unit.draw, "part": unit.part, **dataclasses.asdict(ledger[unit])})
+    units = sorted(ledger)
+    rows = [{**dataclasses.asdict(unit), **dataclasses.asdict(ledger[unit])} for unit in units]
     kinds = {"draw": pa.int32(), "part": pa.int32(), "sha256": pa.string()}
     kinds |= dict.fromkeys(_NUMBERS, pa.int64())
     schema = pa.schema(list(kinds.items()), metadata={"tide.cache": manifest.digest})

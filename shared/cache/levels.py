@@ -1,12 +1,13 @@
-"""How finely numbers are kept: as small integers ("levels"), rounded where no objective would notice.
+"""How finely numbers are kept: as small integers ("levels"), where no objective would notice.
 
-Every rounding is uniform in the quantity whose error costs the same everywhere. With p the teacher's probability of a
-token and KL the divergence of what is stored from the truth, a step h in log p costs p·h²/24. So
-* a top-k probability is kept as round(N · p^a), a = 1/(2·T), for the hottest cached T: steps grow as p falls, and cost
-  the same at every rank when the distribution is heated to T;
-* a class's mass M outside of the top-k as round(32 · √M), for each temperature: the same rule at the temperature at
-  which it is used. Classes that round to 0 are taken to be as the prior says, and at most half a level;
-* the tail's mass as a whole as its log-odds, on a grid of 1/256 nat: exact from either side.
+Every rounding is uniform in the quantity whose error costs the same everywhere. With p the
+teacher's probability of a token and KL the divergence of what is stored from the truth, a step h in
+log p costs p·h²/24. So * a top-k probability is kept as round(N · p^a), a = 1/(2·T), for the
+hottest cached T: steps grow as p falls, and cost the same at every rank when the distribution is
+heated to T; * a class's mass M outside of the top-k as round(32 · √M), for each temperature: the
+same rule at the temperature at which it is used. Classes that round to 0 are taken to be as the
+prior says, and at most half a level; * the tail's mass as a whole as its log-odds, on a grid of
+1/256 nat: exact from either side.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def level_table(temperatures: tuple[float, ...]) -> Float[np.ndarray, " levels"]
 def half_steps(
     logp: Float[np.ndarray, "*shape"], temperatures: tuple[float, ...]
 ) -> Float[np.ndarray, "*shape"]:
-    """By how much rounding to the levels of these log-probabilities may have moved them, in nats."""
+    """By how much rounding to levels may have moved these log-probabilities, in nats."""
     a = top_exponent(temperatures)
     below = np.maximum(np.exp(a * logp.astype(np.float64)) - 0.5 / top_levels(temperatures), 1e-12)
     return logp - np.log(below) / a
@@ -68,7 +69,7 @@ def falls_of(
     sizes: Int[np.ndarray, " lists"],
     temperatures: tuple[float, ...],
 ) -> Int[np.ndarray, " kept"]:
-    """By how much each level of a list is below the one before it, the first below N: small numbers, as they fall."""
+    """By how much each level of a list is below the one before it, and the first below N."""
     before = np.concatenate([[0], levels])[: levels.size]
     before[(np.cumsum(sizes) - sizes)[sizes > 0]] = top_levels(temperatures)
     return before - levels
@@ -95,7 +96,7 @@ def to_class_levels(log_mass: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, 
 def class_log_mass(
     levels: UInt8[Tensor, "*n classes"], odds: Float[Tensor, "*n"], prior: Float[Tensor, " classes"]
 ) -> Float[Tensor, "*n classes"]:
-    """Log-masses of classes from their levels: they add up to the tail's whole mass, whose log-odds are `odds`.
+    """Log-masses of classes from their levels; they add up to the tail, whose log-odds are `odds`.
 
     `prior`: each class's share of the mean tail.
     """

@@ -19,7 +19,10 @@ def write_parquet(path: Path, table: pa.Table) -> None:
 
 
 def read_parquet(path: Path, fix: str, content: bytes | None = None) -> pa.Table:
-    """The table in a file, whose bytes may be at hand (`content`). TideError, with `fix`, where it is damaged."""
+    """The table in a file, whose bytes may be at hand (`content`).
+
+    TideError, with `fix`, where it is damaged.
+    """
     source: Any = path if content is None else pa.BufferReader(content)
     try:
         return pq.ParquetFile(source, page_checksum_verification=True).read()

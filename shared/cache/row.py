@@ -1,7 +1,8 @@
 """The cache's row: all that stage two needs of one draw of one example.
 
-On its way to disk and back: a row's arrays (here) → columns of many rows (`columns`) → small integers (`levels`) →
-a file (`shards`). docs/cache-format.md says how to read that file without this package.
+On its way to disk and back: a row's arrays (here) → columns of many rows (`columns`) → small
+integers (`levels`) → a file (`shards`). docs/cache-format.md says how to read that file without
+this package.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ SCHEMA_VERSION = 4
 
 @dataclass(frozen=True)
 class Layout:
-    """How the numbers of a position lie in a cache: what reading and writing its shards needs besides the files."""
+    """How the numbers of a position lie in a cache: what its shards are read and written by."""
 
     temperatures: tuple[float, ...]
     values: Literal["levels", "float32"] = "levels"
@@ -36,7 +37,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class CacheRow:
-    """One row as arrays. Likelihoods are in nats at T = 1. Optional parts are None where they are not cached."""
+    """One row as arrays.
+
+    Likelihoods are in nats at T = 1. Optional parts are None where they are not cached.
+    """
 
     example_id: str
     label: str
@@ -52,12 +56,12 @@ class CacheRow:
     gold_logp: Float[np.ndarray, " read"]
     # over the logits of shared ids: logit = log p + logsumexp
     logsumexp: Float[np.ndarray, " read"]
-    # The top-k, over shared ids: the lists of all positions one after the other, the likeliest first.
+    # The top-k, over shared ids: a list a position, one after the other, the likeliest first.
     topk_sizes: Int[np.ndarray, " read"] | None
     topk_ids: Int[np.ndarray, " kept"] | None
     topk_logp: Float[np.ndarray, " kept"] | None
-    # The tail: log-odds of the mass outside the top-k, and each class's part of it, as log-mass or,
-    # where it was read from a cache of levels, as uint8 (`levels.class_log_mass`); None for one class.
+    # The tail: log-odds of the mass outside the top-k, and each class's part of it, as log-mass or
+    # as it lies in a cache of levels, uint8 (`levels.class_log_mass`); None for one class.
     tail_odds: Float[np.ndarray, "read temperatures"] | None
     class_mass: Shaped[np.ndarray, "read temperatures classes"] | None
     # Active chunks: start and end in tokens of each side, and log p(c).
@@ -87,8 +91,9 @@ def without_masks(row: CacheRow) -> CacheRow:
     """The same example with nothing masked and nothing maskable: it weighs nothing in any loss."""
     empty: dict[str, np.ndarray] = {"spans": row.spans[:0]}
     for name in (
-        "masked", "read", "teacher_masked", "split", "gold_logp", "logsumexp", "topk_sizes", "topk_ids",
-        "topk_logp", "tail_odds", "class_mass", "chunk_student", "chunk_teacher", "chunk_logp",
+        "masked", "read", "teacher_masked", "split", "gold_logp", "logsumexp", "topk_sizes",
+        "topk_ids", "topk_logp", "tail_odds", "class_mass", "chunk_student", "chunk_teacher",
+        "chunk_logp",
     ):  # fmt: skip
         values = getattr(row, name)
         if values is not None:

@@ -1,4 +1,4 @@
-"""Parquet shards: `draw=00/part-00000.parquet`, each whole or absent, readable by any Parquet library."""
+"""Parquet shards (`draw=00/part-00000.parquet`), whole or absent, for any Parquet library."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def write_options(layout: Layout) -> dict[str, Any]:
 def table_bytes(table: pa.Table, layout: Layout, counts: dict[str, Any]) -> bytes:
     """A shard's file as bytes, which depend on the content alone."""
     note = {_COUNTS_KEY: json.dumps(counts, sort_keys=True).encode()}
-    # A table that was read names the items of its lists in another way: the schema is always our own.
+    # A table that was read names the items of its lists in another way: the schema is our own.
     table = pa.Table.from_arrays(table.columns, schema=schema_for(layout).with_metadata(note))
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, write_page_checksum=True, **write_options(layout))
@@ -113,7 +113,7 @@ def write_shard(path: Path, rows: list[CacheRow], layout: Layout, counts: dict[s
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard as it was read: its columns, and the counts that were stored with it (and its `rows`)."""
+    """A shard as it was read: its columns, and the counts stored with it (and its `rows`)."""
 
     table: pa.Table
     counts: dict[str, Any]
@@ -121,7 +121,7 @@ class Shard:
     def rows(
         self, path: Path, layout: Layout, chosen: Sequence[int] | None = None
     ) -> list[CacheRow]:
-        """All rows, or the chosen ones; `path` is for the TideError where they cannot be decoded."""
+        """All rows, or the chosen ones. TideError, which names `path`, where they are damaged."""
         try:
             return from_table(self.table if chosen is None else self.table.take(chosen), layout)
         except (IndexError, ValueError) as error:
@@ -129,7 +129,9 @@ class Shard:
 
 
 def read_table(path: Path, layout: Layout | None = None, content: bytes | None = None) -> Shard:
-    """Read a shard. TideError where a page's checksum does not hold, or what it says of itself, or its columns.
+    """Read a shard.
+
+    TideError where a page's checksum does not hold, or what it says of itself, or its columns.
 
     `content`: the file's bytes, where they are at hand. With `layout` None any columns will do.
     """
@@ -143,16 +145,17 @@ def read_table(path: Path, layout: Layout | None = None, content: bytes | None =
         if column in table.column_names:
             actual[name] = sum(len(chunk.values) for chunk in table.column(column).chunks)
     unit = Unit.at(path)
+    draws: list[int] = []
     if unit is not None:
         actual |= {"draw": unit.draw, "part": unit.part}
+        draws = table.column("draw").unique().to_pylist() if "draw" in table.column_names else []
     try:
         counts = json.loads((table.schema.metadata or {}).get(_COUNTS_KEY, b"{}"))
         wrong = [name for name, n in actual.items() if counts.get(name, n) != n]
     except (ValueError, AttributeError) as error:
         raise TideError(f"shard {path} has a damaged footer: {error}", fix=_MEND) from error
-    if unit is not None and "draw" in table.column_names:
-        if any(draw != unit.draw for draw in table.column("draw").unique().to_pylist()):
-            wrong.append("the column draw")
+    if any(draw != actual["draw"] for draw in draws):
+        wrong.append("the column draw")
     if wrong:
         said = "its footer or its name says otherwise"
         raise TideError(f"shard {path}: {said} of {', '.join(wrong)} than it holds", fix=_MEND)

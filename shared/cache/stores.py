@@ -1,7 +1,7 @@
 """A cache in an object store: s3://, gs://, hf:// or any that fsspec knows, or a path.
 
-Such stores have no rename, but a file is there whole or not at all; the ledger has the SHA-256 of every
-shard. The manifest is written first, so that runs can go on, and the ledger last.
+Such stores have no rename, but a file is there whole or not at all; the ledger has the SHA-256 of
+every shard. The manifest is written first, so that runs can go on, and the ledger last.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ def belongs_to_cache(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of a file system of pyarrow. Names that are no cache's are neither read nor written."""
+    """A folder of a file system of pyarrow.
+
+    Names that are no cache's are neither read nor written.
+    """
 
     files: Any
     root: str
@@ -67,13 +70,13 @@ class Store:
             raise TideError(
                 f"the store {url} cannot be opened: {error}",
                 expected="s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, hf://datasets/NAME or a path",
-                fix="check the address and the credentials (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, …)",
+                fix="check the address and the credentials (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL)",
             ) from error
         return cls(files, root.rstrip("/"), url)
 
     @contextmanager
     def _file(self, name: str) -> Iterator[str]:
-        """The path of one of the cache's files in the store, for a block whose errors are explained."""
+        """The path of a file in the store, for a block whose errors are explained."""
         if name and not belongs_to_cache(name):
             raise TideError(f"{name!r} is no file of a cache")
         try:
@@ -131,7 +134,10 @@ class Store:
             write_bytes(cache / name, self.read(name))
 
     def bring(self, cache: Path) -> None:
-        """For training: all but the shards. TideError where there is no cache, or `cache` is another."""
+        """For training: all but the shards.
+
+        TideError where there is no cache, or `cache` is another.
+        """
         manifest = self.manifest(cache)
         there = (cache / LEDGER).exists() and (cache / MANIFEST).exists()
         if not there or load_manifest(cache) != manifest:  # it may have grown
@@ -146,7 +152,10 @@ class Store:
             self._bring(cache, MANIFEST)
 
     def bring_tables(self, cache: Path) -> None:
-        """The store's tables, where `cache` has none. By name the one that says that all are there is last."""
+        """The store's tables, where `cache` has none.
+
+        By name the one that says that all are there is last.
+        """
         if not has_tables(cache):
             self._bring(cache, *(n for n in self.sizes() if n.startswith(f"{TABLES}/")))
 

@@ -1,4 +1,4 @@
-"""What a cache knows of the teacher's vocabulary as a whole: classes, priors, and the order of its ids.
+"""What a cache knows of the teacher's vocabulary: classes, priors, and the order of its ids.
 
 One row an id in `tables/vocabulary.parquet`; computed once, before the first shard, and part of the
 fingerprint. The pilot sample that it comes from lies beside it, so that the table for a smaller k
@@ -29,8 +29,9 @@ SMALLEST_PRIOR = 1e-30
 class Vocabulary:
     """What is known of each token id.
 
-    `class_of`: its class in the tail, −1 where student and teacher do not share it. `rank_of`: its rank by how
-    often it is in a top-k. `prior`: the teacher's mean probability outside its top-k at each cached temperature.
+    `class_of`: its class in the tail, −1 where student and teacher do not share it. `rank_of`: its
+    rank by how often it is in a top-k. `prior`: the teacher's mean probability outside its top-k at
+    each cached temperature.
     """
 
     class_of: Int[np.ndarray, " vocab"]
@@ -45,7 +46,7 @@ class Vocabulary:
         positions: int,
         listed: Int[np.ndarray, " kept"],
     ) -> Vocabulary:
-        """From a sample: the sums of probabilities outside the top-k over its positions, and the ids in its lists."""
+        """From a sample: its sums of probabilities outside the top-k, and the ids in its lists."""
         mean = (outside / max(1, positions)).astype(np.float32)
         prior = np.where(class_of >= 0, np.maximum(mean, SMALLEST_PRIOR), 0).astype(np.float32)
         return cls(class_of, ranks(listed, prior[0]), prior)
@@ -87,7 +88,10 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Pilot:
-    """What the teacher said at some thousand positions. Lists are flat, `sizes[i]` entries for position i."""
+    """What the teacher said at some thousand positions.
+
+    Lists are flat, `sizes[i]` entries for position i.
+    """
 
     sizes: Int[np.ndarray, " n"]
     ids: Int[np.ndarray, " kept"]
@@ -144,7 +148,7 @@ def load_vocabulary(cache: Path, digest: str | None = None) -> Vocabulary:
         raise TideError(
             f"{path} is not the table that the shards were written with ({vocabulary.digest})",
             expected=f"the table that the manifest names ({digest})",
-            fix=f"copy {path.parent} again from where the cache came from, or build the cache again",
+            fix=f"copy {path.parent} again from where the cache came from, or build it again",
         )
     return vocabulary
 
@@ -201,7 +205,7 @@ def top_probabilities(
     odds: Float[np.ndarray, " n"],
     temperature: float,
 ) -> np.ndarray:
-    """Probabilities at `temperature` of list entries, from log p at T = 1 and the tail's log-odds at `temperature`."""
+    """Probabilities at `temperature` of list entries: log p at T = 1, and the tail's log-odds."""
     weight = np.exp(logp.astype(np.float64) / temperature)
     whole = np.bincount(owner, weight, odds.size)
     top = 1 / (1 + np.exp(odds.astype(np.float64)))  # mass of the whole list
@@ -211,7 +215,7 @@ def top_probabilities(
 def ranks(
     ids: Int[np.ndarray, " kept"], prior: Float[np.ndarray, " vocab"]
 ) -> Int[np.ndarray, " vocab"]:
-    """Ids by how often they stand in the pilot's lists, then by their mean probability outside, then by number."""
+    """Ids by how often they are in the pilot's lists, then by prior, then by number."""
     count = np.bincount(ids, minlength=prior.size)
     order = np.lexsort((np.arange(prior.size), -prior.astype(np.float64), -count))
     rank = np.empty(prior.size, np.int32)

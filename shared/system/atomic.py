@@ -41,9 +41,10 @@ def temporary_path(path: Path) -> Path:
 
 @contextmanager
 def atomic_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
-    """A file to fill that takes the place of `path` where the block ends well, else leaves `path` as it was.
+    """A file to fill, which takes the place of `path` only where the block ends well.
 
-    It is synced to disk first where `durable`. TideError where the disk is full or cannot be written to.
+    It is synced to disk first where `durable`. TideError where the disk is full or cannot be
+    written to.
     """
     temporary = temporary_path(path)
     try:
@@ -71,20 +72,15 @@ def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """The same file at another place: a hard link, or a copy where the two lie on different file systems."""
+    """The same file at another place: a hard link, or a copy where the file systems differ."""
     temporary = temporary_path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
+        os.link(source, temporary)
+    except OSError:
+        write_bytes(target, source.read_bytes())
+    else:
         temporary.replace(target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        _explain(target, error)
-        raise
 
 
 @contextmanager
@@ -129,7 +125,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(places: Sequence[Path]) -> None:
-    """Delete temporary files and folders of killed processes: those in each folder, or beside each file.
+    """Delete what killed processes left in each folder, or beside each file.
 
     Only names that `temporary_path` gives go, and none whose process lives on this host.
     """
@@ -150,7 +146,7 @@ def remove_leftovers(places: Sequence[Path]) -> None:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether an error, of the system or of a library that was writing, is for want of room on the disk."""
+    """Whether an error, also of a library that was writing, is for want of room on the disk."""
     return getattr(error, "errno", None) in _FULL or any(
         words in str(error) for words in _FULL_IN_WORDS
     )

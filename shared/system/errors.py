@@ -1,10 +1,13 @@
-"""The one exception that reaches a user: it says what came, what was expected and how to mend it."""
+"""The one exception that reaches a user: what came, what was expected, how to mend it."""
 
 from __future__ import annotations
 
 
 class TideError(ValueError):
-    """A problem that the user can mend. The command line prints it without a traceback and exits with 2."""
+    """A problem that the user can mend.
+
+    The command line prints it without a traceback and exits with 2.
+    """
 
     def __init__(self, what: str, *, expected: str | None = None, fix: str | None = None) -> None:
         self.what, self.expected, self.fix = what, expected, fix
@@ -17,7 +20,10 @@ class TideError(ValueError):
 
 
 class Unusable(TideError):
-    """A row of data that cannot be used. It is left out and counted under `reason`; it never stops a run by itself."""
+    """A row of data that cannot be used.
+
+    It is left out and counted under `reason`; it never stops a run by itself.
+    """
 
     def __init__(self, reason: str, what: str | None = None) -> None:
         self.reason = reason

@@ -1,4 +1,4 @@
-"""Files that came from elsewhere, read only where they are files of a likely size; and folders to write to."""
+"""Files that came from elsewhere, and folders to write to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shared.system.errors import TideError
 
 
 def refuse_odd(path: Path) -> None:
-    """TideError where `path`, or what it links to, is a pipe, a device or a socket: reading one may never end."""
+    """TideError where `path` is a pipe, a device or a socket: reading one may never end."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -48,7 +48,7 @@ def read_json(path: Path, largest: int = 64 << 20) -> Any:
 
 
 def refuse_unwritable(folder: Path) -> None:
-    """TideError where `folder` is a file, or nothing can be made in it or in its nearest folder that exists."""
+    """TideError where nothing can be made in `folder`, or in its nearest folder that exists."""
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent

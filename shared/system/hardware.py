@@ -1,7 +1,8 @@
-"""What this machine computes with: devices by name, the precision that suits them, and how to say so.
+"""What this machine computes with: devices, and the precision that suits them.
 
-`auto` precision is bfloat16 where the device multiplies it in hardware (CUDA from Ampere on, CPUs with AVX-512-BF16,
-AMX or their like) and float32 elsewhere: other CPUs compute a bfloat16 product by a fallback that is many times slower.
+`auto` precision is bfloat16 where the device multiplies it in hardware (CUDA from Ampere on, CPUs
+with AVX-512-BF16, AMX or their like) and float32 elsewhere: other CPUs compute a bfloat16 product
+by a fallback that is many times slower.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from shared.system.errors import TideError
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """A device by name; `auto` is the accelerator where there is one. TideError where it is not on this machine."""
+    """A device by name; `auto` is the accelerator where there is one.
+
+    TideError where it is not on this machine.
+    """
     available = torch.accelerator.is_available()
     accelerator = torch.accelerator.current_accelerator() if available else None
     if name == "auto":
@@ -49,7 +53,7 @@ def bfloat16_in_hardware(device: torch.device) -> bool:
 
 
 def choose_precision(asked: str, device: torch.device, begun: str | None = None) -> str:
-    """`asked`, with `auto` decided: as what is gone on with was begun (`begun`), else what suits `device`.
+    """`asked`, with `auto` decided: as a run was begun (`begun`), else what suits `device`.
 
     Warns where the outcome is bfloat16 on a CPU that has none in hardware.
     """
@@ -57,10 +61,8 @@ def choose_precision(asked: str, device: torch.device, begun: str | None = None)
     chosen = (begun or ("bfloat16" if native else "float32")) if asked == "auto" else asked
     if chosen == "bfloat16" and device.type == "cpu" and not native:
         reason = "this was begun with it" if asked == "auto" else "asked for"
-        warnings.warn(
-            f"bfloat16 on a CPU that has none in hardware ({reason}) is many times slower than float32",
-            stacklevel=2,
-        )
+        slow = "is many times slower than float32 on a CPU that has none in hardware"
+        warnings.warn(f"bfloat16 ({reason}) {slow}", stacklevel=2)
     return chosen
 
 
@@ -121,12 +123,12 @@ def largest_process() -> int:
 
 
 def first_here() -> bool:
-    """Whether this is the first process of its machine (as torchrun and accelerate number them), or the only one."""
+    """Whether this is the first process of its machine (as torchrun numbers them), or the only."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def shut_down_process_group() -> None:
-    """Wait for every rank, then destroy the process group; a rank that leaves early makes the others abort."""
+    """Wait for every rank, then destroy the group: a rank that leaves early makes others abort."""
     if distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()

@@ -1,4 +1,7 @@
-"""Signals: the first one ends the work in order, a second one at once. Children end with their parent."""
+"""Signals: the first one ends the work in order, a second one at once.
+
+Children end with their parent.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ _received: list[int] = []
 
 
 def stop_in_order() -> None:
-    """From now on SIGINT and SIGTERM raise KeyboardInterrupt, so that whatever is open is closed on the way out.
+    """From now on SIGINT and SIGTERM raise KeyboardInterrupt, which closes what is open.
 
     A second one ends the process at once.
     """
@@ -56,7 +59,10 @@ def lives(pid: int) -> bool:
 
 
 def end_with_parent() -> None:
-    """Where `start_child` started this process: end when the parent is gone, even by kill -9. Linux only."""
+    """Where `start_child` started this process: end when the parent is gone, even by kill -9.
+
+    Linux only.
+    """
     parent = os.environ.pop(_PARENT, None)
     if parent is not None:
         _follow(int(parent))

@@ -58,7 +58,10 @@ class Inspection:
 
 
 def inspect_cache(folder: Path) -> Inspection:
-    """Read every finished shard of the cache at `folder`, in several processes. TideError where it is no cache."""
+    """Read every finished shard of the cache at `folder`, in several processes.
+
+    TideError where it is no cache.
+    """
     manifest = load_manifest(folder)
     layout, units = manifest.layout(folder), finished_units(folder)
     total = Inspection(manifest, units, mass=np.zeros(len(manifest.temperatures)))
@@ -140,7 +143,7 @@ def draw_picture(found: Inspection, path: Path) -> None:
     axes = figure.subplots(2, 2)
     teacher, bands = found.manifest.fingerprint.teacher.name, []
     figure.suptitle(
-        f"{teacher}: {found.rows:,} rows, {found.masked:,} masked positions, {found.chunks:,} chunks"
+        f"{teacher}: {found.rows:,} rows, {found.masked:,} masked, {found.chunks:,} chunks"
     )
     labels = [f"≤ {edge:g}" for edge in LOGP_EDGES[1:]]
     for (low, high), counts in zip(itertools.pairwise(T_EDGES), found.likelihoods, strict=True):

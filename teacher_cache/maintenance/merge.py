@@ -61,8 +61,8 @@ def begin(target: Path, manifest: Manifest, source: Path, tables: bool = True) -
 def merge_caches(sources: Sequence[Path], target: Path) -> Manifest:
     """One cache out of several. Interrupted and called again, it goes on.
 
-    They are parts of one (the same settings, some shards in each), or differ in their data alone, and
-    then their examples follow each other. TideError, with what differs, for all others.
+    They are parts of one (the same settings, some shards in each), or differ in their data alone,
+    and then their examples follow each other. TideError, with what differs, for all others.
     """
     if len(sources) < 2:
         raise TideError(f"{len(sources)} cache to merge", expected="two or more")
@@ -114,8 +114,8 @@ def _one_after_the_other(
     jobs: list[Job] = []
     parts = 0
     for source, manifest in zip(sources, manifests, strict=True):
-        for unit in manifest.units():
-            jobs.append((source, unit, Unit(unit.draw, unit.part + parts)))
+        units = manifest.units()
+        jobs += [(source, unit, Unit(unit.draw, unit.part + parts)) for unit in units]
         parts += manifest.parts
     names = tuple(dict.fromkeys(name for manifest in manifests for name in manifest.sources))
     fingerprint = dataclasses.replace(first.fingerprint, data=merged)
@@ -123,7 +123,7 @@ def _one_after_the_other(
 
 
 def _copy(jobs: Sequence[Job], target: Path, manifest: Manifest) -> None:
-    """Shards under the target's manifest: linked where nothing in a file changes, else their columns are copied."""
+    """Shards under the target's manifest: linked where nothing changes, else copied by column."""
     done, known = set(finished_units(target)), {}
     for source in {source for source, _, _ in jobs}:
         own = load_manifest(source)

@@ -1,7 +1,8 @@
 """`tide pack` and `tide unpack`: a whole cache as one .tar.zst, and the folder that it was.
 
-The first member, `checksums.json`, has the size and SHA-256 of every file. An archive is believed no
-further: no more than it says there is read into memory or written, and only names that caches have.
+The first member, `checksums.json`, has the size and SHA-256 of every file. An archive is believed
+no further: no more than it says there is read into memory or written, and only names that caches
+have.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ _HEADERS = 1 << 20  # bytes between two files, at most: their headers and paddin
 _LARGEST_NOTE = 64 << 20  # bytes
 _WINDOW = 128 << 20  # memory that zstandard takes to unpack, at most
 _ERRORS = (
-    OSError, EOFError, ValueError, RecursionError, MemoryError, tarfile.TarError, zstandard.ZstdError,
+    OSError, EOFError, ValueError, RecursionError, MemoryError, tarfile.TarError,
+    zstandard.ZstdError,
 )  # fmt: skip
 
 
@@ -45,7 +47,10 @@ class _Member:
 
 
 def pack_cache(cache: Path, archive: Path) -> int:
-    """Write the cache to `archive`; its number of files. TideError where the cache is not finished."""
+    """Write the cache to `archive`; its number of files.
+
+    TideError where the cache is not finished.
+    """
     manifest = load_manifest(cache)
     refuse_unfinished(cache, manifest)
     settle_ledger(cache, manifest)
@@ -91,7 +96,10 @@ class _Bounded:
 
 
 def unpack_cache(archive: Path, cache: Path) -> int:
-    """Read `archive` into the new folder `cache`; its number of files. TideError where a byte is wrong."""
+    """Read `archive` into the new folder `cache`; its number of files.
+
+    TideError where a byte is wrong.
+    """
     if cache.is_symlink() or (cache.exists() and (not cache.is_dir() or any(cache.iterdir()))):
         raise TideError(f"{cache} is not empty, or no folder", expected="a new folder")
     if cache.resolve() == Path.cwd():
@@ -118,7 +126,10 @@ def unpack_cache(archive: Path, cache: Path) -> int:
 
 
 def _extract(plain: _Bounded, folder: Path) -> int:
-    """Every file of the tar archive `plain` into `folder`; how many. ValueError where one is wrong."""
+    """Every file of the tar archive `plain` into `folder`; how many.
+
+    ValueError where one is wrong.
+    """
     with tarfile.open(fileobj=plain, mode="r|") as tar:  # type: ignore[call-overload]
 
         def members() -> Iterator[tuple[tarfile.TarInfo, Any]]:
@@ -141,7 +152,7 @@ def _extract(plain: _Bounded, folder: Path) -> int:
         whole, free = sum(about.bytes for about in note.values()), shutil.disk_usage(folder).free
         if whole > free:
             raise TideError(
-                f"the archive holds {whole:,} bytes, and {free:,} are free on the disk of {folder.parent}",
+                f"the archive holds {whole:,} bytes, and {folder.parent} has {free:,} free",
                 fix="free some space, or unpack it elsewhere",
             )
         # 2. the files, each as the note says

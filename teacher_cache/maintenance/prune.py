@@ -1,4 +1,4 @@
-"""`tide prune`: a cache with fewer logits a position, fewer classes or fewer draws, from a finished one.
+"""`tide prune`: fewer logits a position, fewer classes or fewer draws, from a finished cache.
 
 What is outside of the new top-k joins the tail: its mass is added to that of its class, and to the
 prior, which the pilot sample gives for every k. Fewer classes are classes of classes.

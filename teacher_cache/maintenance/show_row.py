@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def find_row(cache: Path, which: str, draw: int) -> CacheRow:
 
 
 def describe_row(cache: Path, row: CacheRow) -> str:
-    """Both token strings with mask and split, what the teacher expects at each position, and the chunks."""
+    """Both token strings with mask and split, what the teacher expects, and the chunks."""
     student = teacher = Tokenizer.load(cache / "student_tokenizer")
     ids, places = row.student_ids, row.asked
     if row.teacher_ids is not None and row.teacher_masked is not None:
@@ -52,49 +53,39 @@ def describe_row(cache: Path, row: CacheRow) -> str:
         f"student, {len(row.student_ids)} tokens, masked ones in ⟦ ⟧:",
         _marked(student, row.student_ids, dict.fromkeys(row.masked.tolist(), "")),
         "",
-        f"teacher, {len(ids)} tokens; pass 1 reads ⟦B:…⟧ with A revealed, pass 2 ⟦A:…⟧ with B revealed:",
+        f"teacher, {len(ids)} tokens; pass 1 reads ⟦B:…⟧ with A revealed, pass 2 ⟦A:…⟧ with B:",
         _marked(teacher, ids, {place: f"{part}:" for place, part in parts.items()}),
         "",
         "position  part  p(gold)  token, and what the teacher expects",
     ]
-    start = 0  # of the position's list
-    temperatures = load_manifest(cache).temperatures
+    temperatures, start = load_manifest(cache).temperatures, 0  # of the position's list
     for i, place in enumerate(places.tolist()):
-        expects = ""
-        if (
-            row.topk_sizes is not None
-            and row.topk_ids is not None
-            and row.topk_logp is not None
-            and row.tail_odds is not None
-        ):
+        p, token, expects = np.exp(row.gold_logp[i]), _text(teacher, ids[place]), ""
+        if row.topk_sizes is not None:
+            assert row.topk_ids is not None and row.topk_logp is not None
+            assert row.tail_odds is not None
             size = int(row.topk_sizes[i])
-            shown = range(start, start + min(_TOP, size))
             top = [
-                f"{_text(teacher, row.topk_ids[j])} {np.exp(row.topk_logp[j]):.3f}" for j in shown
+                f"{_text(teacher, row.topk_ids[j])} {np.exp(row.topk_logp[j]):.3f}"
+                for j in range(start, start + min(_TOP, size))
             ]
             masses = 1 / (1 + np.exp(-row.tail_odds[i].astype(np.float64)))
             tail = [f"{m:.3f} at T = {t:g}" for m, t in zip(masses, temperatures, strict=True)]
             expects = f": {', '.join(top)}; outside of the {size}: {', '.join(tail)}"
             start += size
-        p, token = np.exp(row.gold_logp[i]), _text(teacher, ids[place])
         lines.append(f"{place:>8}  {parts[place]:>4}  {p:>7.4f}  {token}{expects}")
-    if (
-        row.teacher_ids is not None
-        and row.chunk_student is not None
-        and row.chunk_teacher is not None
-        and row.chunk_logp is not None
-    ):
+    if row.chunk_student is not None and row.teacher_ids is not None:
+        assert row.chunk_teacher is not None and row.chunk_logp is not None
         lines += ["", " log p(c)  chunk: teacher's tokens | student's tokens"]
-        for (a, b), (c, d), logp in zip(
-            row.chunk_teacher, row.chunk_student, row.chunk_logp, strict=True
-        ):
+        spans = zip(row.chunk_teacher, row.chunk_student, row.chunk_logp, strict=True)
+        for (a, b), (c, d), logp in spans:
             left = " ".join(_text(teacher, i) for i in ids[a:b])
             right = " ".join(_text(student, i) for i in row.student_ids[c:d])
             lines.append(f"{logp:>9.3f}  {left} | {right}")
     return "\n".join(lines)
 
 
-def _text(tokenizer: Tokenizer, token: int) -> str:
+def _text(tokenizer: Tokenizer, token: Any) -> str:
     return repr(str(tokenizer.backend.decode([int(token)])))
 
 

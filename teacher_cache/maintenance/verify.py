@@ -1,4 +1,4 @@
-"""`tide verify`: is a cache whole and sound, and does a teacher, in any engine, still say what it holds?"""
+"""`tide verify`: is a cache whole and sound, and does its teacher still say what it holds?"""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class CheckReport:
 
 
 def check_cache(folder: Path) -> CheckReport:
-    """Read every shard of the cache at `folder`: its bytes against the ledger, its values against the rules.
+    """Read every shard of the cache: its bytes against the ledger, its values against the rules.
 
     A ledger that is not there is made anew. TideError where manifest or tables cannot be read.
     """
@@ -57,15 +57,14 @@ def check_cache(folder: Path) -> CheckReport:
         problems.append(Problem(error.what, folder / LEDGER))
     units, expected = finished_units(folder), set(manifest.units())
     size = f"{manifest.draws} draws and {manifest.parts} parts"
-    for unit in units:
-        if unit not in expected:
-            problems.append(Problem(f"{unit.path(folder)} is no part of a cache of {size}"))
+    strangers = [unit.path(folder) for unit in units if unit not in expected]
+    problems += [Problem(f"{path} is no part of a cache of {size}") for path in strangers]
     rows = 0
     for finding in check_shards(folder, manifest, layout, ledger, units):
         path = finding.unit.path(folder)
         rows += finding.rows
         for text in finding.problems:
-            problems.append(Problem(text if str(path) in text else f"{path}: {text}", path))
+            problems += [Problem(text if str(path) in text else f"{path}: {text}", path)]
     missing = len(expected - set(units))
     if not problems and not missing:
         settle_ledger(folder, manifest)
@@ -74,7 +73,7 @@ def check_cache(folder: Path) -> CheckReport:
 
 
 def delete_damaged(report: CheckReport) -> int:
-    """Delete the files that have a problem, so that `tide cache` makes them again; how many there were."""
+    """Delete the files that have a problem, for `tide cache` to make again; how many."""
     damaged = {problem.path for problem in report.problems if problem.path is not None}
     for path in damaged:
         path.unlink(missing_ok=True)
@@ -84,7 +83,7 @@ def delete_damaged(report: CheckReport) -> int:
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far one quantity lies from its cached value, in nats (masses: their roots), over the sample."""
+    """How far one quantity lies from its cached value, in nats (masses: their roots)."""
 
     name: str
     values: int
@@ -110,8 +109,8 @@ class VerifyReport:
 def verify_cache(config: CacheConfig, rows: int) -> VerifyReport:
     """Compare `rows` rows of the cache at `config.out` with what `config.engine` says now.
 
-    The sample, spread evenly over the shards, is the same for every engine. TideError where the cache, the teacher
-    or the settings do not belong together.
+    The sample, spread evenly over the shards, is the same for every engine. TideError where the
+    cache, the teacher or the settings do not belong together.
     """
     if rows < 1:
         raise TideError(f"--rows is {rows}", expected="1 or more")
@@ -133,8 +132,9 @@ def verify_cache(config: CacheConfig, rows: int) -> VerifyReport:
 def compare(plan: Run, engine: Engine, sample: list[CacheRow]) -> VerifyReport:
     """Score the rows of `sample` with `engine` and set the values beside the cached ones.
 
-    Top-k log-probabilities are compared rank by rank (ids may change places where two are nearly equal), roots of the
-    classes' masses as they are; what counts is the deviation beyond that of rounding.
+    Top-k log-probabilities are compared rank by rank (ids may change places where two are nearly
+    equal), roots of the classes' masses as they are; what counts is the deviation beyond that of
+    rounding.
     """
     # 1. what the teacher saw, from the rows alone, scored again
     requests, views = [], []
@@ -183,8 +183,10 @@ def in_words(report: CheckReport | VerifyReport) -> str:
         scored = f"scored again with {report.engine}"
         lines = [f"{report.rows} rows, {report.positions:,} positions {scored}"]
         lines.append(f"  {'':<14}{'values':>12}{'largest':>12}{'mean':>12}")
-        for d in report.deviations:
-            lines.append(f"  {d.name:<14}{d.values:>12,}{d.largest:>12.2e}{d.mean:>12.2e}")
+        lines += [
+            f"  {d.name:<14}{d.values:>12,}{d.largest:>12.2e}{d.mean:>12.2e}"
+            for d in report.deviations
+        ]
         return "\n".join(lines)
     looked = f"{report.shards:,} shards, {report.rows:,} rows"
     if report.problems:

@@ -1,4 +1,4 @@
-"""One file that says what every shard is; what a killed process did not come to write there is found again."""
+"""One file that says what every shard is; what a killed process did not note is found again."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_shard_over_another_parts_name_is_neither_verified_nor_trained_on(
     """Also where the ledger is made anew: the shard itself says which part it is."""
     cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
     shutil.copyfile(Unit(0, 0).path(cache), Unit(0, 1).path(cache))
-    with pytest.raises(TideError, match="not what the cache's ledger says"):
+    with pytest.raises(TideError, match="part-00001"):
         dataset(cache)
     (cache / LEDGER).unlink()
     with pytest.raises(TideError, match="part"):

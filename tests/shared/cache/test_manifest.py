@@ -40,7 +40,6 @@ def test_manifests_that_cannot_be(caches: dict[str, Path], tmp_path: Path) -> No
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(TideError):
             load_manifest(tmp_path)
-            pytest.fail(f"{place} = {str(value)[:50]} was taken")
 
 
 @pytest.mark.parametrize("what", ["fifo", "device", "link to itself", "nested", "text"])

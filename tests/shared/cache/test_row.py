@@ -162,9 +162,8 @@ def test_a_damaged_shard_is_an_explained_error_wherever_it_is_damaged(tmp_path: 
             read_shard(path, LEVELS, damaged)
         except TideError:
             found += 1
-    assert (
-        found >= 25
-    )  # flips in pages are caught by their checksums; some in the footer change nothing that is read
+    # Flips in pages are caught by their checksums; some in the footer change nothing that is read.
+    assert found >= 25
 
 
 def test_a_parquet_file_of_other_columns_is_refused(tmp_path: Path) -> None:

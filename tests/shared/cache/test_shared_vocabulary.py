@@ -1,4 +1,4 @@
-"""Teachers of the student's tokenizer family: the same ordinary tokens, other added ones (Qwen's from 151,646 on)."""
+"""Teachers of the student's tokenizer family: the same ordinary tokens, other added ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.shared.aligned.test_examples import LENGTHS, chat
 
 @pytest.fixture(scope="module")
 def thinking(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The teacher's tokenizer with two tokens of the student's own, and a template that uses one in the prompt."""
+    """The teacher's tokenizer with two tokens of the student's own, one of them in the prompt."""
     folder = tmp_path_factory.mktemp("thinking") / "t"
     backend = Tokenizer.load(TEACHER_TOKENIZER).backend
     backend.add_tokens(

@@ -12,7 +12,7 @@ from shared.system.errors import TideError
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_bytes(path, b"old")
-    with pytest.raises(TideError), atomic_file(path) as handle:
+    with pytest.raises(TideError), atomic_file(path) as handle:  # noqa: PT012
         handle.write(b"half of the new")
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(KeyboardInterrupt), atomic_file(path) as handle:

@@ -26,7 +26,7 @@ def test_auto_follows_the_hardware_and_what_was_begun(monkeypatch: pytest.Monkey
     # What was asked for stays; the fingerprint refuses it.
     assert choose_precision("float32", CPU, "bfloat16") == "float32"
     for asked, begun in (("bfloat16", None), ("auto", "bfloat16")):
-        with pytest.warns(UserWarning):
+        with pytest.warns(UserWarning, match="bfloat16"):
             assert choose_precision(asked, CPU, begun) == "bfloat16"
 
 
@@ -43,7 +43,9 @@ def test_a_device_that_is_not_there_is_explained() -> None:
 def test_a_process_held_to_avx2_takes_float32() -> None:
     """What most laptops are, also where this runs on something better."""
     held = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-    code = "from shared.system.hardware import *; print(choose_precision('auto', torch.device('cpu')))"
+    code = (
+        "from shared.system.hardware import *; print(choose_precision('auto', torch.device('cpu')))"
+    )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=held)
     assert done.stdout.strip() == "float32"

@@ -19,14 +19,7 @@ from teacher_cache.maintenance.prune import prune_cache
 from teacher_cache.maintenance.verify import check_cache, delete_damaged, in_words
 from teacher_cache.run.build import build_cache
 from tests.conftest import chats_file, files, small_cache_config
-from tests.reading import (
-    all_rows,
-    change_column,
-    dataset,
-    plain_table,
-    rows_in,
-    same_values,
-)
+from tests.reading import all_rows, change_column, dataset, plain_table, rows_in, same_values
 
 
 def ids_in(cache: Path) -> set[str]:
