@@ -1,7 +1,6 @@
 """All that a cache's values depend on, as types: what `manifest.json` holds under "fingerprint".
 
-The manifest of a cache is read by every command and may come from anywhere, so the ranges of its values are checked
-where they are built.
+A manifest is read by every command and may come from anywhere: ranges are checked on building.
 """
 
 from __future__ import annotations
@@ -97,7 +96,9 @@ class CachedTargets(_Part):
     positions: Literal["content", "response"] = "response"
     teacher_text: Literal["student", "own"] = "student"
     partial: bool = False
-    """Whether a teacher of the student's tokenizer may have been read at fewer positions than are masked."""
+    """Whether a teacher that reads the student's ids may have been read at fewer positions than are
+    masked: its text, with a prompt's unshared tokens spelled out, may be cut.
+    """
 
 
 @strict
@@ -119,7 +120,7 @@ class Fingerprint(_Part):
     noise: CachedNoise
     targets: CachedTargets
     tables: Name | None
-    """Digest of the vocabulary's tables; None where no top-k is cached, or they are not made yet."""
+    """Digest of the vocabulary's tables; None without top-k, or before they are made."""
     engine: CachedEngine
     pruned_from: dict[str, int] | None = None
 
@@ -147,8 +148,6 @@ class Fingerprint(_Part):
             **(topk if "topk" in targets.signals else whole),
         )
         if teacher.student_tokens:
-            # Such a teacher is read at fewer positions than are masked where the settings say so,
-            # or where its text, with a prompt's unshared tokens spelled out, may be cut.
             kept = dataclasses.replace(
                 kept,
                 positions=targets.positions,

@@ -1,6 +1,6 @@
 """The cache's manifest: what it is, and the fingerprint of all that its values depend on.
 
-A cache may grow (more draws) but never mix: another fingerprint is refused with a diff of what differs.
+A cache may grow (more draws) but never mix: another fingerprint is refused with a diff.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MOST_UNITS = 1_000_000
 
 @strict
 class Manifest:
-    """Every leaf of `fingerprint` takes part in comparisons. The rest describes, and `draws` may grow."""
+    """Every leaf of `fingerprint` is compared. The rest describes, and `draws` may grow."""
 
     fingerprint: Fingerprint
     draws: Annotated[int, Field(ge=1, le=100)]
@@ -35,7 +35,7 @@ class Manifest:
     examples: Annotated[int, Field(ge=0, lt=1 << 50)]
     schema_version: int = SCHEMA_VERSION
     sources: Annotated[tuple[Name, ...], Field(max_length=1000)] = ()
-    """Names of the data, for people: of a file the name alone. What is in them the fingerprint says."""
+    """Names of the data, for people: of a file the name alone."""
 
     def __post_init__(self) -> None:
         size = f"{self.draws} draws of {self.parts} parts of {self.examples} examples"
@@ -45,22 +45,18 @@ class Manifest:
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """Temperatures at which the tail's mass is stored, rising."""
         return self.fingerprint.targets.temperatures
 
     @property
     def signals(self) -> tuple[str, ...]:
-        """`topk`, `chunks` or both."""
         return self.fingerprint.targets.signals
 
     @property
     def shared_tokenizer(self) -> bool:
-        """Whether the teacher read the student's ids."""
         return self.fingerprint.teacher.student_tokens
 
     @property
     def digest(self) -> str:
-        """A short hash of the fingerprint."""
         return self.fingerprint.digest
 
     def units(self) -> list[Unit]:
@@ -68,13 +64,12 @@ class Manifest:
         return [Unit(draw, part) for draw in range(self.draws) for part in range(self.parts)]
 
     def layout(self, cache: Path) -> Layout:
-        """How the shards of this cache, which lies in `cache`, are read. TideError where its table does not hold."""
+        """How the shards in `cache` are read. TideError where its tables are others."""
         digest, targets = self.fingerprint.tables, self.fingerprint.targets
         vocabulary = None if digest is None else load_vocabulary(cache, digest)
         return Layout(targets.temperatures, targets.values, vocabulary, targets.partial)
 
     def to_json(self) -> dict[str, Any]:
-        """What `manifest.json` says, but its checksum."""
         return {
             "fingerprint": self.fingerprint.to_json(),
             "draws": self.draws,
@@ -85,7 +80,7 @@ class Manifest:
         }
 
     def save(self, cache: Path) -> None:
-        """Write `manifest.json` atomically, with a checksum over the rest of it. One that says the same stays."""
+        """Write `manifest.json`, with a checksum over the rest; one that says the same stays."""
         values = self.to_json()
         values["checksum"] = checksum_of(values)
         content = (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
@@ -100,7 +95,9 @@ def checksum_of(values: dict[str, Any]) -> str:
 
 
 def load_manifest(cache: Path) -> Manifest:
-    """Read a cache's manifest. TideError where there is none, or it is damaged or of another version."""
+    """The manifest of a cache. TideError where there is none, or it is damaged or of another
+    version.
+    """
     path = cache / MANIFEST
     try:
         values = read_json(path)
@@ -124,7 +121,7 @@ def load_manifest(cache: Path) -> Manifest:
         problem = error.what if isinstance(error, TideError) else str(error)
         raise TideError(
             f"{path} is damaged: {problem[:500]}",
-            fix=f"delete {path} and run the same `tide cache` command again; finished shards are kept",
+            fix=f"delete {path} and run the same `tide cache` command again; shards are kept",
         ) from error
     raise TideError(
         f"{cache} was written in schema version {version}",
@@ -138,7 +135,8 @@ def refuse_unfinished(cache: Path, manifest: Manifest) -> None:
     missing = sorted(set(manifest.units()) - set(finished_units(cache)))
     if missing:
         raise TideError(
-            f"{cache} lacks {len(missing)} of {len(manifest.units())} shards, the first is {missing[0].path(cache)}",
+            f"{cache} lacks {len(missing)} of {len(manifest.units())} shards, the first is "
+            f"{missing[0].path(cache)}",
             expected="a finished cache",
             fix="run the same `tide cache` command again: it computes what is missing",
         )

@@ -32,11 +32,6 @@ def check_places(config: CacheConfig) -> None:
     check_devices(config.engine)
     refuse_unwritable(config.out)
     if config.metrics_file is not None:
-        if not config.metrics_file.parent.is_dir():
-            raise TideError(
-                f"metrics_file is {config.metrics_file}, and there is no folder of that name",
-                fix="make the folder, or name a file in another one",
-            )
         refuse_unwritable(config.metrics_file.parent)
     if config.store is not None:
         Store.open(config.store).sizes()
@@ -117,7 +112,7 @@ def settle_engine(config: CacheConfig, begun: CachedEngine | None = None) -> Cac
 def check_teacher(
     config: CacheConfig, entry: TeacherEntry, checkpoint: Checkpoint, tokenizer: Tokenizer
 ) -> None:
-    """Do entry, checkpoint, tokenizer and settings belong together? TideError names what does not."""
+    """TideError where entry, checkpoint, tokenizer and settings do not belong together."""
     name, rows = config.teacher, checkpoint.embedding_rows
     if "topk" in config.targets.signals and config.targets.k > rows:
         raise TideError(
@@ -145,7 +140,7 @@ def check_teacher(
         return TideError(
             f"the checkpoint {checkpoint.folder} has {what} {theirs}, the entry {name} says {ours}",
             expected=f"one and the same, below the {rows} rows of the embedding",
-            fix=f"choose the teacher that this checkpoint belongs to, or correct {what} in your entry",
+            fix=f"choose the teacher of this checkpoint, or correct {what} in your entry",
         )
 
     if entry.vocabulary is not None and rows != entry.vocabulary:
@@ -168,18 +163,12 @@ def check_teacher(
 
 
 def check_data(config: CacheConfig, shared_tokenizer: bool, data: PreparedData) -> None:
-    """TideError where no example can be used, or chunks are wanted and the two tokenizers share
-    none; a warning where most bytes are in no chunk.
+    """TideError where chunks are wanted and the two tokenizers share none; a warning where most
+    bytes are in no chunk.
     """
-    sums = totals(data.record.sources)
-    if data.examples == 0:
-        raise TideError(
-            f"none of the {sums.get('rows', 0):,} rows of the data can be used",
-            expected="at least one conversation with an answer",
-            fix="look at what was left out, and why, with `tide prepare`",
-        )
     if shared_tokenizer or "chunks" not in config.targets.signals:
         return
+    sums = totals(data.record.sources)
     lost, whole = sums.get("unaligned_bytes", 0), sums.get("response_bytes", 0)
     if not sums.get("chunks"):
         raise TideError(

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
+from itertools import chain
 from typing import Any
 
 from tqdm import tqdm
@@ -59,7 +60,7 @@ def run_ranks(run: Run) -> None:
     running = _on_ray(ranks) if config.engine.workers == "ray" else _on_this_machine(ranks)
     total = sum(run.examples_in(unit) for unit in units)
     with closing(running), tqdm(total=total, unit="row", desc=f"cache {config.teacher}") as bar:
-        for _ in running:
+        for _ in chain(running, [None]):  # one more look when all are done
             written = units & set(finished_units(config.out))
             bar.update(sum(run.examples_in(unit) for unit in written))
             units -= written
@@ -79,12 +80,8 @@ def _on_this_machine(ranks: Sequence[CacheConfig]) -> Generator[None, None, None
         for i, config in enumerate(ranks):
             visible = ",".join(gpus[i * each : (i + 1) * each])
             environment = {"CUDA_VISIBLE_DEVICES": visible, "TQDM_DISABLE": "1"}
-            command = [
-                sys.executable,
-                "-m",
-                "teacher_cache.run.ranks",
-                json.dumps(to_plain(config)),
-            ]
+            values = json.dumps(to_plain(config))
+            command = [sys.executable, "-m", "teacher_cache.run.ranks", values]
             logs.append(stack.enter_context(tempfile.TemporaryFile()))
             children.append(start_child(command, environment, logs[-1]))
         while any(child.poll() is None for child in children):
@@ -96,8 +93,8 @@ def _on_this_machine(ranks: Sequence[CacheConfig]) -> Generator[None, None, None
         for config, child, log in zip(ranks, children, logs, strict=True):
             if child.poll():
                 log.seek(0)
-                said = log.read().decode(errors="replace").rpartition(_ERROR)[2]
-                raise _failed(config, said.strip()[-2000:] or f"exit code {child.returncode}")
+                said = log.read().decode(errors="replace").rpartition(_ERROR)[2].strip()
+                raise _failed(config, f"exit code {child.returncode}\n{said[-2000:]}")
 
 
 def _on_ray(ranks: Sequence[CacheConfig]) -> Generator[None, None, None]:

@@ -1,6 +1,5 @@
-"""A unit of work: examples made into requests for the engine, and its scores made into rows of the cache.
-
-Both halves are pure functions of the run and their arguments, so they may run in other threads or processes.
+"""A unit of work: examples made into requests for the engine, and its scores made into rows of the
+cache. Both halves are pure functions of the run and their arguments.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from teacher_cache.run.open import Run
 
 
 @dataclass(frozen=True)
-class _Item:
-    """One example under one draw. `rows[i]`: the rows of `view` that the i-th of its requests reads."""
+class Item:
+    """One example under one draw. Its i-th request reads the rows `rows[i]` of `view`."""
 
     example: Prepared
     draw: Draw
@@ -37,7 +36,7 @@ class UnitWork:
 
     unit: Unit
     examples: int
-    items: list[_Item]
+    items: list[Item]
     requests: list[Request]
 
 
@@ -49,48 +48,54 @@ def prepare_unit(run: Run, unit: Unit, examples: Sequence[Prepared]) -> UnitWork
         view = teacher_view(example, draw)
         pairs = passes(view, run.entry.mask_id, run.config.noise.comp_demo)
         requests += [request for request, _ in pairs]
-        items.append(_Item(example, draw, view, [rows for _, rows in pairs]))
+        items.append(Item(example, draw, view, [rows for _, rows in pairs]))
     return UnitWork(unit, len(examples), items, requests)
 
 
 def finish_unit(
     run: Run, work: UnitWork, scores: Sequence[Scores]
 ) -> tuple[list[CacheRow], dict[str, Any]]:
-    """Rows of the shard, and the counts that are stored with it. TideError where a score is not finite."""
-    rows, position = [], 0
+    """Rows of the shard, and the counts stored with it. TideError where a score is not finite."""
+    about = RowSettings(run.config.targets.signals, run.config.noise.comp_demo, run.layout.partial)
+    remaining, rows, spec = iter(scores), [], run.target_spec()
+    chunks = without_chunks = 0
     for item in work.items:
-        parts = scores[position : position + len(item.rows)]
-        position += len(item.rows)
+        parts = [next(remaining) for _ in item.rows]
         for part in parts:
             refuse_nonfinite(part, item.example.id)
-        merged = merge_passes(run.target_spec(), item.view.positions.size, parts, item.rows)
-        about = RowSettings(
-            run.config.targets.signals, run.config.noise.comp_demo, run.layout.partial
-        )
-        rows.append(cache_row(item.example, item.draw, work.unit.draw, item.view, merged, about))
-    masked = sum(row.masked.size for row in rows)
-    chunks = sum(0 if row.chunk_logp is None else row.chunk_logp.size for row in rows)
-    bare = sum(
-        row.chunk_logp is not None and row.masked.size > 0 and row.chunk_logp.size == 0
-        for row in rows
-    )
-    place = {"draw": work.unit.draw, "part": work.unit.part, CACHE: run.manifest.digest}
-    return rows, {"rows_without_chunks": bare, "masked": masked, "chunks": chunks, **place}
+        merged = merge_passes(spec, item.view.positions.size, parts, item.rows)
+        row = cache_row(item.example, item.draw, work.unit.draw, item.view, merged, about)
+        if row.chunk_logp is not None:
+            chunks += row.chunk_logp.size
+            without_chunks += bool(row.masked.size and not row.chunk_logp.size)
+        rows.append(row)
+    counts = {
+        "rows_without_chunks": without_chunks,
+        "masked": sum(row.masked.size for row in rows),
+        "chunks": chunks,
+        "draw": work.unit.draw,
+        "part": work.unit.part,
+        CACHE: run.manifest.digest,
+    }
+    return rows, counts
 
 
 def merge_passes(
     spec: TargetSpec, n: int, parts: Sequence[Scores], rows_of: Sequence[np.ndarray]
 ) -> Scores:
-    """Put the rows of several passes back in the order of the `n` positions; pass i read the rows `rows_of[i]`."""
-    temperatures = len(spec.temperatures)
-    topk = (
-        np.zeros(n, np.int32),
-        np.zeros((n, spec.k), np.int32),
-        np.zeros((n, spec.k), np.float32),
-        np.zeros((n, temperatures), np.float32),
-        np.zeros((n, temperatures, spec.classes), np.float32) if spec.classes > 1 else None,
-    )
-    merged = Scores(np.zeros(n, np.float32), np.zeros(n, np.float32), *(topk if spec.k else ()))
+    """The rows of several passes in the order of the `n` positions; pass i read `rows_of[i]`."""
+    merged = Scores(np.zeros(n, np.float32), np.zeros(n, np.float32))
+    if spec.k:
+        temperatures = len(spec.temperatures)
+        classes = (n, temperatures, spec.classes)
+        merged = dataclasses.replace(
+            merged,
+            topk_sizes=np.zeros(n, np.int32),
+            topk_ids=np.zeros((n, spec.k), np.int32),
+            topk_logp=np.zeros((n, spec.k), np.float32),
+            tail_odds=np.zeros((n, temperatures), np.float32),
+            class_mass=np.zeros(classes, np.float32) if spec.classes > 1 else None,
+        )
     for scores, rows in zip(parts, rows_of, strict=True):
         for field in dataclasses.fields(Scores):
             target = getattr(merged, field.name)
@@ -101,7 +106,7 @@ def merge_passes(
 
 @dataclass(frozen=True)
 class RowSettings:
-    """What of the settings shapes a row: the signals, whether CompDemo split it, whether it says where it was read."""
+    """What of the settings shapes a row."""
 
     signals: tuple[str, ...]
     comp_demo: bool
@@ -117,26 +122,19 @@ def cache_row(
     about: RowSettings,
 ) -> CacheRow:
     """The row of draw `number` of an example, from what the teacher said of `view`."""
-    masked = draw.masked
-    chunk_student = chunk_teacher = chunk_logp = None
+    chunk_student = chunk_teacher = chunk_logp = ids = top = None
     if "chunks" in about.signals:
         if view.student is not None:  # every masked token that the teacher reads is a chunk
             chunk_student = np.stack([view.student, view.student + 1], axis=1)
             chunk_teacher = np.stack([view.positions, view.positions + 1], axis=1)
         else:
-            chunk_student, chunk_teacher = (
-                example.chunks[draw.chunks, 2:],
-                example.chunks[draw.chunks, :2],
-            )
-        chunk_logp = np.bincount(
-            view.chunk_of, scores.gold_logp, minlength=len(chunk_student)
-        ).astype(np.float32)
-    ids = top = None
-    if (
-        scores.topk_sizes is not None
-        and scores.topk_ids is not None
-        and scores.topk_logp is not None
-    ):
+            chunk_teacher = example.chunks[draw.chunks, :2]
+            chunk_student = example.chunks[draw.chunks, 2:]
+        # log p(c) = Σ over the chunk's tokens of log p(gold)
+        sums = np.bincount(view.chunk_of, scores.gold_logp, minlength=len(chunk_student))
+        chunk_logp = sums.astype(np.float32)
+    if scores.topk_sizes is not None:
+        assert scores.topk_ids is not None and scores.topk_logp is not None
         keep = np.arange(scores.topk_ids.shape[1]) < scores.topk_sizes[:, None]
         ids, top = scores.topk_ids[keep], scores.topk_logp[keep]
     return CacheRow(
@@ -146,7 +144,7 @@ def cache_row(
         t=draw.t,
         student_ids=example.student_ids,
         spans=example.spans,
-        masked=masked,
+        masked=draw.masked,
         read=view.student if about.partial else None,
         teacher_ids=example.teacher_ids,
         teacher_masked=None if example.teacher_ids is None else view.positions,

@@ -1,90 +1,200 @@
-"""Rows that cannot be used, on their way to a cache."""
+"""What a run begins with: settings, teacher, student and data, and the cache that is there."""
 
 from __future__ import annotations
 
 import datetime
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from pipelines.recipes.read import cache_config
 from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit
 from shared.settings.config import CacheConfig
+from shared.system.errors import TideError
+from teacher_cache.engines.vllm_engine import engine as vllm_engine
 from teacher_cache.maintenance.verify import check_cache
 from teacher_cache.run.build import build_cache
-from tests.conftest import STUDENT_TOKENIZER, files, small_cache_config, write_chats
+from teacher_cache.run.preflight import settle_engine
+from tests.conftest import STUDENT_TOKENIZER, chats_file, files, small_cache_config, write_chats
 from tests.reading import rows_in
+
+
+def edited(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def other_data(model: Path) -> dict[str, Any]:
+    text = chats_file().read_text().splitlines()
+    (model / "other.jsonl").write_text("\n".join([text[1], *text[1:]]) + "\n")
+    return {"data": {"source": str(model / "other.jsonl"), "limit": 24}}
+
+
+def other_template(model: Path) -> dict[str, Any]:
+    path = model / "tokenizer_config.json"
+    template = model / "chat_template.jinja"
+    if template.exists():
+        template.write_text("{# new #}" + template.read_text())
+    else:
+        old = json.loads(path.read_text())["chat_template"]
+        edited(path, chat_template="{# new #}" + old)
+    return {}
+
+
+def other_weights(model: Path) -> dict[str, Any]:
+    tensors = load_file(model / "model.safetensors")
+    changed = {name: value + 1e-3 for name, value in tensors.items()}
+    save_file(changed, model / "model.safetensors", {"format": "pt"})
+    return {}
+
+
+def other_config(model: Path) -> dict[str, Any]:
+    edited(model / "config.json", rms_norm_eps=1e-4)
+    return {}
+
+
+def other_settings(_model: Path) -> dict[str, Any]:
+    return {"targets": {"k": 4, "classes": 5, "pilot": 200}}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (other_data, "data.content"),
+        (other_template, "teacher.template"),
+        (other_weights, "teacher.weights"),
+        (other_config, "teacher.weights"),
+        (other_settings, "targets.k: 8 → 4"),
+    ],
+)
+def test_what_changed_between_two_runs_is_named_and_nothing_is_touched(
+    caches: dict[str, Path],
+    random_teacher: Path,
+    tmp_path: Path,
+    change: Callable[[Path], dict[str, Any]],
+    named: str,
+) -> None:
+    model = Path(shutil.copytree(random_teacher, tmp_path / "model"))
+    cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "cache"))
+    changes = change(model)
+    with pytest.raises(TideError, match=named):
+        build_cache(small_cache_config("tiny-cross", model, cache, **changes))
+    assert files(cache) == files(caches["tiny-cross"])
+
+
+def test_bad_input_is_refused_before_the_teacher_is_loaded(
+    random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "teacher_cache.run.build.load_engine", lambda _run: pytest.fail("the teacher was loaded")
+    )
+    (tmp_path / "empty.jsonl").write_text("\n")
+    model = Path(shutil.copytree(random_teacher, tmp_path / "m"))
+    other_mask = Path(shutil.copytree(random_teacher, tmp_path / "mask"))
+    edited(other_mask / "config.json", mask_token_id=7)
+    small = Path(shutil.copytree(random_teacher, tmp_path / "small"))
+    edited(small / "config.json", vocab_size=4090)
+    cases: list[tuple[str, str, Path, dict[str, Any]]] = [
+        ("'tiny'", "tiny", model, {}),
+        ("4097", "tiny-shared", model, {"targets": {"k": 4097}}),
+        ("empty.jsonl", "tiny-shared", model, {"data": {"source": str(tmp_path / "empty.jsonl")}}),
+        ("tokens", "tiny-shared", model, {"student_tokenizer": str(STUDENT_TOKENIZER)}),
+        ("512", "tiny-shared", model, {"lengths": {"student": 640, "teacher": 640}}),
+        ("mask_token_id 7", "tiny-shared", other_mask, {}),
+        ("4090", "tiny-shared", small, {}),
+    ]
+    for named, teacher, checkpoint, changes in cases:
+        with pytest.raises(TideError, match=named):
+            build_cache(small_cache_config(teacher, checkpoint, tmp_path / "c", **changes))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "settings", "with_vllm"),
+    [
+        ("llada2-mini", (), "vllm"),
+        ("wedlm-8b", (), "transformers"),
+        ("llada-8b", ("engine.quantization=int8",), "transformers"),
+    ],
+)
+def test_auto_takes_vllm_where_it_can(
+    teacher: str, settings: tuple[str, ...], with_vllm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def settle(*more: str) -> str:
+        return settle_engine(cache_config(teacher, None, [*settings, *more])).engine.type
+
+    monkeypatch.setattr(vllm_engine, "installed", lambda: True)
+    assert settle("engine.type=auto") == with_vllm
+    if with_vllm == "transformers":
+        with pytest.raises(TideError):
+            settle("engine.type=vllm")
+    monkeypatch.setattr(vllm_engine, "installed", lambda: False)
+    assert settle("engine.type=auto") == settle() == "transformers"
+    for refused in ("engine.type=vllm", "engine.tensor_parallel=2"):
+        with pytest.raises(TideError):
+            settle(refused)
 
 
 def test_a_row_that_cannot_be_used_stops_nothing_and_moves_no_other(
     random_teacher: Path, tmp_path: Path
 ) -> None:
-    """Bad rows in a late shard are left out and counted. Removed as advised, nothing is computed again."""
-    long = {
-        "messages": [{"role": "user", "content": "w " * 400}, {"role": "assistant", "content": "a"}]
-    }
+    """Bad rows in a late shard are left out and counted. Removed as advised, nothing is computed
+    again.
+    """
+    question, answer = (
+        {"role": "user", "content": "w " * 400},
+        {"role": "assistant", "content": "a"},
+    )
     source = write_chats(tmp_path / "d.jsonl", [f"x = {i}" for i in range(12)])["source"]
     good = Path(source).read_text().splitlines()
-    Path(source).write_text("\n".join([*good[:9], json.dumps(long), "{", *good[9:]]) + "\n")
-    config = small_cache_config(
-        "tiny-cross", random_teacher, tmp_path / "c", data={"source": source}, shard_examples=4
-    )
+    bad = [json.dumps({"messages": [question, answer]}), "{"]
+    Path(source).write_text("\n".join([*good[:9], *bad, *good[9:]]) + "\n")
+    changes = {"data": {"source": source}, "shard_examples": 4}
+    config = small_cache_config("tiny-cross", random_teacher, tmp_path / "c", **changes)
     report = build_cache(config)
     assert (report.rows, report.computed) == (24, 6)
-    assert any("1 (prompt too long)" in note for note in report.notes)
-    assert any("1 (not JSON)" in note for note in report.notes)
-    before = files(tmp_path / "c")
+    assert any("prompt too long" in note for note in report.notes)
+    before = files(config.out)
     Path(source).write_text("\n".join(good) + "\n")
     assert build_cache(config).computed == 0
-    assert files(tmp_path / "c") == before
+    assert files(config.out) == before
 
 
 def test_caches_that_differ_in_noise_or_targets_share_what_is_prepared(
     random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = write_chats(tmp_path / "d.jsonl", [f"x = {i}" for i in range(16)])
+    """Repeated rows among it, which have masks of their own."""
+    source = write_chats(tmp_path / "d.jsonl", [f"x = {i // 2}" for i in range(16)])
 
     def config(name: str, **changes: Any) -> CacheConfig:
-        return small_cache_config(
-            "tiny-cross", random_teacher, tmp_path / name, data=source, **changes
-        )
+        changes["data"] = source
+        return small_cache_config("tiny-cross", random_teacher, tmp_path / name, **changes)
 
     first = build_cache(config("a"))
+    assert not check_cache(tmp_path / "a").problems
+    rows = rows_in(tmp_path / "a", Unit(0, 0))
+    assert len({row.example_id for row in rows}) == len({row.t for row in rows}) == 8
     monkeypatch.setattr(
         "teacher_cache.prepared.prepare.source_rows",
         lambda _: pytest.fail("the source was read again"),
     )
-    second = build_cache(
-        config("b", noise={"seed": 5, "comp_demo": False, "draws": 1}, targets={"k": 4})
-    )
+    noise = {"seed": 5, "comp_demo": False, "draws": 1}
+    second = build_cache(config("b", noise=noise, targets={"k": 4}))
     assert (first.rows, second.rows) == (32, 16)
-    assert (
-        build_cache(config("a", noise={"draws": 3})).computed == 2
-    )  # and so does a cache that grows
-
-
-def test_repeated_rows_make_a_sound_cache_with_masks_of_their_own(
-    random_teacher: Path, tmp_path: Path
-) -> None:
-    source = write_chats(tmp_path / "d.jsonl", ["value = 1 + 2 + 3 + 4"] * 6)
-    config = small_cache_config(
-        "tiny-cross", random_teacher, tmp_path / "c", data=source, noise={"draws": 1}
-    )
-    build_cache(config)
-    assert not check_cache(config.out).problems
-    rows = rows_in(config.out, Unit(0, 0))
-    assert len({row.example_id for row in rows}) == 6
-    assert len({row.t for row in rows}) == 6
+    assert build_cache(config("a", noise={"draws": 3})).computed == 2  # a cache that grows, too
 
 
 def test_a_cache_keeps_the_day_on_which_it_was_begun(
     random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Templates of Llama 3.1's kind write today's date: draws of other days must hold the same prompts."""
+    """Templates of Llama 3.1's kind write today's date: draws of other days must hold the same
+    prompts.
+    """
     student = Path(shutil.copytree(STUDENT_TOKENIZER, tmp_path / "s"))
     template = student / "chat_template.jinja"
     template.write_text("{{ 'Today: ' + strftime_now('%d %b %Y') + '\n' }}" + template.read_text())
@@ -100,13 +210,10 @@ def test_a_cache_keeps_the_day_on_which_it_was_begun(
         changes = {"data": source, "student_tokenizer": str(student), "noise": {"draws": draws}}
         config = small_cache_config("tiny-cross", random_teacher, tmp_path / out, **changes)
         build_cache(config)
-        return [
-            row.student_ids.tolist()
-            for draw in range(draws)
-            for row in rows_in(config.out, Unit(draw, 0))
-        ]
+        rows = [row for draw in range(draws) for row in rows_in(config.out, Unit(draw, 0))]
+        return [row.student_ids.tolist() for row in rows]
 
-    (first, second) = build(25, 1)
+    first, second = build(25, 1)
     assert build(26, 2) == [first, second, first, second]
     assert load_manifest(tmp_path / "c").fingerprint.data.date == "2026-11-25"
     assert build(26, 1, "other") != [first, second]  # a new cache is of its own day
