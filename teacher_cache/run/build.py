@@ -91,7 +91,7 @@ def build_cache(config: CacheConfig) -> CacheReport:
         if store is not None:
             store.push(out, run.manifest, ledger)
     entries = ledger.values()
-    computed = sum(unit in ledger and unit not in run.stored for unit in missing)
+    computed = sum(unit in ledger for unit in missing)
     return CacheReport(
         folder=out,
         rows=sum(entry.rows for entry in entries),

@@ -25,7 +25,7 @@ SECONDS = 60
 
 @contextlib.contextmanager
 def started(*arguments: str, until: Path) -> Iterator[subprocess.Popen[str]]:
-    """`tide ARGUMENTS`, from the moment on at which a file below `until`'s folder matches its name."""
+    """`tide ARGUMENTS`, once a file below `until`'s folder matches its name."""
     process = subprocess.Popen(
         [sys.executable, "-m", "pipelines.cli", *arguments],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -44,19 +44,11 @@ def started(*arguments: str, until: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def training(cache: Path, out: Path) -> list[str]:
-    """Of a run that takes long."""
-    sets = ("max_steps=4000", "batch_size=4", "checkpoint_steps=5", "log_steps=5", "device=cpu", "student.layers=1",
-            "student.hidden_size=32", "epochs=400")  # fmt: skip
-    return [
-        "train",
-        "--teacher",
-        "tiny-shared",
-        "--cache",
-        str(cache),
-        "--out",
-        str(out),
-        *(word for s in sets for word in ("--set", s)),
-    ]
+    """A run that takes long."""
+    settings = "max_steps=4000 epochs=400 batch_size=4 checkpoint_steps=5 log_steps=5 device=cpu"
+    settings += " student.layers=1 student.hidden_size=32"
+    command = ["train", "--teacher", "tiny-shared", "--cache", str(cache), "--out", str(out)]
+    return command + [word for setting in settings.split() for word in ("--set", setting)]
 
 
 def grid(folder: Path) -> list[str]:
@@ -64,27 +56,12 @@ def grid(folder: Path) -> list[str]:
     recipe = folder / "grid.toml"
     recipe.write_text(
         'seeds = [0, 1]\n[caches.c]\nteacher = "tiny-cross"\n'
-        f'data = {{ source = "{chats_file()}", limit = 24 }}\nlengths = {{ student = 128, teacher = 128 }}\n'
-        "[train]\nmax_steps = 4000\nepochs = 400\nbatch_size = 4\ncheckpoint_steps = 5\nlog_steps = 5\n"
+        f'data = {{ source = "{chats_file()}", limit = 24 }}\n'
+        "lengths = { student = 128, teacher = 128 }\n[train]\nmax_steps = 4000\nepochs = 400\n"
+        "batch_size = 4\ncheckpoint_steps = 5\nlog_steps = 5\n"
         '[variants.plain]\ncache = "c"\n'
     )
     return ["ablate", str(recipe), "--out", str(folder / "grid")]
-
-
-@pytest.mark.slow
-def test_a_second_trainer_says_who_trains_there(caches: dict[str, Path], tmp_path: Path) -> None:
-    command = training(caches["tiny-shared"], tmp_path / "run")
-    with started(*command, until=tmp_path / "run" / "checkpoints" / "COMPLETE") as first:
-        second = subprocess.run(
-            [sys.executable, "-m", "pipelines.cli", *command],
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            check=False,
-        )
-        assert second.returncode == 2
-        assert f"process {first.pid} of" in second.stderr
-        assert first.poll() is None
 
 
 @contextlib.contextmanager
@@ -149,16 +126,21 @@ def test_the_children_of_an_ablation_end_with_it(sign: signal.Signals, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sign", [signal.SIGTERM])
-def test_a_trainer_that_is_told_to_stop_goes_without_a_traceback(
-    sign: signal.Signals, caches: dict[str, Path], tmp_path: Path
+def test_a_second_trainer_is_refused_and_the_first_stops_in_order(
+    caches: dict[str, Path], tmp_path: Path
 ) -> None:
     command = training(caches["tiny-shared"], tmp_path / "run")
-    with started(*command, until=tmp_path / "run" / "checkpoints" / "COMPLETE") as process:
-        os.kill(process.pid, sign)
-        _, said = process.communicate(timeout=SECONDS)
-    assert process.returncode == 128 + sign
-    assert "Traceback" not in said and "the same command goes on from there" in said
+    with started(*command, until=tmp_path / "run" / "checkpoints" / "COMPLETE") as first:
+        second = subprocess.run(
+            [sys.executable, "-m", "pipelines.cli", *command], capture_output=True, text=True,
+            timeout=SECONDS, check=False,
+        )  # fmt: skip
+        assert second.returncode == 2
+        assert f"process {first.pid} of" in second.stderr
+        first.terminate()
+        _, said = first.communicate(timeout=SECONDS)
+    assert first.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow
@@ -166,9 +148,10 @@ def test_a_trainer_that_is_told_to_stop_goes_without_a_traceback(
 def test_a_cache_that_is_told_to_stop_says_so_in_its_status(
     signs: tuple[signal.Signals, ...], random_teacher: Path, tmp_path: Path
 ) -> None:
-    command = ["cache", "--teacher", "tiny-shared", "--model", str(random_teacher), "--out", str(tmp_path / "c"),
-               "--data", str(chats_file()), "--set", "shard_examples=1", "--set", "lengths.student=128",
-               "--set", "lengths.teacher=128", "--draws", "100", "--set", "engine.device=cpu"]  # fmt: skip
+    settings = "shard_examples=1 lengths.student=128 lengths.teacher=128 engine.device=cpu"
+    command = ["cache", "--teacher", "tiny-shared", "--draws", "100", "--data", str(chats_file())]
+    command += ["--model", str(random_teacher), "--out", str(tmp_path / "c")]
+    command += [word for setting in settings.split() for word in ("--set", setting)]
     with started(*command, until=tmp_path / "c" / "part-*.parquet") as process:
         for number, sign in enumerate(signs):
             time.sleep(0.05 * number)
@@ -191,16 +174,3 @@ def test_a_prune_that_was_killed_before_its_manifest_goes_on(
     for file in (caches["tiny-shared"] / "student_tokenizer").iterdir():
         write_bytes(tmp_path / "p" / "student_tokenizer" / file.name, file.read_bytes())
     assert prune_cache(caches["tiny-shared"], tmp_path / "p", k=4).fingerprint.targets.k == 4
-
-
-def test_what_a_killed_run_left_half_written_is_cleared(
-    random_teacher: Path, tmp_path: Path
-) -> None:
-    from teacher_cache.run.build import build_cache
-    from tests.conftest import small_cache_config
-
-    left = tmp_path / "c" / f".student_tokenizer.{os.uname().nodename}-{2**22 + 1}-0.tide-tmp"
-    left.mkdir(parents=True)
-    (left / "tokenizer.json").write_text("half")
-    build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "c"))
-    assert not left.exists()

@@ -1,8 +1,9 @@
-"""Stage one killed, or its disk filled, at every point where it touches the disk. Run as a program of its own.
+"""Stage one killed, or its disk filled, wherever it touches the disk. A program of its own.
 
-A point is a step of `shared.system.atomic`: a temporary file opened, written, synced, renamed, its folder synced. For each
-point a forked child builds a cache and meets the fault there; a second child finishes the cache, which must then be
-byte for byte the one that met none. Prints the number of cases as JSON.
+A point is a step of `shared.system.atomic`: a temporary file opened, written, synced, renamed, its
+folder synced. For each point a forked child builds a cache and meets the fault there; a second
+child finishes the cache, which must then be byte for byte the one that met none. Prints the number
+of cases as JSON.
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ def in_child(work: Callable[[], int]) -> int:
 
 
 def meets(config: dict[str, Any], at: int, fault: Fault, expected: str) -> Callable[[], int]:
-    """A build that meets a fault: 0 where it came to its end without it, 3 where it stopped with the expected message,
-    5 where the fault was in writing how far it is, for which no build stops.
+    """A build that meets a fault. 0: it came to its end without it, 3: it stopped with the expected
+    message, 5: the fault was in writing how far it is, for which no build stops.
     """
 
     def work() -> int:

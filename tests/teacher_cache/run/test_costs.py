@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from shared.cache.shards import finished_units
 from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import open_checkpoint
-from shared.models.loading import load_model, meta_model, random_model
+from shared.models.loading import load_model, meta_model
 from shared.settings.build import build
 from shared.settings.config import CacheConfig
 from teacher_cache.run.build import build_cache
@@ -24,11 +24,10 @@ from teacher_cache.run.open import open_or_begin
 from teacher_cache.teachers.registry import find_teacher, known_shape
 from tests.conftest import small_cache_config
 
-PUBLISHED = {"llada-8b": 8.0, "llada-1.5": 8.0, "llada2-mini": 16.3, "llada2.1-mini": 16.3, "llada-moe": 7.4,
-             "dream-7b": 7.6, "wedlm-8b": 8.2, "sdar-8b": 8.2}  # fmt: skip
+PUBLISHED = {"llada-8b": 8.0, "llada2-mini": 16.3}
 
 
-@pytest.mark.parametrize("name", ["llada-8b", "llada2-mini", "llada-moe", "dream-7b"])
+@pytest.mark.parametrize("name", ["llada-8b", "llada2-mini"])
 def test_the_sizes_on_record_add_up_to_the_published_ones(name: str) -> None:
     """In billions of parameters; no weight is made."""
     entry = find_teacher(name)
@@ -40,11 +39,10 @@ def test_the_sizes_on_record_add_up_to_the_published_ones(name: str) -> None:
     assert entry.mask_id < model.config.vocab_size == entry.vocabulary
 
 
-@pytest.mark.parametrize("name", ["llada", "llada2_moe"])
-def test_flops_are_those_that_torch_counts(golden: Path, name: str) -> None:
+def test_flops_are_those_that_torch_counts(golden: Path) -> None:
     """Every expert runs on its own tokens only; attention and head are counted too."""
-    checkpoint = open_checkpoint(str(golden / name))
-    model = load_model(checkpoint, name, torch.float32)
+    checkpoint = open_checkpoint(str(golden / "llada2_moe"))
+    model = load_model(checkpoint, "llada2_moe", torch.float32)
     model.set_attn_implementation("eager")  # torch counts matrix products, not the fused kernels
     model.set_experts_implementation("eager")
     length = 64
@@ -83,16 +81,3 @@ def test_stated_workloads_count_copies_and_passes() -> None:
         assert (load.passes, load.tokens, load.masked) == (passes, tokens, 25)
     one = build(CacheConfig, {"teacher": "llada-8b", "noise": {"comp_demo": False}})
     assert assumed_workload(find_teacher("llada-8b"), one, 10, 100, 0.5).tokens == 100
-
-
-def test_random_weights_have_the_true_shapes_and_give_finite_values(golden: Path) -> None:
-    checkpoint = open_checkpoint(str(golden / "llada2_moe"))
-    model, real = (
-        random_model("llada2_moe", checkpoint.config, torch.float32),
-        load_model(checkpoint, "llada2_moe", torch.float32),
-    )
-    assert {n: p.shape for n, p in model.named_parameters()} == {
-        n: p.shape for n, p in real.named_parameters()
-    }
-    with torch.inference_mode():
-        assert model(input_ids=torch.arange(8)[None]).logits.isfinite().all()

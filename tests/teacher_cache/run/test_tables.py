@@ -1,4 +1,4 @@
-"""Classes, priors and ranks: made once, before the first shard, by whoever comes first; the same for all."""
+"""Classes, priors and ranks: made once before the first shard, the same for all."""
 
 from __future__ import annotations
 
@@ -51,8 +51,9 @@ def test_the_prior_is_the_mean_of_what_is_outside(
 def test_a_smaller_k_follows_from_the_pilot(random_teacher: Path, tmp_path: Path) -> None:
     for k in (8, 3):
         targets = {"k": k, "classes": 5, "pilot": 300}
-        build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / f"k{k}", targets=targets,
-                                       noise={"draws": 1}))  # fmt: skip
+        changes = {"targets": targets, "noise": {"draws": 1}}
+        out = tmp_path / f"k{k}"
+        build_cache(small_cache_config("tiny-shared", random_teacher, out, **changes))
     whole = load_vocabulary(tmp_path / "k8")
     cut, pilot = smaller(
         whole, load_pilot(tmp_path / "k8"), (1.0, 2.0), 3, np.arange(5, dtype=np.int32)
