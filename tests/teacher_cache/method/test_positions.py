@@ -83,37 +83,20 @@ def test_the_same_draws_as_with_all_positions(config: CacheConfig, tmp_path: Pat
         assert np.array_equal(some.split, whole.split[np.searchsorted(whole.masked, some.read)])
 
 
-def test_verify_scores_the_same_again_and_training_takes_it(config: CacheConfig) -> None:
+def test_verify_scores_the_same_again_and_damage_is_seen(
+    config: CacheConfig, tmp_path: Path
+) -> None:
     assert verify_cache(config, 8).largest < 1e-4
     manifest, layout = load_manifest(config.out), layout_of(config.out)
     for unit in finished_units(config.out):
         assert problems_in(read_table(unit.path(config.out), layout).table, layout, manifest) == []
-
-
-def test_damaged_positions_are_refused(config: CacheConfig, tmp_path: Path) -> None:
-    manifest = load_manifest(config.out)
-
-    def problem(change: object) -> str:
-        cache = tmp_path / str(len(list(tmp_path.iterdir())))
-        shutil.copytree(config.out, cache)
-        column = plain_table(Unit(0, 0).path(cache)).column("read").combine_chunks()
-        change_column(cache, Unit(0, 0), "read", change(column))  # type: ignore[operator]
-        layout = layout_of(cache)
-        (found, *_) = problems_in(
-            read_table(Unit(0, 0).path(cache), layout).table, layout, manifest
-        )
-        return found
-
-    def moved(column: pa.ListArray) -> pa.Array:
-        values = column.values.to_numpy().copy()
-        values[0] = 0
-        return same_values(column, pa.array(values))
-
-    def dropped(column: pa.ListArray) -> pa.Array:
-        return pa.array([cell[:-1] for cell in column.to_pylist()], pa.list_(pa.int32()))
-
-    assert "not masked" in problem(moved)
-    assert "differ in number" in problem(dropped) or "one value a position" in problem(dropped)
+    cache = Path(shutil.copytree(config.out, tmp_path / "c"))
+    column = plain_table(Unit(0, 0).path(cache)).column("read").combine_chunks()
+    values = column.values.to_numpy().copy()
+    values[0] = 0  # a position that is not masked
+    change_column(cache, Unit(0, 0), "read", same_values(column, pa.array(values)))
+    table = read_table(Unit(0, 0).path(cache), layout_of(cache)).table
+    assert problems_in(table, layout_of(cache), manifest)
 
 
 OBJECTIVES = [KL(), KL(tidal=Tidal(timestep_weight="midrange")), ReverseCalm()]
