@@ -18,7 +18,7 @@ from pipelines.evaluation.results import read_scores, score_table
 from shared.system.errors import TideError
 from shared.system.files import refuse_odd
 from student_train.model.card import CARD, OWN_FOLDER
-from student_train.using.load import load_for_use
+from student_train.using.student import load_for_use
 
 _SENT = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",

@@ -11,7 +11,7 @@ from shared.data.reading import waiting_messages
 from shared.system.errors import TideError
 
 if TYPE_CHECKING:
-    from student_train.using.load import LoadedStudent
+    from student_train.using.student import LoadedStudent
 
 Chat = str | Sequence[dict[str, Any]]  # a question, or messages with `role` and `content`
 
@@ -31,8 +31,8 @@ class Student:
         """The answers to several, `batch` at a time. Settings of sampling by the names of
         docs/using.md: `new_tokens`, `threshold`, `steps_per_block`, `temperature`, `seed`, …
         """
-        from student_train.using.load import choose_block
         from student_train.using.settings import SampleConfig
+        from student_train.using.student import choose_block
 
         if batch < 1:
             raise TideError(f"batch is {batch}", expected="at least 1")
@@ -52,7 +52,7 @@ class Student:
     ) -> list[float]:
         """Lower bounds of log p(continuation | context) in nats: the ELBO over `draws` masks."""
         from student_train.using.elbo import ElboConfig, log_likelihoods
-        from student_train.using.load import choose_block
+        from student_train.using.student import choose_block
 
         encode = self.loaded.tokenizer.encode
         try:
@@ -65,6 +65,6 @@ class Student:
 
 def load_student(place: str | Path, device: str = "auto") -> Student:
     """A student from a folder (runs/NAME/model) or a hub id. TideError where it is none."""
-    from student_train.using.load import load_for_use
+    from student_train.using.student import load_for_use
 
     return Student(str(place), load_for_use(str(place), device))

@@ -7,9 +7,8 @@ from rich.live import Live
 from rich.text import Text
 
 from pipelines.terminal import printable
-from student_train.using.load import LoadedStudent
-from student_train.using.sampler import sample_steps, until_eos
 from student_train.using.settings import SampleConfig
+from student_train.using.student import LoadedStudent, sample_steps, until_eos
 
 
 def talk(

@@ -31,14 +31,14 @@ from pipelines.terminal import json_line, say
 from shared.system.errors import TideError
 
 if TYPE_CHECKING:
-    from student_train.using.load import LoadedStudent
     from student_train.using.settings import SampleConfig
+    from student_train.using.student import LoadedStudent
 
 
 def _load(student: str, device: str, **options: Any) -> tuple[LoadedStudent, SampleConfig]:
     """The student, and its settings of sampling; what is out of range is said before it loads."""
     sampling_settings(**options)
-    from student_train.using.load import choose_block, load_for_use
+    from student_train.using.student import choose_block, load_for_use
 
     loaded = load_for_use(student, device)
     block = choose_block(options["block"], loaded)

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from student_train.using.elbo import ElboConfig, Question, log_likelihoods_together
-from student_train.using.load import LoadedStudent
-from student_train.using.sampler import sample_steps
 from student_train.using.settings import SampleConfig
+from student_train.using.student import LoadedStudent, sample_steps
 
 
 def pieces(

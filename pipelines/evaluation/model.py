@@ -22,10 +22,15 @@ from pipelines.evaluation.likelihoods import Likelihoods
 from pipelines.evaluation.results import Answers
 from shared.system.errors import TideError
 from student_train.using.elbo import ElboConfig, log_likelihoods
-from student_train.using.load import LoadedStudent, choose_block, load_for_use
-from student_train.using.sampler import sample_steps, until_eos
 from student_train.using.settings import SampleConfig
-from student_train.using.stops import Stops
+from student_train.using.student import (
+    LoadedStudent,
+    Stops,
+    choose_block,
+    load_for_use,
+    sample_steps,
+    until_eos,
+)
 
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_completion_tokens", "max_tokens")
 

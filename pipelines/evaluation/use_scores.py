@@ -34,8 +34,8 @@ from shared.system.files import read_json
 from shared.system.signals import serve_parent
 from student_train.batches.visible_rows import needed_places
 from student_train.model.student import masked_hidden
-from student_train.using.load import LoadedStudent, load_for_use
 from student_train.using.settings import SampleConfig
+from student_train.using.student import LoadedStudent, load_for_use
 
 USE = "use.json"
 THRESHOLD = 0.5  # of confidence, above which a token is settled; tiny models are seldom above 0.9

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from student_train.using.decoding import Decoding, Row
-from student_train.using.load import LoadedStudent
-from student_train.using.sampler import until_eos
-from student_train.using.stops import Stops
+from student_train.using.student import LoadedStudent, Stops, until_eos
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared.system.errors import TideError
-from student_train.using.load import LoadedStudent
 from student_train.using.settings import SampleConfig
+from student_train.using.student import LoadedStudent
 
 logger = logging.getLogger(__name__)
 

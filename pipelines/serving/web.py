@@ -36,9 +36,8 @@ from pipelines.serving.server import ServeConfig
 from shared.data.reading import waiting_messages
 from shared.system.errors import TideError
 from student_train.using.decoding import Row
-from student_train.using.load import LoadedStudent
 from student_train.using.settings import SampleConfig
-from student_train.using.stops import Stops
+from student_train.using.student import LoadedStudent, Stops
 
 Events = asyncio.Queue[tuple[int, Piece | Exception]]
 

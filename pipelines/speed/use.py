@@ -29,9 +29,8 @@ from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import load_model, new_model
 from shared.settings.config import DataConfig, StudentConfig
 from student_train.using.elbo import ElboConfig, log_likelihoods_together
-from student_train.using.load import LoadedStudent, load_for_use
-from student_train.using.sampler import sample_steps
 from student_train.using.settings import SampleConfig
+from student_train.using.student import LoadedStudent, load_for_use, sample_steps
 from teacher_cache.teachers.registry import find_teacher
 
 EMBEDDED = "student_train/tiny_students/shared"

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from shared.settings.build import require
+
+Remasking = Literal["low_confidence", "random"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class SampleConfig:
     """Each step settles block / steps_per_block tokens (one more in the first steps where that is
     no whole number); None: one token a step.
     """
-    remasking: Literal["low_confidence", "random"] = "low_confidence"
+    remasking: Remasking = "low_confidence"
     """Which positions stay masked longest: those of the lowest probability, or random ones."""
     threshold: float | None = None
     """Settle every position whose probability exceeds this, at least one a step, in place of a
@@ -40,33 +44,20 @@ class SampleConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.block < 1 or self.new_tokens < 1:
-            raise ValueError(
-                f"new_tokens is {self.new_tokens}, block {self.block}; both must be positive"
-            )
-        if self.steps_per_block is not None and not 1 <= self.steps_per_block <= self.block:
-            raise ValueError(
-                f"steps_per_block is {self.steps_per_block}; it must be 1 to {self.block}, the "
-                "block"
-            )
-        if self.remasking not in ("low_confidence", "random"):
-            raise ValueError(
-                f"remasking is {self.remasking!r}; it must be low_confidence or random"
-            )
-        if not 0 <= self.min_new_tokens <= self.new_tokens:
-            raise ValueError(
-                f"min_new_tokens is {self.min_new_tokens}; it must be 0 to new_tokens, "
-                f"{self.new_tokens}"
-            )
-        if not 0 <= self.temperature < math.inf or (
-            self.threshold is not None and not 0 <= self.threshold < 1
-        ):
-            raise ValueError("temperature must not be negative, threshold must lie in [0, 1)")
-        if (self.top_k is not None and self.top_k < 1) or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"top_k is {self.top_k}, top_p {self.top_p:g}; top_k must be 1 or more, top_p in "
-                "(0, 1]"
-            )
+        steps, top_k = self.steps_per_block, self.top_k
+        limits = {
+            "new_tokens": ("positive", self.new_tokens > 0),
+            "block": ("positive", self.block > 0),
+            "min_new_tokens": ("0 to new_tokens", 0 <= self.min_new_tokens <= self.new_tokens),
+            "steps_per_block": (f"1 to {self.block}", steps is None or 1 <= steps <= self.block),
+            "remasking": ("low_confidence or random", self.remasking in get_args(Remasking)),
+            "threshold": ("in [0, 1)", self.threshold is None or 0 <= self.threshold < 1),
+            "temperature": ("0 or more", 0 <= self.temperature < math.inf),
+            "top_k": ("1 or more", top_k is None or top_k > 0),
+            "top_p": ("in (0, 1]", 0 < self.top_p <= 1),
+        }
+        for name, (limit, holds) in limits.items():
+            require(holds, f"{name} is {getattr(self, name)!r}; it must be {limit}")
 
 
 @dataclass(frozen=True)

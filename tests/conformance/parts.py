@@ -27,8 +27,8 @@ from shared.text.byte_level import byte_level_bytes
 from student_train.losses.objective import objective
 from student_train.losses.targets import ChunkTargets, Targets, TopKTargets
 from student_train.using.decoding import pad_left
-from student_train.using.sampler import sample_steps
 from student_train.using.settings import SampleConfig, Special
+from student_train.using.student import sample_steps
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method.comp_demo import Request
 from teacher_cache.method.targets import TargetSpec

@@ -10,8 +10,8 @@ import pytest
 import tide
 from shared.cache.manifest import load_manifest
 from shared.settings.config import LengthConfig
-from student_train.using.load import load_for_use
 from student_train.using.settings import SampleConfig
+from student_train.using.student import load_for_use
 
 
 def test_settings_are_those_of_a_recipe(random_teacher: Path, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from pipelines.cli import app
 from pipelines.commands import chat
 from shared.system.errors import TideError
-from student_train.using.load import LoadedStudent, load_for_use
 from student_train.using.settings import SampleConfig
+from student_train.using.student import LoadedStudent, load_for_use
 
 SHORT = ["--new-tokens", "16", "--block", "8", "--device", "cpu"]
 

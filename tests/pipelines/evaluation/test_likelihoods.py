@@ -12,8 +12,8 @@ from lm_eval.api.instance import Instance
 from pipelines.evaluation.likelihoods import Likelihoods, pieces
 from pipelines.evaluation.model import TideBD3LM
 from student_train.using.elbo import ElboConfig, log_likelihoods, log_likelihoods_together
-from student_train.using.load import LoadedStudent, load_for_use
 from student_train.using.settings import Special
+from student_train.using.student import LoadedStudent, load_for_use
 from tests.student_train.model.test_student import small
 
 SPECIAL = Special(mask=49, pad=47, eos=48)

@@ -13,9 +13,8 @@ from pipelines.evaluation.model import TideBD3LM, register_model, steps_per_bloc
 from shared.system.errors import TideError
 from shared.text.tokenizers import Tokenizer
 from student_train.using.elbo import ElboConfig, log_likelihoods
-from student_train.using.load import LoadedStudent, load_for_use
-from student_train.using.sampler import sample
 from student_train.using.settings import SampleConfig
+from student_train.using.student import LoadedStudent, load_for_use, sample
 
 PROMPTS = [
     "Write `f`.",

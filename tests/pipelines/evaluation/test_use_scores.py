@@ -10,7 +10,7 @@ import pytest
 from pipelines.evaluation import use_scores
 from pipelines.evaluation.use_scores import USE, fill, gaps_of, is_function, read_use, score_all
 from shared.models.checkpoint import resolve
-from student_train.using.load import load_for_use
+from student_train.using.student import load_for_use
 
 STUDENT = resolve("embedded:student_train/tiny_students/cross")
 

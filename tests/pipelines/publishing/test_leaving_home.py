@@ -15,9 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from student_train.model.export import export_student
 from student_train.training.trainer import train_student
-from student_train.using.load import load_for_use
-from student_train.using.sampler import sample
 from student_train.using.settings import SampleConfig
+from student_train.using.student import load_for_use, sample
 from tests.pipelines.publishing.hub import Hub, running
 from tests.pipelines.serving.running import client, closed_clients
 from tests.student_train.training.test_trainer import config

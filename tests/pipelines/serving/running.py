@@ -10,7 +10,7 @@ from openai import OpenAI
 
 from pipelines.serving import server
 from pipelines.serving.server import ServeConfig
-from student_train.using.load import LoadedStudent
+from student_train.using.student import LoadedStudent
 
 _OPEN: list[OpenAI] = []
 

@@ -7,9 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipelines.serving.engine import Answer
-from student_train.using.load import LoadedStudent, load_for_use
-from student_train.using.sampler import until_eos
-from student_train.using.stops import Stops
+from student_train.using.student import LoadedStudent, Stops, load_for_use, until_eos
 
 
 @pytest.fixture(scope="module")

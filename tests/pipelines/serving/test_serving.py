@@ -14,9 +14,8 @@ import openai
 import pytest
 
 from pipelines.serving.server import ServeConfig
-from student_train.using.load import LoadedStudent, load_for_use
-from student_train.using.sampler import sample
 from student_train.using.settings import SampleConfig
+from student_train.using.student import LoadedStudent, load_for_use, sample
 from tests.pipelines.serving.running import client, served
 
 BLOCK = 8

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from pipelines.speed import head, loader, stages, use
 from shared.settings.config import StudentConfig
-from student_train.using.load import load_for_use
+from student_train.using.student import load_for_use
 
 SMALL = StudentConfig(hidden_size=32, layers=1, heads=2, kv_heads=1, intermediate_size=64)
 

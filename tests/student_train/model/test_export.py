@@ -17,7 +17,7 @@ from shared.cache.manifest import load_manifest
 from shared.system.errors import TideError
 from student_train.model.export import export_student
 from student_train.training.trainer import train_student
-from student_train.using.load import load_for_use
+from student_train.using.student import load_for_use
 from tests.conftest import STUDENT_TOKENIZER
 from tests.student_train.training.test_trainer import config
 

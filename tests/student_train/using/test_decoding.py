@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from student_train.using.decoding import Decoding, Row
-from student_train.using.sampler import sample_steps
 from student_train.using.settings import SampleConfig
+from student_train.using.student import sample_steps
 from tests.student_train.using.test_sampler import SPECIAL, small
 
 BLOCK = 4

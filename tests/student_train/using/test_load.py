@@ -19,9 +19,8 @@ from shared.models.masks import stated_mask, student_mask
 from shared.system.errors import TideError
 from shared.text.tokenizers import Tokenizer
 from student_train.training.trainer import train_student
-from student_train.using.load import choose_block, load_for_use
-from student_train.using.sampler import sample
 from student_train.using.settings import SampleConfig, Special
+from student_train.using.student import choose_block, load_for_use, sample
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
 from tests.student_train.model.test_student import small
 from tests.student_train.training.test_trainer import config

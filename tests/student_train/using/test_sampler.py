@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_train.using.sampler import sample, sample_steps
 from student_train.using.settings import SampleConfig, Special
+from student_train.using.student import sample, sample_steps
 from tests.student_train.model.test_student import small
 
 SPECIAL = Special(mask=49, pad=47, eos=48)

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from student_train.using.load import LoadedStudent, load_for_use
-from student_train.using.stops import Stops
+from student_train.using.student import LoadedStudent, Stops, load_for_use
 
 
 @pytest.fixture(scope="module")

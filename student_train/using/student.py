@@ -1,0 +1,194 @@
+"""A trained student in use: loaded from a folder, asked, and stopped.
+
+Sampling goes from block to block, each from all masks to tokens in a few steps (BD3LM, LLaDA).
+Keys and values of everything finished are cached: no token of the prefix is encoded twice. Prompts
+are padded on the left so that each ends where a block ends, as the reference does; padding is
+hidden, so a batch of unequal prompts gives what each gives alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from shared.models.checkpoint import open_checkpoint, resolve
+from shared.models.loading import load_model
+from shared.models.masks import stated_mask
+from shared.system.errors import TideError
+from shared.system.hardware import choose_device, choose_precision, torch_dtype
+from shared.text.templates import Message
+from shared.text.tokenizers import Tokenizer
+from student_train.model.student import student_architecture
+from student_train.using.decoding import Decoding, Row
+from student_train.using.settings import SampleConfig, Special
+
+_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class LoadedStudent:
+    """What `load_for_use` returns."""
+
+    model: Any
+    tokenizer: Tokenizer
+    special: Special
+    block: int | None
+    """Of its block diffusion in training; None where its config does not say."""
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a chat up to where the response begins, as in training (an empty think block
+        included).
+        """
+        return self.tokenizer.encode_prompt(messages)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+        return str(self.tokenizer.backend.decode(list(ids), skip_special_tokens=True))
+
+    def answer(
+        self, chats: Sequence[Sequence[Message]], config: SampleConfig, batch: int
+    ) -> Iterator[str]:
+        """The response to each chat, in order, `batch` of them at a time."""
+        for start in range(0, len(chats), batch):
+            prompts = [self.prompt(messages) for messages in chats[start : start + batch]]
+            yield from (self.text(ids) for ids in sample(self.model, prompts, self.special, config))
+
+
+def load_for_use(place: str, device: str = "auto") -> LoadedStudent:
+    """A student from a folder or a hub id.
+
+    In bfloat16 on an accelerator that has it, else in float32: on every CPU, so that all answer
+    alike. TideError where it is no student, or nothing names its mask token.
+    """
+    checkpoint = open_checkpoint(resolve(place))
+    where = choose_device(device)
+    dtype = torch.float32 if where.type == "cpu" else torch_dtype(choose_precision("auto", where))
+    model: Any = load_model(checkpoint, student_architecture(checkpoint), dtype)
+    tokenizer = Tokenizer.load(checkpoint.folder)
+    mask = stated_mask(checkpoint, tokenizer)
+    if mask is None:
+        raise TideError(
+            f"neither the config nor the tokenizer of {place} names a mask token",
+            expected="mask_token_id in config.json, as `tide train` writes it",
+            fix="give a student, such as runs/NAME/model",
+        )
+    eos, pad = tokenizer.special_id("eos"), tokenizer.backend.pad_token_id
+    ends = {*checkpoint.special_ids("eos"), *tokenizer.turn_ends} - {eos}
+    pad = eos if pad is None else int(pad)
+    special = Special(mask, pad, eos, tuple(sorted(ends)), len(tokenizer))
+    block = checkpoint.config.get("block_size")
+    return LoadedStudent(model.to(where).eval(), tokenizer, special, block)
+
+
+def choose_block(asked: int | None, student: LoadedStudent) -> int:
+    """The block to sample with: the one asked for, else the student's own, else 32.
+
+    Says so on stderr where the student was trained with another.
+    """
+    if asked is None:
+        return student.block or _BLOCK
+    if student.block is not None and asked != student.block:
+        said = f"the student was trained with blocks of {student.block} and is sampled with {asked}"
+        print(said, file=sys.stderr)
+    return asked
+
+
+def sample(
+    model: Any, prompts: Sequence[Sequence[int]], special: Special, config: SampleConfig
+) -> list[list[int]]:
+    """The response to each prompt, up to its first EOS (or other end), which is left out.
+    ValueError where a prompt is empty.
+    """
+    tokens = torch.zeros(len(prompts), 0, dtype=torch.long)
+    for tokens, _ in sample_steps(model, prompts, special, config):  # noqa: B007 - the last state counts
+        pass
+    return [until_eos(row, special.eos) for row in tokens.tolist()]
+
+
+def until_eos(row: list[int], eos: int) -> list[int]:
+    """What stands before the first EOS."""
+    return row[: row.index(eos)] if eos in row else row
+
+
+@torch.no_grad()
+def sample_steps(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    special: Special,
+    config: SampleConfig,
+    stop: Callable[[int, list[int]], bool] | None = None,
+) -> Iterator[tuple[Int[Tensor, "batch new"], int]]:
+    """The new tokens after each step (those still masked are the mask's id), and the passes so far.
+
+    A row leaves the batch with an EOS in a finished block, or where `stop` says so, which is asked
+    after each block with the row's place in the batch and its new tokens; what follows in it is
+    EOS. Ends early when all have left.
+    """
+    rows = [Row(prompt, config) for prompt in prompts]
+    decoding = Decoding(model, special, config.block, config.guidance)
+    decoding.join(rows)
+    device = model.get_input_embeddings().weight.device
+    new = torch.zeros(len(rows), 0, dtype=torch.long, device=device)
+    for start in range(0, config.new_tokens, config.block):
+        size = min(config.block, config.new_tokens - start)
+        numbers = [i for i, row in enumerate(rows) if row in decoding.rows]
+        whole = new
+        for block in decoding.next_block(size):
+            ended = torch.full((len(rows), size), special.eos, device=device)
+            ended[numbers] = block
+            whole = torch.cat([new, ended], dim=1)
+            yield whole, decoding.passes
+        new = whole
+        going = []
+        for i in numbers:
+            made = rows[i].made
+            going.append(special.eos not in made and not (stop and stop(i, made)))
+        decoding.keep(going)
+        if not decoding.rows:
+            return
+
+
+@dataclass(frozen=True)
+class Stops:
+    """Texts that end a response: of a benchmark's `until`, of a request's `stop`.
+
+    A stop that is a special token is found among the ids: a response's text has none of them.
+    """
+
+    student: LoadedStudent
+    texts: tuple[str, ...]
+    ids: frozenset[int]
+
+    @classmethod
+    def of(cls, student: LoadedStudent, stops: str | Sequence[str] | None) -> Stops:
+        """Of one stop or several; empty ones count for nothing."""
+        wanted = [stops] if isinstance(stops, str) else [stop for stop in stops or [] if stop]
+        special = student.tokenizer.backend.get_added_vocab()
+        ids = frozenset(int(special[stop]) for stop in wanted if stop in special)
+        return cls(student, tuple(stop for stop in wanted if stop), ids)
+
+    def cut(self, ids: Sequence[int]) -> tuple[str, bool]:
+        """The text of `ids` up to where the first stop begins, and whether there is one.
+
+        The first is the one that is complete first (of several that end together, the longest): so
+        it is the same one whether the text is read as it grows or all at once, also where a stop
+        lies within another.
+        """
+        ends = [i for i, token in enumerate(ids) if token in self.ids]
+        text = self.student.text(ids[: ends[0]] if ends else ids)
+        places = [(at + len(stop), at) for stop in self.texts if (at := text.find(stop)) >= 0]
+        return text[: min(places)[1]] if places else text, bool(ends or places)
+
+    def may_begin(self, text: str) -> int:
+        """How many characters at the end of `text` may be the beginning of a stop."""
+        longest = max(map(len, self.texts), default=1) - 1
+        for size in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self.texts):
+                return size
+        return 0
