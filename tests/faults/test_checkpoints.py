@@ -13,7 +13,6 @@ from student_train.training.resumable import MARKER, whole_checkpoints
 from student_train.training.trainer import train_student
 from tests.student_train.training.test_trainer import config, curve
 
-pytestmark = pytest.mark.faults("checkpoints: damaged, or of a clock that steps back")
 STEPS = 12
 
 
@@ -97,7 +96,6 @@ def test_a_clock_that_steps_back_loses_no_checkpoint(
     assert curve(tmp_path / "run") == curve(finished)
 
 
-@pytest.mark.faults("files of the user beside ours")
 def test_what_the_user_keeps_beside_checkpoints_stays(
     finished: Path, caches: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -115,7 +113,6 @@ def test_what_the_user_keeps_beside_checkpoints_stays(
     assert (last.parent / "checkpoint-7").read_text() == "a file"
 
 
-@pytest.mark.faults("files of the user beside ours")
 def test_files_with_names_like_temporary_ones_stay(tmp_path: Path) -> None:
     (tmp_path / "thesis" / "x.tmp").mkdir(parents=True)
     names = ("chapter1.tmp", ".chapter1.tmp", ".thesis.tide-tmp", "x.tide-tmp")

@@ -159,7 +159,6 @@ FORGED = {
 }  # fmt: skip
 
 
-@pytest.mark.faults("code in benchmarks")
 @pytest.mark.parametrize("how", FORGED)
 def test_a_wrong_program_does_not_pass(how: str) -> None:
     program = textwrap.dedent(FORGED[how])
@@ -169,7 +168,6 @@ def test_a_wrong_program_does_not_pass(how: str) -> None:
         assert run_program(program, QUICK, test).startswith("failed"), test
 
 
-@pytest.mark.faults("code in benchmarks")
 def test_nothing_of_the_user_is_read_written_or_reached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,7 +215,6 @@ def test_nothing_of_the_user_is_read_written_or_reached(
     assert list(tmp_path.iterdir()) != [] and secret.read_text() == "hidden"
 
 
-@pytest.mark.faults("code in benchmarks")
 def test_what_a_program_started_ends_with_it() -> None:
     """Children in sessions of their own, forked twice, or forking on; with a verdict or without."""
     word = f"stays-{os.getpid()}"
@@ -240,7 +237,6 @@ def test_what_a_program_started_ends_with_it() -> None:
     assert processes_with(word) == [] and processes_with("/sandbox.py") == []
 
 
-@pytest.mark.faults("code in benchmarks")
 def test_what_a_program_started_ends_with_an_evaluation_that_is_killed() -> None:
     code = (
         "from pipelines.evaluation.sandbox import *\n"
@@ -258,7 +254,6 @@ def test_what_a_program_started_ends_with_an_evaluation_that_is_killed() -> None
         time.sleep(0.05)
 
 
-@pytest.mark.faults("code in benchmarks")
 @pytest.mark.parametrize(
     "program",
     [
@@ -274,7 +269,6 @@ def test_bombs_hit_their_limits(program: str) -> None:
     assert processes_with("/sandbox.py") == []
 
 
-@pytest.mark.faults("code in benchmarks")
 def test_floods_do_not_reach_us() -> None:
     before = largest_process()
     program = """

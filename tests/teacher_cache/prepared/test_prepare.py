@@ -195,7 +195,6 @@ def start(source: Path, folder: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.faults("kill -9 at random moments")
 def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path: Path) -> None:
     source = write(tmp_path / "d.jsonl", [row(i) for i in range(6000)])
     expected = prepare(request(tmp_path / "whole", DataConfig(str(source))))
