@@ -1,4 +1,4 @@
-"""Made-up rows of the eight benchmarks in the layout of their data sets on the hub, and what to answer to all."""
+"""Made-up rows of the eight benchmarks as on the hub, and what to answer to all."""
 
 from __future__ import annotations
 

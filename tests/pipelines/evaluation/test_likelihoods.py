@@ -1,4 +1,4 @@
-"""Questions share passes and score as alone; what is longer than the student is scored in pieces, and ends nothing."""
+"""Questions share passes and score as alone; what is too long is scored in pieces."""
 
 from __future__ import annotations
 
