@@ -1,4 +1,4 @@
-"""A hub in memory: as much of its interface as creating a repository, committing to it and downloading it need."""
+"""A hub in memory: as much of its interface as publishing and downloading need."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import base64
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import parse_qs
 
 import uvicorn
+from huggingface_hub import HfApi
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -53,6 +54,11 @@ class Hub:
                 ),
             ]
         )
+
+    @staticmethod
+    def api(endpoint: str, token: str) -> Callable[[], HfApi]:
+        """What takes the place of `HfApi` in this process."""
+        return lambda: HfApi(endpoint, token)
 
     def _may(self, request: Request) -> bool:
         return request.headers.get("authorization") == f"Bearer {self.token}"

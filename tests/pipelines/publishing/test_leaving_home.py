@@ -40,7 +40,7 @@ def test_from_the_cache_to_a_stranger(caches: dict[str, Path], tmp_path: Path) -
     with running(hub) as place:
         environment = {**os.environ, **place, "HF_TOKEN": "secret", "HF_HOME": str(tmp_path / "hf")}
         tide = [sys.executable, "-m", "pipelines.cli"]
-        subprocess.run([*tide, "publish", str(tmp_path / "exported"), "hf://me/small"], env=environment, check=True,
+        subprocess.run([*tide, "publish", str(tmp_path / "exported"), "hf://me/small", "--private"], env=environment, check=True,
                        capture_output=True)  # fmt: skip
         command = [*tide, "serve", "me/small", "--port", "0", "--device", "cpu", "--block", "8"]
         with (
@@ -56,6 +56,9 @@ def test_from_the_cache_to_a_stranger(caches: dict[str, Path], tmp_path: Path) -
             got = asked.chat.completions.create(model="me/small", messages=chat, max_tokens=16)  # type: ignore[arg-type]
             server.send_signal(signal.SIGINT)
             server.stderr.read()
+    files = hub.repositories["me/small"]
+    weights = (tmp_path / "exported" / "model.safetensors").read_bytes()
+    assert files["model.safetensors"] == weights and hub.private["me/small"]
     prompt = ours.prompt(chat)
     (wanted,) = sample(ours.model, [prompt], ours.special, SampleConfig(new_tokens=16, block=8))
     assert got.choices[0].message.content == ours.text(wanted)
