@@ -59,7 +59,9 @@ class CodeEval:
         scores = {}
         for n in k:
             if all(samples >= n for samples, _ in counts):
-                scores[f"pass@{n}"] = sum(pass_at_k(*c, n) for c in counts) / len(counts)
+                scores[f"pass@{n}"] = sum(
+                    pass_at_k(made, right, n) for made, right in counts
+                ) / len(counts)
         return scores, dict(results)
 
 

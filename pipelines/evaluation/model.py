@@ -175,7 +175,7 @@ class TideBD3LM(TemplateLM):
         questions: list[tuple[str, dict[str, Any], int]] = []
         repeats: dict[tuple[str, str], int] = defaultdict(int)
         for number, request in enumerate(requests):
-            context, options = request.args
+            context, options = request.args  # type: ignore[misc]
             question = (context, options, repeats[context, repr(options)])
             repeats[context, repr(options)] += 1
             questions.append(question)
@@ -231,7 +231,7 @@ class TideBD3LM(TemplateLM):
         room = (self._max_length - config.new_tokens) // config.block * config.block
         prompts, stops = [], []
         for request in requests:
-            context, options = request.args
+            context, options = request.args  # type: ignore[misc]
             prompt = self.tok_encode(context) or [eos]
             self.truncated += len(prompt) > room
             prompts.append(prompt[-room:])

@@ -140,7 +140,7 @@ def save(
         if "," in key and "_stderr," not in key and isinstance(value, int | float):
             metrics.append(key)
     metric = benchmark.metric or next(iter(metrics), None)
-    if metric not in metrics:
+    if metric is None or metric not in metrics:
         raise TideError(
             f"{benchmark.task} reports no {metric or 'score'}; its answers are kept in {out}",
             expected=f"one of its metrics, {', '.join(metrics) or 'of which it has none'}",

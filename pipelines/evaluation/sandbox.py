@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _running(role: str, link: socket.socket, limits: Limits, folder: str) -> Ite
     told, tell = os.pipe()
     command = _command(role, limits, bwrap, ["--info-fd", str(tell)])
     process = subprocess.Popen(
-        command, env=environment | {"OPENBLAS_NUM_THREADS": "1"}, cwd=folder, stdin=link,
+        command, env=environment | {"OPENBLAS_NUM_THREADS": "1"}, cwd=folder, stdin=link.fileno(),
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, pass_fds=[tell],
         start_new_session=True,
     )  # fmt: skip
@@ -146,15 +146,18 @@ def _command(role: str, limits: Limits, bwrap: str, options: list[str]) -> list[
 def give_up(seconds: int, memory: int, file_size: int) -> None:
     """Set the limits, for good."""
     Path("/proc/self/oom_score_adj").write_text("1000")  # goes first where memory runs out
-    if os.geteuid() == 0 and __file__ == "/sandbox.py":
+    sandboxed = __file__ == "/sandbox.py"
+    if sandboxed and os.geteuid() == 0:
         nobody = (1 << 30) + int.from_bytes(os.urandom(3))
         os.setgroups([])
         os.setgid(nobody)
         os.setuid(nobody)
     limits = {
         resource.RLIMIT_CPU: seconds, resource.RLIMIT_AS: memory, resource.RLIMIT_FSIZE: file_size,
-        resource.RLIMIT_NPROC: 16, resource.RLIMIT_NOFILE: 256, resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NOFILE: 256, resource.RLIMIT_CORE: 0,
     }  # fmt: skip
+    if sandboxed:  # outside, the user's other processes would count
+        limits[resource.RLIMIT_NPROC] = 16
     for kind, limit in limits.items():
         resource.setrlimit(kind, (limit, limit))
     sys.set_int_max_str_digits(0)
@@ -173,7 +176,7 @@ class Link:
     What is no plain value stays at its end, under a number.
     """
 
-    def __init__(self, may: dict[str, Callable[..., Any]], lost: Callable[[], Any]) -> None:
+    def __init__(self, may: dict[str, Callable[..., Any]], lost: Callable[[], NoReturn]) -> None:
         self.may, self.lost, self.kept = may, lost, []
         link = socket.socket(fileno=os.dup(0))
         self.reader, self.writer = link.makefile("rb"), link.makefile("wb")
@@ -302,7 +305,7 @@ def judge() -> None:
     output = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
-    def say(verdict: str) -> None:
+    def say(verdict: str) -> NoReturn:
         os.write(output, verdict.encode(errors="replace")[:2000])
         os._exit(0)
 

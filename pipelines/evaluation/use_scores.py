@@ -67,13 +67,14 @@ def score_use(model: str, threshold: float = THRESHOLD) -> UseScores:
             exact += ids == gap.ids[gap.places].tolist()
             tokens, steps = tokens + len(ids), steps + passes
     # The share of short functions, asked for by name, for which a function that parses is sampled
-    chats = []
-    for chat in heldout_functions():
-        if len(str(chat.messages[-1]["content"])) <= _LONGEST_FUNCTION:
-            chats.append(list(chat.messages[:-1]))
+    short = filter(
+        lambda chat: len(str(chat.messages[-1]["content"])) <= _LONGEST_FUNCTION,
+        heldout_functions(),
+    )
+    chats = [list(chat.messages[:-1]) for chat in itertools.islice(short, _FUNCTIONS)]
     block = student.block or 32
     config = SampleConfig(new_tokens=3 * block, block=block, threshold=threshold)
-    parsed = [is_function(text) for text in student.answer(chats[:_FUNCTIONS], config, _BATCH)]
+    parsed = [is_function(text) for text in student.answer(chats, config, _BATCH)]
     return UseScores(exact / len(gaps), sum(parsed) / len(parsed), tokens / steps, threshold)
 
 

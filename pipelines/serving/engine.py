@@ -53,14 +53,14 @@ class Answer:
         return Piece(more, len(kept), reason)
 
 
+@dataclass(eq=False)
 class Job:
-    """A response that is asked for. `deliver` is called from the engine's thread, each block."""
+    """A response that is asked for."""
 
-    def __init__(
-        self, row: Row, answer: Answer, deliver: Callable[[Piece | Exception], None]
-    ) -> None:
-        self.row, self.answer, self.deliver = row, answer, deliver
-        self.cancelled = False  # set by whoever asked, when nobody waits for it any more
+    row: Row
+    answer: Answer
+    deliver: Callable[[Piece | Exception], None]  # called from the engine's thread, each block
+    cancelled: bool = False  # set by whoever asked, when nobody waits for it any more
 
 
 class Full(Exception):

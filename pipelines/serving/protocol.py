@@ -126,34 +126,33 @@ class Reply:
         """All choices, each a text and the last piece of its response."""
         choices = []
         for number, (text, piece) in enumerate(zip(texts, last, strict=True)):
-            message = {"role": "assistant", "content": text}
-            said = {"message": message} if self._chat else {"text": text}
+            message = {"message": {"role": "assistant", "content": text}}
+            said = message if self._chat else {"text": text}
             choices.append(_choice(number, said, piece.reason))
         kind = "chat.completion" if self._chat else "text_completion"
-        return {**self._head, "object": kind, "choices": choices, **self._usage(last)}
+        return {**self._head, "object": kind, "choices": choices, "usage": self._usage(last)}
 
-    def first(self, number: int) -> dict[str, Any]:
-        """The chunk of a chat that says who speaks."""
-        delta = {"delta": {"role": "assistant", "content": ""}}
-        return self._chunk([_choice(number, delta, None)])
-
-    def chunk(self, number: int, piece: Piece) -> dict[str, Any]:
-        """More of one choice."""
-        said = {"delta": {"content": piece.text}} if self._chat else {"text": piece.text}
-        return self._chunk([_choice(number, said, piece.reason)])
+    def chunk(self, number: int, piece: Piece | None) -> dict[str, Any]:
+        """More of one choice; without a piece the chunk of a chat that says who speaks."""
+        if piece is None:
+            said, reason = {"delta": {"role": "assistant", "content": ""}}, None
+        else:
+            said = {"delta": {"content": piece.text}} if self._chat else {"text": piece.text}
+            reason = piece.reason
+        return self._chunk(choices=[_choice(number, said, reason)])
 
     def usage(self, last: Sequence[Piece]) -> dict[str, Any]:
         """The chunk behind the last, where a request wants it."""
-        return {**self._chunk([]), **self._usage(last)}
+        return self._chunk(choices=[], usage=self._usage(last))
 
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _chunk(self, **content: Any) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
-        return {**self._head, "object": kind, "choices": choices}
+        return {**self._head, "object": kind, **content}
 
-    def _usage(self, last: Sequence[Piece]) -> dict[str, Any]:
+    def _usage(self, last: Sequence[Piece]) -> dict[str, int]:
         prompt, made = self._prompt_tokens, sum(piece.tokens for piece in last)
-        counts = {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
-        return {"usage": counts}
+        counts = {"prompt_tokens": prompt, "completion_tokens": made}
+        return {**counts, "total_tokens": prompt + made}
 
 
 def _choice(number: int, said: dict[str, Any], reason: str | None) -> dict[str, Any]:

@@ -295,7 +295,7 @@ async def _stream(
     try:
         if chat:
             for number in range(len(jobs)):
-                yield event(reply.first(number))
+                yield event(reply.chunk(number, None))
         async for number, piece in _pieces(jobs, events):
             last[number] = piece
             if piece.text or piece.reason is not None:
