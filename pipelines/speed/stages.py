@@ -26,8 +26,7 @@ from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.load_engine import load_engine
 from teacher_cache.run.open import open_or_begin
-from teacher_cache.run.units import examples_of, run_units
-from teacher_cache.run.work import prepare_unit
+from teacher_cache.run.work import examples_of, prepare_unit, run_units
 
 EXAMPLES, BATCH, ROUNDS = 96, 8, 3
 

@@ -20,7 +20,7 @@ from teacher_cache.run.load_engine import load_engine
 from teacher_cache.run.open import open_or_begin
 from teacher_cache.run.ranks import run_ranks
 from teacher_cache.run.tables import make_tables, settle_tables
-from teacher_cache.run.units import run_units
+from teacher_cache.run.work import run_units
 
 
 @dataclass(frozen=True)

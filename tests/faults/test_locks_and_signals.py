@@ -99,7 +99,8 @@ def test_a_lock_is_held_by_one_and_free_once_that_was_killed(
         monkeypatch.setattr(FileLock, "acquire", FileLock.acquire)  # given back at the end
         exec(NO_FLOCK, {})
     with holder(lock, "" if flock else NO_FLOCK) as process:
-        with pytest.raises(TideError, match=str(process.pid)), hold(lock, "it"):
+        refused = pytest.raises(TideError, match=str(process.pid))
+        with refused, hold(lock, "it"):
             pass
     with hold(lock, "it"), pytest.raises(TideError, match=str(os.getpid())), hold(lock, "it"):
         pass

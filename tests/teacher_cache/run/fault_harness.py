@@ -56,7 +56,7 @@ class Points:
             self._fault()
 
     def install(self) -> None:
-        """Put a point before each step of `atomic_file`, and one in the middle of what it writes."""
+        """Put a point before each step of `atomic_file`, and one in the middle of writing."""
         real_fsync, real_replace, real_open, real_sync = (
             os.fsync,
             Path.replace,

@@ -10,12 +10,12 @@ import pytest
 
 from shared.cache.shards import Unit, finished_units
 from shared.system.errors import TideError
-from teacher_cache.run import build, units
+from teacher_cache.run import build, work
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.load_engine import load_engine
 from teacher_cache.run.open import Run, open_or_begin
 from teacher_cache.run.progress import read_status
-from teacher_cache.run.units import run_units
+from teacher_cache.run.work import run_units
 from tests.conftest import small_cache_config
 
 
@@ -49,14 +49,14 @@ def test_the_next_unit_is_prepared_and_the_last_one_written_while_the_engine_wor
     """
     every = run.missing
     prepared, calls, scoring = [0], [0], threading.Condition()
-    prepare, write = units.prepare_unit, units.write_shard
+    prepare, write = work.prepare_unit, work.write_shard
 
     def note_prepared(*args: Any) -> Any:
-        work = prepare(*args)
+        drawn = prepare(*args)
         with scoring:
             prepared[0] += 1
             scoring.notify_all()
-        return work
+        return drawn
 
     def late_write(path: Path, *rest: Any) -> bytes:
         number = every.index(Unit(int(path.parent.name[-2:]), int(path.stem[-5:]))) + 1
@@ -70,8 +70,8 @@ def test_the_next_unit_is_prepared_and_the_last_one_written_while_the_engine_wor
             scoring.notify_all()
             assert scoring.wait_for(lambda: prepared[0] >= min(call + 1, len(every)), timeout=30)
 
-    monkeypatch.setattr(units, "prepare_unit", note_prepared)
-    monkeypatch.setattr(units, "write_shard", late_write)
+    monkeypatch.setattr(work, "prepare_unit", note_prepared)
+    monkeypatch.setattr(work, "write_shard", late_write)
     run_units(run, spied(run, before), every)
     assert finished_units(run.config.out) == every
 
