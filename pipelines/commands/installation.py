@@ -11,8 +11,6 @@ from typer import Option
 from pipelines.commands.app import INSTALLATION, app
 from pipelines.terminal import say
 
-Checkpoints = Annotated[Path, Option("--work", help="Checkpoints, to resume from.")]
-
 
 @app.command(rich_help_panel=INSTALLATION)
 def env() -> None:
@@ -52,27 +50,25 @@ def bench(
 
 @app.command(rich_help_panel=INSTALLATION)
 def tiny_teacher(
-    work: Checkpoints = Path("runs/tiny-teacher"),
     teacher: Annotated[Path, Option(help="Its folder.")] = Path("teacher_cache/teachers/tiny"),
     student_tokenizer: Annotated[Path, Option(help="The other student's tokenizer.")] = Path(
         "student_train/tiny_tokenizer"
     ),
 ) -> None:
-    """Train the embedded teacher again (about an hour on 2 cores). Run again to resume."""
-    from pipelines.tools.tiny_teacher import TinyTeacherConfig, train_tiny_teacher
+    """Train the embedded teacher again (about an hour on 2 cores)."""
+    from pipelines.tools.tiny_models import train_tiny_teacher
 
-    train_tiny_teacher(teacher, student_tokenizer, work, TinyTeacherConfig())
+    train_tiny_teacher(teacher, student_tokenizer)
 
 
 @app.command(rich_help_panel=INSTALLATION)
 def tiny_student(
     out: Annotated[Path, Option(help="Their folder.")] = Path("student_train/tiny_students"),
-    work: Checkpoints = Path("runs/tiny-student"),
     only: Annotated[Literal["cross", "shared"] | None, Option(help="One of the two.")] = None,
 ) -> None:
-    """Pre-train the embedded students again, by cross-entropy alone. Run again to resume."""
-    from pipelines.tools.tiny_student import TOKENIZERS, TinyStudentConfig, train_tiny_student
+    """Pre-train the embedded students again, by cross-entropy alone."""
+    from pipelines.tools.tiny_models import TOKENIZERS, train_tiny_student
 
     for name, tokenizer in TOKENIZERS.items():
         if only in (None, name):
-            train_tiny_student(tokenizer, out / name, work / name, TinyStudentConfig())
+            train_tiny_student(tokenizer, out / name)

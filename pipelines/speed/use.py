@@ -44,7 +44,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "8 steps a block": {"steps_per_block": 8},
     "4 steps a block": {"steps_per_block": 4},
     "threshold 0.9": {"threshold": 0.9},
-    "threshold 0.5": {"threshold": 0.5},
+    "threshold 0.2": {"threshold": 0.2},
 }
 
 

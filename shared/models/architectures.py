@@ -36,6 +36,12 @@ class FusedGlm4Moe(transformers.Glm4MoeForCausalLM):
     A class of its own, so that transformers splits them under this name alone.
     """
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for its decorator in the file of the class, and would run expert by
+        # expert here; the layers are the stock ones, which multiply all experts at once.
+        return True
+
 
 def split_qkv(fused: torch.Tensor, config: Any) -> tuple[torch.Tensor, ...]:
     """The rows of the query, key and value projections, which lie one after the other."""
