@@ -13,6 +13,8 @@ from huggingface_hub import snapshot_download
 from shared.system.errors import TideError
 from shared.system.files import read_json, refuse_odd
 
+AGAIN = "download the checkpoint again, from a place that you trust"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -26,10 +28,7 @@ class Checkpoint:
         """How many ids the model knows, by its config. TideError where the config does not say."""
         rows = self.config.get("embedding_size") or self.config.get("vocab_size")
         if not isinstance(rows, int):
-            raise TideError(
-                f"the config of {self.folder} lacks vocab_size",
-                fix="download config.json again, or use another model",
-            )
+            raise TideError(f"the config of {self.folder} lacks vocab_size", fix=AGAIN)
         return rows
 
     def special_ids(self, role: str) -> list[int]:
@@ -51,8 +50,7 @@ class Checkpoint:
         if not files:
             pickled = [p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
             raise TideError(
-                f"{self.folder} has no safetensors weights"
-                + (f", only pickled ones: {pickled}" if pickled else ""),
+                f"{self.folder} has no safetensors weights; pickled ones: {pickled or 'none'}",
                 expected="model.safetensors, or shards with model.safetensors.index.json",
                 fix="convert the weights to safetensors; pickles can run code and are never loaded",
             )
@@ -77,23 +75,17 @@ def _indexed(index: Path) -> list[Path]:
     except TideError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TideError(
-            f"{index} is no index of weights: {error}", fix="download the checkpoint again"
-        ) from error
+        raise TideError(f"{index} is no index of weights: {error}", fix=AGAIN) from error
     if strange or not names:
-        raise TideError(
-            f"{index} names {strange[0][:200]!r}" if strange else f"{index} names no file",
-            expected="safetensors files in the same folder",
-            fix="download the checkpoint again, from a place that you trust",
-        )
-    missing = [name for name in names if not (index.parent / name).exists()]
+        named = repr(strange[0][:200]) if strange else "no file"
+        beside = "safetensors files in the same folder"
+        raise TideError(f"{index} names {named}", expected=beside, fix=AGAIN)
+    files = [index.parent / name for name in names]
+    missing = [file.name for file in files if not file.exists()]
     if missing:
-        raise TideError(
-            f"{index.parent} lacks {len(missing)} of {len(names)} weight files: "
-            f"{', '.join(missing[:5])}",
-            fix="download the checkpoint again",
-        )
-    return [index.parent / name for name in names]
+        what = f"{len(missing)} of {len(names)} weight files: {', '.join(missing[:5])}"
+        raise TideError(f"{index.parent} lacks {what}", fix=AGAIN)
+    return files
 
 
 def resolve(location: str) -> str:
@@ -124,8 +116,7 @@ def open_checkpoint(location: str, weights: bool = True) -> Checkpoint:
             raise TideError(
                 f"{location} could not be fetched from the hub: {str(error).splitlines()[0]}",
                 expected="a folder, or a hub id that can be reached",
-                fix="check the name and the network, or download the model and give its path "
-                "(--model PATH)",
+                fix="check the name and the network, or give a folder (--model PATH)",
             ) from error
     try:
         config = read_json(folder / "config.json")
@@ -134,7 +125,5 @@ def open_checkpoint(location: str, weights: bool = True) -> Checkpoint:
     except TideError:
         raise
     except (OSError, ValueError) as error:
-        raise TideError(
-            f"{folder} has no readable config.json: {error}", fix="download the checkpoint again"
-        ) from error
+        raise TideError(f"{folder} has no readable config.json: {error}", fix=AGAIN) from error
     return Checkpoint(folder, config)

@@ -7,6 +7,7 @@ code, adapters and settings that lie beside them play no part.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -67,9 +68,7 @@ def head_rows(checkpoint: Checkpoint, architecture: str) -> Float[Tensor, "vocab
         tied = kind.config(checkpoint.config).tie_word_embeddings
         name = EMBEDDING if tied or HEAD not in tensors else HEAD
         if name not in tensors:
-            raise TideError(
-                f"{checkpoint.folder} has no {name}", fix="download the checkpoint again"
-            )
+            raise TideError(f"{checkpoint.folder} has no {name}", fix="download it again")
         return tensors[name][:].to(torch.float32)
 
 
@@ -80,9 +79,8 @@ def _tensors(checkpoint: Checkpoint, files: ExitStack) -> dict[str, Any]:
         try:
             handle = files.enter_context(safe_open(file, "pt"))
         except (SafetensorError, OSError) as error:
-            raise TideError(
-                f"{file} is no whole safetensors file: {error}", fix="download this file again"
-            ) from error
+            what = f"{file} is no whole safetensors file: {error}"
+            raise TideError(what, fix="download it again") from error
         for key in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
             tensors[key] = handle.get_slice(key)
     return tensors
@@ -104,14 +102,11 @@ def _from_pretrained(
     # 1. A config of a billion layers would be built for days.
     layers = checkpoint.config.get("num_hidden_layers") or checkpoint.config.get("n_layers")
     if isinstance(layers, int) and layers > len(tensors):
-        raise TideError(
-            f"the config of {folder} has {layers} layers, its files hold {len(tensors)} tensors",
-            expected="at least one tensor a layer",
-            fix=fix,
-        )
+        counts = f"{layers} layers in config.json, {len(tensors)} tensors in the files"
+        raise TideError(f"{misfit}: {counts}", fix=fix)
 
     # 2. The config, in which every key is obeyed or refused.
-    config = _empty_model(kind, checkpoint.config, str(folder)).config
+    config = meta_model(architecture, checkpoint.config, str(folder)).config
     if quantization is not None and hasattr(config, "num_experts_per_tok"):
         raise TideError(
             f"engine.quantization={quantization} covers linear layers; this teacher keeps its "
@@ -121,10 +116,8 @@ def _from_pretrained(
     quantized = None if quantization is None else _bitsandbytes(quantization, dtype)
 
     # 3. The weights. transformers' bar and log are still: the error below says what its log would.
-    level, bars = (
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-    )
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:
@@ -133,19 +126,16 @@ def _from_pretrained(
             device_map=device_map, offload_buffers=True, quantization_config=quantized,
             ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
-    except ValueError as error:
-        if "disk" not in str(error):
-            raise
-        raise TideError(
-            "GPUs and host memory together are too small for the teacher",
-            fix="use engine.quantization=int4, a machine with more memory, or a smaller teacher",
-        ) from error
-    except RuntimeError as error:
-        if "conversion" not in str(error):
-            raise
-        raise TideError(
-            f"{misfit}: tensors that belong together differ in shape", fix=fix
-        ) from error
+    except (ValueError, RuntimeError) as error:
+        if "disk" in str(error):
+            raise TideError(
+                "GPUs and host memory together are too small for the teacher",
+                fix="use engine.quantization=int4, more memory, or a smaller teacher",
+            ) from error
+        if "conversion" in str(error):
+            what = f"{misfit}: tensors that belong together differ in shape"
+            raise TideError(what, fix=fix) from error
+        raise
     finally:
         transformers_logging.set_verbosity(level)
         if bars:
@@ -160,12 +150,8 @@ def _from_pretrained(
     if config.tie_word_embeddings and head is not embedding and not head.is_meta:
         problems.append(f"{HEAD} differs from {EMBEDDING}, to which config.json ties it")
     if problems:
-        raise TideError(
-            f"{misfit}: {'; '.join(problems[:5])}"
-            + (f" and {len(problems) - 5} more" if len(problems) > 5 else ""),
-            expected="every tensor used once and every parameter filled",
-            fix=fix,
-        )
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise TideError(f"{misfit}: {'; '.join(problems[:5])}{more}", fix=fix)
     model.config.name_or_path = ""
     return model.requires_grad_(False)
 
@@ -185,9 +171,8 @@ def _bitsandbytes(quantization: str, dtype: torch.dtype) -> Any:
 
 def _architecture(checkpoint: Checkpoint, name: str) -> Architecture:
     if name not in ARCHITECTURES:
-        raise TideError(
-            f"unknown architecture {name!r}", expected=f"one of {', '.join(sorted(ARCHITECTURES))}"
-        )
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise TideError(f"unknown architecture {name!r}", expected=f"one of {known}")
     kinds, model_type = ARCHITECTURES[name].model_types, checkpoint.config.get("model_type")
     if model_type not in kinds:
         raise TideError(
@@ -198,21 +183,22 @@ def _architecture(checkpoint: Checkpoint, name: str) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def architecture_of(checkpoint: Checkpoint) -> str:
+def architecture_of(checkpoint: Checkpoint, among: Collection[str] = tuple(ARCHITECTURES)) -> str:
     """The first architecture that takes a config of this model type. TideError where none does."""
     model_type = checkpoint.config.get("model_type")
-    for name, architecture in ARCHITECTURES.items():
-        if model_type in architecture.model_types:
+    for name in among:
+        if model_type in ARCHITECTURES[name].model_types:
             return name
     raise TideError(
         f"{checkpoint.folder} has a config of model_type {model_type!r}",
-        expected="a model type of one of " + ", ".join(sorted(ARCHITECTURES)),
+        expected=f"a model of {' or '.join(among)}",
+        fix="choose another checkpoint",
     )
 
 
-def _empty_model(kind: Architecture, raw: dict[str, Any], source: str) -> Any:
-    """The model with its parameters on the meta device."""
-    read = Read(raw)
+def meta_model(architecture: str, raw: Mapping[str, Any], source: str = "this teacher") -> Any:
+    """The model of a checkpoint's config without weights: true shapes on the meta device."""
+    kind, read = ARCHITECTURES[architecture], Read(raw)
     try:
         config = kind.config(read)
         config._attn_implementation = "sdpa"
@@ -221,21 +207,12 @@ def _empty_model(kind: Architecture, raw: dict[str, Any], source: str) -> Any:
             return kind.model_class(config)
     except TideError:
         raise
-    except KeyError as error:
-        raise TideError(
-            f"the config of {source} lacks {error}", fix="download config.json again"
-        ) from error
     except Exception as error:  # values that fit no model lead the library anywhere
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        what = f"lacks {reason}" if isinstance(error, KeyError) else f"makes no model: {reason}"
         raise TideError(
-            f"the config of {source} makes no model: {reason[:300]}",
-            fix="download config.json again",
+            f"the config of {source} {what}", fix="download config.json again"
         ) from error
-
-
-def meta_model(architecture: str, config: dict[str, Any]) -> PreTrainedModel:
-    """The model of a checkpoint's `config` without weights: true shapes on the meta device."""
-    return _empty_model(ARCHITECTURES[architecture], config, "this teacher")
 
 
 def random_model(
@@ -245,10 +222,9 @@ def random_model(
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
     """The model with random weights, to measure speed and memory with."""
-    kind = ARCHITECTURES[architecture]
     empty = meta_model(architecture, config)
     with torch.device(device):
-        model = kind.model_class._from_config(empty.config, dtype=dtype)
+        model = type(empty)._from_config(empty.config, dtype=dtype)
     return model.requires_grad_(False).eval()
 
 

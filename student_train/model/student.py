@@ -17,9 +17,8 @@ from transformers.masking_utils import flex_attention_mask
 
 from shared.cache.manifest import Manifest
 from shared.diffusion.attention import block_diffusion_places
-from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve
-from shared.models.loading import load_model, new_model
+from shared.models.loading import architecture_of, load_model, new_model
 from shared.models.masks import stated_mask
 from shared.settings.config import StudentConfig
 from shared.system.errors import TideError
@@ -96,15 +95,7 @@ def student_for(
 
 def student_architecture(checkpoint: Checkpoint) -> str:
     """`qwen3` or `llama`, by the checkpoint's config; TideError for any other."""
-    kind = checkpoint.config.get("model_type")
-    for name in ("qwen3", "llama"):
-        if kind in ARCHITECTURES[name].model_types:
-            return name
-    raise TideError(
-        f"{checkpoint.folder} has a config of model_type {kind!r}",
-        expected="a student: qwen3, a2d-qwen3 or llama",
-        fix="choose another --set student.checkpoint",
-    )
+    return architecture_of(checkpoint, ("qwen3", "llama"))
 
 
 def _make_room(model: Any, mask_id: int, settings: StudentConfig) -> None:

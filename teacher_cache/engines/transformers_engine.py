@@ -67,14 +67,12 @@ class TransformersEngine:
         self.forward_rows = 0
 
     def use_classes(self, class_of: Int[np.ndarray, " vocab"]) -> None:
-        """From now on scores hold the masses of these classes (see `Engine`)."""
         classes = int(class_of.max()) + 1
         self._spec = dataclasses.replace(self._spec, classes=classes)
         self._members = member_matrix(class_of, classes) if classes > 1 else None
 
     @torch.inference_mode()
     def score(self, requests: Sequence[Request]) -> list[Scores]:
-        """Scores of each request, in order (see `Engine`)."""
         scores: dict[int, Scores] = {}
         for packs in self.batches(requests):
             # 1. What is kept of all rows of the batch, field by field.
@@ -92,7 +90,6 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def outside(self, requests: Sequence[Request]) -> Float[np.ndarray, "temperatures vocab"]:
-        """Sums of probabilities outside of the top-k (see `Engine`)."""
         total = np.zeros((len(self._spec.temperatures), self._model.config.vocab_size))
         for packs in self.batches(requests):
             for logits, _ in self._logits(packs, requests):

@@ -61,7 +61,10 @@ def why_not(entry: TeacherEntry, settings: EngineConfig) -> TideError | None:
 
 
 class VllmEngine:
-    """Scores requests with vLLM: the values of the transformers engine, up to the order of sums."""
+    """An `Engine`: the values of the transformers engine, up to the order of sums.
+
+    TideError where one of vLLM's processes dies.
+    """
 
     def __init__(
         self,
@@ -86,7 +89,6 @@ class VllmEngine:
         self._processes = [child for child in children if child not in before]
 
     def score(self, requests: Sequence[Request]) -> list[Scores]:
-        """Scores of each request, in order (see `Engine`). TideError where a vLLM process died."""
         if not requests:
             return []
         too_long = max(len(request.ids) for request in requests)
@@ -100,13 +102,11 @@ class VllmEngine:
         return [unpack(data, self._spec) for data in self._ask(requests, classes)]
 
     def outside(self, requests: Sequence[Request]) -> Float[np.ndarray, "temperatures vocab"]:
-        """Sums of probabilities outside of the top-k (see `Engine`)."""
         read = [request for request in requests if len(request.read)]
         sums = [data.double().numpy() for data in self._ask(read, {"outside": True})]
         return np.sum(sums, axis=0)
 
     def use_classes(self, class_of: Int[np.ndarray, " vocab"]) -> None:
-        """From now on scores hold the masses of these classes (see `Engine`)."""
         classes = int(class_of.max()) + 1
         self._spec, self._classes = dataclasses.replace(self._spec, classes=classes), None
         if classes > 1:
