@@ -52,7 +52,7 @@ def split_qkv(fused: torch.Tensor, config: Any) -> tuple[torch.Tensor, ...]:
 class _SplitQKV(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: Any, target_patterns: Any, **more: Any
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Any]:
         ((fused,),) = input_dict.values()
         parts = [part.contiguous() for part in split_qkv(fused, more["config"])]
         return dict(zip(target_patterns, parts, strict=True))
@@ -143,14 +143,14 @@ def _qwen2(raw: RawConfig) -> PreTrainedConfig:
     return transformers.Qwen2Config(**values, use_sliding_window=False)
 
 
-def _head_dim(raw: RawConfig) -> int:
-    return raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+def _head_dim(raw: RawConfig) -> dict[str, Any]:
+    return {"head_dim": raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]}
 
 
 def _qwen3(raw: RawConfig) -> PreTrainedConfig:
     return transformers.Qwen3Config(
         **_qwen(raw, "intermediate_size"),
-        head_dim=_head_dim(raw),
+        **_head_dim(raw),
         attention_bias=raw.get("attention_bias", False),
     )
 
@@ -158,7 +158,7 @@ def _qwen3(raw: RawConfig) -> PreTrainedConfig:
 def _llada_moe(raw: RawConfig) -> PreTrainedConfig:
     return transformers.Qwen3MoeConfig(
         **_qwen(raw, "num_experts", "num_experts_per_tok"),
-        head_dim=_head_dim(raw),
+        **_head_dim(raw),
         intermediate_size=raw["dense_intermediate_size"],
         moe_intermediate_size=raw["expert_intermediate_size"],
         attention_bias=raw.get("attention_bias", False),
@@ -176,7 +176,7 @@ def _llada2_moe(raw: RawConfig) -> PreTrainedConfig:
     values["rope_parameters"]["partial_rotary_factor"] = raw.get("partial_rotary_factor", 1.0)
     return transformers.Glm4MoeConfig(
         **values,
-        head_dim=_head_dim(raw),
+        **_head_dim(raw),
         attention_bias=raw.get("use_qkv_bias", False),
         use_qk_norm=raw.get("use_qk_norm", True),
         n_routed_experts=raw["num_experts"],

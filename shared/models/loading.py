@@ -7,6 +7,7 @@ code, adapters and settings that lie beside them play no part.
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -118,10 +119,11 @@ def _from_pretrained(
     # 3. The weights. transformers' bar and log are still: the error below says what its log would.
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:
-        model, report = kind.model_class.from_pretrained(
+        model_class: Any = kind.model_class
+        model, report = model_class.from_pretrained(
             None, config=config, state_dict=tensors, key_mapping=dict(kind.renames), dtype=dtype,
             device_map=device_map, offload_buffers=True, quantization_config=quantized,
             ignore_mismatched_sizes=True, output_loading_info=True,
