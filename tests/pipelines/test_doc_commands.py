@@ -16,7 +16,7 @@ from tests.pipelines.test_docs import PAGES, ROOT, shell_lines
 
 # Commands that are not run, and why.
 NEEDS = {
-    r"^(cache|prepare|train|verify|sample|publish) .*(llada|dream|wedlm|sdar|OWNER/NAME --license apache-2.0$)":
+    r"^(cache|prepare|train|verify|sample|chat|publish) .*(llada|dream|wedlm|sdar|OWNER/NAME --license apache-2.0$)":
         "weights and tokenizers of the hub",
     r"^eval .*--tasks (paper|gsm8k,humaneval|arc_easy|gsm8k --limit|mmlu)": "data sets of the hub",
     r"^lm-eval ": "data sets of the hub",
