@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,14 +53,9 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
             batch = config.global_batch // self._parts
         self._batch = batch * self._parts // self._draws  # examples, of all parts together
 
-        self.totals: Counter[str] = Counter()
-        """Sums over the shards: rows, masked positions, chunks, rows without chunks."""
         self._rows = np.zeros((self._manifest.draws, self._manifest.parts), np.int64)
         for unit in self._manifest.units():
-            entry = cache.ledger[unit]
-            self._rows[unit.draw, unit.part] = entry.rows
-            for name in ("rows", "masked", "chunks", "rows_without_chunks"):
-                self.totals[name] += getattr(entry, name)
+            self._rows[unit.draw, unit.part] = cache.ledger[unit].rows
         if (self._rows.sum(axis=1) == 0).any():
             raise TideError("the cache has no rows", fix="build it from data whose prompts fit")
         # Batches of each pass, until passes come to the same draws again.

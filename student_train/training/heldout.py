@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,55 +61,37 @@ def prepare_heldout(
                 rows.append((example, masked))
     rows.sort(key=lambda row: len(row[0].student_ids))
     if not rows:
-        raise TideError(
-            f"no held-out example of {data.source} fits",
-            fix="raise lengths.student or use other data",
-        )
+        what = f"no held-out example of {data.source} fits"
+        raise TideError(what, fix="raise lengths.student or use other data")
     # 2. Batches of at most so many tokens, padding included.
-    special = set(tokenizer.backend.all_special_ids)
-    byte_lengths = torch.tensor(
-        [0 if i in special else n for i, n in enumerate(tokenizer.byte_lengths)]
-    )
-    batches, start = [], 0
-    for end in range(1, len(rows) + 1):
-        if (
-            end == len(rows)
-            or (end - start + 1) * len(rows[end][0].student_ids) > _TOKENS_PER_BATCH
-        ):
-            batches.append(_batch(rows[start:end], mask_id, byte_lengths, lengths.block))
-            start = end
+    groups: list[list[tuple[Prepared, np.ndarray]]] = [[]]
+    for row in rows:
+        if groups[-1] and (len(groups[-1]) + 1) * len(row[0].student_ids) > _TOKENS_PER_BATCH:
+            groups.append([])
+        groups[-1].append(row)
+    # 3. Their tensors; the masked positions of a batch's rows stand one after the other, [masked].
+    byte_lengths = torch.tensor(tokenizer.byte_lengths)
+    byte_lengths[tokenizer.backend.all_special_ids] = 0
+    batches = []
+    for group in groups:
+        masked = [positions for _, positions in group]
+        clean, valid = pad([e.student_ids for e, _ in group])  # [rows, length]
+        row = torch.from_numpy(np.repeat(np.arange(len(group)), [m.size for m in masked]))
+        column = torch.from_numpy(np.concatenate(masked)).long()
+        used = [len(e.student_ids) for e, _ in group]
+        places, place = needed_places(masked, used, lengths.block)
+        noised = clean.clone()
+        noised[row, column] = mask_id
+        batch = {"clean": clean, "noised": noised, "valid": valid, "row": row, "column": column}
+        sizes = byte_lengths[clean[row, column]]
+        batches.append({**batch, "places": places, "place": place, "bytes": sizes})
     return HeldOut(batches, tuple(e.id for e in examples), sum(masked.size for _, masked in rows))
-
-
-def _batch(
-    rows: Sequence[tuple[Prepared, np.ndarray]], mask_id: int, byte_lengths: Tensor, block: int
-) -> dict[str, Tensor]:
-    masked = [m for _, m in rows]
-    clean, valid = pad([e.student_ids for e, _ in rows])  # [rows, length]
-    # The masked positions of all rows one after the other, [masked]: their row and column.
-    row = torch.from_numpy(np.repeat(np.arange(len(rows)), [m.size for m in masked]))
-    column = torch.from_numpy(np.concatenate(masked)).long()
-    places, place = needed_places(masked, [len(e.student_ids) for e, _ in rows], block)
-    noised = clean.clone()
-    noised[row, column] = mask_id
-    return {
-        "clean": clean,
-        "noised": noised,
-        "valid": valid,
-        "row": row,
-        "column": column,
-        "places": places,
-        "place": place,
-        "bytes": byte_lengths[clean[row, column]],
-    }
 
 
 def warn_of_overlap(
     heldout: HeldOut, cache: Path, manifest: Manifest, store: Store | None = None
 ) -> None:
-    """A warning, with the count, where the cache (in a folder, or a store) trains on held-out
-    contents.
-    """
+    """Warns, with the count, where the cache (a folder's, or a store's) has held-out contents."""
     trained: set[str] = set()
     place, files = (cache, None) if store is None else (Path(store.root), store.files)
     for part in tqdm(range(manifest.parts), unit="shard", desc="held out?", leave=False, delay=2):
@@ -120,8 +102,7 @@ def warn_of_overlap(
     if both:
         warnings.warn(
             f"{both:,} of {len(heldout.ids):,} held-out examples are also trained on: their score "
-            "says little. "
-            "data.split and data.heldout_share divide a source by content",
+            "says little. data.split and data.heldout_share divide a source by content",
             stacklevel=2,
         )
 

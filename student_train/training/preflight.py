@@ -1,17 +1,24 @@
-"""Do machine, settings and cache fit? Everything that can be refused before a student is loaded."""
+"""Do machine, settings, cache and the run's folder fit? All that is refused before a run begins.
+
+`run.json` says what a run's folder holds, so that no other run goes on in it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import logging
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from shared.cache.manifest import Manifest
+from shared.cache.manifest import Manifest, differences
+from shared.settings.build import to_plain
 from shared.settings.config import TrainConfig
 from shared.settings.objectives import (
     KL,
@@ -21,12 +28,18 @@ from shared.settings.objectives import (
     ReverseCalm,
     ReverseKL,
 )
+from shared.system.atomic import write_bytes
 from shared.system.errors import TideError
+from shared.system.files import read_json
 from shared.system.hardware import choose_device, choose_precision, explain_precision
 from student_train.batches.open_cache import OpenCache, open_cache
-from student_train.training.run_folder import recorded_settings
 
 logger = logging.getLogger(__name__)
+
+_RUN = "run.json"
+# Settings that change nothing of what is trained.
+_MAY_CHANGE = {"log_steps", "checkpoint_steps", "eval_steps", "report_to", "run_name"}
+_MAY_CHANGE |= {"loader_workers", "store_cache_gb"}
 
 
 def preflight(config: TrainConfig, processes: int) -> tuple[TrainConfig, OpenCache]:
@@ -47,26 +60,18 @@ def preflight(config: TrainConfig, processes: int) -> tuple[TrainConfig, OpenCac
     config = settle_batch(dataclasses.replace(config, precision=precision), processes)
     if config.student.attention == "auto":
         attention = "flex" if on_gpu(config) else "sdpa"
-        config = dataclasses.replace(
-            config, student=dataclasses.replace(config.student, attention=attention)
-        )
+        student = dataclasses.replace(config.student, attention=attention)
+        config = dataclasses.replace(config, student=student)
     # 4. The cache, and whether it holds what the objective needs.
     opened = open_cache(config)
     manifest = opened.manifest
     check_objective(config.distillation, manifest, config.cache)
-    entries = opened.ledger.values()
-    check_chunks(
-        config.distillation,
-        config.cache,
-        rows=sum(entry.rows for entry in entries),
-        bare=sum(entry.rows_without_chunks for entry in entries),
-    )
+    rows = sum(entry.rows for entry in opened.ledger.values())
+    bare = sum(entry.rows_without_chunks for entry in opened.ledger.values())
+    check_chunks(config.distillation, config.cache, rows, bare)
     if config.draws_per_step > manifest.draws:
         raise TideError(
-            f"draws_per_step is {config.draws_per_step}, and {config.cache} has {manifest.draws} "
-            "draws "
-            "of an example",
-            expected=f"at most {manifest.draws}",
+            f"draws_per_step is {config.draws_per_step}; {config.cache} has {manifest.draws} draws",
             fix="grow the cache: run the same `tide cache` with a larger --draws",
         )
     return config, opened
@@ -91,39 +96,25 @@ def check_machine(config: TrainConfig, processes: int) -> None:
     """TideError where trackers, attention, `parallel` or the optimizer need what is not there."""
     for name in config.report_to:
         if importlib.util.find_spec(name) is None:
-            raise TideError(
-                f"report_to names {name}, which is not installed",
-                fix=f"pip install {name}, or take it out of report_to",
-            )
+            fix = f"pip install {name}, or take it out of report_to"
+            raise TideError(f"report_to names {name}, which is not installed", fix=fix)
     if config.student.attention == "flex" and not on_gpu(config):
-        raise TideError(
-            "student.attention is flex, and on a CPU PyTorch has no gradient for flex_attention",
-            fix="leave student.attention out: SDPA is used there",
-        )
-    if config.parallel == "fsdp" and (
-        config.device == "cpu" or not torch.accelerator.is_available()
-    ):
-        raise TideError(
-            "parallel is fsdp, and this run is on a CPU",
-            fix="use parallel=ddp, or a machine with GPUs",
-        )
-    if config.parallel == "fsdp" and processes < 2:
-        raise TideError(
-            "parallel is fsdp, and there is one process",
-            expected="several, one a GPU",
-            fix="start with `torchrun --nproc-per-node N -m pipelines.cli train …`, or leave it "
-            "out",
-        )
+        what = "student.attention is flex, and flex_attention has no gradient on a CPU"
+        raise TideError(what, fix="leave student.attention out: SDPA is used there")
+    if config.parallel == "fsdp":
+        if config.device == "cpu" or not torch.accelerator.is_available():
+            fix = "use parallel=ddp, or a machine with GPUs"
+            raise TideError("parallel is fsdp, and this run is on a CPU", fix=fix)
+        if processes < 2:
+            fix = "start with `torchrun --nproc-per-node N -m pipelines.cli train …`"
+            raise TideError("parallel is fsdp, and there is one process", fix=fix)
     if config.optimizer == "adamw_8bit":
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise TideError(
-                "optimizer is adamw_8bit, and bitsandbytes is not installed",
-                fix="pip install bitsandbytes",
-            )
+            what = "optimizer is adamw_8bit, and bitsandbytes is not installed"
+            raise TideError(what, fix="pip install bitsandbytes")
         if not on_gpu(config):
-            raise TideError(
-                "optimizer is adamw_8bit, and this run is on a CPU", fix="use optimizer=adamw"
-            )
+            what = "optimizer is adamw_8bit, and this run is on a CPU"
+            raise TideError(what, fix="use optimizer=adamw")
 
 
 def settle_batch(config: TrainConfig, processes: int) -> TrainConfig:
@@ -136,12 +127,8 @@ def settle_batch(config: TrainConfig, processes: int) -> TrainConfig:
     whole, draws = config.global_batch, config.draws_per_step
     if whole is None:
         if config.batch_size % draws:
-            raise TideError(
-                f"batch_size is {config.batch_size} and draws_per_step {draws}: a batch holds all "
-                f"{draws} draws of each of its examples",
-                expected=f"a multiple of {draws}",
-                fix="change batch_size or draws_per_step",
-            )
+            what = f"batch_size is {config.batch_size}, and draws_per_step is {draws}"
+            raise TideError(what, expected=f"a batch_size that is a multiple of {draws}")
         return config
     unit = processes * draws
     if whole % unit:
@@ -149,7 +136,6 @@ def settle_batch(config: TrainConfig, processes: int) -> TrainConfig:
             f"global_batch is {whole}, and {processes} processes cannot share it evenly in "
             f"examples of {draws} draws",
             expected=f"a multiple of {unit}, such as {-(-whole // unit) * unit}",
-            fix="change the number of processes, or --set global_batch=…",
         )
     each = whole // processes
     most = min(each, max(config.batch_size, draws))
@@ -157,8 +143,7 @@ def settle_batch(config: TrainConfig, processes: int) -> TrainConfig:
     if config.accumulation not in (1, each // size):
         raise TideError(
             f"accumulation is {config.accumulation}, and global_batch {whole} over {processes} "
-            "processes in passes "
-            f"of {size} makes it {each // size}",
+            f"processes in passes of {size} makes it {each // size}",
             fix="leave accumulation out, or global_batch",
         )
     return dataclasses.replace(config, batch_size=size, accumulation=each // size)
@@ -174,31 +159,23 @@ def check_objective(settings: Distillation, manifest: Manifest, cache: Path) -> 
         case KL() | ReverseKL():
             if "topk" not in manifest.signals or not manifest.shared_tokenizer:
                 raise TideError(
-                    f"{settings.type} compares token distributions, and {cache} has none in the "
-                    "student's vocabulary",
-                    expected="a cache with the signal topk from a teacher that shares the "
-                    "student's tokenizer",
+                    f"{settings.type} needs logits in the student's vocabulary; {cache} has none",
+                    expected="the signal topk of a teacher that shares the student's tokenizer",
                     fix="use calm or reverse_calm, or a cache from such a teacher",
                 )
             if settings.temperature not in manifest.temperatures:
                 raise TideError(
                     f"the temperature {settings.temperature} is not in the cache {cache}",
                     expected=f"one of {', '.join(map(str, manifest.temperatures))}",
-                    fix="choose one of these, or build a cache with targets.temperatures that "
-                    "includes it",
+                    fix="or build a cache with targets.temperatures that includes it",
                 )
         case Calm() | ReverseCalm():
             if "chunks" not in manifest.signals:
-                raise TideError(
-                    f"{settings.type} needs chunk likelihoods, and {cache} has only "
-                    f"{', '.join(manifest.signals)}",
-                    fix='build a cache with targets.signals=["topk","chunks"]',
-                )
+                what = f"{settings.type} needs the signal chunks, and {cache} does not have it"
+                raise TideError(what, fix='build a cache with targets.signals=["topk","chunks"]')
     if settings.tidal is not None and isinstance(settings, ReverseKL | ReverseCalm):
-        warnings.warn(
-            f"TIDAL with {settings.type}: the paper advises against TIDAL with a reverse objective",
-            stacklevel=2,
-        )
+        text = f"TIDAL with {settings.type}: the paper advises against it with a reverse objective"
+        warnings.warn(text, stacklevel=2)
 
 
 def check_chunks(settings: Distillation, cache: Path, rows: int, bare: int) -> None:
@@ -208,14 +185,64 @@ def check_chunks(settings: Distillation, cache: Path, rows: int, bare: int) -> N
     if not isinstance(settings, Calm | ReverseCalm):
         return
     if bare == rows:
-        raise TideError(
-            f"{settings.type} learns from chunks, and {cache} has none",
-            fix="look at `tide prepare --show 3`: the two tokenizers align nowhere; or train with "
-            "type=none",
-        )
+        fix = "see `tide prepare --show 3`: the tokenizers align nowhere; or train with type=none"
+        raise TideError(f"{settings.type} learns from chunks, and {cache} has none", fix=fix)
     if bare > rows / 2:
-        warnings.warn(
-            f"{bare:,} of {rows:,} rows of {cache} have no chunk: they are trained by "
-            "cross-entropy alone",
-            stacklevel=2,
+        text = (
+            f"{bare:,} of {rows:,} rows of {cache} have no chunk: cross-entropy alone trains them"
         )
+        warnings.warn(text, stacklevel=2)
+
+
+def recorded_settings(out: Path) -> dict[str, Any]:
+    """The settings of the run in `out`, empty where there is none; TideError where damaged."""
+    return dict(_recorded(out).get("config", {}))
+
+
+def _recorded(out: Path) -> dict[str, Any]:
+    path = out / _RUN
+    if not path.exists():
+        return {}
+    try:
+        about = read_json(path)
+        if not isinstance(about, dict) or not isinstance(about.get("config"), dict):
+            raise ValueError("it describes no run")
+    except ValueError as error:
+        fix = "delete the run's folder and train again"
+        raise TideError(f"{path} is damaged: {error}", fix=fix) from error
+    return about
+
+
+def begin_or_go_on(config: TrainConfig, manifest: Manifest, processes: int, steps: int) -> None:
+    """Write what this run of `steps` steps is, or refuse to go on with another one.
+
+    A run may be looked at otherwise (`_MAY_CHANGE`), and it may become longer, which is said.
+    """
+    settings = to_plain(config)
+    settings.pop("out")
+    # The same rows make a step, however it is divided, and however many processes share it.
+    settings["batch_size"] *= processes
+    if config.global_batch is not None:
+        del settings["batch_size"], settings["accumulation"]
+    this = {"config": settings, "cache": manifest.digest, "draws": manifest.draws, "steps": steps}
+    this = json.loads(json.dumps(this))
+    before = _recorded(config.out)
+    if before:
+        longer = steps > before.get("steps", steps)
+        lines = differences(_identity(before, longer), _identity(this, longer))
+        if lines:
+            what = [f"{config.out} holds a run with other settings (run → now):", *lines]
+            fix = "give back the old settings, or choose another folder (--out)"
+            raise TideError("\n    ".join(what), fix=fix)
+        if longer:
+            said = "the run is extended from %d to %d steps, and its schedules with it"
+            logger.info(said, before["steps"], steps)
+    if before != this:
+        write_bytes(config.out / _RUN, (json.dumps(this, indent=2) + "\n").encode())
+
+
+def _identity(about: Mapping[str, Any], longer: bool) -> dict[str, Any]:
+    """What must be the same; the length need not where a run becomes longer."""
+    free = _MAY_CHANGE | ({"epochs", "max_steps"} if longer else set())
+    config = {name: value for name, value in about["config"].items() if name not in free}
+    return {**about, "config": config, "steps": None}

@@ -21,9 +21,9 @@ from shared.system.files import read_json
 from student_train.batches.collate import Batch
 from student_train.losses.fused_head import LossSettings
 from student_train.losses.objective import objective
-from student_train.training.metrics import NONFINITE
+from student_train.training.preflight import recorded_settings
 from student_train.training.resumable import whole_checkpoints
-from student_train.training.run_folder import recorded_settings
+from student_train.training.step import NONFINITE
 from student_train.training.trainer import StudentTrainer, make_trainer
 
 
@@ -32,24 +32,18 @@ class _Reached(Exception):
 
 
 def replay(run: Path) -> str:
-    """A report on the recorded step of `run`. TideError where nothing is recorded, or it is
-    damaged.
-    """
+    """A report on the recorded step of `run`. TideError where none is recorded, or damaged."""
     # 1. What was recorded when the run stopped.
     path = run / f"{NONFINITE}.json"
     if not path.exists():
-        raise TideError(
-            f"{run} has no record of a loss that was not finite",
-            expected="a run that `tide train` stopped for that reason",
-        )
+        raise TideError(f"no loss of {run} was not finite", expected="a run that stopped for that")
     try:
         note = read_json(path)
         step, number = int(note["step"]), int(note["batch"])
         ids = ", ".join(map(str, note["example_ids"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise TideError(
-            f"{path} cannot be read: {error}", fix="copy the run's folder again"
-        ) from error
+        what = f"{path} cannot be read: {error}"
+        raise TideError(what, fix="copy the run's folder again") from error
     # 2. The same run again in a folder of its own, from the last checkpoint before the step.
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tide-replay-"))
@@ -69,9 +63,8 @@ def replay(run: Path) -> str:
             trainer.train_resuming()
         except _Reached as report:
             return f"step {step}, batch {number}, examples {ids}\n{report}"
-    raise TideError(
-        f"the run of {run} no longer comes to batch {number}", fix="give back the cache as it was"
-    )
+    what = f"the run of {run} no longer comes to batch {number}"
+    raise TideError(what, fix="give back the cache as it was")
 
 
 @torch.no_grad()

@@ -57,29 +57,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _mark(folder: Path, step: int, seconds: float) -> None:
-    """Declare a checkpoint whole: sync its files, and write the marker."""
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER):
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
-        files[path.relative_to(folder).as_posix()] = _sha256(path)
-    note = {"step": step, "seconds": round(seconds, 3), "files": files}
-    write_bytes(folder / MARKER, (json.dumps(note, indent=1) + "\n").encode())
-
-
-def _rotate(place: Path, keep: int) -> None:
-    """Delete all marked checkpoints but the `keep` of the highest steps, whatever their dates."""
-    marked = [folder for _, folder in _by_step(place) if (folder / MARKER).exists()]
-    for folder in marked[:-keep]:
-        (folder / MARKER).unlink()  # first, so that one killed on the way is broken, not damaged
-        shutil.rmtree(folder)
-
-
 def whole_checkpoints(place: Path) -> list[Checkpoint]:
-    """Marked checkpoints, oldest first, all their hashes looked at. Damaged ones are named and left
-    out.
-    """
+    """Marked checkpoints whose hashes hold, oldest first; damaged ones are named in the log."""
     whole = []
     for step, folder in _by_step(place):
         if not (folder / MARKER).exists():
@@ -121,9 +100,7 @@ def _clear(place: Path, whole: list[Checkpoint]) -> None:
 
 @no_type_check  # its inherited fields are not all of the types that transformers states
 class RecordedArguments(TrainingArguments):
-    """TrainingArguments that tell trackers of `tide` too: the run's own settings, and what it is
-    trained from.
-    """
+    """TrainingArguments that tell trackers of `tide` too, the run's own settings."""
 
     tide: Mapping[str, Any] = MappingProxyType({})
 
@@ -152,9 +129,8 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = (
-            True  # losses are divided by global counts, not by the loop
-        )
+        # Losses are divided by global counts, not by the loop.
+        self.model_accepts_loss_kwargs = True
         self._seconds_before = 0.0
         self._started = time.monotonic()
         self._writer = ThreadPoolExecutor(1, "checkpoint")
@@ -175,16 +151,12 @@ class ResumableTrainer(Trainer):
             whole = whole_checkpoints(place)
             _clear(place, whole)
             if whole:
-                step, steps = whole[-1].step, self.args.max_steps
                 last = [(str(whole[-1].folder), whole[-1].seconds)]
+                step, steps = whole[-1].step, self.args.max_steps
                 if step >= steps:
-                    logger.info(
-                        "this run has ended, at step %d; more epochs or max_steps extend it", step
-                    )
+                    logger.info("this run has ended; more epochs or max_steps extend it")
                 else:
-                    logger.info(
-                        "the run goes on from step %d; %d of %d are left", step, steps - step, steps
-                    )
+                    logger.info("the run goes on from step %d of %d", step, steps)
         if self.args.world_size > 1:
             broadcast_object_list(last)  # on a shared file system all must see the same
         folder, self._seconds_before = last[0] or (None, 0.0)
@@ -200,9 +172,7 @@ class ResumableTrainer(Trainer):
         return torch.utils.data.SequentialSampler(dataset)
 
     def _load_callback_state(self) -> None:
-        """Called with a checkpoint's state, which says how often it logged, saved and scored: that
-        may have changed.
-        """
+        """Called with a checkpoint's state: how often it logs, saves, scores may have changed."""
         self.state.compute_steps(self.args, self.state.max_steps)
         super()._load_callback_state()
 
@@ -219,17 +189,26 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if not self.is_world_process_zero():
             return
-        place, step, seconds = (
-            Path(str(self.args.output_dir)),
-            self.state.global_step,
-            self.seconds_trained,
-        )
+        place, step = Path(str(self.args.output_dir)), self.state.global_step
+        seconds = self.seconds_trained
 
         def write_and_mark() -> None:
             for write in later:
                 write()
-            _mark(place / f"checkpoint-{step}", step, seconds)
-            _rotate(place, _KEPT)
+            # 1. Its files are synced, then the marker declares it whole.
+            folder, files = place / f"checkpoint-{step}", {}
+            for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER):
+                with path.open("rb") as handle:
+                    os.fsync(handle.fileno())
+                files[path.relative_to(folder).as_posix()] = _sha256(path)
+            note = {"step": step, "seconds": round(seconds, 3), "files": files}
+            write_bytes(folder / MARKER, (json.dumps(note, indent=1) + "\n").encode())
+            # 2. All marked ones but two go, by their steps, whatever their dates: the marker first,
+            #    so that one killed on the way is half written, not damaged.
+            marked = [path for _, path in _by_step(place) if (path / MARKER).exists()]
+            for old in marked[:-_KEPT]:
+                (old / MARKER).unlink()
+                shutil.rmtree(old)
 
         self._pending = self._writer.submit(write_and_mark)
         if self.is_fsdp_enabled:
@@ -241,9 +220,7 @@ class ResumableTrainer(Trainer):
         if pending is not None:
             pending.result()
 
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
-    ) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self._later is None or output_dir is None:
             super()._save(output_dir, state_dict)
             return
@@ -256,11 +233,8 @@ class ResumableTrainer(Trainer):
         if self._later is None:
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:
-            states: dict[str, Any] = {
-                "optimizer.pt": self.optimizer,
-                "scheduler.pt": self.lr_scheduler,
-            }
-            for name, owner in states.items():
+            owners: tuple[Any, Any] = self.optimizer, self.lr_scheduler
+            for name, owner in zip(("optimizer.pt", "scheduler.pt"), owners, strict=True):
                 state = _in_host_memory(owner.state_dict())
                 self._later.append(partial(torch.save, state, Path(output_dir) / name))
 

@@ -1,6 +1,4 @@
-"""Stage two: the loop. Hugging Face's Trainer carries it; the loss is `objective`, the data
-`BatchDataset`.
-"""
+"""Stage two: the loop. Hugging Face's Trainer carries it; `BatchDataset` has the batches."""
 
 from __future__ import annotations
 
@@ -9,6 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -35,26 +34,19 @@ from student_train.model.card import write_card
 from student_train.model.export import save_student
 from student_train.model.student import embedding_rows, load_student
 from student_train.training.heldout import HeldOut, masked_nll, prepare_heldout, warn_of_overlap
-from student_train.training.metrics import Watch, stop_at_nonfinite
-from student_train.training.preflight import compiles, is_first, on_gpu, preflight
+from student_train.training.preflight import begin_or_go_on, compiles, is_first, on_gpu, preflight
 from student_train.training.resumable import ResumableTrainer, training_arguments
-from student_train.training.run_folder import begin_or_go_on
-from student_train.training.step import train_on_loss
+from student_train.training.step import Watch, nonfinite_error, train_on_loss
 
-_OPTIMIZERS = {
-    "adamw": "adamw_torch_fused",
-    "adamw_8bit": "adamw_bnb_8bit",
-    "adafactor": "adafactor",
-}
+_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
 _AHEAD = 16  # batches that a process of the loader has ready
 _TENSORBOARD = "tensorboard"
 
 
 def train_student(config: TrainConfig) -> dict[str, float]:
-    """Train (or go on training) a student from a cache; return its final metrics.
+    """Train (or go on training) a student from a cache; its final metrics.
 
-    The result is `out/model`, which transformers loads as is, and `out/history.json`, the logged
-    curve.
+    Writes `out/model`, which transformers loads as is, and the curve, `out/history.json`.
     """
     with ExitStack() as held:
         trainer, tokenizer = make_trainer(config, held)
@@ -66,9 +58,8 @@ def train_student(config: TrainConfig) -> dict[str, float]:
             final = trainer.accelerator.unwrap_model(trainer.model)
             save_student(final, tokenizer, config.out / "model", state)
             write_card(config.out / "model", trainer.config, trainer.manifest, metrics)
-            curve = trainer.state.log_history
-            history = {"steps": curve, "final": metrics, "machine": hardware_line()}
-            content = json.dumps(history, indent=1) + "\n"
+            history = {"steps": trainer.state.log_history, "final": metrics}
+            content = json.dumps({**history, "machine": hardware_line()}, indent=1) + "\n"
             write_bytes(config.out / "history.json", content.encode())
         shut_down_process_group()
     return metrics
@@ -90,10 +81,8 @@ def make_trainer(
     model, tokenizer = load_student(config.student, config.cache, manifest)
     k, width = manifest.fingerprint.targets.k, embedding_rows(model)
     if manifest.shared_tokenizer and k > width:
-        raise TideError(
-            f"the cache keeps {k} logits a position, the student has {width}",
-            fix="use another student",
-        )
+        what = f"the cache keeps {k} logits a position, the student has {width}"
+        raise TideError(what, fix="use another student")
     dataset = BatchDataset(opened, config, processes)
     steps = math.ceil(len(dataset) / (config.accumulation * processes))
     lengths = manifest.fingerprint.lengths
@@ -112,18 +101,21 @@ def make_trainer(
     if compiles(config):
         compile_layers(model)
     train_on_loss(model, lengths.block, read_targets, compiles(config))
+    callbacks = []
+    if _TENSORBOARD in config.report_to:  # one folder, the run's own, for all its resumptions
+        callbacks.append(TensorBoardCallback())
+        callbacks[0].logging_dir = str(config.out / _TENSORBOARD)
     trainer = StudentTrainer(
+        config,
+        manifest,
+        read_targets,
+        heldout,
         model=model,
         args=arguments(config, manifest, steps, evaluates=heldout is not None),
-        callbacks=_tensorboard(config),
+        callbacks=callbacks,
         train_dataset=dataset,
         eval_dataset=None if heldout is None else dataset,
-        data_collator=_only,
-        config=config,
-        block=lengths.block,
-        heldout=heldout,
-        read_targets=read_targets,
-        manifest=manifest,
+        data_collator=itemgetter(0),  # an item of the data set is a whole batch
     )
     return trainer, tokenizer
 
@@ -133,19 +125,16 @@ class StudentTrainer(ResumableTrainer):
 
     def __init__(
         self,
-        *args: Any,
         config: TrainConfig,
-        block: int,
-        heldout: HeldOut | None,
-        read_targets: TargetReader,
         manifest: Manifest,
+        read: TargetReader,
+        heldout: HeldOut | None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(**kwargs)
         self.config = config  # with all that was left open decided
-        self.block = block
         self.manifest = manifest
-        self.read_targets = read_targets
+        self.read_targets = read
         self._heldout = heldout
         self._watch = Watch()
         self._batches_done = 0  # of the step at hand
@@ -166,9 +155,7 @@ class StudentTrainer(ResumableTrainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The batches of one optimizer step, and the denominators over all of them, on all
-        processes.
-        """
+        """The batches of one optimizer step, and the denominators, over those of all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.zeros(3, dtype=torch.float64, device=device)
         for batch in batches:
@@ -229,7 +216,7 @@ class StudentTrainer(ResumableTrainer):
         dataset: Any = self.train_dataset
         number = item // self.accelerator.num_processes
         step = number // self.config.accumulation
-        raise stop_at_nonfinite(self.config.out, step, number, dataset.rows(item), dataset[item])
+        raise nonfinite_error(self.config.out, step, number, dataset.rows(item), dataset[item])
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out scores (`masked_nll`), logged as eval_heldout_…; those of a step that is scored
@@ -248,29 +235,21 @@ class StudentTrainer(ResumableTrainer):
 
 
 def arguments(config: TrainConfig, manifest: Manifest, steps: int, evaluates: bool) -> Any:
-    """TrainingArguments of a run of `steps` steps; trackers log the settings as `tide`, with the
-    cache's digest.
-    """
-    on_cuda = torch.cuda.is_available()
-    settings: dict[str, Any] = {}
-    workers = (1 if on_gpu(config) else 0) if config.loader_workers < 0 else config.loader_workers
-    if (
-        workers
-    ):  # batches made many ahead, so that the next shards are decoded while the last are trained on
-        settings["dataloader_num_workers"] = workers
-        settings["dataloader_prefetch_factor"] = _AHEAD
-        settings["dataloader_persistent_workers"] = True
-        # Of a process that has CUDA and threads nothing may be forked.
-        settings["dataloader_multiprocessing_context"] = "spawn"
-    if config.device == "cpu":
-        settings["use_cpu"] = True
+    """TrainingArguments; trackers log the settings as `tide`, with the cache's digest."""
+    settings: dict[str, Any] = {"use_cpu": True} if config.device == "cpu" else {}
+    workers = int(on_gpu(config)) if config.loader_workers < 0 else config.loader_workers
+    if workers:
+        # Made many ahead, batches of the next shards are decoded while the last are trained on. Of
+        # a process that has CUDA and threads nothing may be forked.
+        settings |= {"dataloader_num_workers": workers, "dataloader_prefetch_factor": _AHEAD}
+        settings |= {"dataloader_persistent_workers": True}
+        settings |= {"dataloader_multiprocessing_context": "spawn"}
     if config.parallel == "fsdp":
-        settings["fsdp"] = True
-        settings["fsdp_config"] = {"version": 2}
+        settings |= {"fsdp": True, "fsdp_config": {"version": 2}}
     made = training_arguments(
         config.out / "checkpoints",
         run_name=config.run_name or config.out.name,
-        per_device_train_batch_size=1,  # an item of the data set is a whole batch
+        per_device_train_batch_size=1,
         gradient_accumulation_steps=config.accumulation,
         max_steps=steps,
         learning_rate=config.learning_rate,
@@ -286,29 +265,13 @@ def arguments(config: TrainConfig, manifest: Manifest, steps: int, evaluates: bo
         eval_steps=config.eval_steps,
         report_to=[name for name in config.report_to if name != _TENSORBOARD],
         ddp_find_unused_parameters=False,
-        optim=_OPTIMIZERS[config.optimizer],
+        optim=_OPTIMIZERS.get(config.optimizer, config.optimizer),
         gradient_checkpointing=config.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        dataloader_pin_memory=on_cuda,
-        accelerator_config={"non_blocking": on_cuda},
+        dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"non_blocking": torch.cuda.is_available()},
         **settings,
     )
     about = {"cache_digest": manifest.digest, "teacher": manifest.fingerprint.teacher.name}
     made.tide = json.loads(json.dumps({**to_plain(config), **about}))
     return made
-
-
-def _only(batches: list[Batch]) -> Batch:
-    """The data set's items are whole batches already. (A lambda cannot be sent to the loader.)"""
-    return batches[0]
-
-
-def _tensorboard(config: TrainConfig) -> list[TensorBoardCallback]:
-    """TensorBoard in the run's own folder, one place for all its resumptions; nothing where it is
-    not asked for.
-    """
-    if _TENSORBOARD not in config.report_to:
-        return []
-    callback = TensorBoardCallback()
-    callback.logging_dir = str(config.out / _TENSORBOARD)
-    return [callback]

@@ -36,9 +36,7 @@ class Row:
         self.noise = torch.Generator().manual_seed(int.from_bytes(digest))
 
     def settles(self, size: int, step: int) -> tuple[float, float]:
-        """How many of a block of `size` become final in this step at least, and above which
-        confidence all do.
-        """
+        """How many of a block become final in this step, and above which confidence all do."""
         if self.config.threshold is not None:
             return 1, self.config.threshold
         count, more = divmod(size, min(size, self.config.steps_per_block or size))
@@ -98,8 +96,8 @@ class Decoding:
                 side._pending = side._pending[:, ahead:]
         # 2. Equally many slots: whole blocks of padding on the left of the shorter side.
         width = max(self._cached, others._cached)
-        layers = [side._layers(width, like=self if self._cached else others)
-                  for side in (self, others)]  # fmt: skip
+        like = self if self._cached else others
+        layers = [self._layers(width, like), others._layers(width, like)]
         for side in (self, others):
             more = width - side._cached
             side._valid = pad(side._valid, (more, 0))
@@ -113,18 +111,14 @@ class Decoding:
         self._valid = together(self._valid, others._valid)
         self._offset = together(self._offset, others._offset)
         self._pending = together(self._pending, others._pending)
-        self._cache = _cache_of(
-            (together(keys, other_keys), together(values, other_values))
-            for (keys, values), (other_keys, other_values) in zip(*layers, strict=True)
-        )
+        both = zip(*layers, strict=True)
+        self._cache = _cache_of((together(k, k2), together(v, v2)) for (k, v), (k2, v2) in both)
         self._cached = width
         self.rows = self.rows + others.rows
         self.passes += others.passes
 
     def keep(self, going: Sequence[bool]) -> None:
-        """The other rows leave, and cost nothing from here on; nor does padding that no row needs
-        any more.
-        """
+        """The other rows leave, and padding that no row needs any more."""
         if all(going):
             return
         kept = [i for i, goes in enumerate(going) if goes]
@@ -160,9 +154,7 @@ class Decoding:
 
     @torch.no_grad()
     def next_block(self, size: int) -> Iterator[Int[Tensor, "rows size"]]:
-        """Settle one block of `size` positions: its state after each step, and the whole with EOS
-        from an end on.
-        """
+        """Settle one block: its state after each step, and at last with EOS from an end on."""
         mask = self._special.mask
         block = torch.full((len(self.rows), size), mask, device=self._device)
         step = 0
@@ -213,9 +205,7 @@ class Decoding:
     def _choose(
         self, hidden: Float[Tensor, "batch block width"], masked: Bool[Tensor, "rows block"]
     ) -> tuple[Int[Tensor, "rows block"], Float[Tensor, "rows block"]]:
-        """A token for each masked position, and its probability (or a random number); elsewhere
-        nothing of use.
-        """
+        """A token for each masked position, and its probability (or a random number)."""
         special = self._special
         # 1. Logits of the masked positions alone, row after row: [n, vocab]. The head runs on
         #    whole multiples of 32 positions: products of a few round otherwise than those of many,
@@ -241,9 +231,8 @@ class Decoding:
         #    with Gumbel noise: that samples from their softmax.
         shape = torch.Size((masked.shape[1], logits.shape[1]))
         warm = []
-        for row, own, places in zip(
-            self.rows, logits.split(masked.sum(dim=1).tolist()), masked, strict=True
-        ):
+        by_row = logits.split(masked.sum(dim=1).tolist())
+        for row, own, places in zip(self.rows, by_row, masked, strict=True):
             if row.config.temperature > 0:
                 noise = _gumbel(shape, row.noise)[places.cpu()].to(own.device)
                 own = _narrowed(own / row.config.temperature, row.config) + noise  # noqa: PLW2901

@@ -31,9 +31,7 @@ _LOGITS_PER_SLICE = 1 << 26
 
 @dataclass(frozen=True)
 class ElboConfig:
-    """`draws` masks for each block (more lower the variance), `block` as in training, `seed` of
-    the masks.
-    """
+    """`draws` masks for each block (more lower the variance), `block` as in training."""
 
     draws: int = 32
     block: int = 32
@@ -81,7 +79,16 @@ def log_likelihoods_together(
         if not (context and continuations and all(continuations)):
             raise ValueError("the context or a continuation is empty; each needs a token at least")
     # 1. Every block of every continuation under every draw of its masks.
-    copies = [_noised_copies(row, special.mask, config) for _, row in questions]
+    copies: list[list[_Copy]] = [[] for _ in questions]
+    for row, (_, continuations) in enumerate(questions):
+        for owner, tokens in enumerate(continuations):
+            for index, start in enumerate(range(0, len(tokens), config.block)):
+                block = torch.tensor(tokens[start : start + config.block])
+                behind = [special.mask] * (config.block - len(block))
+                for mask, weight in masks(len(block), index, config):
+                    noised = block.masked_fill(mask, special.mask).tolist() + behind
+                    scored = mask.nonzero()[:, 0].tolist()
+                    copies[row].append(_Copy(owner, index, noised, scored, weight))
     # 2. What is clean goes through the model once, and stays in the cache.
     clean = _Clean(model, questions, special, config.block)
     # 3. The copies are run against it, so many at a time; their scores add up by continuation.
@@ -98,8 +105,8 @@ def log_likelihoods_together(
 def masks(
     length: int, index: int, config: ElboConfig
 ) -> list[tuple[Bool[Tensor, " length"], float]]:
-    """Masked sets of block `index`, which has `length` tokens, and the weight of each:
-    n / (l · draws).
+    """Masked sets of block `index`, of n = `length` tokens, and the weight of each, n / (l ·
+    draws).
 
     l is stratified over the draws, each of 1 … length equally likely over seeds. One token needs
     one mask.
@@ -116,21 +123,6 @@ def masks(
         mask[order[draw][order[draw] < length][:count]] = True
         sets.append((mask, length / count / config.draws))
     return sets
-
-
-def _noised_copies(
-    continuations: Sequence[Sequence[int]], mask_id: int, config: ElboConfig
-) -> list[_Copy]:
-    copies = []
-    for owner, tokens in enumerate(continuations):
-        for index in range(-(-len(tokens) // config.block)):
-            block = torch.tensor(tokens[index * config.block : (index + 1) * config.block])
-            behind = [mask_id] * (config.block - len(block))
-            for mask, weight in masks(len(block), index, config):
-                noised = block.masked_fill(mask, mask_id).tolist() + behind
-                scored = mask.nonzero()[:, 0].tolist()
-                copies.append(_Copy(owner, index, noised, scored, weight))
-    return copies
 
 
 _CONTEXT, _NOBODY = -1, -2  # owners of a context's positions, and of padding
@@ -180,9 +172,7 @@ class _Clean:
     def _mask(
         self, owner: Int[Tensor, "row query"], position: Int[Tensor, "row query"], own_block: bool
     ) -> Bool[Tensor, "row query clean"]:
-        """Which clean positions are seen: the context's and one's own, of earlier blocks (and of
-        the same block).
-        """
+        """Which clean positions are seen: the context's and one's own, of earlier blocks."""
         key_owner = self._owner[:, None]
         mine = (key_owner == owner[:, :, None]) | (key_owner == _CONTEXT)
         query, key = position[:, :, None] // self._block, self._position[:, None] // self._block
@@ -235,11 +225,9 @@ class _Clean:
                     gold.append(tokens[copy.index * block + at])
                     copies.append(row * count + number)
                     weights.append(copy.weight)
-        # 4. log p of their gold tokens in slices; the mask token counts as any other, as in
-        #    training.
-        picked = hidden[
-            torch.tensor(rows).to(hidden.device), torch.tensor(columns).to(hidden.device)
-        ]
+        # 4. log p of their gold tokens in slices; the mask token counts as any other, as trained.
+        at = torch.tensor([rows, columns]).to(hidden.device)
+        picked = hidden[at[0], at[1]]
         size = max(32, _LOGITS_PER_SLICE // self._model.lm_head.weight.shape[0])
         logp = []
         for states, ids in zip(picked.split(size), torch.tensor(gold).split(size), strict=True):

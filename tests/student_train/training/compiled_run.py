@@ -16,18 +16,18 @@ from shared.settings.build import build
 from shared.settings.config import TrainConfig
 from student_train.training.trainer import make_trainer
 
+STUDENT = {"hidden_size": 64, "layers": 3, "heads": 4, "kv_heads": 2, "intermediate_size": 96}
+
 
 def main() -> None:
     cache, folder, objective = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
     found: dict[str, object] = {}
     for way in ("off", "on"):
         counters.clear()
-        values = {
-            "cache": cache, "out": folder / way, "compile": way, "max_steps": 12, "batch_size": 4, "log_steps": 1,
-            "learning_rate": 1e-2, "precision": "float32", "device": "cpu", "distillation": objective,
-            "checkpoint_steps": 100, "report_to": [],
-            "student": {"hidden_size": 64, "layers": 3, "heads": 4, "kv_heads": 2, "intermediate_size": 96},
-        }  # fmt: skip
+        values = {"cache": cache, "out": folder / way, "compile": way, "max_steps": 12}
+        values |= {"distillation": objective, "learning_rate": 1e-2, "batch_size": 4}
+        values |= {"log_steps": 1, "checkpoint_steps": 100, "report_to": []}
+        values |= {"precision": "float32", "device": "cpu", "student": STUDENT}
         trainer, _ = make_trainer(build(TrainConfig, values))
         graphs: list[int] = []
         trainer.at_item = lambda *_, graphs=graphs: graphs.append(

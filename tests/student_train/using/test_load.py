@@ -1,5 +1,5 @@
-"""A student from a folder: its mask, block and ends are found by one rule, or an error says what
-disagrees.
+"""A student from a folder: mask, block and ends by one rule, or an error that says what disagrees;
+the stops of its answers.
 """
 
 from __future__ import annotations
@@ -18,72 +18,49 @@ from shared.models.checkpoint import open_checkpoint
 from shared.models.masks import stated_mask, student_mask
 from shared.system.errors import TideError
 from shared.text.tokenizers import Tokenizer
-from student_train.training.trainer import train_student
 from student_train.using.settings import SampleConfig, Special
-from student_train.using.student import choose_block, load_for_use, sample
+from student_train.using.student import LoadedStudent, Stops, choose_block, load_for_use, sample
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
-from tests.student_train.model.test_student import small
-from tests.student_train.training.test_trainer import config
 
 
-@pytest.fixture(scope="module")
-def student(caches: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("student")
-    train_student(config(caches["tiny-cross"], out, max_steps=2, heldout=None))
-    return out / "model"
-
-
-def edited(source: Path, target: Path, file: str = "config.json", **changes: Any) -> Path:
+def edited(source: Path | str, target: Path, file: str = "config.json", **changes: Any) -> Path:
     folder = Path(shutil.copytree(source, target))
-    values = json.loads((folder / file).read_text())
-    values.update(changes)
+    values = {**json.loads((folder / file).read_text()), **changes}
     (folder / file).write_text(json.dumps({k: v for k, v in values.items() if v != "absent"}))
     return folder
 
 
-def test_block_and_mask_of_training_are_recorded_and_used(
-    student: Path, capsys: pytest.CaptureFixture[str]
+def test_mask_and_block_of_training_are_used_and_two_masks_are_an_error(
+    student: str, tmp_path: Path
 ) -> None:
-    loaded = load_for_use(str(student), "cpu")
+    loaded = load_for_use(student, "cpu")
     assert (loaded.block, loaded.special.mask) == (32, 2047)
-    assert choose_block(None, loaded) == choose_block(32, loaded) == 32
-    assert not capsys.readouterr().err
-    assert choose_block(8, loaded) == 8
-    assert "trained with blocks of 32 and is sampled with 8" in capsys.readouterr().err
-
-
-def test_null_states_nothing_and_two_masks_are_an_error_that_shows_both(
-    student: Path, tmp_path: Path
-) -> None:
-    assert (
-        load_for_use(
-            str(edited(student, tmp_path / "null", mask_token_id=None)), "cpu"
-        ).special.mask
-        == 2047
-    )
+    assert loaded.special.ends == ()  # ChatML: the end of turn is EOS itself
+    assert (choose_block(None, loaded), choose_block(8, loaded)) == (32, 8)
+    null = edited(student, tmp_path / "null", mask_token_id=None)
+    assert load_for_use(str(null), "cpu").special.mask == 2047
     with pytest.raises(TideError, match=r"100.*2047"):
         load_for_use(str(edited(student, tmp_path / "other", mask_token_id=100)), "cpu")
-    silent = edited(edited(student, tmp_path / "a", mask_token_id="absent"), tmp_path / "b", "tokenizer_config.json", mask_token="absent")  # fmt: skip  # noqa: E501
+    silent = edited(student, tmp_path / "a", mask_token_id="absent")
+    silent = edited(silent, tmp_path / "b", "tokenizer_config.json", mask_token="absent")
     with pytest.raises(TideError):
         load_for_use(str(silent), "cpu")
 
 
-def test_an_end_of_text_or_an_ordinary_word_is_no_mask(student: Path, tmp_path: Path) -> None:
+def test_an_end_of_text_or_an_ordinary_word_is_no_mask(student: str, tmp_path: Path) -> None:
     plain = edited(student, tmp_path / "t", "tokenizer_config.json", mask_token="absent")
     tokenizer = Tokenizer.load(plain)
-    eos = tokenizer.special_id("eos")
-    for index in (eos, 100):
+    for index in (tokenizer.special_id("eos"), 100):
         folder = edited(plain, tmp_path / str(index), mask_token_id=index)
         with pytest.raises(TideError):
             stated_mask(open_checkpoint(str(folder)), tokenizer)
-    with pytest.raises(TideError):
-        student_mask(tokenizer, "the")
     assert student_mask(tokenizer, None) == ("<|mask|>", 2047)
     assert student_mask(tokenizer, "<|hole|>") == ("<|hole|>", len(tokenizer))
     named = Tokenizer.load(STUDENT_TOKENIZER)
     assert student_mask(named, None) == ("<|mask|>", 2047)
-    with pytest.raises(TideError, match="hole"):
-        student_mask(named, "<|hole|>")
+    for one, word in ((tokenizer, "the"), (named, "<|hole|>")):
+        with pytest.raises(TideError, match=word.strip("<|>")):
+            student_mask(one, word)
 
 
 class Scripted(torch.nn.Module):
@@ -111,40 +88,53 @@ class Scripted(torch.nn.Module):
 def test_the_end_of_turn_ends_an_answer_and_ids_without_a_token_are_never_sampled() -> None:
     model = Scripted(lambda p: 41 if p == 13 else 7)
     special = Special(mask=49, pad=47, eos=48, ends=(41,))
-    (answer,) = sample(model, [[1] * 8], special, SampleConfig(new_tokens=24, block=8))
-    assert answer == [7] * 5
-    (longer,) = sample(
-        model, [[1] * 8], special, SampleConfig(new_tokens=24, block=8, min_new_tokens=6)
-    )
+    config = SampleConfig(new_tokens=24, block=8)
+    assert sample(model, [[1] * 8], special, config) == [[7] * 5]
+    later = SampleConfig(new_tokens=24, block=8, min_new_tokens=6)
+    (longer,) = sample(model, [[1] * 8], special, later)
     assert 41 not in longer and len(longer) > 5
-    padded = Scripted(lambda _: 55)
-    (answer,) = sample(
-        padded, [[1] * 8], Special(49, 47, 48, vocabulary=50), SampleConfig(new_tokens=8, block=8)
-    )
+    padded = Special(49, 47, 48, vocabulary=50)
+    (answer,) = sample(Scripted(lambda _: 55), [[1] * 8], padded, config)
     assert max(answer, default=0) < 50
-    (answer,) = sample(
-        small(), [[1, 2]], Special(49, 47, 48, vocabulary=50), SampleConfig(new_tokens=8, block=8)
-    )
-    assert max(answer, default=0) < 50
+    assert Tokenizer.load(
+        TEACHER_TOKENIZER
+    ).turn_ends  # of the embedded teacher, a token of its own
 
 
-def test_the_embedded_teachers_turns_end_in_a_token_of_their_own(student: Path) -> None:
-    assert (
-        load_for_use(str(student), "cpu").special.ends == ()
-    )  # ChatML: the end of turn is EOS itself
-    assert Tokenizer.load(TEACHER_TOKENIZER).turn_ends
-
-
-def test_prompts_from_a_file(student: Path, tmp_path: Path) -> None:
+def test_prompts_from_a_file(student: str, tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "hi"}]
     rows = [{"prompt": "first\u2028second"}, {"messages": [{"role": "user", "content": parts}]}]
     path = tmp_path / "p.jsonl"
-    arguments = ["sample", str(student), "--file", str(path), "--new-tokens", "32"]
-    arguments += ["--device", "cpu"]
+    arguments = ["sample", student, "--file", str(path), "--new-tokens", "32", "--device", "cpu"]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0 and len(done.stdout.split("\n")) == 3
-    for row in ({"messages": [{"role": "user", "content": 7}]}, {"question_": "b"}):
-        path.write_text(json.dumps(row) + "\n")
-        with pytest.raises(TideError, match=r"p\.jsonl:1"):
-            CliRunner().invoke(app, arguments, catch_exceptions=False)
+    path.write_text(json.dumps({"question_": "b"}) + "\n")
+    with pytest.raises(TideError, match=r"p\.jsonl:1"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> LoadedStudent:
+    return load_for_use("student_train/tiny_students/shared", "cpu")
+
+
+def test_the_first_stop_counts_and_nothing_of_it_is_left(tiny: LoadedStudent) -> None:
+    ids = tiny.tokenizer.encode(["return one, two"])[0]
+    for stops, left in (
+        (["", "none"], "return one, two"), ("one", "return "), (["two", ","], "return one")
+    ):  # fmt: skip
+        assert Stops.of(tiny, stops).cut(ids) == (left, left != "return one, two")
+    # A special token is found among the ids: the text has none.
+    start = tiny.tokenizer.special_id("", "<|start_header_id|>")
+    ids = [*tiny.tokenizer.encode(["one"])[0], start, *tiny.tokenizer.encode([" two"])[0]]
+    assert tiny.text(ids) == "one two"
+    assert Stops.of(tiny, ["<|start_header_id|>"]).cut(ids) == ("one", True)
+    assert Stops.of(tiny, ["<|start_header_id|>", "ne"]).cut(ids) == ("o", True)
+
+
+def test_what_may_begin_a_stop(tiny: LoadedStudent) -> None:
+    stops = Stops.of(tiny, ["\n\ndef", "STOP"])
+    for text, held in (("x\n\nde", 4), ("x\n\ndx", 0), ("xST", 2), ("", 0), ("STOX", 0)):
+        assert stops.may_begin(text) == held
+    assert Stops.of(tiny, None).may_begin("x") == 0
