@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from shared.settings.config import CacheConfig
 from shared.system.atomic import new_folder, remove_leftovers
 from shared.system.locks import hold
 from teacher_cache.engines.base import Engine
+from teacher_cache.prepared.folder import totals
 from teacher_cache.prepared.report import losses
 from teacher_cache.run.load_engine import load_engine
 from teacher_cache.run.open import open_or_begin
@@ -36,6 +38,8 @@ class CacheReport:
     kept: int
     elsewhere: int
     """Shards that other ranks compute, or that only the store has."""
+    counts: Counter[str]
+    """Of the data: rows, what was left out by reason, what was cut or lost."""
     notes: list[str]
     """What was left out of the data, cut, or lost its alignment, in words."""
 
@@ -101,6 +105,7 @@ def build_cache(config: CacheConfig) -> CacheReport:
         computed=computed,
         kept=len(ledger) - computed,
         elsewhere=len(run.manifest.units()) - len(ledger),
+        counts=Counter(totals(run.data.record.sources)),
         notes=losses(run.data),
     )
 

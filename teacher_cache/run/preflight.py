@@ -15,7 +15,7 @@ from shared.cache.fingerprint import CachedEngine
 from shared.cache.stores import Store
 from shared.models.checkpoint import Checkpoint
 from shared.models.masks import refuse_as_mask, stated_mask
-from shared.settings.config import CacheConfig, EngineConfig
+from shared.settings.config import CacheConfig
 from shared.system.errors import TideError
 from shared.system.files import refuse_unwritable
 from shared.system.hardware import choose_device, choose_precision, explain_precision
@@ -29,30 +29,25 @@ logger = logging.getLogger(__name__)
 
 def check_places(config: CacheConfig) -> None:
     """TideError for the first of device, GPUs, folders and store that is not there."""
-    check_devices(config.engine)
+    engine = config.engine
+    if engine.workers == "local":
+        choose_device(engine.device)
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        visible = len(named.split(",")) if named else torch.cuda.device_count()
+        most = visible // engine.tensor_parallel
+        if visible and 1 < engine.data_parallel > most and engine.device in ("auto", "cuda"):
+            raise TideError(
+                f"engine.data_parallel is {engine.data_parallel} with {engine.tensor_parallel} "
+                f"GPUs each, and {visible} GPUs are visible"
+                + (f" (CUDA_VISIBLE_DEVICES={named})" if named else ""),
+                expected=f"at most {most} copies",
+                fix=f"lower it: --data-parallel {max(1, most)}, or --set engine.device=cpu",
+            )
     refuse_unwritable(config.out)
     if config.metrics_file is not None:
         refuse_unwritable(config.metrics_file.parent)
     if config.store is not None:
         Store.open(config.store).sizes()
-
-
-def check_devices(engine: EngineConfig) -> None:
-    """TideError where the device is not there, or copies of the teacher would have no GPU."""
-    if engine.workers == "ray":
-        return
-    choose_device(engine.device)
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = len(named.split(",")) if named else torch.cuda.device_count()
-    most = visible // engine.tensor_parallel
-    if visible and 1 < engine.data_parallel > most and engine.device in ("auto", "cuda"):
-        raise TideError(
-            f"engine.data_parallel is {engine.data_parallel} with {engine.tensor_parallel} GPUs "
-            f"each, and {visible} GPUs are visible"
-            + (f" (CUDA_VISIBLE_DEVICES={named})" if named else ""),
-            expected=f"at most {most} copies",
-            fix=f"lower it: --data-parallel {max(1, most)}, or --set engine.device=cpu",
-        )
 
 
 def ray_cluster() -> Any:
