@@ -251,7 +251,7 @@ class Preparer:
         chunks = chunks[inside]
         if not len(chunks):
             return teacher.ids[:0], chunks
-        # What the student does not have, the teacher does not read: it would tell what comes before.
+        # What the student does not have, the teacher does not read: it would tell what comes first.
         return teacher.ids[: limit if whole else int(chunks[-1, 1])], chunks
 
     def _read_own_text(

@@ -32,20 +32,10 @@ _ANSWERS = ("answer", "response", "output", "completion")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 # Other names of the four roles that chat templates know: system, user, assistant and tool.
-_ROLES = {
-    "developer": "system",
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "ai": "assistant",
-    "function_call": "assistant",
-    "function": "tool",
-    "observation": "tool",
-    "ipython": "tool",
-}
+_ROLES = {"developer": "system"}
+_ROLES |= dict.fromkeys(("human", "prompter"), "user")
+_ROLES |= dict.fromkeys(("gpt", "chatgpt", "model", "bot", "ai", "function_call"), "assistant")
+_ROLES |= dict.fromkeys(("function", "observation", "ipython"), "tool")
 
 
 @dataclass(frozen=True)

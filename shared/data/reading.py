@@ -123,7 +123,7 @@ def refuse_bad_rows(config: DataConfig, bad: int, rows: int, first: Sequence[Bad
         expected='{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": '
         '"…"}]}, or another form of docs/data.md',
         fix="mend the rows, say which fields to read (data.form, data.prompt_field and "
-        "data.response_field), or allow more with data.allow_bad_rows (a share below 1, or a number)",
+        "data.response_field), or allow more with data.allow_bad_rows (a share, or a number)",
     )
 
 

@@ -1,4 +1,4 @@
-"""Where rows come from: files, a folder or glob of them, `datasets` (the hub, or saved), the library.
+"""Where rows come from: files, a folder or glob of them, the hub, the standard library.
 
 Every row comes with its place, by which reports name it.
 """
@@ -26,8 +26,8 @@ def source_rows(source: str) -> Iterator[tuple[Place, Raw]]:
                 f"unknown split in {source!r}",
                 expected="stdlib:train, stdlib:heldout or stdlib:all",
             )
-        for function in iter_stdlib_functions(split):
-            yield f"{source}:{function.name}", {"messages": function.messages()}
+        for name, messages in iter_stdlib_functions(split):
+            yield f"{source}:{name}", {"messages": messages}
     elif source.startswith("hf://"):
         yield from _hub_rows(source.removeprefix("hf://"))
     else:

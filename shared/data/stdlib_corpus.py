@@ -14,29 +14,12 @@ import platform
 import sysconfig
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}
 _HELDOUT_ONE_IN = 16
-
-
-@dataclass(frozen=True)
-class StdlibFunction:
-    """One function: `name` is `module:qualified.name`, `source` has no docstring."""
-
-    name: str
-    docstring: str
-    source: str
-
-    def messages(self) -> list[dict[str, str]]:
-        """A request with module, name and docstring; the source as the answer."""
-        module, _, qualified = self.name.partition(":")
-        request = f"Write `{qualified}` of the Python module `{module}`."
-        if self.docstring:
-            request += f"\n\n{self.docstring}"
-        return [{"role": "user", "content": request}, {"role": "assistant", "content": self.source}]
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def corpus_origin() -> str:
@@ -46,8 +29,9 @@ def corpus_origin() -> str:
 
 def iter_stdlib_functions(
     split: Literal["train", "heldout", "all"] = "all",
-) -> Iterator[StdlibFunction]:
-    """The functions of the running Python's library in a fixed order, each distinct source once.
+) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """The functions of the running Python's library in a fixed order, each distinct source once:
+    `module:qualified.name`, and the chat.
 
     About one in sixteen is held out, by a hash of its source. Files that do not parse, which the
     library ships on purpose, have no part.
@@ -61,38 +45,37 @@ def iter_stdlib_functions(
         if _SKIPPED_FOLDERS & set(path.parts):
             continue
         try:
-            source = (root / path).read_text(encoding="utf-8")
-            tree = ast.parse(source)
+            text = (root / path).read_text(encoding="utf-8")
+            tree = ast.parse(text)
         except (SyntaxError, UnicodeDecodeError):
             continue
         module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
-        for function in _functions_in(tree, f"{module}:", source.splitlines()):
-            digest = hashlib.sha256(function.source.encode()).digest()
-            if digest in seen:
+        for name, node in _functions_in(tree, ""):
+            source = _source_without_docstring(node, text.splitlines())
+            digest = hashlib.sha256((source or "").encode()).digest()
+            if source is None or digest in seen:
                 continue
             seen.add(digest)
             heldout = digest[0] % _HELDOUT_ONE_IN == 0
             if split == "all" or heldout == (split == "heldout"):
-                yield function
+                docstring = ast.get_docstring(node)
+                request = f"Write `{name}` of the Python module `{module}`."
+                request += f"\n\n{docstring}" if docstring else ""
+                answer = {"role": "assistant", "content": source}
+                yield f"{module}:{name}", [{"role": "user", "content": request}, answer]
 
 
-def _functions_in(node: ast.AST, prefix: str, lines: list[str]) -> Iterator[StdlibFunction]:
+def _functions_in(node: ast.AST, prefix: str) -> Iterator[tuple[str, Function]]:
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-            source = _source_without_docstring(child, lines)
-            if source is not None:
-                docstring = ast.get_docstring(child) or ""
-                yield StdlibFunction(f"{prefix}{child.name}", docstring, source)
-            yield from _functions_in(child, f"{prefix}{child.name}.", lines)
-        elif isinstance(child, ast.ClassDef):
-            yield from _functions_in(child, f"{prefix}{child.name}.", lines)
+        if isinstance(child, Function | ast.ClassDef):
+            if isinstance(child, Function):
+                yield f"{prefix}{child.name}", child
+            yield from _functions_in(child, f"{prefix}{child.name}.")
         elif not isinstance(child, ast.expr):  # an expression holds no function that has a name
-            yield from _functions_in(child, prefix, lines)
+            yield from _functions_in(child, prefix)
 
 
-def _source_without_docstring(
-    node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]
-) -> str | None:
+def _source_without_docstring(node: Function, lines: list[str]) -> str | None:
     """The function's own lines, dedented; None where nothing but the docstring is there."""
     first, last = node.lineno - 1, node.end_lineno
     kept = lines[first:last]

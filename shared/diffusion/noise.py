@@ -61,7 +61,7 @@ class Draw:
 def token_draw(
     seed: int, example_id: str, draw: int, maskable: Int[np.ndarray, " maskable"], demo_ratio: float
 ) -> Draw:
-    """Mask each of the `maskable` positions (rising) with probability t. Units are masked tokens."""
+    """Mask each of the `maskable` positions (rising) with probability t; units: masked tokens."""
     t = diffusion_time(seed, example_id, draw)
     chances = generator(seed, example_id, draw, "mask").random(maskable.size)
     masked = maskable[chances < t].astype(np.int32)

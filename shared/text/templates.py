@@ -51,15 +51,15 @@ class Turn:
 class RenderedChat:
     """A chat as text. What stands outside of `turns` is prompt (no loss).
 
-    `plain` are the spans of all contents; None where they could not be told from the template's own
-    text: then `unplaced` has the contents. `ignored` is what the conversation has and the template
-    does not write: tools, parts of earlier answers.
+    `plain` are the spans of all `contents`; None where they could not be told from the template's
+    own text. `ignored` is what the conversation has and the template does not write: tools, parts
+    of earlier answers.
     """
 
     text: str
     turns: tuple[Turn, ...]
-    plain: tuple[Span, ...] | None
-    unplaced: tuple[str, ...] = ()
+    plain: list[Span] | None
+    contents: list[str]
     ignored: tuple[str, ...] = ()
 
     @property
@@ -124,7 +124,7 @@ class ChatTemplate:
         text = self._prompt_text(messages, tools)
         pieces = _pieces(self._prompt_text(probes, tools), len(probes))
         spans = None if pieces is None else _locate_contents(pieces, messages, text)
-        return RenderedChat(text, (), *_plain(spans, messages))
+        return RenderedChat(text, (), spans, _contents(messages))
 
     def _prompt_text(self, messages: Sequence[Message], tools: Any) -> str:
         """With the generation prompt; with all that stands before an answer, where the template
@@ -176,11 +176,10 @@ class ChatTemplate:
             raise rewritten
         trained = [Turn(last, start, stop + len(frame.closing), body)]
         # 3. Earlier responses, where their contents were located.
-        for i, message in enumerate(messages[:-1] if turns == "all" and spans else ()):
-            if message["role"] != "assistant" or any(message.get(name) for name in EXTRAS):
+        located = spans if spans is not None and turns == "all" else []
+        for i, (first, end) in enumerate(located[:-1]):
+            if messages[i]["role"] != "assistant" or any(messages[i].get(n) for n in EXTRAS):
                 continue
-            assert spans is not None
-            first, end = spans[i]
             start = self._response_start(i, messages, tools, text, frame, spans)
             start = first if start is None else min(start, first)
             closed = len(frame.closing) if text.startswith(frame.closing, end) else 0
@@ -196,7 +195,7 @@ class ChatTemplate:
                 if self._apply([*earlier, answer], tools) == text:
                     ignored.append(f"{name} of earlier answers")
         text = text[: stop + len(frame.closing)]
-        return RenderedChat(text, tuple(trained), *_plain(spans, messages), tuple(ignored))
+        return RenderedChat(text, tuple(trained), spans, _contents(messages), tuple(ignored))
 
     def _response_start(
         self,
@@ -258,11 +257,8 @@ class ChatTemplate:
         closing = pieces[-1]
         if text == self._apply(probes, tools, generation=True):
             # A header is appended whether or not it is asked for: a turn ends at its control token.
-            ends = []
-            for token in map(str, self._tokenizer.all_special_tokens):
-                if token in closing:
-                    ends.append(closing.find(token) + len(token))
-            end = min(ends, default=0)
+            tokens = [str(t) for t in self._tokenizer.all_special_tokens if str(t) in closing]
+            end = min((closing.find(token) + len(token) for token in tokens), default=0)
             closing = closing[:end] if closing[end:].strip() else closing
         frame = _Frame(pieces, closing)
         if reusable:
@@ -296,6 +292,10 @@ class ChatTemplate:
             ) from error
 
 
+def _contents(messages: Sequence[Message]) -> list[str]:
+    return [str(message.get("content") or "") for message in messages]
+
+
 def _sentinel(index: int) -> str:
     return f"\ue000tide-{index}\ue001"  # private-use characters: nothing else contains them
 
@@ -325,7 +325,7 @@ def _locate_contents(
     """The span of every content, where `text` is `pieces` joined by the contents, each changed as
     templates do; None where it is not.
     """
-    contents = [str(m.get("content") or "") for m in messages]
+    contents = _contents(messages)
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     thinks = any("</think>" in contents[i] for i in answers)
     for of_answers, of_others, of_last in _ways_to_change(thinks):
@@ -333,11 +333,9 @@ def _locate_contents(
         parts = [pieces[0]]
         at = len(pieces[0])
         for i, content in enumerate(contents):
-            if i not in answers:
-                change = of_others
-            else:
-                change = of_last if i == answers[-1] else of_answers
-            changed = change(content)
+            changed = of_others(content)
+            if i in answers:
+                changed = (of_last if i == answers[-1] else of_answers)(content)
             spans.append((at, at + len(changed)))
             parts += [changed, pieces[i + 1]]
             at += len(changed) + len(pieces[i + 1])
@@ -374,11 +372,3 @@ def _own_words(text: str, start: int, stop: int, content: str | None) -> Span | 
         return None
     first = start + lead if inner else start
     return first, first + len(inner)
-
-
-def _plain(
-    spans: list[Span] | None, messages: Sequence[Message]
-) -> tuple[tuple[Span, ...] | None, tuple[str, ...]]:
-    if spans is not None:
-        return tuple(spans), ()
-    return None, tuple(str(m.get("content") or "") for m in messages)

@@ -108,7 +108,7 @@ class Tokenizer:
             if isinstance(plain, Unusable):
                 results.append(plain)
             elif plain:
-                results.append([self._encode_around(chat.text, *span, plain) for span in spans])
+                results.append([self._encode_around(chat.text, a, b, plain) for a, b in spans])
             else:
                 results.append([next(encoded) for _ in spans])
         return results
@@ -125,7 +125,7 @@ class Tokenizer:
         if self._control is None:
             return []
         if chat.plain is None:
-            for content in chat.unplaced:
+            for content in chat.contents:
                 if match := self._control.search(content):
                     reason = f"a content spells {match.group()!r}"
                     return Unusable("spells a control token", reason)

@@ -1,1 +1,1 @@
-"""Data prepared once: rows rendered, tokenised for both sides and aligned, in parts on disk that caches share."""
+"""Rows rendered, tokenised and aligned once, in parts on disk that caches share."""

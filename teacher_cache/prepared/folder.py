@@ -128,16 +128,12 @@ class PreparedData:
         """What `save` wrote. None where it is to be made anew: it is not there or damaged, the
         sources have changed, or a part is missing.
         """
-        path = folder / f"{name}.parquet"
-        if not path.exists():
-            return None
         try:
-            table = pq.ParquetFile(path, page_checksum_verification=True).read()
-            values = json.loads(table.schema.metadata[_ABOUT])
+            table, values = _read(folder / f"{name}.parquet")
             values["sources"] = [RowReport(**source) for source in values["sources"]]
             record = Record(**values)
             columns = [table.column(name).to_numpy() for name in ("part", "row", "occurrence")]
-        except Exception:  # a flipped bit leads the library anywhere
+        except (TideError, TypeError, KeyError):
             return None
         there = all(part_path(folder, part).exists() for part in record.parts)
         if record.stamps != stamps or not there:
@@ -184,7 +180,10 @@ def part_path(folder: Path, name: str) -> Path:
 
 def write_part(path: Path, examples: Sequence[Prepared], report: RowReport) -> None:
     """Write a part, whole or not at all."""
-    columns = [[example.id for example in examples], [example.label for example in examples]]
+    columns: list[list[Any]] = [
+        [example.id for example in examples],
+        [example.label for example in examples],
+    ]
     for name in _PART.names[2:]:
         arrays = [getattr(example, name) for example in examples]
         columns.append([None if array is None else array.reshape(-1) for array in arrays])
@@ -195,22 +194,13 @@ def write_part(path: Path, examples: Sequence[Prepared], report: RowReport) -> N
 
 def read_summary(path: Path) -> tuple[RowReport, list[str]]:
     """What became of the rows of a part, and its examples' keys. TideError where it is damaged."""
-    try:
-        table = pq.read_table(path, columns=["key"])
-        report = RowReport(**json.loads(table.schema.metadata[_ABOUT]))
-        return report, table.column("key").to_pylist()
-    except Exception as error:
-        raise _damaged(path, error) from error
+    table, report = _read(path, ["key"])
+    return RowReport(**report), table.column("key").to_pylist()
 
 
 def read_part(path: Path, shared: bool) -> list[Prepared]:
-    """The examples of a part, with their keys as ids. TideError where a checksum does not hold."""
-    try:
-        table = pq.ParquetFile(path, page_checksum_verification=True).read()
-        if not table.schema.equals(_PART, check_metadata=False):
-            raise ValueError("its columns are others")
-    except Exception as error:
-        raise _damaged(path, error) from error
+    """The examples of a part, with their keys as ids. TideError where it is damaged."""
+    table, _ = _read(path)
     examples = []
     for key, label, *lists in zip(*table.columns, strict=True):
         arrays = [values.values.to_numpy() if values.is_valid else None for values in lists]
@@ -224,9 +214,14 @@ def read_part(path: Path, shared: bool) -> list[Prepared]:
     return examples
 
 
-def _damaged(path: Path, error: Exception) -> TideError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return TideError(
-        f"the part {path} of prepared data cannot be read: {reason}",
-        fix="delete this file and run the same command again: it is prepared anew",
-    )
+def _read(path: Path, columns: list[str] | None = None) -> tuple[pa.Table, dict[str, Any]]:
+    """A file's table, its pages' checksums held against it, and what it says of itself."""
+    try:
+        table = pq.ParquetFile(path, page_checksum_verification=True).read(columns)
+        return table, json.loads(table.schema.metadata[_ABOUT])
+    except Exception as error:  # a flipped bit leads the library anywhere
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TideError(
+            f"the part {path} of prepared data cannot be read: {reason}",
+            fix="delete this file and run the same command again: it is prepared anew",
+        ) from error

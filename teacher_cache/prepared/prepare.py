@@ -126,7 +126,7 @@ def _prepare(request: PrepareRequest, stamps: list[Any]) -> PreparedData:
         for data in request.sources:
             report = RowReport(describe_source(data.source))
             reports.append(report)
-            selector.begin()
+            selector.sources.append([])
             for name, (part, keys) in _parts(request, data, pool):
                 bar.update(part.rows)
                 report.add(part)
@@ -136,20 +136,17 @@ def _prepare(request: PrepareRequest, stamps: list[Any]) -> PreparedData:
                 if not selector.take(len(names) - 1, keys, data):
                     break
             _refuse_bad_rows(data, report)
-            report.taken = selector.taken
+            report.taken = len(selector.sources[-1])
     entries, content = selector.finish()
     if not len(entries):
         listing = ""
         for report in reports:
             listing += f"\n    {report.source}: {report.rows:,} rows, {report.filtered:,} filtered"
-            listing += "".join(f", {n:,} {reason}" for reason, n in report.dropped.items())
-            listing += "".join(
-                f"\n    {rows[0][0]}: {rows[0][1]}" for rows in report.places.values()
-            )
+            for reason, places in report.places.items():
+                listing += f"\n    {report.dropped[reason]:,} {reason}, as {': '.join(places[0])}"
         raise TideError(
             f"the data have no examples that fit:{listing}",
-            expected="conversations whose prompts are shorter than lengths.student and "
-            "lengths.teacher",
+            expected="conversations with prompts shorter than lengths.student and lengths.teacher",
             fix="check the file given as --data, raise the lengths, or mend the filters",
         )
     record = Record(stamps, names, content, selector.duplicates, reports, request.shared)
@@ -167,21 +164,19 @@ def _refuse_bad_rows(data: DataConfig, report: RowReport) -> None:
 @dataclass
 class Selector:
     """Which prepared examples are taken, and in what order: weights, limits, repeats, and several
-    sources interleaved. It takes the examples of one source after another, part by part.
+    sources interleaved. `sources` has for each what is taken: part, row, occurrence, key.
     """
 
     dedup: bool
     duplicates: int = 0
+    sources: list[list[tuple[int, int, int, str]]] = field(default_factory=list)
     _seen: Counter[int] = field(default_factory=Counter)
-    _sources: list[list[tuple[int, int, int, str]]] = field(default_factory=list)
-
-    def begin(self) -> None:
-        """The next source."""
-        self._sources.append([])
 
     def take(self, part: int, keys: Sequence[str], config: DataConfig) -> bool:
-        """Take what the source's weight and limit allow of a part's examples; False at the limit."""
-        mine = self._sources[-1]
+        """Take for the last source what its weight and limit allow of a part's examples; False at
+        the limit.
+        """
+        mine = self.sources[-1]
         for row, key in enumerate(keys):
             for _ in range(copies(key, config)):
                 if len(mine) == config.limit:
@@ -194,17 +189,12 @@ class Selector:
                     mine.append((part, row, occurrence, key))
         return len(mine) != config.limit
 
-    @property
-    def taken(self) -> int:
-        """Examples of the source that came last."""
-        return len(self._sources[-1])
-
     def finish(self) -> tuple[Entries, str]:
         """All examples, the sources interleaved evenly, each in its own order; and a hash of their
         contents.
         """
-        places = [(np.arange(len(mine)) + 0.5) / max(1, len(mine)) for mine in self._sources]
-        examples = [example for mine in self._sources for example in mine]
+        places = [(np.arange(len(mine)) + 0.5) / max(1, len(mine)) for mine in self.sources]
+        examples = [example for mine in self.sources for example in mine]
         examples = [examples[i] for i in np.argsort(np.concatenate(places), kind="stable").tolist()]
         digest = hashlib.sha256()
         for _, _, occurrence, key in examples:
@@ -222,9 +212,8 @@ def _parts(
     """Every part of a source in order, with its name. Where more than a few are new, the pool
     prepares them.
     """
-    own = to_plain(data)
-    for name in ("limit", "weight", "allow_bad_rows"):
-        own.pop(name)
+    later = ("limit", "weight", "allow_bad_rows")  # of no matter to a row by itself
+    own = {name: value for name, value in to_plain(data).items() if name not in later}
     new = 0
     waiting: deque[tuple[str, Callable[[], Part]]] = deque()
     stream = iter(source_rows(data.source))
@@ -232,10 +221,11 @@ def _parts(
         # 1. The name: what the part is made from.
         content = hashlib.sha256()
         for place, raw in rows:
-            row = raw
-            if not isinstance(raw, bytes):
-                row = json.dumps(raw, ensure_ascii=False, sort_keys=True, default=str)
-                row = row.encode("utf-8", "surrogatepass")
+            if isinstance(raw, bytes):
+                row = raw
+            else:
+                text = json.dumps(raw, ensure_ascii=False, sort_keys=True, default=str)
+                row = text.encode("utf-8", "surrogatepass")
             content.update(f"{place}\0{len(row)}\0".encode("utf-8", "surrogatepass") + row)
         name = _digest([request.settings, own, content.hexdigest()])[:24]
         # 2. Read, prepared here, or begun in another process.

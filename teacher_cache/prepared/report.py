@@ -20,13 +20,13 @@ def describe(data: PreparedData) -> str:
     sources = data.record.sources
     lines: list[str] = []
     for source in sources:
-        forms = ", ".join(f"{name} {n:,}" for name, n in _largest_first(source.forms))
+        forms = ", ".join(f"{name} {n:,}" for name, n in Counter(source.forms).most_common())
         lines.append(source.source)
         lines.append(f"  rows read        {source.rows:,}" + (f" (form: {forms})" if forms else ""))
         lines.append(f"  usable           {source.kept:,}, taken {source.taken:,}")
         if source.filtered:
             lines.append(f"  filtered         {source.filtered:,}")
-        for reason, n in _largest_first(source.dropped):
+        for reason, n in Counter(source.dropped).most_common():
             lines.append(f"  left out         {n:,}: {reason}")
             places = source.places.get(reason, [])[:3]
             lines += [f"                     {place}: {detail}" for place, detail in places]
@@ -106,7 +106,3 @@ def _histogram(sources: Sequence[RowReport]) -> Iterator[str]:
     for i, n in enumerate(bins.tolist()):
         bar = "█" * round(_BAR * n / bins.max())
         yield f"  {i * step + 1:>6,} – {(i + 1) * step:<6,} {n:>9,} {bar}"
-
-
-def _largest_first(counts: dict[str, int]) -> list[tuple[str, int]]:
-    return sorted(counts.items(), key=lambda item: -item[1])

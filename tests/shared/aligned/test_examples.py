@@ -26,7 +26,7 @@ TEXTS = {
     "plain": "def add(a, b):\n    return a + b\n",
     "control bytes": "a\x00b\x01\x1f\x7fc",
     "crlf": "one\r\ntwo\r\n\r\nthree",
-    "zwj emoji": "ok \U0001f469\u200d\U0001f4bb and \U0001f468\u200d\U0001f469\u200d\U0001f467 done",
+    "zwj emoji": "ok \U0001f469\u200d\U0001f4bb and \U0001f468\u200d\U0001f469\u200d\U0001f467 end",
     "chinese": "你好，世界！这是一个测试。",
     "white space": "  \t\t  x   \n\n\n   \t y ",
     "decomposed": "Cafe\u0301 nai\u0308ve",

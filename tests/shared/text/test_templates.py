@@ -22,7 +22,7 @@ FRAME = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PLAIN = FRAME.replace("CONTENT", "m.content")
-# In the way of Qwen3's: reasoning of earlier answers is dropped; the last answer gets a think block,
+# In the way of Qwen3's: reasoning of earlier answers is dropped; the last answer's think block is
 # written anew.
 THINKING = """{%- for m in messages -%}
 {%- if m.role == 'assistant' -%}

@@ -1,4 +1,4 @@
-"""The bytes of every token, of byte-level vocabularies and SentencePiece's; ids of control tokens."""
+"""The bytes of every token, byte-level and SentencePiece; ids of control tokens."""
 
 from __future__ import annotations
 

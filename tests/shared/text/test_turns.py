@@ -1,6 +1,4 @@
-"""Several trained answers in one row: spans, masks, chunks and teacher positions hold for any set of
-them.
-"""
+"""Several trained answers in one row: spans, masks, chunks and teacher positions hold for all."""
 
 from __future__ import annotations
 

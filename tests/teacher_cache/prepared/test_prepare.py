@@ -1,4 +1,4 @@
-"""Preparing: once, in parts that survive kills, damage and mended data, in any number of processes."""
+"""Preparing: once, in parts that survive kills and damage, in any number of processes."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_selection_is_a_prefix_in_order_with_occurrences(
 ) -> None:
     names = [f"{v:024x}" for v in values]
     selector, config = Selector(dedup), DataConfig("d", limit=limit)
-    selector.begin()
+    selector.sources.append([])
     selector.take(0, names, config)
     entries, _ = selector.finish()
     expected, seen = [], dict.fromkeys(names, 0)
@@ -220,7 +220,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_many_ranks_prepare_once(tmp_path: Path) -> None:
-    """Six processes, released at one moment: one prepares, the others wait and find the very same."""
+    """Six processes, released at one moment: one prepares, the others wait and find the same."""
     source = write(tmp_path / "d.jsonl", [row(i) for i in range(400)])
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(6), context.SimpleQueue()
