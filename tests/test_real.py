@@ -1,4 +1,4 @@
-"""Real vocabularies, real texts and real weights through the whole of stage one and into stage two."""
+"""Real vocabularies, texts and weights through the whole of stage one and into stage two."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipelines.plan import fidelity
-from pipelines.plan.fidelity import Grid, measure_fidelity, table
 from pipelines.recipes.read import cache_config, packaged_recipe, train_config
 from shared.aligned.alignment import Region, align_tokens
 from shared.aligned.examples import Preparer
@@ -23,7 +22,7 @@ from shared.cache.manifest import Manifest, load_manifest
 from shared.cache.row import CacheRow
 from shared.cache.shards import Unit, column_bytes, table_bytes
 from shared.models.checkpoint import open_checkpoint
-from shared.settings.config import CacheConfig, DataConfig, LengthConfig, StudentConfig
+from shared.settings.config import CacheConfig, LengthConfig, StudentConfig
 from shared.text.tokenizers import Tokenizer
 from student_train.training.trainer import train_student
 from teacher_cache.maintenance.inspect import inspect_cache
@@ -38,13 +37,16 @@ from tests.shared.text.test_tokenizers_in_parts import in_parts
 pytestmark = pytest.mark.slow
 
 DATA = Path(os.environ.get("TIDE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+MASK = "<empty_output>"  # of SmolLM2's vocabulary, in place of a mask token
+TARGETS = ("topk_sizes", "topk_ranks", "topk_logp", "tail_odds", "class_mass", "gold_logp",
+           "logsumexp")  # fmt: skip
+GOALS = {(64, 64): 155, (32, 64): 110, (16, 64): 90, (32, 1): 70}
+"""Bytes a position by k and classes, two temperatures."""
 
 
 def test_real_tokenizers_reproduce_the_golden_tokens_and_chunks(golden: Path) -> None:
     teacher, student = Tokenizer.load(smollm2()), Tokenizer.load(qwen_tokenizer())
-    document = json.loads((golden / "alignment.json").read_text())
-    assert len(document["cases"]) >= 10
-    for case in document["cases"]:
+    for case in json.loads((golden / "alignment.json").read_text())["cases"]:
         t, s = (tokenizer.encode([case["text"]])[0] for tokenizer in (teacher, student))
         assert teacher.backend.convert_ids_to_tokens(t) == case["teacher_tokens"]
         assert student.backend.convert_ids_to_tokens(s) == case["student_tokens"]
@@ -53,122 +55,90 @@ def test_real_tokenizers_reproduce_the_golden_tokens_and_chunks(golden: Path) ->
         assert chunks.tolist() == case["chunks"]
 
 
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-def test_hard_texts_between_real_vocabularies(text: str) -> None:
+def test_hard_texts_between_real_vocabularies(tmp_path: Path) -> None:
     teacher, student = Tokenizer.load(smollm2()), Tokenizer.load(qwen_tokenizer())
-    preparer = Preparer(
-        student,
-        teacher,
-        LengthConfig(256, 256),
-        len(student),
-        teacher.special_id("mask", "<empty_output>"),
+    for text in TEXTS.values():
+        lengths = LengthConfig(256, 256)
+        preparer = Preparer(
+            student, teacher, lengths, len(student), teacher.special_id("mask", MASK)
+        )
+        (prepared,) = preparer.usable([chat(text)])
+        aligned, whole = check_chunks(prepared, text, student, teacher), text.encode()
+        # Qwen's NFC changes a combining accent: aligned up to the change, the rest counted.
+        changed = "\u0301" in text
+        assert aligned == (whole[: len(aligned)] if changed else whole)
+        assert (preparer.counts["unaligned_bytes"] > 0) == changed
+    rendered = student.render(chat("x = 1").messages)  # the empty think block is prompt
+    before, after = (
+        rendered.text[: rendered.response_start],
+        rendered.text[rendered.response_start :],
     )
-    (p,) = preparer.usable([chat(text)])
-    aligned = check_chunks(p, text, student, teacher)
-    whole = text.encode()
-    if "\u0301" in text:  # Qwen's NFC changes it: aligned up to the change, the rest counted
-        assert aligned == whole[: len(aligned)]
-        assert preparer.counts["unaligned_bytes"] > 0
-    else:
-        assert aligned == whole
-        assert preparer.counts["unaligned_bytes"] == 0
+    assert before.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert after == "x = 1<|im_end|>\n"
+    # The pattern is found from the 151,643 tokens alone where they lie in parts, as Dream's do.
+    parts = Tokenizer.load(in_parts(qwen_tokenizer(), tmp_path / "dream"))
+    texts = [*TEXTS.values(), "def f(x):\n    return x + 1  # it's 12345\r\n", "Été́ \t\n\n x"]
+    assert parts.encode(texts) == student.encode(texts)
+    assert parts.token_bytes == student.token_bytes
 
 
-def test_the_empty_think_block_is_prompt() -> None:
-    student = Tokenizer.load(qwen_tokenizer())
-    rendered = student.render(chat("x = 1").messages)
-    assert rendered.text[: rendered.response_start].endswith(
-        "<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    )
-    assert rendered.text[rendered.response_start :] == "x = 1<|im_end|>\n"
+def real_config(
+    folder: Path, *changes: str, student: Path | None = None, limit: int = 36
+) -> CacheConfig:
+    """SmolLM2-135M, a causal model, stands in for a diffusion teacher: blocks of one, shifted.
 
-
-def gsm8k() -> DataConfig:
-    path = DATA / "gsm8k_train_head1500.jsonl"
-    if path.exists():
-        return DataConfig(str(path), limit=50, prompt_field="question", response_field="answer")
-    return DataConfig(str(chats_file()))
-
-
-def real_config(folder: Path, *changes: str) -> CacheConfig:
-    """SmolLM2-135M, a causal model, stands in for a diffusion teacher: block-causal with blocks of one, shifted."""
-    teacher = smollm2()
-    mask_id = Tokenizer.load(teacher).special_id("mask", "<empty_output>")
+    `student`: a checkpoint of the same vocabulary; else the student reads Qwen's.
+    """
+    mask_id = Tokenizer.load(smollm2()).special_id("mask", MASK)
     entries = folder / "teachers.toml"
     entries.write_text(
-        f'[smollm2]\nmodel = "{teacher}"\narchitecture = "llama"\nmask_id = {mask_id}\nstudent_tokens = false\n'
-        f'length = 512\nstudent = "{qwen_tokenizer()}"\nattention = {{ type = "block_causal", block = 1 }}\n'
-        "shift = true\n"
+        f'[smollm2]\nmodel = "{smollm2()}"\narchitecture = "llama"\nmask_id = {mask_id}\n'
+        f"student_tokens = {str(student is not None).lower()}\nlength = 512\n"
+        f'student = "{student or qwen_tokenizer()}"\nshift = true\n'
+        'attention = { type = "block_causal", block = 1 }\n'
     )
-    data = gsm8k()
-    overrides = [f"data.limit={data.limit or 36}", "noise.draws=1", "shard_examples=25",
-                 "lengths.student=256", "lengths.teacher=512", 'targets.signals=["topk","chunks"]',
-                 "engine.dtype=float32", "engine.device=cpu"]  # fmt: skip
-    if data.prompt_field:
+    overrides = [f"data.limit={limit}", "noise.draws=1", "shard_examples=25", "lengths.student=256",
+                 "lengths.teacher=512", "engine.dtype=float32", "engine.device=cpu"]  # fmt: skip
+    source = DATA / "gsm8k_train_head1500.jsonl"
+    if source.exists():
         overrides += ["data.prompt_field=question", "data.response_field=answer"]
-    flags = {"out": folder / "cache", "data": data.source}
-    return cache_config("smollm2", None, [*overrides, *changes], entries, **flags)
+    data = str(source if source.exists() else chats_file())
+    return cache_config(
+        "smollm2", None, [*overrides, *changes], entries, data=data, out=folder / "cache"
+    )
 
 
 def test_a_real_model_through_both_stages(tmp_path: Path) -> None:
-    report = build_cache(real_config(tmp_path, "targets.k=16"))
+    cache = tmp_path / "cache"
+    report = build_cache(real_config(tmp_path, "targets.k=16", 'targets.signals=["topk","chunks"]'))
     assert report.rows >= 30
-    manifest = load_manifest(tmp_path / "cache")
-    assert (
-        manifest.fingerprint.student.mask_id == 151_646
-    )  # added at the end of Qwen's vocabulary
-    tokenizer = Tokenizer.load(smollm2())
-    likelihoods = []
+    manifest = load_manifest(cache)
+    assert manifest.fingerprint.student.mask_id == 151_646  # added at the end of Qwen's vocabulary
+    likelihoods: list[float] = []
     for part in range(manifest.parts):
-        for row in rows_in(tmp_path / "cache", Unit(0, part)):
-            assert row.teacher_ids is not None
+        for row in rows_in(cache, Unit(0, part)):
             assert row.chunk_logp is not None
             likelihoods += row.chunk_logp.tolist()
-            assert row.teacher_ids.max() < len(tokenizer)
-    assert np.isfinite(likelihoods).all()
-    # A language model finds real answers, half of them at hand, far likelier than chance (log 1/49152 = −10.8).
-    assert -8 < np.mean(likelihoods) < -0.5
-    found = inspect_cache(tmp_path / "cache")
-    assert found.rows == report.rows
-    assert 0.3 < found.mass[0] / found.positions < 1  # of 49,152 tokens, 16 hold most of what a real model expects
-    assert (1, 1) in dict(found.chunk_tokens.most_common(1))
-    overrides = ["max_steps=3", "batch_size=4", "log_steps=1", "checkpoint_steps=3", "device=cpu",
-                 "precision=float32", "learning_rate=1e-3", 'distillation={type="reverse_calm"}',
-                 "student={hidden_size=64, layers=2, heads=2, kv_heads=1, intermediate_size=128}"]  # fmt: skip
-    recipe = packaged_recipe("cross")
-    config = train_config(
-        None, recipe, [*overrides, "accumulation=1"], cache=tmp_path / "cache", out=tmp_path / "run"
-    )
-    metrics = train_student(config)
-    assert metrics["seconds"] > 0
-    logged = [
-        e
-        for e in json.loads((tmp_path / "run" / "history.json").read_text())["steps"]
-        if "loss" in e
-    ]
-    assert len(logged) == 3
-    assert all(np.isfinite(entry["loss"]) and entry["distillation"] > 0 for entry in logged)
-
-
-TARGETS = (
-    "topk_sizes",
-    "topk_ranks",
-    "topk_logp",
-    "tail_odds",
-    "class_mass",
-    "gold_logp",
-    "logsumexp",
-)
-GOALS = {(64, 64): 155, (32, 64): 110, (16, 64): 90, (32, 1): 70}
-"""Bytes a position by k and classes, two temperatures. At k = 64 with 64 classes 130 was hoped for and is not met."""
+    # A language model finds real answers, half of them at hand, likelier than chance (−10.8).
+    assert np.isfinite(likelihoods).all() and -8 < np.mean(likelihoods) < -0.5
+    inspected = inspect_cache(cache)
+    assert 0.3 < inspected.mass[1.0] < 1  # of 49,152 tokens, 16 hold most of what it expects
+    overrides = ["max_steps=3", "batch_size=4", "accumulation=1", "log_steps=1", "device=cpu",
+                 "checkpoint_steps=3", "precision=float32", "learning_rate=1e-3",
+                 'distillation={type="reverse_calm"}',
+                 "student={hidden_size=64, layers=2, heads=2, kv_heads=1, intermediate_size=128}",
+                 ]  # fmt: skip
+    recipe, run = packaged_recipe("cross"), tmp_path / "run"
+    train_student(train_config(None, recipe, overrides, cache=cache, out=run))
+    steps = json.loads((run / "history.json").read_text())["steps"]
+    losses = [entry["loss"] for entry in steps if "loss" in entry]
+    assert len(losses) == 3 and np.isfinite(losses).all()
 
 
 def test_what_a_masked_position_takes_on_disk(tmp_path: Path) -> None:
-    """Real logits over 49,152 tokens (`pytest -s` prints them). Ids are kept by rank, so it is all the same where
-    in a vocabulary they stand.
-    """
+    """Real logits over 49,152 tokens; ids are kept by rank, wherever they stand in a vocabulary."""
     config = real_config(
-        tmp_path, "targets.k=64", "data.limit=24", "shard_examples=24", 'targets.signals=["topk"]'
+        tmp_path, "targets.k=64", "shard_examples=24", 'targets.signals=["topk"]', limit=24
     )
     build_cache(config)
     for (k, classes), goal in GOALS.items():
@@ -177,90 +147,62 @@ def test_what_a_masked_position_takes_on_disk(tmp_path: Path) -> None:
         layout, rows = layout_of(cache), all_rows(cache)
         positions = sum(row.split.size for row in rows)
         sizes = column_bytes(table_bytes(to_table(rows, layout), layout, {}))
-        taken = {name: sizes[name] / positions for name in TARGETS}
-        print(
-            f"k = {k}, {classes} classes: {sum(taken.values()):.1f} bytes a position that the teacher read"
-        )
-        assert sum(taken.values()) <= goal
+        taken = sum(sizes[name] for name in TARGETS) / positions
+        print(f"k = {k}, {classes} classes: {taken:.1f} bytes a position that the teacher read")
+        assert taken <= goal
 
 
 def without_layers(folder: Path, out: Path, removed: range) -> Path:
     """A Llama checkpoint less some of its layers."""
-    checkpoint = open_checkpoint(str(folder))
-    kept = [i for i in range(checkpoint.config["num_hidden_layers"]) if i not in removed]
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    raw = json.loads((folder / "config.json").read_text())
+    kept = [i for i in range(raw["num_hidden_layers"]) if i not in removed]
     tensors = {}
-    stored = [pair for file in checkpoint.weight_files for pair in load_file(file).items()]
-    for name, tensor in stored:
+    for name, tensor in load_file(folder / "model.safetensors").items():
         parts = name.split(".")
         if parts[:2] == ["model", "layers"]:
-            if int(parts[2]) not in kept:
+            if int(parts[2]) in removed:
                 continue
             parts[2] = str(kept.index(int(parts[2])))
         tensors[".".join(parts)] = tensor
-    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors"))
-    (out / "config.json").write_text(
-        json.dumps({**checkpoint.config, "num_hidden_layers": len(kept)})
-    )
+    (out / "config.json").write_text(json.dumps({**raw, "num_hidden_layers": len(kept)}))
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    open_checkpoint(str(out))
     return out
 
 
-def causal_states(model: Any, rows: list[CacheRow], _manifest: Manifest) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.no_grad()
+def causal_states(
+    model: Any, rows: list[CacheRow], _manifest: Manifest
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Where a causal model predicts each masked token, from the same noised text as its teacher."""
     parts = []
     for row in rows:
         ids = torch.from_numpy(row.student_ids.astype(np.int64))[None].clone()
         masked = torch.from_numpy(row.masked.astype(np.int64))
         ids[0, masked] = model.config.mask_token_id
-        with torch.no_grad():
-            parts.append(
-                model.model(input_ids=ids, use_cache=False).last_hidden_state[0, masked - 1]
-            )
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        parts.append(hidden[0, masked - 1])
     return torch.cat(parts).float(), model.lm_head.weight.detach().float()
 
 
 def test_what_a_cache_of_a_real_model_keeps_of_its_gradient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SmolLM2 and itself less 6 of its 30 layers, both causal: the angle on the student's hidden states under TIDAL."""
+    """SmolLM2 and itself less 6 of its 30 layers, both causal: the angle on the student's hidden
+    states under TIDAL.
+    """
     monkeypatch.setattr(fidelity, "student_states", causal_states)
-    teacher = smollm2()
-    student = without_layers(teacher, tmp_path / "student", range(12, 18))
-    mask_id = Tokenizer.load(teacher).special_id("mask", "<empty_output>")
-    entries = tmp_path / "teachers.toml"
-    entries.write_text(
-        f'[smollm2]\nmodel = "{teacher}"\narchitecture = "llama"\nmask_id = {mask_id}\nstudent_tokens = true\n'
-        f'length = 512\nstudent = "{student}"\nattention = {{ type = "block_causal", block = 1 }}\nshift = true\n'
-    )
-    data = gsm8k()
-    overrides = ["data.limit=40", "noise.comp_demo=false", "engine.dtype=float32", "engine.device=cpu",
-                 "lengths.student=256", 'student_mask_token="<empty_output>"',
-                 f"targets.classes_from={student}"]  # fmt: skip
-    if data.prompt_field:
-        overrides += ["data.prompt_field=question", "data.response_field=answer"]
-    settings = cache_config(
-        "smollm2", None, overrides, entries, out=tmp_path / "c", data=data.source
-    )
-    grid = Grid(classes=(1, 64), temperatures=(2.0,), objectives=("tidal",))
-    points = measure_fidelity(settings, StudentConfig(checkpoint=str(student)), grid, 40)
-    print("\n".join(table(points)))
+    student = without_layers(smollm2(), tmp_path / "student", range(12, 18))
+    settings = real_config(
+        tmp_path, "noise.comp_demo=false", f'student_mask_token="{MASK}"',
+        f"targets.classes_from={student}", student=student, limit=40,
+    )  # fmt: skip
+    grid = fidelity.Grid(classes=(1, 64), temperatures=(2.0,), objectives=("tidal",))
+    points = fidelity.measure_fidelity(settings, StudentConfig(checkpoint=str(student)), grid, 40)
+    print("\n".join(fidelity.table(points)))
     by = {(p.k, p.classes, p.tail): p for p in points}
     for k in (16, 32, 64):
         assert by[k, 64, "prior"].hidden > by[k, 1, "student"].hidden
         assert abs(by[k, 64, "prior"].norm - 1) < abs(by[k, 1, "student"].norm - 1)
     assert by[32, 64, "prior"].hidden > 0.96
-
-
-@pytest.mark.slow
-def test_qwens_vocabulary_in_parts_as_dreams_lies_on_the_hub(tmp_path: Path) -> None:
-    """151,643 real tokens: the pattern is found from the vocabulary alone, and every hard text gets the same ids."""
-    whole = qwen_tokenizer()
-    parts = Tokenizer.load(in_parts(whole, tmp_path / "dream"))
-    expected = Tokenizer.load(whole)
-    texts = [
-        *TEXTS.values(),
-        "def f(x):\n    return x + 1  # it's 12345\r\n",
-        "\u00c9te\u0301 \t\n\n x",
-    ]
-    assert parts.encode(texts) == expected.encode(texts)
-    assert parts.token_bytes == expected.token_bytes
