@@ -75,10 +75,10 @@ report: $(VENV)/.ready  ## gather the runs below runs/ into runs/report.md
 	$(BIN)/tide report runs $(ARGS)
 
 tiny-teacher: $(VENV)/.ready  ## train the embedded teacher again (about an hour)
-	$(BIN)/tide tiny-teacher $(ARGS)
+	$(BIN)/python -m pipelines.tools.tiny_models teacher
 
 tiny-student: $(VENV)/.ready  ## pre-train the embedded students again (about an hour)
-	$(BIN)/tide tiny-student $(ARGS)
+	$(BIN)/python -m pipelines.tools.tiny_models student
 
 conformance: $(VENV)/.ready  ## recompute the reference's numbers: make conformance GOLDEN=DIR ARGS="--only step"
 	$(BIN)/python -m tests.conformance $(GOLDEN) $(ARGS)

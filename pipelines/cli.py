@@ -1,4 +1,4 @@
-"""The command `tide`."""
+"""The command `tide`: how it starts and ends, and its commands about this installation."""
 
 from __future__ import annotations
 
@@ -7,20 +7,61 @@ import logging
 import os
 import sys
 import warnings
-from typing import NoReturn
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, NoReturn
 
-from pipelines.commands.app import app
-from pipelines.terminal import printable
+from typer import Option
+
+# The order of these is that of the commands in the help.
+# isort: off
+from pipelines.commands.app import INSTALLATION, app
+from pipelines.commands import stage_one, stage_two, caches, students  # noqa: F401
+
+# isort: on
+from pipelines.terminal import printable, say
 from shared.system.atomic import disk_is_full
 from shared.system.errors import TideError
 from shared.system.signals import end_with_parent, leave_in_order, stop_in_order
 
-# Each registers its commands; their order is that of the help.
-# isort: off
-from pipelines.commands import stage_one, stage_two, caches, students, installation  # noqa: F401
-# isort: on
-
 _INTERRUPTED = 130
+_PACKAGES = ("tide-distill", "transformers", "accelerate", "pyarrow", "vllm", "lm-eval",
+             "bitsandbytes", "ray")  # fmt: skip
+
+
+@app.command(rich_help_panel=INSTALLATION)
+def env() -> None:
+    """Print what numbers and speed depend on: CPU, bfloat16, threads, GPU, versions."""
+    from shared.system.hardware import describe_hardware
+
+    facts = describe_hardware()
+    for package in _PACKAGES:
+        try:
+            facts.append((package, version(package)))
+        except PackageNotFoundError:
+            facts.append((package, "not installed"))
+    say("\n".join(f"{name:<16}{value}" for name, value in facts))
+
+
+@app.command(rich_help_panel=INSTALLATION)
+def demo(
+    out: Annotated[Path, Option(help="Of caches, runs and the report.")] = Path("runs/demo"),
+    seeds: Annotated[int, Option(min=1, help="Seeds of every variant.")] = 3,
+) -> None:
+    """The whole pipeline on the embedded teacher: two caches, students with and without it."""
+    from pipelines.experiments.demo import run_demo
+
+    say(run_demo(out, seeds).read_text())
+
+
+@app.command(rich_help_panel=INSTALLATION)
+def bench(
+    only: Annotated[str | None, Option(help="One table: stages, head, loader or use.")] = None,
+) -> None:
+    """Measure, side by side in one run, what the design claims about speed."""
+    from pipelines.speed import run_bench
+
+    run_bench(only)
 
 
 class BesideBars(logging.Handler):
@@ -32,60 +73,46 @@ class BesideBars(logging.Handler):
         tqdm.write(printable(self.format(record)), file=sys.stderr)
 
 
-def set_up_logging() -> None:
-    """Records of this project from INFO on, of libraries from WARNING on, with time and rank."""
-    handler = BesideBars()
-    rank = os.environ.get("RANK")
-    who = "%(asctime)s" if rank is None else f"%(asctime)s rank {rank}"
-    handler.setFormatter(logging.Formatter(f"{who} %(message)s", "%H:%M:%S"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    for room in ("shared", "teacher_cache", "student_train", "pipelines"):
-        logging.getLogger(room).setLevel(logging.INFO)
-
-
 def main() -> NoReturn:
     """Entry point. What a user can mend ends in a message and exit code 2, Ctrl-C in 130, SIGTERM
     in 143.
     """
+    # 1. streams: what an encoding lacks becomes a question mark
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # what an encoding lacks becomes a question mark
-    stop_in_order()
+            stream.reconfigure(errors="replace")
+    # 2. records of this project from INFO on, of libraries from WARNING on, with time and rank
+    handler = BesideBars()
+    rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+    handler.setFormatter(logging.Formatter(f"%(asctime)s{rank} %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    for package in ("shared", "teacher_cache", "student_train", "pipelines"):
+        logging.getLogger(package).setLevel(logging.INFO)
     warnings.formatwarning = lambda message, *_, **__: f"tide: warning: {printable(str(message))}\n"
-    set_up_logging()
+    # 3. signals, then the command
+    stop_in_order()
     end_with_parent()
     try:
         for argument in sys.argv[1:]:
-            if any("\ud800" <= character <= "\udfff" for character in argument):
-                raise TideError(
-                    f"the argument {os.fsencode(argument)!r} is not UTF-8",
-                    fix="write it in UTF-8, or rename what it names",
-                )
+            if os.fsencode(argument).decode(errors="replace") != argument:
+                raise TideError(f"the argument {os.fsencode(argument)!r} is not UTF-8")
         app(standalone_mode=True)
-    except (TideError, OSError) as error:  # OSError: a folder that is not to be written, …
-        _fail(error)
-    except Exception as error:
-        if not disk_is_full(error):
-            raise
-        _fail(error)
     except SystemExit as stop:
-        if stop.code == _INTERRUPTED:
-            print(
-                "\ntide: stopped; what is finished is kept, the same command goes on from there",
-                file=sys.stderr,
-            )
-            sys.exit(leave_in_order())
-        raise
+        if stop.code != _INTERRUPTED:
+            raise
+        said = "stopped; what is finished is kept, the same command goes on from there"
+        print(f"\ntide: {said}", file=sys.stderr)
+        sys.exit(leave_in_order())
+    except Exception as error:
+        text = str(error)
+        if disk_is_full(error):
+            fix = "free some space and run the same command again; what is finished is kept"
+            text = f"the disk is full: {error}\n  fix: {fix}"
+        elif not isinstance(error, TideError | OSError):  # OSError: a folder not to be written, …
+            raise
+        print(f"tide: error: {printable(text)}", file=sys.stderr)
+        sys.exit(2)
     sys.exit(0)
-
-
-def _fail(error: Exception) -> NoReturn:
-    text = str(error)
-    if disk_is_full(error):
-        fix = "free some space and run the same command again; what is finished is kept"
-        text = f"the disk is full: {error}\n  fix: {fix}"
-    print(f"tide: error: {printable(text)}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

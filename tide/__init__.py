@@ -15,17 +15,7 @@ cannot work raises `TideError`, which says how to mend it.
 from __future__ import annotations
 
 from shared.system.errors import TideError
-from tide.stages import Cache, Data, Run, cache, prepare, train
-from tide.student import Student, load_student
+from tide.stages import Cache, Data, Run, Student, cache, load_student, prepare, train
 
-__all__ = [
-    "Cache",
-    "Data",
-    "Run",
-    "Student",
-    "TideError",
-    "cache",
-    "load_student",
-    "prepare",
-    "train",
-]
+__all__ = ["Cache", "Data", "Run", "Student", "TideError", "cache", "load_student", "prepare",
+           "train"]  # fmt: skip

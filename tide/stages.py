@@ -1,4 +1,4 @@
-"""`prepare`, `cache` and `train`: the commands of the same names, with settings as arguments."""
+"""`prepare`, `cache` and `train`, as the commands of these names, and a student that answers."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.recipes.read import cache_config, train_config
+from shared.data.reading import waiting_messages
 from shared.settings.config import CacheConfig
+from shared.system.errors import TideError
 from shared.system.files import read_json
-from tide.student import Student, load_student
 
 if TYPE_CHECKING:
     from shared.text.tokenizers import Tokenizer
+    from student_train.using.student import LoadedStudent
     from teacher_cache.prepared.folder import PreparedData
 
 # a file, a folder, a glob, hf://OWNER/NAME, stdlib:train; a source with its settings; or several
 Source = str | dict[str, Any] | Sequence[str | dict[str, Any]]
+
+Chat = str | Sequence[dict[str, Any]]  # a question, or messages with `role` and `content`
 
 
 @dataclass(frozen=True)
@@ -128,15 +132,70 @@ def _cache_config(
     teacher: str | None, data: Source | None, settings: dict[str, Any]
 ) -> CacheConfig:
     recipe, teachers = _paths(settings)
+    if isinstance(data, str):
+        return cache_config(teacher, recipe, [], teachers, settings, data=data)
     if isinstance(data, dict):
         settings["data"] = data
-    elif data is not None and not isinstance(data, str):
+    elif data is not None:
         settings["data"] = [{"source": one} if isinstance(one, str) else one for one in data]
-    source = data if isinstance(data, str) else None
-    return cache_config(teacher, recipe, [], teachers, settings, data=source)
+    return cache_config(teacher, recipe, [], teachers, settings)
 
 
 def _paths(settings: dict[str, Any]) -> tuple[Path | None, Path | None]:
     """Recipe and teachers' file, taken out of the settings."""
     recipe, teachers = settings.pop("recipe", None), settings.pop("teachers_file", None)
     return recipe and Path(recipe), teachers and Path(teachers)
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student in memory; `loaded` has its model and tokenizer."""
+
+    place: str
+    loaded: LoadedStudent = field(repr=False)
+
+    def answer(self, chat: Chat, **sampling: Any) -> str:
+        """The answer to one chat; settings as of `answers`."""
+        return self.answers([chat], **sampling)[0]
+
+    def answers(self, chats: Sequence[Chat], batch: int = 8, **sampling: Any) -> list[str]:
+        """The answers to several, `batch` at a time. Settings of sampling by the names of
+        docs/using.md: `new_tokens`, `threshold`, `steps_per_block`, `temperature`, `seed`, …
+        """
+        from student_train.using.settings import SampleConfig
+        from student_train.using.student import choose_block
+
+        if batch < 1:
+            raise TideError(f"batch is {batch}", expected="at least 1")
+        messages = []
+        for chat in chats:
+            asked = [{"role": "user", "content": chat}] if isinstance(chat, str) else chat
+            messages.append(waiting_messages(asked))
+        block = choose_block(sampling.get("block"), self.loaded)
+        try:
+            config = SampleConfig(**{**sampling, "block": block})
+        except (TypeError, ValueError) as error:
+            raise TideError(f"{error}", expected="settings of sampling (docs/using.md)") from error
+        return list(self.loaded.answer(messages, config, batch))
+
+    def log_likelihoods(
+        self, context: str, continuations: Sequence[str], draws: int = 32
+    ) -> list[float]:
+        """Lower bounds of log p(continuation | context) in nats: the ELBO over `draws` masks."""
+        from student_train.using.elbo import ElboConfig, log_likelihoods
+        from student_train.using.student import choose_block
+
+        encode = self.loaded.tokenizer.encode
+        try:
+            config = ElboConfig(draws=draws, block=choose_block(None, self.loaded))
+            ids = encode([context])[0], encode(list(continuations))
+            return log_likelihoods(self.loaded.model, *ids, self.loaded.special, config)
+        except ValueError as error:
+            raise TideError(str(error)) from error
+
+
+def load_student(place: str | Path, device: str = "auto") -> Student:
+    """A student from a folder (runs/NAME/model) or a hub id. TideError where it is none."""
+    from student_train.using.student import load_for_use
+
+    return Student(str(place), load_for_use(str(place), device))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from pipelines.commands.app import CACHES, Configure, app, cache_options, takes
+from pipelines.commands.app import CACHES, Configure, Folder, app, cache_options, takes
 from pipelines.terminal import say
 
 Cache = Annotated[Path, Argument(help="A cache, such as caches/TEACHER.")]
@@ -23,18 +23,15 @@ def inspect(
     picture: Annotated[Path | None, Option(help="Also draw the cache, as PNG.")] = None,
 ) -> None:
     """Print what a cache holds: rows, masses, chunk lengths, likelihoods by t, bytes by column."""
-    from teacher_cache.maintenance.inspect import describe, inspect_cache
+    from teacher_cache.maintenance.inspect import describe, draw_picture, inspect_cache
+    from teacher_cache.maintenance.show_row import describe_row, find_row
 
     if row is not None:
-        from teacher_cache.maintenance.show_row import describe_row, find_row
-
         say(describe_row(folder, find_row(folder, row, draw)))
         return
     contents = inspect_cache(folder)
     say(describe(contents))
     if picture is not None:
-        from teacher_cache.maintenance.inspect import draw_picture
-
         draw_picture(contents, picture)
         say(f"\n{picture}")
 
@@ -44,12 +41,8 @@ def inspect(
 def verify(
     against: Annotated[str, Option(help="The engine: transformers or vllm.")] = "transformers",
     rows: Annotated[int, Option(help="Rows to score again; 0: no teacher is loaded.")] = 200,
-    tolerance: Annotated[
-        float | None, Option(help="Exit with 1 where a value is further off (nats).")
-    ] = None,
-    delete_damaged: Annotated[
-        bool, Option("--delete-damaged", help="Delete shards that do not hold.")
-    ] = False,
+    tolerance: Annotated[float | None, Option(help="Nats; exit 1 where one is further.")] = None,
+    delete_damaged: Annotated[bool, Option("--delete-damaged", help="Delete bad shards.")] = False,
     out: Annotated[Path | None, Option("--cache", help="Default: caches/TEACHER.")] = None,
     *,
     configure: Configure,
@@ -85,11 +78,8 @@ def prune(
     from teacher_cache.maintenance.prune import prune_cache
 
     made = prune_cache(folder, out, k, draws, classes)
-    kept = made.fingerprint.targets
-    say(
-        f"{out}: {made.draws} draws of {made.examples:,} examples, "
-        f"k {kept.k}, {kept.classes} classes"
-    )
+    sizes = f"k {made.fingerprint.targets.k}, {made.fingerprint.targets.classes} classes"
+    say(f"{out}: {made.draws} draws of {made.examples:,} examples, {sizes}")
 
 
 @app.command(rich_help_panel=CACHES)
@@ -113,10 +103,7 @@ def pack(folder: Cache, archive: Annotated[Path, Argument(help="Such as NAME.tar
 
 
 @app.command(rich_help_panel=CACHES)
-def unpack(
-    archive: Annotated[Path, Argument(help="From `tide pack`.")],
-    folder: Annotated[Path, Argument(help="A new folder.")],
-) -> None:
+def unpack(archive: Annotated[Path, Argument(help="From `tide pack`.")], folder: Folder) -> None:
     """The cache out of an archive, every byte checked."""
     from teacher_cache.maintenance.pack import unpack_cache
 
@@ -124,9 +111,7 @@ def unpack(
 
 
 @app.command(rich_help_panel=CACHES)
-def push(
-    folder: Cache, store: Annotated[str, Argument(help="s3://…, gs://…, hf://… or a path.")]
-) -> None:
+def push(folder: Cache, store: Annotated[str, Argument(help="s3://…, gs://…, a path.")]) -> None:
     """Copy a cache into an object store. Run again to resume."""
     from shared.cache.ledger import settle_ledger
     from shared.cache.manifest import load_manifest
@@ -138,9 +123,7 @@ def push(
 
 
 @app.command(rich_help_panel=CACHES)
-def pull(
-    store: Annotated[str, Argument(help="Where `tide push` or --store put a cache.")], folder: Cache
-) -> None:
+def pull(store: Annotated[str, Argument(help="Of `tide push` or --store.")], folder: Cache) -> None:
     """Bring a cache from an object store, every file checked. Run again to resume."""
     from shared.cache.stores import Store
 

@@ -18,7 +18,7 @@ from pipelines.commands.app import (
     require_positive,
     takes,
 )
-from pipelines.recipes.read import packaged_recipes, train_config
+from pipelines.recipes.read import about, describe_recipe, packaged_recipes, train_config
 from pipelines.terminal import print_table, say
 from shared.system.errors import TideError
 
@@ -41,9 +41,8 @@ def teachers(context: typer.Context, teachers_file: TeachersFile = None) -> None
     table = Table("teacher", "model", "architecture", "mask id", "attention", "reads", "length")
     for name, entry in all_teachers(teachers_file).items():
         reads = "the student's ids" if entry.student_tokens else "its own ids"
-        mask, length = str(entry.mask_id), str(entry.length)
-        cells = (name, entry.model, entry.architecture, mask, entry.attention.type, reads, length)
-        table.add_row(*map(escape, cells))  # a name is no markup
+        cells = (name, entry.model, entry.architecture, entry.mask_id, entry.attention.type, reads)
+        table.add_row(*(escape(str(cell)) for cell in (*cells, entry.length)))  # no markup
     print_table(table)
 
 
@@ -53,9 +52,6 @@ def show_teacher(
     teachers_file: TeachersFile = None,
 ) -> None:
     """Print one teacher's entry, and what loading it checks."""
-    from teacher_cache.teachers.registry import find_teacher
-
-    find_teacher(name, teachers_file)
     from pipelines.plan.teacher import describe_teacher
 
     say(describe_teacher(name, teachers_file))
@@ -66,8 +62,6 @@ def recipes(context: typer.Context) -> None:
     """List the packaged recipes, or show one."""
     if context.invoked_subcommand is not None:
         return
-    from pipelines.recipes.show import about
-
     for name in packaged_recipes():
         say(f"{name:<18}{about(name)}")
 
@@ -78,8 +72,6 @@ def show_recipe(
     against: Annotated[str | None, Option(help="Another (default: the paper's run).")] = None,
 ) -> None:
     """Print one recipe and its distance from the paper's run, setting by setting."""
-    from pipelines.recipes.show import describe_recipe
-
     say(describe_recipe(name, against))
 
 
@@ -188,50 +180,26 @@ def fidelity(
 def cache(
     draws: Annotated[int | None, Option(help="Of every example; raise it to grow.")] = None,
     out: Annotated[Path | None, Option(help="Default: caches/TEACHER.")] = None,
-    engine: Annotated[
-        str | None, Option(help="transformers, vllm, or auto (docs/engines.md).")
-    ] = None,
+    engine: Annotated[str | None, Option(help="transformers, vllm or auto.")] = None,
     tensor_parallel: Annotated[int | None, Option(help="GPUs of one copy (vllm).")] = None,
     data_parallel: Annotated[int | None, Option(help="Copies, one process each.")] = None,
-    engine_workers: Annotated[str | None, Option(help="Of the copies: local, or ray.")] = None,
     rank: Annotated[int | None, Option(help="Of --world runs, this one (from 0).")] = None,
     world: Annotated[int | None, Option(help="How many runs share the work.")] = None,
-    store: Annotated[
-        str | None, Option(help="s3://…, gs://…, hf://…: shards are copied there.")
-    ] = None,
-    metrics_file: Annotated[Path | None, Option(help="Progress, for Prometheus.")] = None,
-    dry_run: Annotated[
-        bool, Option("--dry-run", help="Check everything, print the costs, run nothing.")
-    ] = False,
-    random_weights: Annotated[
-        bool, Option("--random-weights", help="With --dry-run: as `tide plan`.")
-    ] = False,
+    store: Annotated[str | None, Option(help="s3://…, gs://…, hf://…: for the shards.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Check all, print costs, stop.")] = False,
     *,
     configure: Configure,
 ) -> None:
     """Stage one: run the teacher once and write what it knows to shards. Run again to resume."""
-    changes = {
-        "noise": given(draws=draws),
-        "engine": given(type=engine, tensor_parallel=tensor_parallel, data_parallel=data_parallel,
-                        workers=engine_workers),
-    }  # fmt: skip
-    settings = configure(
-        changes=changes, out=out, rank=rank, world=world, store=store, metrics_file=metrics_file
+    engine_changes = given(
+        type=engine, tensor_parallel=tensor_parallel, data_parallel=data_parallel
     )
-    if random_weights and not dry_run:
-        raise TideError(
-            "--random-weights makes no cache worth keeping",
-            expected="--random-weights --dry-run",
-            fix="use `tide throughput` to measure a teacher with random weights on this machine",
-        )
+    changes = {"noise": given(draws=draws), "engine": engine_changes}
+    settings = configure(changes=changes, out=out, rank=rank, world=world, store=store)
     if dry_run:
-        from pipelines.plan.plan import Assumptions, plan_from_data, plan_from_statement
+        from pipelines.plan.plan import Assumptions, plan_from_data
 
-        if random_weights:
-            length = settings.lengths.student
-            say(plan_from_statement(settings, 1_000_000, length, 0.75, Assumptions()))
-        else:
-            say(plan_from_data(settings, Assumptions()))
+        say(plan_from_data(settings, Assumptions()))
         return
     from teacher_cache.run.build import build_cache
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -13,29 +14,52 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from pipelines.commands.app import (
-    STUDENTS,
-    Batch,
-    Device,
-    NewTokens,
-    Seed,
-    Steps,
-    Student,
-    app,
-    require_positive,
-    sampling_options,
-    sampling_settings,
-    takes,
-)
-from pipelines.terminal import json_line, say
+from pipelines.commands.app import STUDENTS, Folder, app, require_positive, takes
+from pipelines.terminal import json_line, printable, say
 from shared.system.errors import TideError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from student_train.using.settings import SampleConfig
     from student_train.using.student import LoadedStudent
 
+Student = Annotated[str, Argument(help="A student: runs/NAME/model, or a hub id.")]
+NewTokens = Annotated[int, Option(min=1, help="Tokens of a response, at most.")]
+Steps = Annotated[int | None, Option(help="Default: one token a step.")]
+Batch = Annotated[int, Option(min=1, help="Prompts at a time.")]
+Device = Annotated[str, Option(help="auto, cpu, cuda, …")]
+Unsandboxed = Annotated[bool, Option("--unsandboxed", help="Run code without bubblewrap.")]
+Layout = Annotated[
+    Literal["hf", "a2d"], Option("--format", help="transformers' layout, or the reference's.")
+]
 
-def _load(student: str, device: str, **options: Any) -> tuple[LoadedStudent, SampleConfig]:
+
+def sampling_options(
+    block: Annotated[int | None, Option(help="Default: the block of the training.")] = None,
+    threshold: Annotated[float | None, Option(help="Settle all surer than this.")] = None,
+    temperature: Annotated[float, Option(help="0: greedy.")] = 0.0,
+    top_k: Annotated[int | None, Option(help="Sample from so many of the likeliest.")] = None,
+    top_p: Annotated[float, Option(help="Sample from the likeliest of this mass.")] = 1.0,
+    remasking: Annotated[str, Option(help="low_confidence or random.")] = "low_confidence",
+    guidance: Annotated[float, Option(help="Classifier-free guidance.")] = 0.0,
+    seed: Annotated[int, Option(help="Of temperature and random remasking.")] = 0,
+) -> dict[str, Any]:
+    """How a student's tokens are chosen."""
+    return dict(locals())
+
+
+def sampling_settings(**values: Any) -> SampleConfig:
+    """Settings of sampling from options. TideError where one is out of range."""
+    from student_train.using.settings import SampleConfig
+
+    try:
+        return SampleConfig(**{k: v for k, v in values.items() if k != "block" or v is not None})
+    except ValueError as error:
+        raise TideError(str(error)) from error
+
+
+def load(student: str, device: str, **options: Any) -> tuple[LoadedStudent, SampleConfig]:
     """The student, and its settings of sampling; what is out of range is said before it loads."""
     sampling_settings(**options)
     from student_train.using.student import choose_block, load_for_use
@@ -49,15 +73,10 @@ def _load(student: str, device: str, **options: Any) -> tuple[LoadedStudent, Sam
 @takes("sampling", sampling_options)
 def sample(
     student: Student,
-    prompts: Annotated[
-        list[str] | None, Argument(help="Prompts; none: --file, or standard input.")
-    ] = None,
-    file: Annotated[
-        Path | None, Option(help="JSONL with `prompt` or `messages`; answers come as JSONL.")
-    ] = None,
+    prompts: Annotated[list[str] | None, Argument(help="Default: standard input.")] = None,
+    file: Annotated[Path | None, Option(help="JSONL of `prompt` or `messages`.")] = None,
     new_tokens: NewTokens = 256,
     steps_per_block: Steps = None,
-    seed: Seed = 0,
     batch: Batch = 8,
     device: Device = "auto",
     *,
@@ -77,8 +96,8 @@ def sample(
                 raise TideError(what, fix="write it in UTF-8") from error
             prompts = [re.sub("\r\n?", "\n", text).strip()]
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    sampling |= {"new_tokens": new_tokens, "steps_per_block": steps_per_block, "seed": seed}
-    loaded, config = _load(student, device, **sampling)
+    sampling |= {"new_tokens": new_tokens, "steps_per_block": steps_per_block}
+    loaded, config = load(student, device, **sampling)
     for messages, answer in zip(chats, loaded.answer(chats, config, batch), strict=True):
         if file is None:
             say(answer)
@@ -93,20 +112,57 @@ def chat(
     student: Student,
     new_tokens: NewTokens = 256,
     steps_per_block: Steps = None,
-    seed: Seed = 0,
     device: Device = "auto",
     show_diffusion: Annotated[bool, Option("--show-diffusion", help="Draw the unmasking.")] = False,
     *,
     sampling: dict[str, Any],
 ) -> None:
     """Talk to a student; blocks appear as they settle. Ctrl-D or an empty line ends it."""
-    sampling |= {"new_tokens": new_tokens, "steps_per_block": steps_per_block, "seed": seed}
-    loaded, config = _load(student, device, **sampling)
+    sampling |= {"new_tokens": new_tokens, "steps_per_block": steps_per_block}
     from rich.console import Console
 
-    from pipelines.commands.chat import talk
+    talk(*load(student, device, **sampling), show_diffusion, Console())
 
-    talk(loaded, config, show_diffusion, Console())
+
+def talk(
+    student: LoadedStudent, config: SampleConfig, show_diffusion: bool, console: Console
+) -> None:
+    """Answer questions until there are no more. An answer is drawn after every block, or after
+    every step where the diffusion is to be shown, with masked tokens as shaded cells.
+    """
+    from rich.live import Live
+    from rich.text import Text
+
+    from student_train.using.student import sample_steps, until_eos
+
+    special = student.special
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            question = console.input("[bold]you:[/bold] ").strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        messages.append({"role": "user", "content": question})
+        settled: list[int] = []
+        with Live(Text(), console=console, refresh_per_second=30) as live:
+            for tokens, _ in sample_steps(
+                student.model, [student.prompt(messages)], special, config
+            ):
+                row = until_eos(tokens[0].tolist(), special.eos)
+                if special.mask not in tokens[0].tolist():
+                    settled = row
+                elif not show_diffusion:
+                    continue
+                drawn = Text()
+                for masked, run in itertools.groupby(row, lambda token: token == special.mask):
+                    if masked:
+                        drawn.append("░" * len([*run]), style="dim")
+                    else:
+                        drawn.append(printable(student.text([*run])))
+                live.update(drawn, refresh=True)
+        messages.append({"role": "assistant", "content": student.text(settled)})
 
 
 @app.command(rich_help_panel=STUDENTS)
@@ -115,12 +171,8 @@ def serve(
     student: Student,
     host: Annotated[str, Option(help="0.0.0.0: also for other machines.")] = "127.0.0.1",
     port: Annotated[int, Option(help="0: any that is free.")] = 8000,
-    name: Annotated[
-        str | None, Option(help="The model's, in requests; default: the run's, or the hub id.")
-    ] = None,
-    api_key: Annotated[
-        str | None, Option(envvar="TIDE_API_KEY", help="What requests must carry as bearer token.")
-    ] = None,
+    name: Annotated[str | None, Option(help="Of the model; default: the run's.")] = None,
+    api_key: Annotated[str | None, Option(envvar="TIDE_API_KEY", help="Bearer token.")] = None,
     batch: Annotated[int, Option(help="Responses under way at once.")] = 16,
     waiting: Annotated[int, Option(help="Responses that may wait for a place.")] = 256,
     new_tokens: NewTokens = 256,
@@ -140,7 +192,7 @@ def serve(
         batch=batch, waiting=waiting, host=host, port=port, api_key=api_key,
     )  # fmt: skip
     with bind(config) as bound:
-        loaded, chosen = _load(student, device, **sampling)
+        loaded, chosen = load(student, device, **sampling)
         run_server(loaded, replace(config, sampling=chosen), bound)
 
 
@@ -154,21 +206,14 @@ def evaluate(
     data: Annotated[list[str] | None, Option(help="TASK=PATH: rows of your own.")] = None,
     limit: Annotated[int | None, Option(min=1, help="The first rows of each task.")] = None,
     num_fewshot: Annotated[int | None, Option(help="Default: the recipe's.")] = None,
-    chat: Annotated[
-        bool | None, Option("--chat/--no-chat", help="Ask through the chat template.")
-    ] = None,
+    chat: Annotated[bool | None, Option(help="Ask through the chat template.")] = None,
     new_tokens: Annotated[int | None, Option(min=1, help="Of a response, at most.")] = None,
     steps: Annotated[int | None, Option(min=1, help="Of a whole response.")] = None,
     mc_num: Annotated[int, Option(min=1, help="Masks of each block of a likelihood.")] = 32,
-    seed: Seed = 0,
     batch: Batch = 8,
     device: Device = "auto",
-    confirm_run_unsafe_code: Annotated[
-        bool, Option("--confirm-run-unsafe-code", help="Run the code that the student writes.")
-    ] = False,
-    unsandboxed: Annotated[
-        bool, Option("--unsandboxed", help="Run it without bubblewrap, within limits only.")
-    ] = False,
+    run_code: Annotated[bool, Option("--confirm-run-unsafe-code", help="Run its code.")] = False,
+    unsandboxed: Unsandboxed = False,
     code_seconds: Annotated[float, Option(help="Limit of one program.")] = 10.0,
     code_gigabytes: Annotated[float, Option(help="Limit of one program.")] = 4.0,
     *,
@@ -176,7 +221,6 @@ def evaluate(
 ) -> None:
     """Score a student on benchmarks. Run again to go on where it stopped."""
     require_positive(code_seconds=code_seconds, code_gigabytes=code_gigabytes)
-    sampling |= {"seed": seed}
     sampling_settings(**sampling)  # says what is out of range
     from pipelines.evaluation.recipe import choose, parse_places
     from pipelines.evaluation.results import score_table
@@ -190,7 +234,7 @@ def evaluate(
         device=device,
         limit=limit,
         data=parse_places(data or []),
-        run_code=confirm_run_unsafe_code,
+        run_code=run_code,
         limits=Limits(code_seconds, int(code_gigabytes * 2**30), sandboxed=not unsandboxed),
     )
     scores = run_benchmarks(student, wanted, settings, output or default_output(student))
@@ -202,12 +246,7 @@ _PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_op
 
 
 @app.command("lm-eval", context_settings=_PASSED_ON, rich_help_panel=STUDENTS)
-def lm_eval_command(
-    context: typer.Context,
-    unsandboxed: Annotated[
-        bool, Option("--unsandboxed", help="Run code without bubblewrap.")
-    ] = False,
-) -> None:
+def lm_eval_command(context: typer.Context, unsandboxed: Unsandboxed = False) -> None:
     """lm-eval's own command line with the model `tide_bd3lm`; code runs within our limits."""
     from pipelines.evaluation.run import check_installed
 
@@ -227,10 +266,8 @@ def lm_eval_command(
 @app.command(rich_help_panel=STUDENTS)
 def export(
     source: Annotated[Path, Argument(help="A student's folder, such as runs/NAME/model.")],
-    target: Annotated[Path, Argument(help="A new folder.")],
-    layout: Annotated[
-        Literal["hf", "a2d"], Option("--format", help="transformers' layout, or the reference's.")
-    ] = "hf",
+    target: Folder,
+    layout: Layout = "hf",
 ) -> None:
     """Write a student in another layout; tensors keep every bit."""
     from student_train.model.export import export_student
@@ -243,9 +280,7 @@ def export(
 def publish(
     run: Annotated[Path, Argument(help="A run, or a student's folder.")],
     target: Annotated[str, Argument(help="hf://OWNER/NAME.")],
-    licence: Annotated[
-        str | None, Option("--license", help="Such as apache-2.0; it goes to the card.")
-    ] = None,
+    licence: Annotated[str | None, Option("--license", help="Such as apache-2.0.")] = None,
     private: Annotated[bool, Option("--private", help="If the repository is new.")] = False,
     message: Annotated[str, Option(help="Of the commit.")] = "A student of tide-distill",
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would be sent.")] = False,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -52,14 +53,11 @@ class Grid:
 
     def __post_init__(self) -> None:
         for name, variant in self.variants.items():
-            require(
-                variant.cache in self.caches,
-                f"variant {name} has the cache {variant.cache!r}, expected one of {[*self.caches]}",
-            )
-            require(
-                variant.against in (None, *self.variants),
-                f"variant {name} is against {variant.against!r}, expected another variant",
-            )
+            one_of = f"expected one of {[*self.caches]}"
+            message = f"variant {name} has the cache {variant.cache!r}, {one_of}"
+            require(variant.cache in self.caches, message)
+            message = f"variant {name} is against {variant.against!r}, expected another variant"
+            require(variant.against in (None, *self.variants), message)
 
     def pairs(self) -> list[tuple[str, str]]:
         """(base, other): each variant behind the one that it is compared with."""
@@ -95,15 +93,15 @@ def train_grid(grid: Grid, out: Path, at_once: int | None = None) -> None:
     # 1. check all settings
     caches = {}
     for name, values in grid.caches.items():
-        base = own_recipe(values.get("teacher", DEFAULT_TEACHER), "cache")
+        base = own_recipe(values.get("teacher", DEFAULT_TEACHER)).get("cache", {})
         settings = {**base, **values, "out": out / "caches" / name}
         caches[name] = build(CacheConfig, settings, f"cache {name}")
     jobs = {}
     for seed in grid.seeds:
         for name, variant in grid.variants.items():
             cache = caches[variant.cache]
-            own = own_recipe(cache.teacher, "train")
-            start = {"student": own["student"]} if "student" in own else {}
+            own = own_recipe(cache.teacher).get("train", {})
+            start = {key: own[key] for key in own.keys() & {"student"}}
             values = {**start, **grid.train, **variant.train, "cache": str(cache.out), "seed": seed}
             build(TrainConfig, values, f"variant {name}")
             jobs[out / f"{name}-seed{seed}"] = train_arguments(values)
@@ -124,26 +122,31 @@ def train_all(jobs: Mapping[Path, Sequence[str]], at_once: int) -> None:
     """
     waiting = [folder for folder in jobs if not (folder / "history.json").exists()]
     running: dict[subprocess.Popen[bytes], Path] = {}
-    done, total = _steps(jobs)
     # smoothing=0: the mean rate since the start, starting times and other load included
-    bar = tqdm(
-        total=total, initial=done, unit="step", desc=f"train {len(jobs)} students", smoothing=0
-    )
+    bar = tqdm(unit="step", desc=f"train {len(jobs)} students", smoothing=0)
     with bar:
         try:
             while waiting or running:
+                # 1. begin
                 while waiting and len(running) < at_once:
                     folder = waiting.pop(0)
                     folder.mkdir(parents=True, exist_ok=True)
                     command = [sys.executable, "-m", "pipelines.cli", "train", *jobs[folder]]
+                    command += ["--out", str(folder)]
                     with (folder / "log.txt").open("wb") as log:
-                        process = start_child(
-                            [*command, "--out", str(folder)], {"OMP_NUM_THREADS": "1"}, log
-                        )
-                    running[process] = folder
+                        running[start_child(command, {"OMP_NUM_THREADS": "1"}, log)] = folder
                 time.sleep(0.5)
-                done, bar.total = _steps(jobs)
-                bar.update(done - bar.n)
+                # 2. show the steps; students that have not begun are taken to be as long as others
+                steps, totals = 0, []
+                for folder in jobs:
+                    with suppress(OSError, ValueError, KeyError):
+                        state = read_json(folder / "progress.json")
+                        steps += int(state["step"])
+                        totals.append(int(state["max_steps"]))
+                if totals:
+                    bar.total = sum(totals) + max(totals) * (len(jobs) - len(totals))
+                    bar.update(steps - bar.n)
+                # 3. look who has ended
                 for process in [p for p in running if p.poll() is not None]:
                     folder = running.pop(process)
                     if process.returncode != 0:
@@ -152,19 +155,3 @@ def train_all(jobs: Mapping[Path, Sequence[str]], at_once: int) -> None:
                         raise TideError(what)
         finally:
             end_children([*running])
-
-
-def _steps(folders: Mapping[Path, Any]) -> tuple[int, int | None]:
-    """Steps done and in all; students that have not begun are taken to be as long as the rest."""
-    states = []
-    for folder in folders:
-        try:
-            state = read_json(folder / "progress.json")
-            states.append((int(state["step"]), int(state["max_steps"])))
-        except (OSError, ValueError, KeyError):
-            continue
-    if not states:
-        return 0, None
-    longest = max(total for _, total in states)
-    total = sum(total for _, total in states) + longest * (len(folders) - len(states))
-    return sum(done for done, _ in states), total

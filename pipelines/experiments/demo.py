@@ -8,27 +8,29 @@ trains on the same cache and ignores what it says of the teacher.
 from __future__ import annotations
 
 import logging
+import statistics
 import time
+from dataclasses import asdict
 from pathlib import Path
 
+import polars as pl
 import torch
 
 from pipelines.evaluation.use_scores import THRESHOLD, score_use
 from pipelines.experiments.ablate import Grid, Variant, train_grid
 from pipelines.recipes.read import cache_config, packaged_recipe, read_recipe, train_config
-from pipelines.reports.paired import differences, final, paired, paired_table
-from pipelines.reports.report import Run, find_runs, write_report
+from pipelines.reports.paired import paired_differences, paired_table
+from pipelines.reports.report import Run, find_runs, score_cells, to_markdown, write_report
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import load_model
 from shared.system.hardware import describe_hardware
-from shared.text.tokenizers import Tokenizer
-from student_train.model.student import student_architecture
 from student_train.training.heldout import (
     masked_nll,
     prepare_heldout,
     student_predictor,
     teacher_predictor,
 )
+from student_train.using.student import load_for_use
 from teacher_cache.teachers.registry import find_teacher
 
 logger = logging.getLogger(__name__)
@@ -38,20 +40,16 @@ def demo_grid(seeds: int) -> Grid:
     """The paper's settings for both kinds of teacher, and the best that the ablations found
     (docs/ablations.md), each against the undistilled student of its cache.
     """
-
-    def table(recipe: str, section: str) -> dict:
-        return read_recipe(packaged_recipe(recipe))[section]
-
-    caches = {name: table(name, "cache") for name in ("tiny-cross", "tiny-shared")}
-    cross, shared = table("tiny-cross", "train"), table("tiny-shared", "train")
-    alone = {"distillation": {"type": "none"}}
-    variants = {
-        "undistilled-cross": Variant("tiny-cross", {**cross, **alone}),
-        "TIDE-Cross": Variant("tiny-cross", cross),
-        "undistilled-shared": Variant("tiny-shared", {**shared, **alone}),
-        "TIDE-Shared": Variant("tiny-shared", shared),
-        "best-shared": Variant("tiny-shared", table("tiny-shared-best", "train")),
-    }
+    caches, variants = {}, {}
+    for kind in ("cross", "shared"):
+        recipe = read_recipe(packaged_recipe(f"tiny-{kind}"))
+        train, cache = recipe["train"], f"tiny-{kind}"
+        caches[cache] = recipe["cache"]
+        alone = {**train, "distillation": {"type": "none"}}
+        variants[f"undistilled-{kind}"] = Variant(cache, alone)
+        variants[f"TIDE-{kind.title()}"] = Variant(cache, train)
+    best = read_recipe(packaged_recipe("tiny-shared-best"))["train"]
+    variants["best-shared"] = Variant("tiny-shared", best)
     return Grid(caches, variants, tuple(range(seeds)), use=True)
 
 
@@ -83,7 +81,7 @@ def verdicts(runs: list[Run], grid: Grid) -> str:
     """One sentence a distilled student: did distillation help, by how much, in every seed?"""
     lines = []
     for base, name in grid.pairs():
-        gains = [-x for x in differences(runs, base, name, final("nll"))]
+        gains = [-x for x in paired_differences(runs, base, name, "nll")]
         if not gains:
             continue
         word = "helped for some seeds only"
@@ -92,36 +90,29 @@ def verdicts(runs: list[Run], grid: Grid) -> str:
         elif max(gains) <= 0:
             word = "did not help"
         lines.append(
-            f"* **{name}** {word}: held-out NLL {paired(gains).mean:+.3f} nats a token lower than "
-            f"undistilled on average ({', '.join(f'{g:+.3f}' for g in gains)} by seed)."
+            f"* **{name}** {word}: held-out NLL {statistics.mean(gains):+.3f} nats a token lower "
+            f"than undistilled on average ({', '.join(f'{g:+.3f}' for g in gains)} by seed)."
         )
     return "\n".join(lines)
 
 
 def _start_and_teacher() -> str:
     """A table of the pre-trained students and the teacher."""
-    lines = [
-        "| model | NLL | bits per byte | accuracy | lines exact | parse | tokens a step |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    row = "| {} | {nll:.3f} | {bits_per_byte:.3f} | {accuracy:.3f} | {} |"
+    rows = []
     for kind in ("cross", "shared"):
         recipe = packaged_recipe(f"tiny-{kind}")
         training, lengths = train_config(None, recipe, []), cache_config(None, recipe, []).lengths
         assert training.student.checkpoint is not None and training.heldout is not None
         folder = resolve(training.student.checkpoint)
-        checkpoint = open_checkpoint(folder)
-        model = load_model(checkpoint, student_architecture(checkpoint), torch.float32)
-        tokenizer = Tokenizer.load(checkpoint.folder)
-        mask = tokenizer.special_id("mask")
-        draws = training.heldout_draws
-        heldout = prepare_heldout(training.heldout, lengths, tokenizer, mask, draws)
-        scores = masked_nll(model, heldout, student_predictor(model, lengths.block))
-        use = score_use(folder)
-        in_use = f"{use.lines:.3f} | {use.parse:.2f} | {use.tokens_per_step:.2f}"
-        lines.append(row.format(f"student {kind}, pre-trained", in_use, **scores))
+        student = load_for_use(folder, "cpu")
+        heldout = prepare_heldout(training.heldout, lengths, student.tokenizer,
+                                  student.special.mask, training.heldout_draws)  # fmt: skip
+        predict = student_predictor(student.model, lengths.block)
+        scores = masked_nll(student.model, heldout, predict) | asdict(score_use(folder))
+        rows.append({"model": f"student {kind}, pre-trained", **score_cells([scores])})
     # the teacher reads the very ids and masks of the last, which shares its tokenizer
     entry = find_teacher("tiny-shared")
     model = load_model(open_checkpoint(resolve(entry.model)), entry.architecture, torch.float32)
     scores = masked_nll(model, heldout, teacher_predictor(model))
-    return "\n".join([*lines, row.format("teacher", "– | – | –", **scores)])
+    rows.append({"model": "teacher", **score_cells([scores])})
+    return to_markdown(pl.DataFrame(rows))

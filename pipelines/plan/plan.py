@@ -179,7 +179,8 @@ def stage_one_lines(
     if prices is not None:
         disk = each * draws / 1e12 * prices.terabyte_month
         lines.append(
-            f"  money           {hours * prices.gpu_hour:,.0f} for the GPUs, {disk:,.2f} a month for "
+            f"  money           {hours * prices.gpu_hour:,.0f} for the GPUs, {disk:,.2f} a month "
+            "for "
             f"disk ({prices.gpu_hour:g} a GPU hour, {prices.terabyte_month:g} a terabyte-month)"
         )
     return lines

@@ -6,12 +6,16 @@ with `base` (a packaged one, or a path beside it) and say only what differs.
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from shared.cache.fingerprint import differences
 from shared.settings.build import advice, apply_overrides, build, read_toml, to_plain
 from shared.settings.config import CacheConfig, TrainConfig
 from shared.system.errors import TideError
@@ -29,6 +33,15 @@ def packaged_recipe(name: str) -> Path:
 def packaged_recipes() -> list[str]:
     """Names of the recipes for one cache and one run that ship with the package."""
     return sorted(p.stem for p in _FOLDER.glob("*.toml") if "variants" not in read_toml(p))
+
+
+def find_recipe(name: str, beside: Path = Path()) -> Path:
+    """A recipe by its path, from the folder `beside`, or a packaged one by its name."""
+    for path in (beside / name, packaged_recipe(name)):
+        if path.is_file():
+            return path
+    names = ", ".join(packaged_recipes())
+    raise TideError(f"there is no recipe {name!r}", expected=f"a TOML file, or one of {names}")
 
 
 def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -50,12 +63,7 @@ def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
             raise TideError(f"{name} in {path} is a value", expected=f"a table [{name}]")
     if base is None:
         return values
-    below = path.parent / str(base)
-    if not below.is_file():
-        below = packaged_recipe(str(base))
-    if not below.is_file():
-        names = ", ".join(packaged_recipes())
-        raise TideError(f"{path} has the base {base!r}", expected=f"a path, or one of {names}")
+    below = find_recipe(str(base), path.parent)
     return _over(read_recipe(below, (*above, path.resolve())), values)
 
 
@@ -69,18 +77,13 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _recipe_for(teacher: str, teachers_file: Path | None) -> Path:
-    """The teacher's own recipe, or the paper's settings for its kind."""
-    own = packaged_recipe(teacher)
-    if own.exists():
-        return own
-    shared = find_teacher(teacher, teachers_file).student_tokens
-    return packaged_recipe("shared" if shared else "cross")
-
-
-def own_recipe(teacher: str, section: str) -> dict[str, Any]:
-    """A table of the recipe that belongs to `teacher`."""
-    return read_recipe(_recipe_for(teacher, None)).get(section, {})
+def own_recipe(teacher: str, teachers_file: Path | None = None) -> dict[str, Any]:
+    """The tables of the teacher's own recipe, or the paper's settings for its kind."""
+    path = packaged_recipe(teacher)
+    if not path.exists():
+        shared = find_teacher(teacher, teachers_file).student_tokens
+        path = packaged_recipe("shared" if shared else "cross")
+    return read_recipe(path)
 
 
 def cache_config(
@@ -102,7 +105,7 @@ def cache_config(
     values = tables.get("cache", {})
     name = teacher or values.get("teacher", default)
     if recipe is None:
-        values = read_recipe(_recipe_for(name, teachers_file)).get("cache", {})
+        values = own_recipe(name, teachers_file).get("cache", {})
     values = _over({"out": f"caches/{name}", **values, "teacher": name}, changes or {})
     values |= {key: value for key, value in flags.items() if value is not None}
     if teachers_file is not None:
@@ -127,7 +130,8 @@ def train_config(
     """The settings of `tide train`, in the order of `cache_config`. `teacher` chooses the recipe,
     and the default folders of cache and run.
     """
-    tables = read_recipe(recipe or _recipe_for(teacher or DEFAULT_TEACHER, teachers_file))
+    own = teacher or DEFAULT_TEACHER
+    tables = read_recipe(recipe) if recipe else own_recipe(own, teachers_file)
     name = teacher or tables.get("cache", {}).get("teacher", DEFAULT_TEACHER)
     values = {"cache": f"caches/{name}", "out": f"runs/{name}", **tables.get("train", {})}
     values = _over(values, changes or {})
@@ -156,22 +160,59 @@ def train_arguments(values: Mapping[str, Any]) -> list[str]:
 
 def train_command(settings: Mapping[str, Any]) -> str:
     """The command, as typed in the repository, for the settings that a run has recorded."""
-    changed = _changes(settings, to_plain(TrainConfig()))
-    places = {"cache": settings["cache"], "seed": settings["seed"]}
-    command = shlex.join(["tide", "train", *train_arguments({**places, **changed})])
+
+    def changes(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+        changed = {}
+        for key, value in values.items():
+            default = defaults.get(key)
+            if value is None or value == default:  # TOML has no word for None
+                continue
+            if isinstance(value, Mapping):
+                same = isinstance(default, Mapping) and default.get("type") == value.get("type")
+                changed[key] = changes(value, default if same else {})  # type: ignore[arg-type]
+            else:
+                changed[key] = value
+        return changed
+
+    own = {key: value for key, value in settings.items() if key not in ("cache", "out")}
+    values = {"cache": settings["cache"], **changes(own, to_plain(TrainConfig()))}
+    command = shlex.join(["tide", "train", *train_arguments(values)])
     return command.replace(str(packaged_recipe("empty")), "pipelines/recipes/empty.toml")
 
 
-def _changes(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """What differs from the defaults. What is None is left out, as TOML has no word for it."""
-    changed = {}
-    for key, value in values.items():
-        default = defaults.get(key)
-        if key in ("cache", "seed", "out") or value is None or value == default:
-            continue
-        if not isinstance(value, Mapping):
-            changed[key] = value
-            continue
-        same = isinstance(default, Mapping) and default.get("type") == value.get("type")
-        changed[key] = _changes(value, default if same else {})  # type: ignore[arg-type]
-    return changed
+def about(name: str) -> str:
+    """The first sentence of a packaged recipe's comment."""
+    lines = packaged_recipe(name).read_text(encoding="utf-8").splitlines()
+    comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    text = " ".join(line.removeprefix("# ") for line in comment)
+    return re.split(r"[.:;] ", text, maxsplit=1)[0].rstrip(".")
+
+
+def paper_of(path: Path) -> str:
+    """The paper's run that a recipe is to be measured by: by what its objective compares."""
+    teacher = read_recipe(path).get("cache", {}).get("teacher")
+    if teacher:
+        shared = find_teacher(teacher).student_tokens
+    else:
+        kind = train_config(None, path, []).distillation.type
+        shared = kind in ("kl", "reverse_kl") or path.stem.endswith("shared")
+    return "paper-shared" if shared else "paper-cross"
+
+
+def describe_recipe(name: str, against: str | None = None) -> str:
+    """The recipe's own text, then each setting that differs from `against` (or the paper's run).
+    Names and folders are not of the method.
+    """
+    path = find_recipe(name)
+    other = find_recipe(against or paper_of(path))
+    sides = []
+    for side in (other, path):
+        cache = replace(cache_config(None, side, []), out=Path(), teacher="")
+        train = replace(train_config(None, side, []), out=Path(), cache=Path())
+        sides.append({"cache": to_plain(cache), "train": to_plain(train)})
+    lines = differences(*sides)
+    many = f"{len(lines)} settings differ from {other.stem} ({other.stem} → {path.stem})"
+    head = (
+        f"{many}; docs/method.md says why:" if lines else f"No setting differs from {other.stem}."
+    )
+    return "\n".join([path.read_text(encoding="utf-8"), head, *(f"  {line}" for line in lines)])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ mpl.use("Agg")
 import polars as pl
 from matplotlib import pyplot as plt
 
-from pipelines.evaluation.results import Score, beside_the_paper, find_scores
-from pipelines.evaluation.use_scores import UseScores, read_use
+from pipelines.evaluation.results import beside_the_paper, find_scores
+from pipelines.evaluation.use_scores import read_use
 from pipelines.recipes.read import train_command
 from shared.settings.build import build
 from shared.settings.config import TrainConfig
@@ -26,6 +26,17 @@ from shared.system.atomic import write_bytes
 from shared.system.errors import TideError
 from shared.system.files import read_json
 from teacher_cache.run.progress import read_status
+
+# columns of the tables: the score, and the digits that it is given in
+COLUMNS = {
+    "held-out NLL (nats/token)": ("nll", 3),
+    "bits per byte": ("bits_per_byte", 3),
+    "accuracy": ("accuracy", 4),
+    "mean top p": ("confidence", 3),
+    "lines exact": ("lines", 3),
+    "parse": ("parse", 3),
+    "tokens a step": ("tokens_per_step", 2),
+}
 
 
 @dataclass(frozen=True)
@@ -36,27 +47,14 @@ class Run:
     seed: int
     settings: dict[str, Any]  # all but the seed
     history: list[dict[str, Any]]
-    final: dict[str, float]
+    scores: dict[str, float]  # on held-out examples and, where it was scored, in use
     machine: str  # the hardware that trained it
-    use: UseScores | None  # what was measured of the finished student in use
     place: Path
 
     @property
     def cache(self) -> Path:
         """The folder of its cache."""
         return Path(self.settings["cache"])
-
-
-def describe_objective(settings: dict[str, Any]) -> str:
-    """A run's objective in words, as in `reverse_calm, T 2.0, TIDAL both, weight 2`."""
-    objective, weight = settings["distillation"], settings["weight"]
-    if objective["type"] == "none":
-        return "CE only"
-    text = f"{objective['type']}, T {objective['temperature']}"
-    if tidal := objective.get("tidal"):
-        text += f", TIDAL {tidal['axis']}"
-        text += ", midrange" if tidal.get("timestep_weight") == "midrange" else ""
-    return text + (f", weight {weight:g}" if weight != 1.0 else "")
 
 
 def find_runs(folder: Path) -> list[Run]:
@@ -69,11 +67,15 @@ def find_runs(folder: Path) -> list[Run]:
             history = read_json(path)
             build(TrainConfig, settings, f"{place}/run.json")
             seed = int(settings.pop("seed"))
-            final = {name: float(value) for name, value in history["final"].items()}
+            scores = {}
+            for name, value in history["final"].items():
+                scores[name.removeprefix("eval_heldout_")] = float(value)
+            if (use := read_use(place)) is not None:
+                scores |= asdict(use)
             machine = str(history.get("machine", "unknown"))
             steps = [dict(step) for step in history["steps"]]
             name = place.name.removesuffix(f"-seed{seed}")
-            runs.append(Run(name, seed, settings, steps, final, machine, read_use(place), place))
+            runs.append(Run(name, seed, settings, steps, scores, machine, place))
         except TideError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -83,74 +85,68 @@ def find_runs(folder: Path) -> list[Run]:
                 fix="move the folder elsewhere, or train again",
             ) from error
     if not runs:
-        raise TideError(
-            f"{folder} holds no finished runs",
-            expected="folders with run.json and history.json, from `tide train`",
-        )
+        expected = "folders with run.json and history.json, from `tide train`"
+        raise TideError(f"{folder} holds no finished runs", expected=expected)
     # Runs of one name but different settings are told apart by their folder, then by a number.
     for by_folder in (True, False):
-        kinds: dict[str, set[str]] = defaultdict(set)
+        kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for run in runs:
-            kinds[run.variant].add(json.dumps(run.settings, sort_keys=True))
+            if run.settings not in kinds[run.variant]:
+                kinds[run.variant].append(run.settings)
         for i, run in enumerate(runs):
-            own, name = sorted(kinds[run.variant]), f"{run.place.parent.name}/{run.variant}"
-            if len(own) > 1:
-                number = own.index(json.dumps(run.settings, sort_keys=True)) + 1
-                name = name if by_folder else f"{run.variant} #{number}"
+            if len(own := kinds[run.variant]) > 1:
+                numbered = f"{run.variant} #{own.index(run.settings) + 1}"
+                name = f"{run.place.parent.name}/{run.variant}" if by_folder else numbered
                 runs[i] = dataclasses.replace(run, variant=name)
     return runs
 
 
 def summary_table(runs: list[Run]) -> pl.DataFrame:
-    """One row a variant: seeds, held-out masked NLL, bits per byte and top-1 accuracy, what was
-    measured in use (mean ± standard deviation), seconds.
-    """
+    """One row a variant: objective, seeds, scores (mean ± standard deviation), seconds."""
     rows = []
     for variant in sorted({run.variant for run in runs}):
         group = [run for run in runs if run.variant == variant]
-        row = {
-            "student": variant,
-            "cache": group[0].cache.name,
-            "objective": describe_objective(group[0].settings),
-            "seeds": len(group),
-        }
-        titles = {"held-out NLL (nats/token)": "nll", "bits per byte": "bits_per_byte"}
-        for title, name in (titles | {"accuracy": "accuracy"}).items():
-            key = f"eval_heldout_{name}"
-            row[title] = _spread([run.final[key] for run in group if key in run.final])
-        if any(run.use is not None for run in runs):
-            in_use = [run.use for run in group if run.use is not None]
-            row["lines exact"] = _spread([use.lines for use in in_use])
-            row["parse"] = _spread([use.parse for use in in_use], 2)
-            row["tokens a step"] = _spread([use.tokens_per_step for use in in_use], 2)
-        row["training s"] = f"{statistics.mean(run.final['seconds'] for run in group):.0f}"
+        # 1. the objective in words, as in `reverse_calm, T 2.0, TIDAL both, weight 2`
+        settings = group[0].settings
+        objective, words = settings["distillation"], "CE only"
+        if objective["type"] != "none":
+            words = f"{objective['type']}, T {objective['temperature']}"
+            if tidal := objective.get("tidal"):
+                words += f", TIDAL {tidal['axis']}"
+                words += ", midrange" if tidal.get("timestep_weight") == "midrange" else ""
+            if settings["weight"] != 1.0:
+                words += f", weight {settings['weight']:g}"
+        row: dict[str, Any] = {"student": variant, "cache": group[0].cache.name, "objective": words}
+        # 2. what was measured of any run
+        row |= {"seeds": len(group), **score_cells([run.scores for run in group])}
+        row["training s"] = f"{statistics.mean(run.scores['seconds'] for run in group):.0f}"
         rows.append(row)
-    return pl.DataFrame(rows).sort("cache", "student")
+    nobody_has = [title for title in COLUMNS if all(row[title] == "–" for row in rows)]
+    return pl.DataFrame(rows).drop(nobody_has).sort("cache", "student")
 
 
-def _spread(values: list[float], digits: int = 3) -> str:
-    if not values:
-        return "–"
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+def score_cells(group: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """The scores of a variant's seeds by `COLUMNS`: mean ± standard deviation."""
+    cells = {}
+    for title, (name, digits) in COLUMNS.items():
+        values = [scores[name] for scores in group if name in scores]
+        cells[title] = f"{statistics.mean(values):.{digits}f}" if values else "–"
+        if len(values) > 1:
+            cells[title] += f" ± {statistics.stdev(values):.{digits}f}"
+    return cells
 
 
 def cost_table(runs: list[Run]) -> pl.DataFrame:
     """What each cache cost: seconds of the teacher's engine, megabytes, and training seconds."""
     rows = []
     for folder in sorted({run.cache for run in runs}):
-        seconds = [run.final["seconds"] for run in runs if run.cache == folder]
+        seconds = [run.scores["seconds"] for run in runs if run.cache == folder]
         engine = read_status(folder).get("engine_seconds")
         size = sum(path.stat().st_size for path in folder.glob("draw=*/*.parquet"))
-        rows.append(
-            {
-                "cache": folder.name,
-                "teacher s, once": "–" if engine is None else f"{engine:.0f}",
-                "MB on disk": f"{size / 1e6:.1f}" if size else "–",
-                "students": len(seconds),
-                "training s, all": f"{sum(seconds):.0f}",
-            }
-        )
+        row = {"cache": folder.name}
+        row["teacher s, once"] = "–" if engine is None else f"{engine:.0f}"
+        row["MB on disk"] = f"{size / 1e6:.1f}" if size else "–"
+        rows.append(row | {"students": len(seconds), "training s, all": f"{sum(seconds):.0f}"})
     return pl.DataFrame(rows)
 
 
@@ -164,17 +160,13 @@ def to_markdown(table: pl.DataFrame) -> str:
 
 def draw_curves(runs: list[Run], path: Path) -> None:
     """Cross-entropy while training and held-out NLL: a line a variant, a band over its seeds."""
-    titles = {
-        "denoise": "training cross-entropy, 1/t-weighted",
-        "eval_heldout_nll": "held-out masked NLL",
-    }
+    titles = {"denoise": "training cross-entropy, 1/t-weighted",
+              "eval_heldout_nll": "held-out masked NLL"}  # fmt: skip
     logged = {key for run in runs for entry in run.history for key in entry}
     keys = [key for key in titles if key in logged] or ["denoise"]
     caches = sorted({run.cache.name for run in runs})
-    size = (5.5 * len(keys), 3.6 * len(caches))
-    figure, axes = plt.subplots(
-        len(caches), len(keys), figsize=size, squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(len(caches), len(keys), squeeze=False, layout="constrained")
+    figure.set_size_inches(5.5 * len(keys), 3.6 * len(caches))
     for row, cache in zip(axes, caches, strict=True):
         for axis, key in zip(row, keys, strict=True):
             for variant in sorted({run.variant for run in runs if run.cache.name == cache}):
@@ -199,18 +191,6 @@ def draw_curves(runs: list[Run], path: Path) -> None:
     plt.close(figure)
 
 
-def benchmark_section(measured: dict[str, list[Score]]) -> str:
-    """Scores of `tide eval` beside the paper's; without any, how to get them."""
-    if not measured:
-        return "\nNo benchmark was scored yet: `tide eval runs/NAME/model --tasks paper`.\n"
-    return (
-        "\n## Benchmarks, %\n\nRows of the *paper* are copied from it and are of 0.6B students on "
-        "GPUs; rows **measured here** come from `tide eval`. \\* marks a task of which not all "
-        "rows were asked, † one whose rows came from a file of yours.\n\n"
-        f"{to_markdown(beside_the_paper(measured))}\n"
-    )
-
-
 def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
     """Write `report.md` and `report.png` to `folder`; `head` and `tail` go around the table.
 
@@ -218,8 +198,16 @@ def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
     """
     target = folder / "report.md"
     measured = find_scores(folder)
+    benchmarks = "\nNo benchmark was scored yet: `tide eval runs/NAME/model --tasks paper`.\n"
+    if measured:
+        benchmarks = (
+            "\n## Benchmarks, %\n\nRows of the *paper* are copied from it and are of 0.6B students "
+            "on GPUs; rows **measured here** come from `tide eval`. \\* marks a task of which not "
+            "all rows were asked, † one whose rows came from a file of yours.\n\n"
+            f"{to_markdown(beside_the_paper(measured))}\n"
+        )
     if measured and not any(folder.rglob("history.json")):
-        write_bytes(target, f"# Scores in {folder}\n{benchmark_section(measured)}".encode())
+        write_bytes(target, f"# Scores in {folder}\n{benchmarks}".encode())
         return target
     runs = find_runs(folder)
     draw_curves(runs, folder / "report.png")
@@ -238,7 +226,7 @@ def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
         *commands,
         "\nTrained on:\n",
         *(f"* {machine}" for machine in sorted({run.machine for run in runs})),
-        benchmark_section(measured),
+        benchmarks,
     ]
     write_bytes(target, "\n".join(parts).encode())
     return target

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,3 +250,11 @@ def noised_batch(
         "clean": clean, "noised": noised, "valid": valid, "row": row, "column": column,
         "gold": clean[row, column], "places": places, "place": place,
     }  # fmt: skip
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["teacher"]:
+        train_tiny_teacher(TOKENIZERS["shared"], TOKENIZERS["cross"])
+    else:
+        for name, tokenizer in TOKENIZERS.items():
+            train_tiny_student(tokenizer, Path("student_train/tiny_students") / name)

@@ -28,9 +28,6 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 BY_TYPE = Field(discriminator="type")  # of a union of variants: the class with this `type`
-_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text",
-          "path": "a path", "tuple": "a list", "dataclass": "a table", "dict": "a table",
-          "model": "a table", "finite": "a finite number"}  # fmt: skip
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
@@ -51,91 +48,43 @@ def build(kind: type[T], values: Mapping[str, Any], where: str = "the configurat
     try:
         return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:
-        problems = "; ".join(dict.fromkeys(_explain(dict(item), kind) for item in error.errors()))
+        problems = []
+        for item in error.errors():
+            # a step with a space is the tag of a union, which no user wrote
+            name = ".".join(str(step) for step in item["loc"] if " " not in str(step))
+            match item["type"]:
+                case "unexpected_keyword_argument":
+                    near = advice(name.rpartition(".")[2], sorted(_setting_names(kind)))
+                    problems.append(f"there is no setting {name}; {near}")
+                case "value_error":  # of `require`
+                    problems.append(
+                        f"{name}: {item.get('ctx', {}).get('error')}".removeprefix(": ")
+                    )
+                case "missing":
+                    problems.append(f"{name} is missing")
+                case _:
+                    expected = item["msg"].removeprefix("Input should be ")
+                    problems.append(f"{name} is {item['input']!r:.80}, expected {expected}")
         raise TideError(
-            f"invalid settings for {where}: {problems}",
+            f"invalid settings for {where}: {'; '.join(dict.fromkeys(problems))}",
             fix="correct the recipe or the --set option named above",
         ) from error
 
 
-def _explain(item: dict[str, Any], kind: Any) -> str:
-    """One of pydantic's errors in words: the setting's name, its value, what it may be."""
-    # 1. walk down to the setting: fields, members of lists, and tags of unions, which no user sees
-    kinds, path, hint, names = _dataclasses(kind), [], kind, []
-    for step in item["loc"]:
-        hints = {name: hint for k in kinds for name, hint in field_types(k).items()}
-        names = sorted(hints)
-        if step in hints:
-            hint = hints[step]
-            kinds = _dataclasses(hint)
-        elif tagged := [k for k in kinds if step in (getattr(k, "type", None), k.__name__)]:
-            kinds = tagged
-            continue
-        elif step in ("int", "float") or " " in str(step):
-            continue
-        path.append(str(step))
-    name = ".".join(path)
-    # 2. say what is wrong with it
-    error, context = item["type"], item.get("ctx", {})
-    match error:
-        case "unexpected_keyword_argument":
-            return f"there is no setting {name}; {advice(path[-1], names)}"
-        case "value_error":
-            return f"{name}: {context['error']}" if name else str(context["error"])
-        case "missing":
-            return f"{name} is missing"
-        case "union_tag_invalid":
-            return f"{name}.type is {context['tag']!r}, expected one of {context['expected_tags']}"
-        case "union_tag_not_found":
-            return f"{name} is {item['input']!r:.80}, expected a table with a type"
-    expected = _TYPES.get(error.split("_")[0]) or item["msg"].removeprefix("Input should be ")
-    if error.startswith(("greater", "less")) or (error == "finite_number" and limits(hint)):
-        expected = limits(hint)
-    return f"{name or 'all'} is {item['input']!r:.80}, expected {expected}"
-
-
-def limits(hint: Any) -> str:
-    """The bounds of a setting's type in words, such as `1 to 100`; nothing where it has none."""
-    bounds: dict[str, float] = {}
-    parts = [hint]
-    while parts:
-        part = parts.pop()
-        parts += typing.get_args(part)
-        for bound in getattr(part, "metadata", ()):  # of pydantic's Field
-            bounds |= {n: getattr(bound, n) for n in ("gt", "ge", "lt", "le") if hasattr(bound, n)}
-    match bounds:
-        case {"ge": low, "le": high}:
-            return f"{low:g} to {high:g}" if abs(high) < 1e6 else f"{low} to {high}"
-        case {"ge": low, "lt": high}:
-            return f"{low} or more, and less than {high}"
-        case {"gt": low, "le": high}:
-            return f"more than {low}, and at most {high}"
-        case {"ge": low}:
-            return f"{low} or more"
-        case {"gt": 0}:
-            return "a positive number"
-    return ""
-
-
-def field_types(kind: type) -> dict[str, Any]:
-    """The settings of a dataclass with their types, annotations included."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
-
-
-def _dataclasses(kind: Any) -> list[type]:
-    """The dataclasses that a type may be, through unions, annotations and tuples."""
+def _setting_names(kind: Any) -> set[str]:
+    """The settings of all dataclasses that a type holds."""
+    names: set[str] = set()
+    parts = typing.get_args(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return [kind]
-    return [one for part in typing.get_args(kind) for one in _dataclasses(part)]
+        fields = typing.get_type_hints(kind)
+        names, parts = set(fields), tuple(fields.values())
+    return names.union(*(_setting_names(part) for part in parts))
 
 
 def advice(name: str, names: Sequence[str]) -> str:
     """Words that point to the nearest of `names`, or to all of them."""
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-    if near:
-        return f"did you mean {' or '.join(near)}?"
-    return f"there are {', '.join(names)}" if names else "there are none here"
+    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}"
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -151,39 +100,36 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Apply `section.key=value` texts; the value is TOML, or a bare word taken as text."""
+    """Apply `section.key=value` texts to nested tables; a number as key is a member of a list.
+    The value is TOML, or a bare word taken as text.
+    """
     for text in overrides:
         key, equals, raw = text.partition("=")
-        if not equals or not key.strip():
+        path = key.strip().split(".")
+        if not equals or path == [""]:
             expected = "section.key=value, such as noise.draws=4"
             raise TideError(f"{text!r} is no setting", expected=expected)
         try:
             value = tomllib.loads(f"v = {raw}")["v"]
         except tomllib.TOMLDecodeError:
             value = raw
-        set_value(values, key.strip(), value)
-
-
-def set_value(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set `a.b.c` in nested dicts; a number is a member of a list."""
-    place: Any = values
-    *path, last = key.split(".")
-    for step, part in enumerate([*path, last]):
-        index: Any = part
-        if isinstance(place, list):
-            if not part.isdigit() or int(part) >= len(place):
-                raise TideError(
-                    f"{key}: there is a list of {len(place)}, and {part} is no member of it",
-                    expected=f"a number from 0 to {len(place) - 1}, as in data.0.limit=1000",
-                    fix="or replace the list: --data SOURCE, or a recipe of your own",
-                )
-            index = int(part)
-        if step == len(path):
-            place[index] = value
-            return
-        place = place[index] if isinstance(place, list) else place.setdefault(part, {})
-        if not isinstance(place, dict | list):
-            raise TideError(f"{key}: {part} is a value, not a section")
+        place: Any = values
+        for depth, part in enumerate(path, 1):
+            step: Any = part
+            if isinstance(place, list):
+                if not part.isdigit() or int(part) >= len(place):
+                    raise TideError(
+                        f"{key}: there is a list of {len(place)}, and {part} is no member of it",
+                        expected=f"a number from 0 to {len(place) - 1}, as in data.0.limit=1000",
+                        fix="or replace the list: --data SOURCE, or a recipe of your own",
+                    )
+                step = int(part)
+            elif not isinstance(place, dict):
+                raise TideError(f"{key}: {path[depth - 2]} is a value, not a section")
+            if depth == len(path):
+                place[step] = value
+            else:
+                place = place[step] if isinstance(place, list) else place.setdefault(step, {})
 
 
 def to_plain(config: Any) -> Any:

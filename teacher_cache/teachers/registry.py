@@ -72,7 +72,8 @@ class TeacherEntry:
     shift: bool = False
     """Row i of the model predicts token i + 1."""
     eos_id: int | None = None
-    """Checked against the checkpoint where stated, as `pad_id` and `vocabulary` (embedding rows)."""
+    """Checked against the checkpoint where stated, as `pad_id` and `vocabulary` (embedding rows).
+    """
     pad_id: int | None = None
     vocabulary: int | None = None
     shape: str | None = None

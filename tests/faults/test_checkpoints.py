@@ -48,12 +48,15 @@ def edit_step(path: Path) -> None:
 
 
 def test_every_damage_to_a_checkpoint_is_seen(finished: Path, tmp_path: Path) -> None:
-    """Also a file that was put in later, which could be a pickle, and the marker of another step."""
+    """Also a file that was put in later, which could be a pickle, and the marker of another step."""  # noqa: E501
     damages: list[tuple[str, Callable[[Path], object]]] = [
-        ("optimizer.pt", flip), ("rng_state.pth", Path.unlink), ("model.safetensors", flip),
-        ("trainer_state.json", edit_step), (MARKER, lambda path: path.write_bytes(b"")),
+        ("optimizer.pt", flip),
+        ("rng_state.pth", Path.unlink),
+        ("model.safetensors", flip),
+        ("trainer_state.json", edit_step),
+        (MARKER, lambda path: path.write_bytes(b"")),
         ("pytorch_model.bin", lambda path: path.write_bytes(b"cos\nsystem\n(S'true'\ntR.")),
-    ]  # fmt: skip
+    ]
     for i, (name, damage) in enumerate(damages):
         last = copy(finished, tmp_path / str(i))
         damage(last / name)

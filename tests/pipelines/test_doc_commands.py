@@ -16,14 +16,14 @@ from tests.pipelines.test_docs import PAGES, ROOT, shell_lines
 
 # Commands that are not run, and why.
 NEEDS = {
-    r"^(cache|prepare|train|verify|sample|chat|publish) .*(llada|dream|wedlm|sdar|OWNER/NAME --license apache-2.0$)":
-        "weights and tokenizers of the hub",
+    r"^(cache|prepare|train|verify|sample|chat|publish) .*(llada|dream|wedlm|sdar|OWNER/NAME --license apache-2.0$)": "weights and tokenizers of the hub",  # noqa: E501
     r"^eval .*--tasks (paper|gsm8k,humaneval|arc_easy|gsm8k --limit|mmlu)": "data sets of the hub",
     r"^lm-eval ": "data sets of the hub",
-    r"^(cache|train|ablate) .*runs/frontier": "an hour: tests/pipelines/experiments run a small grid",
+    r"^(cache|train|ablate) .*runs/frontier": "an hour: tests/pipelines/experiments run a small "
+    "grid",
     r"^ablate ": "an hour: tests/pipelines/experiments run a small grid",
     r"^bench ": "minutes: tests/pipelines/speed runs the tables smaller",
-}  # fmt: skip
+}
 
 
 def run(line: str, world: Path) -> None:
@@ -31,13 +31,25 @@ def run(line: str, world: Path) -> None:
     command = line.replace(".venv/bin/tide", f"{sys.executable} -m pipelines.cli")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     if " serve " not in line:
-        done = subprocess.run(["bash", "-c", command], cwd=world, input="Write `f`.\n\n", capture_output=True,
-                              text=True, check=False, env=environment)  # fmt: skip
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=world,
+            input="Write `f`.\n\n",
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+        )
         assert done.returncode == 0, (line, done.stderr[-3000:])
         return
     command = re.sub(r"--port \d+", "--port 0", command)
-    with subprocess.Popen(["bash", "-c", f"exec {command}"], cwd=world, stderr=subprocess.PIPE, text=True,
-                          env=environment) as process:  # fmt: skip
+    with subprocess.Popen(
+        ["bash", "-c", f"exec {command}"],
+        cwd=world,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
         assert process.stderr is not None
         said = ""
         while "serving" not in said and (text := process.stderr.readline()):
@@ -52,7 +64,7 @@ def test_the_commands_of_the_pages_run(tmp_path: Path) -> None:
     # 1. recipes, the demo's caches and runs, some runs more
     tide = ".venv/bin/tide"
     (tmp_path / "pipelines").symlink_to(ROOT / "pipelines")
-    row = '{"ask": "What is 3 and 4?", "say": "7.", "question": "What is 3 and 4?", "answer": "#### 7"}\n'
+    row = '{"ask": "What is 3 and 4?", "say": "7.", "question": "What is 3 and 4?", "answer": "#### 7"}\n'  # noqa: E501
     (tmp_path / "gsm8k.jsonl").write_text(row)
     for teacher, name in (("tiny-cross", "TIDE-Cross"), ("tiny-shared", "undistilled-shared")):
         cache = f"runs/demo/caches/{teacher}"

@@ -90,7 +90,7 @@ def hook(name: str) -> Any:
 
 
 def test_the_site_s_equations_and_its_page_of_settings() -> None:
-    page = '<p>so <span class="arithmatex">\\(p &lt; \\log q\\)</span></p><div class="arithmatex">\\[x^2\\]</div>'
+    page = '<p>so <span class="arithmatex">\\(p &lt; \\log q\\)</span></p><div class="arithmatex">\\[x^2\\]</div>'  # noqa: E501
     text = hook("mathml").on_page_content(page)
     assert "arithmatex" not in text and text.count("<math") == 2 and "<msup>" in text
     settings = hook("settings")
@@ -99,4 +99,4 @@ def test_the_site_s_equations_and_its_page_of_settings() -> None:
     for kind in (kind for kinds in settings.SECTIONS.values() for kind in kinds):
         for field in dataclasses.fields(kind):
             assert f"| `{field.name}` |" in text, (kind, field.name)
-    assert "`int, 1 to 100`" in text and "an epoch trains on one" in text
+    assert "`int, ≥ 1, ≤ 100`" in text and "an epoch trains on one" in text

@@ -9,8 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.recipes.read import cache_config, packaged_recipe, read_recipe, to_toml, train_config
-from pipelines.recipes.show import describe_recipe, paper_of
+from pipelines.recipes.read import (
+    cache_config,
+    describe_recipe,
+    packaged_recipe,
+    paper_of,
+    read_recipe,
+    to_toml,
+    train_config,
+)
 from shared.settings.objectives import KL, ReverseCalm, Tidal
 from shared.system.errors import TideError
 
@@ -57,7 +64,11 @@ def test_a_teacher_without_a_recipe_takes_the_settings_of_its_kind() -> None:
 
 def test_show_prints_the_distance_setting_by_setting() -> None:
     lines = describe_recipe("cross").splitlines()
-    rows = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line.startswith("  ")}
+    rows = {
+        line.split(":")[0].strip(): line.split(maxsplit=1)[1]
+        for line in lines
+        if line.startswith("  ")
+    }
     assert rows["cache.noise.comp_demo"] == "false → true"
     assert rows["cache.noise.draws"] == "10 → 4"
     assert "No setting differs" in describe_recipe("paper-cross")

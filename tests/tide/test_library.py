@@ -15,8 +15,13 @@ from student_train.using.student import load_for_use
 
 
 def test_settings_are_those_of_a_recipe(random_teacher: Path, tmp_path: Path) -> None:
-    given = {"model": str(random_teacher), "lengths": {"student": 64, "teacher": 64}, "shard_examples": 8,
-             "engine": {"dtype": "float32"}, "data": {"source": "stdlib:train", "limit": 8}}  # fmt: skip
+    given = {
+        "model": str(random_teacher),
+        "lengths": {"student": 64, "teacher": 64},
+        "shard_examples": 8,
+        "engine": {"dtype": "float32"},
+        "data": {"source": "stdlib:train", "limit": 8},
+    }
     made = tide.cache("tiny-cross", **given, noise={"draws": 1}, out=str(tmp_path / "c"))
     manifest = load_manifest(made.folder)
     assert (made.examples, made.draws) == (8, 1)
@@ -37,8 +42,14 @@ def test_importing_it_is_quick_and_folders_of_the_same_names_beside_it_hide_noth
         "('torch', 'transformers') if m in sys.modules])"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True,
-                          check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.stdout == "load_student []\n", done.stderr
 
 
@@ -47,8 +58,11 @@ def test_several_sources(tmp_path: Path) -> None:
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
     )
     (tmp_path / "own.jsonl").write_text(lines)
-    data = tide.prepare("tiny-cross", [str(tmp_path / "own.jsonl"), {"source": "stdlib:train", "limit": 3}],
-                        out=str(tmp_path / "c"))  # fmt: skip
+    data = tide.prepare(
+        "tiny-cross",
+        [str(tmp_path / "own.jsonl"), {"source": "stdlib:train", "limit": 3}],
+        out=str(tmp_path / "c"),
+    )
     assert data.examples == 4 and "4 examples are taken" in str(data)
     assert data.folder == tmp_path / "prepared"
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-from pipelines.commands import chat
+from pipelines.commands.students import talk
 from shared.system.errors import TideError
 from student_train.using.settings import SampleConfig
 from student_train.using.student import LoadedStudent, load_for_use
@@ -85,6 +85,6 @@ def test_a_conversation_remembers_and_ends(
     console = Console(file=file, force_terminal=True, width=80)
     questions = iter(["one", "two", ""])
     monkeypatch.setattr(console, "input", lambda _prompt: next(questions))
-    chat.talk(loaded, SampleConfig(new_tokens=16, block=8), show, console)
+    talk(loaded, SampleConfig(new_tokens=16, block=8), show, console)
     assert seen == [1, 3]
     assert ("░" in file.getvalue()) == show

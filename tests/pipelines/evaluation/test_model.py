@@ -67,10 +67,13 @@ def test_answers_are_those_of_tide_sample(loaded: LoadedStudent, batch: int) -> 
 
 
 def test_the_chat_template_ends_in_its_empty_think_block(loaded: LoadedStudent) -> None:
-    """As Qwen3's, which writes one before the last answer: a response that was begun comes behind it."""
+    """As Qwen3's, which writes one before the last answer: a response that was begun comes behind
+    it.
+    """
     backend = copy.deepcopy(loaded.tokenizer.backend)
     backend.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}"
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and "
+        "loop.last %}"
         "<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
     )
     model = TideBD3LM(

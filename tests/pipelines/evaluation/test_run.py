@@ -1,4 +1,4 @@
-"""lm-eval itself, on real rows where they are at hand, on made ones in the hub's layout otherwise."""
+"""lm-eval itself, on real rows where they are at hand, else on made ones in the hub's layout."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def says(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str]) -> list[str]:
-    """A student that knows what to say to prompts that hold these texts; the prompts it was given."""
+    """A student that knows what to say to prompts with these texts; the prompts it was given."""
     asked: list[str] = []
 
     def answer(self: Any, requests: list[Instance], config: Any) -> list[str]:
@@ -193,9 +193,12 @@ def test_each_of_the_papers_tasks_runs_from_local_files(
 def tide(*arguments: str, start: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *start, "-m", "pipelines.cli", *arguments],
-        check=False, capture_output=True, text=True, timeout=300,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.slow
@@ -204,9 +207,22 @@ def test_two_processes_share_a_benchmark(student: str, sums: Path, tmp_path: Pat
     answers = []
     for name, start in (("one", ()), ("two", two)):
         done = tide(
-            "eval", student, "--tasks", "gsm8k", "--data", f"gsm8k={sums}", "--new-tokens", "8",
-            "--block", "8", "--output", str(tmp_path / name), "--device", "cpu", start=start,
-        )  # fmt: skip
+            "eval",
+            student,
+            "--tasks",
+            "gsm8k",
+            "--data",
+            f"gsm8k={sums}",
+            "--new-tokens",
+            "8",
+            "--block",
+            "8",
+            "--output",
+            str(tmp_path / name),
+            "--device",
+            "cpu",
+            start=start,
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("| GSM8K |") == 1
         lines = (tmp_path / name / "gsm8k.samples.jsonl").read_text().splitlines()
@@ -219,15 +235,30 @@ def test_lm_evals_own_command_line(student: str, tmp_path: Path) -> None:
     """A task of one's own, of likelihoods, by `--model tide_bd3lm`."""
     rows = [{"question": f"{i} + 1 =", "choices": [f" {i}", f" {i + 1}"]} for i in range(5)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {"task": "my_sums", "dataset_path": "json", "test_split": "test",
-            "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
-            "output_type": "multiple_choice", "doc_to_text": "{{question}}",
-            "doc_to_choice": "{{choices}}", "doc_to_target": 1,
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]}  # fmt: skip
+    task = {
+        "task": "my_sums",
+        "dataset_path": "json",
+        "test_split": "test",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": 1,
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
     (tmp_path / "my_sums.yaml").write_text(json.dumps(task))
     model = f"pretrained={student},mc_num=4,block_size=8"
-    command = ["lm-eval", "run", "--model", "tide_bd3lm", "--tasks", str(tmp_path / "my_sums.yaml"),
-               "--output_path", str(tmp_path / "out"), "--model_args"]  # fmt: skip
+    command = [
+        "lm-eval",
+        "run",
+        "--model",
+        "tide_bd3lm",
+        "--tasks",
+        str(tmp_path / "my_sums.yaml"),
+        "--output_path",
+        str(tmp_path / "out"),
+        "--model_args",
+    ]
     done = tide(*command, model)
     assert done.returncode == 0, done.stderr
     (result,) = (tmp_path / "out").rglob("results_*.json")

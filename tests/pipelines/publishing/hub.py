@@ -22,7 +22,9 @@ _COMMIT = "0" * 39 + "1"
 
 
 class Hub:
-    """Repositories by name: files by path. `token` is what writing needs; `damage` is done to what is stored."""
+    """Repositories by name: files by path. `token` is what writing needs; `damage` is done to what
+    is stored.
+    """
 
     def __init__(self, token: str) -> None:
         self.token = token
@@ -132,8 +134,12 @@ class Hub:
     def _entries(self, name: str) -> list[dict[str, Any]]:
         found = []
         for path, content in sorted(self.repositories[name].items()):
-            entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content),
-                                     "oid": hashlib.sha1(content).hexdigest()}  # fmt: skip
+            entry: dict[str, Any] = {
+                "type": "file",
+                "path": path,
+                "size": len(content),
+                "oid": hashlib.sha1(content).hexdigest(),
+            }
             if path.endswith(".safetensors"):
                 oid = hashlib.sha256(content).hexdigest()
                 entry["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 130}
@@ -156,8 +162,18 @@ class Hub:
                 {"error": "Repository not found"}, 404, {"x-error-code": "RepoNotFound"}
             )
         siblings = [{"rfilename": path} for path in sorted(self.repositories[name])]
-        return JSONResponse({"id": name, "modelId": name, "sha": _COMMIT, "siblings": siblings, "private": False,
-                             "tags": [], "downloads": 0, "likes": 0})  # fmt: skip
+        return JSONResponse(
+            {
+                "id": name,
+                "modelId": name,
+                "sha": _COMMIT,
+                "siblings": siblings,
+                "private": False,
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+            }
+        )
 
     async def _resolve(self, request: Request) -> Response:
         content = self.repositories[self._name(request)].get(request.path_params["path"])

@@ -1,4 +1,6 @@
-"""A student leaves home: trained, exported, loaded by plain transformers, published, served from the hub, asked."""
+"""A student leaves home: trained, exported, loaded by plain transformers, published, served from
+the hub, asked.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,12 @@ def test_from_the_cache_to_a_stranger(caches: dict[str, Path], tmp_path: Path) -
     with running(hub) as place:
         environment = {**os.environ, **place, "HF_TOKEN": "secret", "HF_HOME": str(tmp_path / "hf")}
         tide = [sys.executable, "-m", "pipelines.cli"]
-        subprocess.run([*tide, "publish", str(tmp_path / "exported"), "hf://me/small", "--private"], env=environment, check=True,
-                       capture_output=True)  # fmt: skip
+        subprocess.run(
+            [*tide, "publish", str(tmp_path / "exported"), "hf://me/small", "--private"],
+            env=environment,
+            check=True,
+            capture_output=True,
+        )
         command = [*tide, "serve", "me/small", "--port", "0", "--device", "cpu", "--block", "8"]
         with (
             subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server,

@@ -19,8 +19,17 @@ from shared.settings.config import TrainConfig
 from shared.system.errors import TideError
 from student_train.training.replay import replay
 
-GARBAGE = [b"", b"{", b"[]", b"3", b'{"config": 3}', b'{"steps": [3], "final": {"x": "y"}}', b"\xff",
-           b'{"config": {"seed": "x"}}', b"[" * 100_000]  # fmt: skip
+GARBAGE = [
+    b"",
+    b"{",
+    b"[]",
+    b"3",
+    b'{"config": 3}',
+    b'{"steps": [3], "final": {"x": "y"}}',
+    b"\xff",
+    b'{"config": {"seed": "x"}}',
+    b"[" * 100_000,
+]
 
 
 class Runs:
@@ -74,7 +83,7 @@ def test_odd_runs_are_explained(name: str, tmp_path: Path) -> None:
         (run / file).write_text(json.dumps(values))
     for content in GARBAGE:
         (run / name).write_bytes(content)
-        with pytest.raises(TideError):
+        with pytest.raises(TideError):  # noqa: PT012
             replay(run) if name == "nonfinite.json" else find_runs(tmp_path)
             pytest.fail(f"{content[:40]!r} was taken")
 

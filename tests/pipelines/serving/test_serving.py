@@ -1,4 +1,6 @@
-"""The `openai` client against a running server: what it says is what `tide sample` says, whoever else asks."""
+"""The `openai` client against a running server: what it says is what `tide sample` says, whoever
+else asks.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +125,9 @@ def test_a_stream_comes_by_block_and_is_the_whole(loaded: LoadedStudent, address
 
 
 def test_a_stop_text_ends_a_response(loaded: LoadedStudent, address: str) -> None:
-    """Wherever it stands, over the edge of two blocks too, streamed or whole; nothing of it is sent."""
+    """Wherever it stands, over the edge of two blocks too, streamed or whole; nothing of it is
+    sent.
+    """
     asked: Any = {"messages": CHATS[1], "max_tokens": 24, "temperature": 1.5, "seed": 11}
     text = create(address, **asked).choices[0].message.content
     assert text is not None
@@ -139,7 +143,9 @@ def test_a_stop_text_ends_a_response(loaded: LoadedStudent, address: str) -> Non
 
 
 def test_many_at_once_get_what_each_gets_alone(loaded: LoadedStudent, address: str) -> None:
-    """Eight clients, released together, of other lengths, limits and temperatures; and they were decoded together."""
+    """Eight clients, released together, of other lengths, limits and temperatures; and they were
+    decoded together.
+    """
     asked = [
         {"messages": CHATS[i % 3], "max_tokens": 5 + 2 * i, "temperature": i / 4, "seed": i}
         for i in range(8)
@@ -195,8 +201,15 @@ def test_what_cannot_be_answered_is_explained(address: str) -> None:
 
 
 def test_a_body_that_is_no_request(address: str) -> None:
-    for body in (b"", b"[]", b"null", b'{"model": "small"}', b"\xff", b"[" * 5000,
-                 b'{"model": "small", "prompt": "\\ud800"}'):  # fmt: skip
+    for body in (
+        b"",
+        b"[]",
+        b"null",
+        b'{"model": "small"}',
+        b"\xff",
+        b"[" * 5000,
+        b'{"model": "small", "prompt": "\\ud800"}',
+    ):
         request = urllib.request.Request(f"{address}/v1/completions", body)
         with pytest.raises(urllib.error.HTTPError) as error:
             urllib.request.urlopen(request, timeout=20)
@@ -207,9 +220,16 @@ def test_a_body_that_is_no_request(address: str) -> None:
 
 def test_neutral_values_and_what_is_not_read_are_taken(loaded: LoadedStudent, address: str) -> None:
     got = create(
-        address, top_p=1, frequency_penalty=0, user="me", tools=[], n=1, logprobs=False,
-        response_format={"type": "text"}, metadata={"a": "b"},
-    )  # fmt: skip
+        address,
+        top_p=1,
+        frequency_penalty=0,
+        user="me",
+        tools=[],
+        n=1,
+        logprobs=False,
+        response_format={"type": "text"},
+        metadata={"a": "b"},
+    )
     assert got.choices[0].message.content == sampled(loaded, prompt_of(loaded, CHATS[0]), 8)
 
 
@@ -233,8 +253,10 @@ def test_a_key_where_one_is_asked_for(loaded: LoadedStudent) -> None:
     assert "sesame" not in repr(config)
     with served(loaded, config) as place:
         assert [model.id for model in client(place, api_key="sesame").models.list()] == ["small"]
-        for call in (client(place).models.list,
-                     lambda: client(place).completions.create(model="small", prompt="x")):  # fmt: skip
+        for call in (
+            client(place).models.list,
+            lambda: client(place).completions.create(model="small", prompt="x"),
+        ):
             with pytest.raises(openai.AuthenticationError):
                 call()
         with urllib.request.urlopen(f"{place}/health", timeout=20) as answer:

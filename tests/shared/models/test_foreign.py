@@ -18,7 +18,7 @@ from shared.text.tokenizers import Tokenizer
 
 
 def refused(folder: Path, what: object) -> None:
-    with pytest.raises(TideError):
+    with pytest.raises(TideError):  # noqa: PT012
         checkpoint = open_checkpoint(str(folder))
         check_weights(checkpoint, "llama")
         load_model(checkpoint, "llama", torch.float32)

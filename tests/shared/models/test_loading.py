@@ -1,4 +1,6 @@
-"""Checkpoints are loaded whole or not at all: every tensor used once, every parameter filled, nothing pickled."""
+"""Checkpoints are loaded whole or not at all: every tensor used once, every parameter filled,
+nothing pickled.
+"""
 
 from __future__ import annotations
 
@@ -131,8 +133,9 @@ def test_what_lies_beside_the_weights_plays_no_part(copy: Path) -> None:
 def test_a_teacher_saved_again_is_loaded_again(golden: Path, tmp_path: Path) -> None:
     """The renames of one layout are not those of another class: a new Llama has a Llama's names."""
     load(golden / "llada", "llada")
-    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                         num_attention_heads=1)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     assert load(tmp_path).config.hidden_size == 8
 
@@ -155,7 +158,7 @@ def test_the_fingerprint_follows_config_and_weights(copy: Path) -> None:
 
 def test_the_registry_takes_a_users_teacher_and_explains_mistakes(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
-    fields = 'model = "/m"\narchitecture = "llama"\nmask_id = 5\nstudent_tokens = false\nlength = 9\nstudent = "/s"\n'
+    fields = 'model = "/m"\narchitecture = "llama"\nmask_id = 5\nstudent_tokens = false\nlength = 9\nstudent = "/s"\n'  # noqa: E501
     file.write_text(f'[mine]\n{fields}attention = {{ type = "block_causal", block = 4 }}\n')
     assert find_teacher("mine", file).mask_id == 5
     assert "llada-8b" in all_teachers(file)
@@ -173,8 +176,14 @@ def test_the_registry_takes_a_users_teacher_and_explains_mistakes(tmp_path: Path
 def test_quantised_linear_layers(tmp_path: Path, kind: Any, limit: float) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                         num_attention_heads=4, tie_word_embeddings=False)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=False,
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     exact, packed = load(tmp_path), load(tmp_path, quantization=kind)
     assert {p.dtype for n, p in packed.named_parameters() if "proj" in n} == {
@@ -212,9 +221,17 @@ def test_a_machine_that_is_too_small(random_teacher: Path, monkeypatch: pytest.M
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory accounts")
 def test_loading_takes_the_memory_of_one_copy_in_the_target_dtype(tmp_path: Path) -> None:
-    """Resident memory at its peak, in a process of its own; the files, which are mapped, count as well."""
-    config = LlamaConfig(vocab_size=4096, hidden_size=1024, intermediate_size=4096, num_hidden_layers=6,
-                         num_attention_heads=8, tie_word_embeddings=False)  # fmt: skip
+    """Resident memory at its peak, in a process of its own; the files, which are mapped, count as
+    well.
+    """
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        tie_word_embeddings=False,
+    )
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in LlamaForCausalLM(config).state_dict().items()}
     index, names = {}, sorted(shapes)
@@ -225,8 +242,15 @@ def test_loading_takes_the_memory_of_one_copy_in_the_target_dtype(tmp_path: Path
         index |= dict.fromkeys(part, file)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     config.save_pretrained(tmp_path)
-    LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                                 num_attention_heads=1)).save_pretrained(tmp_path / "small")  # fmt: skip
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=8,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+        )
+    ).save_pretrained(tmp_path / "small")
     script = f"""
 import re, torch
 from pathlib import Path
@@ -236,7 +260,7 @@ from shared.models.loading import load_model
 def high_water():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
-load_model(open_checkpoint({str(tmp_path / "small")!r}), "llama", torch.float32)  # libraries are in memory then
+load_model(open_checkpoint({str(tmp_path / "small")!r}), "llama", torch.float32)  # libraries are in memory then  # noqa: E501
 before = high_water()
 load_model(open_checkpoint({str(tmp_path)!r}), "llama", torch.float32)
 print(high_water() - before)
@@ -254,9 +278,17 @@ SCALINGS: dict[str, Any] = {
     "linear, old name": {"type": "linear", "factor": 4.0},
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
 }
-SIZES: dict[str, Any] = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-                         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3,
-                         "max_position_embeddings": 256}  # fmt: skip
+SIZES: dict[str, Any] = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 256,
+}
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama"])

@@ -1,4 +1,4 @@
-"""Tokenizers that lie in parts (vocab.json, merges.txt) and name a class that would be remote code."""
+"""Tokenizers in parts (vocab.json, merges.txt) that name a class which would be remote code."""
 
 from __future__ import annotations
 

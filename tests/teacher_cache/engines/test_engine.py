@@ -152,8 +152,12 @@ def test_compiled_layers_give_the_same_and_compile_once(random_teacher: Path) ->
     root = Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-c", COMPILED, str(random_teacher)],
-        cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     worst, *graphs = done.stdout.split()
     assert float(worst) < 1e-4

@@ -31,12 +31,17 @@ MASK = 96
 
 @lru_cache
 def teacher(user: str) -> Any:
-    """A small Llama in float64; one for each user, since an engine changes how its model attends."""
+    """A small Llama in float64; one for each user, since an engine changes how its model attends."""  # noqa: E501
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=97, num_hidden_layers=2, initializer_range=0.3, hidden_size=16,
-        intermediate_size=24, num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
+        vocab_size=97,
+        num_hidden_layers=2,
+        initializer_range=0.3,
+        hidden_size=16,
+        intermediate_size=24,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     config._attn_implementation = "sdpa"
     return in_float64(LlamaForCausalLM(config)).eval()
 
@@ -75,21 +80,29 @@ def test_logits_are_those_of_whole_sequences_under_the_explicit_mask(kind: str, 
     attention, asked = KINDS[kind](data.draw(st.integers(1, 9))), data.draw(examples(shift))
     budget = data.draw(st.sampled_from([1, 40, 10_000]))
     engine = TransformersEngine(
-        teacher(kind), attention, TargetSpec(8, 1.0, (1.0,)), shift=bool(shift),
-        tokens_per_batch=budget, head_rows=7,
-    )  # fmt: skip
+        teacher(kind),
+        attention,
+        TargetSpec(8, 1.0, (1.0,)),
+        shift=bool(shift),
+        tokens_per_batch=budget,
+        head_rows=7,
+    )
     plain, done = teacher("plain"), []
     with torch.inference_mode():
         for packs in engine.batches(asked):
             batch = engine.batch(packs)
             members = [i for pack in packs for i in pack.members]
             logits = plain.lm_head(engine.hidden(batch))
-            for i, own in zip(members, logits.split([len(asked[i].read) for i in members])):
+            for i, own in zip(
+                members, logits.split([len(asked[i].read) for i in members]), strict=True
+            ):
                 inputs = build_inputs(attention, [asked[i]])
                 hidden = plain.model(
-                    input_ids=inputs.ids, attention_mask=inputs.mask,
-                    position_ids=inputs.positions, use_cache=False,
-                ).last_hidden_state  # fmt: skip
+                    input_ids=inputs.ids,
+                    attention_mask=inputs.mask,
+                    position_ids=inputs.positions,
+                    use_cache=False,
+                ).last_hidden_state
                 expected = plain.lm_head(hidden[0, inputs.columns - shift])
                 torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-9)
             done += members

@@ -44,7 +44,9 @@ TINY = Path(resolve("embedded:teacher_cache.teachers/tiny"))
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """vLLM inside this process, which starts in a second; its groups are taken down for the next model."""
+    """vLLM inside this process, which starts in a second; its groups are taken down for the next
+    model.
+    """
     from vllm.distributed import cleanup_dist_env_and_memory  # pyright: ignore[reportMissingImports]
 
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

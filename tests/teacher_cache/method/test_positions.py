@@ -1,4 +1,6 @@
-"""A teacher of the student's tokens, read at the words of the answers: from the settings to the shard and the loss."""
+"""A teacher of the student's tokens, read at the words of the answers: from the settings to the
+shard and the loss.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def test_the_teacher_is_asked_at_masked_words_and_sees_the_rest(config: CacheCon
 
 
 def test_the_same_draws_as_with_all_positions(config: CacheConfig, tmp_path: Path) -> None:
-    """What the teacher is asked changes neither t, nor the masks, nor how CompDemo splits what is asked."""
+    """What the teacher is asked changes neither t, nor the masks, nor how CompDemo splits what is
+    asked.
+    """
     every = dataclasses.replace(
         config, out=tmp_path / "all", prepared=tmp_path / "p",
         targets=dataclasses.replace(config.targets, positions="response", teacher_text="student"),
@@ -122,7 +126,8 @@ def test_the_loss_is_cross_entropy_everywhere_and_distillation_at_the_words(
     loss = total(objective(logits, targets, distillation, 0.3), counts, distillation, 1.0)
     (expected,) = torch.autograd.grad(loss, hidden, retain_graph=True)
 
-    # By hand: CE of all rows, and the distillation of a batch that has no others than those that were read.
+    # By hand: CE of all rows, and the distillation of a batch that has no others than those that
+    # were read.
     words = Targets(targets.gold[:read], targets.t[:read], targets.topk, targets.chunks)
     ce = torch.nn.functional.cross_entropy(logits, targets.gold, reduction="none") / targets.t
     alone = objective(logits[:read], words, distillation, 0.3).distillation
