@@ -260,7 +260,7 @@ from shared.models.loading import load_model
 def high_water():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
-load_model(open_checkpoint({str(tmp_path / "small")!r}), "llama", torch.float32)  # libraries are in memory then  # noqa: E501
+load_model(open_checkpoint({str(tmp_path / "small")!r}), "llama", torch.float32)
 before = high_water()
 load_model(open_checkpoint({str(tmp_path)!r}), "llama", torch.float32)
 print(high_water() - before)
