@@ -22,7 +22,9 @@ SECTIONS: dict[str, list[type]] = {
     "[cache.engine]": [config.EngineConfig],
     "[train]": [config.TrainConfig],
     "[train.student]": [config.StudentConfig],
-    "[train.distillation], by its `type`": [*typing.get_args(objectives.Distillation.__origin__)],
+    "[train.distillation], by its `type`": [
+        *typing.get_args(typing.get_args(objectives.Distillation)[0])
+    ],
     "[train.distillation.tidal]": [objectives.Tidal],
 }
 

@@ -93,5 +93,6 @@ def made_up_targets(rows: int, vocabulary: int) -> Targets:
     places = np.arange(rows)
     host = np.stack([places, places // 2])  # rows, and each row's chunk
     t = torch.rand(rows) * 0.9 + 0.1
-    chunks = ChunkTargets(*torch.from_numpy(host), -torch.rand(rows // 2), t[::2], host)
+    student, of_chunk = torch.from_numpy(host)
+    chunks = ChunkTargets(student, of_chunk, -torch.rand(rows // 2), t[::2], host)
     return Targets(torch.randint(0, vocabulary, (rows,)), t, topk, chunks)

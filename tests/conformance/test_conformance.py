@@ -102,7 +102,7 @@ def test_a_step_by_the_plainest_computation(tmp_path: Path) -> None:
         return torch.from_numpy(np.concatenate([row[column] for row in rows]).astype(np.int32))
 
     def sizes(column: int) -> torch.Tensor:
-        return torch.tensor([len(row[column]) for row in rows], dtype=torch.int32)
+        return torch.tensor([len(row[column]) for row in rows], dtype=torch.int32)  # type: ignore
 
     tensors = {f"grad/{name}": p.grad for name, p in student.named_parameters()}
     for column, name in enumerate(("student_ids", "masked", "in_a")):

@@ -205,7 +205,7 @@ def test_a_long_prompt_loses_its_beginning(loaded: LoadedStudent) -> None:
 def test_wrong_arguments_are_explained(loaded: LoadedStudent) -> None:
     for wrong in ({"parallelize": True}, {"mc_num": 0}, {"block_size": 0}, {"threshold": 2.0}):
         with pytest.raises(TideError):
-            TideBD3LM(loaded, **wrong)
+            TideBD3LM(loaded, **wrong)  # type: ignore
 
 
 def test_steps_are_shared_out_over_blocks() -> None:

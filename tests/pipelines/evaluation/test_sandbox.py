@@ -314,7 +314,7 @@ def test_scores_of_several_tries_as_lm_eval_asks_for_them() -> None:
         metric = evaluate.load("code_eval")
     assert evaluate.load is before
     tries = [["x = 1", "x = 2"], ["x = 1", "x = 1"]]
-    scores, results = metric.compute(["assert x == 1"] * 2, tries, k=[1, 2, 3])
+    scores, results = metric.compute(["assert x == 1"] * 2, tries, k=[1, 2, 3])  # type: ignore
     assert scores == {"pass@1": pytest.approx(0.75), "pass@2": pytest.approx(1.0)}
     assert [about["passed"] for _, about in results[0]] == [True, False]
     assert results[0][1][1]["result"].startswith("failed: AssertionError")

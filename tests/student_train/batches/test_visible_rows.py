@@ -68,7 +68,7 @@ def test_states_and_gradients_are_those_of_each_draw_alone_over_all_rows(
         parameters = list(model.model.parameters())
         loss = (hidden * weights).sum()
         how = {"allow_unused": True, "materialize_grads": True}
-        return list(torch.autograd.grad(loss, parameters, **how))
+        return list(torch.autograd.grad(loss, parameters, **how))  # type: ignore
 
     together = run(clean, masked, lengths, False)
     alone = []

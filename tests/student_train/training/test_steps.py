@@ -52,7 +52,7 @@ OBJECTIVES: dict[str, list[Distillation]] = {
 def test_a_step_is_divided_over_processes_and_passes(
     changes: dict[str, int], processes: int, expected: tuple[int, int]
 ) -> None:
-    settled = settle_batch(TrainConfig(**changes), processes)
+    settled = settle_batch(TrainConfig(**changes), processes)  # type: ignore
     assert (settled.batch_size, settled.accumulation) == expected
     assert settle_batch(settled, processes) == settled
 
@@ -64,7 +64,7 @@ def test_what_does_not_divide_is_refused(caches: dict[str, Path], tmp_path: Path
         ({"batch_size": 4, "draws_per_step": 3}, "draws_per_step"),
     ):
         with pytest.raises(TideError, match=named):
-            settle_batch(TrainConfig(**changes), 3)
+            settle_batch(TrainConfig(**changes), 3)  # type: ignore
     with pytest.raises(TideError, match="draws_per_step"):
         make_trainer(config(caches["tiny-cross"], tmp_path / "r", draws_per_step=4))
 
@@ -79,7 +79,7 @@ def steps(cache: Path, processes: int, **changes: Any) -> list[list[tuple[str, i
     for start in range(0, len(data), parts):
         rows = [row for i in range(start, start + parts) for row in data.rows(i)]
         counts = sum(data[i]["counts"] for i in range(start, start + parts))
-        assert counts[0] == sum(row.maskable for row in rows)
+        assert counts[0] == sum(row.maskable for row in rows)  # type: ignore
         every.append(sorted((row.example_id, row.draw) for row in rows if row.maskable))
     return every
 

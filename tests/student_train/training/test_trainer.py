@@ -94,7 +94,7 @@ def test_killed_at_random_moments_and_restarted_the_curve_is_the_same(
     chance, kills = random.Random(1), 0
     for attempt in range(8):
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, **output)
+        process = subprocess.Popen(command, **output)  # type: ignore
         had, began = -1, time.monotonic()
         while process.poll() is None and time.monotonic() - began < 120:
             done = whole_checkpoints(out / "checkpoints")
