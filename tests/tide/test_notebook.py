@@ -33,7 +33,4 @@ def test_the_cells_of_the_page(
     assert likely[0] > likely[1]
     said = capsys.readouterr().out
     assert "48 examples are taken" in said and "⟦" in said
-    assert (
-        "from a teacher that shares the student's tokenizer"
-        in said[said.rindex("runs/distilled") :]
-    )
+    assert "reverse_calm" in said[said.rindex("runs/distilled") :]  # what would work instead

@@ -50,7 +50,7 @@ def test_a_grid_trains_reports_and_resumes(
     recipe = write_grid(tmp_path / "grid.toml", random_teacher)
     text = run_ablation(recipe, tmp_path / "out").read_text()
     assert "calm, T 2.0, TIDAL training_only, weight 2" in text
-    assert "| calm | " in text
+    assert "| calm " in text
     assert "--set 'weight=2.0'" in text or "--set weight=2.0" in text
     assert len(list((tmp_path / "out").glob("*-seed*/history.json"))) == 2
     command = next(line for line in text.splitlines() if line.startswith("* `calm`"))
