@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from shared.settings import config, data, objectives
+from shared.settings.build import field_types, limits
 
 SECTIONS: dict[str, list[type]] = {
     "[cache]": [config.CacheConfig],
@@ -27,9 +28,6 @@ SECTIONS: dict[str, list[type]] = {
     ],
     "[train.distillation.tidal]": [objectives.Tidal],
 }
-
-
-SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -57,19 +55,13 @@ def _rows(kind: type) -> Iterator[str]:
             if isinstance(line, ast.AnnAssign) and isinstance(below, ast.Expr):
                 words[ast.unparse(line.target)] = str(ast.literal_eval(below.value))
     # 2. types, with their bounds
-    hints = typing.get_type_hints(kind)
-    annotated = typing.get_type_hints(kind, include_extras=True)
+    hints, annotated = typing.get_type_hints(kind), field_types(kind)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
         plain = isinstance(hint, type) and not typing.get_args(hint)
         name = re.sub(r"\b(?:\w+\.)+(?=[A-Za-z])", "", hint.__name__ if plain else str(hint))
-        parts = [annotated[field.name]]
-        while parts:
-            part = parts.pop()
-            parts += typing.get_args(part)
-            for bound in getattr(part, "metadata", ()):  # of pydantic's Field
-                for key in (key for key in SIGNS if hasattr(bound, key)):
-                    name += f", {SIGNS[key]} {getattr(bound, key)}"
+        if bounds := limits(annotated[field.name]):
+            name += f", {bounds}"
         made = field.default is dataclasses.MISSING
         default = "its own" if made else f"`{field.default}`"
         cells = (f"`{field.name}`", f"`{name}`", default, words.get(field.name, ""))

@@ -52,6 +52,9 @@ def show_teacher(
     teachers_file: TeachersFile = None,
 ) -> None:
     """Print one teacher's entry, and what loading it checks."""
+    from teacher_cache.teachers.registry import find_teacher
+
+    find_teacher(name, teachers_file)  # a misspelt name is answered before torch is imported
     from pipelines.plan.teacher import describe_teacher
 
     say(describe_teacher(name, teachers_file))

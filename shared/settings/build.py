@@ -29,6 +29,10 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 BY_TYPE = Field(discriminator="type")  # of a union of variants: the class with this `type`
 
+_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text",
+          "path": "a path", "tuple": "a list", "dataclass": "a table", "dict": "a table",
+          "model": "a table", "finite": "a finite number"}  # fmt: skip
+
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def strict(cls: type[T]) -> type[T]:
@@ -48,43 +52,91 @@ def build(kind: type[T], values: Mapping[str, Any], where: str = "the configurat
     try:
         return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:
-        problems = []
-        for item in error.errors():
-            # a step with a space is the tag of a union, which no user wrote
-            name = ".".join(str(step) for step in item["loc"] if " " not in str(step))
-            match item["type"]:
-                case "unexpected_keyword_argument":
-                    near = advice(name.rpartition(".")[2], sorted(_setting_names(kind)))
-                    problems.append(f"there is no setting {name}; {near}")
-                case "value_error":  # of `require`
-                    problems.append(
-                        f"{name}: {item.get('ctx', {}).get('error')}".removeprefix(": ")
-                    )
-                case "missing":
-                    problems.append(f"{name} is missing")
-                case _:
-                    expected = item["msg"].removeprefix("Input should be ")
-                    problems.append(f"{name} is {item['input']!r:.80}, expected {expected}")
+        problems = "; ".join(dict.fromkeys(_explain(dict(item), kind) for item in error.errors()))
         raise TideError(
-            f"invalid settings for {where}: {'; '.join(dict.fromkeys(problems))}",
+            f"invalid settings for {where}: {problems}",
             fix="correct the recipe or the --set option named above",
         ) from error
 
 
-def _setting_names(kind: Any) -> set[str]:
-    """The settings of all dataclasses that a type holds."""
-    names: set[str] = set()
-    parts = typing.get_args(kind)
+def _explain(item: dict[str, Any], kind: Any) -> str:
+    """One of pydantic's errors in words: the setting's name, its value, what it may be."""
+    # 1. walk down to the setting: fields, members of lists, and tags of unions, which no user sees
+    kinds, path, hint, names = _dataclasses(kind), [], kind, []
+    for step in item["loc"]:
+        hints = {name: hint for k in kinds for name, hint in field_types(k).items()}
+        names = sorted(hints)
+        if step in hints:
+            hint = hints[step]
+            kinds = _dataclasses(hint)
+        elif tagged := [k for k in kinds if step in (getattr(k, "type", None), k.__name__)]:
+            kinds = tagged
+            continue
+        elif step in ("int", "float") or " " in str(step):
+            continue
+        path.append(str(step))
+    name = ".".join(path)
+    # 2. say what is wrong with it
+    error, context = item["type"], item.get("ctx", {})
+    match error:
+        case "unexpected_keyword_argument":
+            return f"there is no setting {name}; {advice(path[-1], names)}"
+        case "value_error":
+            return f"{name}: {context['error']}" if name else str(context["error"])
+        case "missing":
+            return f"{name} is missing"
+        case "union_tag_invalid":
+            return f"{name}.type is {context['tag']!r}, expected one of {context['expected_tags']}"
+        case "union_tag_not_found":
+            return f"{name} is {item['input']!r:.80}, expected a table with a type"
+    expected = _TYPES.get(error.split("_")[0]) or item["msg"].removeprefix("Input should be ")
+    if error.startswith(("greater", "less")) or (error == "finite_number" and limits(hint)):
+        expected = limits(hint)
+    return f"{name or 'all'} is {item['input']!r:.80}, expected {expected}"
+
+
+def limits(hint: Any) -> str:
+    """The bounds of a setting's type in words, such as `1 to 100`; nothing where it has none."""
+    bounds: dict[str, float] = {}
+    parts = [hint]
+    while parts:
+        part = parts.pop()
+        parts += typing.get_args(part)
+        for bound in getattr(part, "metadata", ()):  # of pydantic's Field
+            bounds |= {n: getattr(bound, n) for n in ("gt", "ge", "lt", "le") if hasattr(bound, n)}
+    match bounds:
+        case {"ge": low, "le": high}:
+            return f"{low:g} to {high:g}" if abs(high) < 1e6 else f"{low} to {high}"
+        case {"ge": low, "lt": high}:
+            return f"{low} or more, and less than {high}"
+        case {"gt": low, "le": high}:
+            return f"more than {low}, and at most {high}"
+        case {"ge": low}:
+            return f"{low} or more"
+        case {"gt": 0}:
+            return "a positive number"
+    return ""
+
+
+def field_types(kind: type) -> dict[str, Any]:
+    """The settings of a dataclass with their types, annotations included."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _dataclasses(kind: Any) -> list[type]:
+    """The dataclasses that a type may be, through unions, annotations and tuples."""
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        fields = typing.get_type_hints(kind)
-        names, parts = set(fields), tuple(fields.values())
-    return names.union(*(_setting_names(part) for part in parts))
+        return [kind]
+    return [one for part in typing.get_args(kind) for one in _dataclasses(part)]
 
 
 def advice(name: str, names: Sequence[str]) -> str:
     """Words that point to the nearest of `names`, or to all of them."""
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}"
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"there are {', '.join(names)}" if names else "there are none here"
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -116,7 +116,7 @@ QUICK = """
 import contextlib, io, sys
 from pipelines.cli import main
 for words in ("cache --teacher llada8b", "cache --set noise.drws=3", "train --set epochz=3",
-              "teachers", "recipes", "recipes show cross", "--help"):
+              "teachers", "teachers show wedlm", "recipes", "recipes show cross", "--help"):
     sys.argv = ["tide", *words.split()]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
