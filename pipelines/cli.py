@@ -1,7 +1,5 @@
 """The command `tide`: how it starts and ends, and its commands about this installation."""
 
-from __future__ import annotations
-
 import io
 import logging
 import os

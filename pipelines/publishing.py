@@ -2,8 +2,6 @@
 with its scores and its licence. All is looked at before anything is sent.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from fnmatch import fnmatch

@@ -1,7 +1,5 @@
 """Shapes and types in signatures are enforced in every test; small caches are made here."""
 
-from __future__ import annotations
-
 import atexit
 import json
 import os

@@ -1,7 +1,5 @@
 """Attention masks from their definitions: what the product's are compared with."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """Rows of caches, as tests look at them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pyarrow as pa

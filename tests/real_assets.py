@@ -4,8 +4,6 @@
 they are not.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """Real vocabularies, texts and weights through the whole of stage one and into stage two."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

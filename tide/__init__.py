@@ -12,8 +12,6 @@ Settings are those of a recipe (docs/settings.md), by name and nested as there:
 cannot work raises `TideError`, which says how to mend it.
 """
 
-from __future__ import annotations
-
 from shared.system.errors import TideError
 from tide.stages import Cache, Data, Run, Student, cache, load_student, prepare, train
 

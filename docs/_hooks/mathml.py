@@ -1,7 +1,5 @@
 """Equations become MathML while the site is built: no scripts, no network."""
 
-from __future__ import annotations
-
 import html
 import re
 from typing import Any

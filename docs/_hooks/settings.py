@@ -1,7 +1,5 @@
 """The page of all settings, made from the dataclasses that hold them, in their own words."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import inspect

@@ -1,7 +1,5 @@
 """The Typer application, the panels of its help, and the options that several commands share."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import math

@@ -1,7 +1,5 @@
 """What one does with a finished cache: inspect, verify, prune, merge, pack, unpack, push, pull."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Stage one: teachers, recipes, prepare, plan, throughput, fidelity, cache."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

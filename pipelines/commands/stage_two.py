@@ -1,7 +1,5 @@
 """Stage two: train, ablate, replay, report, compare."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """The metric `code_eval` for code that a student wrote: each program in a sandbox of its own."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

@@ -1,7 +1,5 @@
 """Likelihoods of many continuations: questions share passes; what is too long goes in pieces."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

@@ -2,8 +2,6 @@
 lm-eval by name; and where their rows come from: the hub (or its cache here), or files of --data.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

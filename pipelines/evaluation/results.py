@@ -4,8 +4,6 @@ lm-eval's own cache of answers is a database of pickles, which run code when the
 folder may be somebody else's. Here answers are JSON lines.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import statistics

@@ -1,7 +1,5 @@
 """`tide eval`: a student on benchmarks. Finished ones are kept; an interrupted one goes on."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import logging

@@ -7,8 +7,6 @@ back, so nothing within the program's reach decides; the test's interpreter tell
 outside whether it passed. This file also runs inside, where only the standard library is at hand.
 """
 
-from __future__ import annotations
-
 import ast
 import builtins
 import contextlib

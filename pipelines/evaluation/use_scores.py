@@ -6,8 +6,6 @@ threshold, or text that holds together. Held-out functions of the standard libra
 ones for every student.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import itertools

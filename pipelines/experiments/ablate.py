@@ -3,8 +3,6 @@
 Each training is a `tide train` of its own, a few run at a time, and finished ones are not repeated.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -5,8 +5,6 @@ over the same data in the same order; only the distillation term differs. The un
 trains on the same cache and ignores what it says of the teacher.
 """
 
-from __future__ import annotations
-
 import logging
 import statistics
 import time

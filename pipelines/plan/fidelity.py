@@ -7,8 +7,6 @@ set beside the one with all of the vocabulary. The priors come from one half of 
 angles from the other.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -96,7 +94,7 @@ class Sample:
     logits: list[tuple[Tensor, Tensor]]
 
     @classmethod
-    def take(cls, plan: Run, examples: int) -> Sample:
+    def take(cls, plan: Run, examples: int) -> "Sample":
         """The first examples of the data under their first draw, every other one for the priors."""
         chosen = plan.data.between(0, min(examples, plan.data.examples))
         fit, work = (prepare_unit(plan, Unit(0, 0), part) for part in (chosen[1::2], chosen[0::2]))

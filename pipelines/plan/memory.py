@@ -5,8 +5,6 @@ Only attention is replaced: the kernels of a GPU (flash, flex) do not run here, 
 known what they keep for the backward pass.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from dataclasses import dataclass

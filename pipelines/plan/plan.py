@@ -5,8 +5,6 @@ rows; hours follow from FLOPs at a utilisation that you state, or from tokens a 
 measured (`tide throughput`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from dataclasses import dataclass

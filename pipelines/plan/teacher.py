@@ -2,8 +2,6 @@
 throughput`).
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import asdict
 from pathlib import Path

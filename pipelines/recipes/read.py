@@ -4,8 +4,6 @@ There is one for each embedded teacher and one for each kind of teacher. A recip
 with `base` (a packaged one, or a path beside it) and say only what differs.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

@@ -1,7 +1,5 @@
 """Differences between two variants, seed by seed: what a spread over seeds hides."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import statistics

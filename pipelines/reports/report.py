@@ -1,7 +1,5 @@
 """`tide report DIR`: the runs below a folder as one table (polars) and one picture (matplotlib)."""
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 from collections import defaultdict

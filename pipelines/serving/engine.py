@@ -4,8 +4,6 @@ At most `batch` responses are under way at once; the others wait in the order in
 Where decoding fails, those under way get the error and the next ones begin anew.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections import deque

@@ -1,7 +1,5 @@
 """OpenAI's requests, as far as a student can answer them, and the replies."""
 
-from __future__ import annotations
-
 import json
 import time
 import uuid

@@ -1,7 +1,5 @@
 """How a student is served, and what the command runs."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import socket

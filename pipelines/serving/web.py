@@ -2,8 +2,6 @@
 around them, which ends what is under way before it closes.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import json

@@ -1,7 +1,5 @@
 """`make bench`: ratios measured side by side in one run. Absolute times are this machine's."""
 
-from __future__ import annotations
-
 from pipelines.speed.head import bench_head
 from pipelines.speed.loader import bench_loader
 from pipelines.speed.stages import bench_stages

@@ -2,8 +2,6 @@
 memory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable

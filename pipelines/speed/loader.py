@@ -6,8 +6,6 @@ under four draws take no more room on the disk. The ledger, the tables and the m
 the full size.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import tempfile

@@ -5,8 +5,6 @@ The embedded teacher and the student of its recipe, functions of the standard li
 each.
 """
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 

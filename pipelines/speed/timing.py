@@ -2,8 +2,6 @@
 process of its own.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import statistics
 import time

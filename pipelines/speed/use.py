@@ -6,8 +6,6 @@ blocks decoded after the true text of held-out functions, at fixed masks, with t
 tokens beside it, since text that repeats itself can please a model too.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import http.client
 import itertools

@@ -8,8 +8,6 @@ response tokens only, half any token; every masked token weighs the same: 1/t ha
 model, and more noise on the way to it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import sys

@@ -5,8 +5,6 @@ other student's (2,048 tokens, ChatML, single digits) cuts the same text differe
 LLaDA's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

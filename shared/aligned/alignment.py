@@ -4,8 +4,6 @@ A chunk is a minimal span of bytes that starts and ends at a token boundary of b
 All positions here are byte offsets or token indices; no characters, so a token may end inside one.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass

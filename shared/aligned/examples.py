@@ -6,8 +6,6 @@ very sequence (or the conversation in its own template); another teacher reads t
 its own template and tokens, and the chunks of the responses tie the two together.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -79,7 +77,7 @@ class SharedVocabulary:
     same: Bool[np.ndarray, " vocab"]
 
     @classmethod
-    def between(cls, student: Tokenizer, teacher: Tokenizer) -> SharedVocabulary:
+    def between(cls, student: Tokenizer, teacher: Tokenizer) -> "SharedVocabulary":
         """Compare the two vocabularies token by token."""
         ours, theirs = student.token_bytes, teacher.token_bytes
         same = np.zeros(max(len(ours), len(theirs)), bool)

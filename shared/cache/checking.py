@@ -1,7 +1,5 @@
 """Every shard of a cache looked at: bytes against the ledger, values against the rules."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import multiprocessing

@@ -6,8 +6,6 @@ that end in `_q` hold integers, rounded as `shared.cache.levels` says; with `tar
 stand by their rank in the cache's vocabulary.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -3,8 +3,6 @@
 A manifest is read by every command and may come from anywhere: ranges are checked on building.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -132,7 +130,7 @@ class Fingerprint(_Part):
         student: CachedStudent,
         data: CachedData,
         classes_from: str | None = None,
-    ) -> Fingerprint:
+    ) -> "Fingerprint":
         """From settings whose `auto`s are decided, and what was opened. The tables are made later.
 
         `classes_from`: the digest of the checkpoint that `targets.classes_from` names.

@@ -5,8 +5,6 @@ it writes in a file of its own (`ledger/HOST-PID.jsonl`), so no two ever write t
 process did not come to note is found again from the shard itself.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -41,7 +39,7 @@ class Entry:
     rows_without_chunks: int
 
     @classmethod
-    def of(cls, content: bytes, counts: Mapping[str, Any]) -> Entry:
+    def of(cls, content: bytes, counts: Mapping[str, Any]) -> "Entry":
         """From a shard's file, with the counts that are stored in it."""
         numbers = {name: int(counts.get(name, 0)) for name in _NUMBERS if name != "bytes"}
         return cls(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content), **numbers)

@@ -10,8 +10,6 @@ prior says, and at most half a level; * the tail's mass as a whole as its log-od
 1/256 nat: exact from either side.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Integer, UInt8

@@ -3,8 +3,6 @@
 A cache may grow (more draws) but never mix: another fingerprint is refused with a diff.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

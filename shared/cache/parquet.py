@@ -1,7 +1,5 @@
 """Parquet files: whole or absent, every page with its checksum."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -5,8 +5,6 @@ integers (`levels`) → a file (`shards`). docs/cache-format.md says how to read
 this package.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """Parquet shards (`draw=00/part-00000.parquet`), whole or absent, for any Parquet library."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -52,7 +50,7 @@ class Unit:
         return cache / f"draw={self.draw:02d}" / f"part-{self.part:05d}.parquet"
 
     @classmethod
-    def at(cls, path: Path) -> Unit | None:
+    def at(cls, path: Path) -> "Unit | None":
         """The unit whose shard has this name; None for any other file."""
         numbers = (path.parent.name.removeprefix("draw="), path.stem.removeprefix("part-"))
         if not all(n.isascii() and n.isdecimal() and len(n) < 10 for n in numbers):

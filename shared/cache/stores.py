@@ -4,8 +4,6 @@ Such stores have no rename, but a file is there whole or not at all; the ledger 
 every shard. The manifest is written first, so that runs can go on, and the ledger last.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,7 +54,7 @@ class Store:
     url: str
 
     @classmethod
-    def open(cls, url: str) -> Store:
+    def open(cls, url: str) -> "Store":
         """TideError where the address cannot be understood, or what it needs is not installed."""
         try:
             if url.startswith("hf://"):

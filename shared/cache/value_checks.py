@@ -5,8 +5,6 @@ Checksums tell that bytes are what was written; this tells that what was written
 the whole column, and a sentence; they are tried in order, since later ones lean on earlier ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cached_property
 

@@ -5,8 +5,6 @@ fingerprint. The pilot sample that it comes from lies beside it, so that the tab
 follows from it (`tide prune`).
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,7 +43,7 @@ class Vocabulary:
         outside: Float[np.ndarray, "temperatures vocab"],
         positions: int,
         listed: Int[np.ndarray, " kept"],
-    ) -> Vocabulary:
+    ) -> "Vocabulary":
         """From a sample: its sums of probabilities outside the top-k, and the ids in its lists."""
         mean = (outside / max(1, positions)).astype(np.float32)
         prior = np.where(class_of >= 0, np.maximum(mean, SMALLEST_PRIOR), 0).astype(np.float32)

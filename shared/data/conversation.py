@@ -10,8 +10,6 @@
 | `fields` | those that `prompt_field`, `response_field` and `system_field` name |
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Sequence

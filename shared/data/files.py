@@ -3,8 +3,6 @@
 Every row comes with its place. A file that is cut short is an error, never a short data set.
 """
 
-from __future__ import annotations
-
 import bz2
 import csv
 import gzip

@@ -1,7 +1,5 @@
 """From a source to conversations, before any template or tokenizer: filtered, selected, judged."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

@@ -3,8 +3,6 @@
 Every row comes with its place, by which reports name it.
 """
 
-from __future__ import annotations
-
 import glob
 import re
 from collections.abc import Iterator
@@ -128,7 +126,7 @@ class HubName:
     split: str | None
 
     @classmethod
-    def parse(cls, text: str) -> HubName:
+    def parse(cls, text: str) -> "HubName":
         """From what stands behind `hf://`. TideError where it names no data set."""
         place, _, split = text.partition("#")
         name, *parts = place.split(":")

@@ -6,8 +6,6 @@ docstring. Functions without a docstring count too (the request then has only th
 the corpus is large enough to train on.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import platform

@@ -4,8 +4,6 @@ Explicit, because a model given no mask, or a 2-D padding mask, falls back to ca
 Padding hides keys only, never whole rows: a row that sees nothing is NaN on some GPUs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -4,8 +4,6 @@ All are pure functions of (seed, example id, draw): nothing depends on the batch
 or a resume.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 

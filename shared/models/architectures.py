@@ -5,8 +5,6 @@ which of the checkpoint's tensors are called differently there. transformers' ow
 splits and stacks them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any

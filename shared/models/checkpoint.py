@@ -1,7 +1,5 @@
 """Checkpoints as they lie on a disk or the hub: config, safetensors files, a fingerprint."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from importlib import resources

@@ -6,8 +6,6 @@ A key that no translation reads could change what the model computes, in silence
 architecture fixes of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ A checkpoint is loaded by transformers' own `from_pretrained`, fed with the tens
 code, adapters and settings that lie beside them play no part.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 from collections.abc import Collection, Mapping

@@ -1,7 +1,5 @@
 """Which token is the mask: one rule for teachers, students and use."""
 
-from __future__ import annotations
-
 from shared.models.checkpoint import Checkpoint
 from shared.system.errors import TideError
 from shared.text.tokenizers import Tokenizer

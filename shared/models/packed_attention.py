@@ -4,8 +4,6 @@ transformers' models find it as the attention implementation `tide_packed`. The 
 as keyword arguments of the forward, under the names of transformers' own packed batches.
 """
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -8,8 +8,6 @@ class KL:
 Distillation = Annotated[NoDistillation | KL, BY_TYPE]  # TOML: { type = "kl", temperature = 2.0 }
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import tomllib

@@ -1,7 +1,5 @@
 """The settings of both stages: a recipe (a TOML file) holds any part, the rest has defaults."""
 
-from __future__ import annotations
-
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """Which chats, and how long: the settings of data."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag

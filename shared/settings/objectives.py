@@ -3,8 +3,6 @@
 These are settings only; the mathematics is in `student_train.losses`, schedules included.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from shared.settings.build import BY_TYPE, Positive, require, strict

@@ -1,7 +1,5 @@
 """Files and folders that exist whole or not at all: temporary file, fsync, rename."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import itertools

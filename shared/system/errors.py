@@ -1,7 +1,5 @@
 """The one exception that reaches a user: what came, what was expected, how to mend it."""
 
-from __future__ import annotations
-
 
 class TideError(ValueError):
     """A problem that the user can mend.

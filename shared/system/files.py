@@ -1,7 +1,5 @@
 """Files that came from elsewhere, and folders to write to."""
 
-from __future__ import annotations
-
 import errno
 import json
 import stat

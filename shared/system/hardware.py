@@ -5,8 +5,6 @@ with AVX-512-BF16, AMX or their like) and float32 elsewhere: other CPUs compute 
 by a fallback that is many times slower.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import re

@@ -1,7 +1,5 @@
 """Locks on folders, which the system drops with the process that holds them, however that ends."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import logging

@@ -3,8 +3,6 @@
 Children end with their parent.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

@@ -6,8 +6,6 @@ is cut before merges apply. The class would say it, as code; here it is recognis
 learnt inside of the pieces, so under the right pattern each of its tokens stays in one piece.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -7,8 +7,6 @@ rendered once with sentinels in their places, and the real text must equal the p
 joined by the contents, verbatim or stripped as templates do.
 """
 
-from __future__ import annotations
-
 import datetime
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

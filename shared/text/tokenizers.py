@@ -5,8 +5,6 @@ four bytes and often three tokens). Alignment needs bytes, so a table of every t
 built once from the vocabulary.
 """
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import json
@@ -39,7 +37,7 @@ class Tokenizer:
         self.date = date
 
     @classmethod
-    def load(cls, path: str | Path, date: datetime.date | None = None) -> Tokenizer:
+    def load(cls, path: str | Path, date: datetime.date | None = None) -> "Tokenizer":
         """Load from a folder or a hub id, without remote code. TideError where that fails."""
         refuse_odd_in(Path(path))
         level = transformers_logging.get_verbosity()

@@ -5,8 +5,6 @@ the student's tokenizer was not read come last. Draws of one example that follow
 one sequence (`student_train.batches.visible_rows`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -7,8 +7,6 @@ a window batches hold rows of like length. Every item of the data set is one who
 its number alone: resuming at step n means asking for batch n.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import defaultdict
@@ -135,7 +133,7 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
         parts = self._pass(number)[0][window * self._window : (window + 1) * self._window]
         return [[Unit(draw, int(part)) for draw in self._draws_of(number)] for part in parts]
 
-    def _opened(self, number: int, window: int) -> Window:
+    def _opened(self, number: int, window: int) -> "Window":
         if (number, window) not in self._windows:
             units = self._units(number, window)
             coming = self._units(number, window + 1) or self._units(number + 1, 0)

@@ -1,7 +1,5 @@
 """A finished cache opened for training: what it holds, and its shards, from a folder or a store."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -21,7 +19,7 @@ from shared.system.hardware import first_here
 _AT_ONCE = 4  # shards on their way from a store
 
 
-def open_cache(config: TrainConfig) -> OpenCache:
+def open_cache(config: TrainConfig) -> "OpenCache":
     """Open `config.cache`, or the store whose local side it is.
 
     One file, the ledger, says what it holds; no shard is read that passed before. TideError where

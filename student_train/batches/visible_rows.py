@@ -6,8 +6,6 @@ those. The rest is left out, which changes no value that is read. Mostly m is 1;
 draws of an example share the x_0 that all of them have.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

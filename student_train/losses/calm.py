@@ -4,8 +4,6 @@ The student enters as log p_s ≤ 0 (already divided by T) and is never clamped:
 the gradient just where the student is most wrong. Only the fixed teacher is bounded.
 """
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor

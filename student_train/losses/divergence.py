@@ -10,8 +10,6 @@ where b is the shape inside a class: the teacher's prior, or the student. With t
 value and gradient are those of a divergence over k + C buckets.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

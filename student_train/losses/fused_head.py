@@ -5,8 +5,6 @@ is final as soon as its logits are there. Forward therefore computes gradients t
 products in all, as without slices, and no second pass over the head), and backward scales them.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache
 from typing import Any

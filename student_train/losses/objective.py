@@ -4,8 +4,6 @@ Everything is a sum over the batch beside its own count. The caller adds sums an
 accumulated batches and processes and divides once, so the gradient is that of one large batch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 `slice_targets` cuts them by rows, so that logits need not exist for a whole batch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping

@@ -4,8 +4,6 @@
 probabilities the mixture is made here; over tokens where the logits are (`divergence`).
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

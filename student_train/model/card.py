@@ -1,7 +1,5 @@
 """The README.md of a student's folder, for people and for the hub: what it is, how it was made."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

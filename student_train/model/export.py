@@ -4,8 +4,6 @@ Both hold the same tensors under the same names; the config differs, and the ref
 weights twice.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """The student: a Qwen3 or Llama, from a checkpoint or new, that denoises blocks of [x_t ; x_0]."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping
 from functools import cache

@@ -1,7 +1,5 @@
 """Held-out masked NLL at fixed masks: how well a student denoises text it was not trained on."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable

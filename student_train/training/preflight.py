@@ -3,8 +3,6 @@
 `run.json` says what a run's folder holds, so that no other run goes on in it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import json

@@ -4,8 +4,6 @@ A run is the same float for float when it is repeated, so the last whole checkpo
 and the recorded settings lead to the very weights and batch of that moment.
 """
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from contextlib import ExitStack

@@ -5,8 +5,6 @@ and holds the SHA-256 of each, so that a folder that was half written, or change
 gone on from.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

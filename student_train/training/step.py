@@ -2,8 +2,6 @@
 watched of it; and what is written where a loss is not finite.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Stage two: the loop. Hugging Face's Trainer carries it; `BatchDataset` has the batches."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -67,7 +65,7 @@ def train_student(config: TrainConfig) -> dict[str, float]:
 
 def make_trainer(
     config: TrainConfig, held: ExitStack | None = None
-) -> tuple[StudentTrainer, Tokenizer]:
+) -> "tuple[StudentTrainer, Tokenizer]":
     """Everything that a run needs, checked; `held` gets the lock of the run's folder.
 
     TideError where something does not fit, or another process trains there.

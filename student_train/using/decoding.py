@@ -6,8 +6,6 @@ positions are a row's own: whole blocks of padding on the left move a row's slot
 so that a row gives what it gives alone.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -135,7 +133,7 @@ class Decoding:
         self._cache = _cache_of((k[both, :, cut:], v[both, :, cut:]) for k, v in layers)
         self._cached -= cut
 
-    def _layers(self, width: int, like: Decoding) -> list[tuple[Tensor, Tensor]]:
+    def _layers(self, width: int, like: "Decoding") -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each layer, [copies · rows, heads, width, size], zeros on the left.
 
         Where nothing is cached yet they have the form of those of `like`, without slots.

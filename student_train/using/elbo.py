@@ -11,8 +11,6 @@ question are thus compared under the same noise, and a score does not depend on 
 batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

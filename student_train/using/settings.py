@@ -1,7 +1,5 @@
 """How a student's tokens are chosen, and the ids that mean something to the sampler."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args

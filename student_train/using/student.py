@@ -6,8 +6,6 @@ are padded on the left so that each ends where a block ends, as the reference do
 hidden, so a batch of unequal prompts gives what each gives alone.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -166,7 +164,7 @@ class Stops:
     ids: frozenset[int]
 
     @classmethod
-    def of(cls, student: LoadedStudent, stops: str | Sequence[str] | None) -> Stops:
+    def of(cls, student: LoadedStudent, stops: str | Sequence[str] | None) -> "Stops":
         """Of one stop or several; empty ones count for nothing."""
         wanted = [stops] if isinstance(stops, str) else [stop for stop in stops or [] if stop]
         special = student.tokenizer.backend.get_added_vocab()

@@ -1,7 +1,5 @@
 """What every engine offers: scores for requests, in the order of the requests."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 

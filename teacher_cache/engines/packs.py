@@ -6,8 +6,6 @@ and behind it those blocks of each pass that are read. No row is run that nobody
 twice. The values are those of whole sequences under an explicit mask.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

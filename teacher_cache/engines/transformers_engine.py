@@ -4,8 +4,6 @@ Requests are packed and batched (`packs`), run through the layers, and the LM he
 at a time: what is kept of their logits leaves the device, the logits never do.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any

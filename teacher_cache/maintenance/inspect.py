@@ -1,7 +1,5 @@
 """`tide inspect`: what a cache holds, from its shards alone, in words or as a picture."""
 
-from __future__ import annotations
-
 import io
 import itertools
 from collections import Counter
@@ -40,7 +38,7 @@ class Inspection:
     """How many chunks have so many teacher and student tokens."""
     bytes_by_column: Counter[str] = field(default_factory=Counter)
 
-    def add(self, other: Inspection) -> None:
+    def add(self, other: "Inspection") -> None:
         """Add the sums over other rows."""
         for name in (
             "rows",

@@ -3,8 +3,6 @@
 Shards that stay what they are keep their very bytes: their file is linked (or copied) as it is.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

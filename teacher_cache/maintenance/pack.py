@@ -5,8 +5,6 @@ no further: no more than it says there is read into memory or written, and only 
 have.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

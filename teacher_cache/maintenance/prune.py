@@ -4,8 +4,6 @@ What is outside of the new top-k joins the tail: its mass is added to that of it
 prior, which the pilot sample gives for every k. Fewer classes are classes of classes.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`tide inspect CACHE --row …`: one row in readable form."""
 
-from __future__ import annotations
-
 from itertools import groupby
 from pathlib import Path
 from typing import Any

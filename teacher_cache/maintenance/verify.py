@@ -1,7 +1,5 @@
 """`tide verify`: is a cache whole and sound, and does its teacher still say what it holds?"""
 
-from __future__ import annotations
-
 import random
 from contextlib import closing
 from dataclasses import dataclass

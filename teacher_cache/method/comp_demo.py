@@ -5,8 +5,6 @@ So the teacher answers with half of the answer at hand, while the student sees a
 Off: one pass, everything masked.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What is kept of the teacher's logits at one row: the gold token, the top-k, the tail's mass."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

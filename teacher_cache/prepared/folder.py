@@ -6,8 +6,6 @@ NAME.parquet        a data set: its record, and which of its examples is which o
 Either is named by what it is made from. A part's name has its raw rows in it, so it is never wrong.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -79,7 +77,7 @@ class RowReport:
         self.dropped[reason] += 1
         self.places[reason] = [*self.places.get(reason, []), (place, detail)][:_PLACES]
 
-    def add(self, part: RowReport) -> None:
+    def add(self, part: "RowReport") -> None:
         """The rows of one more part."""
         self.rows += part.rows
         self.kept += part.kept
@@ -124,7 +122,7 @@ class PreparedData:
     _parts: dict[int, list[Prepared]] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, folder: Path, name: str, stamps: list[Any]) -> PreparedData | None:
+    def load(cls, folder: Path, name: str, stamps: list[Any]) -> "PreparedData | None":
         """What `save` wrote. None where it is to be made anew: it is not there or damaged, the
         sources have changed, or a part is missing.
         """

@@ -4,8 +4,6 @@ A source is cut into parts of a fixed number of rows. A part that is not there y
 processes where there are many, and found again by its name ever after.
 """
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """What a user reads before paying for a GPU: what became of the rows, how the examples look."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 

@@ -1,7 +1,5 @@
 """Stage one: run the teacher once over every missing unit and write its shard."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator

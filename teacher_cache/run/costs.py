@@ -4,8 +4,6 @@ FLOPs follow the usual count: two for every multiply-add of a weight that a toke
 the width for every pair of positions in attention, the LM head at the rows that are read alone.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

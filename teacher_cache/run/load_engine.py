@@ -1,7 +1,5 @@
 """The engine that a run names, with the teacher loaded."""
 
-from __future__ import annotations
-
 import torch
 
 from shared.models.loading import load_model

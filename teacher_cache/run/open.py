@@ -4,8 +4,6 @@ Everything that can go wrong before the teacher is loaded goes wrong here: `auto
 teacher, student and data opened, and what follows from them is compared with the manifest.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 from dataclasses import dataclass

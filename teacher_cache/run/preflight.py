@@ -1,7 +1,5 @@
 """Can a run do what it is told to, where it is told to? Tried before any weight is read."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import logging

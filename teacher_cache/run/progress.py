@@ -5,8 +5,6 @@ Prometheus.
 all runs, which is what the cache has cost.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import time
@@ -103,7 +101,7 @@ class Progress:
         if self._metrics is not None:
             write_metrics(self._metrics, status, self._run.config.teacher)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> "Progress":
         self._write("running")
         return self
 

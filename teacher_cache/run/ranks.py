@@ -6,8 +6,6 @@ the others finish, and the same command computes what is missing. Ray runs a tas
 is lost; a shard is whole or absent, so twice is the same as once.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

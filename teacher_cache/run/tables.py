@@ -5,8 +5,6 @@ probability outside of the top-k (the prior) and the order of ids by how often t
 vocabulary is cut into classes: tokens that a head treats alike.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import time

@@ -4,8 +4,6 @@ that it never waits; both run in threads, as most of NumPy and Parquet releases 
 lock.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections import deque

@@ -4,8 +4,6 @@ An entry names an architecture (`shared.models.architectures`) and what differs 
 of it; the code has no teacher's name in it.
 """
 
-from __future__ import annotations
-
 import difflib
 import tomllib
 from dataclasses import field

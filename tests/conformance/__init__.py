@@ -6,8 +6,6 @@ alignment.json, checkpoints with config.json and expected.safetensors, step/step
 there is left out.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

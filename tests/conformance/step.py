@@ -11,8 +11,6 @@ student is most wrong. The first is put into t; chunks at the clamp are taken ou
 their constant is added to its value.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Iterator

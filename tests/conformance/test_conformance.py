@@ -1,7 +1,5 @@
 """The reference's numbers hold, a wrong one is found, a step agrees with plain definitions."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A full disk, made by a limit on the size of files: libraries say it in their own words."""
 
-from __future__ import annotations
-
 import resource
 import subprocess
 import sys

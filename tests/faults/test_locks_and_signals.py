@@ -1,7 +1,5 @@
 """Two programs in one folder, programs that are told to stop, and programs whose parent is gone."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Every `tide` command on the pages is run as it stands, where a user of the README stands."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The documentation says what is: links, commands, facts about teachers, and settings."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import re

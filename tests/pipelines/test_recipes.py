@@ -1,7 +1,5 @@
 """Recipes that lean on others, their distance from the paper's run, and settings as a command."""
 
-from __future__ import annotations
-
 import tomllib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Text of others on the terminal."""
 
-from __future__ import annotations
-
 import json
 
 from hypothesis import given

@@ -1,7 +1,5 @@
 """Places of [x_t ; x_0] for tests that look at more than training needs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from types import MethodType
 from typing import Any

@@ -1,7 +1,5 @@
 """From chats through Parquet to the gradient: at k = V it is that of the teacher's full logits."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

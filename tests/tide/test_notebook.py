@@ -1,7 +1,5 @@
 """docs/notebook.md as a notebook: its cells, one after the other, in one namespace."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The command: the whole way through it, and what it answers where it refuses."""
 
-from __future__ import annotations
-
 import io
 import os
 import signal

@@ -1,7 +1,5 @@
 """Help that hides nothing: commands by panel, and no word of an option's help taken for markup."""
 
-from __future__ import annotations
-
 import re
 import sys
 from importlib.metadata import version

@@ -1,7 +1,5 @@
 """`tide sample` and `tide chat`."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Made-up rows of the eight benchmarks as on the hub, and what to answer to all."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

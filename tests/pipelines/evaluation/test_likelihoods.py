@@ -1,7 +1,5 @@
 """Questions share passes and score as alone; what is too long is scored in pieces."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

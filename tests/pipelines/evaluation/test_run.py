@@ -1,7 +1,5 @@
 """lm-eval itself, on real rows where they are at hand, else on made ones in the hub's layout."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

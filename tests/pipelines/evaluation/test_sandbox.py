@@ -1,7 +1,5 @@
 """Programs that are right or wrong, and those that try to pass, to look, to stay, or to flood."""
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import itertools

@@ -1,7 +1,5 @@
 """Scores of use, on an embedded student."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 

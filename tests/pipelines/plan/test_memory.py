@@ -2,8 +2,6 @@
 counts.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 from pathlib import Path

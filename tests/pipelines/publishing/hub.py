@@ -1,7 +1,5 @@
 """A hub in memory: as much of its interface as publishing and downloading need."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

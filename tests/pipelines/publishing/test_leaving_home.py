@@ -2,8 +2,6 @@
 the hub, asked.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import signal

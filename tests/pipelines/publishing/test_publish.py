@@ -1,7 +1,5 @@
 """What of a student goes to the hub, and what is said where it cannot."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Folders of runs of strangers: what they recorded is read, and never run."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

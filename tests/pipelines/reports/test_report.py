@@ -1,7 +1,5 @@
 """Tables of runs: mean and spread, differences paired by seed, and runs told apart by settings."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

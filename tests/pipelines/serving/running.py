@@ -1,7 +1,5 @@
 """A server in this process, and clients of it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """Whatever the blocks and the stops: what is sent, put together, is the text of the whole."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """`tide serve` as a program: it says where, answers, and ends at a signal whatever is under way."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

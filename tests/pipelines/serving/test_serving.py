@@ -2,8 +2,6 @@
 else asks.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 import time
@@ -285,7 +283,7 @@ class Slow:
             lambda *_: self.go.wait(20) and None
         )
 
-    def __enter__(self) -> Slow:
+    def __enter__(self) -> "Slow":
         return self
 
     def __exit__(self, *_: Any) -> None:

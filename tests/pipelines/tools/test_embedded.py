@@ -1,7 +1,5 @@
 """How the embedded models are trained, and that what ships is what the demo takes it for."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

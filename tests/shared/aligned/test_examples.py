@@ -1,7 +1,5 @@
 """Conversations as ids for two tokenizers: chunks spell the same bytes, whatever the text."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -2,8 +2,6 @@
 response.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One file that says what every shard is; what a killed process did not note is found again."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

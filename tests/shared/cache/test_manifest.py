@@ -1,7 +1,5 @@
 """Manifests of strangers, each with a checksum that holds: one that cannot be is refused."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

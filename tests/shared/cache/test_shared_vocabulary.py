@@ -1,7 +1,5 @@
 """Teachers of the student's tokenizer family: the same ordinary tokens, other added ones."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

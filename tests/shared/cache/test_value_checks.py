@@ -1,7 +1,5 @@
 """What is changed and given a good checksum: every rule refuses it, and so does training."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Kinds of files, and rows that are none: each with its place; a part is never the whole."""
 
-from __future__ import annotations
-
 import bz2
 import csv
 import gzip

@@ -2,8 +2,6 @@
 kept.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The paper's four sources, in their own layouts, from the recipe to a cache; rows made up."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -2,8 +2,6 @@
 configs are taken.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

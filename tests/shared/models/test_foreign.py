@@ -1,7 +1,5 @@
 """Model folders of strangers: refused with an explanation, and nothing of them is run."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

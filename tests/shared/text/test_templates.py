@@ -1,7 +1,5 @@
 """Where a response begins and ends, under templates that trim, rewrite, think, date and append."""
 
-from __future__ import annotations
-
 import datetime
 import itertools
 import shutil

@@ -1,7 +1,5 @@
 """The bytes of every token, byte-level and SentencePiece; ids of control tokens."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tokenizers in parts (vocab.json, merges.txt) that name a class which would be remote code."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

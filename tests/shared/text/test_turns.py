@@ -1,7 +1,5 @@
 """Several trained answers in one row: spans, masks, chunks and teacher positions hold for all."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Training from a store: shards come ahead of their use, and a bounded number of them stays."""
 
-from __future__ import annotations
-
 import pickle
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Teachers and students at random, and the targets that a cache would have of them."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """The dense teacher from a top-k, classes and a shape, and the divergences from it."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import subprocess

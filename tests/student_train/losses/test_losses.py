@@ -1,7 +1,5 @@
 """CALM, TIDAL and the denoising loss against float64, with their gradients; extreme values."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

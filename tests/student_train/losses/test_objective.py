@@ -1,7 +1,5 @@
 """The whole objective against float64, and the LM head with the loss in slices against it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -140,7 +138,7 @@ class Watch(TorchDispatchMode):
             self.largest = max(self.largest, tensor.numel() if isinstance(tensor, Tensor) else 0)
         return out
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> "Watch":
         self.waits: set[str] = set()
         return super().__enter__()
 

@@ -1,7 +1,5 @@
 """A student's folder, as a run leaves it and in both layouts, is loaded again by transformers."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

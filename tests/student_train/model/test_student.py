@@ -1,7 +1,5 @@
 """The student: what it sees of [x_t ; x_0], by SDPA and flex_attention; what it is loaded from."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

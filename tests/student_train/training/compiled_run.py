@@ -3,8 +3,6 @@ put around functions cannot be compiled. Arguments: a cache, a folder, an object
 losses and counts of graphs as JSON.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -5,8 +5,6 @@ Arguments are the settings as JSON and the optimizer. It is a module, not text i
 name that is gone is found by the type checker.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from typing import Any

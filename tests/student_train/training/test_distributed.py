@@ -1,7 +1,5 @@
 """Several processes and accumulation: the gradient is that of one large batch."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

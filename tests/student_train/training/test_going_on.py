@@ -1,7 +1,5 @@
 """What a run may change when it goes on, and what trackers are told of it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A loss that is not finite stops a run, and `replay` shows where it broke."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

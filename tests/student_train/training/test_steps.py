@@ -2,8 +2,6 @@
 however it is divided over passes and processes.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections import Counter

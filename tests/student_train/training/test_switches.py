@@ -1,7 +1,5 @@
 """Switches that change memory and speed, and no value that is trained."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

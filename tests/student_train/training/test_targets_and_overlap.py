@@ -2,8 +2,6 @@
 are trained on.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

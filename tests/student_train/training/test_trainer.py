@@ -1,7 +1,5 @@
 """Runs of the trainer: every objective learns, and a run that is killed goes on float for float."""
 
-from __future__ import annotations
-
 import json
 import random
 import shutil

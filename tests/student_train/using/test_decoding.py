@@ -1,7 +1,5 @@
 """Rows that join others under way: each gives what it gives alone, and nothing is run twice."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

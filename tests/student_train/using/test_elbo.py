@@ -1,7 +1,5 @@
 """The bound on log-likelihoods against the mean over all orders of revealing, by whole passes."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Any

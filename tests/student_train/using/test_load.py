@@ -2,8 +2,6 @@
 the stops of its answers.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Block diffusion sampling against whole passes without a cache, and what each pass reads."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

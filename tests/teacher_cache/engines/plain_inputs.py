@@ -4,8 +4,6 @@ What an engine runs (`packs`) gives the same values with fewer rows. Modes that 
 the sequence rebuild the clean copy x_0 from the request's gold ids.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

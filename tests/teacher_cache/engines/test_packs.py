@@ -1,7 +1,5 @@
 """What the engine runs equals the definition of each attention mode, with fewer rows."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Any
 

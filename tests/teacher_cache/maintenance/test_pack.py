@@ -1,7 +1,5 @@
 """Archives: the cache comes back whole, or nothing is left of an archive that is odd."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -2,8 +2,6 @@
 shard and the loss.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A hundred thousand rows through the command: all of them, in bounded memory."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

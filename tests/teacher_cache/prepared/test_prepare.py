@@ -1,7 +1,5 @@
 """Preparing: once, in parts that survive kills and damage, in any number of processes."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

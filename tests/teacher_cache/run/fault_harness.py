@@ -6,8 +6,6 @@ child finishes the cache, which must then be byte for byte the one that met none
 of cases as JSON.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """What may happen to a cache in a month: nothing finished is lost, nothing wrong is trained on."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

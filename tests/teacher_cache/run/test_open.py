@@ -1,7 +1,5 @@
 """What a run begins with: settings, teacher, student and data, and the cache that is there."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import shutil
@@ -193,7 +191,7 @@ def test_a_cache_keeps_the_day_on_which_it_was_begun(
     def build(day: int, draws: int, out: str = "c") -> list[list[int]]:
         class Day(datetime.date):
             @classmethod
-            def today(cls) -> Day:
+            def today(cls) -> datetime.date:
                 return cls(2026, 11, day)
 
         monkeypatch.setattr("teacher_cache.run.open.datetime", SimpleNamespace(date=Day))

@@ -1,7 +1,5 @@
 """Ranks: of one disk, of one store, as processes, on a Ray cluster; all make the one cache."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -1,7 +1,5 @@
 """Classes, priors and ranks: made once before the first shard, the same for all."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

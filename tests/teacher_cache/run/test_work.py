@@ -1,7 +1,5 @@
 """The pipeline of units, and what it says of itself."""
 
-from __future__ import annotations
-
 import threading
 from pathlib import Path
 from typing import Any
