@@ -18,9 +18,9 @@ from pipelines.commands import stage_one, stage_two, caches, students  # noqa: F
 
 # isort: on
 from pipelines.terminal import printable, say
-from shared.system.atomic import disk_is_full
 from shared.system.errors import TideError
-from shared.system.signals import end_with_parent, leave_in_order, stop_in_order
+from shared.system.files import disk_is_full
+from shared.system.processes import end_with_parent, leave_in_order, stop_in_order
 
 _INTERRUPTED = 130
 _PACKAGES = ("tide-distill", "transformers", "accelerate", "pyarrow", "vllm", "lm-eval",

@@ -15,9 +15,8 @@ import polars as pl
 
 from pipelines.evaluation.recipe import Benchmark, packaged, paper_benchmarks
 from shared.settings.build import read_toml
-from shared.system.atomic import write_bytes
 from shared.system.errors import TideError
-from shared.system.files import read_json, refuse_odd
+from shared.system.files import read_json, refuse_odd, write_bytes
 
 
 def digest(value: Any) -> str:

@@ -18,7 +18,7 @@ from pipelines.evaluation.sandbox import Limits
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.system.errors import TideError
 from shared.system.hardware import choose_device, shut_down_process_group
-from shared.system.locks import hold
+from shared.system.processes import hold
 from student_train.using.student import load_for_use
 
 logger = logging.getLogger(__name__)

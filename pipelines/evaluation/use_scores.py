@@ -27,9 +27,8 @@ from shared.aligned.alignment import token_boundaries
 from shared.data import ChatExample, iter_examples
 from shared.diffusion.attention import pad
 from shared.settings.config import DataConfig
-from shared.system.atomic import write_bytes
-from shared.system.files import read_json
-from shared.system.signals import serve_parent
+from shared.system.files import read_json, write_bytes
+from shared.system.processes import serve_parent
 from student_train.batches.visible_rows import needed_places
 from student_train.model.student import masked_hidden
 from student_train.using.settings import SampleConfig

@@ -23,8 +23,7 @@ from shared.settings.build import build, read_toml, require, strict
 from shared.settings.config import CacheConfig, TrainConfig
 from shared.system.errors import TideError
 from shared.system.files import read_json
-from shared.system.locks import hold
-from shared.system.signals import end_children, start_child
+from shared.system.processes import end_children, hold, start_child
 from teacher_cache.run.build import build_cache
 
 

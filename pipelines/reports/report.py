@@ -20,9 +20,8 @@ from pipelines.evaluation.use_scores import read_use
 from pipelines.recipes.read import train_command
 from shared.settings.build import build
 from shared.settings.config import TrainConfig
-from shared.system.atomic import write_bytes
 from shared.system.errors import TideError
-from shared.system.files import read_json
+from shared.system.files import read_json, write_bytes
 from teacher_cache.run.progress import read_status
 
 # columns of the tables: the score, and the digits that it is given in

@@ -18,9 +18,9 @@ from shared.cache.manifest import Manifest
 from shared.cache.row import Layout
 from shared.cache.shards import Unit, read_table, refuse_other_cache
 from shared.cache.value_checks import VERSION, problems_in
-from shared.system.atomic import write_bytes
 from shared.system.errors import TideError
-from shared.system.signals import serve_parent
+from shared.system.files import write_bytes
+from shared.system.processes import serve_parent
 
 CHECKED = "checked.json"
 _SHARDS_A_PROCESS = 64

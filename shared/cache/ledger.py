@@ -19,8 +19,8 @@ import pyarrow as pa
 from shared.cache.manifest import Manifest
 from shared.cache.parquet import read_parquet, write_parquet
 from shared.cache.shards import Unit, finished_units, read_table, refuse_other_cache
-from shared.system.atomic import this_process
 from shared.system.errors import TideError
+from shared.system.files import this_process
 
 LEDGER = "ledger.parquet"
 _NOTES = "ledger"

@@ -15,9 +15,8 @@ from shared.cache.row import SCHEMA_VERSION, Layout
 from shared.cache.shards import Unit, finished_units
 from shared.cache.vocabulary import load_vocabulary
 from shared.settings.build import build, require, strict
-from shared.system.atomic import write_bytes
 from shared.system.errors import TideError
-from shared.system.files import read_json
+from shared.system.files import read_json, write_bytes
 
 MANIFEST = "manifest.json"
 _MOST_UNITS = 1_000_000

@@ -6,8 +6,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.system.atomic import atomic_file
 from shared.system.errors import TideError
+from shared.system.files import atomic_file
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from shared.cache.columns import from_table, schema_for, to_table
 from shared.cache.parquet import read_parquet
 from shared.cache.row import CacheRow, Layout
-from shared.system.atomic import write_bytes
 from shared.system.errors import TideError
+from shared.system.files import write_bytes
 
 _COUNTS_KEY = b"tide.counts"
 CACHE = "cache"

@@ -19,8 +19,8 @@ from shared.cache.ledger import LEDGER, Ledger, entry_of, load_ledger, save_ledg
 from shared.cache.manifest import MANIFEST, Manifest, check_fingerprint, load_manifest
 from shared.cache.shards import Unit, finished_units
 from shared.cache.vocabulary import TABLES, has_tables
-from shared.system.atomic import write_bytes
 from shared.system.errors import TideError
+from shared.system.files import write_bytes
 
 _ERRORS = (OSError, ValueError, pa.ArrowException, ImportError)
 

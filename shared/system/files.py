@@ -1,13 +1,31 @@
-"""Files that came from elsewhere, and folders to write to."""
+"""Files that came from elsewhere, and files and folders of ours, which exist whole or not at all.
 
+What is written goes to a temporary name first, to the disk (fsync), and then to its place (rename).
+"""
+
+import contextlib
 import errno
+import itertools
 import json
+import os
+import re
+import shutil
+import socket
 import stat
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from shared.system.errors import TideError
+
+_NUMBER = itertools.count()
+_HOST = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())
+_TEMPORARY = re.compile(r"\..+\.(?P<host>[^.]*)-(?P<pid>\d+)-\d+\.tide-tmp")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What libraries say that write files themselves; torch names the place in its own source alone.
+_FULL_IN_WORDS = ("No space left", "inline_container.cc", "quota exceeded", "File too large")
 
 
 def refuse_odd(path: Path) -> None:
@@ -30,9 +48,9 @@ def refuse_odd_in(folder: Path) -> None:
 
 
 def read_json(path: Path, largest: int = 64 << 20) -> Any:
-    """The JSON in a file. OSError where it cannot be read, ValueError where it is none.
+    """The JSON in a file of at most `largest` bytes.
 
-    Nor may it have more than `largest` bytes.
+    OSError where it cannot be read, ValueError where it is none.
     """
     refuse_odd(path)
     with path.open("rb") as handle:
@@ -45,15 +63,152 @@ def read_json(path: Path, largest: int = 64 << 20) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+def this_process() -> str:
+    """A name that no other process has, of this host or another."""
+    return f"{_HOST}-{os.getpid()}"
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` that nothing else, in this process or another, writes to."""
+    return path.with_name(f".{path.name}.{this_process()}-{next(_NUMBER)}.tide-tmp")
+
+
+@contextmanager
+def atomic_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file to fill, which takes the place of `path` only where the block ends well.
+
+    It is synced to disk first where `durable`. TideError where the disk is full or cannot be
+    written to.
+    """
+    temporary = temporary_path(path)
+    try:
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as handle:
+                yield handle
+                handle.flush()
+                if durable:
+                    os.fsync(handle.fileno())
+            temporary.replace(path)
+            if durable:
+                sync_folder(path.parent)
+    except BaseException:  # Ctrl-C too leaves nothing half written behind
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
+    """`atomic_file` for content at hand."""
+    with atomic_file(path, durable) as handle:
+        handle.write(content)
+
+
+def link(source: Path, target: Path) -> None:
+    """The same file at another place: a hard link, or a copy where the file systems differ."""
+    temporary = temporary_path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        write_bytes(target, source.read_bytes())
+    else:
+        temporary.replace(target)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, renamed to `folder` at the end and gone where that fails.
+
+    Where another process was first, its folder stays.
+    """
+    temporary = temporary_path(folder)
+    with explained(folder):
+        temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        try:
+            temporary.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+        sync_folder(folder.parent)
+    except OSError as error:
+        if disk_is_full(error):
+            with explained(folder):
+                raise
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(places: Sequence[Path]) -> None:
+    """Delete what killed processes left in each folder, or beside each file.
+
+    Only names that `temporary_path` gives go, and none whose process lives on this host.
+    """
+    for place in places:
+        inside = place.is_dir()
+        pattern = ".*.tide-tmp" if inside else f".{place.name}.*.tide-tmp"
+        for path in place.rglob(pattern) if inside else place.parent.glob(pattern):
+            made = _TEMPORARY.fullmatch(path.name)
+            if made is None:
+                continue
+            pid = int(made["pid"])
+            if made["host"] == _HOST and pid != os.getpid() and _lives(pid):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process of this host has that number, of whichever user."""
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error, also of a library that was writing, is for want of room on the disk."""
+    said = any(words in str(error) for words in _FULL_IN_WORDS)
+    return said or getattr(error, "errno", None) in _FULL
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """For a block that writes `path`: an OSError becomes a TideError that says how to mend it."""
+    try:
+        yield
+    except OSError as error:
+        if disk_is_full(error):
+            kept = "free some space and run the same command again; all finished files are kept"
+            what, fix = f"the disk is full: {path} could not be written", kept
+        else:
+            what, fix = f"{path} cannot be written: {error.strerror}", "choose another folder"
+        raise TideError(what, fix=fix) from error
+
+
 def refuse_unwritable(folder: Path) -> None:
     """TideError where nothing can be made in `folder`, or in its nearest folder that exists."""
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent
-    try:
-        with tempfile.TemporaryDirectory(prefix=".tide-", dir=place):
-            pass
-    except OSError as error:
-        raise TideError(
-            f"{folder} cannot be written: {error.strerror}", fix="choose another folder (--out)"
-        ) from error
+    with explained(folder), tempfile.TemporaryDirectory(prefix=".tide-", dir=place):
+        pass

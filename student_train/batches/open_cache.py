@@ -12,8 +12,8 @@ from shared.cache.shards import Shard, Unit, read_table
 from shared.cache.stores import Store
 from shared.cache.value_checks import problems_in
 from shared.settings.config import TrainConfig
-from shared.system.atomic import write_bytes
 from shared.system.errors import TideError
+from shared.system.files import write_bytes
 from shared.system.hardware import first_here
 
 _AT_ONCE = 4  # shards on their way from a store

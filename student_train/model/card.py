@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from shared.cache.manifest import Manifest
 from shared.settings.build import to_plain
 from shared.settings.config import TrainConfig
-from shared.system.atomic import write_bytes
+from shared.system.files import write_bytes
 
 CARD = "README.md"
 OWN_FOLDER = "THIS_FOLDER"

@@ -14,8 +14,8 @@ from transformers import GenerationConfig
 
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import load_model
-from shared.system.atomic import new_folder, write_bytes
 from shared.system.errors import TideError
+from shared.system.files import new_folder, write_bytes
 from shared.text.tokenizers import Tokenizer
 from student_train.model.card import CARD
 from student_train.model.student import student_architecture

@@ -26,9 +26,8 @@ from shared.settings.objectives import (
     ReverseCalm,
     ReverseKL,
 )
-from shared.system.atomic import write_bytes
 from shared.system.errors import TideError
-from shared.system.files import read_json
+from shared.system.files import read_json, write_bytes
 from shared.system.hardware import choose_device, choose_precision, explain_precision
 from student_train.batches.open_cache import OpenCache, open_cache
 

@@ -25,7 +25,7 @@ from accelerate.utils import broadcast_object_list
 from torch.utils._pytree import tree_map_only
 from transformers import Trainer, TrainingArguments
 
-from shared.system.atomic import write_bytes
+from shared.system.files import write_bytes
 
 logger = logging.getLogger(__name__)
 

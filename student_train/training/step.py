@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from shared.system.atomic import write_bytes
 from shared.system.errors import TideError
+from shared.system.files import write_bytes
 from student_train.batches.collate import Batch, TargetReader
 from student_train.losses.fused_head import LossSettings, fused_loss
 from student_train.model.student import batch_hidden

@@ -18,10 +18,10 @@ from shared.models.loading import compile_layers
 from shared.settings.build import to_plain
 from shared.settings.config import TrainConfig
 from shared.settings.objectives import KL, ReverseKL
-from shared.system.atomic import write_bytes
 from shared.system.errors import TideError
+from shared.system.files import write_bytes
 from shared.system.hardware import hardware_line, shut_down_process_group
-from shared.system.locks import hold
+from shared.system.processes import hold
 from shared.text.tokenizers import Tokenizer
 from student_train.batches.collate import Batch, TargetReader, counts_of
 from student_train.batches.loader import BatchDataset, refuse_error

@@ -13,7 +13,7 @@ from shared.cache.checking import in_processes
 from shared.cache.manifest import Manifest, load_manifest
 from shared.cache.row import Layout
 from shared.cache.shards import Unit, column_bytes, finished_units, read_shard
-from shared.system.atomic import write_bytes
+from shared.system.files import write_bytes
 
 T_EDGES = np.linspace(0.0, 1.0, 6)
 LOGP_EDGES = np.array([-np.inf, -8.0, -4.0, -2.0, -1.0, -0.5, -0.1, 0.0])

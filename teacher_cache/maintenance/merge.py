@@ -23,9 +23,8 @@ from shared.cache.shards import (
     write_table,
 )
 from shared.cache.vocabulary import TABLES
-from shared.system.atomic import link, write_bytes
 from shared.system.errors import TideError
-from shared.system.files import refuse_unwritable
+from shared.system.files import link, refuse_unwritable, write_bytes
 
 # What a killed run may have left before it came to the manifest.
 _BEFORE_MANIFEST = ("student_tokenizer", "teacher_tokenizer", TABLES)

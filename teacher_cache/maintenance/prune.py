@@ -25,8 +25,8 @@ from shared.cache.vocabulary import (
     smaller,
     top_probabilities,
 )
-from shared.system.atomic import link
 from shared.system.errors import TideError
+from shared.system.files import link
 from teacher_cache.maintenance.merge import begin
 from teacher_cache.run.tables import cluster
 

@@ -30,8 +30,7 @@ from shared.data.sources import describe_source, source_files, source_rows
 from shared.settings.build import to_plain
 from shared.settings.config import DataConfig, LengthConfig
 from shared.system.errors import TideError, Unusable
-from shared.system.locks import hold
-from shared.system.signals import serve_parent
+from shared.system.processes import hold, serve_parent
 from shared.text.tokenizers import Tokenizer
 from teacher_cache.prepared.folder import (
     NOT_BAD,

@@ -11,8 +11,8 @@ from pathlib import Path
 from shared.cache.ledger import settle_ledger
 from shared.cache.stores import Store
 from shared.settings.config import CacheConfig
-from shared.system.atomic import new_folder, remove_leftovers
-from shared.system.locks import hold
+from shared.system.files import new_folder, remove_leftovers
+from shared.system.processes import hold
 from teacher_cache.engines.base import Engine
 from teacher_cache.prepared.folder import totals
 from teacher_cache.prepared.report import losses

@@ -24,7 +24,7 @@ from shared.cache.vocabulary import has_tables
 from shared.settings.build import build, to_plain
 from shared.settings.config import CacheConfig
 from shared.system.errors import TideError
-from shared.system.signals import (
+from shared.system.processes import (
     end_children,
     end_with_parent,
     leave_in_order,

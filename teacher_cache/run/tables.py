@@ -34,7 +34,7 @@ from shared.diffusion.noise import generator
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import architecture_of, head_rows
 from shared.system.errors import TideError
-from shared.system.locks import hold
+from shared.system.processes import hold
 from teacher_cache.engines.base import Engine
 from teacher_cache.method.comp_demo import Request
 from teacher_cache.method.targets import refuse_nonfinite

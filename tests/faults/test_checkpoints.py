@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.system.atomic import remove_leftovers
+from shared.system.files import remove_leftovers
 from student_train.training.resumable import MARKER, whole_checkpoints
 from student_train.training.trainer import train_student
 from tests.student_train.training.test_trainer import config, curve

@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock
 
 from shared.system.errors import TideError
-from shared.system.locks import hold
+from shared.system.processes import hold
 from tests.conftest import chats_file
 from tests.pipelines.evaluation.test_sandbox import processes_with
 
@@ -66,7 +66,7 @@ def grid(folder: Path) -> list[str]:
 def holder(lock: Path, before: str = "") -> Iterator[subprocess.Popen[str]]:
     """A process that holds a lock."""
     code = (
-        f"import time\nfrom pathlib import Path\nfrom shared.system.locks import hold\n{before}\n"
+        f"import time\nfrom pathlib import Path\nfrom shared.system.processes import hold\n{before}\n"
         f"with hold(Path({str(lock)!r}), 'it'):\n    print('held', flush=True)\n    time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -167,7 +167,7 @@ def test_a_cache_that_is_told_to_stop_says_so_in_its_status(
 def test_a_prune_that_was_killed_before_its_manifest_goes_on(
     caches: dict[str, Path], tmp_path: Path
 ) -> None:
-    from shared.system.atomic import write_bytes
+    from shared.system.files import write_bytes
     from teacher_cache.maintenance.prune import prune_cache
 
     for file in (caches["tiny-shared"] / "student_tokenizer").iterdir():

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.system.atomic import atomic_file, remove_leftovers, temporary_path, write_bytes
 from shared.system.errors import TideError
+from shared.system.files import atomic_file, remove_leftovers, temporary_path, write_bytes
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_a_really_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """/dev/full answers every write with ENOSPC; the temporary file is a link to it."""
     path, link = tmp_path / "file", tmp_path / "link"
     link.symlink_to("/dev/full")
-    monkeypatch.setattr("shared.system.atomic.temporary_path", lambda _path: link)
+    monkeypatch.setattr("shared.system.files.temporary_path", lambda _path: link)
     with pytest.raises(TideError):
         write_bytes(path, b"x" * 100_000)
     assert not path.exists()

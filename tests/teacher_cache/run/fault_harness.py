@@ -1,6 +1,6 @@
 """Stage one killed, or its disk filled, wherever it touches the disk. A program of its own.
 
-A point is a step of `shared.system.atomic`: a temporary file opened, written, synced, renamed, its
+A point is a step of `shared.system.files`: a temporary file opened, written, synced, renamed, its
 folder synced. For each point a forked child builds a cache and meets the fault there; a second
 child finishes the cache, which must then be byte for byte the one that met none. Prints the number
 of cases as JSON.
@@ -21,7 +21,7 @@ import torch
 
 from shared.settings.build import build
 from shared.settings.config import CacheConfig
-from shared.system import atomic
+from shared.system import files as system_files
 from shared.system.errors import TideError
 from teacher_cache.run.build import build_cache
 from tests.conftest import files
@@ -59,7 +59,7 @@ class Points:
             os.fsync,
             Path.replace,
             Path.open,
-            atomic.sync_folder,
+            system_files.sync_folder,
         )
 
         def fsync(descriptor: int) -> None:
@@ -85,10 +85,10 @@ class Points:
             self.point()
             real_sync(folder)
 
-        atomic.os.fsync = fsync
+        system_files.os.fsync = fsync
         Path.replace = replace  # type: ignore[method-assign]
         Path.open = opened  # type: ignore[method-assign]
-        atomic.sync_folder = sync
+        system_files.sync_folder = sync
 
 
 def in_child(work: Callable[[], int]) -> int:
