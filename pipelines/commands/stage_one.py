@@ -53,7 +53,7 @@ def show_teacher(
     from teacher_cache.teachers.registry import find_teacher
 
     find_teacher(name, teachers_file)  # a misspelt name is answered before torch is imported
-    from pipelines.plan.teacher import describe_teacher
+    from pipelines.plan.plan import describe_teacher
 
     say(describe_teacher(name, teachers_file))
 
@@ -120,10 +120,10 @@ def plan(
     settings = configure(changes={"noise": given(draws=draws)})
     recipe = configure.args[1]  # type: ignore[attr-defined]
     training = train_config(settings.teacher, recipe, train or [], settings.teachers_file)
-    from pipelines.plan.plan import Assumptions, Prices, find_card, plan_from_statement
+    from pipelines.plan.plan import Assumptions, find_card, plan_from_statement
 
-    prices = None if gpu_hour is None else Prices(gpu_hour, terabyte_month)
-    assumed = Assumptions(find_card(gpu, tflops), mfu, tokens_per_second, prices)
+    card = find_card(gpu, tflops)
+    assumed = Assumptions(card, mfu, tokens_per_second, gpu_hour, terabyte_month)
     say(plan_from_statement(settings, examples, tokens, response, assumed, training))
 
 
@@ -140,7 +140,7 @@ def throughput(
     """Measure a teacher's speed and memory here, with random weights of its true shapes."""
     require_positive(tflops=tflops)
     settings = configure()
-    from pipelines.plan.teacher import measure_throughput
+    from pipelines.plan.plan import measure_throughput
 
     say(measure_throughput(settings, length, requests, rounds, tflops))
 

@@ -1,40 +1,39 @@
-"""`tide plan` and `tide cache --dry-run`: what a run will cost, before anything is run.
+"""Before anything is run: what a run will cost (`tide plan`, `tide cache --dry-run`), what a teacher
+is (`tide teachers show`), how fast it is here (`tide throughput`).
 
 Memory is that of the real code on tensors without content; bytes are those of a shard of random
 rows; hours follow from FLOPs at a utilisation that you state, or from tokens a second that you
-measured (`tide throughput`).
+measured.
 """
 
 import dataclasses
 import math
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from pipelines.plan.memory import (
-    Conversations,
-    largest_batch,
-    student_config,
-    student_step,
-    teacher_memory,
-)
+import numpy as np
+import torch
+
+from pipelines.plan import memory
+from pipelines.plan.memory import Conversations
+from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import open_checkpoint, resolve
-from shared.models.loading import meta_model
+from shared.models.loading import meta_model, random_model
 from shared.settings.config import CacheConfig, TrainConfig
 from shared.system.errors import TideError
+from shared.system.hardware import choose_device, choose_precision, torch_dtype
 from student_train.training.preflight import settle_batch
-from teacher_cache.run.costs import (
-    Workload,
-    assumed_workload,
-    bytes_per_draw,
-    in_bytes,
-    sampled_workload,
-    size_of,
-)
+from teacher_cache.method.comp_demo import Request
+from teacher_cache.run import costs
+from teacher_cache.run.costs import Workload, in_bytes
+from teacher_cache.run.load_engine import compiles
 from teacher_cache.run.open import open_or_begin
 from teacher_cache.teachers.registry import TeacherEntry, find_teacher, known_shape
 
 USABLE = 0.92  # of a card's memory, for the allocator's gaps and the driver
-PARAMETER_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5}
+QUANTIZED_BYTES = {"int8": 1.0, "int4": 0.5}  # of a parameter, which has 2 in bfloat16
 
 
 @dataclass(frozen=True)
@@ -64,23 +63,16 @@ def find_card(name: str, tflops: float | None = None) -> Card:
 
 
 @dataclass(frozen=True)
-class Prices:
-    """What things cost, in any currency."""
-
-    gpu_hour: float
-    terabyte_month: float
-
-
-@dataclass(frozen=True)
 class Assumptions:
-    """What is stated and not measured: the card, the share of its peak that is reached, the
-    teacher's speed.
+    """What is stated and not measured: the card, the share `mfu` of its peak that is reached, the
+    teacher's speed, and prices in any currency; None leaves money out.
     """
 
     card: Card = CARDS["h100"]
     mfu: float = 0.35
     tokens_per_second: float | None = None
-    prices: Prices | None = None
+    gpu_hour: float | None = None
+    terabyte_month: float = 0.0
 
     def hours(self, flops: float) -> float:
         """GPU hours of so many FLOPs at the stated utilisation."""
@@ -90,11 +82,11 @@ class Assumptions:
     def utilisation(self) -> str:
         return f"{self.card.tflops:,.0f} TFLOP/s at {self.mfu:.0%} utilisation (stated)"
 
-    def fits(self, memory: dict[str, int]) -> str:
+    def fits(self, held: dict[str, int]) -> str:
         """The peak in words, by what it holds."""
-        total = sum(memory.values())
+        total = sum(held.values())
         verdict = "fits" if total <= USABLE * self.card.memory else "does not fit"
-        parts = ", ".join(f"{kind} {in_bytes(size)}" for kind, size in memory.items() if size)
+        parts = ", ".join(f"{kind} {in_bytes(size)}" for kind, size in held.items() if size)
         return f"{in_bytes(total)} at its peak, {verdict} on an {self.card.name} ({parts})"
 
 
@@ -107,32 +99,33 @@ def plan_from_statement(
     train: TrainConfig | None = None,
 ) -> str:
     """A plan without checkpoint, tokenizers or data: sizes on record, means as the user states
-    them.
-
-    With `train` it has stage two too.
+    them; of stage two too where `train` is given.
     """
     entry = find_teacher(config.teacher, config.teachers_file)
-    raw = known_shape(entry) if config.model is None else None
-    if raw is None:
-        raw = open_checkpoint(resolve(config.model or entry.model), weights=False).config
     data = Conversations(tokens, response)
-    load = assumed_workload(entry, config, examples, tokens, response)
-    lines = stage_one_lines(config, entry, raw, load, data, given)
+    load = costs.assumed_workload(entry, config, examples, tokens, response)
+    lines = stage_one_lines(config, entry, teacher_config(config, entry), load, data, given)
     if train is not None:
         lines += stage_two_lines(settle_batch(train, 1), config, examples, data, given)
     return "\n".join(lines)
+
+
+def teacher_config(config: CacheConfig, entry: TeacherEntry) -> dict[str, Any]:
+    """The teacher's config.json: on record, or of its checkpoint."""
+    raw = known_shape(entry) if config.model is None else None
+    return raw or open_checkpoint(resolve(config.model or entry.model), weights=False).config
 
 
 def plan_from_data(config: CacheConfig, given: Assumptions) -> str:
     """Stage one from the checkpoint's config, the real tokenizers and the real data. Nothing is
     written.
     """
-    plan = open_or_begin(config)
-    load = sampled_workload(plan)
+    run = open_or_begin(config)
+    load = costs.sampled_workload(run)
     response = min(1.0, 2 * load.masked / max(load.student_tokens, 1))
     data = Conversations(max(4, round(load.student_tokens)), max(response, 0.01))
-    raw = plan.checkpoint.config
-    return "\n".join(stage_one_lines(plan.config, plan.entry, raw, load, data, given))
+    raw = run.checkpoint.config
+    return "\n".join(stage_one_lines(run.config, run.entry, raw, load, data, given))
 
 
 def stage_one_lines(
@@ -145,11 +138,11 @@ def stage_one_lines(
 ) -> list[str]:
     """What the teacher takes: memory, bytes on disk, FLOPs, hours and money."""
     model = meta_model(entry.architecture, raw)
-    size, vocabulary = size_of(model), int(model.config.vocab_size)
-    memory = teacher_memory(config, entry, raw, data)
+    size, vocabulary = costs.size_of(model), int(model.config.vocab_size)
+    held = memory.teacher_memory(config, entry, raw, data)
     if config.engine.quantization is not None:  # embedding and head keep their precision
-        saved = PARAMETER_BYTES["bfloat16"] - PARAMETER_BYTES[config.engine.quantization]
-        memory["weights"] -= round((size.parameters - 2 * size.head) * saved)
+        saved = 2.0 - QUANTIZED_BYTES[config.engine.quantization]
+        held["weights"] -= round((size.parameters - 2 * size.head) * saved)
 
     draws = load.examples * config.noise.draws
     flops = size.flops(load, load.tokens / max(load.passes, 1e-9))  # of one draw of one example
@@ -158,7 +151,7 @@ def stage_one_lines(
     else:
         hours = draws * load.tokens / given.tokens_per_second / 3600
         speed = f"{given.tokens_per_second:,.0f} tokens/s (stated)"
-    each = bytes_per_draw(load, config, vocabulary, not entry.student_tokens)
+    each = costs.bytes_per_draw(load, config, vocabulary, not entry.student_tokens)
     lines = [
         f"stage one: {config.teacher}, {entry.architecture}, {size.parameters / 1e9:.2f} B "
         f"parameters, {(size.active + size.head) / 1e9:.2f} B met by a token that is read",
@@ -166,20 +159,18 @@ def stage_one_lines(
         f"  examples        {load.examples:,} × {config.noise.draws} draws",
         f"  a draw          {load.passes:.2f} passes, {load.tokens:,.0f} tokens, "
         f"{load.masked:,.0f} masked positions, {load.chunks:,.0f} chunks",
-        f"  GPU memory      {given.fits(memory)}",
+        f"  GPU memory      {given.fits(held)}",
         f"  on disk         {in_bytes(each)} a draw, {each / max(load.masked, 1e-9):,.0f} bytes a "
         f"masked position, {in_bytes(each * draws)} in all "
         "(random logits do not compress: an upper bound)",
         f"  compute         {flops / 1e12:,.3g} TFLOP a draw, {flops * draws / 1e18:,.3g} EFLOP",
         f"  GPU hours       {hours:,.1f} at {speed}",
     ]
-    prices = given.prices
-    if prices is not None:
-        disk = each * draws / 1e12 * prices.terabyte_month
+    if given.gpu_hour is not None:
+        gpus, disk = hours * given.gpu_hour, each * draws / 1e12 * given.terabyte_month
+        prices = f"{given.gpu_hour:g} a GPU hour, {given.terabyte_month:g} a terabyte-month"
         lines.append(
-            f"  money           {hours * prices.gpu_hour:,.0f} for the GPUs, {disk:,.2f} a month "
-            "for "
-            f"disk ({prices.gpu_hour:g} a GPU hour, {prices.terabyte_month:g} a terabyte-month)"
+            f"  money           {gpus:,.0f} for the GPUs, {disk:,.2f} a month for disk ({prices})"
         )
     return lines
 
@@ -188,21 +179,99 @@ def stage_two_lines(
     train: TrainConfig, config: CacheConfig, examples: int, data: Conversations, given: Assumptions
 ) -> list[str]:
     """What the student takes: memory, the largest batch, FLOPs, hours and money."""
-    step = student_step(train, config, data, given.card.memory)
-    most = largest_batch(step, train, config, data, given.card.memory, USABLE)
+    card = given.card.memory
+    held, flops = memory.student_step(train, config, data, card)
+    total, room = sum(held.values()), USABLE * card
+    most = memory.largest_batch(total, train, config, data, card, room)
     batch = train.batch_size * train.accumulation
     steps = train.max_steps if train.max_steps > 0 else math.ceil(train.epochs * examples / batch)
-    hours = given.hours(step.flops * steps)
-    raw = student_config(train, config)
+    hours = given.hours(flops * steps)
+    raw = memory.student_config(train, config)
     layers = f"{raw['num_hidden_layers']} layers of {raw['hidden_size']}"
     lines = [
         f"stage two: a student of {layers}, {raw['model_type']}",
         f"  steps           {steps:,} of {train.accumulation} × {train.batch_size} draws",
-        f"  GPU memory      {given.fits(step.memory)}; batch_size at most {most}",
-        f"  compute         {step.flops / 1e12:,.3g} TFLOP a step, "
-        f"{step.flops * steps / 1e18:,.3g} EFLOP",
+        f"  GPU memory      {given.fits(held)}; batch_size at most {most}",
+        f"  compute         {flops / 1e12:,.3g} TFLOP a step, {flops * steps / 1e18:,.3g} EFLOP",
         f"  GPU hours       {hours:,.1f} at {given.utilisation}",
     ]
-    if given.prices is not None:
-        lines.append(f"  money           {hours * given.prices.gpu_hour:,.0f} for the GPUs")
+    if given.gpu_hour is not None:
+        lines.append(f"  money           {hours * given.gpu_hour:,.0f} for the GPUs")
     return lines
+
+
+def describe_teacher(name: str, teachers_file: Path | None = None) -> str:
+    """The entry of a teacher, and what loading it checks; TideError where it is unknown."""
+    entry = find_teacher(name, teachers_file)
+    lines = [f"{name}: {entry.about}".rstrip(": ")]
+    settings = dataclasses.asdict(entry)
+    lines += [f"  {key:<16} {settings[key]}" for key in settings if key != "about"]
+    kinds = "known"
+    if (architecture := ARCHITECTURES.get(entry.architecture)) is not None:
+        kinds = " or ".join(architecture.model_types)
+        lines.append(f"  {'loads as':<16} {architecture.stock_class}")
+        lines += [f"  {'':<16} {old} → {new}" for old, new in architecture.renames.items()]
+    lines.append(f"  {'weights':<16} {resolve(entry.model)}")
+    family = "; of one family with the student's" if entry.student_tokens else ""
+    lines += [
+        "loading checks:",
+        f"  config.json      model_type is {kinds}",
+        f"  mask id          {entry.mask_id} in config.json (where it is given) and no ordinary "
+        "token of the tokenizer",
+        f"  tokenizer        no larger than the embedding; has a chat template{family}",
+        "  weights          safetensors, whole; every tensor used once, every parameter filled, "
+        "every shape as said",
+        "  positions        lengths fit the model's own limit",
+    ]
+    return "\n".join(lines)
+
+
+def measure_throughput(
+    config: CacheConfig, length: int, requests: int, rounds: int, tflops: float | None
+) -> str:
+    """Tokens a second, memory and (with the card's peak `tflops`) utilisation, in a few lines.
+
+    Weights are random: speed and memory do not depend on their values, but that a MoE's routing
+    spreads tokens evenly.
+    """
+    if length < 4:
+        raise TideError(f"--length is {length}", expected="4 tokens or more")
+    entry = find_teacher(config.teacher, config.teachers_file)
+    device = choose_device(config.engine.device)
+    precision = choose_precision(config.engine.dtype, device)
+    raw = teacher_config(config, entry)
+    started = time.perf_counter()
+    torch.manual_seed(0)
+    model = random_model(entry.architecture, raw, torch_dtype(precision), device)
+    built = time.perf_counter() - started
+    k, compiled = config.targets.k, compiles(config.engine, device)
+    engine = memory.new_engine(model, config, entry, k, compiled)
+    random, work = np.random.default_rng(0), []
+    for _ in range(requests):
+        ids = random.integers(0, int(model.config.vocab_size), length, np.int32)
+        later_half = np.arange(length // 2, length, dtype=np.int32)
+        read = np.sort(random.choice(later_half, length // 4, replace=False))
+        work.append(Request(ids, read, ids[read]))
+    engine.score(work[:2])
+    seconds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        engine.score(work)
+        seconds.append(time.perf_counter() - started)
+    median = float(np.median(seconds))
+    tokens = sum(pack.width for batch in engine.batches(work) for pack in batch)
+    load = Workload(1, requests, tokens, requests * (length // 4), length, 0, "")
+    rate = costs.size_of(model).flops(load, tokens / requests) / median / 1e12  # TFLOP/s
+    share = "" if tflops is None else f", {rate / tflops:.1%} of {tflops:,.0f} TFLOP/s"
+    on_gpu = device.type == "cuda"
+    threads = f"{device} ({torch.get_num_threads()} threads)"
+    name = torch.cuda.get_device_name(device) if on_gpu else threads
+    lines = [
+        f"{config.teacher} with random weights in {precision} on {name}, built in {built:.1f} s",
+        f"{requests} passes of {length} tokens, a quarter of them read, k {k}; "
+        f"median of {rounds} rounds",
+        f"{tokens / median:,.0f} tokens/s, {rate:.2f} TFLOP/s{share}",
+    ]
+    if on_gpu:
+        lines.append(f"peak memory {in_bytes(torch.cuda.max_memory_allocated(device))}")
+    return "\n".join(lines)

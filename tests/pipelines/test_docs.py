@@ -12,7 +12,7 @@ import typer
 from pipelines.cli import app
 from pipelines.evaluation.recipe import paper_benchmarks
 from pipelines.evaluation.results import beside_the_paper
-from pipelines.plan.teacher import describe_teacher
+from pipelines.plan.plan import describe_teacher
 from pipelines.reports.report import to_markdown
 from teacher_cache.teachers.registry import all_teachers
 

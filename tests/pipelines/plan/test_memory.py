@@ -12,14 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipelines.plan.memory import (
-    Conversations,
-    largest_batch,
-    student_config,
-    student_rows,
-    student_step,
-    teacher_memory,
-)
+from pipelines.plan import memory
 from pipelines.plan.plan import Assumptions, find_card, plan_from_statement
 from pipelines.recipes.read import cache_config, train_config
 from shared.models.loading import random_model
@@ -35,10 +28,14 @@ from teacher_cache.teachers.registry import find_teacher
 from tests.student_train.training.test_trainer import config
 
 GB = 10**9
-DATA = Conversations(128, 2 / 3)
+DATA = memory.Conversations(128, 2 / 3)
 CACHE = CacheConfig(teacher="tiny-shared")
 STUDENT = StudentConfig(hidden_size=128, layers=3, heads=4, kv_heads=2, intermediate_size=256)
 TRAIN = TrainConfig(batch_size=4, student=STUDENT, distillation=KL(tidal=Tidal()), accumulation=2)
+
+
+def student_step(gpu_memory: int = GB, **changes: Any) -> tuple[dict[str, int], float]:
+    return memory.student_step(dataclasses.replace(TRAIN, **changes), CACHE, DATA, gpu_memory)
 
 
 def parameters(raw: dict[str, Any]) -> int:
@@ -46,25 +43,23 @@ def parameters(raw: dict[str, Any]) -> int:
 
 
 def test_a_step_holds_weights_gradients_and_state_and_grows_with_the_batch() -> None:
-    step = student_step(TRAIN, CACHE, DATA, GB)
-    n = parameters(student_config(TRAIN, CACHE))
+    held, flops = student_step()
+    n = parameters(memory.student_config(TRAIN, CACHE))
     for kind, floats in (("weights", 1), ("gradients", 1), ("optimizer", 2)):
-        assert step.memory[kind] == pytest.approx(4 * floats * n, rel=0.01)
-    most = largest_batch(step, TRAIN, CACHE, DATA, GB, 0.9)
-    at_most = student_step(dataclasses.replace(TRAIN, batch_size=most), CACHE, DATA, GB)
-    assert sum(at_most.memory.values()) == pytest.approx(0.9 * GB, rel=0.1)
-    less = dataclasses.replace(TRAIN, gradient_checkpointing=True)
-    checkpointed = student_step(less, CACHE, DATA, GB)
-    assert checkpointed.memory["activations"] < step.memory["activations"]
-    assert checkpointed.flops > step.flops
+        assert held[kind] == pytest.approx(4 * floats * n, rel=0.01)
+    most = memory.largest_batch(sum(held.values()), TRAIN, CACHE, DATA, GB, 0.9 * GB)
+    at_most, _ = student_step(batch_size=most)
+    assert sum(at_most.values()) == pytest.approx(0.9 * GB, rel=0.1)
+    less, more_flops = student_step(gradient_checkpointing=True)
+    assert less["activations"] < held["activations"] and more_flops > flops
     with pytest.raises(TideError):
-        student_step(dataclasses.replace(TRAIN, optimizer="adafactor"), CACHE, DATA, GB)
+        student_step(optimizer="adafactor")
 
 
 def real_step(train: TrainConfig, device: str) -> Any:
     """The very step with content: its loss, and its model."""
-    raw = student_config(train, CACHE)
-    rows, manifest = student_rows(train, CACHE, DATA, raw["vocab_size"])
+    raw = memory.student_config(train, CACHE)
+    rows, manifest = memory.student_rows(train, CACHE, DATA, raw["vocab_size"])
     model: Any = random_model("qwen3", raw, torch.float32, device).train()
     model.requires_grad_(True)
     layout = even_layout(CACHE.targets, raw["vocab_size"])
@@ -77,24 +72,20 @@ def real_step(train: TrainConfig, device: str) -> Any:
 
 
 def test_flops_are_those_that_torch_counts() -> None:
-    train = dataclasses.replace(TRAIN, accumulation=1, distillation=NoDistillation())
-    loss, _ = real_step(train, "cpu")
+    changes: dict[str, Any] = {"accumulation": 1, "distillation": NoDistillation()}
+    loss, _ = real_step(dataclasses.replace(TRAIN, **changes), "cpu")
     with FlopCounterMode(display=False) as counter:
         loss().backward()
     attention = 0.15  # torch does not count the CPU's kernel of it
     counted = counter.get_total_flops()
-    assert counted <= student_step(train, CACHE, DATA, GB).flops <= (1 + attention) * counted
+    assert counted <= student_step(**changes)[1] <= (1 + attention) * counted
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_memory_is_what_a_gpu_takes() -> None:
-    student = StudentConfig(
-        hidden_size=1024, layers=8, heads=16, kv_heads=8, intermediate_size=3072
-    )
-    train = dataclasses.replace(
-        TRAIN, student=student, batch_size=64, accumulation=1, precision="bfloat16"
-    )
-    loss, model = real_step(train, "cuda")
+    changes: dict[str, Any] = {"batch_size": 64, "accumulation": 1, "precision": "bfloat16"}
+    changes["student"] = StudentConfig("qwen3", 1024, 8, 16, 8, 3072)
+    loss, model = real_step(dataclasses.replace(TRAIN, **changes), "cuda")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     gc.collect()
     for _ in range(2):
@@ -105,7 +96,7 @@ def test_memory_is_what_a_gpu_takes() -> None:
         optimizer.step()
         optimizer.zero_grad()
     card = torch.cuda.get_device_properties(0).total_memory
-    predicted = sum(student_step(train, CACHE, DATA, card).memory.values())
+    predicted = sum(student_step(card, **changes)[0].values())
     print(predicted, torch.cuda.max_memory_allocated())
     assert predicted == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)
 
@@ -113,15 +104,15 @@ def test_memory_is_what_a_gpu_takes() -> None:
 @pytest.mark.parametrize("attention", ["full", "x0_xt"])
 def test_a_teachers_batch_holds_its_weights_and_grows_with_its_rows(attention: str) -> None:
     entry = find_teacher("llada-8b" if attention == "full" else "wedlm-8b-x0_xt")
-    raw = student_config(TRAIN, CACHE)
+    raw = memory.student_config(TRAIN, CACHE)
     held = []
     for tokens in (1024, 4096):
         engine = EngineConfig(dtype="float32", tokens_per_batch=tokens)
         entry = dataclasses.replace(entry, architecture="qwen3")
-        held.append(teacher_memory(CacheConfig(engine=engine), entry, raw, DATA))
-    for memory in held:
-        assert memory["weights"] == pytest.approx(4 * parameters(raw), rel=0.01)
-        assert memory["gradients"] == memory["optimizer"] == 0
+        held.append(memory.teacher_memory(CacheConfig(engine=engine), entry, raw, DATA))
+    for kinds in held:
+        assert kinds["weights"] == pytest.approx(4 * parameters(raw), rel=0.01)
+        assert kinds["gradients"] == kinds["optimizer"] == 0
     assert held[1]["activations"] > 1.5 * held[0]["activations"]
 
 
@@ -139,17 +130,16 @@ class CountValues(TorchDispatchMode):
 
 
 def test_no_step_of_training_waits(caches: dict[str, Path], tmp_path: Path) -> None:
-    for teacher, objective in (
-        ("tiny-shared", {"type": "kl", "tidal": {}}),
-        ("tiny-cross", {"type": "reverse_calm"}),
-    ):
+    changes: dict[str, Any] = {"heldout": None, "log_steps": 50, "checkpoint_steps": 50}
+    objectives = {
+        "tiny-shared": {"type": "kl", "tidal": {}},
+        "tiny-cross": {"type": "reverse_calm"},
+    }
+    for teacher, objective in objectives.items():
         asked = []
         for steps in (3, 8):
-            changes: dict[str, Any] = {"heldout": None, "log_steps": 50, "checkpoint_steps": 50}
-            run = config(
-                caches[teacher], tmp_path / f"{teacher}{steps}", max_steps=steps,
-                distillation=objective, **changes,
-            )  # fmt: skip
+            out = tmp_path / f"{teacher}{steps}"
+            run = config(caches[teacher], out, max_steps=steps, distillation=objective, **changes)
             trainer, _ = make_trainer(run)
             with CountValues() as values:
                 trainer.train_resuming()
