@@ -9,8 +9,7 @@ from shared.cache.manifest import load_manifest
 from shared.cache.row import CacheRow, Layout
 from shared.cache.shards import Unit, finished_units, read_shard, read_table, write_table
 from shared.settings.config import TrainConfig
-from student_train.batches.loader import BatchDataset
-from student_train.batches.open_cache import open_cache
+from student_train.batches.loader import BatchDataset, OpenCache
 
 
 def layout_of(cache: Path) -> Layout:
@@ -33,7 +32,7 @@ def dataset(cache: Path, processes: int = 1, **changes: object) -> BatchDataset:
     """Batches of a cache."""
     values: dict = {"batch_size": 5, "seed": 3, "epochs": 4.0, **changes}
     config = TrainConfig(cache=cache, **values)
-    return BatchDataset(open_cache(config), config, processes)
+    return BatchDataset(OpenCache(config), config, processes)
 
 
 def change_column(cache: Path, unit: Unit, name: str, column: pa.Array) -> None:

@@ -270,7 +270,7 @@ def export(
     layout: Layout = "hf",
 ) -> None:
     """Write a student in another layout; tensors keep every bit."""
-    from student_train.model.export import export_student
+    from student_train.export import export_student
 
     export_student(source, target, layout)
     say(f"{target}: {layout}")

@@ -29,8 +29,8 @@ from shared.diffusion.attention import pad
 from shared.settings.config import DataConfig
 from shared.system.files import read_json, write_bytes
 from shared.system.processes import serve_parent
-from student_train.batches.visible_rows import needed_places
-from student_train.model.student import masked_hidden
+from student_train.batches.collate import places_of_draws
+from student_train.model import masked_hidden
 from student_train.using.settings import SampleConfig
 from student_train.using.student import LoadedStudent, load_for_use
 
@@ -146,8 +146,8 @@ def fill(
     # 1. For every masked position: its gap and its column
     row = torch.from_numpy(np.repeat(np.arange(len(gaps)), lengths))
     column = torch.from_numpy(np.concatenate([gap.places for gap in gaps])).long()
-    places, place = needed_places(
-        [gap.places for gap in gaps], [len(gap.ids) for gap in gaps], block
+    places, place = places_of_draws(
+        [[gap.places] for gap in gaps], [len(gap.ids) for gap in gaps], block
     )
     noised = clean.clone()
     noised[row, column] = student.special.mask

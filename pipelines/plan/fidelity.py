@@ -32,7 +32,7 @@ from shared.system.errors import TideError
 from student_train.batches.collate import TargetReader, collate
 from student_train.losses.objective import objective
 from student_train.losses.targets import Classes, Targets, TopKTargets, rows_of
-from student_train.model.student import batch_hidden, student_for
+from student_train.model import batch_hidden, student_for
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method.targets import (
     Scores,

@@ -27,8 +27,8 @@ from shared.system.errors import TideError
 from shared.system.files import read_json
 from shared.system.hardware import torch_dtype
 from student_train.batches.collate import TargetReader, collate, counts_of
-from student_train.losses.fused_head import LossSettings, slice_rows
-from student_train.training.step import train_on_loss
+from student_train.losses.objective import LossSettings, slice_rows
+from student_train.model import train_on_loss
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method.comp_demo import Request
 from teacher_cache.method.targets import TargetSpec

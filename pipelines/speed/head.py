@@ -13,8 +13,7 @@ from rich.table import Table
 from pipelines.speed.timing import added_memory, in_process, side_by_side
 from shared.settings.objectives import KL, Distillation, ReverseCalm, Tidal
 from shared.system.hardware import bfloat16_in_hardware
-from student_train.losses.fused_head import LossSettings, fused_loss
-from student_train.losses.objective import Counts, objective, total
+from student_train.losses.objective import Counts, LossSettings, fused_loss, objective, total
 from student_train.losses.targets import ChunkTargets, Classes, Targets, TopKTargets
 
 ROWS, VOCABULARY, WIDTH, K, CLASSES = 512, 151_936, 512, 32, 64

@@ -28,8 +28,7 @@ from shared.cache.vocabulary import TABLES, Pilot, Vocabulary, save_tables
 from shared.settings.config import CacheConfig, TargetConfig, TrainConfig
 from shared.system.hardware import high_water
 from student_train.batches.collate import TargetReader, collate
-from student_train.batches.loader import BatchDataset
-from student_train.batches.open_cache import open_cache
+from student_train.batches.loader import BatchDataset, OpenCache
 from teacher_cache.run.costs import Workload, made_up_fingerprint, random_rows
 
 DRAWS, ROWS, VOCABULARY = 4, 512, 151_936
@@ -87,7 +86,7 @@ def measure_cache(cache: Path) -> list[str]:
     pa.set_cpu_count(1)
     config = TrainConfig(cache=cache, batch_size=32, epochs=10.0)
     before, started = high_water(), time.perf_counter()
-    opened = open_cache(config)
+    opened = OpenCache(config)
     data = BatchDataset(opened, config)
     start, memory = time.perf_counter() - started, high_water() - before
     manifest, layout = opened.manifest, opened.layout

@@ -15,11 +15,9 @@ from pipelines.recipes.read import cache_config, train_config
 from pipelines.speed.timing import side_by_side
 from shared.cache.shards import Unit
 from student_train.batches.collate import TargetReader, counts_of
-from student_train.batches.loader import BatchDataset
-from student_train.batches.open_cache import open_cache
-from student_train.losses.fused_head import LossSettings
-from student_train.model.student import load_student
-from student_train.training.step import train_on_loss
+from student_train.batches.loader import BatchDataset, OpenCache
+from student_train.losses.objective import LossSettings
+from student_train.model import load_student, train_on_loss
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.load_engine import load_engine
@@ -59,7 +57,7 @@ def _measure(folder: Path, examples: int) -> Table:
             engine.hidden(batch)
 
     train = train_config("tiny-shared", None, [f"batch_size={BATCH}"], cache=folder / "cache")
-    opened = open_cache(train)
+    opened = OpenCache(train)
     torch.manual_seed(0)
     model, _ = load_student(train.student, train.cache, opened.manifest)
     train_on_loss(model, plan.config.lengths.block, TargetReader(opened.manifest, opened.layout))

@@ -33,7 +33,7 @@ from shared.settings.config import DataConfig, LengthConfig, ModelShape, Student
 from shared.system.files import refuse_unwritable
 from shared.system.hardware import choose_device, choose_precision, hardware_line
 from shared.text.tokenizers import Tokenizer
-from student_train.batches.visible_rows import needed_places
+from student_train.batches.collate import places_of_draws
 from student_train.training.heldout import (
     Predict,
     masked_nll,
@@ -243,7 +243,8 @@ def noised_batch(
     column = torch.from_numpy(np.concatenate(masked))
     noised = clean.clone()
     noised[row, column] = mask_id
-    places, place = needed_places(masked, valid.sum(1).tolist(), config.block)
+    lengths = valid.sum(1).tolist()
+    places, place = places_of_draws([[draw] for draw in masked], lengths, config.block)
     return {
         "clean": clean, "noised": noised, "valid": valid, "row": row, "column": column,
         "gold": clean[row, column], "places": places, "place": place,

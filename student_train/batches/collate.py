@@ -2,7 +2,7 @@
 
 A draw's masked positions are gathered, not padded: row by row, but that those at which a teacher of
 the student's tokenizer was not read come last. Draws of one example that follow each other share
-one sequence (`student_train.batches.visible_rows`).
+one sequence [x_t1 ; … ; x_tm ; x_0], of which only the places that the loss needs are run.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,6 @@ from shared.cache.levels import EMPTY, class_log_mass
 from shared.cache.manifest import Manifest
 from shared.cache.row import CacheRow, Layout
 from shared.diffusion.attention import pad
-from student_train.batches.visible_rows import places_of_draws
 from student_train.losses.objective import Counts
 from student_train.losses.targets import ChunkTargets, Classes, Targets, TopKTargets
 
@@ -56,11 +55,9 @@ def collate(rows: Sequence[CacheRow], manifest: Manifest) -> Batch:
     length = clean.shape[1]
     noised = clean.repeat(1, max(len(draws) for draws in examples))  # (batch, m · length)
     noised[example, copy * length + column] = manifest.fingerprint.student.mask_id
-    places, place = places_of_draws(
-        [[row.masked for row in draws] for draws in examples],
-        [len(draws[0].student_ids) for draws in examples],
-        manifest.fingerprint.lengths.block,
-    )
+    masked = [[row.masked for row in draws] for draws in examples]
+    lengths = [len(draws[0].student_ids) for draws in examples]
+    places, place = places_of_draws(masked, lengths, manifest.fingerprint.lengths.block)
 
     # 4. The denominators: maskable tokens, positions read, active chunks.
     maskable = sum(row.maskable for row in rows)
@@ -86,12 +83,45 @@ def collate(rows: Sequence[CacheRow], manifest: Manifest) -> Batch:
     return batch
 
 
+def places_of_draws(
+    masked: Sequence[Sequence[Int[np.ndarray, " _"]]], lengths: Sequence[int], block: int
+) -> tuple[Int[Tensor, "batch rows"], Int[Tensor, " n"]]:
+    """Which places of [x_t1 ; … ; x_tm ; x_0] must be run, and where among them each masked
+    position stands. What is left out changes no value that the loss reads.
+
+    `masked`: each example's masked positions, rising, draw by draw; m is the most draws that an
+    example has. With n the longest length, position i of x_tj is place (j − 1)·n + i, x_0's is
+    place m·n + i. Rows are padded with −1 to the longest of them.
+    """
+    width, copies = max(lengths), max(len(draws) for draws in masked)
+    needed, columns = [], []
+    for draws, length in zip(masked, lengths, strict=True):
+        # 1. A block of x_t sees itself and earlier blocks of x_0. So of each x_t the blocks with a
+        # masked position are needed (never the prompt's), cut at the example's end.
+        parts, last = [], 0
+        for j, positions in enumerate(draws):
+            blocks = np.unique(positions // block)
+            noised = (blocks[:, None] * block + np.arange(block)).reshape(-1)
+            parts.append(j * width + noised[noised < length])
+            last = max(last, int(blocks.max(initial=0)))
+        # 2. Of x_0 all blocks before the last of these.
+        mine = np.concatenate([*parts, copies * width + np.arange(last * block)])
+        needed.append(mine)
+        # 3. Places rise, so each masked position is found among them.
+        columns += [np.searchsorted(mine, one + j * width) for j, one in enumerate(draws)]
+    places = np.full((len(needed), max(1, *(len(mine) for mine in needed))), -1, np.int64)
+    for row, mine in zip(places, needed, strict=True):
+        row[: len(mine)] = mine
+    return torch.from_numpy(places), torch.from_numpy(np.concatenate(columns).astype(np.int64))
+
+
 def _topk(rows: Sequence[CacheRow]) -> Batch:
     """The kept ids of each position that was read, padded to the longest list."""
     # 1. A row's lists lie one after the other, and so do the rows'.
-    sizes = np.concatenate([row.topk_sizes for row in rows if row.topk_sizes is not None])
-    ids = np.concatenate([row.topk_ids for row in rows if row.topk_ids is not None])
-    logp = np.concatenate([row.topk_logp for row in rows if row.topk_logp is not None])
+    columns = ("topk_sizes", "topk_ids", "topk_logp", "tail_odds")
+    sizes, ids, logp, odds = (
+        np.concatenate([getattr(row, name) for row in rows]) for name in columns
+    )
     starts = np.cumsum(sizes, dtype=np.int64) - sizes
     # 2. Entry j of list i, or its first entry at padding: a repeated id changes nothing.    (n, k)
     entry = np.arange(int(sizes.max(initial=1)))
@@ -101,9 +131,8 @@ def _topk(rows: Sequence[CacheRow]) -> Batch:
         "topk_ids": torch.from_numpy(ids.astype(np.int64)[flat]),
         "topk_logp": torch.from_numpy(logp.astype(np.float32, copy=False)[flat]),
         "topk_kept": torch.from_numpy(kept),
+        "tail_odds": torch.from_numpy(odds),
     }
-    odds = [row.tail_odds for row in rows if row.tail_odds is not None]
-    batch["tail_odds"] = torch.from_numpy(np.concatenate(odds))
     masses = [row.class_mass for row in rows if row.class_mass is not None]
     if masses:
         batch["class_mass"] = torch.from_numpy(np.concatenate(masses))

@@ -11,25 +11,120 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
 
+from shared.cache.checking import refuse_unsound
+from shared.cache.ledger import whole_ledger
+from shared.cache.manifest import load_manifest, refuse_unfinished
 from shared.cache.row import CacheRow, without_masks
-from shared.cache.shards import Unit
+from shared.cache.shards import Shard, Unit, read_table
+from shared.cache.stores import Store
+from shared.cache.value_checks import problems_in
 from shared.diffusion.noise import generator
 from shared.settings.config import TrainConfig
 from shared.system.errors import TideError
+from shared.system.files import write_bytes
+from shared.system.hardware import first_here
 from student_train.batches.collate import Batch, collate
-from student_train.batches.open_cache import OpenCache
+
+_AT_ONCE = 4  # shards on their way from a store
 
 
-def refuse_error(batch: Batch) -> None:
-    """TideError where one stands in the batch's place (see `BatchDataset.__getitem__`)."""
-    if "error" in batch:
-        raise TideError(batch["error"])
+class OpenCache:
+    """The cache of `config.cache`, opened: what it is, and its shards.
+
+    One file, the ledger, says what it holds; no shard is read that passed before. Shards of a store
+    (`config.store`) are brought ahead of their use into its local side, the folder, which holds
+    `store_cache_gb` of them, those that were used last. TideError where the cache is not whole, or
+    its values do not hold.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.folder = config.cache
+        self.store = None if config.store is None else Store.open(config.store)
+        if self.store is not None:
+            self.store.bring(self.folder)
+        self.manifest = load_manifest(self.folder)
+        self.ledger = whole_ledger(self.folder, self.manifest)
+        self.layout = self.manifest.layout(self.folder)
+        if self.store is None:
+            refuse_unfinished(self.folder, self.manifest)
+            if first_here():
+                refuse_unsound(self.folder, self.manifest, self.layout, self.ledger)
+        self._limit = round(config.store_cache_gb * 1e9)
+        self._coming: dict[Unit, Future[bytes]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """For a process of a DataLoader, which brings shards by threads of its own."""
+        return {**self.__dict__, "_coming": {}, "_pool": None}
+
+    def soon(self, units: Sequence[Unit]) -> None:
+        """These shards will be asked for next: begin to bring them."""
+        if self.store is None:
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_AT_ONCE, "fetch")
+        for unit in units:
+            if unit not in self._coming and not unit.path(self.folder).exists():
+                self._coming[unit] = self._pool.submit(self._fetch, self.store, unit)
+
+    def shard(self, unit: Unit) -> Shard:
+        """One shard. TideError where it is not what the ledger says."""
+        path = unit.path(self.folder)
+        if self.store is not None:
+            shard = read_table(path, self.layout, self._stored(self.store, unit))
+            # Nobody looked at these values when the cache was opened.
+            problems = problems_in(shard.table, self.layout, self.manifest)
+            if problems:
+                place = f"shard {path} of {self.store.url}"
+                raise TideError(f"{place} does not hold: {'; '.join(problems)}")
+            return shard
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            what = f"shard {path}, which the cache's ledger names, cannot be read: {error.strerror}"
+            fix = "run the same `tide cache` command again: it computes what is missing"
+            raise TideError(what, fix=fix) from error
+        self.ledger[unit].check(path, content)
+        return read_table(path, self.layout, content)
+
+    def _fetch(self, store: Store, unit: Unit) -> bytes:
+        content = store.read(unit.path(Path()).as_posix())
+        self.ledger[unit].check(unit.path(self.folder), content)
+        return content
+
+    def _stored(self, store: Store, unit: Unit) -> bytes:
+        """The bytes of a shard of the store: on their way, at hand, or fetched now."""
+        path, coming = unit.path(self.folder), self._coming.pop(unit, None)
+        if coming is None:
+            with suppress(OSError, TideError):  # missing, or damaged: fetch it again
+                content = path.read_bytes()
+                self.ledger[unit].check(path, content)
+                path.touch()  # used last
+                return content
+        content = self._fetch(store, unit) if coming is None else coming.result()
+        write_bytes(path, content)
+        # Remove the shards that were used longest ago, but for a few, until the rest fits.
+        present = []
+        for other in self.folder.glob("draw=*/part-*.parquet"):
+            with suppress(OSError):  # another process removed it
+                status = other.stat()
+                present.append((status.st_mtime_ns, status.st_size, other))
+        total = sum(size for _, size, _ in present)
+        for _, size, other in sorted(present)[:-_AT_ONCE]:
+            if total <= self._limit:
+                break
+            other.unlink(missing_ok=True)
+            total -= size
+        return content
 
 
 class BatchDataset(torch.utils.data.Dataset[Batch]):
@@ -83,8 +178,8 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         """Item number `index` of the run.
 
-        In a process of a DataLoader a TideError comes as `{"error": its text}`, for `refuse_error`
-        to raise where it arrives: PyTorch would put a traceback around it.
+        In a process of a DataLoader a TideError comes as `{"error": its text}`, to be raised where
+        it arrives: PyTorch would put a traceback around it.
         """
         try:
             return collate(self.rows(index), self._manifest)
@@ -109,14 +204,12 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
         size = min(self._batch, int(self._rows[self._draws_of(number)[0]].sum()) - start)
         mine = range(start + part, start + size, self._parts)
         starts = self._pass(number)[1]
-
-        def window_of(place: int) -> int:
-            return int(np.searchsorted(starts, place, side="right")) - 1
-
+        places = np.array(mine or [start])
+        windows = np.searchsorted(starts, places, side="right") - 1
         rows: list[CacheRow] = []
-        for window, places in itertools.groupby(mine or [start], key=window_of):
-            begin = int(starts[window])
-            rows += self._opened(number, window).rows([place - begin for place in places])
+        for window in np.unique(windows):
+            inside = places[windows == window] - starts[window]
+            rows += self._opened(number, int(window)).rows(inside.tolist())
         return rows if mine else [without_masks(rows[0])]
 
     def _draws_of(self, number: int) -> list[int]:
@@ -171,11 +264,8 @@ class Window:
             for unit, shard in zip(draws, shards, strict=True):
                 if not shard.table.column("example_id").equals(ids):
                     first, other = draws[0].path(cache.folder), unit.path(cache.folder)
-                    raise TideError(
-                        f"{first} and {other} hold other examples",
-                        expected="the same examples in every draw of a part",
-                        fix="train with draws_per_step=1",
-                    )
+                    what = f"{first} and {other}, two draws of one part, hold other examples"
+                    raise TideError(what, fix="train with draws_per_step=1")
             tokens: Any = shards[0].table.column("student_ids").combine_chunks()
             lengths.append(tokens.value_lengths().to_numpy().astype(np.int64))
             home += [(part, row) for row in range(len(ids))]

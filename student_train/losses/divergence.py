@@ -1,25 +1,34 @@
-"""KL and reverse KL over the vocabulary between the student and the teacher, or TIDAL's mixture.
+"""What distillation measures, one value per position or chunk, and TIDAL, which moves its target.
 
-Cached of the teacher are its top-k and, for the rest, the mass M_c of each class of tokens. The
-dense teacher is made of them here, beside the student's logits:
-
-    log p̂(v) = log p(v)                                               v in the top-k
-             = log M_c + log b(v) − log Σ b(u)   over u in c, outside   v of class c, outside
-
-where b is the shape inside a class: the teacher's prior, or the student. With the student's shape
-value and gradient are those of a divergence over k + C buckets.
+* KL and reverse KL over the vocabulary (`token_divergence`)
+* CALM and Reverse CALM over chunk likelihoods (TIDE §2.3). The student enters as log p_s ≤ 0
+  (already divided by T) and is never clamped: a clamp would zero the gradient just where the
+  student is most wrong. Only the fixed teacher is bounded.
+* TIDAL (TIDE §2.1): how far the target lies from the student towards the teacher. λ depends on
+  training progress τ = step / max_steps and on diffusion time t.
 """
 
+import math
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from shared.cache.levels import EMPTY
-from student_train.losses.calm import at_least_float32
-from student_train.losses.targets import TopKTargets
+from shared.settings.objectives import Tidal, TimestepWeight
+from student_train.losses.targets import TopKTargets, log_student, teacher_log_probabilities
+
+TEACHER_BOUND = 1e-7
+
+
+def at_least_float32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Half-precision tensors widened to float32; float32 and float64 as they are."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# --- KL over the vocabulary -------------------------------------------------------------------
 
 
 def token_divergence(
@@ -82,88 +91,110 @@ def divergence_and_gradient(
     return value, student.exp_().sub_(probability).div_(temperature)
 
 
-def log_student(
-    logits: Float[Tensor, "n vocab"], topk: TopKTargets, temperature: float
-) -> Float[Tensor, "n vocab"]:
-    """The student's log-probabilities at `temperature` over the shared ids; EMPTY at the others."""
-    scaled = logits / temperature
-    if topk.classes is not None:
-        scaled.masked_fill_(fit(topk.classes.class_of, logits.shape[1], -1) < 0, EMPTY)
-    return scaled.sub_(torch.logsumexp(scaled, dim=1, keepdim=True))
+# --- CALM over chunks -------------------------------------------------------------------------
 
 
-def teacher_log_probabilities(
-    topk: TopKTargets, log_student: Float[Tensor, "n vocab"], temperature: float
-) -> Float[Tensor, "n vocab"]:
-    """The dense teacher log p̂ at `temperature`, in nats, in a tensor of its own.
+def token_log_likelihood(
+    logits: Float[Tensor, "n vocab"], gold: Int[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """log p(gold) in nats, accurate also where p is within float32's resolution of 1."""
+    logits = at_least_float32(logits)
+    # With s the gold logit and o = logsumexp of all others, p = 1 / (1 + exp(o − s)), so
+    # log p = −softplus(o − s). log_softmax would round to 0 near p = 1 and lose 1 − p.
+    others = complement_logsumexp(logits, gold[:, None])
+    return -F.softplus(others - logits.gather(1, gold[:, None]).squeeze(1), threshold=80.0)
 
-    `log_student`: the student's log-probabilities at the same temperature, EMPTY at unshared ids.
+
+def complement_logsumexp(
+    logits: Float[Tensor, "n vocab"], ids: Int[Tensor, "n k"]
+) -> Float[Tensor, " n"]:
+    """logsumexp over the tokens *not* in `ids` (repeats are fine); about EMPTY for no token."""
+    return torch.logsumexp(logits.scatter(1, ids, EMPTY), dim=1)
+
+
+def chunk_log_likelihood(
+    token_logp: Float[Tensor, " n"],
+    rows: Int[Tensor, " tokens"],
+    chunk_of: Int[Tensor, " tokens"],
+    chunks: int,
+) -> Float[Tensor, " chunks"]:
+    """log p(c) = Σ log p(gold token) over its tokens: token_logp[rows] summed by `chunk_of`."""
+    total = torch.zeros(chunks, dtype=token_logp.dtype, device=token_logp.device)
+    return total.index_add(0, chunk_of, token_logp[rows])
+
+
+def bound_probability(p: Float[Tensor, " chunks"]) -> Float[Tensor, " chunks"]:
+    """A fixed target's probability in [1e-7, 1 − 1e-7]."""
+    return p.clamp(TEACHER_BOUND, 1.0 - TEACHER_BOUND)
+
+
+def calm(
+    log_student: Float[Tensor, " chunks"], target: Float[Tensor, " chunks"]
+) -> Float[Tensor, " chunks"]:
+    """Forward: −(p_t log p_s + (1 − p_t) log(1 − p_s))."""
+    return -(target * log_student + (1 - target) * log1mexp(log_student))
+
+
+def reverse_calm(
+    log_student: Float[Tensor, " chunks"], target: Float[Tensor, " chunks"]
+) -> Float[Tensor, " chunks"]:
+    """Reverse: −(p_s log p_t + (1 − p_s) log(1 − p_t)). Its slope −logit(p_t) is bounded."""
+    p = log_student.exp()
+    return -(p * torch.log(target) + (1 - p) * torch.log1p(-target))
+
+
+def log1mexp(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """log(1 − exp(x)) for x < 0, accurate at both ends. An x that rounding left ≥ 0 is −1e-38."""
+    # Both branches get inputs that are valid for them: where() would spread the other's NaN.
+    x = torch.where(x < 0, x, -torch.finfo(x.dtype).tiny)
+    near = x > -0.6931472  # −log 2: exp(x) > 1/2
+    small = torch.log(-torch.expm1(torch.where(near, x, -1.0)))
+    large = torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
+    return torch.where(near, small, large)
+
+
+# --- TIDAL ------------------------------------------------------------------------------------
+
+
+def training_strength(tidal: Tidal, progress: float) -> float:
+    """λ_train = λ_init + (λ_max − λ_init)·g(τ), where g is (1 − cos πτ)/2, or τ."""
+    if not 0.0 <= progress <= 1.0:
+        raise ValueError(f"progress is {progress}; it must lie in [0, 1] (step / max_steps)")
+    growth = (1.0 - math.cos(math.pi * progress)) / 2 if tidal.growth == "cosine" else progress
+    return tidal.lambda_init + (tidal.lambda_max - tidal.lambda_init) * growth
+
+
+def strength_at(
+    tidal: Tidal, train: float | Float[Tensor, ""], t: Float[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """λ per position or chunk, by axis: λ_train·(1 − t), λ_train, or λ_max·(1 − t).
+
+    `train` is λ_train; a tensor for a compiled loss, which a new number would compile anew.
     """
-    dtype, width = log_student.dtype, log_student.shape[1]
-    # 1. The top-k: softmax of its logits at T, times its mass 1 − tail = sigmoid(−odds).    (n, k)
-    scaled = torch.where(topk.kept, topk.logp / temperature, EMPTY)
-    in_topk = F.logsigmoid(-topk.odds[temperature])[:, None]
-    top = (torch.log_softmax(scaled, dim=1) + in_topk).to(dtype)
-    # Padding repeats the row's first id, so it must write that id's value too.
-    top = torch.where(topk.kept, top, top[:, :1])
-
-    # 2. log M_c, the mass of each class outside the top-k.                            (n, classes)
-    if topk.class_mass is None:
-        log_mass = F.logsigmoid(topk.odds[temperature].to(dtype))[:, None]
-    else:
-        log_mass = topk.class_mass[temperature].to(dtype)
-
-    # 3. log b(v), and log Σ b(u) of each class outside the top-k.            (vocab), (n, classes)
-    if topk.student_shaped or topk.classes is None:
-        log_shape = log_student
-        log_left = _student_outside(topk, log_student, log_mass.shape[1])
-    else:
-        log_shape = fit(topk.classes.log_prior[temperature].to(dtype), width, EMPTY)
-        log_left = _prior_outside(topk, temperature, log_mass.shape[1]).to(dtype)
-
-    # 4. log p̂ = log M_c − log Σ b(u) + log b(v), and the top-k in its places.          (n, vocab)
-    height = log_mass - log_left.clamp_min(-1e4)
-    if topk.classes is None or height.shape[1] == 1:
-        dense = log_shape + height
-    else:
-        dense = height[:, fit(topk.classes.class_of, width, -1).clamp_min(0)]
-        dense += log_shape
-    return dense.scatter_(1, topk.ids, top).clamp_min_(EMPTY)
+    match tidal.axis:
+        case "both":
+            return train * (1.0 - t)
+        case "training_only":
+            return train * torch.ones_like(t)
+        case "timestep_only":
+            return tidal.lambda_max * (1.0 - t)
 
 
-def fit(values: Tensor, width: int, fill: int | float) -> Tensor:
-    """A table over the teacher's vocabulary for a student of `width` rows: cut, or filled up."""
-    missing = width - values.shape[0]
-    return values[:width] if missing <= 0 else F.pad(values, (0, missing), value=fill)
+def timestep_weight(kind: TimestepWeight, t: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """1, or exp(−(t − 0.5)² / (2·0.15²))."""
+    if kind == "uniform":
+        return torch.ones_like(t)
+    return torch.exp(-((t - 0.5) ** 2) / (2 * 0.15**2))
 
 
-def _student_outside(
-    topk: TopKTargets, log_student: Float[Tensor, "n vocab"], count: int
-) -> Float[Tensor, "n classes"]:
-    """Log of the student's mass in each class outside the top-k."""
-    outside = log_student.scatter(1, topk.ids, EMPTY)  # (n, vocab)
-    if count == 1 or topk.classes is None:
-        return torch.logsumexp(outside, dim=1, keepdim=True)
-    class_of = fit(topk.classes.class_of, log_student.shape[1], -1)
-    members = F.one_hot(class_of.clamp_min(0), count).to(outside.dtype)  # (vocab, classes)
-    members *= (class_of >= 0)[:, None]
-    return (outside.exp() @ members).clamp_min(torch.finfo(outside.dtype).tiny).log()
+@torch.no_grad()
+def tidal_probability(
+    student: Float[Tensor, " chunks"],
+    teacher: Float[Tensor, " chunks"],
+    strength: Float[Tensor, " chunks"],
+) -> Float[Tensor, " chunks"]:
+    """m = (1 − λ)·p_s + λ·p_t over chunk probabilities, bounded as a teacher's; no gradient.
 
-
-def _prior_outside(topk: TopKTargets, temperature: float, count: int) -> Float[Tensor, "n classes"]:
-    """Log of the prior's mass in each class outside the top-k, in float64."""
-    # Where the top-k has nearly all of a class's prior, the rest is a small difference.
-    assert topk.classes is not None
-    class_of = topk.classes.class_of
-    prior = topk.classes.log_prior[temperature].double().exp()  # (vocab)
-    taken = prior[topk.ids] * topk.kept  # (n, k)
-    if count == 1:
-        whole = prior.sum()[None]
-        taken = taken.sum(dim=1, keepdim=True)
-    else:
-        whole = torch.zeros(count, dtype=prior.dtype, device=prior.device)
-        whole = whole.index_add(0, class_of.clamp_min(0), prior)
-        classes = torch.arange(count, device=prior.device)
-        belongs = class_of[topk.ids][:, :, None] == classes  # (n, k, classes)
-        taken = torch.einsum("nk,nkc->nc", taken, belongs.double())
-    return (whole - taken).clamp_min(1e-12 * whole + 1e-300).log()
+    Over tokens the mixture is made where the logits are (`divergence_and_gradient`).
+    """
+    return bound_probability(student + strength * (teacher - student))

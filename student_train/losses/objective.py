@@ -2,28 +2,35 @@
 
 Everything is a sum over the batch beside its own count. The caller adds sums and counts over
 accumulated batches and processes and divides once, so the gradient is that of one large batch.
+
+`fused_loss` is the LM head and the loss together, a slice of rows at a time: no logits of a whole
+batch. The loss is linear in its sums and its denominators are known beforehand, so each slice's
+gradient is final as soon as its logits are there. Forward therefore computes gradients too (three
+matrix products in all, as without slices, and no second pass over the head), and backward scales
+them.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from shared.settings.objectives import (
-    KL,
-    Calm,
-    Distillation,
-    NoDistillation,
-    ReverseCalm,
-    ReverseKL,
-)
-from student_train.losses import calm, tidal
-from student_train.losses.calm import at_least_float32
-from student_train.losses.divergence import token_divergence
-from student_train.losses.targets import Targets
+from shared.settings.objectives import Calm, ChunkObjective, Distillation, ReverseKL, TokenObjective
+from student_train.losses import divergence
+from student_train.losses.targets import Targets, slice_targets
+
+# Numbers in one slice's logits on a CPU: 128 MiB in float32. Measured at a vocabulary of 151,936:
+# slices of 220 rows take two thirds of the time of 110, which add to the head's gradient twice as
+# often; slices of 441 rows take a sixth less, in twice the memory.
+_LOGITS_PER_SLICE = 1 << 25
+# On a GPU a slice takes 0.16 of the memory. Of its logits 6 copies exist at a time (measured: 5.2):
+# themselves, softmax, targets, their gradients. Above 2,048 rows nothing is won: moving the head's
+# gradient, once a slice, weighs as much as 1,200 rows of logits.
+_SHARE_OF_GPU, _COPIES, _MOST_ROWS = 0.16, 6, 2048
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,16 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class LossSettings:
+    """What turns sums into a loss: the objective, its weight, the denominators, τ."""
+
+    distillation: Distillation
+    weight: float
+    counts: Counts
+    progress: float
+
+
+@dataclass(frozen=True)
 class Sums:
     """Sums over the batch before any division: weighted cross-entropy, distillation."""
 
@@ -49,7 +66,7 @@ def denoise(
     logits: Float[Tensor, "n vocab"], gold: Int[Tensor, " n"], t: Float[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
     """The denoising loss of masked diffusion, w(t)·(−log p(gold)) in nats, with w(t) = 1/t."""
-    return F.cross_entropy(at_least_float32(logits), gold, reduction="none") / t
+    return F.cross_entropy(divergence.at_least_float32(logits), gold, reduction="none") / t
 
 
 def objective(
@@ -65,7 +82,7 @@ def objective(
 def lambda_train(distillation: Distillation, progress: float) -> float:
     """TIDAL's λ_train at τ; 0 for objectives without it."""
     settings = getattr(distillation, "tidal", None)
-    return 0.0 if settings is None else tidal.training_strength(settings, progress)
+    return 0.0 if settings is None else divergence.training_strength(settings, progress)
 
 
 def objective_at(
@@ -76,21 +93,20 @@ def objective_at(
 ) -> Sums:
     """`objective` from λ_train, which may be a tensor."""
     # 1. CE over all masked positions: Σ w(t)·(−log p_s(gold)).
-    logits = at_least_float32(logits)
+    logits = divergence.at_least_float32(logits)
     ce = denoise(logits, targets.gold, targets.t).sum()
-    match distillation:
-        case NoDistillation():
-            return Sums(ce, torch.zeros((), device=logits.device))
-        case KL() | ReverseKL():
-            return Sums(ce, token_distillation(logits, targets, distillation, train))
-        case Calm() | ReverseCalm():
-            return Sums(ce, chunk_distillation(logits, targets, distillation, train))
+    # 2. Distillation, over positions or over chunks.
+    if isinstance(distillation, TokenObjective):
+        return Sums(ce, token_distillation(logits, targets, distillation, train))
+    if isinstance(distillation, ChunkObjective):
+        return Sums(ce, chunk_distillation(logits, targets, distillation, train))
+    return Sums(ce, torch.zeros((), device=logits.device))
 
 
 def token_distillation(
     logits: Float[Tensor, "n vocab"],
     targets: Targets,
-    settings: KL | ReverseKL,
+    settings: TokenObjective,
     train: float | Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
     """T² · Σ weight(t) · KL over the positions at which the teacher was read."""
@@ -103,22 +119,22 @@ def token_distillation(
         return logits.sum() * 0.0
     logits, t = logits[:read], targets.t[:read]
     if settings.tail != "cache":
-        topk = dataclasses.replace(topk, student_shaped=settings.tail == "student")
+        topk = replace(topk, student_shaped=settings.tail == "student")
     # 2. TIDAL: λ and the timestep weight of each position.                                  (read)
     weight, strength = torch.ones_like(t), None
     if settings.tidal is not None:
-        strength = tidal.strength_at(settings.tidal, train, t)
-        weight = tidal.timestep_weight(settings.tidal.timestep_weight, t)
+        strength = divergence.strength_at(settings.tidal, train, t)
+        weight = divergence.timestep_weight(settings.tidal.timestep_weight, t)
     # 3. The divergence. T² keeps the gradient's size as T rises.
     reverse = isinstance(settings, ReverseKL)
-    divergence = token_divergence(logits, topk, temperature, strength, reverse)
-    return temperature**2 * (weight * divergence).sum()
+    values = divergence.token_divergence(logits, topk, temperature, strength, reverse)
+    return temperature**2 * (weight * values).sum()
 
 
 def chunk_distillation(
     logits: Float[Tensor, "n vocab"],
     targets: Targets,
-    settings: Calm | ReverseCalm,
+    settings: ChunkObjective,
     train: float | Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
     """Σ weight(t) · CALM over the active chunks."""
@@ -126,20 +142,21 @@ def chunk_distillation(
     if chunks is None:
         raise ValueError("the batch has no chunk targets")
     # 1. The student: log p_s(c)/T = Σ log p(gold token)/T over the chunk's tokens.        (chunks)
-    token_logp = calm.token_log_likelihood(logits, targets.gold)
+    token_logp = divergence.token_log_likelihood(logits, targets.gold)
     count = chunks.teacher_logp.shape[0]
-    chunk_logp = calm.chunk_log_likelihood(token_logp, chunks.rows, chunks.chunk_of, count)
+    chunk_logp = divergence.chunk_log_likelihood(token_logp, chunks.rows, chunks.chunk_of, count)
     log_student = chunk_logp / temperature
     # 2. The teacher: p_t = exp(log p_t(c)/T), the only side that is bounded.
-    target = calm.bound_probability((chunks.teacher_logp.to(token_logp.dtype) / temperature).exp())
+    log_teacher = chunks.teacher_logp.to(token_logp.dtype) / temperature
+    target = divergence.bound_probability(log_teacher.exp())
     # 3. TIDAL: the target moves from the student to the teacher.
     weight = torch.ones_like(chunks.t)
     if settings.tidal is not None:
-        strength = tidal.strength_at(settings.tidal, train, chunks.t)
-        target = tidal.tidal_probability(log_student.exp(), target, strength)
-        weight = tidal.timestep_weight(settings.tidal.timestep_weight, chunks.t)
+        strength = divergence.strength_at(settings.tidal, train, chunks.t)
+        target = divergence.tidal_probability(log_student.exp(), target, strength)
+        weight = divergence.timestep_weight(settings.tidal.timestep_weight, chunks.t)
     # 4. The binary divergence of each chunk.
-    term = calm.calm if isinstance(settings, Calm) else calm.reverse_calm
+    term = divergence.calm if isinstance(settings, Calm) else divergence.reverse_calm
     return (weight * term(log_student, target)).sum()
 
 
@@ -148,13 +165,8 @@ def parts_of(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """CE per maskable token, distillation per read position or active chunk; 0 for a count of 0."""
     ce = sums.denoise / counts.maskable.clamp_min(1)
-    match distillation:
-        case NoDistillation():
-            return ce, torch.zeros_like(ce)
-        case KL() | ReverseKL():
-            return ce, sums.distillation / counts.read.clamp_min(1)
-        case Calm() | ReverseCalm():
-            return ce, sums.distillation / counts.chunks.clamp_min(1)
+    count = counts.read if isinstance(distillation, TokenObjective) else counts.chunks
+    return ce, sums.distillation / count.clamp_min(1)
 
 
 def total(
@@ -162,4 +174,98 @@ def total(
 ) -> Float[Tensor, ""]:
     """loss = CE + weight · distillation, each divided by its own count."""
     ce, distilled = parts_of(sums, counts, distillation)
-    return ce if isinstance(distillation, NoDistillation) else ce + weight * distilled
+    return ce + weight * distilled
+
+
+def fused_loss(
+    hidden: Float[Tensor, "n width"],
+    head: Float[Tensor, "vocab width"],
+    targets: Targets,
+    settings: LossSettings,
+    rows_per_slice: int | None = None,
+    compiled: bool = False,
+) -> tuple[Float[Tensor, ""], Sums]:
+    """The loss of `objective` and `total` on `hidden @ head.T`, and its (detached) sums.
+
+    Equal to the plain computation in value and in the gradients of `hidden` and `head`, up to the
+    order of float32 sums. Under autocast the products run in its dtype; logits, losses and the
+    head's gradient stay in float32. `compiled`: the loss of a slice runs in a few kernels.
+    """
+    if rows_per_slice is None:
+        gpu = head.device.type == "cuda"
+        memory = torch.cuda.get_device_properties(head.device).total_memory if gpu else None
+        rows_per_slice = slice_rows(head.shape[0], memory)
+    arguments = (hidden, head, targets, settings, rows_per_slice, compiled)
+    loss, ce, distillation = _Fused.apply(*arguments)  # type: ignore
+    return loss, Sums(ce, distillation)
+
+
+@cache
+def compiled_objective() -> Any:
+    """`objective_at` in a few kernels, forward and backward; made once for any number of rows."""
+    return torch.compile(objective_at, dynamic=True)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Targets,
+        settings: LossSettings,
+        rows_per_slice: int,
+        compiled: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # 1. Products run in autocast's dtype, all sums in float32 at least.
+        kind, distillation = hidden.device.type, settings.distillation
+        autocast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else hidden.dtype
+        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        rows, weights = hidden.to(dtype), head.to(dtype)
+        wants_hidden, wants_head = ctx.needs_input_grad[:2]
+        grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
+        grad_head = torch.zeros_like(head, dtype=exact) if wants_head else None
+        sums = torch.zeros(3, dtype=exact, device=hidden.device)
+        measure = compiled_objective() if compiled else objective_at
+        train = sums.new_full((), lambda_train(distillation, settings.progress))
+        with torch.autocast(kind, enabled=False):
+            for part, own in slice_targets(targets, rows_per_slice):
+                # 2. Logits of the slice and its share of the loss.                  (slice, vocab)
+                logits = (rows[part] @ weights.T).to(exact)
+                logits.requires_grad_(wants_hidden or wants_head)
+                with torch.enable_grad():
+                    both = measure(logits, own, distillation, train)
+                    loss = total(both, settings.counts, distillation, settings.weight)
+                sums += torch.stack([loss, both.denoise, both.distillation]).detach()
+                if not logits.requires_grad:
+                    continue
+                # 3. G = ∂loss/∂logits, then ∂loss/∂hidden = G · head, ∂loss/∂head += Gᵀ · hidden.
+                (gradient,) = torch.autograd.grad(loss, logits)
+                gradient = gradient.to(dtype)
+                if grad_hidden is not None:
+                    grad_hidden[part] = (gradient @ weights).to(hidden.dtype)
+                if grad_head is not None and grad_head.dtype == dtype:
+                    grad_head.addmm_(gradient.T, rows[part])  # without a second one of that size
+                elif grad_head is not None:
+                    grad_head += gradient.T @ rows[part]
+        ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
+        whole, ce, distilled = (value.clone() for value in sums)
+        ctx.mark_non_differentiable(ce, distilled)
+        return whole, ce, distilled
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        scale, (by_hidden, by_head) = gradients[0], ctx.saved_tensors
+        if by_hidden is not None:
+            by_hidden = by_hidden * scale.to(by_hidden.dtype)
+        if by_head is not None:
+            by_head = by_head * scale.to(by_head.dtype)
+        return by_hidden, by_head, None, None, None, None
+
+
+def slice_rows(vocabulary: int, memory: int | None = None) -> int:
+    """Rows of logits that exist at a time. `memory`: bytes of the GPU; None for a CPU."""
+    if memory is None:
+        return max(32, _LOGITS_PER_SLICE // vocabulary)
+    return max(32, min(_MOST_ROWS, int(_SHARE_OF_GPU * memory) // (4 * _COPIES * vocabulary)))

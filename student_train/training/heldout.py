@@ -25,8 +25,8 @@ from shared.diffusion.noise import token_draw
 from shared.settings.config import DataConfig, LengthConfig
 from shared.system.errors import TideError
 from shared.text.tokenizers import Tokenizer
-from student_train.batches.visible_rows import needed_places
-from student_train.model.student import batch_hidden
+from student_train.batches.collate import places_of_draws
+from student_train.model import batch_hidden
 
 _SEED = 20_260_429  # fixed: the masks are the same for every student of a tokenizer
 _TOKENS_PER_BATCH = 8192
@@ -77,7 +77,7 @@ def prepare_heldout(
         row = torch.from_numpy(np.repeat(np.arange(len(group)), [m.size for m in masked]))
         column = torch.from_numpy(np.concatenate(masked)).long()
         used = [len(e.student_ids) for e, _ in group]
-        places, place = needed_places(masked, used, lengths.block)
+        places, place = places_of_draws([[m] for m in masked], used, lengths.block)
         noised = clean.clone()
         noised[row, column] = mask_id
         batch = {"clean": clean, "noised": noised, "valid": valid, "row": row, "column": column}

@@ -29,7 +29,7 @@ from shared.settings.objectives import (
 from shared.system.errors import TideError
 from shared.system.files import read_json, write_bytes
 from shared.system.hardware import choose_device, choose_precision, explain_precision
-from student_train.batches.open_cache import OpenCache, open_cache
+from student_train.batches.loader import OpenCache
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def preflight(config: TrainConfig, processes: int) -> tuple[TrainConfig, OpenCac
         student = dataclasses.replace(config.student, attention=attention)
         config = dataclasses.replace(config, student=student)
     # 4. The cache, and whether it holds what the objective needs.
-    opened = open_cache(config)
+    opened = OpenCache(config)
     manifest = opened.manifest
     check_objective(config.distillation, manifest, config.cache)
     rows = sum(entry.rows for entry in opened.ledger.values())

@@ -17,12 +17,10 @@ from shared.settings.config import TrainConfig
 from shared.system.errors import TideError
 from shared.system.files import read_json
 from student_train.batches.collate import Batch
-from student_train.losses.fused_head import LossSettings
-from student_train.losses.objective import objective
+from student_train.losses.objective import LossSettings, objective
 from student_train.training.preflight import recorded_settings
 from student_train.training.resumable import whole_checkpoints
-from student_train.training.step import NONFINITE
-from student_train.training.trainer import StudentTrainer, make_trainer
+from student_train.training.trainer import NONFINITE, StudentTrainer, make_trainer
 
 
 class _Reached(Exception):

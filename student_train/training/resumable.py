@@ -8,6 +8,7 @@ gone on from.
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -25,7 +26,11 @@ from accelerate.utils import broadcast_object_list
 from torch.utils._pytree import tree_map_only
 from transformers import Trainer, TrainingArguments
 
+from shared.cache.manifest import Manifest
+from shared.settings.build import to_plain
+from shared.settings.config import TrainConfig
 from shared.system.files import write_bytes
+from student_train.training.preflight import on_gpu
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +38,8 @@ MARKER = "COMPLETE"
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _READ_BY_TRAINER = (".pt", ".pth", ".bin", ".safetensors")
 _KEPT = 2
+_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
+TENSORBOARD = "tensorboard"
 
 
 @dataclass(frozen=True)
@@ -80,22 +87,6 @@ def whole_checkpoints(place: Path) -> list[Checkpoint]:
     return whole
 
 
-def _clear(place: Path, whole: list[Checkpoint]) -> None:
-    """Make room for steps that will be computed again: half-written checkpoints go, damaged ones
-    are put aside as `damaged-checkpoint-STEP`. Nothing without a checkpoint's name is touched.
-    """
-    good = {checkpoint.folder for checkpoint in whole}
-    for _, folder in _by_step(place):
-        if folder in good:
-            continue
-        if (folder / MARKER).exists():
-            aside = folder.with_name(f"damaged-{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-        else:
-            shutil.rmtree(folder)
-
-
 @no_type_check  # its inherited fields are not all of the types that transformers states
 class RecordedArguments(TrainingArguments):
     """TrainingArguments that tell trackers of `tide` too, the run's own settings."""
@@ -106,20 +97,55 @@ class RecordedArguments(TrainingArguments):
         return {**super().to_dict(), "tide": dict(self.tide)}
 
 
-def training_arguments(out: Path, **settings: Any) -> RecordedArguments:
-    """TrainingArguments with this project's defaults: quiet, local, safetensors."""
-    defaults: dict[str, Any] = {
-        "output_dir": str(out),
-        "report_to": [],
-        "save_strategy": "steps",
-        "save_total_limit": None,  # transformers goes by dates, and clocks step back
-        "dataloader_num_workers": 0,
-        "remove_unused_columns": False,
-        "logging_nan_inf_filter": False,
-        "logging_first_step": True,
-        "use_cpu": not torch.accelerator.is_available(),
-    }
-    return RecordedArguments(**{**defaults, **settings})
+def training_arguments(config: TrainConfig, manifest: Manifest, steps: int) -> RecordedArguments:
+    """TrainingArguments of a run: quiet, local, safetensors. Trackers log the settings as `tide`,
+    with the cache's digest.
+    """
+    workers = int(on_gpu(config)) if config.loader_workers < 0 else config.loader_workers
+    settings: dict[str, Any] = {}
+    if workers:
+        # With 16 batches ready, those of the next shards are decoded while the last are trained on.
+        # Of a process that has CUDA and threads nothing may be forked.
+        settings |= {"dataloader_num_workers": workers, "dataloader_prefetch_factor": 16}
+        settings |= {"dataloader_persistent_workers": True}
+        settings |= {"dataloader_multiprocessing_context": "spawn"}
+    if config.parallel == "fsdp":
+        settings |= {"fsdp": True, "fsdp_config": {"version": 2}}
+    arguments = RecordedArguments(
+        str(config.out / "checkpoints"),
+        use_cpu=config.device == "cpu" or not torch.accelerator.is_available(),
+        run_name=config.run_name or config.out.name,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=config.accumulation,
+        max_steps=steps,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=math.ceil(config.warmup_ratio * steps),
+        lr_scheduler_type=config.schedule,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.precision == "bfloat16",
+        seed=config.seed,
+        save_strategy="steps",
+        save_steps=config.checkpoint_steps,
+        save_total_limit=None,  # transformers goes by dates, and clocks step back
+        logging_steps=config.log_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy="no" if config.heldout is None else "steps",
+        eval_steps=config.eval_steps,
+        report_to=[name for name in config.report_to if name != TENSORBOARD],
+        ddp_find_unused_parameters=False,
+        optim=_OPTIMIZERS.get(config.optimizer, config.optimizer),
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"non_blocking": torch.cuda.is_available()},
+        **settings,
+    )
+    about = {"cache_digest": manifest.digest, "teacher": manifest.fingerprint.teacher.name}
+    arguments.tide = json.loads(json.dumps({**to_plain(config), **about}))
+    return arguments
 
 
 class ResumableTrainer(Trainer):
@@ -147,7 +173,17 @@ class ResumableTrainer(Trainer):
         last: list[Any] = [None]
         if self.args.process_index == 0:
             whole = whole_checkpoints(place)
-            _clear(place, whole)
+            # Make room for steps that will be computed again: half-written checkpoints go, damaged
+            # ones are put aside. Nothing without a checkpoint's name is touched.
+            for _, folder in _by_step(place):
+                if folder in [checkpoint.folder for checkpoint in whole]:
+                    continue
+                if (folder / MARKER).exists():
+                    aside = folder.with_name(f"damaged-{folder.name}")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    folder.rename(aside)
+                else:
+                    shutil.rmtree(folder)
             if whole:
                 last = [(str(whole[-1].folder), whole[-1].seconds)]
                 step, steps = whole[-1].step, self.args.max_steps

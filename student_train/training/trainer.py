@@ -3,42 +3,38 @@
 import json
 import math
 import os
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from operator import itemgetter
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 from transformers import set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from shared.cache.manifest import Manifest
 from shared.models.loading import compile_layers
-from shared.settings.build import to_plain
 from shared.settings.config import TrainConfig
-from shared.settings.objectives import KL, ReverseKL
+from shared.settings.objectives import TokenObjective
 from shared.system.errors import TideError
 from shared.system.files import write_bytes
 from shared.system.hardware import hardware_line, shut_down_process_group
 from shared.system.processes import hold
 from shared.text.tokenizers import Tokenizer
 from student_train.batches.collate import Batch, TargetReader, counts_of
-from student_train.batches.loader import BatchDataset, refuse_error
-from student_train.losses.fused_head import LossSettings
-from student_train.losses.objective import parts_of
-from student_train.losses.tidal import training_strength
-from student_train.model.card import write_card
-from student_train.model.export import save_student
-from student_train.model.student import embedding_rows, load_student
+from student_train.batches.loader import BatchDataset
+from student_train.export import save_student, write_card
+from student_train.losses.objective import LossSettings, lambda_train, parts_of
+from student_train.model import embedding_rows, load_student, train_on_loss
 from student_train.training.heldout import HeldOut, masked_nll, prepare_heldout, warn_of_overlap
-from student_train.training.preflight import begin_or_go_on, compiles, is_first, on_gpu, preflight
-from student_train.training.resumable import ResumableTrainer, training_arguments
-from student_train.training.step import Watch, nonfinite_error, train_on_loss
+from student_train.training.preflight import begin_or_go_on, compiles, is_first, preflight
+from student_train.training.resumable import TENSORBOARD, ResumableTrainer, training_arguments
 
-_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
-_AHEAD = 16  # batches that a process of the loader has ready
-_TENSORBOARD = "tensorboard"
+NONFINITE = "nonfinite"
+_SUMS = ("denoise", "distillation", "batches", "tokens", "masked", "chunks", "mass", "mass_rows")
 
 
 def train_student(config: TrainConfig) -> dict[str, float]:
@@ -100,16 +96,16 @@ def make_trainer(
         compile_layers(model)
     train_on_loss(model, lengths.block, read_targets, compiles(config))
     callbacks = []
-    if _TENSORBOARD in config.report_to:  # one folder, the run's own, for all its resumptions
+    if TENSORBOARD in config.report_to:  # one folder, the run's own, for all its resumptions
         callbacks.append(TensorBoardCallback())
-        callbacks[0].logging_dir = str(config.out / _TENSORBOARD)
+        callbacks[0].logging_dir = str(config.out / TENSORBOARD)
     trainer = StudentTrainer(
         config,
         manifest,
         read_targets,
         heldout,
         model=model,
-        args=arguments(config, manifest, steps, evaluates=heldout is not None),
+        args=training_arguments(config, manifest, steps),
         callbacks=callbacks,
         train_dataset=dataset,
         eval_dataset=None if heldout is None else dataset,
@@ -134,8 +130,13 @@ class StudentTrainer(ResumableTrainer):
         self.manifest = manifest
         self.read_targets = read
         self._heldout = heldout
-        self._watch = Watch()
         self._batches_done = 0  # of the step at hand
+        # Sums since the last log (`_SUMS`), and the first item whose loss was not finite, −1 for
+        # none. They stay on the device until the trainer logs: no step waits for a number.
+        device = self.accelerator.device
+        self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
+        self._first_bad = torch.full((), -1, device=device)
+        self._since = time.perf_counter()
         # Called before each batch with its number in the run, for `tide replay`.
         self.at_item: Callable[[int, Any, Batch, LossSettings], None] | None = None
 
@@ -144,12 +145,6 @@ class StudentTrainer(ResumableTrainer):
         """τ = step / max_steps."""
         return self.state.global_step / max(self.state.max_steps, 1)
 
-    @property
-    def _item(self) -> int:
-        """The number in the data set of the batch at hand."""
-        done = self.state.global_step * self.config.accumulation + self._batches_done
-        return done * self.accelerator.num_processes + self.accelerator.process_index
-
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
@@ -157,7 +152,8 @@ class StudentTrainer(ResumableTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.zeros(3, dtype=torch.float64, device=device)
         for batch in batches:
-            refuse_error(batch)
+            if "error" in batch:  # of a process of the loader (`BatchDataset.__getitem__`)
+                raise TideError(batch["error"])
             counts += batch["counts"].to(device)
         self._batches_done = 0
         return batches, self.accelerator.reduce(counts, "sum")
@@ -176,16 +172,26 @@ class StudentTrainer(ResumableTrainer):
         """
         config, counts = self.config, counts_of(num_items_in_batch)
         settings = LossSettings(config.distillation, config.weight, counts, self.progress)
+        # 1. The number in the data set of the batch at hand.
+        done = self.state.global_step * config.accumulation + self._batches_done
+        item = done * self.accelerator.num_processes + self.accelerator.process_index
         if self.at_item is not None:
-            self.at_item(self._item, model, inputs, settings)
+            self.at_item(item, model, inputs, settings)
+        # 2. The loss.
         loss, sums = model(batch=inputs, settings=settings)
-        with torch.no_grad():
-            mass = None
-            if isinstance(config.distillation, KL | ReverseKL):
-                mass = self.read_targets.mass_in_topk(inputs, config.distillation.temperature)
-            parts = parts_of(sums, counts, config.distillation)
-            self._watch.add(self._item, loss, parts, inputs, mass)
         self._batches_done += 1
+        # 3. What is watched of it.
+        with torch.no_grad():
+            ce, distillation = parts_of(sums, counts, config.distillation)
+            mass = loss.new_zeros(0)
+            if isinstance(config.distillation, TokenObjective):
+                mass = self.read_targets.mass_in_topk(inputs, config.distillation.temperature)
+            tokens, masked, chunks = inputs["tokens"], inputs["gold"].numel(), inputs["counts"][2]
+            values = (ce, distillation, 1, tokens, masked, chunks, mass.sum(), mass.numel())
+            zero = self._sums.new_zeros(())
+            self._sums += torch.stack([zero + value for value in values])
+            newly_bad = (self._first_bad < 0) & ~torch.isfinite(loss)
+            self._first_bad = torch.where(newly_bad, item, self._first_bad)
         return loss * self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -193,10 +199,9 @@ class StudentTrainer(ResumableTrainer):
         self.refuse_nonfinite()
         logs.pop("train_samples_per_second", None)  # to transformers a whole batch is one sample
         if "loss" in logs:
-            logs = {**logs, **self._watch.read(self.accelerator, self.config.accumulation)}
-            tidal = getattr(self.config.distillation, "tidal", None)
-            if tidal is not None:
-                logs["tidal_lambda_train"] = training_strength(tidal, self.progress)
+            logs = {**logs, **self._watched()}
+            if getattr(self.config.distillation, "tidal", None) is not None:
+                logs["tidal_lambda_train"] = lambda_train(self.config.distillation, self.progress)
         dataset: Any = self.train_dataset
         done = self.state.global_step * self.config.accumulation * self.accelerator.num_processes
         self.state.epoch = dataset.epochs_in(done)  # to transformers the whole run is one epoch
@@ -206,15 +211,47 @@ class StudentTrainer(ResumableTrainer):
             progress = json.dumps({"step": step, "max_steps": steps, **logs})
             write_bytes(self.config.out / "progress.json", (progress + "\n").encode())
 
+    def _watched(self) -> dict[str, float]:
+        """Means since the last log, over all processes; then begins anew."""
+        reduced: Any = self.accelerator.reduce(self._sums, "sum")
+        sums = dict(zip(_SUMS, reduced.tolist(), strict=True))
+        self._sums.zero_()
+        before, self._since = self._since, time.perf_counter()
+        processes = self.accelerator.num_processes
+        steps = max(sums["batches"] / (self.config.accumulation * processes), 1)
+        logs = {
+            "denoise": sums["denoise"] / steps,
+            "distillation": sums["distillation"] / steps,
+            "masked_positions": sums["masked"] / steps,
+            "active_chunks": sums["chunks"] / steps,
+        }
+        if sums["mass_rows"]:
+            logs["teacher_mass_in_topk"] = sums["mass"] / sums["mass_rows"]
+        logs["tokens_per_second"] = sums["tokens"] / max(self._since - before, 1e-9)
+        if torch.cuda.is_available():
+            logs["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        return logs
+
     def refuse_nonfinite(self) -> None:
         """TideError, with the batch saved, where a loss since the start was not finite."""
-        item = self._watch.bad_item(self.accelerator)
+        firsts: Any = self.accelerator.gather(self._first_bad.reshape(1))
+        item = min((int(first) for first in firsts if first >= 0), default=-1)
         if item < 0:
             return
         dataset: Any = self.train_dataset
         number = item // self.accelerator.num_processes
-        step = number // self.config.accumulation
-        raise nonfinite_error(self.config.out, step, number, dataset.rows(item), dataset[item])
+        step, out = number // self.config.accumulation, self.config.out
+        ids = [row.example_id for row in dataset.rows(item)]
+        tensors = {k: v.contiguous() for k, v in dataset[item].items() if isinstance(v, Tensor)}
+        write_bytes(out / f"{NONFINITE}.safetensors", save(tensors))
+        note = {"step": step, "batch": number, "example_ids": ids}
+        write_bytes(out / f"{NONFINITE}.json", (json.dumps(note, indent=1) + "\n").encode())
+        some = ", ".join(ids[:8]) + (", …" if len(ids) > 8 else "")
+        raise TideError(
+            f"the loss was not finite at step {step}; examples {some}",
+            fix=f"`tide replay {out}` shows where it breaks; a lower learning_rate or "
+            "precision=float32 often helps. Checkpoints before the step are kept",
+        )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out scores (`masked_nll`), logged as eval_heldout_…; those of a step that is scored
@@ -230,46 +267,3 @@ class StudentTrainer(ResumableTrainer):
         metrics = {f"eval_heldout_{name}": value for name, value in scores.items()}
         self.log(metrics)
         return metrics
-
-
-def arguments(config: TrainConfig, manifest: Manifest, steps: int, evaluates: bool) -> Any:
-    """TrainingArguments; trackers log the settings as `tide`, with the cache's digest."""
-    settings: dict[str, Any] = {"use_cpu": True} if config.device == "cpu" else {}
-    workers = int(on_gpu(config)) if config.loader_workers < 0 else config.loader_workers
-    if workers:
-        # Made many ahead, batches of the next shards are decoded while the last are trained on. Of
-        # a process that has CUDA and threads nothing may be forked.
-        settings |= {"dataloader_num_workers": workers, "dataloader_prefetch_factor": _AHEAD}
-        settings |= {"dataloader_persistent_workers": True}
-        settings |= {"dataloader_multiprocessing_context": "spawn"}
-    if config.parallel == "fsdp":
-        settings |= {"fsdp": True, "fsdp_config": {"version": 2}}
-    made = training_arguments(
-        config.out / "checkpoints",
-        run_name=config.run_name or config.out.name,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=config.accumulation,
-        max_steps=steps,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        warmup_steps=math.ceil(config.warmup_ratio * steps),
-        lr_scheduler_type=config.schedule,
-        max_grad_norm=config.max_grad_norm,
-        bf16=config.precision == "bfloat16",
-        seed=config.seed,
-        save_steps=config.checkpoint_steps,
-        logging_steps=config.log_steps,
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=config.eval_steps,
-        report_to=[name for name in config.report_to if name != _TENSORBOARD],
-        ddp_find_unused_parameters=False,
-        optim=_OPTIMIZERS.get(config.optimizer, config.optimizer),
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        dataloader_pin_memory=torch.cuda.is_available(),
-        accelerator_config={"non_blocking": torch.cuda.is_available()},
-        **settings,
-    )
-    about = {"cache_digest": manifest.digest, "teacher": manifest.fingerprint.teacher.name}
-    made.tide = json.loads(json.dumps({**to_plain(config), **about}))
-    return made

@@ -16,13 +16,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from shared.models.checkpoint import open_checkpoint, resolve
-from shared.models.loading import load_model
+from shared.models.loading import architecture_of, load_model
 from shared.models.masks import stated_mask
 from shared.system.errors import TideError
 from shared.system.hardware import choose_device, choose_precision, torch_dtype
 from shared.text.templates import Message
 from shared.text.tokenizers import Tokenizer
-from student_train.model.student import student_architecture
+from student_train.model import STUDENTS
 from student_train.using.decoding import Decoding, Row
 from student_train.using.settings import SampleConfig, Special
 
@@ -67,7 +67,7 @@ def load_for_use(place: str, device: str = "auto") -> LoadedStudent:
     checkpoint = open_checkpoint(resolve(place))
     where = choose_device(device)
     dtype = torch.float32 if where.type == "cpu" else torch_dtype(choose_precision("auto", where))
-    model: Any = load_model(checkpoint, student_architecture(checkpoint), dtype)
+    model: Any = load_model(checkpoint, architecture_of(checkpoint, STUDENTS), dtype)
     tokenizer = Tokenizer.load(checkpoint.folder)
     mask = stated_mask(checkpoint, tokenizer)
     if mask is None:

@@ -34,11 +34,10 @@ from shared.settings.build import build
 from shared.settings.config import CacheConfig, LengthConfig, TargetConfig
 from shared.settings.objectives import KL, Calm, Distillation, ReverseKL
 from student_train.batches.collate import Batch, TargetReader, collate, counts_of
-from student_train.losses import calm, tidal
-from student_train.losses.fused_head import LossSettings
-from student_train.losses.objective import parts_of
-from student_train.losses.tidal import strength_at, timestep_weight, training_strength
-from student_train.training.step import train_on_loss
+from student_train.losses import divergence
+from student_train.losses.divergence import strength_at, timestep_weight, training_strength
+from student_train.losses.objective import LossSettings, parts_of
+from student_train.model import train_on_loss
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method.comp_demo import passes, teacher_view
 from teacher_cache.method.targets import TargetSpec
@@ -180,18 +179,19 @@ def check_step(
 @torch.no_grad()
 def take_out_clamped(model: Any, batch: Batch, settings: Calm, progress: float) -> float:
     """Take forward CALM's chunks at the reference's clamp out; the sum of their terms."""
-    logp = calm.token_log_likelihood(model(batch=batch).float(), batch["gold"])
+    logp = divergence.token_log_likelihood(model(batch=batch).float(), batch["gold"])
     rows, chunk_of, teacher = batch["chunk_rows"], batch["chunk_of"], batch["chunk_logp"]
-    student = calm.chunk_log_likelihood(logp, rows, chunk_of, len(teacher)) / settings.temperature
+    student = divergence.chunk_log_likelihood(logp, rows, chunk_of, len(teacher))
+    student = student / settings.temperature
     p = student.exp()
-    outside = (p < calm.TEACHER_BOUND) | (p > 1 - calm.TEACHER_BOUND)
-    bounded = calm.bound_probability(p[outside])
-    target = calm.bound_probability((teacher[outside] / settings.temperature).exp())
+    outside = (p < divergence.TEACHER_BOUND) | (p > 1 - divergence.TEACHER_BOUND)
+    bounded = divergence.bound_probability(p[outside])
+    target = divergence.bound_probability((teacher[outside] / settings.temperature).exp())
     t = batch["chunk_t"][outside]
     weight = torch.ones_like(t)
     if settings.tidal is not None:
         mixed = strength_at(settings.tidal, training_strength(settings.tidal, progress), t)
-        target = tidal.tidal_probability(bounded, target, mixed)
+        target = divergence.tidal_probability(bounded, target, mixed)
         weight = timestep_weight(settings.tidal.timestep_weight, t)
     kept = ~outside
     number = torch.cumsum(kept, 0) - 1  # of the chunks that stay
@@ -199,7 +199,7 @@ def take_out_clamped(model: Any, batch: Batch, settings: Calm, progress: float) 
     batch["chunk_rows"], batch["chunk_of"] = rows[tokens], number[chunk_of[tokens]]
     batch["chunk_host"] = torch.stack([batch["chunk_rows"], batch["chunk_of"]]).numpy()
     batch["chunk_logp"], batch["chunk_t"] = teacher[kept], batch["chunk_t"][kept]
-    return float((weight * calm.calm(bounded.log(), target)).sum())
+    return float((weight * divergence.calm(bounded.log(), target)).sum())
 
 
 def load(folder: Path) -> Any:

@@ -10,8 +10,8 @@ from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit
 from shared.settings.objectives import KL, ReverseKL, Tidal
 from student_train.batches.collate import TargetReader, collate
+from student_train.losses.divergence import strength_at, training_strength
 from student_train.losses.objective import objective
-from student_train.losses.tidal import strength_at, training_strength
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.load_engine import load_engine
 from teacher_cache.run.open import open_or_begin

@@ -20,8 +20,8 @@ from shared.settings.config import CacheConfig, EngineConfig, StudentConfig, Tra
 from shared.settings.objectives import KL, NoDistillation, Tidal
 from shared.system.errors import TideError
 from student_train.batches.collate import TargetReader, collate, counts_of
-from student_train.losses.fused_head import LossSettings
-from student_train.training.step import train_on_loss
+from student_train.losses.objective import LossSettings
+from student_train.model import train_on_loss
 from student_train.training.trainer import make_trainer
 from teacher_cache.run.costs import even_layout
 from teacher_cache.teachers.registry import find_teacher

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from student_train.model.export import export_student
+from student_train.export import export_student
 from student_train.training.trainer import train_student
 from student_train.using.settings import SampleConfig
 from student_train.using.student import load_for_use, sample

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from pipelines.cli import app
 from pipelines.publishing import gather, parse_target, upload
 from shared.system.errors import TideError
-from student_train.model.export import Format, export_student
+from student_train.export import Format, export_student
 from tests.pipelines.publishing.hub import Hub, running
 
 NAMES = {"README.md", "chat_template.jinja", "config.json", "generation_config.json", "LICENSE",

@@ -12,8 +12,7 @@ from shared.cache.shards import Unit, finished_units
 from shared.cache.stores import Store
 from shared.settings.config import TrainConfig
 from shared.system.errors import TideError
-from student_train.batches.loader import BatchDataset
-from student_train.batches.open_cache import OpenCache, open_cache
+from student_train.batches.loader import BatchDataset, OpenCache
 from tests.reading import dataset
 
 SETTINGS: dict = {"batch_size": 5, "seed": 3, "epochs": 4.0, "window": 2}
@@ -30,7 +29,7 @@ def store(caches: dict[str, Path], tmp_path: Path) -> str:
 
 def opened(store: str, folder: Path, gigabytes: float = 1.0) -> OpenCache:
     how = {"store": store, "store_cache_gb": gigabytes, **SETTINGS}
-    return open_cache(TrainConfig(cache=folder, **how))
+    return OpenCache(TrainConfig(cache=folder, **how))
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_train.batches.visible_rows import needed_places, places_of_draws
-from student_train.model.student import masked_hidden
+from student_train.batches.collate import places_of_draws
+from student_train.model import masked_hidden
 from tests.student_train.model.test_student import small
 from tests.student_train.places import all_places, in_float64
 
@@ -26,7 +26,7 @@ def batches(draw: Any) -> tuple[list[int], list[list[np.ndarray]], int]:
 def test_masked_positions_stand_where_it_says_and_nothing_is_there_twice(batch: Any) -> None:
     lengths, masked, block = batch
     masked = [draws[0] for draws in masked]
-    places, column = needed_places(masked, lengths, block)
+    places, column = places_of_draws([[m] for m in masked], lengths, block)
     row = np.repeat(np.arange(len(masked)), [m.size for m in masked])
     assert places[row, column].tolist() == np.concatenate(masked).tolist()
     for mine, length, m in zip(places.numpy(), lengths, masked, strict=True):
@@ -78,7 +78,7 @@ def test_states_and_gradients_are_those_of_each_draw_alone_over_all_rows(
 
 
 def test_the_prompt_the_last_block_and_an_example_without_masks_are_left_out() -> None:
-    places, _ = needed_places([np.array([33, 70])], [96], 32)
+    places, _ = places_of_draws([[np.array([33, 70])]], [96], 32)
     assert places.tolist() == [[*range(32, 96), *range(96, 96 + 64)]]
-    places, column = needed_places([np.zeros(0, np.int64)], [40], 8)
+    places, column = places_of_draws([[np.zeros(0, np.int64)]], [40], 8)
     assert places.tolist() == [[-1]] and column.numel() == 0

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from student_train.losses.divergence import divergence_and_gradient, log_student, token_divergence
-from student_train.losses.divergence import teacher_log_probabilities as teacher_logp
+from student_train.losses.divergence import divergence_and_gradient, token_divergence
+from student_train.losses.targets import log_student
+from student_train.losses.targets import teacher_log_probabilities as teacher_logp
 from tests.student_train.losses.problems import Shape, cached, dense_teacher
 
 SHAPES: tuple[Shape, ...] = ("student", "prior")

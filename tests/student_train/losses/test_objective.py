@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.settings import objectives
 from shared.settings.objectives import KL, Calm, Distillation, NoDistillation, ReverseKL, Tidal
-from student_train.losses.fused_head import LossSettings, fused_loss
-from student_train.losses.objective import Counts, objective, total
+from student_train.losses.objective import Counts, LossSettings, fused_loss, objective, total
 from student_train.losses.targets import ChunkTargets, Targets, slice_targets
 from tests.student_train.losses.problems import cached
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.cache.manifest import load_manifest
 from shared.system.errors import TideError
-from student_train.model.export import export_student
+from student_train.export import export_student
 from student_train.training.trainer import train_student
 from student_train.using.student import load_for_use
 from tests.conftest import STUDENT_TOKENIZER

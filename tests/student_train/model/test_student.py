@@ -21,9 +21,9 @@ from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
 from shared.settings.config import StudentConfig
 from shared.system.errors import TideError
-from student_train.batches.visible_rows import needed_places
-from student_train.model.export import export_student
-from student_train.model.student import FLEX, flex_mask, load_student, masked_hidden
+from student_train.batches.collate import places_of_draws
+from student_train.export import export_student
+from student_train.model import FLEX, flex_mask, load_student, masked_hidden
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
 from tests.plain_masks import block_diffusion
 from tests.student_train.places import all_places
@@ -49,7 +49,7 @@ def hidden_of(
     inside = torch.arange(clean.shape[1]) < torch.tensor(lengths)[:, None]
     row, column = (inside & (noised == mask)).nonzero(as_tuple=True)
     masked = [column[row == i].numpy() for i in range(len(lengths))]
-    places, place = needed_places(masked, lengths, block)
+    places, place = places_of_draws([[m] for m in masked], lengths, block)
     return masked_hidden(model, noised, clean, places, row, place, block)
 
 

@@ -21,14 +21,14 @@ def take_optimizer(name: str) -> None:
     """By plain gradient descent with rate 1 the step's change of the weights is the gradient
     itself.
     """
-    arguments = trainer.arguments
+    arguments = trainer.training_arguments
 
     def descend(*args: Any, **named: Any) -> Any:
         made = arguments(*args, **named)
         made.optim = name
         return made
 
-    trainer.arguments = descend
+    trainer.training_arguments = descend
 
 
 def shard_on_cpus() -> None:

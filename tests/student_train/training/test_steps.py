@@ -23,11 +23,10 @@ from shared.settings.config import TrainConfig
 from shared.settings.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, Tidal
 from shared.system.errors import TideError
 from student_train.batches.collate import TargetReader, collate, counts_of
-from student_train.batches.loader import BatchDataset
-from student_train.batches.open_cache import open_cache
-from student_train.losses.fused_head import LossSettings
+from student_train.batches.loader import BatchDataset, OpenCache
+from student_train.losses.objective import LossSettings
+from student_train.model import train_on_loss
 from student_train.training.preflight import settle_batch
-from student_train.training.step import train_on_loss
 from student_train.training.trainer import make_trainer, train_student
 from tests.reading import change_column, dataset, layout_of, plain_table, rows_in
 from tests.student_train.places import in_float64
@@ -70,7 +69,7 @@ def test_what_does_not_divide_is_refused(caches: dict[str, Path], tmp_path: Path
 def steps(cache: Path, processes: int, **changes: Any) -> list[list[tuple[str, int]]]:
     """The rows of every step of a run, and a check that its counts are theirs."""
     own = settle_batch(TrainConfig(cache=cache, epochs=2.0, **changes), processes)
-    data = BatchDataset(open_cache(own), own, processes)
+    data = BatchDataset(OpenCache(own), own, processes)
     parts = processes * (own.accumulation if own.global_batch else 1)
     assert len(data) % parts == 0
     every = []

@@ -11,7 +11,7 @@ import pytest
 
 from shared.cache.shards import Unit
 from shared.system.errors import TideError
-from student_train.losses.fused_head import slice_rows
+from student_train.losses.objective import slice_rows
 from student_train.training.trainer import make_trainer, train_student
 from tests.student_train.training.test_trainer import config, curve
 

@@ -19,8 +19,7 @@ from shared.settings.config import CacheConfig
 from shared.settings.objectives import KL, Distillation, ReverseCalm, Tidal
 from shared.text.tokenizers import Tokenizer
 from student_train.batches.collate import TargetReader, collate, counts_of
-from student_train.losses.fused_head import LossSettings, fused_loss
-from student_train.losses.objective import objective, total
+from student_train.losses.objective import LossSettings, fused_loss, objective, total
 from student_train.losses.targets import Targets
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.run.build import build_cache

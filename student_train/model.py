@@ -4,11 +4,12 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import flex_attention_mask
@@ -21,9 +22,12 @@ from shared.models.masks import stated_mask
 from shared.settings.config import StudentConfig
 from shared.system.errors import TideError
 from shared.text.tokenizers import Tokenizer
+from student_train.batches.collate import Batch, TargetReader
+from student_train.losses.objective import LossSettings, fused_loss
 
 logger = logging.getLogger(__name__)
 
+STUDENTS = ("qwen3", "llama")
 FLEX = "tide_flex"  # the name under which transformers' models find `attend_flex`
 
 
@@ -43,10 +47,9 @@ def load_student(
     wanted = manifest.fingerprint.student.tokenizer
     if tokenizer.fingerprint != wanted:
         raise TideError(
-            f"the cache {cache} was built for another student tokenizer ({wanted[:12]}…) than that "
-            f"of {tokenizer.name} ({tokenizer.fingerprint[:12]}…)",
-            expected="the tokenizer given to `tide cache` as --student-tokenizer",
-            fix=f"train another student, or use --student-tokenizer {tokenizer.name} there",
+            f"the cache {cache} was built for the student tokenizer {wanted[:12]}…, and that of "
+            f"{tokenizer.name} is {tokenizer.fingerprint[:12]}…",
+            fix=f"train another student, or cache with --student-tokenizer {tokenizer.name}",
         )
     return student_for(settings, checkpoint, tokenizer, manifest), tokenizer
 
@@ -62,25 +65,35 @@ def student_for(
     mask_id = tokenizer.special_id("mask", wanted.mask_token)
     if mask_id != wanted.mask_id:
         raise TideError(
-            f"the student's mask token {wanted.mask_token!r} has id {mask_id}",
-            expected=f"id {wanted.mask_id}, as in the cache",
+            f"the student's mask token {wanted.mask_token!r} has id {mask_id}, in the cache "
+            f"{wanted.mask_id}",
             fix="use the student checkpoint that the cache was built for",
         )
     # 2. The weights.
     if checkpoint is None:
         model = new_model(settings, tokenizer, mask_id, positions=4096)
     else:
-        model = load_model(checkpoint, student_architecture(checkpoint), torch.float32)
-        _make_room(model, mask_id, settings)
+        model = load_model(checkpoint, architecture_of(checkpoint, STUDENTS), torch.float32)
+        width = embedding_rows(model)
+        if mask_id >= width and not settings.add_mask_row:
+            raise TideError(
+                f"the mask id {mask_id} lies outside the student's embedding of {width} rows",
+                fix="allow new rows, in memory, with --set student.add_mask_row=true",
+            )
+        if mask_id >= width:  # rows up to the mask token's: means of the others
+            grown: Any = model
+            grown.resize_token_embeddings(mask_id + 1, mean_resizing=False)
+            with torch.no_grad():
+                for layer in {grown.get_input_embeddings(), grown.get_output_embeddings()}:
+                    layer.weight[width:] = layer.weight[:width].mean(dim=0)
+            logger.warning("embedding grown from %s to %s rows for the mask", width, mask_id + 1)
         stated = stated_mask(checkpoint, tokenizer)
         if stated is not None and stated != mask_id:
             raise TideError(
                 f"the student {checkpoint.folder} has mask id {stated}, the cache {mask_id}",
-                expected="one and the same id",
                 fix="build the cache with this student's tokenizer, or correct its mask_token_id",
             )
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    model.requires_grad_(True)
     # 3. What sampling and saving go by.
     model.config.mask_token_id = mask_id
     model.config.block_size = manifest.fingerprint.lengths.block
@@ -89,29 +102,6 @@ def student_for(
     if model.config.tie_word_embeddings:  # no alarm about it when a checkpoint is resumed
         model._keys_to_ignore_on_save = {"lm_head.weight"}
     return model
-
-
-def student_architecture(checkpoint: Checkpoint) -> str:
-    """`qwen3` or `llama`, by the checkpoint's config; TideError for any other."""
-    return architecture_of(checkpoint, ("qwen3", "llama"))
-
-
-def _make_room(model: Any, mask_id: int, settings: StudentConfig) -> None:
-    """Embedding rows up to the mask token's, where the user allows it: means of the others."""
-    width = embedding_rows(model)
-    if mask_id < width:
-        return
-    if not settings.add_mask_row:
-        raise TideError(
-            f"the mask id {mask_id} lies outside the student's embedding of {width} rows",
-            expected="an embedding with a row for the mask token",
-            fix="allow new rows, in memory, with --set student.add_mask_row=true",
-        )
-    model.resize_token_embeddings(mask_id + 1, mean_resizing=False)
-    with torch.no_grad():
-        for layer in {model.get_input_embeddings(), model.get_output_embeddings()}:
-            layer.weight[width:] = layer.weight[:width].mean(dim=0)
-    logger.warning("embedding grown from %s to %s rows for the mask token", width, mask_id + 1)
 
 
 def embedding_rows(model: Any) -> int:
@@ -150,6 +140,37 @@ def batch_hidden(model: Any, batch: Mapping[str, Tensor], block: int) -> Float[T
     """`masked_hidden` of a collated batch, at its masked positions."""
     names = ("noised", "clean", "places", "row", "place")
     return masked_hidden(model, *(batch[name] for name in names), block=block)
+
+
+def train_on_loss(
+    model: Any,
+    block: int,
+    read: TargetReader,
+    compiled: bool = False,
+    rows_per_slice: int | None = None,
+) -> None:
+    """From now on `model(batch=…, settings=…)` returns the loss and its sums; without settings, the
+    logits at the masked positions, [masked, vocab]. `rows_per_slice`: of logits that exist at a
+    time (default: by the device).
+
+    DistributedDataParallel and FSDP hook the forwards of modules; a loss computed outside of the
+    model's would escape the first, weights read outside of the LM head's the second. The stock
+    forwards stay reachable on the classes, and saving and loading do not change.
+    """
+
+    def forward(self: Any, batch: Batch, settings: LossSettings | None = None) -> Any:
+        hidden = batch_hidden(self, batch, block)  # [masked, width]
+        if settings is None:
+            return self.lm_head(hidden)
+        return self.lm_head(hidden, read(batch), settings)
+
+    def head(self: Any, hidden: Tensor, targets: Any = None, settings: Any = None) -> Any:
+        if targets is None or settings is None:
+            return nn.Linear.forward(self, hidden)
+        return fused_loss(hidden, self.weight, targets, settings, rows_per_slice, compiled)
+
+    model.forward = MethodType(forward, model)
+    model.lm_head.forward = MethodType(head, model.lm_head)
 
 
 # flex_attention: a compiled block mask that skips what block diffusion hides. On CUDA the kernel

@@ -1,0 +1,173 @@
+"""A student's folder: as transformers loads it, or as the reference's `a2d-qwen3`; its model card.
+
+Both layouts hold the same tensors under the same names; the config differs, and the reference
+stores tied weights twice.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import ModelCardData
+from safetensors.torch import save
+from transformers import GenerationConfig
+
+from shared.cache.manifest import Manifest
+from shared.models.checkpoint import open_checkpoint, resolve
+from shared.models.loading import architecture_of, load_model
+from shared.settings.build import to_plain
+from shared.settings.config import TrainConfig
+from shared.system.errors import TideError
+from shared.system.files import new_folder, write_bytes
+from shared.text.tokenizers import Tokenizer
+from student_train.model import STUDENTS
+
+Format = Literal["hf", "a2d"]
+
+CARD = "README.md"
+OWN_FOLDER = "THIS_FOLDER"
+"""Stands in the card for wherever the student lies."""
+
+_TEXT = """\
+---
+{data}
+---
+
+# A block-diffusion student
+
+A language model that fills in blocks of {about.lengths.block} masked tokens (mask \
+`{about.student.mask_token}`, id {about.student.mask_id}), distilled with tide-distill.
+
+transformers loads it, but its `generate()` would decode from left to right, which this model was \
+never trained to do. Use
+
+```bash
+tide sample {folder} "your question"
+```
+
+## How it was made
+
+* teacher `{about.teacher.name}` ({about.teacher.architecture}, weights {about.teacher.weights:.16})
+* data: {sources}
+* cache {manifest.digest}: {manifest.examples:,} examples, {manifest.draws} draws
+* started from {start}
+{scores}
+Settings:
+
+```json
+{settings}
+```
+
+## Licence
+
+None is stated yet. It follows from the licences of teacher, student and data.
+"""
+
+_A2D_FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps",
+    "attention_bias", "tie_word_embeddings",
+)  # fmt: skip
+
+
+def save_student(
+    model: Any, tokenizer: Tokenizer, folder: Path, state: dict[str, Any] | None = None
+) -> None:
+    """Write weights, config, generation config and tokenizer, as transformers loads them.
+
+    `state` holds the weights where the model's own are sharded.
+    """
+    # What ends a response: EOS and the chat template's end of turn, as in sampling.
+    stated = model.config.eos_token_id
+    ends = stated if isinstance(stated, list) else [stated]
+    ends = [*ends, tokenizer.backend.eos_token_id, *tokenizer.turn_ends]
+    model.generation_config = GenerationConfig(
+        eos_token_id=list(dict.fromkeys(int(token) for token in ends if token is not None)),
+        pad_token_id=model.config.pad_token_id,
+    )
+    model.save_pretrained(folder, state_dict=state)
+    tokenizer.backend.save_pretrained(folder)
+
+
+def export_student(source: Path, target: Path, layout: Format) -> None:
+    """Read the checkpoint `source` (either layout) and write it to `target`, bit for bit.
+
+    TideError where `source` is no student (for a2d: no Qwen3 one) or `target` holds something.
+    """
+    checkpoint = open_checkpoint(resolve(str(source)))
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise TideError(f"{target} is not empty", fix="choose another folder")
+    architecture = architecture_of(checkpoint, STUDENTS)
+    if layout == "a2d" and architecture != "qwen3":
+        what = f"{source} is a {architecture} student, and a2d-qwen3 is a layout of Qwen3 only"
+        raise TideError(what, fix="use --format hf")
+    stored = checkpoint.config
+    dtype = getattr(torch, stored.get("dtype") or stored.get("torch_dtype") or "float32")
+    model: Any = load_model(checkpoint, architecture, dtype)
+    if "block_size" in stored:  # no field of the stock class, which keeps it all the same
+        model.config.block_size = stored["block_size"]
+    tokenizer = Tokenizer.load(checkpoint.folder)
+    with new_folder(target) as half:
+        if layout == "hf":
+            save_student(model, tokenizer, half)
+        else:
+            tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+            tensors["lm_head.weight"] = model.lm_head.weight.detach().clone()
+            write_bytes(half / "model.safetensors", save(tensors, {"format": "pt"}))
+            # Qwen3's fields as the reference's transformers version writes them.
+            config = model.config.to_diff_dict()
+            rope = config.pop("rope_parameters", None) or model.config.rope_parameters
+            config |= {name: getattr(model.config, name) for name in _A2D_FIELDS}
+            config |= {"architectures": ["A2DQwen3LMHeadModel"], "model_type": "a2d-qwen3"}
+            config |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
+            config["dtype"] = str(model.dtype).removeprefix("torch.")
+            write_bytes(half / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+            tokenizer.backend.save_pretrained(half)
+        for name in (CARD, "LICENSE"):
+            if (checkpoint.folder / name).is_file():
+                write_bytes(half / name, (checkpoint.folder / name).read_bytes())
+
+
+def write_card(
+    folder: Path, config: TrainConfig, manifest: Manifest, metrics: Mapping[str, float]
+) -> None:
+    """Write the card of a run's finished student. Paths of this machine are left out of it."""
+    base = config.student.checkpoint
+    on_the_hub = (
+        base is not None
+        and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base) is not None
+        and not Path(base).exists()
+    )
+    settings = to_plain(config)
+    for name in ("cache", "out", "store", "heldout", "report_to"):
+        settings.pop(name)
+    if not on_the_hub and base is not None:
+        settings["student"].pop("checkpoint")
+    of_the_hub = [re.fullmatch(r"hf://([\w.-]+/[\w.-]+).*", name) for name in manifest.sources]
+    data = ModelCardData(
+        base_model=base if on_the_hub else None,
+        datasets=list(dict.fromkeys(match[1] for match in of_the_hub if match)) or None,
+        library_name="transformers",
+        tags=["diffusion-language-model", "block-diffusion", "distillation", "tide"],
+        license=None,  # whoever publishes it must state one
+    )
+    scores = ""
+    for name, value in metrics.items():
+        if name.startswith("eval_heldout_"):
+            scores += f"| {name.removeprefix('eval_heldout_')} | {value:.4f} |\n"
+    if scores:
+        scores = f"\nHeld-out, at fixed masks:\n\n| | |\n|---|---|\n{scores}"
+    text = _TEXT.format(
+        data=data.to_yaml(),
+        about=manifest.fingerprint,
+        manifest=manifest,
+        folder=OWN_FOLDER,
+        sources=", ".join(f"`{name}`" for name in manifest.sources) or "not on record",
+        start="random weights" if base is None else f"`{base}`" if on_the_hub else "a checkpoint",
+        scores=scores,
+        settings=json.dumps(settings, indent=1),
+    )
+    write_bytes(folder / CARD, text.encode())
