@@ -16,9 +16,8 @@ from transformers.masking_utils import flex_attention_mask
 
 from shared.cache.manifest import Manifest
 from shared.diffusion.attention import block_diffusion_places
-from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve
+from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve, stated_mask
 from shared.models.loading import architecture_of, load_model, new_model
-from shared.models.masks import stated_mask
 from shared.settings.config import StudentConfig
 from shared.system.errors import TideError
 from shared.text.tokenizers import Tokenizer

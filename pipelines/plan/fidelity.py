@@ -42,10 +42,9 @@ from teacher_cache.method.targets import (
     member_matrix,
     outside_sums,
 )
-from teacher_cache.run.load_engine import load_engine
 from teacher_cache.run.open import Run, open_or_begin
 from teacher_cache.run.tables import classes_for
-from teacher_cache.run.work import UnitWork, finish_unit, prepare_unit
+from teacher_cache.run.work import UnitWork, finish_unit, load_engine, prepare_unit
 
 PROGRESS = 0.5  # halfway through training, where TIDAL mixes
 TARGET_COLUMNS = ("topk_sizes", "topk_ranks", "topk_logp", "tail_odds", "class_mass")

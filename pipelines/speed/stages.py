@@ -20,9 +20,8 @@ from student_train.losses.objective import LossSettings
 from student_train.model import load_student, train_on_loss
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.run.build import build_cache
-from teacher_cache.run.load_engine import load_engine
 from teacher_cache.run.open import open_or_begin
-from teacher_cache.run.work import examples_of, prepare_unit, run_units
+from teacher_cache.run.work import examples_of, load_engine, prepare_unit, run_units
 
 EXAMPLES, BATCH, ROUNDS = 96, 8, 3
 

@@ -3,6 +3,10 @@
 No modelling code: an architecture names the transformers class, translates the config, and says
 which of the checkpoint's tensors are called differently there. transformers' own loader renames,
 splits and stacks them.
+
+A key of a config that no translation reads could change what the model computes, in silence. So a
+key is obeyed, has the value for which the class is written (`fixed`, `FIXED`), has no influence on
+logits (`HARMLESS`), or is refused by name (`loading.meta_model`).
 """
 
 from collections.abc import Callable, Mapping
@@ -21,11 +25,39 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from shared.models.config_keys import Fixed
-
 RawConfig = Mapping[str, Any]
 FUSED_QKV = "attention.query_key_value"
 SPLIT_QKV = tuple(f"self_attn.{x}_proj" for x in "qkv")
+
+# The values that a key may have; none: any, since the key follows from others.
+Fixed = Mapping[str, tuple[Any, ...]]
+FIXED: Fixed = {"use_sliding_window": (False,), "is_encoder_decoder": (False,),
+                "is_decoder": (False, True)}  # fmt: skip
+
+HARMLESS = frozenset({
+    # what it is, and who wrote it
+    "architectures", "auto_map", "model_type", "dtype", "torch_dtype", "transformers_version",
+    "tokenizer_class", "attn_implementation", "unsloth_version", "is_llama_config",
+    "transformers.js_config", "model_max_length", "unsloth_fixed", "save_dtype", "language", "name",
+    "license", "task_specific_params", "id2label", "label2id", "num_labels", "problem_type",
+    "finetuning_task", "prefix",
+    # special ids, which are read elsewhere
+    "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "sep_token_id",
+    "decoder_start_token_id",
+    # how text is generated: never by these keys here
+    "max_length", "min_length", "num_beams", "temperature", "top_k", "top_p", "typical_p",
+    "repetition_penalty", "length_penalty", "num_return_sequences", "num_beam_groups", "do_sample",
+    "block_size", "mask_id", "wedlm_window_size", "wedlm_entropy_threshold",
+    "wedlm_pos_penalty_factor", "generation_config",
+    # how it is trained and run
+    "use_cache", "return_dict", "return_dict_in_generate", "initializer_range", "init_device",
+    "init_fn", "init_std", "init_cutoff_factor", "precision", "flash_attention", "use_flash_attn",
+    "use_flash_attention", "router_aux_loss_coef", "output_router_logits", "pretraining_tp",
+    "fuse_cross_entropy", "ep_size", "micro_forward", "skip_checkpoint", "use_deepep", "debug",
+    "chunk_size_feed_forward",
+    # of what is off: ALiBi, windows, the norm that attention_layer_norm would add
+    "alibi_bias_max", "max_window_layers", "sliding_window", "attention_layer_norm_with_affine",
+})  # fmt: skip
 
 
 class FusedGlm4Moe(transformers.Glm4MoeForCausalLM):
@@ -84,9 +116,8 @@ class Architecture:
     @property
     def stock_class(self) -> str:
         """Name of the transformers class."""
-        return (
-            "Glm4MoeForCausalLM" if self.model_class is FusedGlm4Moe else self.model_class.__name__
-        )
+        fused = self.model_class is FusedGlm4Moe
+        return "Glm4MoeForCausalLM" if fused else self.model_class.__name__
 
     def stock_name(self, key: str) -> str:
         """A tensor's name after `renames`; nothing is split or stacked."""
@@ -136,19 +167,19 @@ def _qwen(raw: RawConfig, *more: str) -> dict[str, Any]:
     return {**{name: raw[name] for name in names}, **_common(raw)}
 
 
+def _head_dim(raw: RawConfig) -> int:
+    return raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+
+
 def _qwen2(raw: RawConfig) -> PreTrainedConfig:
     values = _qwen(raw, "intermediate_size")
     return transformers.Qwen2Config(**values, use_sliding_window=False)
 
 
-def _head_dim(raw: RawConfig) -> dict[str, Any]:
-    return {"head_dim": raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]}
-
-
 def _qwen3(raw: RawConfig) -> PreTrainedConfig:
     return transformers.Qwen3Config(
         **_qwen(raw, "intermediate_size"),
-        **_head_dim(raw),
+        head_dim=_head_dim(raw),
         attention_bias=raw.get("attention_bias", False),
     )
 
@@ -156,7 +187,7 @@ def _qwen3(raw: RawConfig) -> PreTrainedConfig:
 def _llada_moe(raw: RawConfig) -> PreTrainedConfig:
     return transformers.Qwen3MoeConfig(
         **_qwen(raw, "num_experts", "num_experts_per_tok"),
-        **_head_dim(raw),
+        head_dim=_head_dim(raw),
         intermediate_size=raw["dense_intermediate_size"],
         moe_intermediate_size=raw["expert_intermediate_size"],
         attention_bias=raw.get("attention_bias", False),
@@ -174,7 +205,7 @@ def _llada2_moe(raw: RawConfig) -> PreTrainedConfig:
     values["rope_parameters"]["partial_rotary_factor"] = raw.get("partial_rotary_factor", 1.0)
     return transformers.Glm4MoeConfig(
         **values,
-        **_head_dim(raw),
+        head_dim=_head_dim(raw),
         attention_bias=raw.get("use_qkv_bias", False),
         use_qk_norm=raw.get("use_qk_norm", True),
         n_routed_experts=raw["num_experts"],

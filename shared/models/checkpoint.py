@@ -1,4 +1,4 @@
-"""Checkpoints as they lie on a disk or the hub: config, safetensors files, a fingerprint."""
+"""Checkpoints as they lie on a disk or the hub: config, safetensors files, fingerprint, mask."""
 
 import hashlib
 from dataclasses import dataclass
@@ -10,8 +10,10 @@ from huggingface_hub import snapshot_download
 
 from shared.system.errors import TideError
 from shared.system.files import read_json, refuse_odd
+from shared.text.tokenizers import Tokenizer
 
 AGAIN = "download the checkpoint again, from a place that you trust"
+DEFAULT_MASK = "<|mask|>"  # added to a student's tokenizer that names none
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,8 @@ class Checkpoint:
     def special_ids(self, role: str) -> list[int]:
         """The config's ids for `role` (`eos`, `pad`): none, one, or several."""
         value = self.config.get(f"{role}_token_id")
-        if value is None:
-            return []
-        return [int(i) for i in (value if isinstance(value, list) else [value])]
+        several = value if isinstance(value, list) else [value]
+        return [] if value is None else [int(i) for i in several]
 
     @property
     def weight_files(self) -> list[Path]:
@@ -42,7 +43,20 @@ class Checkpoint:
         index = self.folder / "model.safetensors.index.json"
         single = self.folder / "model.safetensors"
         if index.exists():
-            files = _indexed(index)
+            try:
+                names = sorted(set(_read_json(index)["weight_map"].values()))
+                strange = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]
+            except (KeyError, TypeError, AttributeError) as error:
+                raise TideError(f"{index} is no index of weights: {error}", fix=AGAIN) from error
+            if strange or not names:
+                named = repr(strange[0][:200]) if strange else "no file"
+                beside = "safetensors files in the same folder"
+                raise TideError(f"{index} names {named}", expected=beside, fix=AGAIN)
+            files = [self.folder / name for name in names]
+            missing = [file.name for file in files if not file.exists()]
+            if missing:
+                what = f"{len(missing)} of {len(names)} weight files: {', '.join(missing[:5])}"
+                raise TideError(f"{self.folder} lacks {what}", fix=AGAIN)
         else:
             files = [single] if single.exists() else sorted(self.folder.glob("*.safetensors"))
         if not files:
@@ -65,25 +79,13 @@ class Checkpoint:
         return digest.hexdigest()[:32]
 
 
-def _indexed(index: Path) -> list[Path]:
-    """The files that an index names, which must lie beside it."""
+def _read_json(path: Path) -> Any:
     try:
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        strange = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]
+        return read_json(path)
     except TideError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TideError(f"{index} is no index of weights: {error}", fix=AGAIN) from error
-    if strange or not names:
-        named = repr(strange[0][:200]) if strange else "no file"
-        beside = "safetensors files in the same folder"
-        raise TideError(f"{index} names {named}", expected=beside, fix=AGAIN)
-    files = [index.parent / name for name in names]
-    missing = [file.name for file in files if not file.exists()]
-    if missing:
-        what = f"{len(missing)} of {len(names)} weight files: {', '.join(missing[:5])}"
-        raise TideError(f"{index.parent} lacks {what}", fix=AGAIN)
-    return files
+    except (OSError, ValueError) as error:
+        raise TideError(f"{path} cannot be read: {error}", fix=AGAIN) from error
 
 
 def resolve(location: str) -> str:
@@ -102,10 +104,8 @@ def open_checkpoint(location: str, weights: bool = True) -> Checkpoint:
     folder = Path(location)
     if "\0" in location or not folder.is_dir():
         if "\0" in location or location.startswith((".", "/", "~")) or location.count("/") != 1:
-            raise TideError(
-                f"there is no folder {location!r}",
-                expected="a checkpoint's folder, or a hub id OWNER/NAME",
-            )
+            expected = "a checkpoint's folder, or a hub id OWNER/NAME"
+            raise TideError(f"there is no folder {location!r}", expected=expected)
         patterns = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
         patterns += ["*.safetensors"] if weights else []
         try:
@@ -116,12 +116,73 @@ def open_checkpoint(location: str, weights: bool = True) -> Checkpoint:
                 expected="a folder, or a hub id that can be reached",
                 fix="check the name and the network, or give a folder (--model PATH)",
             ) from error
-    try:
-        config = read_json(folder / "config.json")
-        if not isinstance(config, dict):
-            raise ValueError("it is no object")
-    except TideError:
-        raise
-    except (OSError, ValueError) as error:
-        raise TideError(f"{folder} has no readable config.json: {error}", fix=AGAIN) from error
+    config = _read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise TideError(f"config.json of {folder} is no object", fix=AGAIN)
     return Checkpoint(folder, config)
+
+
+def stated_mask(checkpoint: Checkpoint, tokenizer: Tokenizer) -> int | None:
+    """The mask id by config.json and tokenizer; None where neither states one (null states none).
+
+    TideError, with both, where they differ, and where it is an end of text or an ordinary word.
+    """
+    config = checkpoint.config.get("mask_token_id")
+    named = getattr(tokenizer.backend, "mask_token_id", None)
+    if config is not None and named is not None and int(config) != int(named):
+        theirs, ours = (f"{i} ({_word(tokenizer, int(i))})" for i in (named, config))
+        raise TideError(
+            f"{checkpoint.folder} has mask_token_id {ours}, its tokenizer the mask token {theirs}",
+            expected="one and the same id",
+            fix="correct mask_token_id in config.json, or mask_token in tokenizer_config.json",
+        )
+    mask = config if config is not None else named
+    if mask is None:
+        return None
+    refuse_as_mask(int(mask), tokenizer, checkpoint, str(checkpoint.folder))
+    return int(mask)
+
+
+def refuse_as_mask(
+    mask_id: int, tokenizer: Tokenizer, checkpoint: Checkpoint | None, whose: str
+) -> None:
+    """TideError where the id cannot be a mask: it ends texts, or is an ordinary token."""
+    ends = [] if checkpoint is None else checkpoint.special_ids("eos")
+    words = tokenizer.token_bytes
+    if mask_id in (*ends, getattr(tokenizer.backend, "eos_token_id", None)):
+        problem = "also its end of text"
+    elif mask_id < len(words) and mask_id not in tokenizer.added_ids and words[mask_id] != b"":
+        problem = "an ordinary token of its tokenizer"
+    else:
+        return
+    raise TideError(
+        f"the mask id {mask_id} of {whose} is {problem}: {_word(tokenizer, mask_id)}",
+        expected="a token of its own for the mask",
+        fix="correct the mask id, or use the tokenizer that belongs to the checkpoint",
+    )
+
+
+def student_mask(tokenizer: Tokenizer, asked: str | None) -> tuple[str, int]:
+    """The student's mask and its id: the one asked for, else the tokenizer's own, else `<|mask|>`.
+
+    A missing token gets the id one past the vocabulary. TideError where two are named, or it
+    is an ordinary word.
+    """
+    own = tokenizer.backend.mask_token
+    if asked is not None and own is not None and asked != own:
+        raise TideError(
+            f"student_mask_token is {asked!r}, the mask of the tokenizer {tokenizer.name} {own!r}",
+            expected="one and the same token",
+            fix="leave student_mask_token out, or correct mask_token in tokenizer_config.json",
+        )
+    token = str(asked or own or DEFAULT_MASK)
+    if token not in tokenizer.backend.get_vocab():
+        return token, len(tokenizer)
+    mask_id = tokenizer.special_id("mask", token)
+    refuse_as_mask(mask_id, tokenizer, None, tokenizer.name)
+    return token, mask_id
+
+
+def _word(tokenizer: Tokenizer, index: int) -> str:
+    inside = index < len(tokenizer)
+    return repr(tokenizer.decode([index])) if inside else "no token of its tokenizer"

@@ -19,9 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from shared.models.architectures import ARCHITECTURES, Architecture
+from shared.models.architectures import ARCHITECTURES, FIXED, HARMLESS, Fixed
 from shared.models.checkpoint import Checkpoint
-from shared.models.config_keys import Read, refuse_unread
 from shared.settings.config import ModelShape
 from shared.system.errors import TideError
 from shared.text.tokenizers import Tokenizer
@@ -42,26 +41,79 @@ def load_model(
 
     `device_map`: `auto` and `balanced` spread the layers evenly over the GPUs, `sequential` fills
     one after the other; what fits no GPU stays in host memory. `quantization`: all linear layers
-    but the head in 8 bits (LLM.int8) or 4 (NF4). TideError names tensors that nothing takes,
-    parameters that nothing fills, and shapes that do not match.
+    but the head in 8 bits (LLM.int8) or 4 (NF4). On the device `meta` only the files' headers are
+    read. TideError names tensors that nothing takes, parameters that nothing fills, and shapes that
+    do not match.
     """
+    kind, folder = ARCHITECTURES[architecture_of(checkpoint, [architecture])], checkpoint.folder
+    misfit = f"{folder} does not fit its architecture {architecture}"
+    fix = "check that config.json and the weights belong together"
     with ExitStack() as files:
+        # 1. The tensors. A config of a billion layers would be built for days.
         tensors = _tensors(checkpoint, files)
-        where = device_map or {"": device}
-        return _from_pretrained(checkpoint, architecture, tensors, dtype, where, quantization)
+        if str(device) == "meta":
+            shapes = {key: tensor.get_shape() for key, tensor in tensors.items()}
+            tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        layers = checkpoint.config.get("num_hidden_layers") or checkpoint.config.get("n_layers")
+        if isinstance(layers, int) and layers > len(tensors):
+            counts = f"{layers} layers in config.json, {len(tensors)} tensors in the files"
+            raise TideError(f"{misfit}: {counts}", fix=fix)
+
+        # 2. The config, in which every key is obeyed or refused.
+        config = meta_model(architecture, checkpoint.config, str(folder)).config
+        quantized = None if quantization is None else _bitsandbytes(quantization, dtype, config)
+
+        # 3. The weights. transformers' bar and log are still: the error says what its log would.
+        level = transformers_logging.get_verbosity()
+        bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity(logging.CRITICAL)
+        transformers_logging.disable_progress_bar()
+        try:
+            model_class: Any = kind.model_class
+            model, report = model_class.from_pretrained(
+                None, config=config, state_dict=tensors, key_mapping=dict(kind.renames),
+                dtype=dtype, device_map=device_map or {"": device}, offload_buffers=True,
+                quantization_config=quantized, ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )  # fmt: skip
+        except (ValueError, RuntimeError) as error:
+            if "disk" in str(error):
+                raise TideError(
+                    "GPUs and host memory together are too small for the teacher",
+                    fix="use engine.quantization=int4, more memory, or a smaller teacher",
+                ) from error
+            if "conversion" in str(error):
+                what = f"{misfit}: tensors that belong together differ in shape"
+                raise TideError(what, fix=fix) from error
+            raise
+        finally:
+            transformers_logging.set_verbosity(level)
+            if bars:
+                transformers_logging.enable_progress_bar()
+
+    # 4. Its report. Tied weights that the checkpoint stores twice must agree.
+    problems = [f"{name} has no place" for name in sorted(report["unexpected_keys"])]
+    problems += [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    for name, came, expected in sorted(report["mismatched_keys"]):
+        problems.append(f"{name} has the shape {tuple(came)}, config.json says {tuple(expected)}")
+    head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
+    if config.tie_word_embeddings and head is not embedding and not head.is_meta:
+        problems.append(f"{HEAD} differs from {EMBEDDING}, to which config.json ties it")
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise TideError(f"{misfit}: {'; '.join(problems[:5])}{more}", fix=fix)
+    model.config.name_or_path = ""
+    return model.requires_grad_(False)
 
 
 def check_weights(checkpoint: Checkpoint, architecture: str) -> None:
     """The account that `load_model` takes of every tensor, from the files' headers alone."""
-    with ExitStack() as files:
-        shapes = {key: tensor.get_shape() for key, tensor in _tensors(checkpoint, files).items()}
-    empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    _from_pretrained(checkpoint, architecture, empty, torch.float32, {"": "meta"})
+    load_model(checkpoint, architecture, torch.float32, "meta")
 
 
 def head_rows(checkpoint: Checkpoint, architecture: str) -> Float[Tensor, "vocab width"]:
     """The LM head's rows in float32; the embedding's where the two are tied."""
-    kind = _architecture(checkpoint, architecture)
+    kind = ARCHITECTURES[architecture_of(checkpoint, [architecture])]
     with ExitStack() as files:
         tensors = {kind.stock_name(key): t for key, t in _tensors(checkpoint, files).items()}
         tied = kind.config(checkpoint.config).tie_word_embeddings
@@ -85,78 +137,13 @@ def _tensors(checkpoint: Checkpoint, files: ExitStack) -> dict[str, Any]:
     return tensors
 
 
-def _from_pretrained(
-    checkpoint: Checkpoint,
-    architecture: str,
-    tensors: dict[str, Any],
-    dtype: torch.dtype,
-    device_map: Any,
-    quantization: str | None = None,
-) -> PreTrainedModel:
-    """transformers' own loading; whatever its report finds left over or missing is an error."""
-    kind, folder = _architecture(checkpoint, architecture), checkpoint.folder
-    misfit = f"{folder} does not fit its architecture {architecture}"
-    fix = "check that config.json and the weights belong together"
-
-    # 1. A config of a billion layers would be built for days.
-    layers = checkpoint.config.get("num_hidden_layers") or checkpoint.config.get("n_layers")
-    if isinstance(layers, int) and layers > len(tensors):
-        counts = f"{layers} layers in config.json, {len(tensors)} tensors in the files"
-        raise TideError(f"{misfit}: {counts}", fix=fix)
-
-    # 2. The config, in which every key is obeyed or refused.
-    config = meta_model(architecture, checkpoint.config, str(folder)).config
-    if quantization is not None and hasattr(config, "num_experts_per_tok"):
+def _bitsandbytes(quantization: str, dtype: torch.dtype, config: Any) -> Any:
+    if hasattr(config, "num_experts_per_tok"):
         raise TideError(
             f"engine.quantization={quantization} covers linear layers; this teacher keeps its "
             f"experts in stacked tensors, which would stay in {dtype}",
             fix="use engine.device_map=auto where one GPU is too small",
         )
-    quantized = None if quantization is None else _bitsandbytes(quantization, dtype)
-
-    # 3. The weights. transformers' bar and log are still: the error below says what its log would.
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        model_class: Any = kind.model_class
-        model, report = model_class.from_pretrained(
-            None, config=config, state_dict=tensors, key_mapping=dict(kind.renames), dtype=dtype,
-            device_map=device_map, offload_buffers=True, quantization_config=quantized,
-            ignore_mismatched_sizes=True, output_loading_info=True,
-        )  # fmt: skip
-    except (ValueError, RuntimeError) as error:
-        if "disk" in str(error):
-            raise TideError(
-                "GPUs and host memory together are too small for the teacher",
-                fix="use engine.quantization=int4, more memory, or a smaller teacher",
-            ) from error
-        if "conversion" in str(error):
-            what = f"{misfit}: tensors that belong together differ in shape"
-            raise TideError(what, fix=fix) from error
-        raise
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-    # 4. Its report. Tied weights that the checkpoint stores twice must agree.
-    problems = [f"{name} has no place" for name in sorted(report["unexpected_keys"])]
-    problems += [f"{name} is missing" for name in sorted(report["missing_keys"])]
-    for name, came, expected in sorted(report["mismatched_keys"]):
-        problems.append(f"{name} has the shape {tuple(came)}, config.json says {tuple(expected)}")
-    head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
-    if config.tie_word_embeddings and head is not embedding and not head.is_meta:
-        problems.append(f"{HEAD} differs from {EMBEDDING}, to which config.json ties it")
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise TideError(f"{misfit}: {'; '.join(problems[:5])}{more}", fix=fix)
-    model.config.name_or_path = ""
-    return model.requires_grad_(False)
-
-
-def _bitsandbytes(quantization: str, dtype: torch.dtype) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise TideError(
             "engine.quantization needs bitsandbytes, which is not installed",
@@ -169,40 +156,50 @@ def _bitsandbytes(quantization: str, dtype: torch.dtype) -> Any:
     )
 
 
-def _architecture(checkpoint: Checkpoint, name: str) -> Architecture:
-    if name not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise TideError(f"unknown architecture {name!r}", expected=f"one of {known}")
-    kinds, model_type = ARCHITECTURES[name].model_types, checkpoint.config.get("model_type")
-    if model_type not in kinds:
-        raise TideError(
-            f"{checkpoint.folder} has a config of model_type {model_type!r}",
-            expected=f"{' or '.join(map(repr, kinds))} for the architecture {name}",
-            fix="choose the teacher that this checkpoint belongs to, or another checkpoint",
-        )
-    return ARCHITECTURES[name]
-
-
 def architecture_of(checkpoint: Checkpoint, among: Collection[str] = tuple(ARCHITECTURES)) -> str:
     """The first architecture that takes a config of this model type. TideError where none does."""
-    model_type = checkpoint.config.get("model_type")
+    model_type, kinds = checkpoint.config.get("model_type"), []
     for name in among:
+        if name not in ARCHITECTURES:
+            known = ", ".join(sorted(ARCHITECTURES))
+            raise TideError(f"unknown architecture {name!r}", expected=f"one of {known}")
         if model_type in ARCHITECTURES[name].model_types:
             return name
+        kinds += ARCHITECTURES[name].model_types
     raise TideError(
         f"{checkpoint.folder} has a config of model_type {model_type!r}",
-        expected=f"a model of {' or '.join(among)}",
-        fix="choose another checkpoint",
+        expected=f"{' or '.join(map(repr, kinds))} for the architecture {' or '.join(among)}",
+        fix="choose the model that this checkpoint belongs to, or another checkpoint",
     )
 
 
+class _Read(dict[str, Any]):
+    """A config that knows which of its keys were asked for."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.keys_read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.keys_read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.keys_read.add(key)
+        return super().get(key, default)
+
+
 def meta_model(architecture: str, raw: Mapping[str, Any], source: str = "this teacher") -> Any:
-    """The model of a checkpoint's config without weights: true shapes on the meta device."""
-    kind, read = ARCHITECTURES[architecture], Read(raw)
+    """The model of a checkpoint's config without weights: true shapes on the meta device.
+
+    TideError for a config of no model, and where a key that nothing reads may change what the model
+    computes.
+    """
+    kind, read = ARCHITECTURES[architecture], _Read(raw)
     try:
         config = kind.config(read)
         config._attn_implementation = "sdpa"
-        refuse_unread(read, kind.fixed, source)
+        _refuse_unread(read, kind.fixed, source)
         with init_empty_weights():
             return kind.model_class(config)
     except TideError:
@@ -210,9 +207,40 @@ def meta_model(architecture: str, raw: Mapping[str, Any], source: str = "this te
     except Exception as error:  # values that fit no model lead the library anywhere
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         what = f"lacks {reason}" if isinstance(error, KeyError) else f"makes no model: {reason}"
+        fix = "download config.json again"
+        raise TideError(f"the config of {source} {what}", fix=fix) from error
+
+
+def _refuse_unread(config: _Read, own: Fixed, source: str) -> None:
+    """Every key is obeyed, known to change nothing, or refused by name; `own` is fixed too."""
+    fixed, read = {**FIXED, **own}, set(config.keys_read)
+    unknown = []
+    for key, value in config.items():
+        # 1. A value for which the class is not written.
+        allowed: tuple[Any, ...] = fixed.get(key, ())
+        wrong = bool(allowed) and value is not None and value not in allowed
+        if key == "layer_types":
+            allowed = ("full_attention alone",)
+            wrong = not isinstance(value, list | None) or set(value or ()) - {"full_attention"}
+        if wrong:
+            raise TideError(
+                f"{key} in the config of {source} is {str(value)[:80]}, and no such model is built",
+                expected=" or ".join(map(str, allowed)),
+                fix="use another checkpoint",
+            )
+        # 2. A key that nothing reads. Notes of libraries begin with _; dropout is never used. What
+        #    is off (null, false, 0, empty) changes nothing.
+        known = key in read or key in fixed or key in HARMLESS or key == "layer_types"
+        known = known or key.startswith("_") or key.endswith(("dropout", "pdrop"))
+        off = value is None or value is False or value in (0, "", (), [], {})
+        if not known and not off:
+            unknown.append(f"{key} ({str(value)[:40]})")
+    if unknown:
         raise TideError(
-            f"the config of {source} {what}", fix="download config.json again"
-        ) from error
+            f"the config of {source} has keys that nothing here reads, and that may change what "
+            f"the model computes: {', '.join(unknown[:5])}",
+            fix="take them out of config.json in a copy of the folder, if they change nothing",
+        )
 
 
 def random_model(

@@ -15,9 +15,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from shared.models.checkpoint import open_checkpoint, resolve
+from shared.models.checkpoint import open_checkpoint, resolve, stated_mask
 from shared.models.loading import architecture_of, load_model
-from shared.models.masks import stated_mask
 from shared.system.errors import TideError
 from shared.system.hardware import choose_device, choose_precision, torch_dtype
 from shared.text.templates import Message

@@ -1,10 +1,12 @@
 """The reference engine: a stock transformers model.
 
 Requests are packed and batched (`packs`), run through the layers, and the LM head reads some rows
-at a time: what is kept of their logits leaves the device, the logits never do.
+at a time: what is kept of their logits leaves the device, the logits never do. Under full attention
+the sequences of a batch lie one behind the other, without padding and mask.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,28 +14,26 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
 
 from shared.models.loading import compile_layers
-from shared.models.packed_attention import use_packed_attention
-from teacher_cache.engines.packs import Batch, Pack, lay_out, one_behind_the_other, side_by_side
+from teacher_cache.engines import packs as layout
+from teacher_cache.engines.packs import Batch, Pack
+from teacher_cache.method import targets
 from teacher_cache.method.comp_demo import Request
-from teacher_cache.method.targets import (
-    Scores,
-    TargetSpec,
-    excluded_ids,
-    extract,
-    member_matrix,
-    outside_sums,
-)
+from teacher_cache.method.targets import Scores, TargetSpec
 from teacher_cache.teachers.registry import Attention, Full
+
+PACKED_ATTENTION = "tide_packed"
 
 
 class TransformersEngine:
-    """Scores requests with `model` (see `Engine`).
+    """Scores requests with `model`. Values do not depend on which requests are scored together.
 
     `shift`: row i of the model predicts token i + 1 (Dream). `shared_ids`: only ids marked True
-    enter a top-k. `compiled`: decoder layers by torch.compile. `forward_rows` counts
-    the rows that the LM head ran.
+    enter a top-k. `compiled`: decoder layers by torch.compile.
     """
 
     def __init__(
@@ -50,33 +50,33 @@ class TransformersEngine:
     ) -> None:
         self._model = model.eval()
         if isinstance(attention, Full):
-            use_packed_attention(model)
+            AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+            model.set_attn_implementation(PACKED_ATTENTION)
         if compiled:
             compile_layers(model)
-        self._attention = attention
-        self._spec = spec
-        self._shift = int(shift)
-        self._tokens_per_batch = tokens_per_batch
-        self._head_rows = head_rows
+        self._attention, self._spec, self._shift = attention, spec, int(shift)
+        self._tokens_per_batch, self._head_rows = tokens_per_batch, head_rows
         self._excluded: Tensor | None = None
         if shared_ids is not None:
-            self._excluded = torch.from_numpy(excluded_ids(shared_ids, model.config.vocab_size))
+            excluded = targets.excluded_ids(shared_ids, model.config.vocab_size)
+            self._excluded = torch.from_numpy(excluded)
         self._members: Tensor | None = None
-        self.forward_rows = 0
 
     def use_classes(self, class_of: Int[np.ndarray, " vocab"]) -> None:
+        """From now on scores hold the masses of these classes (−1: in none); one class: none."""
         classes = int(class_of.max()) + 1
         self._spec = dataclasses.replace(self._spec, classes=classes)
-        self._members = member_matrix(class_of, classes) if classes > 1 else None
+        self._members = targets.member_matrix(class_of, classes) if classes > 1 else None
 
     @torch.inference_mode()
     def score(self, requests: Sequence[Request]) -> list[Scores]:
+        """Scores of each request, in order; the LM head runs at the read positions only."""
         scores: dict[int, Scores] = {}
         for packs in self.batches(requests):
             # 1. What is kept of all rows of the batch, field by field.
             parts = self.readings(packs, requests)
             # 2. Cut where one request's rows end and the next one's begin.
-            members = _members(packs)
+            members = [i for pack in packs for i in pack.members]
             ends = np.cumsum([len(requests[i].read) for i in members])[:-1]
             fields = {}
             for name in parts[0]:
@@ -88,10 +88,11 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def outside(self, requests: Sequence[Request]) -> Float[np.ndarray, "temperatures vocab"]:
+        """Each token's probability outside of the top-k, summed over all read rows (float64)."""
         total = np.zeros((len(self._spec.temperatures), self._model.config.vocab_size))
         for packs in self.batches(requests):
             for logits, _ in self._logits(packs, requests):
-                sums = outside_sums(logits, self._spec, self._excluded)
+                sums = targets.outside_sums(logits, self._spec, self._excluded)
                 total += sums.double().cpu().numpy()
         return total
 
@@ -110,29 +111,31 @@ class TransformersEngine:
 
     def batches(self, requests: Sequence[Request]) -> list[list[Pack]]:
         """The packs of each forward pass."""
-        return lay_out(self._attention, requests, self._shift, self._tokens_per_batch)
+        budget, padded = self._tokens_per_batch, not isinstance(self._attention, Full)
+        packs = layout.pack_requests(self._attention, requests, self._shift, budget)
+        batches = layout.fill([pack.width for pack in packs], budget, padded)
+        return [[packs[i] for i in batch] for batch in batches]
 
     def batch(self, packs: Sequence[Pack]) -> Batch:
         """The tensors of one forward pass."""
         device = self._model.get_input_embeddings().weight.device
-        make = one_behind_the_other if isinstance(self._attention, Full) else side_by_side
-        return make(packs, device)
+        full = isinstance(self._attention, Full)
+        return (layout.one_behind_the_other if full else layout.side_by_side)(packs, device)
 
     def hidden(self, batch: Batch) -> Float[Tensor, "read width"]:
         """Last hidden states at the read positions, in the order of the packs."""
-        output = self._model.model(**batch.arguments, use_cache=False)
-        last = output.last_hidden_state  # under a device map on the last layer's device
-        return last[batch.row.to(last.device), batch.column.to(last.device)]
+        arguments, row, column = batch
+        last = self._model.model(**arguments, use_cache=False).last_hidden_state
+        # Under a device map it lies on the last layer's device.
+        return last[row.to(last.device), column.to(last.device)]
 
     def _logits(
         self, packs: Sequence[Pack], requests: Sequence[Request]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits and gold ids at the read positions of one batch, some rows at a time."""
-        batch = self.batch(packs)
-        hidden = self.hidden(batch)
-        gold = np.concatenate([requests[i].gold for i in _members(packs)]).astype(np.int64)
-        answers = torch.from_numpy(gold).to(hidden.device)
-        self.forward_rows += len(gold)
+        hidden = self.hidden(self.batch(packs))
+        gold = np.concatenate([requests[i].gold for pack in packs for i in pack.members])
+        answers = torch.from_numpy(gold.astype(np.int64)).to(hidden.device)
         for start in range(0, len(gold), self._head_rows):
             rows = slice(start, start + self._head_rows)
             logits = self._model.lm_head(hidden[rows])
@@ -148,10 +151,47 @@ class TransformersEngine:
         """What is kept of one batch's logits (see `extract`), some rows at a time."""
         parts = []
         for logits, gold in self._logits(packs, requests):
-            parts.append(extract(logits, gold, self._spec, self._excluded, self._members))
+            parts.append(targets.extract(logits, gold, self._spec, self._excluded, self._members))
         return parts
 
 
-def _members(packs: Sequence[Pack]) -> list[int]:
-    """The numbers of the requests of a batch, in the order in which they are read."""
-    return [i for pack in packs for i in pack.members]
+def packed_attention(
+    _module: Any,
+    query: Float[Tensor, "1 heads rows depth"],
+    key: Float[Tensor, "1 kv_heads rows depth"],
+    value: Float[Tensor, "1 kv_heads rows depth"],
+    _mask: Tensor | None = None,
+    scaling: float | None = None,
+    **arguments: Any,
+) -> tuple[Float[Tensor, "1 rows heads depth"], None]:
+    """Full attention inside each sequence of a packed batch, in transformers' form."""
+    ends, longest = arguments["cu_seq_lens_q"], arguments["max_length_q"]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+        grouped = query.shape[1] != key.shape[1]
+        sizes = (ends, ends, longest, longest)
+        out: Any = varlen_attn(q, k, v, *sizes, scale=scale, enable_gqa=grouped)
+        return out[None], None
+    return torch.ops.tide.packed_attention(query, key, value, ends, scale), None
+
+
+# One operator, so that a compiled layer is the same for any number of sequences.
+_SCHEMA = "(Tensor query, Tensor key, Tensor value, Tensor ends, float scale) -> Tensor"
+
+
+@torch.library.custom_op("tide::packed_attention", mutates_args=(), schema=_SCHEMA)
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float) -> Tensor:
+    """Sequence by sequence, where PyTorch has no kernel for all: on a CPU, and in float32."""
+    out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+    grouped = query.shape[1] != key.shape[1]
+    for start, end in itertools.pairwise(ends.tolist()):
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        one = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+        out[:, start:end] = one.transpose(1, 2)
+    return out
+
+
+@_one_by_one.register_fake
+def _(query: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])

@@ -15,11 +15,9 @@ from shared.cache.row import CacheRow
 from shared.cache.shards import finished_units, read_shard
 from shared.settings.config import CacheConfig
 from shared.system.errors import TideError
-from teacher_cache.engines.base import Engine
 from teacher_cache.method.comp_demo import TeacherView, passes
-from teacher_cache.run.load_engine import load_engine
 from teacher_cache.run.open import Run, open_or_begin
-from teacher_cache.run.work import merge_passes
+from teacher_cache.run.work import Engine, load_engine, merge_passes
 
 
 @dataclass(frozen=True)

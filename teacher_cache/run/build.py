@@ -1,26 +1,50 @@
-"""Stage one: run the teacher once over every missing unit and write its shard."""
+"""Stage one: run the teacher once over every missing unit and write its shard.
+
+With `engine.data_parallel` there are several copies of the teacher, each a run of its own rank: the
+same command with `--rank` and `--world`. Ranks share a folder and nothing else. Here they are
+processes of this machine (`python -m teacher_cache.run.build SETTINGS`) or tasks of a Ray cluster.
+A process that dies is not replaced: the others finish, and the same command computes what is
+missing. Ray runs a task again whose node is lost; a shard is whole or absent, so twice is the same
+as once.
+"""
 
 import dataclasses
+import json
+import os
+import sys
+import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 from shared.cache.ledger import settle_ledger
+from shared.cache.shards import finished_units
 from shared.cache.stores import Store
+from shared.cache.vocabulary import has_tables
+from shared.settings.build import build, to_plain
 from shared.settings.config import CacheConfig
+from shared.system import processes
+from shared.system.errors import TideError
 from shared.system.files import new_folder, remove_leftovers
 from shared.system.processes import hold
-from teacher_cache.engines.base import Engine
 from teacher_cache.prepared.folder import totals
 from teacher_cache.prepared.report import losses
-from teacher_cache.run.load_engine import load_engine
-from teacher_cache.run.open import open_or_begin
-from teacher_cache.run.ranks import run_ranks
-from teacher_cache.run.tables import make_tables, settle_tables
-from teacher_cache.run.work import run_units
+from teacher_cache.run.open import Run, open_or_begin
+from teacher_cache.run.preflight import ray_cluster
+from teacher_cache.run.progress import read_status, write_metrics
+from teacher_cache.run.tables import settle_tables
+from teacher_cache.run.work import Engine, load_engine, run_units
+
+_LOOK_SECONDS = 0.5
+_ERROR = "tide: error: "
 
 
 @dataclass(frozen=True)
@@ -75,7 +99,7 @@ def build_cache(config: CacheConfig) -> CacheReport:
         def engine() -> Engine:
             return stack.enter_context(closing(load_engine(run)))
 
-        run = settle_tables(run, lambda unsettled: make_tables(unsettled, engine()), store)
+        run = settle_tables(run, engine, store)
         if store is not None:
             run = dataclasses.replace(run, stored=store.begin(out, run.manifest))
 
@@ -83,10 +107,9 @@ def build_cache(config: CacheConfig) -> CacheReport:
         left = run.missing
         remove_leftovers([out] if config.world == 1 else [unit.path(out) for unit in left])
         if left:
-            teacher = engine()
             if run.vocabulary is not None:
-                teacher.use_classes(run.vocabulary.class_of)
-            run_units(run, teacher, left)
+                engine().use_classes(run.vocabulary.class_of)
+            run_units(run, engine(), left)
 
         # 4. What there is now.
         ledger = settle_ledger(out, run.manifest)
@@ -130,3 +153,103 @@ def only_writer(config: CacheConfig, parallel: bool = False) -> Iterator[None]:
                 with hold(rank, what):
                     pass
         yield
+
+
+def run_ranks(run: Run) -> None:
+    """Compute what is missing by ranks under one progress bar. TideError where one fails."""
+    config, ranks = run.config, []
+    alone = dataclasses.replace(config.engine, data_parallel=1, workers="local")
+    for i in range(config.engine.data_parallel):
+        # Rank r of `world` becomes the ranks r, r + world, r + 2 world, …: their units are its own.
+        rank = dataclasses.replace(
+            config,
+            rank=config.rank + config.world * i,
+            world=config.world * config.engine.data_parallel,
+            metrics_file=None,
+            engine=alone,
+        )
+        if dataclasses.replace(run, config=rank).missing:
+            ranks.append(rank)
+    units = set(run.missing)
+    running = _on_ray(ranks) if config.engine.workers == "ray" else _on_this_machine(ranks)
+    total = sum(run.examples_in(unit) for unit in units)
+    with closing(running), tqdm(total=total, unit="row", desc=f"cache {config.teacher}") as bar:
+        for _ in chain(running, [None]):  # one more look when all are done
+            written = units & set(finished_units(config.out))
+            bar.update(sum(run.examples_in(unit) for unit in written))
+            units -= written
+            if config.metrics_file is not None:
+                write_metrics(config.metrics_file, read_status(config.out), config.teacher)
+            time.sleep(_LOOK_SECONDS)
+
+
+def _on_this_machine(ranks: Sequence[CacheConfig]) -> Generator[None, None, None]:
+    """Yields while processes run, each with GPUs of its own."""
+    named, each = os.environ.get("CUDA_VISIBLE_DEVICES"), ranks[0].engine.tensor_parallel
+    gpus = named.split(",") if named else [str(i) for i in range(len(ranks) * each)]
+    with ExitStack() as stack:
+        children, logs = [], []
+        stack.callback(processes.end_children, children)
+        for i, config in enumerate(ranks):
+            visible = ",".join(gpus[i * each : (i + 1) * each])
+            environment = {"CUDA_VISIBLE_DEVICES": visible, "TQDM_DISABLE": "1"}
+            values = json.dumps(to_plain(config))
+            command = [sys.executable, "-m", "teacher_cache.run.build", values]
+            logs.append(stack.enter_context(tempfile.TemporaryFile()))
+            children.append(processes.start_child(command, environment, logs[-1]))
+        while any(child.poll() is None for child in children):
+            yield
+            # Ranks that share only a store would wait for the tables of one that failed.
+            failed = any(child.poll() for child in children)
+            if failed and ranks[0].store is not None and not has_tables(ranks[0].out):
+                break
+        for config, child, log in zip(ranks, children, logs, strict=True):
+            if child.poll():
+                log.seek(0)
+                said = log.read().decode(errors="replace").rpartition(_ERROR)[2].strip()
+                raise _failed(config, f"exit code {child.returncode}\n{said[-2000:]}")
+
+
+def _on_ray(ranks: Sequence[CacheConfig]) -> Generator[None, None, None]:
+    """Yields while tasks run."""
+    ray = ray_cluster()
+    gpus = ranks[0].engine.tensor_parallel if ray.cluster_resources().get("GPU") else 0
+    task = ray.remote(num_gpus=gpus, num_cpus=1)(run_rank)
+    tasks = {task.remote(to_plain(config)): config for config in ranks}
+    failures: list[tuple[CacheConfig, Any]] = []
+    waiting = list(tasks)
+    while waiting:
+        done, waiting = ray.wait(waiting, timeout=_LOOK_SECONDS)
+        for one in done:
+            try:
+                ray.get(one)
+            except ray.exceptions.RayError as error:
+                failures.append((tasks[one], getattr(error, "cause", error)))
+        yield
+    for config, error in failures:
+        raise _failed(config, str(error)) from error
+
+
+def _failed(config: CacheConfig, reason: str) -> TideError:
+    return TideError(
+        f"rank {config.rank} of {config.world} ended early: {reason}",
+        fix="run the same command again: finished shards are kept. Exit code -9 is often a lack of "
+        "memory: lower engine.data_parallel or engine.tokens_per_batch",
+    )
+
+
+def run_rank(values: dict[str, Any]) -> None:
+    """One rank, from its settings as plain values."""
+    build_cache(build(CacheConfig, values))
+
+
+if __name__ == "__main__":
+    processes.stop_in_order()
+    processes.end_with_parent()
+    try:
+        run_rank(json.loads(sys.argv[1]))
+    except TideError as problem:
+        print(f"{_ERROR}{problem}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(processes.leave_in_order())

@@ -60,16 +60,12 @@ def size_of(model: Any) -> ModelSize:
     experts = getattr(config, "num_experts", None) or getattr(config, "n_routed_experts", None) or 1
     share = (getattr(config, "num_experts_per_tok", None) or 1) / experts if experts > 1 else 1.0
     stacked = sum(p.numel() for p in model.parameters() if p.dim() == 3)  # weights of experts
-    outside = parts["model.embed_tokens.weight"] + parts.get("lm_head.weight", 0)
-    total = sum(parts.values())
+    head = parts["model.embed_tokens.weight"]
+    total, outside = sum(parts.values()), head + parts.get("lm_head.weight", 0)
+    active = round(total - outside - stacked * (1 - share))
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return ModelSize(
-        parameters=total,
-        active=round(total - outside - stacked * (1 - share)),
-        layers=config.num_hidden_layers,
-        width=config.num_attention_heads * head_dim,
-        head=parts["model.embed_tokens.weight"],
-    )
+    width = config.num_attention_heads * head_dim
+    return ModelSize(total, active, config.num_hidden_layers, width, head)
 
 
 def assumed_workload(
@@ -104,7 +100,7 @@ def sampled_workload(run: Run) -> Workload:
     masked = sum(item.view.positions.size for item in items)
     chunks = sum(len(item.draw.chunks) for item in items)
     return Workload(
-        examples=round(run.data.examples * len(items) / (draws * max(1, len(examples)))),
+        examples=run.data.examples,
         passes=len(requests) / n,
         tokens=sum(pack.width for pack in packs) / n,
         masked=masked / n,
@@ -152,48 +148,45 @@ def random_rows(
     """Rows of this size with random values such as a cache holds."""
     targets, n = config.targets, max(1, round(load.masked))
     length, chunks = max(1, n, round(load.student_tokens)), max(1, round(load.chunks))
-    k = targets.k if "topk" in targets.signals else 0
-    temperatures, classes = len(targets.stored_temperatures), targets.classes if k else 1
+    k, temperatures = targets.k, len(targets.stored_temperatures)
     rows = []
     for i in range(count):
         random = np.random.default_rng(i)
-        ids, teacher_ids = random.integers(0, vocabulary, (2, length), np.int32)
         masked = np.sort(random.choice(length, n, replace=False)).astype(np.int32)
-        topk: dict[str, Any] = dict.fromkeys(
-            ("topk_sizes", "topk_ids", "topk_logp", "tail_odds", "class_mass")
-        )
-        if k:
+        kept: dict[str, Any] = dict.fromkeys(
+            ("topk_sizes", "topk_ids", "topk_logp", "tail_odds", "class_mass", "chunk_student",
+             "chunk_teacher", "chunk_logp", "teacher_ids", "teacher_masked")
+        )  # fmt: skip
+        if own_tokens:
+            kept["teacher_ids"] = random.integers(0, vocabulary, length, np.int32)
+            kept["teacher_masked"] = masked
+        if "topk" in targets.signals:
             logits = -np.sort(-random.normal(0, 2, (n, k)).astype(np.float32), axis=1)
             logp = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)) - 0.2
             frequent = np.exp(random.uniform(0, np.log(vocabulary), n * k)) - 1  # have small ids
-            topk["topk_sizes"] = np.full(n, k, np.int32)
-            topk["topk_ids"], topk["topk_logp"] = frequent.astype(np.int32), logp.reshape(-1)
-            topk["tail_odds"] = random.normal(0, 1, (n, temperatures)).astype(np.float32)
-        if classes > 1:
-            shares = random.dirichlet(np.full(classes, 0.3), (n, temperatures))
-            topk["class_mass"] = np.log(0.3 * shares + 1e-12).astype(np.float32)
-        spans = logp = None
+            shares = random.dirichlet(np.full(targets.classes, 0.3), (n, temperatures))
+            kept["topk_sizes"] = np.full(n, k, np.int32)
+            kept["topk_ids"], kept["topk_logp"] = frequent.astype(np.int32), logp.reshape(-1)
+            kept["tail_odds"] = random.normal(0, 1, (n, temperatures)).astype(np.float32)
+            if targets.classes > 1:
+                kept["class_mass"] = np.log(0.3 * shares + 1e-12).astype(np.float32)
         if "chunks" in targets.signals:
             starts = np.sort(random.choice(length, chunks, replace=chunks > length))
             spans = np.stack([starts, starts + 1], axis=1).astype(np.int32)
-            logp = -random.random(chunks).astype(np.float32)
+            kept["chunk_student"] = kept["chunk_teacher"] = spans
+            kept["chunk_logp"] = -random.random(chunks).astype(np.float32)
         row = CacheRow(
             example_id=f"{random.integers(1 << 60):016x}",
             label="",
             draw=draw,
             t=0.5,
-            student_ids=ids,
+            student_ids=random.integers(0, vocabulary, length, np.int32),
             spans=np.array([[0, length]], np.int32),
             masked=masked,
-            teacher_ids=teacher_ids if own_tokens else None,
-            teacher_masked=masked if own_tokens else None,
             split=random.random(n) < 0.5,
             gold_logp=-random.exponential(2, n).astype(np.float32),
             logsumexp=random.normal(0, 4, n).astype(np.float32),
-            **topk,
-            chunk_student=spans,
-            chunk_teacher=spans,
-            chunk_logp=logp,
+            **kept,
         )
         rows.append(row)
     return rows

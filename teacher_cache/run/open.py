@@ -18,8 +18,7 @@ from shared.cache.row import Layout
 from shared.cache.shards import Unit, finished_units, read_table, refuse_other_cache
 from shared.cache.vocabulary import Vocabulary, has_tables, load_vocabulary
 from shared.data.sources import public_name
-from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve
-from shared.models.masks import student_mask
+from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve, student_mask
 from shared.settings.build import to_plain
 from shared.settings.config import CacheConfig
 from shared.system.errors import TideError
@@ -57,7 +56,7 @@ def open_sides(config: CacheConfig, weights: bool = True) -> Sides:
     student = Tokenizer.load(resolve(config.student_tokenizer or entry.student))
     check_teacher(config, entry, checkpoint, teacher)
     token, mask = student_mask(student, config.student_mask_token)
-    shared = None
+    shared, usable = None, checkpoint.embedding_rows
     if entry.student_tokens:
         # The teacher reads the student's ids: only added tokens may differ.
         shared = SharedVocabulary.between(student, teacher)
@@ -66,20 +65,19 @@ def open_sides(config: CacheConfig, weights: bool = True) -> Sides:
         for side in (student, teacher):
             different |= set(side.backend.get_vocab().values()) - side.added_ids - alike
         if different:
+            names = f"teacher {config.teacher} and student {student.name}"
             raise TideError(
-                f"the tokenizers of teacher {config.teacher} and student {student.name} differ in "
-                f"{len(different)} tokens",
+                f"the tokenizers of {names} differ in {len(different)} tokens",
                 expected="the same tokens but for added ones: this teacher reads the student's ids",
-                fix="give the student that shares the teacher's tokenizer, or use a "
-                "cross-tokenizer teacher",
+                fix="give the student that shares its tokenizer, or use a cross-tokenizer teacher",
             )
-        if "topk" in config.targets.signals and config.targets.k > len(alike):
-            raise TideError(
-                f"targets.k is {config.targets.k}, but teacher {config.teacher} and student share "
-                f"{len(alike)} tokens",
-                expected=f"k between 1 and {len(alike)}",
-                fix=f"lower it: --set targets.k={min(64, len(alike))}",
-            )
+        usable = len(alike)
+    if "topk" in config.targets.signals and config.targets.k > usable:
+        raise TideError(
+            f"targets.k is {config.targets.k}: of {config.teacher}'s tokens {usable} can be listed",
+            expected=f"k between 1 and {usable}",
+            fix=f"lower it: --set targets.k={min(64, usable)}",
+        )
     return Sides(entry, checkpoint, teacher, student, token, mask, shared)
 
 
@@ -95,14 +93,10 @@ def prepare_data(
         date = begun and begun.fingerprint.data.date
         day = datetime.date.fromisoformat(date) if date else datetime.date.today()
     own_text = entry.student_tokens and config.targets.teacher_text == "own"
-    reads_template = own_text or not entry.student_tokens
+    template = teacher.template.source if own_text or not entry.student_tokens else ""
     identity = {
         "student": [student.fingerprint, student.template.source, sides.student_mask],
-        "teacher": [
-            teacher.fingerprint,
-            teacher.template.source if reads_template else "",
-            entry.mask_id,
-        ],
+        "teacher": [teacher.fingerprint, template, entry.mask_id],
         "shared": entry.student_tokens,
     }
     request = PrepareRequest(

@@ -11,14 +11,13 @@ import torch
 
 from shared.cache.fingerprint import CachedEngine
 from shared.cache.stores import Store
-from shared.models.checkpoint import Checkpoint
-from shared.models.masks import refuse_as_mask, stated_mask
+from shared.models.checkpoint import Checkpoint, refuse_as_mask, stated_mask
 from shared.settings.config import CacheConfig
 from shared.system.errors import TideError
 from shared.system.files import refuse_unwritable
 from shared.system.hardware import choose_device, choose_precision, explain_precision
 from shared.text.tokenizers import Tokenizer
-from teacher_cache.engines.vllm_engine.engine import why_not
+from teacher_cache.engines.vllm_engine import why_not
 from teacher_cache.prepared.folder import PreparedData, totals
 from teacher_cache.teachers.registry import TeacherEntry, find_teacher
 
@@ -34,10 +33,10 @@ def check_places(config: CacheConfig) -> None:
         visible = len(named.split(",")) if named else torch.cuda.device_count()
         most = visible // engine.tensor_parallel
         if visible and 1 < engine.data_parallel > most and engine.device in ("auto", "cuda"):
+            by_name = f" (CUDA_VISIBLE_DEVICES={named})" if named else ""
             raise TideError(
                 f"engine.data_parallel is {engine.data_parallel} with {engine.tensor_parallel} "
-                f"GPUs each, and {visible} GPUs are visible"
-                + (f" (CUDA_VISIBLE_DEVICES={named})" if named else ""),
+                f"GPUs each, and {visible} GPUs are visible{by_name}",
                 expected=f"at most {most} copies",
                 fix=f"lower it: --data-parallel {max(1, most)}, or --set engine.device=cpu",
             )
@@ -51,9 +50,8 @@ def check_places(config: CacheConfig) -> None:
 def ray_cluster() -> Any:
     """Ray, talking to the cluster at hand (`RAY_ADDRESS`, or the local one)."""
     if importlib.util.find_spec("ray") is None:
-        raise TideError(
-            "engine.workers is ray, and Ray is not installed", fix="pip install '.[ray]'"
-        )
+        what = "engine.workers is ray, and Ray is not installed"
+        raise TideError(what, fix="pip install '.[ray]'")
     import ray
 
     if not ray.is_initialized():
@@ -62,7 +60,6 @@ def ray_cluster() -> Any:
         except ConnectionError as error:
             raise TideError(
                 "engine.workers is ray, and no Ray cluster answers",
-                expected="a running cluster",
                 fix="start one (`ray start --head`), or name it in RAY_ADDRESS",
             ) from error
     return ray
@@ -85,8 +82,7 @@ def settle_engine(config: CacheConfig, begun: CachedEngine | None = None) -> Cac
         kind = "vllm" if problem is None else "transformers"
     elif settings.tensor_parallel > 1:
         raise TideError(
-            f"engine.tensor_parallel is {settings.tensor_parallel}, and the transformers engine "
-            "has no such thing",
+            f"engine.tensor_parallel is {settings.tensor_parallel}: only vLLM splits its tensors",
             fix="use --engine vllm, or spread the teacher with engine.device_map=auto",
         )
     dtype = settings.dtype
@@ -106,17 +102,10 @@ def check_teacher(
     config: CacheConfig, entry: TeacherEntry, checkpoint: Checkpoint, tokenizer: Tokenizer
 ) -> None:
     """TideError where entry, checkpoint, tokenizer and settings do not belong together."""
-    name, rows = config.teacher, checkpoint.embedding_rows
-    if "topk" in config.targets.signals and config.targets.k > rows:
-        raise TideError(
-            f"targets.k is {config.targets.k}, but the teacher {name} has {rows} logits",
-            expected=f"k between 1 and {rows}",
-            fix=f"lower it: --set targets.k={min(64, rows)}",
-        )
+    rows = checkpoint.embedding_rows
     if len(tokenizer) > rows:
         raise TideError(
             f"the teacher's tokenizer has {len(tokenizer)} tokens, its embedding {rows}",
-            expected="a tokenizer that fits the checkpoint",
             fix="check that tokenizer and weights belong together",
         )
     limits = ("max_position_embeddings", "max_sequence_length")
@@ -129,30 +118,24 @@ def check_teacher(
         )
 
     # What the entry states must be what the checkpoint says.
-    def differs(what: str, theirs: object, ours: object) -> TideError:
-        return TideError(
-            f"the checkpoint {checkpoint.folder} has {what} {theirs}, the entry {name} says {ours}",
-            expected=f"one and the same, below the {rows} rows of the embedding",
-            fix=f"choose the teacher of this checkpoint, or correct {what} in your entry",
-        )
-
-    if entry.vocabulary is not None and rows != entry.vocabulary:
-        raise differs("vocabulary", rows, entry.vocabulary)
     stated = stated_mask(checkpoint, tokenizer)
-    if (stated is not None and stated != entry.mask_id) or not 0 <= entry.mask_id < rows:
-        raise differs("mask_id", stated, entry.mask_id)
-    refuse_as_mask(entry.mask_id, tokenizer, checkpoint, f"the entry {name}")
-    for role, expected in (("eos", entry.eos_id), ("pad", entry.pad_id)):
-        ids = checkpoint.special_ids(role)
-        outside = [i for i in ids if not 0 <= i < rows]
-        if outside:
+    facts = [
+        ("vocabulary", entry.vocabulary, [rows]),
+        ("mask_id", entry.mask_id, [entry.mask_id if stated is None else stated]),
+        ("eos_id", entry.eos_id, checkpoint.special_ids("eos")),
+        ("pad_id", entry.pad_id, checkpoint.special_ids("pad")),
+    ]
+    for what, ours, theirs in facts:
+        agree = ours is None or not theirs or ours in theirs
+        inside = what == "vocabulary" or all(0 <= i < rows for i in theirs)
+        if not (agree and inside):
+            says = f"{what} {', '.join(map(str, theirs))}, the entry {config.teacher} says {ours}"
             raise TideError(
-                f"the config of {checkpoint.folder} has {role}_token_id {outside[0]}",
-                expected=f"an id below {rows}, the rows of the embedding",
-                fix="correct config.json, or download the checkpoint again",
+                f"the checkpoint {checkpoint.folder} has {says}",
+                expected=f"one and the same, below the {rows} rows of the embedding",
+                fix=f"choose the teacher of this checkpoint, or correct {what} where it is wrong",
             )
-        if expected is not None and ids and expected not in ids:
-            raise differs(f"{role}_id", ", ".join(map(str, ids)), expected)
+    refuse_as_mask(entry.mask_id, tokenizer, checkpoint, f"the entry {config.teacher}")
 
 
 def check_data(config: CacheConfig, shared_tokenizer: bool, data: PreparedData) -> None:

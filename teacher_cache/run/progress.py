@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -27,9 +26,7 @@ _SUMMED = ("rows_done", "rows_to_do", "bytes_written", "rows_per_second", "engin
 
 
 def read_status(cache: Path) -> dict[str, Any]:
-    """The status of a cache; empty where there is none that can be read. Of several ranks their
-    sums.
-    """
+    """A cache's status, of several ranks their sums; empty where there is none that can be read."""
     alone = _read(cache / STATUS)
     ranks = [_read(path) for path in sorted(cache.glob("status-*-of-*.json"))]
     if not ranks:
@@ -62,9 +59,8 @@ class Progress:
         self._started, self._last = time.time(), 0.0
         self._rows = self._bytes = 0
         self._busy = 0.0  # seconds
-        self._bar = tqdm(
-            total=self._total, unit="row", desc=f"cache {config.teacher}", smoothing=0.05
-        )
+        title = f"cache {config.teacher}"
+        self._bar = tqdm(total=self._total, unit="row", desc=title, smoothing=0.05)
 
     def wrote(self, unit: Unit, examples: int, busy_seconds: float) -> None:
         """One more shard is on disk. `busy_seconds`: what the engine was busy for it."""
@@ -75,10 +71,8 @@ class Progress:
             self._store.put_shard(self._run.config.out, unit)
         self._bar.update(examples)
         share = self._busy / max(1e-9, time.time() - self._started)
-        parts = self._run.manifest.parts
-        self._bar.set_postfix_str(
-            f"draw {unit.draw} part {unit.part + 1}/{parts}, engine busy {share:.0%}"
-        )
+        place = f"draw {unit.draw} part {unit.part + 1}/{self._run.manifest.parts}"
+        self._bar.set_postfix_str(f"{place}, engine busy {share:.0%}")
         if time.time() - self._last >= _SECONDS_BETWEEN:
             self._write("running")
 
@@ -105,14 +99,10 @@ class Progress:
         self._write("running")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bar.close()
-        if kind is None:
-            self._write("finished")
-        else:
-            self._write("stopped" if issubclass(kind, KeyboardInterrupt) else "failed")
+        stopped = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self._write("finished" if kind is None else "stopped" if stopped else "failed")
 
 
 def write_metrics(path: Path, status: dict[str, Any], teacher: str) -> None:

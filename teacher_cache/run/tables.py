@@ -17,29 +17,19 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from shared.cache import vocabulary as tables
 from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit
 from shared.cache.stores import Store
-from shared.cache.vocabulary import (
-    TABLES,
-    Pilot,
-    Vocabulary,
-    has_tables,
-    load_centroids,
-    load_pilot,
-    load_vocabulary,
-    save_tables,
-)
 from shared.diffusion.noise import generator
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import architecture_of, head_rows
 from shared.system.errors import TideError
 from shared.system.processes import hold
-from teacher_cache.engines.base import Engine
 from teacher_cache.method.comp_demo import Request
 from teacher_cache.method.targets import refuse_nonfinite
 from teacher_cache.run.open import Run
-from teacher_cache.run.work import prepare_unit
+from teacher_cache.run.work import Engine, prepare_unit
 
 logger = logging.getLogger(__name__)
 _ROUNDS = 30  # of k-means, at most
@@ -47,19 +37,19 @@ _AT_ONCE = 32  # requests of the pilot sample
 _LOOK_SECONDS, _SAY_SECONDS = 1.0, 60.0
 
 
-def settle_tables(run: Run, make: Callable[[Run], None], store: Store | None = None) -> Run:
-    """The run with its tables, which `make` writes where nobody has; its manifest is then complete
-    and written.
+def settle_tables(run: Run, engine: Callable[[], Engine], store: Store | None = None) -> Run:
+    """The run with its tables, which `engine` is asked for where nobody has made them; its manifest
+    is then complete and written.
 
     Ranks that share a folder take turns by a lock. Where they share only a store, rank 0 makes the
     tables and the others wait for them.
     """
     out = run.config.out
-    if run.wants_tables and not has_tables(out):
+    if run.wants_tables and not tables.has_tables(out):
         if store is not None and run.config.rank > 0:
             said = time.monotonic()
             store.bring_tables(out)
-            while not has_tables(out):
+            while not tables.has_tables(out):
                 if time.monotonic() - said > _SAY_SECONDS:
                     logger.info("rank %d waits for the tables of rank 0", run.config.rank)
                     said = time.monotonic()
@@ -67,15 +57,13 @@ def settle_tables(run: Run, make: Callable[[Run], None], store: Store | None = N
                 store.bring_tables(out)
         else:
             with hold(out / ".lock-tables", f"the tables of {out}", wait=True):
-                if has_tables(out):
-                    pass
-                elif run.config.targets.tables_from is not None:
-                    _copy_tables(run)
-                else:
-                    make(run)
+                if not tables.has_tables(out):  # by the one that had the lock before
+                    copy = run.config.targets.tables_from is not None
+                    found = _tables_of_another(run) if copy else _make_tables(run, engine())
+                    tables.save_tables(out / tables.TABLES, *found)
     if run.wants_tables and run.vocabulary is None:
         fingerprint = run.manifest.fingerprint
-        vocabulary = load_vocabulary(out, fingerprint.tables)
+        vocabulary = tables.load_vocabulary(out, fingerprint.tables)
         fingerprint = dataclasses.replace(fingerprint, tables=vocabulary.digest)
         manifest = dataclasses.replace(run.manifest, fingerprint=fingerprint)
         run = dataclasses.replace(run, manifest=manifest, vocabulary=vocabulary)
@@ -83,10 +71,9 @@ def settle_tables(run: Run, make: Callable[[Run], None], store: Store | None = N
     return run
 
 
-def _copy_tables(run: Run) -> None:
-    """Take those of the cache that `targets.tables_from` names. TideError where they do not fit."""
-    other = run.config.targets.tables_from
-    assert other is not None
+def _tables_of_another(run: Run) -> tuple[tables.Vocabulary, tables.Pilot, np.ndarray]:
+    """Those of the cache that `targets.tables_from` names. TideError where they do not fit."""
+    other: Any = run.config.targets.tables_from
     theirs, ours = load_manifest(other).fingerprint, run.manifest.fingerprint
     settings = ("k", "mass", "temperatures", "classes", "classes_from", "pilot")
     wrong = [n for n in settings if getattr(theirs.targets, n) != getattr(ours.targets, n)]
@@ -98,13 +85,14 @@ def _copy_tables(run: Run) -> None:
             expected="a cache of the same teacher with the same targets",
             fix="leave out targets.tables_from, or use the same settings",
         )
-    vocabulary = load_vocabulary(other, theirs.tables)
-    folder = run.config.out / TABLES
-    save_tables(folder, vocabulary, load_pilot(other), load_centroids(other))
+    vocabulary = tables.load_vocabulary(other, theirs.tables)
+    return vocabulary, tables.load_pilot(other), tables.load_centroids(other)
 
 
-def make_tables(run: Run, engine: Engine) -> None:
-    """Score the pilot sample, cut the vocabulary into classes, and write both into the folder."""
+def _make_tables(
+    run: Run, engine: Engine
+) -> tuple[tables.Vocabulary, tables.Pilot, Float[np.ndarray, "classes width"]]:
+    """Score the pilot sample, and cut the vocabulary into classes with these centres."""
     requests = pilot_requests(run)
     class_of, centroids = classes_for(run)
     temperatures = run.config.targets.stored_temperatures
@@ -122,9 +110,9 @@ def make_tables(run: Run, engine: Engine) -> None:
             logp.append(scores.topk_logp[kept])
             odds.append(scores.tail_odds)
         outside += engine.outside(batch)
-    pilot = Pilot(*(np.concatenate(parts) for parts in (sizes, ids, logp, odds)))
-    vocabulary = Vocabulary.of(class_of, outside, pilot.sizes.size, pilot.ids)
-    save_tables(run.config.out / TABLES, vocabulary, pilot, centroids)
+    pilot = tables.Pilot(*(np.concatenate(parts) for parts in (sizes, ids, logp, odds)))
+    vocabulary = tables.Vocabulary.of(class_of, outside, pilot.sizes.size, pilot.ids)
+    return vocabulary, pilot, centroids
 
 
 def pilot_requests(run: Run) -> list[Request]:

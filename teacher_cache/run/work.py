@@ -4,7 +4,6 @@ that it never waits; both run in threads, as most of NumPy and Parquet releases 
 lock.
 """
 
-import dataclasses
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -13,20 +12,65 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from shared.aligned.examples import Prepared
 from shared.cache.ledger import Entry, note
 from shared.cache.row import CacheRow
 from shared.cache.shards import CACHE, Unit, write_shard
 from shared.diffusion.noise import Draw
-from teacher_cache.engines.base import Engine
+from shared.models.loading import load_model
+from shared.settings.config import EngineConfig
+from shared.system.hardware import choose_device, torch_dtype
+from teacher_cache.engines.transformers_engine import TransformersEngine
+from teacher_cache.engines.vllm_engine import VllmEngine, field_shapes
 from teacher_cache.method.comp_demo import Request, TeacherView, draw_for, passes, teacher_view
 from teacher_cache.method.targets import Scores, TargetSpec, refuse_nonfinite
 from teacher_cache.run.open import Run
 from teacher_cache.run.progress import Progress
 from teacher_cache.teachers.registry import Full
 
+Engine = TransformersEngine | VllmEngine
 _AHEAD = 2  # groups of units in memory before the engine asks for them
+
+
+def load_engine(run: Run) -> Engine:
+    """The run's engine, with the teacher, and the classes of the run's tables where it has them."""
+    settings, entry, shared = run.config.engine, run.entry, run.shared_ids()
+    spec = run.target_spec()
+    if settings.type == "vllm":
+        longest = run.config.lengths.teacher
+        engine: Engine = VllmEngine(run.checkpoint, entry, spec, settings, longest, shared)
+    else:
+        device = choose_device(settings.device)
+        model = load_model(
+            run.checkpoint,
+            entry.architecture,
+            torch_dtype(settings.dtype),
+            device,
+            device_map=settings.device_map,
+            quantization=settings.quantization,
+        )
+        engine = TransformersEngine(
+            model,
+            entry.attention,
+            spec,
+            shift=entry.shift,
+            tokens_per_batch=settings.tokens_per_batch,
+            head_rows=settings.head_rows,
+            shared_ids=shared,
+            compiled=compiles(settings, device),
+        )
+    if run.vocabulary is not None:
+        engine.use_classes(run.vocabulary.class_of)
+    return engine
+
+
+def compiles(settings: EngineConfig, device: torch.device) -> bool:
+    """Whether layers are compiled; `auto`: on CUDA, with all layers on one GPU."""
+    if settings.compile != "auto":
+        return settings.compile == "on"
+    return device.type == "cuda" and settings.device_map is None and settings.quantization is None
 
 
 @dataclass(frozen=True)
@@ -44,7 +88,6 @@ class UnitWork:
     """All that the engine must score for one shard, and what its answers belong to."""
 
     unit: Unit
-    examples: int
     items: list[Item]
     requests: list[Request]
 
@@ -58,22 +101,23 @@ def prepare_unit(run: Run, unit: Unit, examples: Sequence[Prepared]) -> UnitWork
         pairs = passes(view, run.entry.mask_id, run.config.noise.comp_demo)
         requests += [request for request, _ in pairs]
         items.append(Item(example, draw, view, [rows for _, rows in pairs]))
-    return UnitWork(unit, len(examples), items, requests)
+    return UnitWork(unit, items, requests)
 
 
 def finish_unit(
     run: Run, work: UnitWork, scores: Sequence[Scores]
 ) -> tuple[list[CacheRow], dict[str, Any]]:
     """Rows of the shard, and the counts stored with it. TideError where a score is not finite."""
-    about = RowSettings(run.config.targets.signals, run.config.noise.comp_demo, run.layout.partial)
-    remaining, rows, spec = iter(scores), [], run.target_spec()
+    config, spec, partial = run.config, run.target_spec(), run.layout.partial
+    signals, comp_demo = config.targets.signals, config.noise.comp_demo
+    remaining, rows = iter(scores), []
     chunks = without_chunks = 0
     for item in work.items:
         parts = [next(remaining) for _ in item.rows]
         for part in parts:
             refuse_nonfinite(part, item.example.id)
         merged = merge_passes(spec, item.view.positions.size, parts, item.rows)
-        row = cache_row(item.example, item.draw, work.unit.draw, item.view, merged, about)
+        row = cache_row(item, work.unit.draw, merged, signals, comp_demo, partial)
         if row.chunk_logp is not None:
             chunks += row.chunk_logp.size
             without_chunks += bool(row.masked.size and not row.chunk_logp.size)
@@ -93,46 +137,29 @@ def merge_passes(
     spec: TargetSpec, n: int, parts: Sequence[Scores], rows_of: Sequence[np.ndarray]
 ) -> Scores:
     """The rows of several passes in the order of the `n` positions; pass i read `rows_of[i]`."""
-    merged = Scores(np.zeros(n, np.float32), np.zeros(n, np.float32))
-    if spec.k:
-        temperatures = len(spec.temperatures)
-        classes = (n, temperatures, spec.classes)
-        merged = dataclasses.replace(
-            merged,
-            topk_sizes=np.zeros(n, np.int32),
-            topk_ids=np.zeros((n, spec.k), np.int32),
-            topk_logp=np.zeros((n, spec.k), np.float32),
-            tail_odds=np.zeros((n, temperatures), np.float32),
-            class_mass=np.zeros(classes, np.float32) if spec.classes > 1 else None,
-        )
-    for scores, rows in zip(parts, rows_of, strict=True):
-        for field in dataclasses.fields(Scores):
-            target = getattr(merged, field.name)
-            if target is not None:
-                target[rows] = getattr(scores, field.name)
-    return merged
-
-
-@dataclass(frozen=True)
-class RowSettings:
-    """What of the settings shapes a row."""
-
-    signals: tuple[str, ...]
-    comp_demo: bool
-    partial: bool = False
+    fields = {}
+    for name, (shape, dtype) in field_shapes(spec).items():
+        fields[name] = np.zeros((n, *shape), dtype)
+        for scores, rows in zip(parts, rows_of, strict=True):
+            fields[name][rows] = getattr(scores, name)
+    return Scores(**fields)
 
 
 def cache_row(
-    example: Prepared,
-    draw: Draw,
+    item: Item,
     number: int,
-    view: TeacherView,
     scores: Scores,
-    about: RowSettings,
+    signals: Sequence[str],
+    comp_demo: bool,
+    partial: bool = False,
 ) -> CacheRow:
-    """The row of draw `number` of an example, from what the teacher said of `view`."""
+    """The row of draw `number` of an example, from what the teacher said of its view.
+
+    `partial`: the row says where the teacher was read, which may be at fewer positions than masked.
+    """
+    example, draw, view = item.example, item.draw, item.view
     chunk_student = chunk_teacher = chunk_logp = ids = top = None
-    if "chunks" in about.signals:
+    if "chunks" in signals:
         if view.student is not None:  # every masked token that the teacher reads is a chunk
             chunk_student = np.stack([view.student, view.student + 1], axis=1)
             chunk_teacher = np.stack([view.positions, view.positions + 1], axis=1)
@@ -154,10 +181,10 @@ def cache_row(
         student_ids=example.student_ids,
         spans=example.spans,
         masked=draw.masked,
-        read=view.student if about.partial else None,
+        read=view.student if partial else None,
         teacher_ids=example.teacher_ids,
         teacher_masked=None if example.teacher_ids is None else view.positions,
-        split=view.in_a if about.comp_demo else np.zeros_like(view.in_a),
+        split=view.in_a if comp_demo else np.zeros_like(view.in_a),
         gold_logp=scores.gold_logp,
         logsumexp=scores.logsumexp,
         topk_sizes=scores.topk_sizes,
@@ -171,12 +198,23 @@ def cache_row(
     )
 
 
+def examples_of(run: Run, unit: Unit) -> list[Prepared]:
+    """The prepared examples of `unit`."""
+    size = run.config.shard_examples
+    return run.data.between(unit.part * size, (unit.part + 1) * size)
+
+
 def run_units(run: Run, engine: Engine, units: Sequence[Unit]) -> None:
     """Score `units` and write a shard for each, under a progress bar.
 
     What was scored is written even when a later unit fails or Ctrl-C comes.
     """
-    groups = iter(together(run, units))
+    # Where passes share a clean copy (`engines.packs`), all draws of a part are scored together.
+    alone = isinstance(run.entry.attention, Full)
+    together: dict[Unit | int, list[Unit]] = {}
+    for unit in units:
+        together.setdefault(unit if alone else unit.part, []).append(unit)
+    groups = iter(together.values())
 
     def draw() -> list[UnitWork] | None:
         group = next(groups, None)
@@ -201,7 +239,7 @@ def run_units(run: Run, engine: Engine, units: Sequence[Unit]) -> None:
             while len(pending) > most:
                 work, busy_seconds, written = pending.popleft()
                 written.result()
-                progress.wrote(work.unit, work.examples, busy_seconds)
+                progress.wrote(work.unit, len(work.items), busy_seconds)
 
         drawn = deque(drawer.submit(draw) for _ in range(_AHEAD))
         try:
@@ -216,21 +254,3 @@ def run_units(run: Run, engine: Engine, units: Sequence[Unit]) -> None:
                 settle(len(works))
         finally:
             settle(0)
-
-
-def examples_of(run: Run, unit: Unit) -> list[Prepared]:
-    """The prepared examples of `unit`."""
-    size = run.config.shard_examples
-    return run.data.between(unit.part * size, (unit.part + 1) * size)
-
-
-def together(run: Run, units: Sequence[Unit]) -> list[list[Unit]]:
-    """Units in groups that are scored together: all draws of a part where passes share a clean copy
-    (`engines.packs`), else each alone.
-    """
-    if isinstance(run.entry.attention, Full):
-        return [[unit] for unit in units]
-    groups: dict[int, list[Unit]] = {}
-    for unit in units:
-        groups.setdefault(unit.part, []).append(unit)
-    return list(groups.values())

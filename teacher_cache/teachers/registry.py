@@ -23,28 +23,26 @@ class Full:
 
 
 @strict
-class _Blocks:
-    block: Count
-
-
-@strict
-class BlockCausal(_Blocks):
+class BlockCausal:
     """Every position sees its own block and the earlier ones."""
 
+    block: Count
     type: Literal["block_causal"] = "block_causal"
 
 
 @strict
-class X0Xt(_Blocks):
+class X0Xt:
     """Block diffusion over [x_0 ; x_t]: a block sees itself noised and the earlier blocks clean."""
 
+    block: Count
     type: Literal["x0_xt"] = "x0_xt"
 
 
 @strict
-class Native(_Blocks):
+class Native:
     """WeDLM's own: [x_0 ; x_t], in each block observed tokens first, masks last; causal."""
 
+    block: Count
     type: Literal["native"] = "native"
 
 
@@ -89,16 +87,16 @@ def all_teachers(extra: Path | None = None) -> dict[str, TeacherEntry]:
 
     TideError names what is wrong in `extra`.
     """
-    tables = [(name, table, "registry.toml") for name, table in _packaged("registry.toml").items()]
+    files = {"registry.toml": _packaged("registry.toml")}
     if extra is not None:
-        tables += [(name, table, str(extra)) for name, table in read_toml(extra).items()]
+        files[str(extra)] = read_toml(extra)
     entries = {}
-    for name, table, where in tables:
-        if not isinstance(table, dict):
-            raise TideError(
-                f"{where}: {name} is a value", expected="one table a teacher, such as [my-teacher]"
-            )
-        entries[name] = build(TeacherEntry, table, f"teacher {name} in {where}")
+    for where, tables in files.items():
+        for name, table in tables.items():
+            if not isinstance(table, dict):
+                expected = "one table a teacher, such as [my-teacher]"
+                raise TideError(f"{where}: {name} is a value", expected=expected)
+            entries[name] = build(TeacherEntry, table, f"teacher {name} in {where}")
     return entries
 
 

@@ -42,7 +42,7 @@ from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method.comp_demo import passes, teacher_view
 from teacher_cache.method.targets import TargetSpec
 from teacher_cache.run.costs import made_up_fingerprint
-from teacher_cache.run.work import RowSettings, cache_row, merge_passes
+from teacher_cache.run.work import Item, cache_row, merge_passes
 from tests.conformance import Group
 from tests.conformance.parts import Variants, architecture_of
 
@@ -78,21 +78,22 @@ def check_case(folder: Path, name: str, case: dict[str, Any]) -> Group:
     size = int(teacher.config.vocab_size)
     spec = TargetSpec(size if over_tokens else 0, 1.0, temperatures)
     engine = TransformersEngine(teacher, settings.attention, spec)
-    about = RowSettings(("topk",) if over_tokens else ("chunks",), case["comp_demo"])
+    signals, comp_demo = ("topk",) if over_tokens else ("chunks",), case["comp_demo"]
     rows = []
     for example, draw in injected_draws(tensors):
         view = teacher_view(example, draw)
-        pairs = passes(view, case["teacher_mask_id"], about.comp_demo)
+        pairs = passes(view, case["teacher_mask_id"], comp_demo)
         scores = engine.score([request for request, _ in pairs])
-        merged = merge_passes(spec, view.positions.size, scores, [read for _, read in pairs])
-        rows.append(cache_row(example, draw, 0, view, merged, about))
+        item = Item(example, draw, view, [read for _, read in pairs])
+        merged = merge_passes(spec, view.positions.size, scores, item.rows)
+        rows.append(cache_row(item, 0, merged, signals, comp_demo))
     ids = np.arange(size, dtype=np.int32)
     prior = np.full((len(temperatures), size), 1 / size, np.float32)
     layout = Layout(temperatures, "float32", Vocabulary(np.zeros_like(ids), ids, prior))
     block, mask_id = case["block"], case["student_mask_id"]
     config = CacheConfig(
         lengths=LengthConfig(student=block, block=block),
-        targets=TargetConfig(("topk",) if over_tokens else ("chunks",), temperatures=temperatures),
+        targets=TargetConfig(signals, temperatures=temperatures),
     )
     fingerprint = made_up_fingerprint(config, "teacher_ids" not in tensors, mask_id + 1, mask_id)
     manifest = Manifest(fingerprint, 1, 1, len(rows))

@@ -13,9 +13,8 @@ from student_train.batches.collate import TargetReader, collate
 from student_train.losses.divergence import strength_at, training_strength
 from student_train.losses.objective import objective
 from teacher_cache.run.build import build_cache
-from teacher_cache.run.load_engine import load_engine
 from teacher_cache.run.open import open_or_begin
-from teacher_cache.run.work import prepare_unit
+from teacher_cache.run.work import load_engine, prepare_unit
 from tests.conftest import small_cache_config
 from tests.reading import layout_of, rows_in
 

@@ -12,8 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-from shared.models.checkpoint import open_checkpoint
-from shared.models.masks import stated_mask, student_mask
+from shared.models.checkpoint import open_checkpoint, stated_mask, student_mask
 from shared.system.errors import TideError
 from shared.text.tokenizers import Tokenizer
 from student_train.using.settings import SampleConfig, Special

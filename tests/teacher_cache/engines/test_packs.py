@@ -132,7 +132,7 @@ def test_nothing_is_padded_and_no_mask_is_made_under_full_attention() -> None:
     spec = TargetSpec(8, 1.0, (1.0,))
     engine = TransformersEngine(teacher("full"), Full(), spec, tokens_per_batch=1600)
     for packs in engine.batches(asked):
-        arguments = engine.batch(packs).arguments
+        arguments = engine.batch(packs)[0]
         rows += arguments["input_ids"].numel()
         assert arguments["attention_mask"].numel() == 0
     assert rows == sum(len(request.ids) for request in asked)

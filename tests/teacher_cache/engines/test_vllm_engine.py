@@ -21,8 +21,7 @@ from shared.models.loading import load_model
 from shared.settings.config import EngineConfig
 from shared.system.errors import TideError
 from teacher_cache.engines.transformers_engine import TransformersEngine
-from teacher_cache.engines.vllm_engine.engine import VllmEngine
-from teacher_cache.engines.vllm_engine.plugin import SCORERS, register
+from teacher_cache.engines.vllm_engine import SCORERS, VllmEngine, register
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.method.comp_demo import Request
 from teacher_cache.method.targets import Scores, TargetSpec
@@ -100,7 +99,7 @@ def test_float32_values_are_those_of_transformers(
     shared = None
     if name == "wedlm":
         shared = np.arange(160) < 120  # ids that the student does not share never enter the top-k
-    from teacher_cache.engines.vllm_engine.models import ScorePooler
+    from teacher_cache.engines.vllm_models import ScorePooler
 
     settings = EngineConfig(
         type="vllm", device="cpu", dtype="float32", tokens_per_batch=512, head_rows=100

@@ -16,7 +16,7 @@ from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit
 from shared.settings.config import CacheConfig
 from shared.system.errors import TideError
-from teacher_cache.engines.vllm_engine import engine as vllm_engine
+from teacher_cache.engines import vllm_engine
 from teacher_cache.maintenance.verify import check_cache
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.preflight import settle_engine

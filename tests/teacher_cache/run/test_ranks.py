@@ -16,8 +16,8 @@ from shared.cache.shards import finished_units
 from shared.cache.stores import Store
 from shared.settings.build import build
 from shared.settings.config import CacheConfig
+from shared.system import processes
 from shared.system.errors import TideError
-from teacher_cache.run import ranks
 from teacher_cache.run.build import build_cache, only_writer
 from teacher_cache.run.progress import read_status
 from tests.conftest import files, small_cache_config
@@ -119,7 +119,7 @@ def test_data_parallel_makes_the_same_cache_and_goes_on_where_a_rank_was_killed(
     """One of two processes is killed at its start: the other writes its half, the run ends with an
     error, and the same command makes the rest.
     """
-    start, killed = ranks.start_child, []
+    start, killed = processes.start_child, []
 
     def watched(*arguments: Any) -> Any:
         child = start(*arguments)
@@ -131,7 +131,7 @@ def test_data_parallel_makes_the_same_cache_and_goes_on_where_a_rank_was_killed(
     out = tmp_path / "c"
     changes = {"engine": {**CPU, "data_parallel": 2}, "metrics_file": tmp_path / "tide.prom"}
     config = small_cache_config("tiny-shared", random_teacher, out, **changes)
-    monkeypatch.setattr(ranks, "start_child", watched)
+    monkeypatch.setattr(processes, "start_child", watched)
     with pytest.raises(TideError, match="rank 0 of 2"):
         build_cache(config)
     assert len(finished_units(out)) == 3
@@ -147,13 +147,13 @@ def test_what_a_rank_finds_wrong_reaches_the_user(
     (tmp_path / "m").mkdir()
     for path in random_teacher.iterdir():
         (tmp_path / "m" / path.name).symlink_to(path)
-    start = ranks.start_child
+    start = processes.start_child
 
     def without_weights(*arguments: Any) -> Any:
         (tmp_path / "m" / "model.safetensors").unlink(missing_ok=True)
         return start(*arguments)
 
-    monkeypatch.setattr(ranks, "start_child", without_weights)
+    monkeypatch.setattr(processes, "start_child", without_weights)
     changes = {"engine": {**CPU, "data_parallel": 2}}
     config = small_cache_config("tiny-cross", tmp_path / "m", tmp_path / "c", **changes)
     with pytest.raises(TideError, match=str(tmp_path / "m")):

@@ -12,9 +12,9 @@ from shared.cache.manifest import load_manifest
 from shared.cache.vocabulary import load_centroids, load_pilot, load_vocabulary, ranks, smaller
 from shared.system.errors import TideError
 from teacher_cache.run.build import build_cache
-from teacher_cache.run.load_engine import load_engine
 from teacher_cache.run.open import open_or_begin
 from teacher_cache.run.tables import classes_for, cluster, pilot_requests
+from teacher_cache.run.work import load_engine
 from tests.conftest import GOLDEN, small_cache_config
 from tests.reading import all_rows
 

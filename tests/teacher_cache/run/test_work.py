@@ -10,10 +10,9 @@ from shared.cache.shards import Unit, finished_units
 from shared.system.errors import TideError
 from teacher_cache.run import build, work
 from teacher_cache.run.build import build_cache
-from teacher_cache.run.load_engine import load_engine
 from teacher_cache.run.open import Run, open_or_begin
 from teacher_cache.run.progress import read_status
-from teacher_cache.run.work import run_units
+from teacher_cache.run.work import load_engine, run_units
 from tests.conftest import small_cache_config
 
 

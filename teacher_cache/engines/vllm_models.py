@@ -1,8 +1,8 @@
 """The scorers: vLLM's stock classes under bidirectional attention, with a pooler for scores.
 
 Imported inside vLLM's processes only. What a scorer must know travels in its config under `tide`
-(see `engine`). Top to bottom: weights → model → pooler (hidden states at the requested rows → LM
-head → what is kept of the logits).
+(see `vllm_engine`). Top to bottom: weights → model → pooler (hidden states at the requested rows →
+LM head → what is kept of the logits).
 """
 
 # pyright: reportMissingImports=false
@@ -18,38 +18,16 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention.encoder_only_attention import EncoderOnlyAttention
 from vllm.model_executor.layers.pooler import DispatchPooler, Pooler
-from vllm.model_executor.models.glm4_moe import Glm4MoeForCausalLM
+from vllm.model_executor.models import glm4_moe, llama, qwen2, qwen3, qwen3_moe
 from vllm.model_executor.models.interfaces_base import attn_type
-from vllm.model_executor.models.llama import LlamaForCausalLM
-from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
-from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
-from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
 from vllm.tasks import PoolingTask
 from vllm.v1.pool.metadata import PoolingMetadata
 
 from shared.models.architectures import ARCHITECTURES, FUSED_QKV, SPLIT_QKV, split_qkv
-from teacher_cache.engines.vllm_engine.plugin import field_widths, pack
+from teacher_cache.engines.vllm_engine import columns_of
 from teacher_cache.method.targets import TargetSpec, extract, member_matrix, outside_sums
 
 TASK: PoolingTask = "token_classify"
-
-
-def stock_weights(
-    weights: Iterable[tuple[str, Tensor]], architecture: str, config: Any
-) -> Iterator[tuple[str, Tensor]]:
-    """The hub's own tensors under the names of the stock architecture, for vLLM's loaders.
-
-    vLLM stacks experts itself, so an expert's matrix keeps its own name. Keys must be known, as
-    `loading.check_weights` has seen to.
-    """
-    kind, tied = ARCHITECTURES[architecture], bool(config.tie_word_embeddings)
-    for key, tensor in weights:
-        name = kind.stock_name(key)
-        if FUSED_QKV in name:
-            for part, rows in zip(SPLIT_QKV, split_qkv(tensor, config), strict=True):
-                yield name.replace(FUSED_QKV, part), rows
-        elif not (tied and name == "lm_head.weight"):
-            yield name, tensor
 
 
 class _Scorer:
@@ -61,55 +39,67 @@ class _Scorer:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         settings: dict[str, Any] = vllm_config.model_config.hf_config.tide
         self._tide = settings
-        if settings["swap_attention"]:
-            _see_both_ways(self, vllm_config)
         self.pooler = DispatchPooler({TASK: ScorePooler(self.compute_logits, settings)})  # type: ignore[attr-defined]
+        if not settings["swap_attention"]:
+            return
+        # Encoder-only attention in place of causal, for stock classes that ignore `is_causal`.
+        by_name = vllm_config.compilation_config.static_forward_context
+        for layer in self.model.layers:  # type: ignore[attr-defined]
+            attention = layer.self_attn
+            name = attention.attn.layer_name
+            del by_name[name]
+            attention.attn = EncoderOnlyAttention(
+                attention.num_heads,
+                attention.head_dim,
+                attention.scaling,
+                num_kv_heads=attention.num_kv_heads,
+                cache_config=vllm_config.cache_config,
+                quant_config=vllm_config.quant_config,
+                prefix=name,
+            )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the hub's own layout."""
-        return super().load_weights(stock_weights(weights, self._tide["architecture"], self.config))  # type: ignore[misc, attr-defined]
+        return super().load_weights(self._stock_weights(weights))  # type: ignore[misc]
 
+    def _stock_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The hub's own tensors under the names of the stock architecture, for vLLM's loaders.
 
-def _see_both_ways(model: Any, vllm_config: VllmConfig) -> None:
-    """Encoder-only attention in place of causal, for stock classes that ignore `is_causal`."""
-    layers = vllm_config.compilation_config.static_forward_context
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        name = attention.attn.layer_name
-        del layers[name]
-        attention.attn = EncoderOnlyAttention(
-            attention.num_heads,
-            attention.head_dim,
-            attention.scaling,
-            num_kv_heads=attention.num_kv_heads,
-            cache_config=vllm_config.cache_config,
-            quant_config=vllm_config.quant_config,
-            prefix=name,
-        )
+        vLLM stacks experts itself, so an expert's matrix keeps its own name. Keys are known, as
+        `loading.check_weights` has seen to.
+        """
+        kind, config = ARCHITECTURES[self._tide["architecture"]], self.config  # type: ignore[attr-defined]
+        for key, tensor in weights:
+            name = kind.stock_name(key)
+            if FUSED_QKV in name:
+                for part, rows in zip(SPLIT_QKV, split_qkv(tensor, config), strict=True):
+                    yield name.replace(FUSED_QKV, part), rows
+            elif not (config.tie_word_embeddings and name == "lm_head.weight"):
+                yield name, tensor
 
 
 @attn_type("encoder_only")
-class TideLlamaScorer(_Scorer, LlamaForCausalLM):
+class TideLlamaScorer(_Scorer, llama.LlamaForCausalLM):
     """LLaDA-8B, LLaDA-1.5."""
 
 
 @attn_type("encoder_only")
-class TideQwen2Scorer(_Scorer, Qwen2ForCausalLM):
+class TideQwen2Scorer(_Scorer, qwen2.Qwen2ForCausalLM):
     """Dream."""
 
 
 @attn_type("encoder_only")
-class TideQwen3Scorer(_Scorer, Qwen3ForCausalLM):
+class TideQwen3Scorer(_Scorer, qwen3.Qwen3ForCausalLM):
     """Any Qwen3 under full attention."""
 
 
 @attn_type("encoder_only")
-class TideQwen3MoeScorer(_Scorer, Qwen3MoeForCausalLM):
+class TideQwen3MoeScorer(_Scorer, qwen3_moe.Qwen3MoeForCausalLM):
     """LLaDA-MoE."""
 
 
 @attn_type("encoder_only")
-class TideGlm4MoeScorer(_Scorer, Glm4MoeForCausalLM):
+class TideGlm4MoeScorer(_Scorer, glm4_moe.Glm4MoeForCausalLM):
     """LLaDA2.x."""
 
 
@@ -145,7 +135,7 @@ class ScorePooler(Pooler):
     def forward(
         self, hidden_states: Tensor, pooling_metadata: PoolingMetadata
     ) -> list[Tensor | None]:
-        """One packed tensor a request (`plugin.pack`), on the model's device."""
+        """One packed tensor a request (`vllm_engine.unpack`), on the model's device."""
         # 1. The rows that the requests of this step ask for, in the step's hidden states.
         cursor = pooling_metadata.get_pooling_cursor()
         starts = [0, *cursor.num_scheduled_tokens_cpu.cumsum(0).tolist()]
@@ -169,7 +159,7 @@ class ScorePooler(Pooler):
         for i in range(0, len(rows), self._head_rows):
             some = slice(i, i + self._head_rows)
             parts.append(self._score(hidden_states[index[some]], answers[some]))
-        nothing = torch.zeros(0, sum(field_widths(self._spec).values()), device=device)
+        nothing = torch.zeros(0, sum(columns_of(self._spec)), device=device)
         return list(torch.cat(parts or [nothing]).split(sizes))
 
     def _use_classes(self, path: str | None) -> None:
@@ -191,13 +181,12 @@ class ScorePooler(Pooler):
         return logits
 
     def _score(self, hidden: Tensor, gold: Tensor) -> Tensor:
+        """What `extract` keeps, field beside field: [rows, columns]."""
         logits = self._logits(hidden)
         if logits is None:
-            return torch.zeros(
-                len(gold), sum(field_widths(self._spec).values()), device=hidden.device
-            )
+            return torch.zeros(len(gold), sum(columns_of(self._spec)), device=hidden.device)
         fields = extract(logits, gold, self._spec, self._excluded, self._members)
-        return pack(fields, self._spec)
+        return torch.cat([cell.float().reshape(len(gold), -1) for cell in fields.values()], dim=1)
 
     def _outside(self, hidden: Tensor) -> Tensor:
         """Sums over rows of probabilities outside of the top-k, a row a temperature."""

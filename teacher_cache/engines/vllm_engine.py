@@ -1,0 +1,247 @@
+"""The fast engine: vLLM scores all passes of a unit at once, batched without padding.
+
+vLLM's own processes import this module too: the entry point `vllm.general_plugins` runs `register`
+in each of them. What both sides of that border share stands at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import multiprocessing
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from shared.models.architectures import ARCHITECTURES
+from shared.models.checkpoint import Checkpoint
+from shared.models.loading import check_weights
+from shared.settings.config import EngineConfig
+from shared.system.errors import TideError
+from teacher_cache.method.comp_demo import Request
+from teacher_cache.method.targets import Scores, TargetSpec, excluded_ids
+from teacher_cache.teachers.registry import Full, TeacherEntry
+
+# The scorer of each stock transformers class that a teacher may load as.
+SCORERS = {
+    "LlamaForCausalLM": "TideLlamaScorer",
+    "Qwen2ForCausalLM": "TideQwen2Scorer",
+    "Qwen3ForCausalLM": "TideQwen3Scorer",
+    "Qwen3MoeForCausalLM": "TideQwen3MoeScorer",
+    "Glm4MoeForCausalLM": "TideGlm4MoeScorer",
+}
+_IGNORE_IS_CAUSAL = ("Glm4MoeForCausalLM", "Qwen3MoeForCausalLM")  # of vLLM 0.32's stock classes
+_LOOK_SECONDS = 0.5  # between looks at vLLM's processes
+
+
+def installed() -> bool:
+    """Whether vLLM can be imported."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def why_not(entry: TeacherEntry, settings: EngineConfig) -> TideError | None:
+    """Why vLLM cannot run this teacher so, or None. Nothing is imported."""
+    if not isinstance(entry.attention, Full):
+        return TideError(
+            f"the vLLM engine runs no {entry.attention.type} attention, which this teacher has",
+            expected="a teacher with full attention, or another engine",
+            fix="use --engine transformers",
+        )
+    if settings.device_map is not None or settings.quantization is not None:
+        return TideError(
+            "engine.device_map and engine.quantization belong to the transformers engine",
+            fix="use --engine transformers, or spread the teacher with --tensor-parallel",
+        )
+    if not installed():
+        cpu = "docs/engines.md has the CPU build"
+        return TideError(
+            "the vLLM engine is not installed",
+            expected="vllm 0.32",
+            fix=f'pip install ".[vllm]" ({cpu}), or use --engine transformers',
+        )
+    return None
+
+
+class VllmEngine:
+    """The values of the transformers engine, up to the order of sums; its methods in brief there.
+
+    `longest`: tokens of the longest sequence. TideError where one of vLLM's processes dies.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        entry: TeacherEntry,
+        spec: TargetSpec,
+        settings: EngineConfig,
+        longest: int,
+        shared_ids: Bool[np.ndarray, " vocab"] | None = None,
+    ) -> None:
+        if (problem := why_not(entry, settings)) is not None:
+            raise problem
+        check_weights(checkpoint, entry.architecture)
+        self._spec, self._longest = spec, longest
+        self._classes: dict[str, str] = {}
+
+        # 1. A config of the stock architecture, with what the scorer must know under `tide`.
+        self._folder = tempfile.TemporaryDirectory(prefix="tide-vllm-")
+        kind = ARCHITECTURES[entry.architecture]
+        config = kind.config(checkpoint.config)
+        config.architectures = [SCORERS[kind.stock_class]]
+        config.is_causal = False
+        excluded = [] if shared_ids is None else excluded_ids(shared_ids, config.vocab_size)
+        config.tide = {
+            "architecture": entry.architecture,
+            "shift": entry.shift,
+            "k": spec.k,
+            "mass": spec.mass,
+            "temperatures": list(spec.temperatures),
+            "head_rows": settings.head_rows,
+            "excluded": [int(i) for i in excluded],
+            "swap_attention": kind.stock_class in _IGNORE_IS_CAUSAL,
+        }
+        config.to_json_file(Path(self._folder.name) / "config.json")
+
+        # 2. vLLM, whose processes are those that were not there before.
+        no_accelerator = settings.device == "auto" and not torch.accelerator.is_available()
+        on_cpu = settings.device == "cpu" or no_accelerator
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        if on_cpu:
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        from vllm import LLM, PoolingParams  # pyright: ignore[reportMissingImports]
+
+        before = set(multiprocessing.active_children())
+        self._params = PoolingParams
+        self._llm = LLM(
+            model=str(checkpoint.folder),
+            hf_config_path=self._folder.name,
+            runner="pooling",
+            load_format="safetensors",
+            skip_tokenizer_init=True,
+            trust_remote_code=False,
+            dtype=settings.dtype,
+            max_model_len=longest,
+            max_num_batched_tokens=max(settings.tokens_per_batch, longest),
+            tensor_parallel_size=settings.tensor_parallel,
+            enable_prefix_caching=False,
+            enforce_eager=on_cpu,
+            disable_log_stats=True,
+        )
+        self._processes = set(multiprocessing.active_children()) - before
+
+    def score(self, requests: Sequence[Request]) -> list[Scores]:
+        if not requests:
+            return []
+        too_long = max(len(request.ids) for request in requests)
+        if too_long > self._longest:
+            raise TideError(
+                f"a sequence of {too_long} tokens came to a vLLM engine made for {self._longest}",
+                fix="raise lengths.student: the teacher's prompts have added tokens spelled out",
+            )
+        return [unpack(data, self._spec) for data in self._ask(requests, self._classes)]
+
+    def outside(self, requests: Sequence[Request]) -> Float[np.ndarray, "temperatures vocab"]:
+        read = [request for request in requests if len(request.read)]
+        sums = [data.double().numpy() for data in self._ask(read, {"outside": True})]
+        return np.sum(sums, axis=0)
+
+    def use_classes(self, class_of: Int[np.ndarray, " vocab"]) -> None:
+        classes = int(class_of.max()) + 1
+        self._spec, self._classes = dataclasses.replace(self._spec, classes=classes), {}
+        if classes > 1:
+            path = Path(self._folder.name) / "classes.npy"  # vLLM's processes read it
+            np.save(path, class_of)
+            self._classes = {"classes": str(path)}
+
+    def close(self) -> None:
+        """End vLLM's processes."""
+        self._llm.llm_engine.engine_core.shutdown()
+        self._folder.cleanup()
+
+    def _ask(self, requests: Sequence[Request], more: dict[str, Any]) -> list[Tensor]:
+        """What the pooler answers to each request."""
+        prompts, params = [], []
+        for request in requests:
+            prompts.append({"prompt_token_ids": request.ids.tolist()})
+            asked = {"positions": request.read.tolist(), "gold": request.gold.tolist(), **more}
+            params.append(self._params(use_activation=False, extra_kwargs=asked))
+        outputs = self._watched(
+            lambda: self._llm.encode(prompts, params, pooling_task="token_classify", use_tqdm=False)
+        )
+        return [output.outputs.data.cpu() for output in outputs]
+
+    def _watched(self, call: Callable[[], list[Any]]) -> list[Any]:
+        """The result of `call`. vLLM 0.32 waits for ever where its core process is killed."""
+        if not self._processes:
+            return call()
+        answer: Future[list[Any]] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(call())
+            except BaseException as error:  # it belongs to the caller, in the other thread
+                answer.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        alive = True
+        while alive and not wait([answer], timeout=_LOOK_SECONDS).done:
+            alive = all(process.is_alive() for process in self._processes)
+        error = answer.exception() if answer.done() else None
+        if not alive or type(error).__name__ == "EngineDeadError":
+            raise TideError(
+                "the vLLM engine stopped: one of its processes died (killed, or out of memory)",
+                expected="all of vLLM's processes alive to the end",
+                fix="run the same command again: finished shards are kept. Where memory was short, "
+                "lower engine.tokens_per_batch or engine.head_rows, or use more GPUs",
+            ) from error
+        return answer.result()
+
+
+def register() -> None:
+    """Make every scorer known to vLLM. May run any number of times in one process."""
+    from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
+
+    for name in set(SCORERS.values()) - set(ModelRegistry.get_supported_archs()):
+        ModelRegistry.register_model(name, f"teacher_cache.engines.vllm_models:{name}")
+
+
+def field_shapes(spec: TargetSpec) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Shape at one position, and type, of each field of `Scores` that `spec` asks for.
+
+    An answer is one float32 tensor a request, field beside field: a vLLM pooler can send back
+    nothing else. Ids and sizes stay below 2²⁴ and are exact in float32.
+    """
+    shapes = {"gold_logp": ((), np.float32), "logsumexp": ((), np.float32)}
+    if spec.k:
+        shapes |= {"topk_sizes": ((), np.int32), "topk_ids": ((spec.k,), np.int32)}
+        shapes["topk_logp"] = ((spec.k,), np.float32)
+        shapes["tail_odds"] = ((len(spec.temperatures),), np.float32)
+        if spec.classes > 1:
+            shapes["class_mass"] = ((len(spec.temperatures), spec.classes), np.float32)
+    return shapes
+
+
+def columns_of(spec: TargetSpec) -> list[int]:
+    """How many columns each field has in an answer."""
+    return [math.prod(shape) for shape, _ in field_shapes(spec).values()]
+
+
+def unpack(packed: Float[Tensor, "read columns"], spec: TargetSpec) -> Scores:
+    """An answer as arrays of their own."""
+    cells = np.split(packed.float().numpy(), np.cumsum(columns_of(spec))[:-1], axis=1)
+    fields = {}
+    for (name, (shape, dtype)), cell in zip(field_shapes(spec).items(), cells, strict=True):
+        fields[name] = cell.reshape(len(packed), *shape).astype(dtype)
+    return Scores(**fields)
