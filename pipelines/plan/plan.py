@@ -28,8 +28,8 @@ from student_train.training.preflight import settle_batch
 from teacher_cache.method.comp_demo import Request
 from teacher_cache.run import costs
 from teacher_cache.run.costs import Workload, in_bytes
-from teacher_cache.run.work import compiles
 from teacher_cache.run.open import open_or_begin
+from teacher_cache.run.work import compiles
 from teacher_cache.teachers.registry import TeacherEntry, find_teacher, known_shape
 
 USABLE = 0.92  # of a card's memory, for the allocator's gaps and the driver
