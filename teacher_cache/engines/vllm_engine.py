@@ -214,7 +214,7 @@ def register() -> None:
     from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
 
     for name in set(SCORERS.values()) - set(ModelRegistry.get_supported_archs()):
-        ModelRegistry.register_model(name, f"teacher_cache.engines.vllm_models:{name}")
+        ModelRegistry.register_model(name, f"teacher_cache.engines.vllm_engine_models:{name}")
 
 
 def field_shapes(spec: TargetSpec) -> dict[str, tuple[tuple[int, ...], type]]:

@@ -99,7 +99,7 @@ def test_float32_values_are_those_of_transformers(
     shared = None
     if name == "wedlm":
         shared = np.arange(160) < 120  # ids that the student does not share never enter the top-k
-    from teacher_cache.engines.vllm_models import ScorePooler
+    from teacher_cache.engines.vllm_engine_models import ScorePooler
 
     settings = EngineConfig(
         type="vllm", device="cpu", dtype="float32", tokens_per_batch=512, head_rows=100
