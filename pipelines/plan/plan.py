@@ -1,5 +1,5 @@
-"""Before anything is run: what a run will cost (`tide plan`, `tide cache --dry-run`), what a teacher
-is (`tide teachers show`), how fast it is here (`tide throughput`).
+"""Before anything is run: what a run will cost (`tide plan`, `tide cache --dry-run`), what a
+teacher is (`tide teachers show`), how fast it is here (`tide throughput`).
 
 Memory is that of the real code on tensors without content; bytes are those of a shard of random
 rows; hours follow from FLOPs at a utilisation that you state, or from tokens a second that you
