@@ -15,7 +15,7 @@ from pipelines.plan import fidelity
 from pipelines.recipes.read import cache_config, packaged_recipe, train_config
 from shared.aligned.alignment import Region, align_tokens
 from shared.aligned.examples import Preparer
-from shared.cache.columns import to_table
+from shared.cache.levels import to_table
 from shared.cache.manifest import Manifest, load_manifest
 from shared.cache.row import CacheRow
 from shared.cache.shards import Unit, column_bytes, table_bytes
@@ -23,8 +23,8 @@ from shared.models.checkpoint import open_checkpoint
 from shared.settings.config import CacheConfig, LengthConfig, StudentConfig
 from shared.text.tokenizers import Tokenizer
 from student_train.training.trainer import train_student
+from teacher_cache.maintenance.derive import prune_cache
 from teacher_cache.maintenance.inspect import inspect_cache
-from teacher_cache.maintenance.prune import prune_cache
 from teacher_cache.run.build import build_cache
 from tests.conftest import chats_file
 from tests.reading import all_rows, layout_of, rows_in

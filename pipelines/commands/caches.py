@@ -21,8 +21,13 @@ def inspect(
     picture: Annotated[Path | None, Option(help="Also draw the cache, as PNG.")] = None,
 ) -> None:
     """Print what a cache holds: rows, masses, chunk lengths, likelihoods by t, bytes by column."""
-    from teacher_cache.maintenance.inspect import describe, draw_picture, inspect_cache
-    from teacher_cache.maintenance.show_row import describe_row, find_row
+    from teacher_cache.maintenance.inspect import (
+        describe,
+        describe_row,
+        draw_picture,
+        find_row,
+        inspect_cache,
+    )
 
     if row is not None:
         say(describe_row(folder, find_row(folder, row, draw)))
@@ -47,11 +52,11 @@ def verify(
 ) -> None:
     """Check every shard (checksums, schema, counts, values), then score a sample of rows again."""
     settings = configure(out=out, changes={"engine": {"type": against}})
-    from teacher_cache.maintenance.verify import check_cache, in_words, verify_cache
+    from teacher_cache.maintenance.verify import check_cache, verify_cache
     from teacher_cache.maintenance.verify import delete_damaged as delete_shards
 
     checked = check_cache(settings.out)
-    say(in_words(checked))
+    say(checked.in_words())
     if checked.problems:
         if delete_damaged:
             say(f"deleted {delete_shards(checked)} shards; `tide cache` computes them again")
@@ -59,7 +64,7 @@ def verify(
     if rows == 0:
         return
     compared = verify_cache(settings, rows)
-    say(in_words(compared))
+    say(compared.in_words())
     if tolerance is not None and compared.largest > tolerance:
         raise typer.Exit(1)
 
@@ -73,7 +78,7 @@ def prune(
     draws: Annotated[int | None, Option(help="Draws of every example.")] = None,
 ) -> None:
     """A smaller cache from a larger; no teacher is loaded."""
-    from teacher_cache.maintenance.prune import prune_cache
+    from teacher_cache.maintenance.derive import prune_cache
 
     made = prune_cache(folder, out, k, draws, classes)
     sizes = f"k {made.fingerprint.targets.k}, {made.fingerprint.targets.classes} classes"
@@ -86,7 +91,7 @@ def merge(
     out: Out,
 ) -> None:
     """One cache out of several that are parts of one, or differ in their data alone."""
-    from teacher_cache.maintenance.merge import merge_caches
+    from teacher_cache.maintenance.derive import merge_caches
 
     made = merge_caches(folders, out)
     say(f"{out}: {made.draws} draws of {made.examples:,} examples")

@@ -18,12 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from shared.cache.columns import from_table, to_table
-from shared.cache.levels import LARGEST_ODDS
+from shared.cache.levels import LARGEST_ODDS, from_table, to_table
 from shared.cache.manifest import Manifest
-from shared.cache.row import CacheRow
+from shared.cache.row import CacheRow, Vocabulary
 from shared.cache.shards import Unit, column_bytes, table_bytes
-from shared.cache.vocabulary import Vocabulary
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.settings.config import CacheConfig, StudentConfig
 from shared.settings.objectives import KL, Tidal

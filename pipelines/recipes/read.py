@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shared.cache.fingerprint import differences
+from shared.cache.manifest import differences
 from shared.settings.build import advice, apply_overrides, build, read_toml, to_plain
 from shared.settings.config import CacheConfig, TrainConfig
 from shared.system.errors import TideError

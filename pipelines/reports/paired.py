@@ -10,7 +10,7 @@ import polars as pl
 from scipy.stats import t as student_t
 
 from pipelines.reports.report import COLUMNS, Run, find_runs, to_markdown
-from shared.cache.fingerprint import differences as settings_that_differ
+from shared.cache.manifest import differences as settings_that_differ
 from shared.system.errors import TideError
 
 

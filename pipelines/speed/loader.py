@@ -19,12 +19,10 @@ import torch
 from rich.table import Table
 
 from pipelines.speed.timing import in_process
-from shared.cache.checking import inspect_shard, remember
-from shared.cache.ledger import Entry, load_ledger, save_ledger
+from shared.cache.ledger import Entry, inspect_shard, load_ledger, remember, save_ledger
 from shared.cache.manifest import Manifest
-from shared.cache.row import Layout
-from shared.cache.shards import Unit, read_shard, write_shard
-from shared.cache.vocabulary import TABLES, Pilot, Vocabulary, save_tables
+from shared.cache.row import Layout, Pilot, Vocabulary
+from shared.cache.shards import TABLES, Unit, read_shard, save_tables, write_shard
 from shared.settings.config import CacheConfig, TargetConfig, TrainConfig
 from shared.system.hardware import high_water
 from student_train.batches.collate import TargetReader, collate

@@ -1,30 +1,41 @@
-"""What every shard of a cache is: its SHA-256, bytes, rows, positions, chunks.
+"""What every shard of a cache is, and whether it still is: its bytes, and its values by the rules.
 
 `ledger.parquet` has all shards of a finished cache. While it is being built each process notes what
 it writes in a file of its own (`ledger/HOST-PID.jsonl`), so no two ever write to one; what a killed
-process did not come to note is found again from the shard itself.
+process did not come to note is found again from the shard itself. `checked.json` says that a cache
+passed: as long as its ledger stays, its shards are what they were.
 """
 
-import dataclasses
+import contextlib
 import hashlib
 import json
+import multiprocessing
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
+from tqdm import tqdm
 
-from shared.cache.manifest import Manifest
-from shared.cache.parquet import read_parquet, write_parquet
-from shared.cache.shards import Unit, finished_units, read_table, refuse_other_cache
+from shared.cache.manifest import Manifest, refuse_unfinished
+from shared.cache.row import Layout
+from shared.cache.shards import Unit, finished_units, read_parquet, read_table, write_parquet
+from shared.cache.value_checks import VERSION, problem_in
 from shared.system.errors import TideError
-from shared.system.files import this_process
+from shared.system.files import this_process, write_bytes
+from shared.system.processes import serve_parent
 
-LEDGER = "ledger.parquet"
+LEDGER, CHECKED = "ledger.parquet", "checked.json"
 _NOTES = "ledger"
 _NUMBERS = ("bytes", "rows", "masked", "chunks", "rows_without_chunks")
+_SHARDS_A_PROCESS = 64
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ def note(cache: Path, unit: Unit, entry: Entry) -> None:
     """Add a shard that this process has just written."""
     path = cache / _NOTES / f"{this_process()}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    line = {**dataclasses.asdict(unit), "at": time.time(), **dataclasses.asdict(entry)}
+    line = {**vars(unit), "at": time.time(), **vars(entry)}
     with path.open("a") as handle:
         handle.write(json.dumps(line) + "\n")
 
@@ -75,15 +86,14 @@ def load_ledger(cache: Path, manifest: Manifest) -> Ledger:
     """
     ledger: Ledger = {}
     path = cache / LEDGER
-    fix = f"delete {path}; `tide verify` makes it anew from the shards"
     if path.exists():
+        fix = f"delete {path}; `tide verify` makes it anew from the shards"
         table = read_parquet(path, fix)
         digest = (table.schema.metadata or {}).get(b"tide.cache", b"").decode(errors="replace")
         if digest != manifest.digest:
+            expected = f"the ledger of {manifest.digest}"
             raise TideError(
-                f"{path} belongs to another cache ({digest})",
-                expected=f"the ledger of {manifest.digest}",
-                fix=fix,
+                f"{path} belongs to another cache ({digest})", expected=expected, fix=fix
             )
         try:
             for row in table.to_pylist():
@@ -111,9 +121,7 @@ def entry_of(path: Path, content: bytes, manifest: Manifest) -> Entry:
 
     TideError where it is damaged, or of another cache.
     """
-    counts = read_table(path, None, content).counts
-    refuse_other_cache(path, counts, manifest.digest)
-    return Entry.of(content, counts)
+    return Entry.of(content, read_table(path, None, content, manifest.digest).counts)
 
 
 def settle_ledger(cache: Path, manifest: Manifest) -> Ledger:
@@ -134,8 +142,7 @@ def settle_ledger(cache: Path, manifest: Manifest) -> Ledger:
 
 def save_ledger(cache: Path, manifest: Manifest, ledger: Ledger) -> None:
     """Write `ledger.parquet`, in the order of the units."""
-    units = sorted(ledger)
-    rows = [{**dataclasses.asdict(unit), **dataclasses.asdict(ledger[unit])} for unit in units]
+    rows = [{**vars(unit), **vars(ledger[unit])} for unit in sorted(ledger)]
     kinds = {"draw": pa.int32(), "part": pa.int32(), "sha256": pa.string()}
     kinds |= dict.fromkeys(_NUMBERS, pa.int64())
     schema = pa.schema(list(kinds.items()), metadata={"tide.cache": manifest.digest})
@@ -145,15 +152,102 @@ def save_ledger(cache: Path, manifest: Manifest, ledger: Ledger) -> None:
 def whole_ledger(cache: Path, manifest: Manifest) -> Ledger:
     """The ledger of a finished cache. TideError where a shard is not there yet."""
     ledger = load_ledger(cache, manifest)
-    units = manifest.units()
-    if any(unit not in ledger for unit in units):
+    if not ledger.keys() >= set(manifest.units()):
         ledger = settle_ledger(cache, manifest)
-    missing = [unit for unit in units if unit not in ledger]
-    if missing:
-        raise TideError(
-            f"{cache} lacks {len(missing)} of {len(units)} shards, "
-            f"the first is {missing[0].path(cache)}",
-            expected="a finished cache",
-            fix="run the same `tide cache` command again: it computes what is missing",
-        )
+    refuse_unfinished(cache, manifest, ledger)
     return ledger
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One shard: its rows, and what is wrong with it."""
+
+    unit: Unit
+    rows: int = 0
+    problem: str | None = None
+
+
+def inspect_shard(
+    cache: Path, manifest: Manifest, layout: Layout, job: tuple[Unit, Entry | None]
+) -> Finding:
+    """Look at one shard. Damage is a finding, not an error."""
+    unit, entry = job
+    path = unit.path(cache)
+    try:
+        content = path.read_bytes()
+        if entry is not None:
+            entry.check(path, content)
+        shard = read_table(path, layout, content, manifest.digest)
+        problem = problem_in(shard.table, layout, manifest)
+        return Finding(unit, shard.counts["rows"], problem and f"{path}: {problem}")
+    except TideError as error:
+        return Finding(unit, problem=error.what)
+    except (OSError, ValueError, IndexError) as error:
+        return Finding(unit, problem=f"shard {path} cannot be read: {error}")
+
+
+def in_processes(work: Callable[[T], R], jobs: Sequence[T], word: str) -> Iterator[R]:
+    """`work` on every job, in their order: here where they are few, else one process a core."""
+    count = min(os.cpu_count() or 1, -(-len(jobs) // _SHARDS_A_PROCESS))
+    with tqdm(total=len(jobs), unit="shard", desc=word, leave=False) as bar:
+        if count <= 1:
+            for job in jobs:
+                yield work(job)
+                bar.update()
+            return
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(count, spawn, serve_parent, (os.getpid(),)) as pool:
+            for result in pool.map(work, jobs, chunksize=4):
+                yield result
+                bar.update()
+
+
+def check_shards(
+    cache: Path, manifest: Manifest, layout: Layout, ledger: Ledger, units: Sequence[Unit]
+) -> Iterator[Finding]:
+    """What is found in each shard."""
+    jobs = [(unit, ledger.get(unit)) for unit in units]
+    return in_processes(partial(inspect_shard, cache, manifest, layout), jobs, "check")
+
+
+def _passing(cache: Path) -> dict[str, object]:
+    """What `checked.json` says of a cache that passed: this very ledger, under these very rules."""
+    ledger = hashlib.sha256((cache / LEDGER).read_bytes()).hexdigest()
+    return {"ledger": ledger, "rules": VERSION}
+
+
+def remember(cache: Path) -> None:
+    """Note that the cache passed."""
+    with contextlib.suppress(TideError, OSError):  # one that cannot be written to is looked at anew
+        write_bytes(cache / CHECKED, json.dumps(_passing(cache)).encode())
+
+
+def refuse_unsound(cache: Path, manifest: Manifest, layout: Layout, ledger: Ledger) -> None:
+    """TideError where a shard of a finished cache cannot be trained on.
+
+    Values that passed once are not looked at again: then every shard must be there in its length,
+    and its hash is compared when it is read.
+    """
+    units = manifest.units()
+    try:
+        known = json.loads((cache / CHECKED).read_text()) == _passing(cache)
+    except (OSError, ValueError):
+        known = False
+    problems = []
+    if known:
+        for unit in units:
+            path = unit.path(cache)
+            if not path.is_file() or path.stat().st_size != ledger[unit].bytes:
+                problems.append(f"{path} is missing, or not as long as the ledger says")
+    else:
+        found = check_shards(cache, manifest, layout, ledger, units)
+        problems += [finding.problem for finding in found if finding.problem]
+    if problems:
+        raise TideError(
+            f"{len(problems)} of {len(units)} shards of {cache} do not hold; {problems[0]}",
+            expected="shards as `tide cache` writes them",
+            fix=f"`tide verify --cache {cache} --rows 0 --delete-damaged` lists and removes them; "
+            "the same `tide cache` command then computes them again",
+        )
+    if not known:
+        remember(cache)

@@ -1,19 +1,29 @@
-"""How finely numbers are kept: as small integers ("levels"), where no objective would notice.
+"""Rows as columns of Parquet, in small integers ("levels"), and back (docs/cache-format.md).
+
+A column is flat: the arrays of all rows one after the other, and where each row's begins. Names
+that end in `_q` hold integers; with `targets.values = "float32"` the same quantities stand there
+exactly, under the name without `_q`. Ids of a top-k stand by their rank in the vocabulary.
 
 Every rounding is uniform in the quantity whose error costs the same everywhere. With p the
 teacher's probability of a token and KL the divergence of what is stored from the truth, a step h in
-log p costs p·h²/24. So * a top-k probability is kept as round(N · p^a), a = 1/(2·T), for the
-hottest cached T: steps grow as p falls, and cost the same at every rank when the distribution is
-heated to T; * a class's mass M outside of the top-k as round(32 · √M), for each temperature: the
-same rule at the temperature at which it is used. Classes that round to 0 are taken to be as the
-prior says, and at most half a level; * the tail's mass as a whole as its log-odds, on a grid of
-1/256 nat: exact from either side.
+log p costs p·h²/24. So
+* a top-k probability is kept as round(N · p^a), a = 1/(2·T), for the hottest cached T: steps grow
+  as p falls, and cost the same at every rank when the distribution is heated to T;
+* a class's mass M outside of the top-k as round(32 · √M), for each temperature: the same rule at
+  the temperature at which it is used. Classes that round to 0 are taken to be as the prior says,
+  and at most half a level;
+* the tail's mass as a whole as its log-odds, on a grid of 1/256 nat: exact from either side.
 """
 
+from typing import Any
+
 import numpy as np
+import pyarrow as pa
 import torch
 from jaxtyping import Float, Int, Integer, UInt8
 from torch import Tensor
+
+from shared.cache.row import CacheRow, Layout
 
 # Levels a nat of the tail's log-odds, the gold token's log p, and logsumexp.
 ODDS_STEPS, GOLD_STEPS, LOGIT_STEPS = 256, 512, 32
@@ -22,54 +32,166 @@ CLASS_LEVELS = 32
 EMPTY = -1e30
 """Log-mass of what holds nothing. Finite: 0 · (EMPTY − EMPTY) is 0 where 0 · (−∞ + ∞) is NaN."""
 
+_INTS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
+_COLUMNS = {
+    # name: (type, type of its levels where it is rounded, may be null)
+    "example_id": (pa.string(), None, False),
+    "label": (pa.string(), None, False),
+    "draw": (pa.int32(), None, False),
+    "t": (pa.float32(), None, False),
+    "student_ids": (_INTS, None, False),
+    "spans": (_INTS, None, False),
+    "masked": (_INTS, None, False),
+    "read": (_INTS, None, True),
+    "teacher_ids": (_INTS, None, True),
+    "teacher_masked": (_INTS, None, True),
+    "split": (pa.list_(pa.bool_()), None, False),
+    "gold_logp": (_FLOATS, pa.list_(pa.int32()), False),
+    "logsumexp": (_FLOATS, pa.list_(pa.int32()), False),
+    "topk_sizes": (_INTS, None, True),
+    "topk_ranks": (_INTS, None, True),
+    "topk_logp": (_FLOATS, pa.list_(pa.uint16()), True),
+    "tail_odds": (_FLOATS, pa.list_(pa.int16()), True),
+    "class_mass": (_FLOATS, pa.list_(pa.uint8()), True),
+    "chunk_student": (_INTS, None, True),
+    "chunk_teacher": (_INTS, None, True),
+    "chunk_logp": (_FLOATS, None, True),
+}
+# Quantities on a uniform grid: steps a nat, and the largest that is kept.
+_GRIDS = {
+    "gold_logp": (-GOLD_STEPS, 1e6),
+    "logsumexp": (LOGIT_STEPS, 1e6),
+    "tail_odds": (ODDS_STEPS, LARGEST_ODDS),
+}
 
-def grid(values: Float[np.ndarray, "*shape"], steps: int) -> Int[np.ndarray, "*shape"]:
-    """Integers on a uniform grid of 1/steps."""
-    return np.rint(np.clip(values, -1e6, 1e6) * steps).astype(np.int32)
+
+def column_name(name: str, layout: Layout) -> str:
+    """The column that holds a quantity."""
+    rounded = layout.values == "levels" and _COLUMNS[name][1] is not None
+    return f"{name}_q" if rounded else name
 
 
-def top_levels(temperatures: tuple[float, ...]) -> int:
-    """N, the level of p = 1: 256 where no temperature is above 2."""
-    return round(128 * max(2.0, *temperatures))
+def schema_for(layout: Layout) -> pa.Schema:
+    """The columns of a shard, in order."""
+    fields = []
+    for name, (exact, levels, nullable) in _COLUMNS.items():
+        if name == "read" and not layout.partial:
+            continue
+        column = column_name(name, layout)
+        fields.append(pa.field(column, exact if column == name else levels, nullable=nullable))
+    return pa.schema(fields)
 
 
-def top_exponent(temperatures: tuple[float, ...]) -> float:
-    """a, the power of probabilities that is kept in equal steps."""
-    return 1.0 / (2.0 * max(2.0, *temperatures))
+def to_table(rows: list[CacheRow], layout: Layout) -> pa.Table:
+    """Rows as an Arrow table."""
+    schema = schema_for(layout)
+    lists = [row.topk_sizes for row in rows if row.topk_sizes is not None]
+    topk_sizes = np.concatenate([np.zeros(0, np.int32), *lists])  # of all rows
+    columns = []
+    for field in schema:
+        name = field.name.removesuffix("_q")
+        values = [getattr(row, "topk_ids" if name == "topk_ranks" else name) for row in rows]
+        if not pa.types.is_list(field.type):
+            columns.append(pa.array(values, type=field.type))
+            continue
+        # 1. the arrays of all rows one after the other, and where each begins
+        present = [v.reshape(-1) for v in values if v is not None]
+        flat = np.concatenate(present) if present else np.zeros(0, np.int32)
+        ends = np.cumsum([0, *(0 if v is None else v.size for v in values)])
+        # 2. as they are stored
+        rounded = field.name != name and len(present) > 0
+        if name == "topk_ranks" and layout.vocabulary is not None:
+            flat = layout.vocabulary.rank_of[flat]
+        elif rounded and name in _GRIDS:
+            steps, largest = _GRIDS[name]
+            flat = np.rint(np.clip(flat, -largest, largest) * steps).astype(np.int32)
+        elif rounded and name == "topk_logp":
+            levels = to_levels(flat, layout.temperatures)
+            flat = _falls_of(levels, topk_sizes, layout.temperatures)
+        elif rounded and name == "class_mass" and flat.dtype != np.uint8:
+            flat = to_class_levels(flat)
+        # 3. an Arrow list a row, null where the row has none
+        missing = pa.array([v is None for v in values], pa.bool_())
+        content = pa.array(flat).cast(field.type.value_type)
+        offsets = pa.array(ends.astype(np.int32))
+        columns.append(pa.ListArray.from_arrays(offsets, content, type=field.type, mask=missing))
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def from_table(table: pa.Table, layout: Layout) -> list[CacheRow]:
+    """The inverse of `to_table`, but for what is rounded; `class_mass` comes as it is stored."""
+    topk = table.column("topk_sizes").combine_chunks()
+    topk_sizes = topk.values.to_numpy() if len(topk) else np.zeros(0, np.int32)  # of all rows
+    temperatures = len(layout.temperatures)
+    shapes = {
+        **dict.fromkeys(("spans", "chunk_student", "chunk_teacher"), (-1, 2)),
+        "tail_odds": (-1, temperatures),
+        "class_mass": (-1, temperatures, layout.classes),
+    }
+    cells: dict[str, list[Any]] = {}  # the rows' values, by the field of `CacheRow`
+    for field in schema_for(layout):
+        name = field.name.removesuffix("_q")
+        target = "topk_ids" if name == "topk_ranks" else name
+        column = table.column(field.name).combine_chunks()
+        if not pa.types.is_list(field.type):
+            cells[target] = column.to_pylist()
+            continue
+        if column.null_count == len(column):
+            cells[target] = [None] * len(column)
+            continue
+        # 1. the numbers of all rows, from what is stored
+        flat = column.values.to_numpy(zero_copy_only=False)
+        if name == "topk_ranks" and layout.vocabulary is not None:
+            flat = layout.vocabulary.ids_by_rank.take(flat)
+        elif field.name != name and name in _GRIDS:
+            flat = flat.astype(np.float32) * np.float32(1 / _GRIDS[name][0])
+        elif field.name != name and name == "topk_logp":
+            levels = levels_of(flat, topk_sizes, layout.temperatures)
+            flat = level_table(layout.temperatures).take(levels)
+        # 2. cut into rows, in the shape of the row's field
+        ends = column.offsets.to_numpy().tolist()
+        present = column.is_valid().to_numpy(zero_copy_only=False)
+        cells[target] = []
+        for start, end, there in zip(ends[:-1], ends[1:], present, strict=True):
+            array = flat[start:end].reshape(shapes.get(name, -1)) if there else None
+            cells[target].append(array)
+    rows = zip(*cells.values(), strict=True)
+    return [CacheRow(**dict(zip(cells, row, strict=True))) for row in rows]
+
+
+def _scale(temperatures: tuple[float, ...]) -> tuple[int, float]:
+    """N, the level of p = 1 (256 where no T is above 2), and a, the power of p in equal steps."""
+    hottest = max(2.0, *temperatures)
+    return round(128 * hottest), 1.0 / (2.0 * hottest)
 
 
 def to_levels(
     logp: Float[np.ndarray, " n"], temperatures: tuple[float, ...]
 ) -> Int[np.ndarray, " n"]:
     """Levels of log-probabilities: round(N · p^a), at least 1."""
-    scaled = top_levels(temperatures) * np.exp(logp * np.float32(top_exponent(temperatures)))
-    return np.maximum(np.rint(scaled), 1).astype(np.int32)
+    n, a = _scale(temperatures)
+    return np.maximum(np.rint(n * np.exp(logp * np.float32(a))), 1).astype(np.int32)
 
 
 def level_table(temperatures: tuple[float, ...]) -> Float[np.ndarray, " levels"]:
     """log p = log(level / N) / a of every level; that of 0 is never looked up."""
-    n = top_levels(temperatures)
-    levels = np.maximum(np.arange(n + 1), 1) / n
-    return (np.log(levels) / top_exponent(temperatures)).astype(np.float32)
+    n, a = _scale(temperatures)
+    return (np.log(np.maximum(np.arange(n + 1), 1) / n) / a).astype(np.float32)
 
 
 def half_steps(
     logp: Float[np.ndarray, "*shape"], temperatures: tuple[float, ...]
 ) -> Float[np.ndarray, "*shape"]:
     """By how much rounding to levels may have moved these log-probabilities, in nats."""
-    a = top_exponent(temperatures)
-    below = np.maximum(np.exp(a * logp.astype(np.float64)) - 0.5 / top_levels(temperatures), 1e-12)
+    n, a = _scale(temperatures)
+    below = np.maximum(np.exp(a * logp.astype(np.float64)) - 0.5 / n, 1e-12)
     return logp - np.log(below) / a
 
 
-def falls_of(
-    levels: Int[np.ndarray, " kept"],
-    sizes: Int[np.ndarray, " lists"],
-    temperatures: tuple[float, ...],
-) -> Int[np.ndarray, " kept"]:
+def _falls_of(levels: np.ndarray, sizes: np.ndarray, temperatures: tuple[float, ...]) -> np.ndarray:
     """By how much each level of a list is below the one before it, and the first below N."""
     before = np.concatenate([[0], levels])[: levels.size]
-    before[(np.cumsum(sizes) - sizes)[sizes > 0]] = top_levels(temperatures)
+    before[(np.cumsum(sizes) - sizes)[sizes > 0]] = _scale(temperatures)[0]
     return before - levels
 
 
@@ -78,12 +200,12 @@ def levels_of(
     sizes: Int[np.ndarray, " lists"],
     temperatures: tuple[float, ...],
 ) -> Int[np.ndarray, " kept"]:
-    """The inverse of `falls_of`."""
+    """The inverse: levels from how each falls from the one before it in its list."""
     below = np.cumsum(falls, dtype=np.int32)
     starts = np.cumsum(sizes) - sizes
     before = np.concatenate([[0], below])[starts].astype(np.int32)
     below -= np.repeat(before, sizes)
-    return np.subtract(top_levels(temperatures), below, out=below)
+    return np.subtract(_scale(temperatures)[0], below, out=below)
 
 
 def to_class_levels(log_mass: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:

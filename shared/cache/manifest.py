@@ -1,25 +1,176 @@
 """The cache's manifest: what it is, and the fingerprint of all that its values depend on.
 
-A cache may grow (more draws) but never mix: another fingerprint is refused with a diff.
+A cache may grow (more draws) but never mix: another fingerprint is refused with a diff. A manifest
+is read by every command and may come from anywhere: ranges are checked on building.
 """
 
+import dataclasses
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
-from shared.cache.fingerprint import Fingerprint, Name, differences
 from shared.cache.row import SCHEMA_VERSION, Layout
-from shared.cache.shards import Unit, finished_units
-from shared.cache.vocabulary import load_vocabulary
-from shared.settings.build import build, require, strict
+from shared.cache.shards import Unit, finished_units, load_vocabulary
+from shared.settings.build import build, require, strict, to_plain
+from shared.settings.config import MOST_CLASSES, CacheConfig
+from shared.settings.data import LengthConfig
 from shared.system.errors import TideError
 from shared.system.files import read_json, write_bytes
 
 MANIFEST = "manifest.json"
 _MOST_UNITS = 1_000_000
+Name = Annotated[str, StringConstraints(max_length=1000)]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+Size = Annotated[int, Field(ge=1, lt=1 << 26)]
+Temperature = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+
+
+class _Part:
+    def to_json(self) -> dict[str, Any]:
+        """As nested dicts. A field that has a default is written only where it differs from it."""
+        values = {}
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if value != field.default:
+                plain = value.to_json() if isinstance(value, _Part) else to_plain(value)
+                values[field.name] = plain
+        return values
+
+
+@strict
+class CachedTeacher(_Part):
+    name: Name
+    architecture: Name
+    attention: dict[str, str | int]
+    shift: bool
+    student_tokens: bool  # whether it reads the student's very ids
+    mask_id: TokenId
+    vocabulary: Size  # rows of its embedding
+    weights: Name
+    tokenizer: Name
+    template: str
+
+
+@strict
+class CachedStudent(_Part):
+    tokenizer: Name
+    template: str
+    mask_id: TokenId
+    mask_token: Name
+    vocabulary: Size
+
+
+@strict
+class CachedData(_Part):
+    content: Name
+    examples: Annotated[int, Field(ge=0, lt=1 << 50)]
+    shard_examples: Annotated[int, Field(ge=1)]
+    turns: tuple[Name, ...]
+    date: Name | None  # what the templates took for today; None where none of them asks
+    merged_from: tuple[dict[str, Any], ...] = ()
+
+
+@strict
+class CachedNoise(_Part):
+    """`NoiseConfig` without the number of draws: a cache may grow."""
+
+    seed: int
+    comp_demo: bool
+    demo_ratio: Annotated[float, Field(ge=0, le=1)]
+
+
+@strict
+class CachedTargets(_Part):
+    signals: Annotated[tuple[Literal["topk", "chunks"], ...], Field(min_length=1, max_length=2)]
+    k: Annotated[int, Field(ge=0, lt=1 << 26)]
+    mass: Annotated[float, Field(gt=0, le=1)]
+    temperatures: Annotated[tuple[Temperature, ...], Field(min_length=1, max_length=64)]  # rising
+    tail: Literal["prior", "student"]
+    classes: Annotated[int, Field(ge=1, le=MOST_CLASSES)]
+    classes_from: Name | None
+    pilot: Annotated[int, Field(ge=0)]
+    values: Literal["levels", "float32"]
+    positions: Literal["content", "response"] = "response"
+    teacher_text: Literal["student", "own"] = "student"
+    partial: bool = False
+    """Whether a teacher that reads the student's ids may have been read at fewer positions than are
+    masked: its text, with a prompt's unshared tokens spelled out, may be cut.
+    """
+
+
+@strict
+class CachedEngine(_Part):
+    type: Name
+    dtype: Name
+    quantization: Name | None
+
+
+@strict
+class Fingerprint(_Part):
+    """Two caches with the same fingerprint hold the same values, or parts of them."""
+
+    schema: int
+    teacher: CachedTeacher
+    student: CachedStudent
+    data: CachedData
+    lengths: LengthConfig
+    noise: CachedNoise
+    targets: CachedTargets
+    tables: Name | None
+    """Digest of the vocabulary's tables; None without top-k, or before they are made."""
+    engine: CachedEngine
+    pruned_from: dict[str, int] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        config: CacheConfig,
+        teacher: CachedTeacher,
+        student: CachedStudent,
+        data: CachedData,
+        classes_from: str | None = None,
+    ) -> "Fingerprint":
+        """From settings whose `auto`s are decided, and what was opened. The tables are made later.
+
+        `classes_from`: the digest of the checkpoint that `targets.classes_from` names.
+        """
+        noise, targets, engine = config.noise, config.targets, config.engine
+        # 1. what says nothing without a top-k, and what a teacher of other tokens has not
+        topk: dict[str, Any] = {"k": 0, "mass": 1.0, "tail": "student", "classes": 1, "pilot": 0}
+        if "topk" in targets.signals:
+            topk = {name: getattr(targets, name) for name in topk} | {"classes_from": classes_from}
+        same_tokens: dict[str, Any] = {}
+        if teacher.student_tokens:
+            own, content = targets.teacher_text == "own", targets.positions == "content"
+            partial = own or content or config.lengths.teacher < 2 * config.lengths.student
+            same_tokens = {"positions": targets.positions, "teacher_text": targets.teacher_text}
+            same_tokens["partial"] = partial
+        # 2. the rest as it is
+        return cls(
+            schema=SCHEMA_VERSION,
+            teacher=teacher,
+            student=student,
+            data=data,
+            lengths=config.lengths,
+            noise=CachedNoise(noise.seed, noise.comp_demo, noise.demo_ratio),
+            targets=CachedTargets(
+                signals=targets.signals,
+                temperatures=targets.stored_temperatures,
+                values=targets.values,
+                **{"classes_from": None, **topk, **same_tokens},
+            ),
+            tables=None,
+            engine=CachedEngine(engine.type, engine.dtype, engine.quantization),
+        )
+
+    @property
+    def digest(self) -> str:
+        """A short hash, by which shards and runs name their cache."""
+        return checksum_of(self.to_json())[:16]
 
 
 @strict
@@ -36,8 +187,8 @@ class Manifest:
 
     def __post_init__(self) -> None:
         size = f"{self.draws} draws of {self.parts} parts of {self.examples} examples"
-        require(self.parts <= self.examples, f"{size} are no cache")
-        require(self.parts > 0 or self.examples == 0, f"{size} are no cache")
+        fits = self.parts <= self.examples and (self.parts > 0 or self.examples == 0)
+        require(fits, f"{size} are no cache")
         require(self.draws * self.parts <= _MOST_UNITS, f"{size} are too many shards")
 
     @property
@@ -67,14 +218,9 @@ class Manifest:
         return Layout(targets.temperatures, targets.values, vocabulary, targets.partial)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "fingerprint": self.fingerprint.to_json(),
-            "draws": self.draws,
-            "parts": self.parts,
-            "examples": self.examples,
-            "schema_version": self.schema_version,
-            "sources": list(self.sources),
-        }
+        """As nested dicts, defaults and all."""
+        plain = {"fingerprint": self.fingerprint.to_json(), "sources": list(self.sources)}
+        return vars(self) | plain
 
     def save(self, cache: Path) -> None:
         """Write `manifest.json`, with a checksum over the rest; one that says the same stays."""
@@ -87,13 +233,14 @@ class Manifest:
 
 
 def checksum_of(values: dict[str, Any]) -> str:
-    """SHA-256 over everything that a manifest says, but its checksum."""
+    """SHA-256 over nested dicts, such as all that a manifest says but its checksum."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def load_manifest(cache: Path) -> Manifest:
-    """The manifest of a cache. TideError where there is none, or it is damaged or of another
-    version.
+    """The manifest of a cache.
+
+    TideError where there is none, or it is damaged or of another version.
     """
     path = cache / MANIFEST
     try:
@@ -110,16 +257,12 @@ def load_manifest(cache: Path) -> Manifest:
                 raise ValueError("it has values of the wrong type")
             return manifest
     except FileNotFoundError as error:
-        raise TideError(
-            f"{cache} is no cache: it has no {MANIFEST}",
-            fix="build one with `tide cache`, or check the path",
-        ) from error
+        fix = "build one with `tide cache`, or check the path"
+        raise TideError(f"{cache} is no cache: it has no {MANIFEST}", fix=fix) from error
     except (TypeError, ValueError, AttributeError, OSError) as error:
         problem = error.what if isinstance(error, TideError) else str(error)
-        raise TideError(
-            f"{path} is damaged: {problem[:500]}",
-            fix=f"delete {path} and run the same `tide cache` command again; shards are kept",
-        ) from error
+        fix = f"delete {path} and run the same `tide cache` command again; shards are kept"
+        raise TideError(f"{path} is damaged: {problem[:500]}", fix=fix) from error
     raise TideError(
         f"{cache} was written in schema version {version}",
         expected=f"version {SCHEMA_VERSION}",
@@ -127,24 +270,41 @@ def load_manifest(cache: Path) -> Manifest:
     )
 
 
-def refuse_unfinished(cache: Path, manifest: Manifest) -> None:
-    """TideError where a shard is not there yet."""
-    missing = sorted(set(manifest.units()) - set(finished_units(cache)))
+def refuse_unfinished(
+    cache: Path, manifest: Manifest, there: Collection[Unit] | None = None
+) -> None:
+    """TideError where a shard of the cache is not among those that are `there`: on disk."""
+    units = manifest.units()
+    missing = sorted(set(units).difference(finished_units(cache) if there is None else there))
     if missing:
         raise TideError(
-            f"{cache} lacks {len(missing)} of {len(manifest.units())} shards, the first is "
+            f"{cache} lacks {len(missing)} of {len(units)} shards, the first is "
             f"{missing[0].path(cache)}",
             expected="a finished cache",
             fix="run the same `tide cache` command again: it computes what is missing",
         )
 
 
-def check_fingerprint(cache: Path, old: Fingerprint, new: Fingerprint, purpose: str) -> None:
-    """Raise TideError with a diff where `new` differs from the fingerprint `old` of the cache."""
+def differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """Lines `place: old → new` for every leaf of two nested dicts that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in sorted({*old, *new}):
+            inner = f"{place}.{key}" if place else str(key)
+            lines += differences(old.get(key, "absent"), new.get(key, "absent"), inner)
+        return lines
+    return [] if old == new else [f"{place}: {json.dumps(old)} → {json.dumps(new)}"]
+
+
+def check_fingerprint(
+    cache: Path,
+    old: Fingerprint | Manifest,
+    new: Fingerprint | Manifest,
+    purpose: str,
+    fix: str = "give back the old settings, or choose another folder (--out)",
+) -> None:
+    """TideError with a diff where `new` differs from what the cache is, `old`."""
     lines = differences(old.to_json(), new.to_json())
     if lines:
-        raise TideError(
-            f"{cache} was made with other settings (cache → now):\n    " + "\n    ".join(lines),
-            expected=f"the settings of the cache, to {purpose}",
-            fix="give back the old settings, or choose another folder (--out)",
-        )
+        what = f"{cache} was made with other settings (cache → now):\n    " + "\n    ".join(lines)
+        raise TideError(what, expected=f"the settings of the cache, to {purpose}", fix=fix)

@@ -1,41 +1,44 @@
-"""Parquet shards (`draw=00/part-00000.parquet`), whole or absent, for any Parquet library."""
+"""A cache's files in Parquet, whole or absent, for any Parquet library.
+
+Shards (`draw=00/part-00000.parquet`) hold rows; `tables/` what is known of the vocabulary.
+"""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Float
 
-from shared.cache.columns import from_table, schema_for, to_table
-from shared.cache.parquet import read_parquet
-from shared.cache.row import CacheRow, Layout
+from shared.cache.levels import from_table, schema_for, to_table
+from shared.cache.row import CacheRow, Layout, Pilot, Vocabulary
 from shared.system.errors import TideError
-from shared.system.files import write_bytes
+from shared.system.files import atomic_file, write_bytes
 
-_COUNTS_KEY = b"tide.counts"
 CACHE = "cache"
-"""Among the counts: the digest of the manifest that a shard belongs to."""
+"""Among a shard's counts: the digest of the manifest that it belongs to."""
+TABLES = "tables"
+_COUNTS_KEY = b"tide.counts"
+_UNIT = re.compile(r"draw=([0-9]{2,9})/part-([0-9]{5,9})\.parquet")
+_VOCABULARY, _PILOT, _CENTROIDS = "vocabulary.parquet", "pilot.parquet", "centroids.parquet"
 _MEND = "delete this file and run the same `tide cache` again: it computes the missing shard only"
+_MEND_TABLES = "delete the folder `tables` and run the same `tide cache` again: it makes it anew"
 # Few, so that the dictionary of a group's token ids stays small and its indices short.
 _ROWS_PER_GROUP = 64
 # Parquet's own encodings, by what a column holds; token ids and names go by dictionary.
-_BY_DICTIONARY = ["example_id", "student_ids.list.element", "teacher_ids.list.element"]
-_DELTA = (
-    "spans",
-    "masked",
-    "read",
-    "teacher_masked",
-    "topk_sizes",
-    "chunk_student",
-    "chunk_teacher",
-)
-_SPLIT = (
-    "gold_logp", "logsumexp", "topk_ranks", "topk_logp", "tail_odds", "class_mass", "chunk_logp",
-)  # fmt: skip
+_BY_DICTIONARY: Any = ["example_id", "student_ids.list.element", "teacher_ids.list.element"]
+_ENCODINGS = {
+    **dict.fromkeys(("spans", "masked", "read", "teacher_masked"), "DELTA_BINARY_PACKED"),
+    **dict.fromkeys(("topk_sizes", "chunk_student", "chunk_teacher"), "DELTA_BINARY_PACKED"),
+    **dict.fromkeys(("gold_logp", "logsumexp", "topk_ranks", "topk_logp"), "BYTE_STREAM_SPLIT"),
+    **dict.fromkeys(("tail_odds", "class_mass", "chunk_logp"), "BYTE_STREAM_SPLIT"),
+}
 
 
 @dataclass(frozen=True, order=True)
@@ -52,48 +55,61 @@ class Unit:
     @classmethod
     def at(cls, path: Path) -> "Unit | None":
         """The unit whose shard has this name; None for any other file."""
-        numbers = (path.parent.name.removeprefix("draw="), path.stem.removeprefix("part-"))
-        if not all(n.isascii() and n.isdecimal() and len(n) < 10 for n in numbers):
-            return None
-        unit = cls(int(numbers[0]), int(numbers[1]))
-        return unit if unit.path(path.parent.parent) == path else None
+        numbers = _UNIT.fullmatch(f"{path.parent.name}/{path.name}")
+        unit = numbers and cls(int(numbers[1]), int(numbers[2]))
+        return unit if unit and unit.path(path.parent.parent) == path else None
 
 
 def finished_units(cache: Path) -> list[Unit]:
     """Units whose shards exist, in order."""
-    units = (Unit.at(path) for path in cache.glob("draw=*/part-*.parquet"))
+    units = map(Unit.at, cache.glob("draw=*/part-*.parquet"))
     return sorted(unit for unit in units if unit is not None)
 
 
-def write_options(layout: Layout) -> dict[str, Any]:
-    """For `pyarrow.parquet.write_table`."""
-    encodings, levels = {}, {}
-    for field in schema_for(layout):
-        name = field.name.removesuffix("_q")
-        column = f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
-        if name in _DELTA:
-            encodings[column] = "DELTA_BINARY_PACKED"
-        elif name in _SPLIT:
-            encodings[column] = "BYTE_STREAM_SPLIT"
-        # Split into byte streams there is nothing to match in these two: a higher level takes four
-        # times as long for 2 %.
-        levels[column] = 1 if name in ("topk_ranks", "topk_logp") else 9
-    return {
-        "compression": "zstd",
-        "compression_level": levels,
-        "use_dictionary": _BY_DICTIONARY,
-        "column_encoding": encodings,
-        "row_group_size": _ROWS_PER_GROUP,
-    }
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Write `table` atomically, with a checksum a page. TideError as `atomic_file`."""
+    with atomic_file(path) as handle:
+        pq.write_table(table, handle, compression="zstd", write_page_checksum=True)
+
+
+def read_parquet(path: Path, fix: str, content: bytes | None = None) -> pa.Table:
+    """The table in a file, whose bytes may be at hand (`content`).
+
+    TideError, with `fix`, where it is damaged.
+    """
+    source: Any = path if content is None else pa.BufferReader(content)
+    try:
+        return pq.ParquetFile(source, page_checksum_verification=True).read()
+    except Exception as error:  # a footer with a flipped bit leads the library anywhere
+        what = f"{path} cannot be read: {error!r:.300}"
+        raise TideError(what, expected="a whole Parquet file", fix=fix) from error
 
 
 def table_bytes(table: pa.Table, layout: Layout, counts: dict[str, Any]) -> bytes:
     """A shard's file as bytes, which depend on the content alone."""
     note = {_COUNTS_KEY: json.dumps(counts, sort_keys=True).encode()}
-    # A table that was read names the items of its lists in another way: the schema is our own.
-    table = pa.Table.from_arrays(table.columns, schema=schema_for(layout).with_metadata(note))
+    schema = schema_for(layout)
+    encodings, levels = {}, {}
+    for field in schema:
+        name = field.name.removesuffix("_q")
+        column = f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
+        if name in _ENCODINGS:
+            encodings[column] = _ENCODINGS[name]
+        # Split into byte streams there is nothing to match in these two: a higher level takes four
+        # times as long for 2 %.
+        levels[column] = 1 if name in ("topk_ranks", "topk_logp") else 9
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, write_page_checksum=True, **write_options(layout))
+    pq.write_table(
+        # A table that was read names the items of its lists in another way: the schema is our own.
+        pa.Table.from_arrays(table.columns, schema=schema.with_metadata(note)),
+        sink,
+        write_page_checksum=True,
+        compression="zstd",
+        compression_level=levels,
+        use_dictionary=_BY_DICTIONARY,
+        column_encoding=encodings,
+        row_group_size=_ROWS_PER_GROUP,
+    )
     return sink.getvalue().to_pybytes()
 
 
@@ -126,12 +142,13 @@ class Shard:
             raise TideError(f"shard {path} cannot be decoded: {error}", fix=_MEND) from error
 
 
-def read_table(path: Path, layout: Layout | None = None, content: bytes | None = None) -> Shard:
-    """Read a shard.
+def read_table(
+    path: Path, layout: Layout | None = None, content: bytes | None = None, cache: str | None = None
+) -> Shard:
+    """Read a shard, whose bytes may be at hand (`content`).
 
-    TideError where a page's checksum does not hold, or what it says of itself, or its columns.
-
-    `content`: the file's bytes, where they are at hand. With `layout` None any columns will do.
+    TideError where a page's checksum does not hold, or what it says of itself, or it has not the
+    columns of `layout`, or belongs to another manifest than that of the digest `cache`.
     """
     table = read_parquet(path, _MEND, content)
     if layout is not None and not table.schema.equals(schema_for(layout), check_metadata=False):
@@ -142,9 +159,8 @@ def read_table(path: Path, layout: Layout | None = None, content: bytes | None =
     for name, column in (("masked", "masked"), ("chunks", "chunk_logp")):
         if column in table.column_names:
             actual[name] = sum(len(chunk.values) for chunk in table.column(column).chunks)
-    unit = Unit.at(path)
-    draws: list[int] = []
-    if unit is not None:
+    draws = []
+    if unit := Unit.at(path):
         actual |= {"draw": unit.draw, "part": unit.part}
         draws = table.column("draw").unique().to_pylist() if "draw" in table.column_names else []
     try:
@@ -157,22 +173,16 @@ def read_table(path: Path, layout: Layout | None = None, content: bytes | None =
     if wrong:
         said = "its footer or its name says otherwise"
         raise TideError(f"shard {path}: {said} of {', '.join(wrong)} than it holds", fix=_MEND)
+    if cache is not None and counts.get(CACHE) != cache:
+        what = f"shard {path} belongs to another cache ({counts.get(CACHE)})"
+        expected = f"a shard of the cache {cache}, whose folder it lies in"
+        raise TideError(what, expected=expected, fix=_MEND)
     return Shard(table, {**counts, "rows": table.num_rows})
 
 
 def read_shard(path: Path, layout: Layout, content: bytes | None = None) -> list[CacheRow]:
     """All rows of a shard. TideError as `read_table`."""
     return read_table(path, layout, content).rows(path, layout)
-
-
-def refuse_other_cache(path: Path, counts: dict[str, Any], cache: str) -> None:
-    """TideError where the shard does not belong to the manifest whose digest is `cache`."""
-    if counts.get(CACHE) != cache:
-        raise TideError(
-            f"shard {path} belongs to another cache ({counts.get(CACHE)})",
-            expected=f"a shard of the cache {cache}, whose folder it lies in",
-            fix=_MEND,
-        )
 
 
 def column_bytes(content: bytes) -> Counter[str]:
@@ -185,3 +195,73 @@ def column_bytes(content: bytes) -> Counter[str]:
             name = column.path_in_schema.split(".")[0].removesuffix("_q")
             sizes[name] += column.total_compressed_size
     return sizes
+
+
+def save_tables(
+    folder: Path,
+    vocabulary: Vocabulary,
+    pilot: Pilot,
+    centroids: Float[np.ndarray, "classes width"],
+) -> None:
+    """Write what is known of the vocabulary, last the file that says that the rest is there."""
+
+    def lists(sizes: np.ndarray, values: np.ndarray) -> pa.ListArray:
+        ends = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+        return pa.ListArray.from_arrays(pa.array(ends), pa.array(values.reshape(-1)))
+
+    def rows(values: np.ndarray) -> pa.ListArray:
+        return lists(np.full(len(values), values.shape[1]), values)
+
+    sample = {
+        "topk_ids": lists(pilot.sizes, pilot.ids),
+        "topk_logp": lists(pilot.sizes, pilot.logp),
+        "tail_odds": rows(pilot.odds),
+    }
+    write_parquet(folder / _PILOT, pa.table(sample))
+    write_parquet(folder / _CENTROIDS, pa.table({"centroid": rows(centroids.astype(np.float32))}))
+    columns = {"class": vocabulary.class_of, "rank": vocabulary.rank_of}
+    columns |= {f"prior_{i}": prior for i, prior in enumerate(vocabulary.prior)}
+    write_parquet(folder / _VOCABULARY, pa.table({n: pa.array(v) for n, v in columns.items()}))
+
+
+def has_tables(cache: Path) -> bool:
+    """Whether the tables are there."""
+    return (cache / TABLES / _VOCABULARY).exists()
+
+
+def load_vocabulary(cache: Path, digest: str | None = None) -> Vocabulary:
+    """The table of the cache. TideError where it is damaged, or not the one of `digest`."""
+    path = cache / TABLES / _VOCABULARY
+    table = read_parquet(path, _MEND_TABLES)
+    try:
+        names = [name for name in table.column_names if name.startswith("prior_")]
+        prior = np.stack([table.column(name).to_numpy() for name in names])
+        class_of = table.column("class").to_numpy().astype(np.int32)
+        rank_of = table.column("rank").to_numpy().astype(np.int32)
+    except (KeyError, ValueError) as error:
+        raise TideError(f"{path} has other columns: {error}", fix=_MEND_TABLES) from error
+    vocabulary = Vocabulary(class_of, rank_of, prior)
+    if digest is not None and vocabulary.digest != digest:
+        raise TideError(
+            f"{path} is not the table that the shards were written with ({vocabulary.digest})",
+            expected=f"the table that the manifest names ({digest})",
+            fix=f"copy {path.parent} again from where the cache came from, or build it again",
+        )
+    return vocabulary
+
+
+def load_pilot(cache: Path) -> Pilot:
+    """The pilot sample. TideError where it is damaged."""
+    table = read_parquet(cache / TABLES / _PILOT, _MEND_TABLES)
+    names = ("topk_ids", "topk_logp", "tail_odds")
+    ids, logp, odds = (table.column(name).combine_chunks() for name in names)
+    sizes = np.diff(ids.offsets.to_numpy()).astype(np.int32)
+    tail = odds.values.to_numpy().reshape(len(sizes), -1)
+    return Pilot(sizes, ids.values.to_numpy(), logp.values.to_numpy(), tail)
+
+
+def load_centroids(cache: Path) -> Float[np.ndarray, "classes width"]:
+    """The classes' centres. TideError where they are damaged."""
+    table = read_parquet(cache / TABLES / _CENTROIDS, _MEND_TABLES)
+    column = table.column("centroid").combine_chunks()
+    return column.values.to_numpy().reshape(len(column), -1)

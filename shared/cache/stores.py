@@ -17,17 +17,11 @@ from tqdm import tqdm
 
 from shared.cache.ledger import LEDGER, Ledger, entry_of, load_ledger, save_ledger
 from shared.cache.manifest import MANIFEST, Manifest, check_fingerprint, load_manifest
-from shared.cache.shards import Unit, finished_units
-from shared.cache.vocabulary import TABLES, has_tables
+from shared.cache.shards import TABLES, Unit, finished_units, has_tables
 from shared.system.errors import TideError
 from shared.system.files import write_bytes
 
 _ERRORS = (OSError, ValueError, pa.ArrowException, ImportError)
-
-
-def is_remote(place: str) -> bool:
-    """Whether a path is the address of a store."""
-    return "://" in place
 
 
 def belongs_to_cache(name: str) -> bool:
@@ -40,6 +34,10 @@ def belongs_to_cache(name: str) -> bool:
     kinds = {"student_tokenizer": "", "teacher_tokenizer": "", TABLES: ".parquet"}
     folder = path.parts[0]
     return Unit.at(Path(name)) is not None or (folder in kinds and name.endswith(kinds[folder]))
+
+
+def _name(unit: Unit) -> str:
+    return unit.path(Path()).as_posix()
 
 
 @dataclass(frozen=True)
@@ -57,12 +55,7 @@ class Store:
     def open(cls, url: str) -> "Store":
         """TideError where the address cannot be understood, or what it needs is not installed."""
         try:
-            if url.startswith("hf://"):
-                from huggingface_hub import HfFileSystem
-
-                files = pafs.PyFileSystem(pafs.FSSpecHandler(HfFileSystem()))
-                return cls(files, url.removeprefix("hf://"), url)
-            address = url if is_remote(url) else Path(url).absolute().as_uri()
+            address = url if "://" in url else str(Path(url).absolute())
             files, root = pafs.FileSystem.from_uri(address)
         except _ERRORS as error:
             raise TideError(
@@ -79,14 +72,12 @@ class Store:
             raise TideError(f"{name!r} is no file of a cache")
         try:
             yield f"{self.root}/{name}".rstrip("/")
+        except TideError:
+            raise
         except _ERRORS as error:
-            if isinstance(error, TideError):
-                raise
-            raise TideError(
-                f"{self.url}/{name}: {error}",
-                fix="check the address, the credentials and the network, and run the same command "
-                "again; what is finished is kept",
-            ) from error
+            fix = "check the address, the credentials and the network, and run the same command "
+            fix += "again; what is finished is kept"
+            raise TideError(f"{self.url}/{name}: {error}", fix=fix) from error
 
     def sizes(self) -> dict[str, int]:
         """The cache's files that are there, in order, with their bytes."""
@@ -114,6 +105,10 @@ class Store:
                 with self.files.open_output_stream(path) as stream:
                     stream.write(content)
 
+    def _bring(self, cache: Path, *names: str) -> None:
+        for name in names:
+            write_bytes(cache / name, self.read(name))
+
     def manifest(self, cache: Path | None = None) -> Manifest:
         """The store's manifest. TideError where there is none, or `cache` has another's."""
         if MANIFEST not in self.sizes():
@@ -127,10 +122,6 @@ class Store:
             check_fingerprint(cache, old, manifest.fingerprint, purpose)
         return manifest
 
-    def _bring(self, cache: Path, *names: str) -> None:
-        for name in names:
-            write_bytes(cache / name, self.read(name))
-
     def bring(self, cache: Path) -> None:
         """For training: all but the shards.
 
@@ -139,9 +130,9 @@ class Store:
         manifest = self.manifest(cache)
         there = (cache / LEDGER).exists() and (cache / MANIFEST).exists()
         if not there or load_manifest(cache) != manifest:  # it may have grown
-            small = [name for name in self.sizes() if Unit.at(Path(name)) is None]
             last = (LEDGER, MANIFEST)
-            self._bring(cache, *(name for name in small if name not in last), *last)
+            small = [n for n in self.sizes() if n not in last and Unit.at(Path(n)) is None]
+            self._bring(cache, *small, *last)
 
     def bring_manifest(self, cache: Path) -> None:
         """For stage one: the store's manifest and tables, to a folder that has none."""
@@ -166,11 +157,11 @@ class Store:
         small = [*sorted(cache.glob("*_tokenizer/*")), *sorted(cache.glob(f"{TABLES}/*.parquet"))]
         for path in [*small, cache / MANIFEST]:
             self.put(path.relative_to(cache).as_posix(), path.read_bytes())
-        return frozenset(u for name in sizes if (u := Unit.at(Path(name))) is not None)
+        return frozenset(unit for name in sizes if (unit := Unit.at(Path(name))))
 
     def put_shard(self, cache: Path, unit: Unit) -> None:
         """Copy a finished shard."""
-        self.put(unit.path(Path()).as_posix(), unit.path(cache).read_bytes())
+        self.put(_name(unit), unit.path(cache).read_bytes())
 
     def push(self, cache: Path, manifest: Manifest, ledger: Ledger) -> int:
         """Copy what the store lacks of `cache`; how many shards it has now.
@@ -181,21 +172,19 @@ class Store:
         self.begin(cache, manifest)
         sizes = self.sizes()
         for unit in tqdm(finished_units(cache), unit="shard", desc="push"):
-            name = unit.path(Path()).as_posix()
-            if unit in ledger and sizes.get(name) != ledger[unit].bytes:
+            if unit in ledger and sizes.get(_name(unit)) != ledger[unit].bytes:
                 ledger[unit].check(unit.path(cache), unit.path(cache).read_bytes())
                 self.put_shard(cache, unit)
         # 2. once all are there, the ledger; what others wrote is read for it, and so checked
-        sizes = self.sizes()
-        names = {unit: unit.path(Path()).as_posix() for unit in manifest.units()}
-        there = [unit for unit in names if names[unit] in sizes]
-        if len(there) == len(names):
-            whole = dict(ledger)
-            for unit in tqdm([u for u in there if u not in ledger], unit="shard", desc="ledger"):
-                path = Path(self.url) / names[unit]
-                whole[unit] = entry_of(path, self.read(names[unit]), manifest)
+        sizes, units = self.sizes(), manifest.units()
+        there = [unit for unit in units if _name(unit) in sizes]
+        if len(there) == len(units):
+            whole = {unit: ledger[unit] for unit in there if unit in ledger}
+            for unit in tqdm([u for u in there if u not in whole], unit="shard", desc="ledger"):
+                name = _name(unit)
+                whole[unit] = entry_of(Path(self.url) / name, self.read(name), manifest)
             with tempfile.TemporaryDirectory(prefix="tide-ledger-") as folder:
-                save_ledger(Path(folder), manifest, {unit: whole[unit] for unit in there})
+                save_ledger(Path(folder), manifest, whole)
                 self.put(LEDGER, (Path(folder) / LEDGER).read_bytes())
         return len(there)
 
@@ -211,27 +200,25 @@ class Store:
             with tempfile.TemporaryDirectory(prefix="tide-ledger-") as folder:
                 self._bring(Path(folder), LEDGER)
                 ledger = load_ledger(Path(folder), manifest)
-        needed = [unit.path(Path()).as_posix() for unit in ledger]
-        needed.append("student_tokenizer/tokenizer.json")
+        needed = [*map(_name, ledger), "student_tokenizer/tokenizer.json"]
         if not manifest.shared_tokenizer:
             needed.append("teacher_tokenizer/tokenizer.json")
         if manifest.fingerprint.tables is not None:
             needed.append(f"{TABLES}/vocabulary.parquet")
         lost = [name for name in needed if name not in sizes]
         if lost:
-            raise TideError(
-                f"{self.url} lacks {len(lost)} files of the cache, the first is {lost[0]}",
-                fix="push it again (`tide push`) from where it was made: it writes what is missing",
-            )
+            fix = "push it again (`tide push`) from where it was made: it writes what is missing"
+            what = f"{self.url} lacks {len(lost)} files of the cache, the first is {lost[0]}"
+            raise TideError(what, fix=fix)
         # 2. shards are checked by the ledger, or in an unfinished cache by their own checksums
         last = [name for name in (LEDGER, MANIFEST) if name in sizes]
         missing = [name for name in sizes if not (cache / name).exists()]
         for name in tqdm([n for n in missing if n not in last], unit="file", desc="pull"):
-            content, unit = self.read(name), Unit.at(Path(name))
+            content, unit, path = self.read(name), Unit.at(Path(name)), Path(self.url) / name
             if unit in ledger:
-                ledger[unit].check(Path(self.url) / name, content)
+                ledger[unit].check(path, content)
             elif unit is not None:
-                entry_of(Path(self.url) / name, content, manifest)
+                entry_of(path, content, manifest)
             write_bytes(cache / name, content)
         # 3. at the end, what says that the rest is there
         self._bring(cache, *last)

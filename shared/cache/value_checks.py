@@ -1,44 +1,48 @@
 """Does a shard say what a shard can? Every value's range, order and fit with the others.
 
 Checksums tell that bytes are what was written; this tells that what was written can be trained on.
-`tide verify` reports what is found here, and training refuses it. A rule is a column, a check of
-the whole column, and a sentence; they are tried in order, since later ones lean on earlier ones.
+`tide verify` reports what is found here, and training refuses it. A rule is a column, whether it
+holds, and a sentence; they are tried in order, since later ones lean on earlier ones.
 """
 
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from shared.cache.columns import column_name
 from shared.cache.levels import (
     CLASS_LEVELS,
     GOLD_STEPS,
     LARGEST_ODDS,
     ODDS_STEPS,
+    column_name,
     level_table,
     levels_of,
-)
+)  # fmt: skip
 from shared.cache.manifest import Manifest
 from shared.cache.row import Layout
 from shared.diffusion.noise import TIME_EPSILON
 
 VERSION = 3
 """Raised when a rule is added: caches that passed before are looked at again."""
-Truth = bool | np.bool_
+Rule = tuple[str, bool | np.bool_, str]
 _NEAR_ZERO = 1e-3  # nats by which rounding may lift a log-probability above 0
 _MASS_SLACK = 0.03  # by how much rounding may move a top-k's mass
+_TOPK = ("topk_sizes", "topk_ranks", "topk_logp", "tail_odds")
+_CHUNKS = ("chunk_student", "chunk_teacher", "chunk_logp")
+_NO_SPANS = "are not spans in order, apart, inside of the tokens"
+_NO_POSITIONS = "are not rising positions inside of the tokens"
 
 
 class Column:
-    """A list column of a shard: flat values, and for each the row that it is of."""
+    """A list column of a shard: flat values, how many each row has, and for each value its row."""
 
     def __init__(self, column: pa.ListArray) -> None:
-        self.offsets = column.offsets.to_numpy().astype(np.int64)
-        values = column.values.to_numpy(zero_copy_only=False)
-        self.values = values[self.offsets[0] : self.offsets[-1]]
-        self.sizes = np.diff(self.offsets)
+        offsets = column.offsets.to_numpy().astype(np.int64)
+        self.values = column.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
+        self.sizes = np.diff(offsets)
         self.owner = np.repeat(np.arange(self.sizes.size), self.sizes)
 
     def rises(self, by: int) -> bool:
@@ -46,246 +50,178 @@ class Column:
         step = np.diff(self.values.astype(np.int64))
         return bool((step[np.diff(self.owner) == 0] >= by).all())
 
+    def are_positions(self, lengths: np.ndarray) -> bool:
+        """Whether they are places in rows of these lengths, in order."""
+        inside = self.values.min(initial=0) >= 0 and (self.values < lengths[self.owner]).all()
+        return bool(inside) and self.rises(1)
 
-class Columns:
-    """A shard's columns, with what they are measured by."""
+    def are_spans(self, lengths: np.ndarray) -> bool:
+        """Whether they are pairs of start and end in rows of these lengths, in order and apart."""
+        if (self.sizes % 2).any() or not self.rises(0):
+            return False
+        start, end = self.values.reshape(-1, 2).T
+        inside = start.min(initial=0) >= 0 and (end <= lengths[self.owner[::2]]).all()
+        return bool(inside and (start < end).all())
 
-    def __init__(self, table: pa.Table, layout: Layout, manifest: Manifest) -> None:
-        self.table, self.layout, self.known = table, layout, manifest.fingerprint
-        self.exact, self.hot = layout.values == "float32", len(layout.temperatures)
-        self.opened: dict[str, Column] = {}
-
-    def nulls(self, name: str) -> int:
-        """How many rows have no value in the column; all where there is no such column."""
-        column = column_name(name, self.layout)
-        held = column in self.table.column_names
-        return self.table.column(column).null_count if held else self.table.num_rows
-
-    def __getitem__(self, name: str) -> Column:
-        if name not in self.opened:
-            column = self.table.column(column_name(name, self.layout))
-            self.opened[name] = Column(column.combine_chunks())
-        return self.opened[name]
-
-    @cached_property
-    def student(self) -> tuple[np.ndarray, Column]:
-        """The rows' lengths in the student's tokens, and the positions that it sees masked."""
-        return self["student_ids"].sizes, self["masked"]
-
-    @cached_property
-    def asked(self) -> Column:
-        """The student's positions at which a teacher of the same tokenizer was read."""
-        return self["read" if self.layout.partial else "masked"]
-
-    @cached_property
-    def teacher(self) -> tuple[np.ndarray, Column]:
-        """The rows' lengths in the teacher's tokens, and the positions at which it was read.
-
-        A row where the teacher has no tokens of its own is read in the student's.
-        """
-        ids, own = self.table.column("teacher_ids").combine_chunks(), self["teacher_masked"]
-        present = ids.is_valid().to_numpy(zero_copy_only=False)
-        if not present.any():
-            return self.student[0], self.asked
-        if present.all():
-            return self["teacher_ids"].sizes, own
-        rows = []
-        for i, mine in enumerate(present):
-            places = own if mine else self.asked
-            rows.append(places.values[places.owner == i].tolist())
-        lengths = np.where(present, self["teacher_ids"].sizes, self.student[0])
-        return lengths, Column(pa.array(rows, pa.list_(pa.int32())))
-
-    def side(self, name: str) -> tuple[np.ndarray, Column]:
-        """Lengths and masked positions of the side that a column is of."""
-        return self.teacher if "teacher" in name else self.student
-
-    @cached_property
-    def odds(self) -> np.ndarray:
-        """The tail's log-odds, (positions, temperatures)."""
-        stored = self["tail_odds"].values.astype(np.float64)
-        return (stored if self.exact else stored / ODDS_STEPS).reshape(-1, self.hot)
-
-    @cached_property
-    def logp(self) -> np.ndarray:
-        """log p of all lists; NaN where a level is none."""
-        stored, temperatures = self["topk_logp"].values, self.layout.temperatures
-        if self.exact:
-            return stored
-        levels = levels_of(stored, self["topk_sizes"].values, temperatures)
-        table = level_table(temperatures)
-        known = (levels >= 1) & (levels < table.size)
-        return np.where(known, table[np.where(known, levels, 1)], np.nan)
-
-    def masked_in(self, name: str) -> np.ndarray:
-        """How many masked positions each span of a column holds."""
-        spans, (lengths, masked) = self[name], self.side(name)
-        base = np.concatenate([[0], np.cumsum(lengths)])  # where each row's tokens begin
-        marks = np.zeros(base[-1] + 1, np.int64)
+    def masked_in(self, lengths: np.ndarray, masked: "Column") -> np.ndarray:
+        """How many masked positions each span holds."""
+        base = np.cumsum(lengths) - lengths  # where each row begins
+        marks = np.zeros(lengths.sum() + 1, np.int64)
         marks[base[masked.owner] + masked.values + 1] = 1
         before = np.cumsum(marks)  # masked positions before each token
-        pairs = spans.values.reshape(-1, 2) + base[spans.owner[::2]][:, None]
+        pairs = self.values.reshape(-1, 2) + base[self.owner[::2]][:, None]
         return before[pairs[:, 1]] - before[pairs[:, 0]]
 
 
-def _there(c: Columns, name: str) -> Truth:
-    topk, chunks = "topk" in c.known.targets.signals, "chunks" in c.known.targets.signals
-    if name in ("teacher_ids", "teacher_masked"):
-        ids, masked = c.nulls("teacher_ids"), c.nulls("teacher_masked")
-        return ids == masked and (c.known.teacher.student_tokens or ids == 0)
-    match name.partition("_")[0]:
-        case "read":
-            wanted = c.layout.partial
-        case "chunk":
-            wanted = chunks
-        case "class":
-            wanted = topk and c.layout.classes > 1
-        case _:
-            wanted = topk
-    return c.nulls(name) == (0 if wanted else c.table.num_rows)
+def problem_in(table: pa.Table, layout: Layout, manifest: Manifest) -> str | None:
+    """What is wrong with a shard's values, in words: the first rule that is broken, or nothing."""
+    for name, holds, sentence in _rules(table, layout, manifest) if table.num_rows else ():
+        if not holds:
+            return f"{name} {sentence}"
+    return None
 
 
-def _spans(c: Columns, name: str) -> Truth:
-    spans, (lengths, _) = c[name], c.side(name)
-    if (spans.sizes % 2).any() or not spans.rises(0):
-        return False
-    start, end = spans.values.reshape(-1, 2).T
-    return (
-        start.min(initial=0) >= 0
-        and (start < end).all()
-        and (end <= lengths[spans.owner[::2]]).all()
-    )
+def _rules(table: pa.Table, layout: Layout, manifest: Manifest) -> Iterator[Rule]:
+    yield from _row_rules(table, layout, manifest)
+    known, own = manifest.fingerprint, table.column("teacher_ids").is_valid().to_numpy()
+    student_tokens, topk = known.teacher.student_tokens, "topk" in known.targets.signals
 
+    @cache
+    def column(name: str) -> Column:
+        return Column(table.column(column_name(name, layout)).combine_chunks())
 
-def _positions(c: Columns, name: str) -> Truth:
-    lengths, places = c.side(name)[0], c.teacher[1] if name == "teacher_masked" else c[name]
-    inside = places.values.min(initial=0) >= 0 and (places.values < lengths[places.owner]).all()
-    return inside and places.rises(1)
-
-
-def _read_is_masked(c: Columns, name: str) -> Truth:
-    read, (lengths, masked) = c[name], c.student
+    # 1. tokens, and where they are masked
+    for name, side in (("student_ids", known.student), ("teacher_ids", known.teacher)):
+        ids = column(name).values
+        inside = ids.min(initial=0) >= 0 and ids.max(initial=0) < side.vocabulary
+        yield name, inside, "holds an id outside of the vocabulary"
+    lengths, most = column("student_ids").sizes, known.lengths.student + known.lengths.block
+    fits = lengths.min() > 0 and lengths.max() <= most
+    yield "student_ids", fits, "has a row without tokens, or with more than lengths.student allows"
+    spans, masked = column("spans"), column("masked")
+    yield "spans", spans.are_spans(lengths), _NO_SPANS
+    yield "masked", masked.are_positions(lengths), _NO_POSITIONS
+    asked = column("read") if layout.partial else masked
+    yield "read", asked.are_positions(lengths), _NO_POSITIONS
+    # A row where the teacher has no tokens of its own is read in the student's.
+    teacher_lengths, read = np.where(own, column("teacher_ids").sizes, lengths), asked
+    if own.any():
+        of_student = table.column("read" if layout.partial else "masked")
+        places = pc.call_function("coalesce", [table.column("teacher_masked"), of_student])
+        read = Column(places.combine_chunks())
+    yield "teacher_masked", read.are_positions(teacher_lengths), _NO_POSITIONS
+    of_row = np.bincount(spans.owner[::2], spans.masked_in(lengths, masked), table.num_rows)
+    yield "masked", (of_row == masked.sizes).all(), "holds a position outside of the spans"
     base = np.cumsum(lengths) - lengths
-    return np.isin(base[read.owner] + read.values, base[masked.owner] + masked.values).all()
+    among = np.isin(base[asked.owner] + asked.values, base[masked.owner] + masked.values)
+    yield "read", among.all(), "holds a position that is not masked"
+
+    # 2. what is kept of the teacher, position by position
+    one_each = "does not have one value a position that the teacher read"
+    for name in ("split", "gold_logp", "logsumexp", *(["topk_sizes"] if topk else [])):
+        yield name, (column(name).sizes == read.sizes).all(), one_each
+    split, gold = column("split"), column("gold_logp").values
+    all_asked = not student_tokens or (split.sizes == asked.sizes).all()
+    yield "split", all_asked, "has another number of positions than the student's"
+    in_demo = known.noise.comp_demo or not split.values.any()
+    yield "split", in_demo, "is set in a cache without CompDemo"
+    for name in ("gold_logp", "logsumexp", "chunk_logp"):
+        yield name, np.isfinite(column(name).values).all(), "has values that are not finite"
+    logp = gold if layout.values == "float32" else gold / -GOLD_STEPS
+    yield "gold_logp", logp.max(initial=0) <= _NEAR_ZERO, "is above 0"
+    if topk:
+        yield from _topk_rules(column, layout, known.targets.k)
+
+    # 3. chunks, masked whole on both sides
+    chunk_logp = column("chunk_logp")
+    yield "chunk_logp", chunk_logp.values.max(initial=0) <= _NEAR_ZERO, "is above 0"
+    sides = (("chunk_student", lengths, masked), ("chunk_teacher", teacher_lengths, read))
+    for name, side_lengths, places in sides:
+        chunks = column(name)
+        yield name, chunks.are_spans(side_lengths), _NO_SPANS
+        counted = (chunks.sizes == 2 * chunk_logp.sizes).all()
+        yield name, counted, "does not have one span a likelihood"
+        tokens = np.diff(chunks.values.reshape(-1, 2), axis=1)[:, 0]
+        whole = (chunks.masked_in(side_lengths, places) == tokens).all()
+        yield name, whole, "has a chunk that is not masked whole"
 
 
-def _shared_ids(c: Columns, name: str) -> Truth:
-    vocabulary, ranks = c.layout.vocabulary, c[name].values
-    if (
-        vocabulary is None
-        or ranks.min(initial=0) < 0
-        or ranks.max(initial=0) >= vocabulary.rank_of.size
-    ):
-        return False
-    return vocabulary.shared[vocabulary.ids_by_rank[ranks]].all()
+def _row_rules(table: pa.Table, layout: Layout, manifest: Manifest) -> Iterator[Rule]:
+    """Optional columns are there where the manifest says so, and each row is one that may be."""
+    signals, rows = manifest.signals, table.num_rows
+    wanted = {"read": layout.partial, "class_mass": "topk" in signals and layout.classes > 1}
+    wanted |= dict.fromkeys(_TOPK, "topk" in signals) | dict.fromkeys(_CHUNKS, "chunks" in signals)
+    unlike = "is missing, or there, unlike the manifest says"
+    for name, there in wanted.items():
+        stored = column_name(name, layout)
+        nulls = table.column(stored).null_count if stored in table.column_names else rows
+        yield name, nulls == (0 if there else rows), unlike
+    own = table.column("teacher_ids").is_valid()
+    agree = own.equals(table.column("teacher_masked").is_valid())
+    yield "teacher_ids", agree and (manifest.shared_tokenizer or own.to_numpy().all()), unlike
+    t = table.column("t").to_numpy()
+    in_time = t.min() >= 0.999 * np.float32(TIME_EPSILON) and t.max() <= 1
+    yield "t", in_time, f"has a time outside of [{TIME_EPSILON}, 1]"
+    yield "example_id", len(table.column("example_id").unique()) == rows, "has an example twice"
 
 
-def _each_id_once(c: Columns, name: str) -> Truth:
-    sizes = c["topk_sizes"].values
+def _topk_rules(column: Callable[[str], Column], layout: Layout, k: int) -> Iterator[Rule]:
+    """Lists of shared ids, each once, that fall, and have the mass that their tail leaves."""
+    exact, vocabulary = layout.values == "float32", layout.vocabulary
+    temperatures, hot = layout.temperatures, len(layout.temperatures)
+    lists, ranks = column("topk_sizes"), column("topk_ranks").values
+    sizes = lists.values
+    # 1. as many entries as are said, of shared ids
+    fit = sizes.min(initial=1) >= 1 and sizes.max(initial=1) <= k
+    yield "topk_sizes", fit, "has a list that is empty, or longer than k"
+    of_row = np.bincount(lists.owner, sizes, lists.sizes.size)
+    for name in ("topk_ranks", "topk_logp"):
+        as_many = (of_row == column(name).sizes).all()
+        yield name, as_many, "does not have as many entries as topk_sizes says"
+    smallest, largest, shared = ranks.min(initial=0), ranks.max(initial=0), False
+    if vocabulary is not None and 0 <= smallest <= largest < vocabulary.rank_of.size:
+        shared = vocabulary.shared[vocabulary.ids_by_rank[ranks]].all()
+    yield "topk_ranks", shared, "holds an id that student and teacher do not share"
     # A rectangle, a list a row; what a list lacks is filled with numbers that are all different.
     width = sizes.max(initial=1)
     square = np.broadcast_to(-1 - np.arange(width, dtype=np.int32), (sizes.size, width)).copy()
-    square[np.arange(width) < sizes[:, None]] = c[name].values
+    square[np.arange(width) < sizes[:, None]] = ranks
     square.sort(axis=1)
-    return not (square[:, 1:] == square[:, :-1]).any()
-
-
-def _falling(c: Columns, _: str) -> Truth:
-    sizes = c["topk_sizes"].values
-    same_list = np.diff(np.repeat(np.arange(sizes.size), sizes)) == 0
-    falls = (np.diff(c.logp)[same_list] <= 0).all()
-    return np.isfinite(c.logp).all() and c.logp.max(initial=0) <= _NEAR_ZERO and falls
-
-
-def _mass_is_one(c: Columns, _: str) -> Truth:
-    ends = np.concatenate([[0.0], np.cumsum(np.exp(c.logp), dtype=np.float64)])
-    mass = np.diff(ends[np.concatenate([[0], np.cumsum(c["topk_sizes"].values)])])
-    tail = 1 / (1 + np.exp(-c.odds[:, c.layout.temperatures.index(1.0)]))
-    return (np.abs(mass + tail - 1) <= _MASS_SLACK).all()
-
-
-def _classes_make_the_tail(c: Columns, name: str) -> Truth:
-    tail = 1 / (1 + np.exp(-c.odds))
-    stored = c[name].values.reshape(*c.odds.shape, c.layout.classes)
-    if c.exact:
-        return (np.abs(np.exp(np.minimum(stored, 1.0)).sum(axis=2) - tail) <= 1e-3).all()
-    # Rounding moves a root of mass by half a level; by Cauchy-Schwarz the root of the sum by this.
-    root = np.sqrt((stored.astype(np.float32) ** 2).sum(axis=2)) / CLASS_LEVELS
-    slack = np.sqrt(c.layout.classes) * 0.5 / CLASS_LEVELS + 1e-3
-    return (np.abs(root - np.sqrt(tail)) <= slack).all()
-
-
-_OPTIONAL = (
-    "read teacher_ids teacher_masked topk_sizes topk_ranks topk_logp tail_odds class_mass "
-    "chunk_student chunk_teacher chunk_logp"
-)
-_RULES: tuple[tuple[str, Callable[[Columns, str], Truth], str], ...] = (
-    (_OPTIONAL, _there, "is missing, or there, unlike the manifest says"),
-    # Who a row is, and where it is masked.
-    ("t", lambda c, n: c.table[n].to_numpy().min() >= 0.999 * np.float32(TIME_EPSILON)
-        and c.table[n].to_numpy().max() <= 1, f"has a time outside of [{TIME_EPSILON}, 1]"),
-    ("example_id", lambda c, n: len(c.table[n].unique()) == len(c.table[n]),
-        "has an example twice"),
-    ("student_ids teacher_ids", lambda c, n: c[n].values.min(initial=0) >= 0
-        and c[n].values.max(initial=0) < getattr(c.known, n[:7]).vocabulary,
-        "holds an id outside of the vocabulary"),
-    ("student_ids", lambda c, n: c[n].sizes.min() > 0
-        and c[n].sizes.max() <= c.known.lengths.student + c.known.lengths.block,
-        "has a row without tokens, or with more than lengths.student allows"),
-    ("spans", _spans, "are not spans in order, apart, inside of the tokens"),
-    ("masked read teacher_masked", _positions, "are not rising positions inside of the tokens"),
-    ("masked", lambda c, n: (np.bincount(c["spans"].owner[::2], c.masked_in("spans"),
-        len(c[n].sizes)) == c[n].sizes).all(), "holds a position outside of the spans"),
-    ("read", _read_is_masked, "holds a position that is not masked"),
-    # What is kept of the teacher, position by position.
-    ("split gold_logp logsumexp topk_sizes", lambda c, n: (c[n].sizes == c.teacher[1].sizes).all(),
-        "does not have one value a position that the teacher read"),
-    ("split", lambda c, n: not c.known.teacher.student_tokens
-        or (c[n].sizes == c.asked.sizes).all(),
-        "has another number of positions than the student's"),
-    ("split", lambda c, n: c.known.noise.comp_demo or not c[n].values.any(),
-        "is set in a cache without CompDemo"),
-    ("gold_logp logsumexp chunk_logp", lambda c, n: np.isfinite(c[n].values).all(),
-        "has values that are not finite"),
-    ("gold_logp", lambda c, n: (c[n].values if c.exact else c[n].values / -GOLD_STEPS
-        ).max(initial=0) <= _NEAR_ZERO, "is above 0"),
-    # Lists of shared ids, each once, that fall, and have the mass that their tail leaves.
-    ("topk_sizes", lambda c, n: c[n].values.min(initial=1) >= 1
-        and c[n].values.max(initial=1) <= c.known.targets.k,
-        "has a list that is empty, or longer than k"),
-    ("topk_ranks topk_logp", lambda c, n: (np.bincount(c["topk_sizes"].owner,
-        c["topk_sizes"].values, len(c[n].sizes)) == c[n].sizes).all(),
-        "does not have as many entries as topk_sizes says"),
-    ("topk_ranks", _shared_ids, "holds an id that student and teacher do not share"),
-    ("topk_ranks", _each_id_once, "has an id twice in a list"),
-    ("topk_logp", _falling, "does not fall from at most 0 along a list, or is not finite"),
-    ("tail_odds", lambda c, n: (c[n].sizes == c["split"].sizes * c.hot).all(),
-        "does not have one value a position and temperature"),
-    ("tail_odds", lambda c, _: (np.abs(c.odds) <= LARGEST_ODDS).all(),
-        f"lies outside of ±{LARGEST_ODDS:g}"),
-    ("tail_odds", _mass_is_one, "and the list's mass at T = 1 do not add up to 1"),
-    ("tail_odds", lambda c, _: (np.diff(c.odds, axis=1) >= -0.02).all(),
-        "has less mass at a hotter temperature"),
-    ("class_mass", lambda c, n: (c[n].sizes == c["split"].sizes * c.hot * c.layout.classes).all(),
-        "does not have one value a position, temperature and class"),
-    ("class_mass", _classes_make_the_tail, "does not add up to the tail"),
-    # Chunks, masked whole on both sides.
-    ("chunk_logp", lambda c, n: c[n].values.max(initial=0) <= _NEAR_ZERO, "is above 0"),
-    ("chunk_student chunk_teacher", _spans, "are not spans in order, apart, inside of the tokens"),
-    ("chunk_student chunk_teacher", lambda c, n: (c[n].sizes == 2 * c["chunk_logp"].sizes).all(),
-        "does not have one span a likelihood"),
-    ("chunk_student chunk_teacher", lambda c, n: (c.masked_in(n)
-        == np.diff(c[n].values.reshape(-1, 2), axis=1)[:, 0]).all(),
-        "has a chunk that is not masked whole"),
-)  # fmt: skip
-
-
-def problems_in(table: pa.Table, layout: Layout, manifest: Manifest) -> list[str]:
-    """What is wrong with a shard's values, in words: the first rule that is broken, or nothing."""
-    columns = Columns(table, layout, manifest)
-    for names, holds, sentence in _RULES:
-        for name in names.split() if table.num_rows else ():
-            applies = holds is _there or columns.nulls(name) < table.num_rows
-            if applies and not holds(columns, name):
-                return [f"{name} {sentence}"]
-    return []
+    yield "topk_ranks", (square[:, 1:] != square[:, :-1]).all(), "has an id twice in a list"
+    # 2. log p falls from at most 0
+    logp = column("topk_logp").values
+    if not exact:
+        levels, table = levels_of(logp, sizes, temperatures), level_table(temperatures)
+        known = (levels >= 1) & (levels < table.size)
+        logp = np.where(known, table[np.where(known, levels, 1)], np.nan)
+    owner = np.repeat(np.arange(sizes.size), sizes)
+    falls = np.isfinite(logp).all() and (np.diff(logp)[np.diff(owner) == 0] <= 0).all()
+    falls = falls and logp.max(initial=0) <= _NEAR_ZERO
+    yield "topk_logp", falls, "does not fall from at most 0 along a list, or is not finite"
+    # 3. the tail: (positions, temperatures)
+    stored = column("tail_odds")
+    each = (stored.sizes == lists.sizes * hot).all()
+    yield "tail_odds", each, "does not have one value a position and temperature"
+    odds = stored.values.reshape(-1, hot).astype(np.float64) / (1 if exact else ODDS_STEPS)
+    yield "tail_odds", (np.abs(odds) <= LARGEST_ODDS).all(), f"lies outside of ±{LARGEST_ODDS:g}"
+    tail = 1 / (1 + np.exp(-odds))
+    mass = np.bincount(owner, np.exp(logp), sizes.size) + tail[:, temperatures.index(1.0)]
+    adds_up = (np.abs(mass - 1) <= _MASS_SLACK).all()
+    yield "tail_odds", adds_up, "and the list's mass at T = 1 do not add up to 1"
+    hotter = (np.diff(odds, axis=1) >= -0.02).all()
+    yield "tail_odds", hotter, "has less mass at a hotter temperature"
+    # 4. its classes: (positions, temperatures, classes)
+    if layout.classes == 1:
+        return
+    stored = column("class_mass")
+    each = (stored.sizes == lists.sizes * hot * layout.classes).all()
+    yield "class_mass", each, "does not have one value a position, temperature and class"
+    masses = stored.values.reshape(*odds.shape, layout.classes)
+    if exact:
+        apart, slack = np.exp(np.minimum(masses, 1.0)).sum(axis=2) - tail, 1e-3
+    else:
+        # Rounding moves a root of mass by half a level; by Cauchy-Schwarz the root of the sum by
+        # the root of the number of classes times that.
+        root = np.sqrt((masses.astype(np.float32) ** 2).sum(axis=2)) / CLASS_LEVELS
+        apart, slack = root - np.sqrt(tail), np.sqrt(layout.classes) * 0.5 / CLASS_LEVELS + 1e-3
+    yield "class_mass", (np.abs(apart) <= slack).all(), "does not add up to the tail"

@@ -20,13 +20,12 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from shared.cache.checking import refuse_unsound
-from shared.cache.ledger import whole_ledger
+from shared.cache.ledger import refuse_unsound, whole_ledger
 from shared.cache.manifest import load_manifest, refuse_unfinished
 from shared.cache.row import CacheRow, without_masks
 from shared.cache.shards import Shard, Unit, read_table
 from shared.cache.stores import Store
-from shared.cache.value_checks import problems_in
+from shared.cache.value_checks import problem_in
 from shared.diffusion.noise import generator
 from shared.settings.config import TrainConfig
 from shared.system.errors import TideError
@@ -82,10 +81,9 @@ class OpenCache:
         if self.store is not None:
             shard = read_table(path, self.layout, self._stored(self.store, unit))
             # Nobody looked at these values when the cache was opened.
-            problems = problems_in(shard.table, self.layout, self.manifest)
-            if problems:
-                place = f"shard {path} of {self.store.url}"
-                raise TideError(f"{place} does not hold: {'; '.join(problems)}")
+            problem = problem_in(shard.table, self.layout, self.manifest)
+            if problem:
+                raise TideError(f"shard {path} of {self.store.url} does not hold: {problem}")
             return shard
         try:
             content = path.read_bytes()

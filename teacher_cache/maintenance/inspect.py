@@ -1,4 +1,4 @@
-"""`tide inspect`: what a cache holds, from its shards alone, in words or as a picture."""
+"""`tide inspect`: what a cache holds, from its shards alone: in words, as a picture, or a row."""
 
 import io
 import itertools
@@ -6,17 +6,22 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from shared.cache.checking import in_processes
+from shared.cache.ledger import in_processes
 from shared.cache.manifest import Manifest, load_manifest
-from shared.cache.row import Layout
+from shared.cache.row import CacheRow, Layout
 from shared.cache.shards import Unit, column_bytes, finished_units, read_shard
+from shared.system.errors import TideError
 from shared.system.files import write_bytes
+from shared.text.tokenizers import Tokenizer
 
 T_EDGES = np.linspace(0.0, 1.0, 6)
 LOGP_EDGES = np.array([-np.inf, -8.0, -4.0, -2.0, -1.0, -0.5, -0.1, 0.0])
+_BANDS = [f"{low:.1f} to {high:.1f}" for low, high in itertools.pairwise(T_EDGES)]
+_TOP = 3  # of a list, shown
 
 
 @dataclass
@@ -25,34 +30,18 @@ class Inspection:
 
     manifest: Manifest
     units: list[Unit]
+    mass: np.ndarray  # in the top-k, by temperature
     rows: int = 0
     masked: int = 0
     chunks: int = 0
     positions: int = 0  # those with a top-k
     kept: int = 0  # entries of all lists
-    mass: np.ndarray = field(default_factory=lambda: np.zeros(0))  # in the top-k, by temperature
     masked_by_t: np.ndarray = field(default_factory=lambda: np.zeros(5, np.int64))
+    # chunks by t (rows) and log-likelihood (columns, edges `LOGP_EDGES`)
     likelihoods: np.ndarray = field(default_factory=lambda: np.zeros((5, 7), np.int64))
-    """Chunks by t (rows) and log-likelihood (columns, edges `LOGP_EDGES`)."""
+    # how many chunks have so many teacher and student tokens
     chunk_tokens: Counter[tuple[int, int]] = field(default_factory=Counter)
-    """How many chunks have so many teacher and student tokens."""
     bytes_by_column: Counter[str] = field(default_factory=Counter)
-
-    def add(self, other: "Inspection") -> None:
-        """Add the sums over other rows."""
-        for name in (
-            "rows",
-            "masked",
-            "chunks",
-            "positions",
-            "kept",
-            "mass",
-            "masked_by_t",
-            "likelihoods",
-        ):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.chunk_tokens.update(other.chunk_tokens)
-        self.bytes_by_column.update(other.bytes_by_column)
 
 
 def inspect_cache(folder: Path) -> Inspection:
@@ -62,9 +51,11 @@ def inspect_cache(folder: Path) -> Inspection:
     """
     manifest = load_manifest(folder)
     layout, units = manifest.layout(folder), finished_units(folder)
-    total = Inspection(manifest, units, mass=np.zeros(len(manifest.temperatures)))
+    total = Inspection(manifest, [], np.zeros(len(manifest.temperatures)))
     for part in in_processes(partial(_inspect_shard, folder, manifest, layout), units, "inspect"):
-        total.add(part)
+        for name, value in vars(part).items():
+            if name != "manifest":
+                setattr(total, name, getattr(total, name) + value)
     return total
 
 
@@ -72,8 +63,8 @@ def _inspect_shard(folder: Path, manifest: Manifest, layout: Layout, unit: Unit)
     """The sums over one shard."""
     path = unit.path(folder)
     content = path.read_bytes()
-    sums = Inspection(manifest, [unit], mass=np.zeros(len(manifest.temperatures)))
-    sums.bytes_by_column.update(column_bytes(content))
+    sums = Inspection(manifest, [unit], np.zeros(len(manifest.temperatures)))
+    sums.bytes_by_column = column_bytes(content)
     for row in read_shard(path, layout, content):
         band = min(4, int(row.t * 5))
         sums.rows += 1
@@ -86,88 +77,161 @@ def _inspect_shard(folder: Path, manifest: Manifest, layout: Layout, unit: Unit)
         if row.chunk_logp is None or row.chunk_student is None or row.chunk_teacher is None:
             continue
         sums.chunks += row.chunk_logp.size
-        lengths = (
-            np.diff(spans, axis=1)[:, 0].tolist()
-            for spans in (row.chunk_teacher, row.chunk_student)
-        )
-        sums.chunk_tokens.update(zip(*lengths, strict=True))
+        teacher = np.diff(row.chunk_teacher, axis=1)[:, 0].tolist()
+        student = np.diff(row.chunk_student, axis=1)[:, 0].tolist()
+        sums.chunk_tokens.update(zip(teacher, student, strict=True))
         # Intervals are open to the left, so that a likelihood of exactly 0 falls into the last one.
         places = np.clip(np.searchsorted(LOGP_EDGES, row.chunk_logp, side="left") - 1, 0, 6)
         sums.likelihoods[band] += np.bincount(places, minlength=7)
     return sums
 
 
-def describe(found: Inspection) -> str:
+def describe(sums: Inspection) -> str:
     """The inspection in words and small tables."""
-    manifest, known = found.manifest, found.manifest.fingerprint
+    manifest, known = sums.manifest, sums.manifest.fingerprint
     teacher, targets = known.teacher, known.targets
     lines = [
         f"teacher {teacher.name} ({teacher.architecture}, {teacher.attention['type']}), "
         f"engine {known.engine.type} in {known.engine.dtype}",
-        f"{len(found.units)} of {len(manifest.units())} shards, "
+        f"{len(sums.units)} of {len(manifest.units())} shards, "
         f"{manifest.draws} draws of {manifest.examples:,} examples",
-        f"{found.rows:,} rows, {found.masked:,} masked positions, {found.chunks:,} chunks",
+        f"{sums.rows:,} rows, {sums.masked:,} masked positions, {sums.chunks:,} chunks",
     ]
-    if found.positions:
-        masses = zip((found.mass / found.positions).tolist(), manifest.temperatures, strict=True)
+    if sums.positions:
+        masses = zip((sums.mass / sums.positions).tolist(), manifest.temperatures, strict=True)
         shown = ", ".join(f"{mass:.3f} at T = {t:g}" for mass, t in masses)
-        each = found.kept / found.positions
+        each = sums.kept / sums.positions
         lines.append(f"top-k: {each:.1f} logits a position, teacher mass {shown}")
         tail = f"{targets.classes} classes" if targets.classes > 1 else "one class"
         lines.append(f"tail: {tail}, shaped by the {targets.tail}; values as {targets.values}")
-    if found.chunks:
-        common = found.chunk_tokens.most_common(6)
-        shown = ", ".join(f"{t}:{s} {n / found.chunks:.1%}" for (t, s), n in common)
+    if sums.chunks:
+        common = sums.chunk_tokens.most_common(6)
+        shown = ", ".join(f"{t}:{s} {n / sums.chunks:.1%}" for (t, s), n in common)
         lines.append(f"chunks, teacher tokens : student tokens: {shown}")
     lines += ["", "by t              masked   share of chunks with log p(c) in nats"]
     lines.append(" " * 26 + "".join(f"{f'≤{edge:g}':>8}" for edge in LOGP_EDGES[1:]))
-    for i, (low, high) in enumerate(itertools.pairwise(T_EDGES)):
-        of_all = found.likelihoods[i] / max(1, found.likelihoods[i].sum())
-        shares = "".join(f"{share:>8.1%}" for share in of_all) if found.chunks else ""
-        lines.append(f"{low:.1f} to {high:.1f} {found.masked_by_t[i]:>15,}{shares}")
-    total, masked = sum(found.bytes_by_column.values()), max(1, found.masked)
+    for band, masked, counts in zip(_BANDS, sums.masked_by_t, sums.likelihoods, strict=True):
+        of_all = counts / max(1, counts.sum())
+        shares = "".join(f"{share:>8.1%}" for share in of_all) if sums.chunks else ""
+        lines.append(f"{band} {masked:>15,}{shares}")
+    total, masked = sums.bytes_by_column.total(), max(1, sums.masked)
     lines += ["", f"bytes on disk by column: {total:,}, {total / masked:.0f} a masked position"]
-    for name, size in found.bytes_by_column.most_common():
+    for name, size in sums.bytes_by_column.most_common():
         share = size / max(1, total)
         lines.append(f"  {name:<16}{size:>14,}{share:>8.1%}{size / masked:>9.1f}")
     return "\n".join(lines)
 
 
-def draw_picture(found: Inspection, path: Path) -> None:
+def draw_picture(sums: Inspection, path: Path) -> None:
     """As PNG: likelihoods of chunks by t, chunk lengths, masked positions by t, bytes by column."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7.5), layout="constrained")
-    axes = figure.subplots(2, 2)
-    teacher, bands = found.manifest.fingerprint.teacher.name, []
-    figure.suptitle(
-        f"{teacher}: {found.rows:,} rows, {found.masked:,} masked, {found.chunks:,} chunks"
-    )
+    (likelihoods, lengths), (masked, columns) = figure.subplots(2, 2)
+    size = f"{sums.rows:,} rows, {sums.masked:,} masked, {sums.chunks:,} chunks"
+    figure.suptitle(f"{sums.manifest.fingerprint.teacher.name}: {size}")
     labels = [f"≤ {edge:g}" for edge in LOGP_EDGES[1:]]
-    for (low, high), counts in zip(itertools.pairwise(T_EDGES), found.likelihoods, strict=True):
-        bands.append(f"{low:.1f} to {high:.1f}")
+    for band, counts in zip(_BANDS, sums.likelihoods, strict=True):
         if counts.sum():
-            axes[0, 0].plot(labels, counts / counts.sum(), marker="o", label=f"t {bands[-1]}")
-            axes[0, 0].legend(frameon=False)
-    axes[0, 0].set(title="share of chunks by log p(c), nats", xlabel="log p(c)")
+            likelihoods.plot(labels, counts / counts.sum(), marker="o", label=f"t {band}")
+            likelihoods.legend(frameon=False)
+    likelihoods.set(title="share of chunks by log p(c), nats", xlabel="log p(c)")
     counts = np.zeros((4, 4))  # teacher's tokens, student's tokens; 4 and more in the last
-    for (ours, theirs), n in found.chunk_tokens.items():
-        counts[min(ours, 4) - 1, min(theirs, 4) - 1] += n
+    for (teacher, student), n in sums.chunk_tokens.items():
+        counts[min(teacher, 4) - 1, min(student, 4) - 1] += n
     share = counts / max(1.0, counts.sum())
-    axes[0, 1].imshow(share, cmap="Blues", vmin=0)
+    lengths.imshow(share, cmap="Blues", vmin=0)
     for (row, column), value in np.ndenumerate(share):
         color = "white" if value > 0.4 else "black"
-        axes[0, 1].text(column, row, f"{value:.1%}", ha="center", va="center", color=color)
-    names, ticks = ["1", "2", "3", "4+"], range(4)
-    axes[0, 1].set(title="tokens of a chunk", xlabel="student", ylabel="teacher")
-    axes[0, 1].set_xticks(ticks, names)
-    axes[0, 1].set_yticks(ticks, names)
-    axes[1, 0].bar(bands, found.masked_by_t)
-    axes[1, 0].set(title="masked positions by t", xlabel="t")
-    sizes = found.bytes_by_column.most_common(8)[::-1]
-    each = [size / max(1, found.masked) for _, size in sizes]
-    axes[1, 1].barh([name for name, _ in sizes], each)
-    axes[1, 1].set(title="bytes a masked position by column")
+        lengths.text(column, row, f"{value:.1%}", ha="center", va="center", color=color)
+    names = ["1", "2", "3", "4+"]
+    lengths.set(title="tokens of a chunk", xlabel="student", ylabel="teacher")
+    lengths.set_xticks(range(4), names)
+    lengths.set_yticks(range(4), names)
+    masked.bar(_BANDS, sums.masked_by_t)
+    masked.set(title="masked positions by t", xlabel="t")
+    largest = sums.bytes_by_column.most_common(8)[::-1]
+    each = [size / max(1, sums.masked) for _, size in largest]
+    columns.barh([name for name, _ in largest], each)
+    columns.set(title="bytes a masked position by column")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110)
     write_bytes(path, content.getvalue())
+
+
+def find_row(cache: Path, which: str, draw: int) -> CacheRow:
+    """The row of an example's id, or of its number in the draw. TideError where there is none."""
+    manifest = load_manifest(cache)
+    layout = manifest.layout(cache)
+    number = int(which) if which.isdigit() else None
+    units = [unit for unit in finished_units(cache) if unit.draw == draw]
+    if not units:
+        expected = f"0 to {manifest.draws - 1}"
+        raise TideError(f"{cache} has no finished shard of draw {draw}", expected=expected)
+    seen = 0
+    for unit in units:
+        for row in read_shard(unit.path(cache), layout):
+            if which in (row.example_id, row.label) or seen == number:
+                return row
+            seen += 1
+    expected = f"an example's id, or 0 to {seen - 1}"
+    raise TideError(f"{cache} has no row {which!r} in draw {draw}", expected=expected)
+
+
+def describe_row(cache: Path, row: CacheRow) -> str:
+    """Both token strings with mask and split, what the teacher expects, and the chunks."""
+    student = teacher = Tokenizer.load(cache / "student_tokenizer")
+    ids, places = row.student_ids, row.asked
+    if row.teacher_ids is not None and row.teacher_masked is not None:
+        teacher = Tokenizer.load(cache / "teacher_tokenizer")
+        ids, places = row.teacher_ids, row.teacher_masked
+    parts = dict(zip(places.tolist(), np.where(row.split, "A", "B").tolist(), strict=True))
+    lines = [
+        f"example {row.example_id}, draw {row.draw}: t {row.t:.3f}, "
+        f"{row.masked.size} of {row.maskable} tokens masked",
+        "",
+        f"student, {len(row.student_ids)} tokens, masked ones in ⟦ ⟧:",
+        _marked(student, row.student_ids, dict.fromkeys(row.masked.tolist(), "")),
+        "",
+        f"teacher, {len(ids)} tokens; pass 1 reads ⟦B:…⟧ with A revealed, pass 2 ⟦A:…⟧ with B:",
+        _marked(teacher, ids, {place: f"{part}:" for place, part in parts.items()}),
+        "",
+        "position  part  p(gold)  token, and what the teacher expects",
+    ]
+    temperatures, start = load_manifest(cache).temperatures, 0  # of the position's list
+    for i, place in enumerate(places.tolist()):
+        p, token, expects = np.exp(row.gold_logp[i]), _text(teacher, ids[place]), ""
+        if row.topk_sizes is not None:
+            assert row.topk_ids is not None and row.topk_logp is not None
+            assert row.tail_odds is not None
+            size = int(row.topk_sizes[i])
+            shown = range(start, start + min(_TOP, size))
+            words = [_text(teacher, row.topk_ids[j]) for j in shown]
+            top = [f"{words[j - start]} {np.exp(row.topk_logp[j]):.3f}" for j in shown]
+            masses = 1 / (1 + np.exp(-row.tail_odds[i].astype(np.float64)))
+            tail = [f"{m:.3f} at T = {t:g}" for m, t in zip(masses, temperatures, strict=True)]
+            expects = f": {', '.join(top)}; outside of the {size}: {', '.join(tail)}"
+            start += size
+        lines.append(f"{place:>8}  {parts[place]:>4}  {p:>7.4f}  {token}{expects}")
+    if row.chunk_student is not None and row.teacher_ids is not None:
+        assert row.chunk_teacher is not None and row.chunk_logp is not None
+        lines += ["", " log p(c)  chunk: teacher's tokens | student's tokens"]
+        spans = zip(row.chunk_teacher, row.chunk_student, row.chunk_logp, strict=True)
+        for (a, b), (c, d), logp in spans:
+            left = " ".join(_text(teacher, i) for i in ids[a:b])
+            right = " ".join(_text(student, i) for i in row.student_ids[c:d])
+            lines.append(f"{logp:>9.3f}  {left} | {right}")
+    return "\n".join(lines)
+
+
+def _text(tokenizer: Tokenizer, token: Any) -> str:
+    return repr(str(tokenizer.backend.decode([int(token)])))
+
+
+def _marked(tokenizer: Tokenizer, ids: np.ndarray, marks: dict[int, str]) -> str:
+    """The text with ⟦…⟧ around each run of positions of one mark."""
+    texts = []
+    for mark, run in itertools.groupby(range(len(ids)), key=marks.get):
+        text = str(tokenizer.backend.decode([int(ids[place]) for place in run]))
+        texts.append(text if mark is None else f"⟦{mark}{text}⟧")
+    return "".join(texts)

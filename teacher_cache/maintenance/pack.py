@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from shared.cache.ledger import LEDGER, settle_ledger
 from shared.cache.manifest import MANIFEST, load_manifest, refuse_unfinished
+from shared.cache.shards import TABLES
 from shared.cache.stores import belongs_to_cache
-from shared.cache.vocabulary import TABLES
 from shared.settings.build import strict
 from shared.system.errors import TideError
 from shared.system.files import atomic_file, new_folder, refuse_odd, remove_leftovers

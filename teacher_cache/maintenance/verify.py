@@ -7,8 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.cache.checking import CHECKED, check_shards, remember
-from shared.cache.ledger import LEDGER, Ledger, load_ledger, settle_ledger
+from shared.cache.ledger import (
+    CHECKED,
+    LEDGER,
+    Ledger,
+    check_shards,
+    load_ledger,
+    remember,
+    settle_ledger,
+)
 from shared.cache.levels import CLASS_LEVELS, GOLD_STEPS, LOGIT_STEPS, ODDS_STEPS, half_steps
 from shared.cache.manifest import load_manifest
 from shared.cache.row import CacheRow
@@ -37,6 +44,17 @@ class CheckReport:
     missing: int
     problems: list[Problem]
 
+    def in_words(self) -> str:
+        """A few lines: whether the shards hold."""
+        looked = f"{self.shards:,} shards, {self.rows:,} rows"
+        lines = [f"{looked}: checksums, schema, counts and values hold"]
+        if self.problems:
+            lines = [f"{looked}; {len(self.problems)} problems:"]
+            lines += [f"  {problem.text}" for problem in self.problems]
+        if self.missing:
+            lines.append(f"{self.missing:,} shards are not there yet: `tide cache` computes them")
+        return "\n".join(lines)
+
 
 def check_cache(folder: Path) -> CheckReport:
     """Read every shard of the cache: its bytes against the ledger, its values against the rules.
@@ -51,16 +69,15 @@ def check_cache(folder: Path) -> CheckReport:
         ledger = load_ledger(folder, manifest)
     except TideError as error:
         problems.append(Problem(error.what, folder / LEDGER))
-    units, expected = finished_units(folder), set(manifest.units())
-    size = f"{manifest.draws} draws and {manifest.parts} parts"
-    strangers = [unit.path(folder) for unit in units if unit not in expected]
-    problems += [Problem(f"{path} is no part of a cache of {size}") for path in strangers]
-    rows = 0
+    units, expected, rows = finished_units(folder), set(manifest.units()), 0
+    for unit in units:
+        if unit not in expected:
+            size = f"{manifest.draws} draws and {manifest.parts} parts"
+            problems.append(Problem(f"{unit.path(folder)} is no part of a cache of {size}"))
     for finding in check_shards(folder, manifest, layout, ledger, units):
-        path = finding.unit.path(folder)
         rows += finding.rows
-        for text in finding.problems:
-            problems += [Problem(text if str(path) in text else f"{path}: {text}", path)]
+        if finding.problem is not None:
+            problems.append(Problem(finding.problem, finding.unit.path(folder)))
     missing = len(expected - set(units))
     if not problems and not missing:
         settle_ledger(folder, manifest)
@@ -100,6 +117,16 @@ class VerifyReport:
     def largest(self) -> float:
         """The largest deviation of all."""
         return max((d.largest for d in self.deviations), default=0.0)
+
+    def in_words(self) -> str:
+        """A few lines: how far the values of the sample lie apart."""
+        lines = [f"{self.rows} rows, {self.positions:,} positions scored again with {self.engine}"]
+        lines.append(f"  {'':<14}{'values':>12}{'largest':>12}{'mean':>12}")
+        lines += [
+            f"  {d.name:<14}{d.values:>12,}{d.largest:>12.2e}{d.mean:>12.2e}"
+            for d in self.deviations
+        ]
+        return "\n".join(lines)
 
 
 def verify_cache(config: CacheConfig, rows: int) -> VerifyReport:
@@ -171,25 +198,3 @@ def compare(plan: Run, engine: Engine, sample: list[CacheRow]) -> VerifyReport:
         deviations.append(Deviation(name, values.size, float(values.max(initial=0.0)), mean))
     positions = sum(size for size, _ in views)
     return VerifyReport(plan.config.engine.type, len(sample), positions, deviations)
-
-
-def in_words(report: CheckReport | VerifyReport) -> str:
-    """A few lines: whether the shards hold, or how far the values of a sample lie apart."""
-    if isinstance(report, VerifyReport):
-        scored = f"scored again with {report.engine}"
-        lines = [f"{report.rows} rows, {report.positions:,} positions {scored}"]
-        lines.append(f"  {'':<14}{'values':>12}{'largest':>12}{'mean':>12}")
-        lines += [
-            f"  {d.name:<14}{d.values:>12,}{d.largest:>12.2e}{d.mean:>12.2e}"
-            for d in report.deviations
-        ]
-        return "\n".join(lines)
-    looked = f"{report.shards:,} shards, {report.rows:,} rows"
-    if report.problems:
-        lines = [f"{looked}; {len(report.problems)} problems:"]
-        lines += [f"  {problem.text}" for problem in report.problems]
-    else:
-        lines = [f"{looked}: checksums, schema, counts and values hold"]
-    if report.missing:
-        lines.append(f"{report.missing:,} shards are not there yet: `tide cache` computes them")
-    return "\n".join(lines)

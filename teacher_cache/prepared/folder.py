@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int
 
 from shared.aligned.examples import Prepared
-from shared.cache.parquet import write_parquet
+from shared.cache.shards import write_parquet
 from shared.data.conversation import identity
 from shared.system.errors import TideError
 

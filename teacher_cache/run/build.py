@@ -26,9 +26,8 @@ from typing import Any
 from tqdm import tqdm
 
 from shared.cache.ledger import settle_ledger
-from shared.cache.shards import finished_units
+from shared.cache.shards import finished_units, has_tables
 from shared.cache.stores import Store
-from shared.cache.vocabulary import has_tables
 from shared.settings.build import build, to_plain
 from shared.settings.config import CacheConfig
 from shared.system import processes

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from shared.cache.columns import to_table
-from shared.cache.fingerprint import CachedData, CachedStudent, CachedTeacher, Fingerprint
-from shared.cache.row import CacheRow, Layout
+from shared.cache.levels import to_table
+from shared.cache.manifest import CachedData, CachedStudent, CachedTeacher, Fingerprint
+from shared.cache.row import CacheRow, Layout, Vocabulary
 from shared.cache.shards import Unit, table_bytes
-from shared.cache.vocabulary import Vocabulary
 from shared.settings.config import CacheConfig, TargetConfig
 from teacher_cache.engines.packs import pack_requests
 from teacher_cache.run.open import Run

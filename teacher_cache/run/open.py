@@ -12,11 +12,18 @@ import numpy as np
 from jaxtyping import Bool
 
 from shared.aligned.examples import SharedVocabulary
-from shared.cache.fingerprint import CachedData, CachedStudent, CachedTeacher, Fingerprint
-from shared.cache.manifest import MANIFEST, Manifest, check_fingerprint, load_manifest
-from shared.cache.row import Layout
-from shared.cache.shards import Unit, finished_units, read_table, refuse_other_cache
-from shared.cache.vocabulary import Vocabulary, has_tables, load_vocabulary
+from shared.cache.manifest import (
+    MANIFEST,
+    CachedData,
+    CachedStudent,
+    CachedTeacher,
+    Fingerprint,
+    Manifest,
+    check_fingerprint,
+    load_manifest,
+)
+from shared.cache.row import Layout, Vocabulary
+from shared.cache.shards import Unit, finished_units, has_tables, load_vocabulary, read_table
 from shared.data.sources import public_name
 from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve, student_mask
 from shared.settings.build import to_plain
@@ -236,8 +243,7 @@ def open_or_begin(config: CacheConfig, any_engine: bool = False) -> Run:
     elif units := finished_units(out):
         # The manifest was lost: the shards say what they belong to.
         for unit in units:
-            path = unit.path(out)
-            refuse_other_cache(path, read_table(path).counts, fingerprint.digest)
+            read_table(unit.path(out), cache=fingerprint.digest)
         draws = max(draws, units[-1].draw + 1)
     manifest = Manifest(fingerprint, draws, parts, data.examples, sources=names)
     return Run(**vars(sides), config=config, data=data, manifest=manifest, vocabulary=vocabulary)

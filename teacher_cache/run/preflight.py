@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from shared.cache.fingerprint import CachedEngine
+from shared.cache.manifest import CachedEngine
 from shared.cache.stores import Store
 from shared.models.checkpoint import Checkpoint, refuse_as_mask, stated_mask
 from shared.settings.config import CacheConfig

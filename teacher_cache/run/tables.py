@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from shared.cache import vocabulary as tables
+from shared.cache import shards as tables
 from shared.cache.manifest import load_manifest
+from shared.cache.row import Pilot, Vocabulary
 from shared.cache.shards import Unit
 from shared.cache.stores import Store
 from shared.diffusion.noise import generator
@@ -71,7 +72,7 @@ def settle_tables(run: Run, engine: Callable[[], Engine], store: Store | None = 
     return run
 
 
-def _tables_of_another(run: Run) -> tuple[tables.Vocabulary, tables.Pilot, np.ndarray]:
+def _tables_of_another(run: Run) -> tuple[Vocabulary, Pilot, np.ndarray]:
     """Those of the cache that `targets.tables_from` names. TideError where they do not fit."""
     other: Any = run.config.targets.tables_from
     theirs, ours = load_manifest(other).fingerprint, run.manifest.fingerprint
@@ -91,7 +92,7 @@ def _tables_of_another(run: Run) -> tuple[tables.Vocabulary, tables.Pilot, np.nd
 
 def _make_tables(
     run: Run, engine: Engine
-) -> tuple[tables.Vocabulary, tables.Pilot, Float[np.ndarray, "classes width"]]:
+) -> tuple[Vocabulary, Pilot, Float[np.ndarray, "classes width"]]:
     """Score the pilot sample, and cut the vocabulary into classes with these centres."""
     requests = pilot_requests(run)
     class_of, centroids = classes_for(run)
@@ -110,8 +111,8 @@ def _make_tables(
             logp.append(scores.topk_logp[kept])
             odds.append(scores.tail_odds)
         outside += engine.outside(batch)
-    pilot = tables.Pilot(*(np.concatenate(parts) for parts in (sizes, ids, logp, odds)))
-    vocabulary = tables.Vocabulary.of(class_of, outside, pilot.sizes.size, pilot.ids)
+    pilot = Pilot(*(np.concatenate(parts) for parts in (sizes, ids, logp, odds)))
+    vocabulary = Vocabulary.of(class_of, outside, pilot.sizes.size, pilot.ids)
     return vocabulary, pilot, centroids
 
 

@@ -24,9 +24,8 @@ from torch import Tensor
 
 from shared.aligned.examples import Prepared
 from shared.cache.manifest import Manifest
-from shared.cache.row import CacheRow, Layout
+from shared.cache.row import CacheRow, Layout, Vocabulary
 from shared.cache.shards import read_shard, write_shard
-from shared.cache.vocabulary import Vocabulary
 from shared.diffusion.noise import Draw
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model

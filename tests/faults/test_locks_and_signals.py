@@ -66,7 +66,8 @@ def grid(folder: Path) -> list[str]:
 def holder(lock: Path, before: str = "") -> Iterator[subprocess.Popen[str]]:
     """A process that holds a lock."""
     code = (
-        f"import time\nfrom pathlib import Path\nfrom shared.system.processes import hold\n{before}\n"
+        "import time\nfrom pathlib import Path\nfrom shared.system.processes import hold\n"
+        f"{before}\n"
         f"with hold(Path({str(lock)!r}), 'it'):\n    print('held', flush=True)\n    time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -168,7 +169,7 @@ def test_a_prune_that_was_killed_before_its_manifest_goes_on(
     caches: dict[str, Path], tmp_path: Path
 ) -> None:
     from shared.system.files import write_bytes
-    from teacher_cache.maintenance.prune import prune_cache
+    from teacher_cache.maintenance.derive import prune_cache
 
     for file in (caches["tiny-shared"] / "student_tokenizer").iterdir():
         write_bytes(tmp_path / "p" / "student_tokenizer" / file.name, file.read_bytes())

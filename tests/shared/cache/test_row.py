@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from shared.cache.columns import from_table, to_table
 from shared.cache.ledger import Entry
 from shared.cache.levels import (
     CLASS_LEVELS,
@@ -18,14 +17,15 @@ from shared.cache.levels import (
     LOGIT_STEPS,
     ODDS_STEPS,
     class_log_mass,
+    from_table,
     half_steps,
     level_table,
     to_class_levels,
     to_levels,
+    to_table,
 )
-from shared.cache.row import CacheRow, Layout
+from shared.cache.row import CacheRow, Layout, Vocabulary
 from shared.cache.shards import Unit, finished_units, read_shard, read_table, write_shard
-from shared.cache.vocabulary import Vocabulary
 from shared.system.errors import TideError
 
 T = (1.0, 2.0)

@@ -9,7 +9,7 @@ import pytest
 from shared.cache.shards import finished_units
 from shared.system.errors import TideError
 from teacher_cache.maintenance.inspect import describe, inspect_cache
-from teacher_cache.maintenance.verify import in_words, verify_cache
+from teacher_cache.maintenance.verify import verify_cache
 from tests.conftest import TEACHER_TOKENIZER, small_cache_config
 from tests.reading import change_column, plain_table, same_values
 
@@ -25,7 +25,7 @@ def test_a_cache_verifies_against_its_own_engine(
     names = {"log p of gold", "logsumexp", "top-k log p", "tail log-odds", "√ class mass"}
     assert {d.name for d in report.deviations} == names
     assert report.largest < 2e-5
-    assert "20 rows" in in_words(report)
+    assert "20 rows" in report.in_words()
 
 
 def test_a_changed_value_is_found(

@@ -14,7 +14,7 @@ import torch
 from pipelines.tools.tiny_tokenizers import CHATML_TEMPLATE
 from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit, finished_units, read_table
-from shared.cache.value_checks import problems_in
+from shared.cache.value_checks import problem_in
 from shared.settings.config import CacheConfig
 from shared.settings.objectives import KL, Distillation, ReverseCalm, Tidal
 from shared.text.tokenizers import Tokenizer
@@ -90,14 +90,14 @@ def test_verify_scores_the_same_again_and_damage_is_seen(
     assert verify_cache(config, 8).largest < 1e-4
     manifest, layout = load_manifest(config.out), layout_of(config.out)
     for unit in finished_units(config.out):
-        assert problems_in(read_table(unit.path(config.out), layout).table, layout, manifest) == []
+        assert not problem_in(read_table(unit.path(config.out), layout).table, layout, manifest)
     cache = Path(shutil.copytree(config.out, tmp_path / "c"))
     column = plain_table(Unit(0, 0).path(cache)).column("read").combine_chunks()
     values = column.values.to_numpy().copy()
     values[0] = 0  # a position that is not masked
     change_column(cache, Unit(0, 0), "read", same_values(column, pa.array(values)))
     table = read_table(Unit(0, 0).path(cache), layout_of(cache)).table
-    assert problems_in(table, layout_of(cache), manifest)
+    assert problem_in(table, layout_of(cache), manifest)
 
 
 OBJECTIVES = [KL(), KL(tidal=Tidal(timestep_weight="midrange")), ReverseCalm()]

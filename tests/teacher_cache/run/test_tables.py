@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from shared.cache.manifest import load_manifest
-from shared.cache.vocabulary import load_centroids, load_pilot, load_vocabulary, ranks, smaller
+from shared.cache.row import ranks
+from shared.cache.shards import load_centroids, load_pilot, load_vocabulary
 from shared.system.errors import TideError
+from teacher_cache.maintenance.derive import smaller
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.open import open_or_begin
 from teacher_cache.run.tables import classes_for, cluster, pilot_requests
