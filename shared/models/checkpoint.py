@@ -102,8 +102,8 @@ def open_checkpoint(location: str, weights: bool = True) -> Checkpoint:
     From the hub it is fetched if need be, with or without its weights.
     """
     folder = Path(location)
-    if "\0" in location or not folder.is_dir():
-        if "\0" in location or location.startswith((".", "/", "~")) or location.count("/") != 1:
+    if not folder.is_dir():
+        if location.startswith((".", "/", "~")) or location.count("/") != 1:
             expected = "a checkpoint's folder, or a hub id OWNER/NAME"
             raise TideError(f"there is no folder {location!r}", expected=expected)
         patterns = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]

@@ -6,6 +6,7 @@ code, adapters and settings that lie beside them play no part.
 
 import importlib.util
 import logging
+from collections import UserDict
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -78,10 +79,9 @@ def load_model(
             )  # fmt: skip
         except (ValueError, RuntimeError) as error:
             if "disk" in str(error):
-                raise TideError(
-                    "GPUs and host memory together are too small for the teacher",
-                    fix="use engine.quantization=int4, more memory, or a smaller teacher",
-                ) from error
+                what = "GPUs and host memory together are too small for the teacher"
+                smaller = "use engine.quantization=int4, more memory, or a smaller teacher"
+                raise TideError(what, fix=smaller) from error
             if "conversion" in str(error):
                 what = f"{misfit}: tensors that belong together differ in shape"
                 raise TideError(what, fix=fix) from error
@@ -151,9 +151,8 @@ def _bitsandbytes(quantization: str, dtype: torch.dtype, config: Any) -> Any:
         )
     if quantization == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-    )
+    four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    return transformers.BitsAndBytesConfig(**four_bits, bnb_4bit_compute_dtype=dtype)
 
 
 def architecture_of(checkpoint: Checkpoint, among: Collection[str] = tuple(ARCHITECTURES)) -> str:
@@ -173,7 +172,7 @@ def architecture_of(checkpoint: Checkpoint, among: Collection[str] = tuple(ARCHI
     )
 
 
-class _Read(dict[str, Any]):
+class _Read(UserDict[str, Any]):
     """A config that knows which of its keys were asked for."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -183,10 +182,6 @@ class _Read(dict[str, Any]):
     def __getitem__(self, key: str) -> Any:
         self.keys_read.add(key)
         return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.keys_read.add(key)
-        return super().get(key, default)
 
 
 def meta_model(architecture: str, raw: Mapping[str, Any], source: str = "this teacher") -> Any:
@@ -213,9 +208,8 @@ def meta_model(architecture: str, raw: Mapping[str, Any], source: str = "this te
 
 def _refuse_unread(config: _Read, own: Fixed, source: str) -> None:
     """Every key is obeyed, known to change nothing, or refused by name; `own` is fixed too."""
-    fixed, read = {**FIXED, **own}, set(config.keys_read)
-    unknown = []
-    for key, value in config.items():
+    fixed, unknown = {**FIXED, **own}, []
+    for key, value in config.data.items():
         # 1. A value for which the class is not written.
         allowed: tuple[Any, ...] = fixed.get(key, ())
         wrong = bool(allowed) and value is not None and value not in allowed
@@ -230,7 +224,7 @@ def _refuse_unread(config: _Read, own: Fixed, source: str) -> None:
             )
         # 2. A key that nothing reads. Notes of libraries begin with _; dropout is never used. What
         #    is off (null, false, 0, empty) changes nothing.
-        known = key in read or key in fixed or key in HARMLESS or key == "layer_types"
+        known = key in config.keys_read or key in fixed or key in HARMLESS or key == "layer_types"
         known = known or key.startswith("_") or key.endswith(("dropout", "pdrop"))
         off = value is None or value is False or value in (0, "", (), [], {})
         if not known and not off:
@@ -244,10 +238,7 @@ def _refuse_unread(config: _Read, own: Fixed, source: str) -> None:
 
 
 def random_model(
-    architecture: str,
-    config: dict[str, Any],
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
+    architecture: str, config: dict[str, Any], dtype: torch.dtype, device: Any = "cpu"
 ) -> PreTrainedModel:
     """The model with random weights, to measure speed and memory with."""
     empty = meta_model(architecture, config)
@@ -281,10 +272,8 @@ def new_model(
 
 
 def compile_layers(model: Any) -> None:
-    """Compile each decoder layer in place; of one with experts the attention alone.
-
-    (Shapes of experts depend on values.) Weights keep their names. The layers share what is
-    compiled, and sizes are symbols of it, so that batches of other lengths compile nothing anew.
+    """Compile each decoder layer in place; of one with experts, whose shapes depend on values, the
+    attention alone. Weights keep their names; batches of other lengths compile nothing anew.
     """
     for layer in model.model.layers:
         whole = not hasattr(layer.mlp, "experts")

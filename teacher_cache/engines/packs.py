@@ -2,8 +2,8 @@
 
 The passes of an example (two of CompDemo, of every draw) differ in what they mask. Under block
 attention what comes before a block is clean, and so the same for all of them: it is laid out once,
-and behind it those blocks of each pass that are read. No row is run that nobody reads, and none
-twice. The values are those of whole sequences under an explicit mask.
+and behind it those blocks of each pass that are read. The values are those of whole sequences under
+an explicit mask.
 """
 
 from collections.abc import Sequence
@@ -152,10 +152,9 @@ def fill(widths: Sequence[int], budget: int, padded: bool) -> list[list[int]]:
     total = 0
     for i in order:
         # The first of a batch is its longest, to which all others are padded.
-        padded_rows = widths[batches[-1][0]] * (len(batches[-1]) + 1) if batches else 0
-        if batches and (padded_rows if padded else total + widths[i]) <= budget:
+        total += widths[batches[-1][0]] if padded and batches else widths[i]
+        if batches and total <= budget:
             batches[-1].append(i)
-            total += widths[i]
         else:
             batches.append([i])
             total = widths[i]
@@ -183,14 +182,12 @@ def one_behind_the_other(packs: Sequence[Pack], device: torch.device) -> Batch:
 
 def side_by_side(packs: Sequence[Pack], device: torch.device) -> Batch:
     """A padded batch for a model under SDPA, with the mask that the packs' labels say."""
-
-    def padded(name: str) -> Int[Tensor, "packs width"]:
-        labels = [getattr(pack, name).astype(np.int64) for pack in packs]
-        return pad(labels)[0].to(device, non_blocking=True)
-
-    valid = pad([pack.ids for pack in packs])[1].to(device, non_blocking=True)
-    positions, segments, ranks = padded("positions"), padded("segments"), padded("ranks")
-    blocks = positions // packs[0].block
+    labels = []  # each [packs, width]
+    for name in ("ids", "positions", "segments", "ranks"):
+        padded, valid = pad([getattr(pack, name) for pack in packs])
+        labels.append(padded.to(device, non_blocking=True))
+    ids, positions, segments, ranks = labels
+    blocks, valid = positions // packs[0].block, valid.to(device, non_blocking=True)
     # The rule of `Pack`, for every row q and every row k: [packs, width, width].
     q, k = (slice(None), slice(None), None), (slice(None), None, slice(None))
     own = (segments[q] == segments[k]) & (ranks[k] <= ranks[q])
@@ -200,11 +197,7 @@ def side_by_side(packs: Sequence[Pack], device: torch.device) -> Batch:
     # Padding is seen by none; every row sees itself, so that none is empty (NaN on some GPUs).
     itself = torch.eye(segments.shape[1], dtype=torch.bool, device=device)
     mask = ((own | clean) & valid[k]) | itself
-    arguments = {
-        "input_ids": padded("ids"),
-        "position_ids": positions,
-        "attention_mask": mask[:, None],
-    }
+    arguments = {"input_ids": ids, "position_ids": positions, "attention_mask": mask[:, None]}
     counts = [sum(len(column) for column in pack.columns) for pack in packs]
     row = _longs([np.repeat(np.arange(len(packs)), counts)], device)
     return arguments, row, _longs([c for pack in packs for c in pack.columns], device)

@@ -5,9 +5,9 @@ at a time: what is kept of their logits leaves the device, the logits never do. 
 the sequences of a batch lie one behind the other, without padding and mask.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,7 @@ class TransformersEngine:
     def use_classes(self, class_of: Int[np.ndarray, " vocab"]) -> None:
         """From now on scores hold the masses of these classes (−1: in none); one class: none."""
         classes = int(class_of.max()) + 1
-        self._spec = dataclasses.replace(self._spec, classes=classes)
+        self._spec = replace(self._spec, classes=classes)
         self._members = targets.member_matrix(class_of, classes) if classes > 1 else None
 
     @torch.inference_mode()

@@ -1,12 +1,11 @@
 """The fast engine: vLLM scores all passes of a unit at once, batched without padding.
 
-vLLM's own processes import this module too: the entry point `vllm.general_plugins` runs `register`
-in each of them. What both sides of that border share stands at the end.
+vLLM's own processes import this module too: the entry point `vllm.general_plugins` runs `register`.
+What both sides share stands at the end.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import math
 import multiprocessing
@@ -15,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,9 @@ def why_not(entry: TeacherEntry, settings: EngineConfig) -> TideError | None:
             fix="use --engine transformers, or spread the teacher with --tensor-parallel",
         )
     if not installed():
-        cpu = "docs/engines.md has the CPU build"
-        return TideError(
-            "the vLLM engine is not installed",
-            expected="vllm 0.32",
-            fix=f'pip install ".[vllm]" ({cpu}), or use --engine transformers',
-        )
+        how = 'pip install ".[vllm]" (docs/engines.md has the CPU build)'
+        fix = f"{how}, or use --engine transformers"
+        return TideError("the vLLM engine is not installed", expected="vllm 0.32", fix=fix)
     return None
 
 
@@ -159,7 +156,7 @@ class VllmEngine:
 
     def use_classes(self, class_of: Int[np.ndarray, " vocab"]) -> None:
         classes = int(class_of.max()) + 1
-        self._spec, self._classes = dataclasses.replace(self._spec, classes=classes), {}
+        self._spec, self._classes = replace(self._spec, classes=classes), {}
         if classes > 1:
             path = Path(self._folder.name) / "classes.npy"  # vLLM's processes read it
             np.save(path, class_of)

@@ -1,23 +1,20 @@
 """Stage one: run the teacher once over every missing unit and write its shard.
 
-With `engine.data_parallel` there are several copies of the teacher, each a run of its own rank: the
-same command with `--rank` and `--world`. Ranks share a folder and nothing else. Here they are
-processes of this machine (`python -m teacher_cache.run.build SETTINGS`) or tasks of a Ray cluster.
-A process that dies is not replaced: the others finish, and the same command computes what is
-missing. Ray runs a task again whose node is lost; a shard is whole or absent, so twice is the same
-as once.
+With `engine.data_parallel` there are several copies of the teacher, each a run of its own rank, as
+of a command with `--rank` and `--world`: processes of this machine, or tasks of a Ray cluster. They
+share a folder and nothing else. A process that dies is not replaced: the others finish, and the
+same command computes what is missing. Ray runs a task again whose node is lost; a shard is whole or
+absent, so twice is the same as once.
 """
 
-import dataclasses
 import json
 import os
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -34,7 +31,6 @@ from shared.system import processes
 from shared.system.errors import TideError
 from shared.system.files import new_folder, remove_leftovers
 from shared.system.processes import hold
-from teacher_cache.prepared.folder import totals
 from teacher_cache.prepared.report import losses
 from teacher_cache.run.open import Run, open_or_begin
 from teacher_cache.run.preflight import ray_cluster
@@ -59,18 +55,12 @@ class CacheReport:
     kept: int
     elsewhere: int
     """Shards that other ranks compute, or that only the store has."""
-    counts: Counter[str]
-    """Of the data: rows, what was left out by reason, what was cut or lost."""
     notes: list[str]
     """What was left out of the data, cut, or lost its alignment, in words."""
 
 
 def build_cache(config: CacheConfig) -> CacheReport:
-    """Compute every missing shard of the cache at `config.out`; finished ones are skipped.
-
-    Raises TideError on anything that the user can mend, before the teacher is loaded where that is
-    possible.
-    """
+    """Compute every missing shard of the cache at `config.out`; finished ones are skipped."""
     out = config.out
     store = None if config.store is None else Store.open(config.store)
     with ExitStack() as stack:
@@ -100,7 +90,7 @@ def build_cache(config: CacheConfig) -> CacheReport:
 
         run = settle_tables(run, engine, store)
         if store is not None:
-            run = dataclasses.replace(run, stored=store.begin(out, run.manifest))
+            run = replace(run, stored=store.begin(out, run.manifest))
 
         # 3. Compute; after ranks nothing is left to.
         left = run.missing
@@ -114,20 +104,13 @@ def build_cache(config: CacheConfig) -> CacheReport:
         ledger = settle_ledger(out, run.manifest)
         if store is not None:
             store.push(out, run.manifest, ledger)
-    entries = ledger.values()
+    sums = {}
+    for name in ("rows", "masked", "chunks", "bytes"):
+        sums[name] = sum(getattr(entry, name) for entry in ledger.values())
     computed = sum(unit in ledger for unit in missing)
-    return CacheReport(
-        folder=out,
-        rows=sum(entry.rows for entry in entries),
-        masked=sum(entry.masked for entry in entries),
-        chunks=sum(entry.chunks for entry in entries),
-        bytes=sum(entry.bytes for entry in entries),
-        computed=computed,
-        kept=len(ledger) - computed,
-        elsewhere=len(run.manifest.units()) - len(ledger),
-        counts=Counter(totals(run.data.record.sources)),
-        notes=losses(run.data),
-    )
+    kept, elsewhere = len(ledger) - computed, len(run.manifest.units()) - len(ledger)
+    notes = losses(run.data)
+    return CacheReport(out, computed=computed, kept=kept, elsewhere=elsewhere, notes=notes, **sums)
 
 
 @contextmanager
@@ -157,17 +140,12 @@ def only_writer(config: CacheConfig, parallel: bool = False) -> Iterator[None]:
 def run_ranks(run: Run) -> None:
     """Compute what is missing by ranks under one progress bar. TideError where one fails."""
     config, ranks = run.config, []
-    alone = dataclasses.replace(config.engine, data_parallel=1, workers="local")
-    for i in range(config.engine.data_parallel):
-        # Rank r of `world` becomes the ranks r, r + world, r + 2 world, …: their units are its own.
-        rank = dataclasses.replace(
-            config,
-            rank=config.rank + config.world * i,
-            world=config.world * config.engine.data_parallel,
-            metrics_file=None,
-            engine=alone,
-        )
-        if dataclasses.replace(run, config=rank).missing:
+    alone = replace(config.engine, data_parallel=1, workers="local")
+    world = config.world * config.engine.data_parallel
+    # Rank r of `world` becomes the ranks r, r + world, r + 2 world, …: their units are its own.
+    for number in range(config.rank, world, config.world):
+        rank = replace(config, rank=number, world=world, metrics_file=None, engine=alone)
+        if replace(run, config=rank).missing:
             ranks.append(rank)
     units = set(run.missing)
     running = _on_ray(ranks) if config.engine.workers == "ray" else _on_this_machine(ranks)
@@ -215,18 +193,15 @@ def _on_ray(ranks: Sequence[CacheConfig]) -> Generator[None, None, None]:
     gpus = ranks[0].engine.tensor_parallel if ray.cluster_resources().get("GPU") else 0
     task = ray.remote(num_gpus=gpus, num_cpus=1)(run_rank)
     tasks = {task.remote(to_plain(config)): config for config in ranks}
-    failures: list[tuple[CacheConfig, Any]] = []
     waiting = list(tasks)
     while waiting:
-        done, waiting = ray.wait(waiting, timeout=_LOOK_SECONDS)
-        for one in done:
-            try:
-                ray.get(one)
-            except ray.exceptions.RayError as error:
-                failures.append((tasks[one], getattr(error, "cause", error)))
+        _, waiting = ray.wait(waiting, timeout=_LOOK_SECONDS)
         yield
-    for config, error in failures:
-        raise _failed(config, str(error)) from error
+    for one, config in tasks.items():
+        try:
+            ray.get(one)
+        except ray.exceptions.RayError as error:
+            raise _failed(config, str(getattr(error, "cause", error))) from error
 
 
 def _failed(config: CacheConfig, reason: str) -> TideError:

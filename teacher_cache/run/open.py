@@ -4,9 +4,8 @@ Everything that can go wrong before the teacher is loaded goes wrong here: `auto
 teacher, student and data opened, and what follows from them is compared with the manifest.
 """
 
-import dataclasses
 import datetime
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool
@@ -62,7 +61,6 @@ def open_sides(config: CacheConfig, weights: bool = True) -> Sides:
     teacher = Tokenizer.load(checkpoint.folder)
     student = Tokenizer.load(resolve(config.student_tokenizer or entry.student))
     check_teacher(config, entry, checkpoint, teacher)
-    token, mask = student_mask(student, config.student_mask_token)
     shared, usable = None, checkpoint.embedding_rows
     if entry.student_tokens:
         # The teacher reads the student's ids: only added tokens may differ.
@@ -85,7 +83,8 @@ def open_sides(config: CacheConfig, weights: bool = True) -> Sides:
             expected=f"k between 1 and {usable}",
             fix=f"lower it: --set targets.k={min(64, usable)}",
         )
-    return Sides(entry, checkpoint, teacher, student, token, mask, shared)
+    mask = student_mask(student, config.student_mask_token)
+    return Sides(entry, checkpoint, teacher, student, *mask, shared)
 
 
 def prepare_data(
@@ -95,29 +94,28 @@ def prepare_data(
     take for today: the day on which the cache was begun (its manifest), None where none asks.
     """
     entry, student, teacher = sides.entry, sides.student, sides.teacher
-    day = None
+    shared, day = entry.student_tokens, None
     if student.template.knows_today or teacher.template.knows_today:
         date = begun and begun.fingerprint.data.date
         day = datetime.date.fromisoformat(date) if date else datetime.date.today()
-    own_text = entry.student_tokens and config.targets.teacher_text == "own"
-    template = teacher.template.source if own_text or not entry.student_tokens else ""
-    identity = {
-        "student": [student.fingerprint, student.template.source, sides.student_mask],
-        "teacher": [teacher.fingerprint, template, entry.mask_id],
-        "shared": entry.student_tokens,
-    }
+    own_text = shared and config.targets.teacher_text == "own"
+    template = teacher.template.source if own_text or not shared else ""
     request = PrepareRequest(
         sources=config.sources,
         folder=config.prepared_folder,
-        identity=identity,
+        identity={
+            "student": [student.fingerprint, student.template.source, sides.student_mask],
+            "teacher": [teacher.fingerprint, template, entry.mask_id],
+            "shared": shared,
+        },
         student=resolve(config.student_tokenizer or entry.student),
         teacher=str(sides.checkpoint.folder),
-        shared=entry.student_tokens,
+        shared=shared,
         student_mask_id=sides.student_mask,
         teacher_mask_id=entry.mask_id,
         lengths=config.lengths,
         date=day,
-        positions=config.targets.positions if entry.student_tokens else "content",
+        positions=config.targets.positions if shared else "content",
         own_text=own_text,
         skip_first=entry.shift,
         dedup=config.dedup,
@@ -190,54 +188,47 @@ def open_or_begin(config: CacheConfig, any_engine: bool = False) -> Run:
     check_data(config, sides.shared is not None, data)
 
     # 3. All that the values depend on.
-    entry, student = sides.entry, sides.student
+    entry, student, checkpoint = sides.entry, sides.student, sides.checkpoint
+    teacher = CachedTeacher(
+        name=config.teacher,
+        architecture=entry.architecture,
+        attention=to_plain(entry.attention),
+        shift=entry.shift,
+        student_tokens=entry.student_tokens,
+        mask_id=entry.mask_id,
+        vocabulary=checkpoint.embedding_rows,
+        weights=checkpoint.fingerprint(),
+        tokenizer=sides.teacher.fingerprint,
+        template=sides.teacher.template.source,
+    )
+    learner = CachedStudent(
+        tokenizer=student.fingerprint,
+        template=student.template.source,
+        mask_id=sides.student_mask,
+        mask_token=sides.mask_token,
+        vocabulary=max(len(student), sides.student_mask + 1),
+    )
+    turns = tuple(sorted({source.turns for source in config.sources}))
+    date, size = None if day is None else str(day), config.shard_examples
+    examples = CachedData(data.record.content, data.examples, size, turns, date)
     classes_from = config.targets.classes_from
     if classes_from is not None:
         classes_from = open_checkpoint(resolve(classes_from)).fingerprint()
-    fingerprint = Fingerprint.of(
-        config,
-        CachedTeacher(
-            name=config.teacher,
-            architecture=entry.architecture,
-            attention=to_plain(entry.attention),
-            shift=entry.shift,
-            student_tokens=entry.student_tokens,
-            mask_id=entry.mask_id,
-            vocabulary=sides.checkpoint.embedding_rows,
-            weights=sides.checkpoint.fingerprint(),
-            tokenizer=sides.teacher.fingerprint,
-            template=sides.teacher.template.source,
-        ),
-        CachedStudent(
-            tokenizer=student.fingerprint,
-            template=student.template.source,
-            mask_id=sides.student_mask,
-            mask_token=sides.mask_token,
-            vocabulary=max(len(student), sides.student_mask + 1),
-        ),
-        CachedData(
-            content=data.record.content,
-            examples=data.examples,
-            shard_examples=config.shard_examples,
-            turns=tuple(sorted({source.turns for source in config.sources})),
-            date=None if day is None else str(day),
-        ),
-        classes_from,
-    )
+    fingerprint = Fingerprint.of(config, teacher, learner, examples, classes_from)
 
     # 4. The tables, where they are made already.
     tables, vocabulary = begun and begun.fingerprint.tables, None
     if "topk" in config.targets.signals and has_tables(out):
         vocabulary = load_vocabulary(out, tables)
         tables = vocabulary.digest
-    fingerprint = dataclasses.replace(fingerprint, tables=tables)
+    fingerprint = replace(fingerprint, tables=tables)
 
     # 5. Begin, or go on.
-    draws, parts = config.noise.draws, -(-data.examples // config.shard_examples)
+    draws, parts = config.noise.draws, -(-data.examples // size)
     names = tuple(dict.fromkeys(public_name(source.source) for source in config.sources))
     if begun is not None:
         if any_engine:
-            fingerprint = dataclasses.replace(fingerprint, engine=begun.fingerprint.engine)
+            fingerprint = replace(fingerprint, engine=begun.fingerprint.engine)
         check_fingerprint(out, begun.fingerprint, fingerprint, "go on with it")
         draws, names = max(begun.draws, draws), begun.sources or names
     elif units := finished_units(out):

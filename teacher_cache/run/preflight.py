@@ -1,10 +1,10 @@
 """Can a run do what it is told to, where it is told to? Tried before any weight is read."""
 
-import dataclasses
 import importlib.util
 import logging
 import os
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ def settle_engine(config: CacheConfig, begun: CachedEngine | None = None) -> Cac
         kind = begun.type
     if kind != "transformers":
         entry = find_teacher(config.teacher, config.teachers_file)
-        problem = why_not(entry, dataclasses.replace(settings, type=kind))
+        problem = why_not(entry, replace(settings, type=kind))
         if problem is not None and kind == "vllm":
             raise problem
         kind = "vllm" if problem is None else "transformers"
@@ -95,7 +95,7 @@ def settle_engine(config: CacheConfig, begun: CachedEngine | None = None) -> Cac
         dtype = choose_precision(settings.dtype, device, before)
         if settings.dtype == "auto":
             logger.info("engine.dtype %s", explain_precision(dtype, device, before))
-    return dataclasses.replace(config, engine=dataclasses.replace(settings, type=kind, dtype=dtype))
+    return replace(config, engine=replace(settings, type=kind, dtype=dtype))
 
 
 def check_teacher(
@@ -148,14 +148,10 @@ def check_data(config: CacheConfig, shared_tokenizer: bool, data: PreparedData) 
     lost, whole = sums.get("unaligned_bytes", 0), sums.get("response_bytes", 0)
     if not sums.get("chunks"):
         raise TideError(
-            f"teacher {config.teacher} and its student share no chunk: {lost:,} of {whole:,} "
-            "response bytes could not be aligned",
+            f"teacher {config.teacher} and its student share no chunk in {whole:,} response bytes",
             expected="two tokenizers whose tokens spell the same bytes",
             fix="look at `tide prepare --show 3`; choose another student tokenizer or teacher",
         )
     if lost > whole / 2:
-        warnings.warn(
-            f"{lost / whole:.0%} of the response bytes could not be aligned between teacher and "
-            "student: these are trained by cross-entropy alone",
-            stacklevel=2,
-        )
+        share = f"{lost / whole:.0%} of the response bytes are in no chunk of teacher and student"
+        warnings.warn(f"{share}: they are trained by cross-entropy alone", stacklevel=2)

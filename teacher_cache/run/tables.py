@@ -5,10 +5,10 @@ probability outside of the top-k (the prior) and the order of ids by how often t
 vocabulary is cut into classes: tokens that a head treats alike.
 """
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from teacher_cache.run.work import Engine, prepare_unit
 logger = logging.getLogger(__name__)
 _ROUNDS = 30  # of k-means, at most
 _AT_ONCE = 32  # requests of the pilot sample
-_LOOK_SECONDS, _SAY_SECONDS = 1.0, 60.0
+_LOOK_SECONDS = 1.0
 
 
 def settle_tables(run: Run, engine: Callable[[], Engine], store: Store | None = None) -> Run:
@@ -48,12 +48,9 @@ def settle_tables(run: Run, engine: Callable[[], Engine], store: Store | None = 
     out = run.config.out
     if run.wants_tables and not tables.has_tables(out):
         if store is not None and run.config.rank > 0:
-            said = time.monotonic()
+            logger.info("rank %d waits for the tables of rank 0", run.config.rank)
             store.bring_tables(out)
             while not tables.has_tables(out):
-                if time.monotonic() - said > _SAY_SECONDS:
-                    logger.info("rank %d waits for the tables of rank 0", run.config.rank)
-                    said = time.monotonic()
                 time.sleep(_LOOK_SECONDS)
                 store.bring_tables(out)
         else:
@@ -65,9 +62,9 @@ def settle_tables(run: Run, engine: Callable[[], Engine], store: Store | None = 
     if run.wants_tables and run.vocabulary is None:
         fingerprint = run.manifest.fingerprint
         vocabulary = tables.load_vocabulary(out, fingerprint.tables)
-        fingerprint = dataclasses.replace(fingerprint, tables=vocabulary.digest)
-        manifest = dataclasses.replace(run.manifest, fingerprint=fingerprint)
-        run = dataclasses.replace(run, manifest=manifest, vocabulary=vocabulary)
+        fingerprint = replace(fingerprint, tables=vocabulary.digest)
+        manifest = replace(run.manifest, fingerprint=fingerprint)
+        run = replace(run, manifest=manifest, vocabulary=vocabulary)
     run.manifest.save(out)
     return run
 
@@ -90,9 +87,7 @@ def _tables_of_another(run: Run) -> tuple[Vocabulary, Pilot, np.ndarray]:
     return vocabulary, tables.load_pilot(other), tables.load_centroids(other)
 
 
-def _make_tables(
-    run: Run, engine: Engine
-) -> tuple[Vocabulary, Pilot, Float[np.ndarray, "classes width"]]:
+def _make_tables(run: Run, engine: Engine) -> tuple[Vocabulary, Pilot, np.ndarray]:
     """Score the pilot sample, and cut the vocabulary into classes with these centres."""
     requests = pilot_requests(run)
     class_of, centroids = classes_for(run)
@@ -117,9 +112,7 @@ def _make_tables(
 
 
 def pilot_requests(run: Run) -> list[Request]:
-    """The passes of examples from all over the data, under their first draw, up to `targets.pilot`
-    positions.
-    """
+    """Passes of examples from all over the data, first draw, up to `targets.pilot` positions."""
     n = run.data.examples
     spread = np.unique(np.linspace(0, n - 1, min(n, 4096)).astype(int))
     order = spread[generator(run.config.noise.seed, "pilot").permutation(len(spread))]
