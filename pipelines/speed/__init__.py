@@ -1,19 +1,56 @@
 """`make bench`: ratios measured side by side in one run. Absolute times are this machine's."""
 
-from pipelines.speed.head import bench_head
-from pipelines.speed.loader import bench_loader
-from pipelines.speed.stages import bench_stages
-from pipelines.speed.use import bench_use
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
 from pipelines.terminal import print_table
 from shared.system.errors import TideError
-
-TABLES = {"stages": bench_stages, "head": bench_head, "loader": bench_loader, "use": bench_use}
+from shared.system.hardware import high_water
 
 
 def run_bench(only: str | None = None) -> None:
-    """Print all tables, or one of `TABLES`."""
-    if only is not None and only not in TABLES:
-        raise TideError(f"unknown table {only!r}", expected=f"one of {', '.join(TABLES)}")
-    for name, measure in TABLES.items():
-        if only in (None, name):
-            print_table(measure())
+    """Print all tables, or one of them."""
+    from pipelines.speed import loader, training, use
+
+    tables = {
+        "stages": training.bench_stages, "head": training.bench_head,
+        "loader": loader.bench_loader, "use": use.bench_use,
+    }  # fmt: skip
+    if only is not None and only not in tables:
+        raise TideError(f"unknown table {only!r}", expected=f"one of {', '.join(tables)}")
+    for name in [only] if only else tables:
+        print_table(tables[name]())
+
+
+def side_by_side(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each job, all jobs in turn in every round, after one round to warm up: a
+    busy machine slows all of them alike.
+    """
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for turn in range(rounds + 1):
+        for name, job in jobs.items():
+            started = time.perf_counter()
+            job()
+            if turn:
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of a module returns in a fresh process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def added_memory(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> int:
+    """Bytes by which a job raises the high-water mark of its process (Linux). `prepare` loads what
+    is not the job's.
+    """
+    job = prepare(*arguments)
+    before = high_water()
+    job()
+    return high_water() - before

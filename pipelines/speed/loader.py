@@ -10,7 +10,7 @@ import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Callable
+import timeit
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +18,16 @@ import pyarrow as pa
 import torch
 from rich.table import Table
 
-from pipelines.speed.timing import in_process
-from shared.cache.ledger import Entry, inspect_shard, load_ledger, remember, save_ledger
+from pipelines.speed import in_process
+from shared.cache import ledger
 from shared.cache.manifest import Manifest
-from shared.cache.row import Layout, Pilot, Vocabulary
+from shared.cache.row import Pilot
 from shared.cache.shards import TABLES, Unit, read_shard, save_tables, write_shard
 from shared.settings.config import CacheConfig, TargetConfig, TrainConfig
 from shared.system.hardware import high_water
 from student_train.batches.collate import TargetReader, collate
 from student_train.batches.loader import BatchDataset, OpenCache
-from teacher_cache.run.costs import Workload, made_up_fingerprint, random_rows
+from teacher_cache.run.costs import Workload, even_layout, made_up_fingerprint, random_rows
 
 DRAWS, ROWS, VOCABULARY = 4, 512, 151_936
 CONFIG = CacheConfig(targets=TargetConfig(signals=("topk",)))
@@ -51,31 +51,31 @@ def bench_loader(sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)) -> Table
 
 def make_cache(cache: Path, rows: int) -> int:
     """Write the cache; how many shards it has."""
-    targets, parts = CONFIG.targets, -(-rows // ROWS)
-    ids, none = np.arange(VOCABULARY, dtype=np.int32), np.zeros(0, np.int32)
-    prior = np.full((2, VOCABULARY), 1 / VOCABULARY, np.float32)
-    vocabulary = Vocabulary((ids % targets.classes).astype(np.int32), ids, prior)
+    layout, none = even_layout(CONFIG.targets, VOCABULARY), np.zeros(0, np.int32)
+    tables = layout.vocabulary
+    assert tables is not None
     pilot = Pilot(none, none, none.astype(np.float32), np.zeros((0, 2), np.float32))
-    save_tables(cache / TABLES, vocabulary, pilot, np.zeros((targets.classes, 1), np.float32))
+    centroids = np.zeros((tables.classes, 1), np.float32)
+    save_tables(cache / TABLES, tables, pilot, centroids)
     fingerprint = made_up_fingerprint(CONFIG, True, VOCABULARY, 0)
-    fingerprint = dataclasses.replace(fingerprint, tables=vocabulary.digest)
-    manifest = Manifest(fingerprint, DRAWS, parts, rows)
+    fingerprint = dataclasses.replace(fingerprint, tables=tables.digest)
+    manifest = Manifest(fingerprint, DRAWS, -(-rows // ROWS), rows)
     manifest.save(cache)
-    layout, ledger = Layout((1.0, 2.0), "levels", vocabulary), {}
+    entries = {}
     for draw in range(DRAWS):
         made = random_rows(LOAD, CONFIG, VOCABULARY, ROWS, draw)
         first = Unit(draw, 0).path(cache)
         masked = sum(row.masked.size for row in made)
         counts = {"masked": masked, "cache": manifest.digest, "draw": draw}
         content = write_shard(first, made, layout, counts)
-        entry = Entry.of(content, {**counts, "rows": len(made)})
-        for part in range(parts):
-            ledger[Unit(draw, part)] = entry
+        entry = ledger.Entry.of(content, {**counts, "rows": len(made)})
+        for part in range(manifest.parts):
+            entries[Unit(draw, part)] = entry
             if part:
                 os.link(first, Unit(draw, part).path(cache))
-    save_ledger(cache, manifest, ledger)
-    remember(cache)
-    return len(ledger)
+    ledger.save_ledger(cache, manifest, entries)
+    ledger.remember(cache)
+    return len(entries)
 
 
 def measure_cache(cache: Path) -> list[str]:
@@ -87,27 +87,19 @@ def measure_cache(cache: Path) -> list[str]:
     opened = OpenCache(config)
     data = BatchDataset(opened, config)
     start, memory = time.perf_counter() - started, high_water() - before
-    manifest, layout = opened.manifest, opened.layout
+    manifest, layout, unit = opened.manifest, opened.layout, Unit(0, 0)
+    load = timeit.timeit(lambda: ledger.load_ledger(cache, manifest), number=1)
+    resume = timeit.timeit(lambda: data.rows(len(data) - 1), number=1)
+    cells = [f"{start:.2f}", f"{load:.2f}", f"{memory / 1e6:.0f}", f"{resume:.2f}"]
 
-    def seconds(work: Callable[[], object], rounds: int = 5) -> float:
-        """The best of some rounds."""
-        times = []
-        for _ in range(rounds):
-            started = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - started)
-        return min(times)
-
-    ledger = seconds(lambda: load_ledger(cache, manifest), 1)
-    resume = seconds(lambda: data.rows(len(data) - 1), 1)
-    path = Unit(0, 0).path(cache)
+    path, job = unit.path(cache), (unit, opened.ledger[unit])
     content, rows = path.read_bytes(), read_shard(path, layout)
-    read, part = TargetReader(manifest, layout), 32
-    job = (Unit(0, 0), opened.ledger[Unit(0, 0)])
-    speeds = [
-        ROWS / seconds(lambda: read_shard(path, layout, content)),
-        part / seconds(lambda: read(collate(rows[:part], manifest))),
-        ROWS / seconds(lambda: inspect_shard(cache, manifest, layout, job)),
-    ]
-    cells = [f"{start:.2f}", f"{ledger:.2f}", f"{memory / 1e6:.0f}", f"{resume:.2f}"]
-    return cells + [f"{LOAD.masked * speed:,.0f}" for speed in speeds]
+    read, part = TargetReader(manifest, layout), rows[:32]
+    for count, work in (
+        (ROWS, lambda: read_shard(path, layout, content)),
+        (len(part), lambda: read(collate(part, manifest))),
+        (ROWS, lambda: ledger.inspect_shard(cache, manifest, layout, job)),
+    ):
+        best = min(timeit.repeat(work, number=1, repeat=5))
+        cells.append(f"{LOAD.masked * count / best:,.0f}")
+    return cells

@@ -6,12 +6,13 @@ blocks decoded after the true text of held-out functions, at fixed masks, with t
 tokens beside it, since text that repeats itself can please a model too.
 """
 
-import dataclasses
 import http.client
 import itertools
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,15 +21,17 @@ import torch
 from rich.table import Table
 
 from pipelines.serving.server import ServeConfig, check_installed, served
-from pipelines.speed.timing import side_by_side
+from pipelines.speed import side_by_side
 from shared.data import iter_examples
-from shared.diffusion.attention import full
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import load_model, new_model
 from shared.settings.config import DataConfig, StudentConfig
 from student_train.using.elbo import ElboConfig, log_likelihoods_together
 from student_train.using.settings import SampleConfig
 from student_train.using.student import LoadedStudent, load_for_use, sample_steps
+from teacher_cache.engines.transformers_engine import TransformersEngine
+from teacher_cache.method.comp_demo import Request
+from teacher_cache.method.targets import TargetSpec
 from teacher_cache.teachers.registry import find_teacher
 
 EMBEDDED = "student_train/tiny_students/shared"
@@ -36,6 +39,7 @@ EMBEDDED = "student_train/tiny_students/shared"
 # random.
 SHAPE = StudentConfig(hidden_size=512, layers=8, heads=8, kv_heads=4, intermediate_size=1536)
 NEW, BLOCK, ROUNDS = 64, 32, 2
+SAMPLING = SampleConfig(new_tokens=NEW, min_new_tokens=NEW, block=BLOCK)  # does not end early
 DRAWS = 8  # masks of each judged block
 WAYS: dict[str, dict[str, Any]] = {
     "1 token a step": {"steps_per_block": 32},
@@ -52,18 +56,13 @@ def bench_use(shape: StudentConfig = SHAPE, prompts: int = 8) -> Table:
     torch.manual_seed(0)
     trained = load_for_use(EMBEDDED, "cpu")
     fresh = new_model(shape, trained.tokenizer, trained.special.mask, 4096)
-    student = dataclasses.replace(trained, model=fresh.eval())
+    student = replace(trained, model=fresh.eval())
     title = f"{prompts} held-out prompts, {NEW} new tokens each, blocks of {BLOCK}"
     table = Table("what", "passes", "tokens/s", "ratio", "NLL", "distinct", title=title)
     add_sampling(table, trained, prompts)
     add_likelihoods(table, student, prompts)
     add_serving(table, student, prompts)
     return table
-
-
-def settings(**changes: Any) -> SampleConfig:
-    """Of responses that do not end early."""
-    return SampleConfig(new_tokens=NEW, min_new_tokens=NEW, block=BLOCK, **changes)
 
 
 def held_out(student: LoadedStudent, count: int) -> list[tuple[list[int], list[int]]]:
@@ -86,14 +85,13 @@ def add_sampling(table: Table, student: LoadedStudent, prompts: int) -> None:
     passes: dict[str, int] = {}
 
     def decode(way: str) -> None:
-        *_, (_, passes[way]) = sample_steps(
-            student.model, asked, student.special, settings(**WAYS[way])
-        )
+        config = replace(SAMPLING, **WAYS[way])
+        *_, (_, passes[way]) = sample_steps(student.model, asked, student.special, config)
 
-    seconds = side_by_side({way: lambda way=way: decode(way) for way in WAYS}, ROUNDS)
+    seconds = side_by_side({way: partial(decode, way) for way in WAYS}, ROUNDS)
     first = next(iter(WAYS))
     for way, changes in WAYS.items():
-        config = dataclasses.replace(settings(**changes), new_tokens=BLOCK, min_new_tokens=BLOCK)
+        config = replace(SAMPLING, new_tokens=BLOCK, min_new_tokens=BLOCK, **changes)
         *_, (tokens, _) = sample_steps(student.model, contexts, student.special, config)
         nll, distinct = judge(student, list(zip(contexts, tokens.tolist(), strict=True)))
         speed, ratio = prompts * NEW / seconds[way], seconds[first] / seconds[way]
@@ -103,7 +101,6 @@ def add_sampling(table: Table, student: LoadedStudent, prompts: int) -> None:
     table.add_row("(the true text)", "–", "–", "–", f"{nll:.2f}", f"{distinct:.2f}")
 
 
-@torch.no_grad()
 def judge(student: LoadedStudent, blocks: list[tuple[list[int], list[int]]]) -> tuple[float, float]:
     """The teacher's NLL of blocks given their contexts, nats a token, and the share of distinct
     tokens.
@@ -111,25 +108,23 @@ def judge(student: LoadedStudent, blocks: list[tuple[list[int], list[int]]]) -> 
     `DRAWS` copies of a block have 1/16, 3/16, … of it masked, the same places in every block.
     """
     entry = find_teacher("tiny-shared")
-    checkpoint = open_checkpoint(resolve(entry.model))
-    teacher: Any = load_model(checkpoint, entry.architecture, torch.float32).eval()
+    teacher = load_model(open_checkpoint(resolve(entry.model)), entry.architecture, torch.float32)
+    engine = TransformersEngine(teacher, entry.attention, TargetSpec(0, 1.0, (1.0,)))
     random = torch.Generator().manual_seed(0)
-    counts = [1 + int(BLOCK * (draw + 0.5) / DRAWS) for draw in range(DRAWS)]
-    hidden = torch.zeros(DRAWS, BLOCK, dtype=torch.bool)
-    for draw, count in enumerate(counts):
-        hidden[draw, torch.randperm(BLOCK, generator=random)[:count]] = True
-    nll, distinct = [], []
+    hidden = []  # places in a block
+    for draw in range(DRAWS):
+        order = torch.randperm(BLOCK, generator=random)
+        hidden.append(order[: 1 + int(BLOCK * (draw + 0.5) / DRAWS)].sort().values.numpy())
+    requests = []
     for context, block in blocks:
-        gold = torch.tensor([block] * DRAWS)
-        noised = gold.masked_fill(hidden, student.special.mask)
-        ids = torch.cat([torch.tensor([context] * DRAWS), noised], dim=1)  # [draws, length]
-        seen = full(torch.ones_like(ids, dtype=torch.bool))
-        states = teacher.model(input_ids=ids, attention_mask=seen, use_cache=False)
-        logits = teacher.lm_head(states.last_hidden_state[:, -BLOCK:]).float()
-        logp = logits.log_softmax(dim=-1).gather(-1, gold[..., None])[..., 0]
-        nll.append(float(-((logp * hidden).sum(dim=1) / torch.tensor(counts)).mean()))
-        distinct.append(len(set(block)) / len(block))
-    return float(np.mean(nll)), float(np.mean(distinct))
+        ids = np.array(context + block, np.int32)
+        for places in hidden:
+            read = (len(context) + places).astype(np.int32)
+            noised = ids.copy()
+            noised[read] = student.special.mask
+            requests.append(Request(noised, read, ids[read]))
+    nll = np.mean([-scores.gold_logp.mean() for scores in engine.score(requests)])
+    return float(nll), float(np.mean([len(set(block)) / len(block) for _, block in blocks]))
 
 
 def add_likelihoods(table: Table, student: LoadedStudent, prompts: int) -> None:
@@ -142,23 +137,18 @@ def add_likelihoods(table: Table, student: LoadedStudent, prompts: int) -> None:
         for start in range(0, len(questions), size):
             log_likelihoods_together(model, questions[start : start + size], special, config)
 
-    seconds = side_by_side({str(n): lambda n=n: score(n) for n in (1, prompts)}, ROUNDS)
     tokens = sum(len(answer) for _, (answer,) in questions)
-    for size in (1, prompts):
-        ratio = seconds["1"] / seconds[str(size)]
-        name = f"likelihoods, {size} question{'s' if size > 1 else ''} at once"
-        table.add_row(name, "", f"{tokens / seconds[str(size)]:.0f}", f"{ratio:.2f}", "", "")
+    add_at_once(table, "likelihoods", "question", score, [1, prompts], tokens)
 
 
 def add_serving(table: Table, student: LoadedStudent, prompts: int) -> None:
     """The same number of requests through HTTP, so many at once."""
-    at_once = sorted({1, min(4, prompts), prompts})
-    config = ServeConfig("student", settings(steps_per_block=8), batch=prompts, port=0)
+    settings = replace(SAMPLING, steps_per_block=8)
+    config = ServeConfig("student", settings, batch=prompts, port=0)
     with served(student, config) as address:
 
         def ask(number: int) -> None:
-            place = urlsplit(address)
-            connection = http.client.HTTPConnection(place.hostname or "", place.port)
+            connection = http.client.HTTPConnection(urlsplit(address).netloc)
             message = {"role": "user", "content": f"Write `f{number}`."}
             body = json.dumps({"model": config.name, "messages": [message]})
             headers = {"content-type": "application/json"}
@@ -172,9 +162,16 @@ def add_serving(table: Table, student: LoadedStudent, prompts: int) -> None:
             with ThreadPoolExecutor(count) as pool:
                 list(pool.map(ask, range(prompts)))
 
-        jobs: dict[str, Callable[[], object]] = {str(n): lambda n=n: ask_all(n) for n in at_once}
-        seconds = side_by_side(jobs, ROUNDS)
-    for count in at_once:
-        speed, ratio = prompts * NEW / seconds[str(count)], seconds["1"] / seconds[str(count)]
-        name = f"serving, {count} request{'s' if count > 1 else ''} at once"
+        sizes = sorted({1, min(4, prompts), prompts})
+        add_at_once(table, "serving", "request", ask_all, sizes, prompts * NEW)
+
+
+def add_at_once(
+    table: Table, kind: str, noun: str, job: Callable[[int], None], sizes: list[int], tokens: int
+) -> None:
+    """A row for each number of questions or requests that are worked on at once."""
+    seconds = side_by_side({str(size): partial(job, size) for size in sizes}, ROUNDS)
+    for size in sizes:
+        speed, ratio = tokens / seconds[str(size)], seconds["1"] / seconds[str(size)]
+        name = f"{kind}, {size} {noun}{'s' if size > 1 else ''} at once"
         table.add_row(name, "", f"{speed:.0f}", f"{ratio:.2f}", "", "")

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipelines.speed import head, loader, stages, use
+from pipelines.speed import loader, training, use
 from shared.settings.config import StudentConfig
 from student_train.using.student import load_for_use
 
@@ -25,8 +25,8 @@ def test_quality_is_that_of_the_text() -> None:
 @pytest.mark.parametrize("name", ["stages", "head", "loader", "use"])
 def test_every_table_is_measured(name: str) -> None:
     measure = {
-        "stages": lambda: stages.bench_stages(16),
-        "head": lambda: head.bench_head(4096),
+        "stages": lambda: training.bench_stages(16),
+        "head": lambda: training.bench_head(4096),
         "loader": lambda: loader.bench_loader((600,)),
         "use": lambda: use.bench_use(SMALL, 2),
     }
