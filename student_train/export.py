@@ -136,11 +136,8 @@ def write_card(
 ) -> None:
     """Write the card of a run's finished student. Paths of this machine are left out of it."""
     base = config.student.checkpoint
-    on_the_hub = (
-        base is not None
-        and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base) is not None
-        and not Path(base).exists()
-    )
+    hub_id = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+    on_the_hub = base is not None and bool(hub_id.fullmatch(base)) and not Path(base).exists()
     settings = to_plain(config)
     for name in ("cache", "out", "store", "heldout", "report_to"):
         settings.pop(name)

@@ -1,8 +1,8 @@
 """The student: a Qwen3 or Llama, from a checkpoint or new, that denoises blocks of [x_t ; x_0]."""
 
 import logging
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Mapping
+from functools import cache, partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 STUDENTS = ("qwen3", "llama")
 FLEX = "tide_flex"  # the name under which transformers' models find `attend_flex`
+_compiled: Any = cache(partial(torch.compile, dynamic=True))
 
 
 def load_student(
@@ -73,7 +74,7 @@ def student_for(
         model = new_model(settings, tokenizer, mask_id, positions=4096)
     else:
         model = load_model(checkpoint, architecture_of(checkpoint, STUDENTS), torch.float32)
-        width = embedding_rows(model)
+        width: int = model.config.vocab_size
         if mask_id >= width and not settings.add_mask_row:
             raise TideError(
                 f"the mask id {mask_id} lies outside the student's embedding of {width} rows",
@@ -101,11 +102,6 @@ def student_for(
     if model.config.tie_word_embeddings:  # no alarm about it when a checkpoint is resumed
         model._keys_to_ignore_on_save = {"lm_head.weight"}
     return model
-
-
-def embedding_rows(model: Any) -> int:
-    """How many ids the model knows."""
-    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def masked_hidden(
@@ -173,8 +169,8 @@ def train_on_loss(
 
 
 # flex_attention: a compiled block mask that skips what block diffusion hides. On CUDA the kernel
-# and the mask are compiled once, for all shapes. On a CPU they run uncompiled and PyTorch has no
-# gradient for them, which is only good for tests: SDPA with a dense mask is used there.
+# and the mask are compiled once, for all shapes. On a CPU, where PyTorch has no gradient for them,
+# they run uncompiled, for tests: SDPA with a dense mask is used there.
 
 
 def flex_mask(
@@ -213,8 +209,3 @@ def attend_flex(
 
 AttentionInterface.register(FLEX, attend_flex)
 AttentionMaskInterface.register(FLEX, flex_attention_mask)
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)

@@ -145,8 +145,7 @@ def _chunks(rows: Sequence[CacheRow], order: Int[np.ndarray, " n"]) -> Batch:
     first_row = first_chunk = 0
     for row in rows:
         spans, teacher_logp = row.chunk_student, row.chunk_logp
-        if spans is None or teacher_logp is None:
-            spans, teacher_logp = np.zeros((0, 2), np.int32), np.zeros(0, np.float32)
+        assert spans is not None and teacher_logp is not None
         # 1. The positions of all tokens of the row's chunks, and the chunk of each.       (tokens)
         lengths = spans[:, 1] - spans[:, 0]
         owner = np.repeat(np.arange(len(spans)), lengths)

@@ -243,7 +243,7 @@ class Window:
     """Some parts of a pass, opened, and the order in which their examples are trained on.
 
     `units[i]` are the draws of one part; the first `begun` examples fill up the batch that the
-    window before has begun. Rows are decoded by whoever trains on them.
+    window before has begun.
     """
 
     def __init__(
@@ -267,8 +267,19 @@ class Window:
             tokens: Any = shards[0].table.column("student_ids").combine_chunks()
             lengths.append(tokens.value_lengths().to_numpy().astype(np.int64))
             home += [(part, row) for row in range(len(ids))]
-        order = length_bucketed(np.concatenate(lengths), begun, batch, stream)
-        self._order = [home[i] for i in order]
+        # 1. Shuffled. The first `begun` examples stay as they come.
+        size = np.concatenate(lengths)
+        order = stream.permutation(len(size))
+        head, rest = order[:begun], order[begun:]
+        # 2. Sorted by length inside runs of 16 batches, so that batches hold such of like length.
+        for at in range(0, len(rest), 16 * batch):
+            run = rest[at : at + 16 * batch]
+            rest[at : at + 16 * batch] = run[np.argsort(size[run], kind="stable")]
+        # 3. Whole batches shuffled; what is left over comes last.
+        whole = len(rest) // batch * batch
+        batches = rest[:whole].reshape(-1, batch)
+        mixed = batches[stream.permutation(len(batches))].reshape(-1)
+        self._order = [home[i] for i in np.concatenate([head, mixed, rest[whole:]])]
 
     def rows(self, places: Sequence[int]) -> list[CacheRow]:
         """The rows of the examples at these places of the order, draw by draw."""
@@ -284,21 +295,3 @@ class Window:
                 for number, row in zip(chosen, rows, strict=True):
                     decoded[part, number].append(row)
         return [row for place in places for row in decoded[self._order[place]]]
-
-
-def length_bucketed(
-    lengths: Int[np.ndarray, " n"], begun: int, batch: int, stream: np.random.Generator
-) -> Int[np.ndarray, " n"]:
-    """An order of examples in which whole batches hold such of like length."""
-    # 1. Shuffle. The first `begun` examples stay as they come.
-    order = stream.permutation(len(lengths))
-    head, rest = order[:begun], order[begun:]
-    # 2. Sort by length inside runs of 16 batches.
-    for at in range(0, len(rest), 16 * batch):
-        run = rest[at : at + 16 * batch]
-        rest[at : at + 16 * batch] = run[np.argsort(lengths[run], kind="stable")]
-    # 3. Shuffle whole batches; what is left over comes last.
-    whole = len(rest) // batch * batch
-    batches = rest[:whole].reshape(-1, batch)
-    mixed = batches[stream.permutation(len(batches))].reshape(-1)
-    return np.concatenate([head, mixed, rest[whole:]])

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from shared.aligned.examples import Prepared, Preparer
+from shared.aligned.examples import Preparer
 from shared.cache.manifest import Manifest
 from shared.cache.shards import Unit
 from shared.cache.stores import Store
@@ -56,15 +56,15 @@ def prepare_heldout(
         for draw in range(draws):
             masked = token_draw(_SEED, example.id, draw, example.maskable, 0.5).masked
             if masked.size:
-                rows.append((example, masked))
-    rows.sort(key=lambda row: len(row[0].student_ids))
+                rows.append((example.student_ids, masked))
+    rows.sort(key=lambda row: len(row[0]))
     if not rows:
         what = f"no held-out example of {data.source} fits"
         raise TideError(what, fix="raise lengths.student or use other data")
     # 2. Batches of at most so many tokens, padding included.
-    groups: list[list[tuple[Prepared, np.ndarray]]] = [[]]
+    groups: list[list[tuple[np.ndarray, np.ndarray]]] = [[]]
     for row in rows:
-        if groups[-1] and (len(groups[-1]) + 1) * len(row[0].student_ids) > _TOKENS_PER_BATCH:
+        if groups[-1] and (len(groups[-1]) + 1) * len(row[0]) > _TOKENS_PER_BATCH:
             groups.append([])
         groups[-1].append(row)
     # 3. Their tensors; the masked positions of a batch's rows stand one after the other, [masked].
@@ -72,11 +72,11 @@ def prepare_heldout(
     byte_lengths[tokenizer.backend.all_special_ids] = 0
     batches = []
     for group in groups:
-        masked = [positions for _, positions in group]
-        clean, valid = pad([e.student_ids for e, _ in group])  # [rows, length]
+        ids, masked = zip(*group, strict=True)
+        clean, valid = pad(ids)  # [rows, length]
         row = torch.from_numpy(np.repeat(np.arange(len(group)), [m.size for m in masked]))
         column = torch.from_numpy(np.concatenate(masked)).long()
-        used = [len(e.student_ids) for e, _ in group]
+        used = [len(own) for own in ids]
         places, place = places_of_draws([[m] for m in masked], used, lengths.block)
         noised = clean.clone()
         noised[row, column] = mask_id
@@ -98,11 +98,11 @@ def warn_of_overlap(
         trained |= {content_of(name) for name in column.to_pylist()}
     both = sum(content_of(name) in trained for name in heldout.ids)
     if both:
-        warnings.warn(
+        text = (
             f"{both:,} of {len(heldout.ids):,} held-out examples are also trained on: their score "
-            "says little. data.split and data.heldout_share divide a source by content",
-            stacklevel=2,
+            "says little. data.split and data.heldout_share divide a source by content"
         )
+        warnings.warn(text, stacklevel=2)
 
 
 Predict = Callable[[dict[str, Tensor]], Tensor]
@@ -113,21 +113,16 @@ def teacher_predictor(model: Any) -> Predict:
     """A teacher under full attention, on the same masks."""
 
     def predict(batch: dict[str, Tensor]) -> Tensor:
-        hidden = model.model(
-            input_ids=batch["noised"], attention_mask=full(batch["valid"]), use_cache=False
-        )
-        return model.lm_head(hidden.last_hidden_state[batch["row"], batch["column"]])
+        mask = full(batch["valid"])
+        states = model.model(input_ids=batch["noised"], attention_mask=mask, use_cache=False)
+        return model.lm_head(states.last_hidden_state[batch["row"], batch["column"]])
 
     return predict
 
 
 def student_predictor(model: Any, block: int) -> Predict:
     """A student as transformers loads it, on [x_t ; x_0]."""
-
-    def predict(batch: dict[str, Tensor]) -> Tensor:
-        return model.lm_head(batch_hidden(model, batch, block))
-
-    return predict
+    return lambda batch: model.lm_head(batch_hidden(model, batch, block))
 
 
 @torch.no_grad()

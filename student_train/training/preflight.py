@@ -3,13 +3,12 @@
 `run.json` says what a run's folder holds, so that no other run goes on in it.
 """
 
-import dataclasses
 import importlib.util
 import json
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,7 @@ import torch
 from shared.cache.manifest import Manifest, differences
 from shared.settings.build import to_plain
 from shared.settings.config import TrainConfig
-from shared.settings.objectives import (
-    KL,
-    Calm,
-    Distillation,
-    NoDistillation,
-    ReverseCalm,
-    ReverseKL,
-)
+from shared.settings.objectives import Distillation, NoDistillation, TokenObjective
 from shared.system.errors import TideError
 from shared.system.files import read_json, write_bytes
 from shared.system.hardware import choose_device, choose_precision, explain_precision
@@ -35,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 _RUN = "run.json"
 # Settings that change nothing of what is trained.
-_MAY_CHANGE = {"log_steps", "checkpoint_steps", "eval_steps", "report_to", "run_name"}
-_MAY_CHANGE |= {"loader_workers", "store_cache_gb"}
+_MAY_CHANGE = {"log_steps", "checkpoint_steps", "eval_steps", "report_to", "run_name",
+               "loader_workers", "store_cache_gb"}  # fmt: skip
 
 
 def preflight(config: TrainConfig, processes: int) -> tuple[TrainConfig, OpenCache]:
@@ -49,23 +41,21 @@ def preflight(config: TrainConfig, processes: int) -> tuple[TrainConfig, OpenCac
     check_machine(config, processes)
     # 2. Precision: a run that exists keeps what it was begun with, on whatever machine it goes on.
     device = choose_device(config.device)
-    begun = recorded_settings(config.out).get("precision")
+    begun = recorded_run(config.out).get("config", {}).get("precision")
     precision = choose_precision(config.precision, device, begun)
     if config.precision == "auto" and is_first():
         logger.info("precision %s", explain_precision(precision, device, begun))
     # 3. How the rows of a step are divided, and the attention that the device has.
-    config = settle_batch(dataclasses.replace(config, precision=precision), processes)
+    config = settle_batch(replace(config, precision=precision), processes)
     if config.student.attention == "auto":
         attention = "flex" if on_gpu(config) else "sdpa"
-        student = dataclasses.replace(config.student, attention=attention)
-        config = dataclasses.replace(config, student=student)
+        config = replace(config, student=replace(config.student, attention=attention))
     # 4. The cache, and whether it holds what the objective needs.
     opened = OpenCache(config)
     manifest = opened.manifest
-    check_objective(config.distillation, manifest, config.cache)
     rows = sum(entry.rows for entry in opened.ledger.values())
     bare = sum(entry.rows_without_chunks for entry in opened.ledger.values())
-    check_chunks(config.distillation, config.cache, rows, bare)
+    check_objective(config.distillation, manifest, config.cache, rows, bare)
     if config.draws_per_step > manifest.draws:
         raise TideError(
             f"draws_per_step is {config.draws_per_step}; {config.cache} has {manifest.draws} draws",
@@ -84,34 +74,25 @@ def on_gpu(config: TrainConfig) -> bool:
     return config.device != "cpu" and torch.cuda.is_available()
 
 
-def compiles(config: TrainConfig) -> bool:
-    """Whether layers and loss are compiled."""
-    return config.compile == "on" or (config.compile == "auto" and on_gpu(config))
-
-
 def check_machine(config: TrainConfig, processes: int) -> None:
     """TideError where trackers, attention, `parallel` or the optimizer need what is not there."""
-    for name in config.report_to:
-        if importlib.util.find_spec(name) is None:
-            fix = f"pip install {name}, or take it out of report_to"
-            raise TideError(f"report_to names {name}, which is not installed", fix=fix)
-    if config.student.attention == "flex" and not on_gpu(config):
-        what = "student.attention is flex, and flex_attention has no gradient on a CPU"
-        raise TideError(what, fix="leave student.attention out: SDPA is used there")
-    if config.parallel == "fsdp":
-        if config.device == "cpu" or not torch.accelerator.is_available():
-            fix = "use parallel=ddp, or a machine with GPUs"
-            raise TideError("parallel is fsdp, and this run is on a CPU", fix=fix)
-        if processes < 2:
-            fix = "start with `torchrun --nproc-per-node N -m pipelines.cli train …`"
-            raise TideError("parallel is fsdp, and there is one process", fix=fix)
-    if config.optimizer == "adamw_8bit":
-        if importlib.util.find_spec("bitsandbytes") is None:
-            what = "optimizer is adamw_8bit, and bitsandbytes is not installed"
-            raise TideError(what, fix="pip install bitsandbytes")
-        if not on_gpu(config):
-            what = "optimizer is adamw_8bit, and this run is on a CPU"
-            raise TideError(what, fix="use optimizer=adamw")
+    missing = [name for name in config.report_to if importlib.util.find_spec(name) is None]
+    no_accelerator = config.device == "cpu" or not torch.accelerator.is_available()
+    fsdp, eight_bit = config.parallel == "fsdp", config.optimizer == "adamw_8bit"
+    flex = config.student.attention == "flex" and not on_gpu(config)
+    torchrun = "start with `torchrun --nproc-per-node N -m pipelines.cli train …`"
+    for wrong, what, fix in (
+        (missing, f"report_to names {missing}, not installed", "install it, or take it out"),
+        (flex, "student.attention is flex, and this run is on a CPU", "leave it out: SDPA is used"),
+        (fsdp and no_accelerator, "parallel is fsdp, and this run is on a CPU", "use parallel=ddp"),
+        (fsdp and processes < 2, "parallel is fsdp, and there is one process", torchrun),
+        (eight_bit and importlib.util.find_spec("bitsandbytes") is None,
+         "optimizer is adamw_8bit, and bitsandbytes is not installed", "pip install bitsandbytes"),
+        (eight_bit and not on_gpu(config),
+         "optimizer is adamw_8bit, and this run is on a CPU", "use optimizer=adamw"),
+    ):  # fmt: skip
+        if wrong:
+            raise TideError(what, fix=fix)
 
 
 def settle_batch(config: TrainConfig, processes: int) -> TrainConfig:
@@ -130,8 +111,7 @@ def settle_batch(config: TrainConfig, processes: int) -> TrainConfig:
     unit = processes * draws
     if whole % unit:
         raise TideError(
-            f"global_batch is {whole}, and {processes} processes cannot share it evenly in "
-            f"examples of {draws} draws",
+            f"global_batch is {whole}, for {processes} processes and examples of {draws} draws",
             expected=f"a multiple of {unit}, such as {-(-whole // unit) * unit}",
         )
     each = whole // processes
@@ -143,60 +123,46 @@ def settle_batch(config: TrainConfig, processes: int) -> TrainConfig:
             f"processes in passes of {size} makes it {each // size}",
             fix="leave accumulation out, or global_batch",
         )
-    return dataclasses.replace(config, batch_size=size, accumulation=each // size)
+    return replace(config, batch_size=size, accumulation=each // size)
 
 
-def check_objective(settings: Distillation, manifest: Manifest, cache: Path) -> None:
-    """TideError where the cache lacks what the objective needs; a warning where the paper advises
-    against it.
+def check_objective(
+    settings: Distillation, manifest: Manifest, cache: Path, rows: int, bare: int
+) -> None:
+    """TideError where the cache lacks what the objective needs; a warning where `bare`, most of its
+    rows, have no chunk for it, or the paper advises against it.
     """
-    match settings:
-        case NoDistillation():
-            return
-        case KL() | ReverseKL():
-            if "topk" not in manifest.signals or not manifest.shared_tokenizer:
-                raise TideError(
-                    f"{settings.type} needs logits in the student's vocabulary; {cache} has none",
-                    expected="the signal topk of a teacher that shares the student's tokenizer",
-                    fix="use calm or reverse_calm, or a cache from such a teacher",
-                )
-            if settings.temperature not in manifest.temperatures:
-                raise TideError(
-                    f"the temperature {settings.temperature} is not in the cache {cache}",
-                    expected=f"one of {', '.join(map(str, manifest.temperatures))}",
-                    fix="or build a cache with targets.temperatures that includes it",
-                )
-        case Calm() | ReverseCalm():
-            if "chunks" not in manifest.signals:
-                what = f"{settings.type} needs the signal chunks, and {cache} does not have it"
-                raise TideError(what, fix='build a cache with targets.signals=["topk","chunks"]')
-    if settings.tidal is not None and isinstance(settings, ReverseKL | ReverseCalm):
+    if isinstance(settings, NoDistillation):
+        return
+    if isinstance(settings, TokenObjective):
+        if "topk" not in manifest.signals or not manifest.shared_tokenizer:
+            raise TideError(
+                f"{settings.type} needs logits in the student's vocabulary; {cache} has none",
+                expected="the signal topk of a teacher that shares the student's tokenizer",
+                fix="use calm or reverse_calm, or a cache from such a teacher",
+            )
+        if settings.temperature not in manifest.temperatures:
+            raise TideError(
+                f"the temperature {settings.temperature} is not in the cache {cache}",
+                expected=f"one of {', '.join(map(str, manifest.temperatures))}",
+                fix="or build a cache with targets.temperatures that includes it",
+            )
+    elif "chunks" not in manifest.signals:
+        what = f"{settings.type} needs the signal chunks, and {cache} does not have it"
+        raise TideError(what, fix='build a cache with targets.signals=["topk","chunks"]')
+    elif bare == rows:
+        fix = "see `tide prepare --show 3`: the tokenizers align nowhere; or train with type=none"
+        raise TideError(f"{settings.type} learns from chunks, and {cache} has none", fix=fix)
+    elif bare > rows / 2:
+        text = f"{bare:,} of {rows:,} rows of {cache} have no chunk: they train cross-entropy alone"
+        warnings.warn(text, stacklevel=2)
+    if settings.tidal is not None and settings.type.startswith("reverse"):
         text = f"TIDAL with {settings.type}: the paper advises against it with a reverse objective"
         warnings.warn(text, stacklevel=2)
 
 
-def check_chunks(settings: Distillation, cache: Path, rows: int, bare: int) -> None:
-    """TideError where no row has a chunk for an objective over chunks; a warning where most
-    (`bare`) have none.
-    """
-    if not isinstance(settings, Calm | ReverseCalm):
-        return
-    if bare == rows:
-        fix = "see `tide prepare --show 3`: the tokenizers align nowhere; or train with type=none"
-        raise TideError(f"{settings.type} learns from chunks, and {cache} has none", fix=fix)
-    if bare > rows / 2:
-        text = (
-            f"{bare:,} of {rows:,} rows of {cache} have no chunk: cross-entropy alone trains them"
-        )
-        warnings.warn(text, stacklevel=2)
-
-
-def recorded_settings(out: Path) -> dict[str, Any]:
-    """The settings of the run in `out`, empty where there is none; TideError where damaged."""
-    return dict(_recorded(out).get("config", {}))
-
-
-def _recorded(out: Path) -> dict[str, Any]:
+def recorded_run(out: Path) -> dict[str, Any]:
+    """What run.json says of the run in `out`; {} where there is none, TideError where damaged."""
     path = out / _RUN
     if not path.exists():
         return {}
@@ -223,10 +189,15 @@ def begin_or_go_on(config: TrainConfig, manifest: Manifest, processes: int, step
         del settings["batch_size"], settings["accumulation"]
     this = {"config": settings, "cache": manifest.digest, "draws": manifest.draws, "steps": steps}
     this = json.loads(json.dumps(this))
-    before = _recorded(config.out)
+    before = recorded_run(config.out)
     if before:
         longer = steps > before.get("steps", steps)
-        lines = differences(_identity(before, longer), _identity(this, longer))
+        free = _MAY_CHANGE | ({"epochs", "max_steps"} if longer else set())
+        same = []  # what must be the same in both
+        for about in (before, this):
+            own = {name: value for name, value in about["config"].items() if name not in free}
+            same.append({**about, "config": own, "steps": None})
+        lines = differences(*same)
         if lines:
             what = [f"{config.out} holds a run with other settings (run → now):", *lines]
             fix = "give back the old settings, or choose another folder (--out)"
@@ -236,10 +207,3 @@ def begin_or_go_on(config: TrainConfig, manifest: Manifest, processes: int, step
             logger.info(said, before["steps"], steps)
     if before != this:
         write_bytes(config.out / _RUN, (json.dumps(this, indent=2) + "\n").encode())
-
-
-def _identity(about: Mapping[str, Any], longer: bool) -> dict[str, Any]:
-    """What must be the same; the length need not where a run becomes longer."""
-    free = _MAY_CHANGE | ({"epochs", "max_steps"} if longer else set())
-    config = {name: value for name, value in about["config"].items() if name not in free}
-    return {**about, "config": config, "steps": None}

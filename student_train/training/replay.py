@@ -18,7 +18,7 @@ from shared.system.errors import TideError
 from shared.system.files import read_json
 from student_train.batches.collate import Batch
 from student_train.losses.objective import LossSettings, objective
-from student_train.training.preflight import recorded_settings
+from student_train.training.preflight import recorded_run
 from student_train.training.resumable import whole_checkpoints
 from student_train.training.trainer import NONFINITE, StudentTrainer, make_trainer
 
@@ -47,7 +47,7 @@ def replay(run: Path) -> str:
         before = [c.folder for c in whole_checkpoints(run / "checkpoints") if c.step <= step]
         if before:
             shutil.copytree(before[-1], out / "checkpoints" / before[-1].name)
-        settings = {**recorded_settings(run), "out": out, "report_to": []}
+        settings = {**recorded_run(run).get("config", {}), "out": out, "report_to": []}
         trainer, _ = make_trainer(build(TrainConfig, settings), stack)
 
         def at_item(item: int, model: Any, batch: Batch, how: LossSettings) -> None:

@@ -13,13 +13,11 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -42,8 +40,7 @@ _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
 TENSORBOARD = "tensorboard"
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """A whole checkpoint: its optimizer step, and the seconds of training up to it."""
 
     folder: Path
@@ -91,10 +88,10 @@ def whole_checkpoints(place: Path) -> list[Checkpoint]:
 class RecordedArguments(TrainingArguments):
     """TrainingArguments that tell trackers of `tide` too, the run's own settings."""
 
-    tide: Mapping[str, Any] = MappingProxyType({})
+    tide: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "tide": dict(self.tide)}
+        return {**super().to_dict(), "tide": self.tide}
 
 
 def training_arguments(config: TrainConfig, manifest: Manifest, steps: int) -> RecordedArguments:
@@ -155,8 +152,7 @@ class ResumableTrainer(Trainer):
         super().__init__(*args, **kwargs)
         # Losses are divided by global counts, not by the loop.
         self.model_accepts_loss_kwargs = True
-        self._seconds_before = 0.0
-        self._started = time.monotonic()
+        self._began = time.monotonic()  # less the seconds before an interruption
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         # Within `_save_checkpoint`: what is written while training goes on.
@@ -165,7 +161,7 @@ class ResumableTrainer(Trainer):
     @property
     def seconds_trained(self) -> float:
         """Seconds of training, those before an interruption included."""
-        return self._seconds_before + time.monotonic() - self._started
+        return time.monotonic() - self._began
 
     def train_resuming(self) -> None:
         """Train to the end, from the last whole checkpoint if there is one."""
@@ -186,15 +182,12 @@ class ResumableTrainer(Trainer):
                     shutil.rmtree(folder)
             if whole:
                 last = [(str(whole[-1].folder), whole[-1].seconds)]
-                step, steps = whole[-1].step, self.args.max_steps
-                if step >= steps:
-                    logger.info("this run has ended; more epochs or max_steps extend it")
-                else:
-                    logger.info("the run goes on from step %d of %d", step, steps)
+                said = "the run goes on from step %d of %d; more epochs or max_steps extend it"
+                logger.info(said, whole[-1].step, self.args.max_steps)
         if self.args.world_size > 1:
             broadcast_object_list(last)  # on a shared file system all must see the same
-        folder, self._seconds_before = last[0] or (None, 0.0)
-        self._started = time.monotonic()
+        folder, seconds = last[0] or (None, 0.0)
+        self._began = time.monotonic() - seconds
         try:
             self.train(resume_from_checkpoint=folder)
         finally:

@@ -28,9 +28,9 @@ from student_train.batches.collate import Batch, TargetReader, counts_of
 from student_train.batches.loader import BatchDataset
 from student_train.export import save_student, write_card
 from student_train.losses.objective import LossSettings, lambda_train, parts_of
-from student_train.model import embedding_rows, load_student, train_on_loss
+from student_train.model import load_student, train_on_loss
 from student_train.training.heldout import HeldOut, masked_nll, prepare_heldout, warn_of_overlap
-from student_train.training.preflight import begin_or_go_on, compiles, is_first, preflight
+from student_train.training.preflight import begin_or_go_on, is_first, on_gpu, preflight
 from student_train.training.resumable import TENSORBOARD, ResumableTrainer, training_arguments
 
 NONFINITE = "nonfinite"
@@ -73,7 +73,7 @@ def make_trainer(
     # 2. The student, and its batches: the whole run's, in order.
     set_seed(config.seed)
     model, tokenizer = load_student(config.student, config.cache, manifest)
-    k, width = manifest.fingerprint.targets.k, embedding_rows(model)
+    k, width = manifest.fingerprint.targets.k, model.config.vocab_size
     if manifest.shared_tokenizer and k > width:
         what = f"the cache keeps {k} logits a position, the student has {width}"
         raise TideError(what, fix="use another student")
@@ -92,9 +92,10 @@ def make_trainer(
         begin_or_go_on(config, manifest, processes, steps)
     # 4. The model's forward becomes the loss, and the loop is made.
     read_targets = TargetReader(manifest, opened.layout)
-    if compiles(config):
+    compiled = config.compile == "on" or (config.compile == "auto" and on_gpu(config))
+    if compiled:
         compile_layers(model)
-    train_on_loss(model, lengths.block, read_targets, compiles(config))
+    train_on_loss(model, lengths.block, read_targets, compiled)
     callbacks = []
     if TENSORBOARD in config.report_to:  # one folder, the run's own, for all its resumptions
         callbacks.append(TensorBoardCallback())
@@ -235,9 +236,10 @@ class StudentTrainer(ResumableTrainer):
     def refuse_nonfinite(self) -> None:
         """TideError, with the batch saved, where a loss since the start was not finite."""
         firsts: Any = self.accelerator.gather(self._first_bad.reshape(1))
-        item = min((int(first) for first in firsts if first >= 0), default=-1)
-        if item < 0:
+        items = [first for first in firsts.tolist() if first >= 0]
+        if not items:
             return
+        item = min(items)
         dataset: Any = self.train_dataset
         number = item // self.accelerator.num_processes
         step, out = number // self.config.accumulation, self.config.out

@@ -7,8 +7,8 @@ so that a row gives what it gives alone.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -49,10 +49,7 @@ class Decoding:
     """
 
     def __init__(self, model: Any, special: Special, block: int, guidance: float = 0.0) -> None:
-        self._model = model
-        self._special = special
-        self._block = block
-        self._guidance = guidance
+        self._model, self._special, self._block, self._guidance = model, special, block, guidance
         self._copies = 2 if guidance > 0 else 1
         self._device = model.get_input_embeddings().weight.device
         self._ends = torch.tensor([special.eos, *special.ends], device=self._device)
@@ -93,13 +90,8 @@ class Decoding:
                 side._cached += ahead
                 side._pending = side._pending[:, ahead:]
         # 2. Equally many slots: whole blocks of padding on the left of the shorter side.
-        width = max(self._cached, others._cached)
-        like = self if self._cached else others
-        layers = [self._layers(width, like), others._layers(width, like)]
-        for side in (self, others):
-            more = width - side._cached
-            side._valid = pad(side._valid, (more, 0))
-            side._offset = side._offset + more
+        width, like = max(self._cached, others._cached), self if self._cached else others
+        layers, their_layers = self._widened(width, like), others._widened(width, like)
         # 3. One batch: all rows, then their masked copies.
         mine, theirs = len(self.rows), len(others.rows)
 
@@ -109,11 +101,29 @@ class Decoding:
         self._valid = together(self._valid, others._valid)
         self._offset = together(self._offset, others._offset)
         self._pending = together(self._pending, others._pending)
-        both = zip(*layers, strict=True)
-        self._cache = _cache_of((together(k, k2), together(v, v2)) for (k, v), (k2, v2) in both)
+        both = zip(layers, their_layers, strict=True)
+        self._cache = DynamicCache((together(k, k2), together(v, v2)) for (k, v), (k2, v2) in both)
         self._cached = width
         self.rows = self.rows + others.rows
         self.passes += others.passes
+
+    def _widened(self, width: int, like: "Decoding") -> list[tuple[Tensor, Tensor]]:
+        """Padding on the left, up to `width` slots. Returns keys and values so widened, of each
+        layer, [copies · rows, heads, width, size]; where nothing is cached, in the form of `like`.
+        """
+        layers: Any = (self if self._cached else like)._cache.layers
+        wide = []
+        for layer in layers:
+            keys, values = layer.keys, layer.values
+            if not self._cached:
+                rows = len(self._pending)
+                keys = keys[:1, :, :0].expand(rows, -1, -1, -1)
+                values = values[:1, :, :0].expand(rows, -1, -1, -1)
+            more = (0, 0, width - keys.shape[2], 0)
+            wide.append((pad(keys, more), pad(values, more)))
+        self._valid = pad(self._valid, (width - self._cached, 0))
+        self._offset = self._offset + width - self._cached
+        return wide
 
     def keep(self, going: Sequence[bool]) -> None:
         """The other rows leave, and padding that no row needs any more."""
@@ -129,26 +139,9 @@ class Decoding:
         self._pending = self._pending[both]
         self._valid = self._valid[both, cut:]
         self._offset = self._offset[both] - cut
-        layers = self._layers(self._cached, like=self)
-        self._cache = _cache_of((k[both, :, cut:], v[both, :, cut:]) for k, v in layers)
+        layers: Any = self._cache.layers
+        self._cache = DynamicCache((x.keys[both, :, cut:], x.values[both, :, cut:]) for x in layers)
         self._cached -= cut
-
-    def _layers(self, width: int, like: "Decoding") -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of each layer, [copies · rows, heads, width, size], zeros on the left.
-
-        Where nothing is cached yet they have the form of those of `like`, without slots.
-        """
-        layers: Any = like._cache.layers if not self._cached else self._cache.layers
-        wide = []
-        for layer in layers:
-            keys, values = layer.keys, layer.values
-            if not self._cached:
-                rows = len(self._pending)
-                keys = keys[:1, :, :0].expand(rows, -1, -1, -1)
-                values = values[:1, :, :0].expand(rows, -1, -1, -1)
-            more = (0, 0, width - keys.shape[2], 0)
-            wide.append((pad(keys, more), pad(values, more)))
-        return wide
 
     @torch.no_grad()
     def next_block(self, size: int) -> Iterator[Int[Tensor, "rows size"]]:
@@ -227,15 +220,21 @@ class Decoding:
             logits[:, self._ends] = logits[:, self._ends].masked_fill(too_early, -torch.inf)
         # 3. The likeliest token; with a temperature, of logits over it, inside top_k and top_p,
         #    with Gumbel noise: that samples from their softmax.
-        shape = torch.Size((masked.shape[1], logits.shape[1]))
-        warm = []
-        by_row = logits.split(masked.sum(dim=1).tolist())
-        for row, own, places in zip(self.rows, by_row, masked, strict=True):
-            if row.config.temperature > 0:
-                noise = _gumbel(shape, row.noise)[places.cpu()].to(own.device)
-                own = _narrowed(own / row.config.temperature, row.config) + noise  # noqa: PLW2901
-            warm.append(own)
-        chosen = torch.cat(warm).argmax(dim=1)
+        by_row = list(logits.split(masked.sum(dim=1).tolist()))
+        shape, unread_ids = (masked.shape[1], logits.shape[1]), cast(Any, None)
+        for i, row in enumerate(self.rows):
+            config = row.config
+            if config.temperature > 0:
+                warm: Any = by_row[i] / config.temperature
+                if config.top_k is not None:
+                    warm = TopKLogitsWarper(config.top_k)(unread_ids, warm)
+                if config.top_p < 1:
+                    warm = TopPLogitsWarper(config.top_p)(unread_ids, warm)
+                # In float64 log(−log u) keeps its tail.
+                uniform = torch.rand(shape, generator=row.noise, dtype=torch.float64)
+                noise = -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12))).float()
+                by_row[i] = warm + noise[masked[i].cpu()].to(warm.device)
+        chosen = torch.cat(by_row).argmax(dim=1)
         # 4. Back in their places, with the confidence by which they settle.
         tokens = torch.full(masked.shape, special.mask, device=logits.device)
         tokens = tokens.masked_scatter(masked, chosen)
@@ -249,28 +248,6 @@ class Decoding:
                 numbers = torch.rand(masked.shape[1], generator=row.noise)
                 confidence[i] = numbers.to(confidence.device)
         return tokens, confidence
-
-
-def _narrowed(logits: Float[Tensor, "n vocab"], config: SampleConfig) -> Float[Tensor, "n vocab"]:
-    """−∞ outside of top_k and top_p, by transformers' filters (which read no ids)."""
-    unread: Any = None
-    kept: Any = logits
-    if config.top_k is not None:
-        kept = TopKLogitsWarper(config.top_k)(unread, kept)
-    return TopPLogitsWarper(config.top_p)(unread, kept) if config.top_p < 1 else kept
-
-
-def _gumbel(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Standard Gumbel noise; computed in float64, where log(−log u) keeps its tail."""
-    uniform = torch.rand(shape, generator=generator, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
-    return -torch.log(-torch.log(uniform)).float()
-
-
-def _cache_of(layers: Iterable[tuple[Tensor, Tensor]]) -> DynamicCache:
-    cache = DynamicCache()
-    for number, (keys, values) in enumerate(layers):
-        cache.update(keys, values, number)
-    return cache
 
 
 def pad_left(prompts: Sequence[Sequence[int]], block: int, padding: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ batch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -40,14 +40,13 @@ class ElboConfig:
             raise ValueError(f"draws is {self.draws}, block {self.block}; both must be positive")
 
 
-@dataclass(frozen=True)
-class _Copy:
-    """One noised copy of a block: of which continuation, which block of it, what is scored."""
+class _Copy(NamedTuple):
+    """One noised copy of a block."""
 
-    owner: int
-    index: int
+    owner: int  # its continuation
+    number: int  # of the block in it
     tokens: list[int]
-    scored: list[int]  # positions inside of the block
+    gold: list[int]  # −1 where nothing is scored
     weight: float
 
 
@@ -82,11 +81,12 @@ def log_likelihoods_together(
         for owner, tokens in enumerate(continuations):
             for index, start in enumerate(range(0, len(tokens), config.block)):
                 block = torch.tensor(tokens[start : start + config.block])
-                behind = [special.mask] * (config.block - len(block))
+                behind = config.block - len(block)
                 for mask, weight in masks(len(block), index, config):
-                    noised = block.masked_fill(mask, special.mask).tolist() + behind
-                    scored = mask.nonzero()[:, 0].tolist()
-                    copies[row].append(_Copy(owner, index, noised, scored, weight))
+                    noised = block.masked_fill(mask, special.mask).tolist()
+                    gold = block.masked_fill(~mask, -1).tolist() + [-1] * behind
+                    noised += [special.mask] * behind
+                    copies[row].append(_Copy(owner, index, noised, gold, weight))
     # 2. What is clean goes through the model once, and stays in the cache.
     clean = _Clean(model, questions, special, config.block)
     # 3. The copies are run against it, so many at a time; their scores add up by continuation.
@@ -138,7 +138,6 @@ class _Clean:
         self, model: Any, questions: Sequence[Question], special: Special, block: int
     ) -> None:
         self._model, self._block, self._special = model, block, special
-        self._questions = questions
         self._device = model.get_input_embeddings().weight.device
         # 1. Contexts, [row, width]; a continuation begins at `start`.
         contexts, valid = pad_left([context for context, _ in questions], block, special.pad)
@@ -198,12 +197,12 @@ class _Clean:
         """Weighted Σ log p(gold) of each copy, row by row."""
         block, count = self._block, max(map(len, parts))
         # 1. Equally many copies a row, side by side: [row, count · block].
-        empty = _Copy(_NOBODY, 0, [self._special.mask] * block, [], 0.0)
+        empty = _Copy(_NOBODY, 0, [self._special.mask] * block, [-1] * block, 0.0)
         whole = [part + [empty] * (count - len(part)) for part in parts]
-        ids = torch.tensor([[copy.tokens for copy in row] for row in whole]).flatten(1)
-        index = torch.tensor([[copy.index for copy in row] for row in whole])
-        owner = torch.tensor([[copy.owner for copy in row] for row in whole])
-        owner = owner.repeat_interleave(block, dim=1)
+        owner, index, ids, gold, weight = (
+            torch.tensor([[copy[field] for copy in row] for row in whole]) for field in range(5)
+        )
+        owner, ids, gold = owner.repeat_interleave(block, dim=1), ids.flatten(1), gold.flatten(1)
         place = (self._start[:, None] + index * block)[:, :, None] + torch.arange(block)
         position = place.flatten(1)
         # 2. A copy sees the clean blocks before its own, and itself.
@@ -212,28 +211,16 @@ class _Clean:
         mask = torch.cat([self._mask(owner, position, own_block=False), itself], dim=2)
         hidden = self._run(ids, position, mask)
         self._cache.crop(-count * block)
-        # 3. The scored positions of all copies, one after the other: [n].
-        rows, columns, gold, copies, weights = [], [], [], [], []
-        for row, part in enumerate(parts):
-            for number, copy in enumerate(part):
-                tokens = self._questions[row][1][copy.owner]
-                for at in copy.scored:
-                    rows.append(row)
-                    columns.append(number * block + at)
-                    gold.append(tokens[copy.index * block + at])
-                    copies.append(row * count + number)
-                    weights.append(copy.weight)
-        # 4. log p of their gold tokens in slices; the mask token counts as any other, as trained.
-        at = torch.tensor([rows, columns]).to(hidden.device)
-        picked = hidden[at[0], at[1]]
+        # 3. log p of the gold tokens in slices; the mask token counts as any other, as trained.
+        scored = gold >= 0
+        states = hidden[scored.to(hidden.device)]  # [n, width]
         size = max(32, _LOGITS_PER_SLICE // self._model.lm_head.weight.shape[0])
         logp = []
-        for states, ids in zip(picked.split(size), torch.tensor(gold).split(size), strict=True):
-            logits = self._model.lm_head(states).float()
+        for part, ids in zip(states.split(size), gold[scored].split(size), strict=True):
+            logits = self._model.lm_head(part).float()
             gold_logits = logits.gather(1, ids[:, None].to(logits.device))[:, 0]
             logp.append((gold_logits - logits.logsumexp(dim=1)).cpu())
-        # 5. Weighted sums by copy.
-        values = torch.zeros(len(whole) * count)
-        values.index_add_(0, torch.tensor(copies), torch.cat(logp) * torch.tensor(weights))
-        by_row = values.view(len(whole), count)
-        return [row[: len(part)] for row, part in zip(by_row, parts, strict=True)]
+        # 4. Weighted sums by copy.
+        values = torch.zeros(gold.shape).masked_scatter(scored, torch.cat(logp))
+        sums = values.view(len(whole), count, block).sum(dim=2) * weight
+        return [row[: len(part)] for row, part in zip(sums, parts, strict=True)]

@@ -25,23 +25,16 @@ from student_train.model import STUDENTS
 from student_train.using.decoding import Decoding, Row
 from student_train.using.settings import SampleConfig, Special
 
-_BLOCK = 32
-
 
 @dataclass(frozen=True)
 class LoadedStudent:
-    """What `load_for_use` returns."""
-
     model: Any
     tokenizer: Tokenizer
     special: Special
-    block: int | None
-    """Of its block diffusion in training; None where its config does not say."""
+    block: int | None  # of its training; None where its config does not say
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a chat up to where the response begins, as in training (an empty think block
-        included).
-        """
+        """Ids of a chat up to where the response begins, as in training."""
         return self.tokenizer.encode_prompt(messages)
 
     def text(self, ids: Sequence[int]) -> str:
@@ -70,10 +63,9 @@ def load_for_use(place: str, device: str = "auto") -> LoadedStudent:
     tokenizer = Tokenizer.load(checkpoint.folder)
     mask = stated_mask(checkpoint, tokenizer)
     if mask is None:
+        what = f"neither the config nor the tokenizer of {place} names a mask token"
         raise TideError(
-            f"neither the config nor the tokenizer of {place} names a mask token",
-            expected="mask_token_id in config.json, as `tide train` writes it",
-            fix="give a student, such as runs/NAME/model",
+            what, fix="give a student as `tide train` writes it, such as runs/NAME/model"
         )
     eos, pad = tokenizer.special_id("eos"), tokenizer.backend.pad_token_id
     ends = {*checkpoint.special_ids("eos"), *tokenizer.turn_ends} - {eos}
@@ -89,7 +81,7 @@ def choose_block(asked: int | None, student: LoadedStudent) -> int:
     Says so on stderr where the student was trained with another.
     """
     if asked is None:
-        return student.block or _BLOCK
+        return student.block or 32
     if student.block is not None and asked != student.block:
         said = f"the student was trained with blocks of {student.block} and is sampled with {asked}"
         print(said, file=sys.stderr)
@@ -102,9 +94,7 @@ def sample(
     """The response to each prompt, up to its first EOS (or other end), which is left out.
     ValueError where a prompt is empty.
     """
-    tokens = torch.zeros(len(prompts), 0, dtype=torch.long)
-    for tokens, _ in sample_steps(model, prompts, special, config):  # noqa: B007 - the last state counts
-        pass
+    *_, (tokens, _) = sample_steps(model, prompts, special, config)
     return [until_eos(row, special.eos) for row in tokens.tolist()]
 
 

@@ -9,23 +9,11 @@ import pytest
 
 from shared.data import iter_examples
 from shared.settings.config import DataConfig
-from shared.settings.objectives import KL, Calm
-from shared.system.errors import TideError
-from student_train.training.preflight import check_chunks
 from student_train.training.trainer import make_trainer, train_student
 from teacher_cache.run.build import build_cache
 from tests.conftest import chats_file, small_cache_config, write_chats
 from tests.reading import all_rows
 from tests.student_train.training.test_trainer import config
-
-
-def test_an_objective_whose_targets_are_absent_is_refused_or_loudly_said() -> None:
-    check_chunks(Calm(), Path("c"), rows=10, bare=3)
-    with pytest.warns(UserWarning, match="6 of 10"):
-        check_chunks(Calm(), Path("c"), rows=10, bare=6)
-    with pytest.raises(TideError):
-        check_chunks(Calm(), Path("c"), rows=10, bare=10)
-    check_chunks(KL(), Path("c"), rows=10, bare=10)
 
 
 def test_held_out_rows_that_are_trained_on_are_counted(
