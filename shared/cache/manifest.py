@@ -88,7 +88,7 @@ class CachedTargets(_Part):
     signals: Annotated[tuple[Literal["topk", "chunks"], ...], Field(min_length=1, max_length=2)]
     k: Annotated[int, Field(ge=0, lt=1 << 26)]
     mass: Annotated[float, Field(gt=0, le=1)]
-    temperatures: Annotated[tuple[Temperature, ...], Field(min_length=1, max_length=64)]  # rising
+    temperatures: Annotated[tuple[Temperature, ...], Field(min_length=1, max_length=64)]
     tail: Literal["prior", "student"]
     classes: Annotated[int, Field(ge=1, le=MOST_CLASSES)]
     classes_from: Name | None
@@ -97,9 +97,8 @@ class CachedTargets(_Part):
     positions: Literal["content", "response"] = "response"
     teacher_text: Literal["student", "own"] = "student"
     partial: bool = False
-    """Whether a teacher that reads the student's ids may have been read at fewer positions than are
-    masked: its text, with a prompt's unshared tokens spelled out, may be cut.
-    """
+    """Whether a teacher of the student's tokens may have been read at fewer positions than are
+    masked: its text, with a prompt's unshared tokens spelled out, may be cut."""
 
 
 @strict

@@ -19,24 +19,20 @@ from shared.system.errors import TideError
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """A device by name; `auto` is the accelerator where there is one.
-
-    TideError where it is not on this machine.
-    """
-    available = torch.accelerator.is_available()
-    accelerator = torch.accelerator.current_accelerator() if available else None
+    """A device by name; `auto` is the accelerator where there is one. TideError where it is not."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
         return accelerator or torch.device("cpu")
-    here = "cpu" if accelerator is None else f"cpu or {accelerator.type}"
+    expected = "auto or cpu" if accelerator is None else f"auto, cpu or {accelerator.type}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise TideError(f"device is {name!r}", expected=f"auto, {here}") from error
+        raise TideError(f"device is {name!r}", expected=expected) from error
     if device.type == "cpu":
         return device
-    same_kind = accelerator is not None and device.type == accelerator.type
-    if not same_kind or (device.index or 0) >= torch.accelerator.device_count():
-        raise TideError(f"device {name} is not on this machine", expected=f"auto, {here}")
+    of_kind = accelerator is not None and device.type == accelerator.type
+    if not of_kind or (device.index or 0) >= torch.accelerator.device_count():
+        raise TideError(f"device {name} is not on this machine", expected=expected)
     return device
 
 
@@ -45,8 +41,8 @@ def bfloat16_in_hardware(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-        return torch.backends.mkldnn.is_available() and supported is not None and bool(supported())
+        available = torch.backends.mkldnn.is_available()
+        return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return False
 
 
@@ -74,30 +70,29 @@ def explain_precision(chosen: str, device: torch.device, begun: str | None = Non
 
 def torch_dtype(precision: str) -> torch.dtype:
     """The dtype of a decided precision."""
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    return dtypes[precision]
+    return getattr(torch, precision)
 
 
 def describe_hardware() -> list[tuple[str, str]]:
     """What numbers and speed depend on, as (name, value)."""
-    cpu, information = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if information.exists():
-        named = re.search(r"model name\s*:\s*(.+)", information.read_text(errors="replace"))
-        cpu = named[1].strip() if named else cpu
+    information, device = Path("/proc/cpuinfo"), choose_device()
+    said = information.read_text(errors="replace") if information.exists() else ""
+    named = re.search(r"model name\s*:\s*(.+)", said)
+    cpu = named[1].strip() if named else platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     native = bfloat16_in_hardware(torch.device("cpu"))
     gpus = []
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+    for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         half = "bfloat16" if bfloat16_in_hardware(torch.device("cuda")) else "no bfloat16"
         gpus.append(f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {half}")
-    other = "none" if choose_device().type == "cpu" else choose_device().type
+    other = "none" if device.type == "cpu" else device.type
     return [
         ("cpu", f"{cpu}, {torch.backends.cpu.get_cpu_capability()}, {cores} cores"),
         ("bfloat16 on it", "in hardware" if native else "by a slow fallback"),
         ("threads", str(torch.get_num_threads())),
         ("gpu", "; ".join(gpus) or other),
-        ("precision auto", choose_precision("auto", choose_device())),
+        ("precision auto", choose_precision("auto", device)),
         ("torch", torch.__version__),
         ("python", platform.python_version()),
     ]

@@ -10,7 +10,6 @@ import io
 import json
 import shutil
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,10 +30,7 @@ _LEVEL = 3  # shards are compressed already
 _HEADERS = 1 << 20  # bytes between two files, at most: their headers and padding
 _LARGEST_NOTE = 64 << 20  # bytes
 _WINDOW = 128 << 20  # memory that zstandard takes to unpack, at most
-_ERRORS = (
-    OSError, EOFError, ValueError, RecursionError, MemoryError, tarfile.TarError,
-    zstandard.ZstdError,
-)  # fmt: skip
+_DAMAGE = (EOFError, ValueError, RecursionError, MemoryError, tarfile.TarError, zstandard.ZstdError)
 
 
 @strict
@@ -43,24 +39,24 @@ class _Member:
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-def pack_cache(cache: Path, archive: Path) -> int:
-    """Write the cache to `archive`; its number of files.
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
-    TideError where the cache is not finished.
-    """
+
+def pack_cache(cache: Path, archive: Path) -> int:
+    """Write the cache to `archive`; its number of files. TideError where it is not finished."""
     manifest = load_manifest(cache)
     refuse_unfinished(cache, manifest)
     settle_ledger(cache, manifest)
     small = sorted([*cache.glob("*_tokenizer/*"), *cache.glob(f"{TABLES}/*")])
     files = [cache / MANIFEST, cache / LEDGER, *(path for path in small if path.is_file())]
     files += [unit.path(cache) for unit in manifest.units()]
-    names = {path: path.relative_to(cache).as_posix() for path in files}
-    sums = {}
-    for path in tqdm(files, unit="file", desc="checksums"):
-        with path.open("rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        sums[names[path]] = {"sha256": digest, "bytes": path.stat().st_size}
-    note = json.dumps(sums, indent=1).encode()
+    names = [path.relative_to(cache).as_posix() for path in files]
+    about = {}
+    for name in tqdm(names, unit="file", desc="checksums"):
+        about[name] = {"sha256": _sha256(cache / name), "bytes": (cache / name).stat().st_size}
+    note = json.dumps(about, indent=1).encode()
     packer = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
     with (
         atomic_file(archive) as handle,
@@ -70,12 +66,12 @@ def pack_cache(cache: Path, archive: Path) -> int:
         member = tarfile.TarInfo(CHECKSUMS)
         member.size = len(note)
         tar.addfile(member, io.BytesIO(note))
-        for path in tqdm(files, unit="file", desc="pack"):
-            member = tarfile.TarInfo(names[path])
-            member.size = sums[names[path]]["bytes"]
-            with path.open("rb") as content:
+        for name in tqdm(names, unit="file", desc="pack"):
+            member = tarfile.TarInfo(name)
+            member.size = about[name]["bytes"]
+            with (cache / name).open("rb") as content:
                 tar.addfile(member, content)
-    return len(files)
+    return len(names)
 
 
 class _Bounded:
@@ -113,7 +109,7 @@ def unpack_cache(archive: Path, cache: Path) -> int:
             load_manifest(folder)
     except TideError:
         raise
-    except _ERRORS as error:
+    except (OSError, *_DAMAGE) as error:
         raise TideError(
             f"{archive} cannot be unpacked: {str(error)[:500] or type(error).__name__}",
             expected="a whole archive written by `tide pack`",
@@ -123,38 +119,31 @@ def unpack_cache(archive: Path, cache: Path) -> int:
 
 
 def _extract(plain: _Bounded, folder: Path) -> int:
-    """Every file of the tar archive `plain` into `folder`; how many.
-
-    ValueError where one is wrong.
-    """
+    """Every file of the tar archive into `folder`; how many. ValueError where one is wrong."""
+    left: dict[str, _Member] | None = None  # what the note says of files that are still to come
+    count = 0
     with tarfile.open(fileobj=plain, mode="r|") as tar:  # type: ignore[call-overload]
-
-        def members() -> Iterator[tuple[tarfile.TarInfo, Any]]:
-            while (member := tar.next()) is not None:
-                content = tar.extractfile(member) if member.isreg() else None
-                if content is None:
-                    raise ValueError(f"{member.name[:200]!r} is no file")
-                yield member, content
-
-        stream = members()
-        # 1. the note: what the archive holds
-        member, content = next(stream)
-        if member.name != CHECKSUMS or member.size > _LARGEST_NOTE:
-            raise ValueError(f"it does not begin with {CHECKSUMS}")
-        plain.left = member.size + _HEADERS
-        note = TypeAdapter(dict[str, _Member]).validate_json(content.read())
-        for name in note:
-            if not belongs_to_cache(name):
-                raise ValueError(f"{name[:200]!r} is no file of a cache")
-        whole, free = sum(about.bytes for about in note.values()), shutil.disk_usage(folder).free
-        if whole > free:
-            raise TideError(
-                f"the archive holds {whole:,} bytes, and {folder.parent} has {free:,} free",
-                fix="free some space, or unpack it elsewhere",
-            )
-        # 2. the files, each as the note says
-        left = dict(note)
-        for member, content in tqdm(stream, total=len(note), unit="file", desc="unpack"):
+        for member in (bar := tqdm(tar, unit="file", desc="unpack")):
+            content = tar.extractfile(member) if member.isreg() else None
+            if content is None:
+                raise ValueError(f"{member.name[:200]!r} is no file")
+            # 1. the first is the note: what the archive holds
+            if left is None:
+                if member.name != CHECKSUMS or member.size > _LARGEST_NOTE:
+                    raise ValueError(f"it does not begin with {CHECKSUMS}")
+                plain.left = member.size + _HEADERS
+                left = TypeAdapter(dict[str, _Member]).validate_json(content.read())
+                bar.total = count = len(left)
+                whole = sum(about.bytes for about in left.values())
+                strangers = [name for name in left if not belongs_to_cache(name)]
+                if strangers:
+                    raise ValueError(f"{strangers[0][:200]!r} is no file of a cache")
+                if whole > (free := shutil.disk_usage(folder).free):
+                    place = f"{folder.parent} has {free:,} free"
+                    fix = "free some space, or unpack it elsewhere"
+                    raise TideError(f"the archive holds {whole:,} bytes, and {place}", fix=fix)
+                continue
+            # 2. the others are as it says
             about = left.pop(member.name, None)
             if about is None or member.size != about.bytes:
                 raise ValueError(f"{member.name[:200]!r} is not as {CHECKSUMS} says")
@@ -163,13 +152,12 @@ def _extract(plain: _Bounded, folder: Path) -> int:
             path.parent.mkdir(exist_ok=True)
             with path.open("wb") as handle:
                 shutil.copyfileobj(content, handle)
-            with path.open("rb") as handle:
-                if hashlib.file_digest(handle, "sha256").hexdigest() != about.sha256:
-                    raise ValueError(f"the checksum of {member.name} does not hold")
+            if _sha256(path) != about.sha256:
+                raise ValueError(f"the checksum of {member.name} does not hold")
             plain.left = _HEADERS
     # 3. to the end of the stream, where its own checksum stands
     while plain.read(1 << 16):
         pass
-    if left:
-        raise ValueError(f"it lacks {len(left)} files, the first is {min(left)}")
-    return len(note)
+    if left is None or left:
+        raise ValueError(f"it lacks {len(left or '')} files")
+    return count

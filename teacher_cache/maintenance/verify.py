@@ -23,8 +23,8 @@ from shared.cache.shards import finished_units, read_shard
 from shared.settings.config import CacheConfig
 from shared.system.errors import TideError
 from teacher_cache.method.comp_demo import TeacherView, passes
-from teacher_cache.run.open import Run, open_or_begin
-from teacher_cache.run.work import Engine, load_engine, merge_passes
+from teacher_cache.run.open import open_or_begin
+from teacher_cache.run.work import load_engine, merge_passes
 
 
 @dataclass(frozen=True)
@@ -95,82 +95,64 @@ def delete_damaged(report: CheckReport) -> int:
 
 
 @dataclass(frozen=True)
-class Deviation:
-    """How far one quantity lies from its cached value, in nats (masses: their roots)."""
-
-    name: str
-    values: int
-    largest: float
-    mean: float
-
-
-@dataclass(frozen=True)
 class VerifyReport:
-    """The sample, and the deviations of what is cached."""
+    """A sample: how far each value lies from the cached one, in nats (masses: their roots)."""
 
     engine: str
     rows: int
     positions: int
-    deviations: list[Deviation]
+    deviations: dict[str, np.ndarray]
 
     @property
     def largest(self) -> float:
         """The largest deviation of all."""
-        return max((d.largest for d in self.deviations), default=0.0)
+        return max(float(values.max(initial=0.0)) for values in self.deviations.values())
 
     def in_words(self) -> str:
         """A few lines: how far the values of the sample lie apart."""
         lines = [f"{self.rows} rows, {self.positions:,} positions scored again with {self.engine}"]
         lines.append(f"  {'':<14}{'values':>12}{'largest':>12}{'mean':>12}")
-        lines += [
-            f"  {d.name:<14}{d.values:>12,}{d.largest:>12.2e}{d.mean:>12.2e}"
-            for d in self.deviations
-        ]
+        for name, values in self.deviations.items():
+            mean, largest = values.sum() / max(1, values.size), values.max(initial=0.0)
+            lines.append(f"  {name:<14}{values.size:>12,}{largest:>12.2e}{mean:>12.2e}")
         return "\n".join(lines)
 
 
 def verify_cache(config: CacheConfig, rows: int) -> VerifyReport:
     """Compare `rows` rows of the cache at `config.out` with what `config.engine` says now.
 
-    The sample, spread evenly over the shards, is the same for every engine. TideError where the
-    cache, the teacher or the settings do not belong together.
+    The sample, spread evenly over the shards, is the same for every engine. Top-k log-probabilities
+    are compared rank by rank (ids may change places where two are nearly equal), roots of the
+    classes' masses as they are; what counts is the deviation beyond that of rounding. TideError
+    where the cache, the teacher or the settings do not belong together.
     """
     if rows < 1:
         raise TideError(f"--rows is {rows}", expected="1 or more")
     load_manifest(config.out)  # or else it is no cache
-    plan = open_or_begin(config, any_engine=True)
+    run = open_or_begin(config, any_engine=True)
+    # 1. the sample
     units, chosen = finished_units(config.out), random.Random(0)
     chosen.shuffle(units)
     sample: list[CacheRow] = []
     for unit in units:
-        content = read_shard(unit.path(config.out), plan.layout)
+        content = read_shard(unit.path(config.out), run.layout)
         each = min(-(-rows // len(units)), rows - len(sample), len(content))
         sample += chosen.sample(content, each)
     if not sample:
         raise TideError(f"{config.out} has no finished shard", fix="run `tide cache` first")
-    with closing(load_engine(plan)) as engine:
-        return compare(plan, engine, sample)
-
-
-def compare(plan: Run, engine: Engine, sample: list[CacheRow]) -> VerifyReport:
-    """Score the rows of `sample` with `engine` and set the values beside the cached ones.
-
-    Top-k log-probabilities are compared rank by rank (ids may change places where two are nearly
-    equal), roots of the classes' masses as they are; what counts is the deviation beyond that of
-    rounding.
-    """
-    # 1. what the teacher saw, from the rows alone, scored again
+    # 2. what the teacher saw, from the rows alone, scored again
     requests, views = [], []
     for row in sample:
         ids = row.student_ids if row.teacher_ids is None else row.teacher_ids
         places = row.asked if row.teacher_masked is None else row.teacher_masked
         view = TeacherView(ids, places, row.split, np.arange(places.size))
-        pairs = passes(view, plan.entry.mask_id, plan.config.noise.comp_demo)
+        pairs = passes(view, run.entry.mask_id, run.config.noise.comp_demo)
         views.append((places.size, [indices for _, indices in pairs]))
         requests += [request for request, _ in pairs]
-    scores = iter(engine.score(requests))
-    # 2. how far each value lies from the cached one, less what rounding may have moved it
-    rounded = plan.layout.values == "levels"
+    with closing(load_engine(run)) as engine:
+        scores = iter(list(engine.score(requests)))
+    # 3. how far each value lies from the cached one, less what rounding may have moved it
+    rounded = run.layout.values == "levels"
     apart: dict[str, list[np.ndarray]] = {}
 
     def add(name: str, cached: np.ndarray, now: np.ndarray, rounding: np.ndarray | float) -> None:
@@ -178,12 +160,12 @@ def compare(plan: Run, engine: Engine, sample: list[CacheRow]) -> VerifyReport:
         apart.setdefault(name, []).append(np.maximum(difference, 0.0).reshape(-1))
 
     for row, (size, indices) in zip(sample, views, strict=True):
-        again = merge_passes(plan.target_spec(), size, [next(scores) for _ in indices], indices)
+        again = merge_passes(run.target_spec(), size, [next(scores) for _ in indices], indices)
         add("log p of gold", row.gold_logp, again.gold_logp, 0.5 / GOLD_STEPS)
         add("logsumexp", row.logsumexp, again.logsumexp, 0.5 / LOGIT_STEPS)
         if row.topk_sizes is not None and row.topk_logp is not None and again.topk_logp is not None:
             kept = np.arange(again.topk_logp.shape[1]) < row.topk_sizes[:, None]
-            steps = half_steps(row.topk_logp, plan.layout.temperatures)
+            steps = half_steps(row.topk_logp, run.layout.temperatures)
             add("top-k log p", row.topk_logp, again.topk_logp[kept], steps)
         if row.tail_odds is not None and again.tail_odds is not None:
             add("tail log-odds", row.tail_odds, again.tail_odds, 0.5 / ODDS_STEPS)
@@ -191,10 +173,6 @@ def compare(plan: Run, engine: Engine, sample: list[CacheRow]) -> VerifyReport:
             levels = row.class_mass.dtype == np.uint8
             root = row.class_mass / CLASS_LEVELS if levels else np.exp(0.5 * row.class_mass)
             add("√ class mass", root, np.exp(0.5 * again.class_mass), 0.5 / CLASS_LEVELS)
-    deviations = []
-    for name, parts in apart.items():
-        values = np.concatenate(parts)
-        mean = float(values.mean()) if values.size else 0.0
-        deviations.append(Deviation(name, values.size, float(values.max(initial=0.0)), mean))
+    deviations = {name: np.concatenate(parts) for name, parts in apart.items()}
     positions = sum(size for size, _ in views)
-    return VerifyReport(plan.config.engine.type, len(sample), positions, deviations)
+    return VerifyReport(run.config.engine.type, len(sample), positions, deviations)
