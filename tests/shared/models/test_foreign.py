@@ -1,4 +1,7 @@
-"""Model folders of strangers: refused with an explanation, and nothing of them is run."""
+"""Configs and folders of strangers: obeyed, or refused with an explanation; nothing of them is run.
+
+published.json has configs of published checkpoints as others reprint them.
+"""
 
 import json
 import os
@@ -10,9 +13,80 @@ import pytest
 import torch
 
 from shared.models.checkpoint import open_checkpoint
-from shared.models.loading import check_weights, load_model
+from shared.models.loading import check_weights, load_model, meta_model
 from shared.system.errors import TideError
 from shared.text.tokenizers import Tokenizer
+
+ARCHITECTURE_OF = {
+    "a2d_qwen3": "qwen3", "llada": "llada", "dream": "dream", "wedlm": "qwen3",
+    "llada_moe": "llada_moe", "llada2_moe": "llada2_moe", "step/teacher_cross": "llama",
+}  # fmt: skip
+
+
+def test_published_configs_are_taken() -> None:
+    published = json.loads(Path(__file__).with_name("published.json").read_text())
+    for entry in published.values():
+        meta_model(entry["architecture"], entry["config"])
+
+
+def changed(golden: Path, name: str, **changes: Any) -> Any:
+    """The model without weights of a golden checkpoint's config with changes."""
+    config = json.loads((golden / name / "config.json").read_text())
+    return meta_model(ARCHITECTURE_OF[name], {**config, **changes})
+
+
+@pytest.mark.parametrize("name", ARCHITECTURE_OF)
+def test_a_key_that_nothing_reads_is_refused_and_one_that_is_off_is_not(
+    golden: Path, name: str
+) -> None:
+    changed(golden, name, logits_scaling=None, embedding_multiplier=0, attn_logit_softcap=False)
+    # a library's own notes and dropouts change nothing
+    changed(golden, name, _name_or_path="y", attn_pdrop=0.1, is_llama_config=True)
+    for value in (8.0, True, [1], "on"):
+        with pytest.raises(TideError) as error:
+            changed(golden, name, logits_scaling=value)
+        assert "logits_scaling" in str(error.value)
+
+
+REFUSED: list[tuple[str, str, Any]] = [
+    ("llada", "block_type", "sequential"),
+    ("llada", "rope", False),
+    ("llada", "multi_query_attention", True),
+    ("llada_moe", "clip_qkv", 8.0),
+    ("llada_moe", "partial_rotary_factor", 0.5),
+    ("llada2_moe", "score_function", "softmax"),
+    ("dream", "use_sliding_window", True),
+    ("a2d_qwen3", "layer_types", ["full_attention", "sliding_attention"]),
+    ("wedlm", "qk_norm", False),
+    ("a2d_qwen3", "quantization_config", {"bits": 4}),
+]
+
+
+def test_what_is_not_built_is_refused_by_name(golden: Path) -> None:
+    for name, key, value in REFUSED:
+        with pytest.raises(TideError) as error:
+            changed(golden, name, **{key: value})
+        assert key in str(error.value)
+
+
+def test_every_key_of_a_llama_is_obeyed(golden: Path) -> None:
+    """Of transformers' own fields none is lost: with this one the model has biases."""
+    model = changed(golden, "step/teacher_cross", mlp_bias=True)
+    assert any(name.endswith("up_proj.bias") for name, _ in model.named_parameters())
+
+
+def test_the_published_moe_calls_itself_llada(golden: Path, tmp_path: Path) -> None:
+    """Its config.json says so; repositories that load it tell their users to edit the file."""
+    folder = Path(shutil.copytree(golden / "llada_moe", tmp_path / "m", copy_function=shutil.copy))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llada"}))
+    check_weights(open_checkpoint(str(folder)), "llada_moe")
+
+
+@pytest.fixture
+def folder(random_teacher: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(random_teacher, tmp_path / "m"))
 
 
 def refused(folder: Path, what: object) -> None:
@@ -22,11 +96,6 @@ def refused(folder: Path, what: object) -> None:
         load_model(checkpoint, "llama", torch.float32)
         Tokenizer.load(folder)
         pytest.fail(f"{what} was taken")
-
-
-@pytest.fixture
-def folder(random_teacher: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(random_teacher, tmp_path / "m"))
 
 
 def test_an_index_that_names_what_it_should_not(folder: Path) -> None:
@@ -40,17 +109,15 @@ def test_an_index_that_names_what_it_should_not(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_files_that_are_none(name: str, folder: Path) -> None:
     path = folder / name
-    for what in ("fifo", "device", "link to itself", "nested"):
+    harms = {
+        "fifo": lambda: os.mkfifo(path),
+        "device": lambda: path.symlink_to("/dev/zero"),
+        "link to itself": lambda: path.symlink_to(path.name),
+        "nested": lambda: path.write_text('{"a":' * 200_000),
+    }
+    for what, harm in harms.items():
         path.unlink()
-        match what:
-            case "fifo":
-                os.mkfifo(path)
-            case "device":
-                path.symlink_to("/dev/zero")
-            case "link to itself":
-                path.symlink_to(path.name)
-            case "nested":
-                path.write_text('{"a":' * 200_000)
+        harm()
         refused(folder, what)
 
 
@@ -64,3 +131,9 @@ def test_configs_of_no_model(folder: Path) -> None:
     ):  # fmt: skip
         path.write_text(json.dumps({**config, **changes}))
         refused(folder, changes)
+
+
+def test_places_that_hold_no_checkpoint(tmp_path: Path) -> None:
+    for place in (str(tmp_path / "none"), str(tmp_path), "nobody/nothing", "a\0b", "a/\0b"):
+        with pytest.raises(TideError):
+            open_checkpoint(place)

@@ -31,6 +31,13 @@ def edit_config(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def new_llama(width: int, layers: int = 1, vocabulary: int = 4096) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width,
+        num_hidden_layers=layers, num_attention_heads=4, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
 def load(folder: Path, architecture: str = "llama", **more: Any) -> Any:
     return load_model(open_checkpoint(str(folder)), architecture, torch.float32, **more)
 
@@ -44,8 +51,13 @@ def refused(folder: Path, architecture: str = "llama") -> str:
     return str(error.value)
 
 
-def test_the_weights_arrive_as_they_are(random_teacher: Path) -> None:
-    model, stored = load(random_teacher), load_file(random_teacher / "model.safetensors")
+def test_the_weights_arrive_as_they_are_and_nothing_beside_them_plays_a_part(copy: Path) -> None:
+    """Adapters, generation settings and code of strangers lie there."""
+    (copy / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
+    (copy / "generation_config.json").write_text("{")
+    (copy / "custom_generate").mkdir()
+    (copy / "custom_generate" / "generate.py").write_text("raise SystemExit")
+    model, stored = load(copy), load_file(copy / "model.safetensors")
     loaded = dict(model.named_parameters())
     assert loaded.keys() == stored.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in stored.items())
@@ -54,7 +66,6 @@ def test_the_weights_arrive_as_they_are(random_teacher: Path) -> None:
 
 def test_shards_are_read_through_their_index_and_a_missing_one_is_named(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
-    expected = load(copy).state_dict()
     names = sorted(tensors)
     parts = {"a-1.safetensors": names[::2], "a-2.safetensors": names[1::2]}
     for file, keys in parts.items():
@@ -62,31 +73,26 @@ def test_shards_are_read_through_their_index_and_a_missing_one_is_named(copy: Pa
     index = {"weight_map": {k: f for f, keys in parts.items() for k in keys}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     (copy / "model.safetensors").unlink()
-    assert all(torch.equal(v, expected[k]) for k, v in load(copy).state_dict().items())
+    assert all(torch.equal(v, tensors[k]) for k, v in load(copy).state_dict().items())
     (copy / "a-2.safetensors").unlink()
     assert "a-2.safetensors" in refused(copy)
 
 
-def test_truncated_and_pickled_files_are_refused(copy: Path) -> None:
+def test_what_does_not_fit_is_named(copy: Path) -> None:
     path = copy / "model.safetensors"
-    content = path.read_bytes()
+    content, tensors = path.read_bytes(), load_file(path)
+    less = {k: v for k, v in tensors.items() if k != "model.norm.weight"}
+    for named, changed in (
+        ("extra.weight", {**tensors, "extra.weight": torch.zeros(1)}),
+        ("model.norm.weight", less),
+        ("(31,)", {**tensors, "model.norm.weight": torch.zeros(31)}),
+    ):
+        save_file(changed, path, {"format": "pt"})
+        assert named in refused(copy)
     path.write_bytes(content[:-100])
     assert path.name in refused(copy)
-    path.write_bytes(content)
     path.rename(copy / "pytorch_model.bin")
     assert "pytorch_model.bin" in refused(copy)
-
-
-def test_left_over_missing_and_misshapen_tensors_are_named(copy: Path) -> None:
-    path = copy / "model.safetensors"
-    tensors = load_file(path)
-    save_file({**tensors, "extra.weight": torch.zeros(1)}, path, {"format": "pt"})
-    assert "extra.weight" in refused(copy)
-    less = {k: v for k, v in tensors.items() if k != "model.norm.weight"}
-    save_file(less, path, {"format": "pt"})
-    assert "model.norm.weight" in refused(copy)
-    save_file({**tensors, "model.norm.weight": torch.zeros(31)}, path, {"format": "pt"})
-    assert "(31,)" in refused(copy)
     edit_config(copy, model_type="gpt2")
     assert "gpt2" in refused(copy)
 
@@ -118,30 +124,11 @@ def test_tied_weights_that_disagree_are_refused(golden: Path, tmp_path: Path) ->
         load(folder, "qwen3")
 
 
-def test_what_lies_beside_the_weights_plays_no_part(copy: Path) -> None:
-    """Adapters, generation settings and code of strangers."""
-    expected = load(copy).state_dict()
-    (copy / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
-    (copy / "generation_config.json").write_text("{")
-    (copy / "custom_generate").mkdir()
-    (copy / "custom_generate" / "generate.py").write_text("raise SystemExit")
-    assert all(torch.equal(v, expected[k]) for k, v in load(copy).state_dict().items())
-
-
 def test_a_teacher_saved_again_is_loaded_again(golden: Path, tmp_path: Path) -> None:
     """The renames of one layout are not those of another class: a new Llama has a Llama's names."""
     load(golden / "llada", "llada")
-    config = LlamaConfig(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    LlamaForCausalLM(new_llama(8, vocabulary=8)).save_pretrained(tmp_path)
     assert load(tmp_path).config.hidden_size == 8
-
-
-def test_places_that_hold_no_checkpoint(tmp_path: Path) -> None:
-    for place in (str(tmp_path / "none"), str(tmp_path), "nobody/nothing"):
-        with pytest.raises(TideError):
-            open_checkpoint(place)
 
 
 def test_the_fingerprint_follows_config_and_weights(copy: Path) -> None:
@@ -171,44 +158,31 @@ def test_the_registry_takes_a_users_teacher_and_explains_mistakes(tmp_path: Path
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("int8", 0.02), ("int4", 0.2)])
-def test_quantised_linear_layers(tmp_path: Path, kind: Any, limit: float) -> None:
+def test_quantised_linear_layers(golden: Path, tmp_path: Path, kind: Any, limit: float) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    LlamaForCausalLM(new_llama(64, 2)).save_pretrained(tmp_path)
     exact, packed = load(tmp_path), load(tmp_path, quantization=kind)
-    assert {p.dtype for n, p in packed.named_parameters() if "proj" in n} == {
-        torch.int8 if kind == "int8" else torch.uint8
-    }
+    types = {p.dtype for n, p in packed.named_parameters() if "proj" in n}
+    assert types == {torch.int8 if kind == "int8" else torch.uint8}
     assert torch.equal(packed.lm_head.weight, exact.lm_head.weight)  # the head keeps its precision
     ids = torch.randint(0, 4000, (2, 16))
     with torch.inference_mode():
         a, b = exact(input_ids=ids).logits, packed(input_ids=ids).logits
     assert 0 < ((a - b).norm() / a.norm()).item() < limit
-
-
-def test_what_cannot_be_quantised_is_refused(golden: Path) -> None:
     with pytest.raises(TideError):  # stacked experts are no linear layers
-        load(golden / "llada_moe", "llada_moe", quantization="int4")
+        load(golden / "llada_moe", "llada_moe", quantization=kind)
 
 
-def test_a_device_map_changes_no_value(random_teacher: Path) -> None:
+def test_a_device_map_changes_no_value_and_says_where_memory_is_short(
+    random_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     exact = load(random_teacher)
     ids = torch.randint(0, 4000, (2, 16))
     for kind in ("auto", "balanced", "sequential"):
         with torch.inference_mode():
             mapped = load(random_teacher, device_map=kind)
             assert torch.equal(exact(input_ids=ids).logits, mapped(input_ids=ids).logits)
-
-
-def test_a_machine_that_is_too_small(random_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.integrations import accelerate
 
     for place in (accelerate, accelerate_utils):
@@ -217,76 +191,43 @@ def test_a_machine_that_is_too_small(random_teacher: Path, monkeypatch: pytest.M
         load(random_teacher, device_map="sequential")
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory accounts")
-def test_loading_takes_the_memory_of_one_copy_in_the_target_dtype(tmp_path: Path) -> None:
-    """Resident memory at its peak, in a process of its own; the files, which are mapped, count as
-    well.
-    """
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        tie_word_embeddings=False,
-    )
-    with torch.device("meta"):
-        shapes = {k: v.shape for k, v in LlamaForCausalLM(config).state_dict().items()}
-    index, names = {}, sorted(shapes)
-    for i in range(0, len(names), 10):
-        file = f"model-{i:03d}.safetensors"
-        part = {n: torch.ones(shapes[n], dtype=torch.bfloat16) for n in names[i : i + 10]}
-        save_file(part, tmp_path / file)
-        index |= dict.fromkeys(part, file)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    config.save_pretrained(tmp_path)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=8,
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-        )
-    ).save_pretrained(tmp_path / "small")
-    script = f"""
-import re, torch
+PEAK = """
+import re, sys, torch
 from pathlib import Path
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
 
-def high_water():
-    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
-
-load_model(open_checkpoint({str(tmp_path / "small")!r}), "llama", torch.float32)
-before = high_water()
-load_model(open_checkpoint({str(tmp_path)!r}), "llama", torch.float32)
-print(high_water() - before)
+peaks = []
+for folder in sys.argv[1:]:
+    load_model(open_checkpoint(folder), "llama", torch.float32)
+    peaks.append(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]))
+print(1024 * (peaks[1] - peaks[0]))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    model = sum(4 * shape.numel() for shape in shapes.values())
-    files = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
-    assert 0.95 * model < int(done.stdout) < 1.1 * (model + files)  # two copies would be 2 * model
 
 
-SCALINGS: dict[str, Any] = {
-    "none": None,
-    "linear, old name": {"type": "linear", "factor": 4.0},
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
-}
-SIZES: dict[str, Any] = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.3,
-    "max_position_embeddings": 256,
-}
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory accounts")
+def test_loading_takes_the_memory_of_one_copy_in_the_target_dtype(tmp_path: Path) -> None:
+    """Resident memory at its peak, in a process of its own; the mapped files count as well."""
+    small, large = str(tmp_path / "small"), str(tmp_path / "large")
+    LlamaForCausalLM(new_llama(8)).save_pretrained(small)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = LlamaForCausalLM(new_llama(1024, 2))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model.save_pretrained(large, max_shard_size="30MB")
+    command = [sys.executable, "-c", PEAK, small, large]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    size = 4 * sum(p.numel() for p in model.parameters())
+    files = sum(file.stat().st_size for file in Path(large).glob("*.safetensors"))
+    assert 0.95 * size < int(done.stdout) < 1.1 * (size + files)  # two copies would be 2 * size
+
+
+SCALINGS: list[Any] = [
+    None,
+    {"type": "linear", "factor": 4.0},  # the old name of the key
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+]
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama"])
@@ -294,19 +235,19 @@ def test_rope_is_what_transformers_makes_of_the_same_folder(
     architecture: str, tmp_path: Path
 ) -> None:
     """Of configs that transformers 4 wrote."""
-    stock: dict[str, Any] = {
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-        "llama": (LlamaConfig, LlamaForCausalLM),
-    }
-    config_class, model_class = stock[architecture]
+    qwen, llama = (Qwen3Config, Qwen3ForCausalLM), (LlamaConfig, LlamaForCausalLM)
+    config_class, model_class = qwen if architecture == "qwen3" else llama
     torch.manual_seed(0)
-    model_class(config_class(**SIZES)).save_pretrained(tmp_path)
-    values = json.loads((tmp_path / "config.json").read_text())
-    values.pop("rope_parameters")
-    for scaling in SCALINGS.values():
-        changed = {**values, "rope_theta": 5000.0, "rope_scaling": scaling}
-        (tmp_path / "config.json").write_text(json.dumps(changed))
-        expected = model_class.from_pretrained(tmp_path).eval()
+    config: Any = config_class(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.3,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    model_class(config).save_pretrained(tmp_path)
+    edit_config(tmp_path, rope_parameters=None, rope_theta=5000.0)
+    for scaling in SCALINGS:
+        edit_config(tmp_path, rope_scaling=scaling)
+        expected: Any = model_class.from_pretrained(tmp_path).eval()
         ids = torch.arange(40)[None]
         with torch.no_grad():
             ours, theirs = load(tmp_path, architecture)(ids).logits, expected(ids).logits

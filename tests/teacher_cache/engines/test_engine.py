@@ -19,8 +19,7 @@ SPEC = TargetSpec(8, 1.0, (1.0, 2.0))
 
 
 def requests(count: int, seed: int = 0) -> list[Request]:
-    rng = np.random.default_rng(seed)
-    made = []
+    rng, made = np.random.default_rng(seed), []
     for _ in range(count):
         length = int(rng.integers(4, 60))
         ids = rng.integers(0, 4090, length).astype(np.int32)
@@ -37,17 +36,12 @@ def model(random_teacher: Path) -> Any:
     return load_model(open_checkpoint(str(random_teacher)), "llama", torch.float32)
 
 
-MODES = [Full(), BlockCausal(8), X0Xt(8), Native(8)]
-
-
-@pytest.mark.parametrize("attention", MODES, ids=lambda a: a.type)
+@pytest.mark.parametrize("attention", [Full(), BlockCausal(8), X0Xt(8), Native(8)])
 def test_alone_and_in_a_batch_are_equal(model: Any, attention: Attention) -> None:
-    asked = requests(9)
+    asked, one = requests(9), {"tokens_per_batch": 1, "head_rows": 3}
     for shift in (False, True):
         engine = TransformersEngine(model, attention, SPEC, shift=shift)
-        single = TransformersEngine(
-            model, attention, SPEC, shift=shift, tokens_per_batch=1, head_rows=3
-        )
+        single = TransformersEngine(model, attention, SPEC, shift=shift, **one)
         for request, expected in zip(asked, engine.score(asked), strict=True):
             (alone,) = single.score([request])
             for name in ("gold_logp", "logsumexp", "topk_logp", "tail_odds"):
@@ -65,9 +59,9 @@ def test_scores_are_those_of_the_plain_model(model: Any, random_teacher: Path) -
     for shift in (0, 1):
         rows.clear()
         engine = TransformersEngine(own, Full(), SPEC, shift=bool(shift), head_rows=10)
-        found = engine.score(asked)
+        scored = engine.score(asked)
         assert sum(rows) == sum(len(r.read) for r in asked) and max(rows) <= 10
-        for request, scores in zip(asked, found, strict=True):
+        for request, scores in zip(asked, scored, strict=True):
             ids = torch.from_numpy(request.ids).long()[None]
             with torch.no_grad():
                 mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
@@ -83,9 +77,8 @@ def test_scores_are_those_of_the_plain_model(model: Any, random_teacher: Path) -
 
 def test_sums_of_what_is_outside_are_those_of_full_logits(model: Any) -> None:
     asked, shared = requests(5, seed=4), np.arange(4096) % 7 != 0
-    engine = TransformersEngine(
-        model, Full(), SPEC, head_rows=9, tokens_per_batch=64, shared_ids=shared
-    )
+    sizes = {"head_rows": 9, "tokens_per_batch": 64}
+    engine = TransformersEngine(model, Full(), SPEC, shared_ids=shared, **sizes)
     sums = engine.outside(asked)
     logits = torch.cat([logits for logits, _ in engine.logits(asked)]).double()
     logits[:, ~torch.from_numpy(shared)] = -torch.inf
@@ -116,6 +109,7 @@ def test_block_diffusion_teachers_never_see_the_answer(model: Any) -> None:
             np.testing.assert_array_equal(moved.logsumexp[upto], base.logsumexp[upto])
 
 
+# Without the tests' import hook, which torch.compile would have to trace through.
 COMPILED = """
 import sys
 import numpy as np, torch
@@ -127,20 +121,19 @@ from teacher_cache.method.targets import TargetSpec
 from teacher_cache.teachers.registry import Full, Native
 from tests.teacher_cache.engines.test_engine import requests
 
-worst, graphs = 0.0, []
+worst, graphs, spec = 0.0, [], TargetSpec(8, 1.0, (1.0,))
 for attention in (Full(), Native(8)):
-    found = []
+    values = []
     for compiled in (False, True):
         counters.clear()
         model = load_model(open_checkpoint(sys.argv[1]), "llama", torch.float32)
-        spec = TargetSpec(8, 1.0, (1.0,))
         engine = TransformersEngine(model, attention, spec, tokens_per_batch=90, compiled=compiled)
         scores = []
         for seed in range(4):
             scores += engine.score(requests(9, seed))
             graphs += [counters["stats"]["unique_graphs"]] if compiled and seed in (0, 3) else []
-        found.append(np.concatenate([s.topk_logp.reshape(-1) for s in scores]))
-    worst = max(worst, float(np.abs(found[0] - found[1]).max()))
+        values.append(np.concatenate([s.topk_logp.reshape(-1) for s in scores]))
+    worst = max(worst, float(np.abs(values[0] - values[1]).max()))
 print(worst, *graphs)
 """
 
@@ -148,14 +141,9 @@ print(worst, *graphs)
 @pytest.mark.slow
 def test_compiled_layers_give_the_same_and_compile_once(random_teacher: Path) -> None:
     root = Path(__file__).parents[3]
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED, str(random_teacher)],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-c", COMPILED, str(random_teacher)]
+    path = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     worst, *graphs = done.stdout.split()
     assert float(worst) < 1e-4

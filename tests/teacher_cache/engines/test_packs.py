@@ -8,40 +8,61 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from teacher_cache.engines.packs import fill, observed_first, pack_requests
+from shared.diffusion.attention import block_causal
+from teacher_cache.engines.packs import clean_ids, fill, observed_first, pack_requests
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method.comp_demo import Request
 from teacher_cache.method.targets import TargetSpec
 from teacher_cache.teachers.registry import BlockCausal, Full, Native, X0Xt
+from tests.plain_masks import block_diffusion_batch, within_block_causal
 from tests.student_train.places import in_float64
-from tests.teacher_cache.engines.plain_inputs import build_inputs
 
 KINDS: dict[str, Any] = {
-    "full": lambda _: Full(),
-    "block_causal": BlockCausal,
-    "x0_xt": X0Xt,
-    "native": Native,
-}
+    "full": lambda _: Full(), "block_causal": BlockCausal, "x0_xt": X0Xt, "native": Native
+}  # fmt: skip
 MASK = 96
 
 
 @lru_cache
-def teacher(user: str) -> Any:
-    """A small Llama in float64; one for each user, since an engine changes how its model attends."""  # noqa: E501
+def teacher(_user: str) -> Any:
+    """A small Llama in float64, one for each user: an engine changes how its model attends."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=97,
-        num_hidden_layers=2,
-        initializer_range=0.3,
-        hidden_size=16,
-        intermediate_size=24,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+        vocab_size=97, num_hidden_layers=2, initializer_range=0.3, hidden_size=16,
+        intermediate_size=24, num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
     config._attn_implementation = "sdpa"
     return in_float64(LlamaForCausalLM(config)).eval()
+
+
+def plain_hidden(model: Any, kind: str, block: int, request: Request) -> tuple[Tensor, Tensor]:
+    """The definition of each attention mode: the whole sequence, an explicit mask, where to read.
+
+    Modes on two copies of the sequence rebuild the clean copy x_0 from the request's gold ids.
+    """
+    length, read = len(request.ids), torch.from_numpy(request.read).long()
+    valid, places = torch.ones(1, length, dtype=torch.bool), torch.arange(length)
+    ids, clean = torch.from_numpy(request.ids).long(), torch.from_numpy(clean_ids(request)).long()
+    match kind:
+        case "full":
+            mask = valid[:, None, None].expand(1, 1, length, length)
+        case "block_causal":
+            mask = block_causal(valid, block)
+        case "x0_xt":
+            mask = block_diffusion_batch(valid, block, "x0_xt")
+            ids, places, read = torch.cat([clean, ids]), places.repeat(2), read + length
+        case _:
+            order = torch.from_numpy(observed_first(request, block)).long()
+            mask = within_block_causal(valid, block)
+            ids, places = torch.cat([clean, ids[order]]), torch.cat([places, order])
+            read = order.argsort()[read] + length
+    hidden = model.model(
+        input_ids=ids[None], attention_mask=mask, position_ids=places[None], use_cache=False
+    ).last_hidden_state
+    return hidden[0], read
 
 
 def passes_of(rng: Any, ids: np.ndarray, masked: np.ndarray, mask: int) -> list[Request]:
@@ -75,33 +96,19 @@ def examples(draw: Any, shift: int) -> list[Request]:
 @given(data=st.data())
 def test_logits_are_those_of_whole_sequences_under_the_explicit_mask(kind: str, data: Any) -> None:
     shift = data.draw(st.integers(0, 1)) if kind in ("full", "block_causal") else 0
-    attention, asked = KINDS[kind](data.draw(st.integers(1, 9))), data.draw(examples(shift))
-    budget = data.draw(st.sampled_from([1, 40, 10_000]))
-    engine = TransformersEngine(
-        teacher(kind),
-        attention,
-        TargetSpec(8, 1.0, (1.0,)),
-        shift=bool(shift),
-        tokens_per_batch=budget,
-        head_rows=7,
-    )
+    block = data.draw(st.integers(1, 9))
+    asked, budget = data.draw(examples(shift)), data.draw(st.sampled_from([1, 40, 10_000]))
+    spec, sizes = TargetSpec(8, 1.0, (1.0,)), {"tokens_per_batch": budget, "head_rows": 7}
+    engine = TransformersEngine(teacher(kind), KINDS[kind](block), spec, shift=shift > 0, **sizes)
     plain, done = teacher("plain"), []
     with torch.inference_mode():
         for packs in engine.batches(asked):
-            batch = engine.batch(packs)
             members = [i for pack in packs for i in pack.members]
-            logits = plain.lm_head(engine.hidden(batch))
-            for i, own in zip(
-                members, logits.split([len(asked[i].read) for i in members]), strict=True
-            ):
-                inputs = build_inputs(attention, [asked[i]])
-                hidden = plain.model(
-                    input_ids=inputs.ids,
-                    attention_mask=inputs.mask,
-                    position_ids=inputs.positions,
-                    use_cache=False,
-                ).last_hidden_state
-                expected = plain.lm_head(hidden[0, inputs.columns - shift])
+            logits = plain.lm_head(engine.hidden(engine.batch(packs)))
+            parts = logits.split([len(asked[i].read) for i in members])
+            for i, own in zip(members, parts, strict=True):
+                hidden, read = plain_hidden(plain, kind, block, asked[i])
+                expected = plain.lm_head(hidden[read - shift])
                 torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-9)
             done += members
     assert sorted(done) == list(range(len(asked)))
@@ -119,23 +126,19 @@ def conversations(count: int, draws: int) -> list[Request]:
     return requests
 
 
-def test_rows_of_four_draws() -> None:
-    asked = conversations(20, 4)
+def test_four_draws_run_fewer_rows_and_full_attention_pads_nothing() -> None:
+    asked, rows = conversations(20, 4), 0
     whole = sum(len(request.ids) for request in asked)
     for attention, most in ((Native(32), 0.8), (X0Xt(32), 0.8), (BlockCausal(32), 0.75)):
         packs = pack_requests(attention, asked, budget=16_384)
         assert sum(pack.width for pack in packs) <= most * whole
-
-
-def test_nothing_is_padded_and_no_mask_is_made_under_full_attention() -> None:
-    asked, rows = conversations(3, 2), 0
     spec = TargetSpec(8, 1.0, (1.0,))
     engine = TransformersEngine(teacher("full"), Full(), spec, tokens_per_batch=1600)
-    for packs in engine.batches(asked):
-        arguments = engine.batch(packs)[0]
+    for batch in engine.batches(asked):
+        arguments = engine.batch(batch)[0]
         rows += arguments["input_ids"].numel()
         assert arguments["attention_mask"].numel() == 0
-    assert rows == sum(len(request.ids) for request in asked)
+    assert rows == whole
 
 
 def test_the_row_before_the_first_is_never_asked() -> None:

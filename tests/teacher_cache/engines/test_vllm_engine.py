@@ -29,12 +29,8 @@ from teacher_cache.run.build import build_cache
 from teacher_cache.teachers.registry import TeacherEntry
 from tests.conftest import small_cache_config
 from tests.hub_layouts import ARCHITECTURE_OF, wide_checkpoint
-from tests.reading import rows_in
 
-pytest.importorskip(
-    "vllm",
-    reason="vLLM is not installed: `make test-vllm` installs its CPU build and runs this file",
-)
+pytest.importorskip("vllm", reason="`make test-vllm` installs vLLM's CPU build and runs this file")
 pytestmark = pytest.mark.filterwarnings("default")  # vLLM's own warnings
 
 SPEC = TargetSpec(8, 1.0, (1.0, 2.0))
@@ -43,9 +39,7 @@ TINY = Path(resolve("embedded:teacher_cache.teachers/tiny"))
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """vLLM inside this process, which starts in a second; its groups are taken down for the next
-    model.
-    """
+    """vLLM inside this process, which starts in a second; its groups are taken down afterwards."""
     from vllm.distributed import cleanup_dist_env_and_memory  # pyright: ignore[reportMissingImports]
 
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -54,27 +48,18 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def entry(architecture: str, **more: Any) -> TeacherEntry:
-    values = {
-        "model": "x",
-        "mask_id": 159,
-        "student_tokens": False,
-        "length": 512,
-        "student": "x",
-        **more,
-    }
-    return TeacherEntry(architecture=architecture, **values)
+    own = {"mask_id": 159, "student_tokens": False, "length": 512, "student": "x", **more}
+    return TeacherEntry(model="x", architecture=architecture, **own)
 
 
-def mixed_requests(vocabulary: int, mask: int) -> list[Request]:
-    random = np.random.default_rng(0)
-    requests = []
+def mixed_requests() -> list[Request]:
+    random, requests = np.random.default_rng(0), []
     for length in (5, 17, 300, 33, 64, 2, 129):
-        ids = random.integers(0, vocabulary, length, np.int32)
-        read = np.sort(
-            random.choice(np.arange(1, length), max(1, length // 3), replace=False)
-        ).astype(np.int32)
+        ids = random.integers(0, 150, length, np.int32)
+        some = random.choice(np.arange(1, length), max(1, length // 3), replace=False)
+        read = np.sort(some).astype(np.int32)
         gold = ids[read]
-        ids[read] = mask
+        ids[read] = 159
         requests.append(Request(ids, read, gold))
     return requests
 
@@ -92,44 +77,34 @@ def furthest(a: list[Scores], b: list[Scores]) -> float:
 def test_float32_values_are_those_of_transformers(
     golden: Path, tmp_path: Path, in_process: None, name: str
 ) -> None:
-    architecture = ARCHITECTURE_OF[name]
-    checkpoint = open_checkpoint(str(wide_checkpoint(golden, name, tmp_path / name, seed=1)))
-    teacher = entry(architecture, shift=name == "dream")
-    requests = mixed_requests(150, 159)
-    shared = None
-    if name == "wedlm":
-        shared = np.arange(160) < 120  # ids that the student does not share never enter the top-k
     from teacher_cache.engines.vllm_engine_models import ScorePooler
 
-    settings = EngineConfig(
-        type="vllm", device="cpu", dtype="float32", tokens_per_batch=512, head_rows=100
-    )
+    architecture, requests = ARCHITECTURE_OF[name], mixed_requests()
+    checkpoint = open_checkpoint(str(wide_checkpoint(golden, name, tmp_path / name, seed=1)))
+    teacher = entry(architecture, shift=name == "dream")
+    # ids that the student does not share never enter the top-k
+    shared = np.arange(160) < 120 if name == "wedlm" else None
+    sizes: Any = {"tokens_per_batch": 512, "head_rows": 100}
+    settings = EngineConfig(type="vllm", device="cpu", dtype="float32", **sizes)
     engine = VllmEngine(checkpoint, teacher, SPEC, settings, 512, shared)
     before = ScorePooler.rows_run
-    found = engine.score(requests)
-    assert ScorePooler.rows_run - before == sum(
-        len(request.read) for request in requests
-    )  # and nowhere else
-    model = load_model(checkpoint, architecture, torch.float32)
-    reference = TransformersEngine(
-        model, teacher.attention, SPEC, shift=teacher.shift, shared_ids=shared
-    )
-    assert furthest(found, reference.score(requests)) < 1e-4
+    scores = engine.score(requests)
+    read = sum(len(request.read) for request in requests)
+    assert ScorePooler.rows_run - before == read  # and nowhere else
+    model, more = load_model(checkpoint, architecture, torch.float32), {"shared_ids": shared}
+    reference = TransformersEngine(model, teacher.attention, SPEC, shift=teacher.shift, **more)
+    assert furthest(scores, reference.score(requests)) < 1e-4
     np.testing.assert_allclose(engine.outside(requests), reference.outside(requests), atol=1e-4)
     classes = (np.arange(160) % 4).astype(np.int32)
     if shared is not None:
         classes[~shared] = -1
     for one in (engine, reference):
         one.use_classes(classes)
-    found = engine.score(requests)
-    assert all(
-        scores.class_mass is not None and scores.class_mass.shape[2] == 4 for scores in found
-    )
-    assert furthest(found, reference.score(requests)) < 1e-4
-    if shared is not None:
-        assert (
-            max(int(scores.topk_ids.max()) for scores in found if scores.topk_ids is not None) < 120
-        )
+    scores = engine.score(requests)
+    assert furthest(scores, reference.score(requests)) < 1e-4
+    for one in scores:
+        assert one.class_mass is not None and one.class_mass.shape[2] == 4
+        assert one.topk_ids is not None and (shared is None or one.topk_ids.max() < 120)
     assert engine.score([]) == []
     with pytest.raises(TideError):
         engine.score([Request(np.zeros(600, np.int32), np.ones(1, np.int32), np.ones(1, np.int32))])
@@ -139,23 +114,16 @@ def test_bfloat16_deviates_no_more_than_transformers_does(
     golden: Path, tmp_path: Path, in_process: None
 ) -> None:
     checkpoint = open_checkpoint(str(wide_checkpoint(golden, "llada", tmp_path / "llada", seed=2)))
-    teacher, requests = entry("llada"), mixed_requests(150, 159)
-    exact, plain = (
-        TransformersEngine(load_model(checkpoint, "llada", dtype), teacher.attention, SPEC).score(
-            requests
-        )
-        for dtype in (torch.float32, torch.bfloat16)
-    )
+    teacher, requests = entry("llada"), mixed_requests()
+    values = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_model(checkpoint, "llada", dtype)
+        values.append(TransformersEngine(model, teacher.attention, SPEC).score(requests))
     settings = EngineConfig(type="vllm", device="cpu", dtype="bfloat16")
-    found = VllmEngine(checkpoint, teacher, SPEC, settings, 512).score(requests)
-    mine, theirs = (
-        np.concatenate(
-            [np.abs(a.logsumexp - b.logsumexp).ravel() for a, b in zip(exact, other, strict=True)]
-        )
-        for other in (found, plain)
-    )
-    assert 0 < mine.mean() < 1.5 * theirs.mean()
-    assert mine.max() < 2 * theirs.max()
+    values.append(VllmEngine(checkpoint, teacher, SPEC, settings, 512).score(requests))
+    exact, theirs, ours = (np.concatenate([s.logsumexp for s in scores]) for scores in values)
+    assert 0 < np.abs(ours - exact).mean() < 1.5 * np.abs(theirs - exact).mean()
+    assert np.abs(ours - exact).max() < 2 * np.abs(theirs - exact).max()
 
 
 def test_the_plugin_registers_once_and_again() -> None:
@@ -170,27 +138,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_vllm_starts(
     golden: Path, tmp_path: Path
 ) -> None:
     folder = wide_checkpoint(golden, "llada", tmp_path / "llada")
-    (folder / "config.json").write_text(
-        (folder / "config.json").read_text().replace('"n_layers": 3', '"n_layers": 2')
-    )
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"n_layers": 3', '"n_layers": 2'))
+    settings = EngineConfig(type="vllm", device="cpu")
     with pytest.raises(TideError):
-        VllmEngine(
-            open_checkpoint(str(folder)),
-            entry("llada"),
-            SPEC,
-            EngineConfig(type="vllm", device="cpu"),
-            64,
-        )
-
-
-def small(out: Path, engine: dict[str, Any]) -> Any:
-    settings = {"dtype": "float32", "device": "cpu", "tokens_per_batch": 1024, **engine}
-    return small_cache_config("tiny-cross", TINY, out, shard_examples=4, engine=settings)
-
-
-def values(config: Any) -> np.ndarray:
-    rows = [row for unit in finished_units(config.out) for row in rows_in(config.out, unit)]
-    return np.concatenate([np.concatenate([r.gold_logp, r.logsumexp]) for r in rows])
+        VllmEngine(open_checkpoint(str(folder)), entry("llada"), SPEC, settings, 64)
 
 
 def test_killed_in_the_middle_resumed_and_verified(
@@ -198,10 +150,14 @@ def test_killed_in_the_middle_resumed_and_verified(
 ) -> None:
     """vLLM's core process is killed; two workers finish; transformers agrees."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    config = small(tmp_path / "vllm", {"type": "vllm"})
+    out = tmp_path / "vllm"
+
+    def config(**engine: Any) -> Any:
+        settings = {"dtype": "float32", "device": "cpu", "tokens_per_batch": 1024, **engine}
+        return small_cache_config("tiny-cross", TINY, out, shard_examples=4, engine=settings)
 
     def kill_core() -> None:
-        while not finished_units(config.out):
+        while not finished_units(out):
             time.sleep(0.001)
         for child in psutil.Process().children(recursive=True):
             if "EngineCore" in child.name() or "EngineCore" in " ".join(child.cmdline()):
@@ -210,26 +166,24 @@ def test_killed_in_the_middle_resumed_and_verified(
     thread = threading.Thread(target=kill_core)
     thread.start()
     with pytest.raises(TideError):
-        build_cache(config)
+        build_cache(config(type="vllm"))
     thread.join()
-    kept = len(finished_units(config.out))
+    kept = len(finished_units(out))
     assert 0 < kept < 12
-    report = build_cache(small(tmp_path / "vllm", {"type": "vllm", "data_parallel": 2}))
+    report = build_cache(config(type="vllm", data_parallel=2))
     assert (report.kept, report.computed) == (kept, 12 - kept)
-    found = verify_cache(small(tmp_path / "vllm", {"type": "transformers"}), 200)
-    assert found.rows == 48
-    assert 0 < found.largest < 1e-4
+    verified = verify_cache(config(type="transformers"), 200)
+    assert verified.rows == 48
+    assert 0 < verified.largest < 1e-4
 
 
 def test_tensor_parallel(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    checkpoint = open_checkpoint(
-        str(wide_checkpoint(golden, "llada2_moe", tmp_path / "moe", seed=3))
-    )
-    requests = mixed_requests(150, 159)
+    folder = wide_checkpoint(golden, "llada2_moe", tmp_path / "moe", seed=3)
+    checkpoint, requests, teacher = open_checkpoint(str(folder)), mixed_requests(), "llada2_moe"
     settings = EngineConfig(type="vllm", device="cpu", dtype="float32", tensor_parallel=2)
-    with closing(VllmEngine(checkpoint, entry("llada2_moe"), SPEC, settings, 512)) as engine:
-        found = engine.score(requests)
-    model = load_model(checkpoint, "llada2_moe", torch.float32)
-    reference = TransformersEngine(model, entry("llada2_moe").attention, SPEC)
-    assert furthest(found, reference.score(requests)) < 1e-4
+    with closing(VllmEngine(checkpoint, entry(teacher), SPEC, settings, 512)) as engine:
+        scores = engine.score(requests)
+    model = load_model(checkpoint, teacher, torch.float32)
+    reference = TransformersEngine(model, entry(teacher).attention, SPEC)
+    assert furthest(scores, reference.score(requests)) < 1e-4
