@@ -1,11 +1,15 @@
-"""`make tiny-teacher` and `make tiny-student`: train the embedded models on the standard-library
-corpus.
+"""`make tiny-teacher` and `make tiny-student`: train the embedded models, and their tokenizers, on
+the standard-library corpus.
 
 The teacher is a Llama of 6 M parameters under full attention, trained as LLaDA is; the students,
 one for each tokenizer, are pre-trained by block diffusion over [x_t ; x_0]: what a student is
 before it is distilled. Both by cross-entropy at masked tokens, t uniform. Half of the examples hide
 response tokens only, half any token; every masked token weighs the same: 1/t has the same best
 model, and more noise on the way to it.
+
+The teacher's tokenizer (4,096 tokens, Llama-3-style headers) also serves the student that shares
+it; the other student's (2,048 tokens, ChatML, single digits) cuts the same text differently, as
+Qwen's does LLaDA's.
 """
 
 import dataclasses
@@ -18,11 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as RawTokenizer
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
-from pipelines.tools.tiny_tokenizers import train_student_tokenizer, train_teacher_tokenizer
 from shared.aligned.examples import Prepared, Preparer
 from shared.data import iter_examples
 from shared.data.stdlib_corpus import corpus_origin
@@ -34,19 +39,25 @@ from shared.system.files import refuse_unwritable
 from shared.system.hardware import choose_device, choose_precision, hardware_line
 from shared.text.tokenizers import Tokenizer
 from student_train.batches.collate import places_of_draws
-from student_train.training.heldout import (
-    Predict,
-    masked_nll,
-    prepare_heldout,
-    student_predictor,
-    teacher_predictor,
-)
+from student_train.training import heldout
 
+# The folders of the tokenizers: the student's own, and the teacher's.
 TOKENIZERS = {
     "cross": Path(resolve("embedded:student_train/tiny_tokenizer")),
     "shared": Path(resolve("embedded:teacher_cache.teachers/tiny")),
 }
-"""The folders of the tokenizers: the student's own, and the teacher's."""
+HEADER_TEMPLATE = (
+    "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+    "{{ message['content'] }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+CHATML_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Words with a leading space, numbers, runs of punctuation, indentation: as GPT-4's, cut shorter.
+TEACHER_PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\n\s*|\s+(?!\S)|\s+"
 
 
 @dataclass(frozen=True)
@@ -79,64 +90,67 @@ TEACHER = TinyConfig(
 STUDENT = TinyConfig(StudentConfig(), positions=4096, epochs=2)
 
 
-def train_tiny_teacher(
-    teacher: Path, student_tokenizer: Path, config: TinyConfig = TEACHER
-) -> None:
-    """Train the teacher, and write it with a model card to `teacher`.
+def train_tokenizers(teacher: Path, student: Path) -> None:
+    """Write both tokenizers: byte-level BPE, the special tokens last."""
+    corpus = iter_examples(DataConfig("stdlib:train"))
+    texts = ["\n\n".join(m["content"] for m in example.messages) for example in corpus]
+    words = pre_tokenizers.Split(Regex(TEACHER_PATTERN), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    as_words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    headers = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    chatml = ["<|im_start|>", "<|im_end|>"]
+    for folder, size, steps, marks, eos, template in (
+        (teacher, 4096, [words, as_bytes], headers, "<|endoftext|>", HEADER_TEMPLATE),
+        (student, 2048, [digits, as_words], chatml, "<|im_end|>", CHATML_TEMPLATE),
+    ):
+        special = ["<|endoftext|>", *marks, "<|mask|>"]
+        raw: Any = RawTokenizer(models.BPE())
+        raw.pre_tokenizer, raw.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size - len(special), initial_alphabet=alphabet, show_progress=False
+        )
+        raw.train_from_iterator(texts, trainer)
+        raw.add_special_tokens(special)
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=raw, eos_token=eos, pad_token="<|endoftext|>", mask_token="<|mask|>"
+        )
+        fast.chat_template = template
+        fast.save_pretrained(folder)
 
-    Tokenizers that lie there and in `student_tokenizer` are kept, since caches and students are
-    made for them; where one is missing both are trained too.
+
+def train_tiny(tokenizer_folder: Path, out: Path, config: TinyConfig) -> None:
+    """Train a teacher (a Llama) or pre-train a student on the corpus, and write it, in bfloat16,
+    with its tokenizer and a card.
     """
-    for folder in (teacher, student_tokenizer):
-        refuse_unwritable(folder)
-    if not all((folder / "tokenizer.json").exists() for folder in (teacher, student_tokenizer)):
-        corpus = iter_examples(DataConfig("stdlib:train"))
-        texts = ["\n\n".join(m["content"] for m in example.messages) for example in corpus]
-        train_student_tokenizer(texts, student_tokenizer)
-        train_teacher_tokenizer(texts, teacher)
-    tokenizer = Tokenizer.load(teacher)
-    torch.manual_seed(config.seed)
-    model = new_model(config.shape, tokenizer, tokenizer.special_id("mask"), config.positions)
-    about = "The embedded teacher", "A masked-diffusion", "bidirectional attention,"
-    train_tiny(model, tokenizer, teacher_predictor(model), teacher, config, about)
-
-
-def train_tiny_student(tokenizer_folder: Path, out: Path, config: TinyConfig = STUDENT) -> None:
-    """Pre-train a student for a tokenizer, and write it with a model card to `out`."""
     refuse_unwritable(out)
-    tokenizer = Tokenizer.load(tokenizer_folder)
-    torch.manual_seed(config.seed)
-    model: Any = new_model(config.shape, tokenizer, tokenizer.special_id("mask"), config.positions)
-    model.config.block_size = config.block
-    about = "An embedded student, pre-trained", "A block-diffusion", ""
-    train_tiny(model, tokenizer, student_predictor(model, config.block), out, config, about)
-
-
-def train_tiny(
-    model: Any,
-    tokenizer: Tokenizer,
-    predict: Predict,
-    out: Path,
-    config: TinyConfig,
-    about: tuple[str, str, str],
-) -> None:
-    """Train `model` on the corpus and write it, in bfloat16, with its tokenizer and a card."""
     started = time.monotonic()
     precision = choose_precision(config.precision, choose_device("cpu"))
     config = dataclasses.replace(config, precision=precision)
-    preparer = Preparer(tokenizer, None, config.lengths, tokenizer.special_id("mask"))
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    mask_id = tokenizer.special_id("mask")
+    torch.manual_seed(config.seed)
+    model: Any = new_model(config.shape, tokenizer, mask_id, config.positions)
+    if isinstance(config.shape, StudentConfig):
+        model.config.block_size = config.block
+        predict = heldout.student_predictor(model, config.block)
+        title, kind, attention = "An embedded student, pre-trained", "A block-diffusion", ""
+    else:
+        predict = heldout.teacher_predictor(model)
+        title, kind = "The embedded teacher", "A masked-diffusion"
+        attention = "bidirectional attention,"
+    preparer = Preparer(tokenizer, None, config.lengths, mask_id)
     examples = preparer.usable(list(iter_examples(DataConfig("stdlib:train"))))
-    steps = train_on(model, predict, examples, tokenizer.special_id("mask"), config)
+    steps = train_on(model, predict, examples, mask_id, config)
     minutes = (time.monotonic() - started) / 60
 
     model.to(torch.bfloat16).save_pretrained(out)
     model.float()  # as it is loaded: rounded
     tokenizer.backend.save_pretrained(out)
-    heldout = prepare_heldout(
-        DataConfig("stdlib:heldout"), config.lengths, tokenizer, tokenizer.special_id("mask"), 4
-    )
-    scores = masked_nll(model, heldout, predict)
-    title, kind, attention = about
+    source = DataConfig("stdlib:heldout")
+    unseen = heldout.prepare_heldout(source, config.lengths, tokenizer, mask_id, 4)
+    scores = heldout.masked_nll(model, unseen, predict)
     values = dataclasses.asdict(config) | dataclasses.asdict(config.shape)
     rows = "\n".join(f"| {key} | {value} |" for key, value in values.items() if key != "shape")
     tokens = sum(len(example.student_ids) for example in examples)
@@ -151,7 +165,7 @@ pipeline can be run and tested anywhere; it is no model to build on.
   its source) is held out.
 * **Trained for** {minutes:.0f} minutes ({hardware_line()}), in {precision}; stored in bfloat16.
 * **Held-out masked NLL**: {scores["nll"]:.4f} nats a token, {scores["bits_per_byte"]:.4f} bits per
-  byte, over {len(heldout.ids)} functions, 4 fixed draws each (masked response tokens; a uniform
+  byte, over {len(unseen.ids)} functions, 4 fixed draws each (masked response tokens; a uniform
   guess has {math.log(model.config.vocab_size):.2f} nats).
 
 | setting | value |
@@ -165,7 +179,7 @@ licence), of which nothing is stored here but what the weights and the vocabular
 
 
 def train_on(
-    model: Any, predict: Predict, examples: list[Prepared], mask_id: int, config: TinyConfig
+    model: Any, predict: heldout.Predict, examples: list[Prepared], mask_id: int, config: TinyConfig
 ) -> int:
     """All epochs; how many steps. Muon for the matrices of the layers, AdamW for all else: both
     take steps of one size, and a small model learns faster by both than by AdamW alone.
@@ -179,7 +193,18 @@ def train_on(
         torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **common),
         torch.optim.AdamW(others, betas=(0.9, 0.98), **common),
     ]
-    plan = plan_batches(examples, config)
+
+    # Batches of like lengths, at most `tokens_per_batch` padded tokens each, in random order.
+    lengths, plan = np.array([len(example.student_ids) for example in examples]), []
+    for epoch in range(config.epochs):
+        random = generator(config.seed, epoch, "order")
+        batches: list[list[int]] = [[]]
+        for i in np.argsort(lengths + random.random(len(lengths)), kind="stable")[::-1].tolist():
+            batch = batches[-1]
+            if batch and lengths[batch[0]] * (len(batch) + 1) > config.tokens_per_batch:
+                batches.append([])
+            batches[-1].append(i)
+        plan += [(epoch, batches[i]) for i in random.permutation(len(batches))]
 
     def rate(step: int) -> float:
         """Warm-up, then a cosine to 0."""
@@ -189,10 +214,10 @@ def train_on(
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, rate) for o in optimizers]
     model.train()
     for epoch, members in (progress := tqdm(plan, unit="step")):
-        batch = noised_batch([examples[i] for i in members], epoch, mask_id, config)
+        tensors = noised_batch([examples[i] for i in members], epoch, mask_id, config)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
-            logits = predict(batch)  # [masked, vocab]
-        loss = F.cross_entropy(logits.float(), batch["gold"])
+            logits = predict(tensors)  # [masked, vocab]
+        loss = torch.nn.functional.cross_entropy(logits.float(), tensors["gold"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -203,47 +228,27 @@ def train_on(
     return len(plan)
 
 
-def plan_batches(examples: list[Prepared], config: TinyConfig) -> list[tuple[int, list[int]]]:
-    """Batches of like lengths, at most `tokens_per_batch` padded tokens each, in random order:
-    epoch and members.
-    """
-    lengths, plan = np.array([len(example.student_ids) for example in examples]), []
-    for epoch in range(config.epochs):
-        random = generator(config.seed, epoch, "order")
-        batches: list[list[int]] = [[]]
-        for i in np.argsort(lengths + random.random(len(lengths)), kind="stable")[::-1].tolist():
-            longest = lengths[batches[-1][0]] if batches[-1] else 0
-            if batches[-1] and longest * (len(batches[-1]) + 1) > config.tokens_per_batch:
-                batches.append([])
-            batches[-1].append(i)
-        plan += [(epoch, batches[i]) for i in random.permutation(len(batches))]
-    return plan
-
-
 def noised_batch(
     members: list[Prepared], epoch: int, mask_id: int, config: TinyConfig
 ) -> dict[str, Tensor]:
     """Examples with their masks, in the tensors that `Predict` reads; times t are stratified over
     the batch.
     """
-    shape = len(members), max(len(example.student_ids) for example in members)
-    clean, valid = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
-    masked = []
-    for row, example in enumerate(members):
-        length = len(example.student_ids)
+    ids = [torch.from_numpy(example.student_ids).long() for example in members]
+    clean = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    lengths, masked = [len(row) for row in ids], []
+    for i, example in enumerate(members):
         random = generator(config.seed, example.id, epoch, "noise")
         low = config.smallest_time
-        t = low + (1 - low) * (row + random.random()) / len(members)
+        t = low + (1 - low) * (i + random.random()) / len(members)
         first = int(example.spans[0, 0]) if random.random() < 0.5 else 0
-        places = np.flatnonzero(random.random(length) < t)
-        masked.append(places[places >= first])
-        clean[row, :length] = torch.from_numpy(example.student_ids).long()
-        valid[row, :length] = True
-    row = torch.from_numpy(np.repeat(np.arange(len(members)), [len(places) for places in masked]))
+        hidden = np.flatnonzero(random.random(lengths[i]) < t)
+        masked.append(hidden[hidden >= first])
+    row = torch.from_numpy(np.repeat(np.arange(len(members)), [len(hidden) for hidden in masked]))
     column = torch.from_numpy(np.concatenate(masked))
     noised = clean.clone()
     noised[row, column] = mask_id
-    lengths = valid.sum(1).tolist()
+    valid = torch.arange(clean.shape[1]) < torch.tensor(lengths)[:, None]
     places, place = places_of_draws([[draw] for draw in masked], lengths, config.block)
     return {
         "clean": clean, "noised": noised, "valid": valid, "row": row, "column": column,
@@ -252,8 +257,12 @@ def noised_batch(
 
 
 if __name__ == "__main__":
+    own, shared = TOKENIZERS.values()
     if sys.argv[1:] == ["teacher"]:
-        train_tiny_teacher(TOKENIZERS["shared"], TOKENIZERS["cross"])
+        # Tokenizers that are there are kept: caches and students are made for them.
+        if not all((folder / "tokenizer.json").exists() for folder in (shared, own)):
+            train_tokenizers(shared, own)
+        train_tiny(shared, shared, TEACHER)
     else:
-        for name, tokenizer in TOKENIZERS.items():
-            train_tiny_student(tokenizer, Path("student_train/tiny_students") / name)
+        for name, folder in TOKENIZERS.items():
+            train_tiny(folder, Path("student_train/tiny_students") / name, STUDENT)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.tools.tiny_tokenizers import CHATML_TEMPLATE
+from pipelines.tools.tiny_models import CHATML_TEMPLATE
 from shared.aligned.examples import Prepared, Preparer, SharedVocabulary
 from shared.settings.config import LengthConfig
 from shared.text.tokenizers import Tokenizer

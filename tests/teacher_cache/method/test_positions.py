@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipelines.tools.tiny_tokenizers import CHATML_TEMPLATE
+from pipelines.tools.tiny_models import CHATML_TEMPLATE
 from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit, finished_units, read_table
 from shared.cache.value_checks import problem_in
