@@ -9,22 +9,22 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from shared.settings import config, data, objectives
+from shared.settings import config, data
 from shared.settings.build import field_types, limits
 
 SECTIONS: dict[str, list[type]] = {
     "[cache]": [config.CacheConfig],
     "[cache.data] (a table, or a list of them)": [data.DataConfig],
     "[cache.lengths]": [data.LengthConfig],
-    "[cache.noise]": [config.NoiseConfig],
-    "[cache.targets]": [config.TargetConfig],
+    "[cache.noise]": [data.NoiseConfig],
+    "[cache.targets]": [data.TargetConfig],
     "[cache.engine]": [config.EngineConfig],
     "[train]": [config.TrainConfig],
     "[train.student]": [config.StudentConfig],
     "[train.distillation], by its `type`": [
-        *typing.get_args(typing.get_args(objectives.Distillation)[0])
+        *typing.get_args(typing.get_args(config.Distillation)[0])
     ],
-    "[train.distillation.tidal]": [objectives.Tidal],
+    "[train.distillation.tidal]": [config.Tidal],
 }
 
 

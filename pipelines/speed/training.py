@@ -11,7 +11,7 @@ from rich.table import Table
 
 from pipelines.recipes.read import cache_config, train_config
 from pipelines.speed import added_memory, in_process, side_by_side
-from shared.settings.objectives import KL, Distillation, ReverseCalm, Tidal
+from shared.settings.config import KL, Distillation, ReverseCalm, Tidal
 from shared.system.hardware import bfloat16_in_hardware
 from student_train.batches.collate import TargetReader, counts_of
 from student_train.batches.loader import BatchDataset, OpenCache

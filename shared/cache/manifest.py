@@ -16,8 +16,8 @@ from pydantic import Field, StringConstraints
 from shared.cache.row import SCHEMA_VERSION, Layout
 from shared.cache.shards import Unit, finished_units, load_vocabulary
 from shared.settings.build import build, require, strict, to_plain
-from shared.settings.config import MOST_CLASSES, CacheConfig
-from shared.settings.data import LengthConfig
+from shared.settings.config import CacheConfig
+from shared.settings.data import MOST_CLASSES, LengthConfig
 from shared.system.errors import TideError
 from shared.system.files import read_json, write_bytes
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import to_jsonable_python
 
 from shared.system.errors import TideError
 
@@ -29,7 +30,8 @@ BY_TYPE = Field(discriminator="type")  # of a union of variants: the class with 
 
 _TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text",
           "path": "a path", "tuple": "a list", "dataclass": "a table", "dict": "a table",
-          "model": "a table", "finite": "a finite number"}  # fmt: skip
+          "model": "a table", "finite": "a finite number", "too": "one or more"}  # fmt: skip
+_BOUNDS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
@@ -40,9 +42,9 @@ def strict(cls: type[T]) -> type[T]:
 
 
 def require(condition: bool, message: str) -> None:
-    """ValueError with `message` where settings do not fit each other."""
+    """TideError with `message` where settings do not fit each other."""
     if not condition:
-        raise ValueError(message)
+        raise TideError(message)
 
 
 def build(kind: type[T], values: Mapping[str, Any], where: str = "the configuration") -> T:
@@ -51,10 +53,8 @@ def build(kind: type[T], values: Mapping[str, Any], where: str = "the configurat
         return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:
         problems = "; ".join(dict.fromkeys(_explain(dict(item), kind) for item in error.errors()))
-        raise TideError(
-            f"invalid settings for {where}: {problems}",
-            fix="correct the recipe or the --set option named above",
-        ) from error
+        fix = "correct the recipe or the --set option named above"
+        raise TideError(f"invalid settings for {where}: {problems}", fix=fix) from error
 
 
 def _explain(item: dict[str, Any], kind: Any) -> str:
@@ -94,26 +94,15 @@ def _explain(item: dict[str, Any], kind: Any) -> str:
 
 
 def limits(hint: Any) -> str:
-    """The bounds of a setting's type in words, such as `1 to 100`; nothing where it has none."""
-    bounds: dict[str, float] = {}
-    parts = [hint]
+    """The bounds of a setting's type in words, such as `at least 1, at most 100`; or nothing."""
+    parts, bounds = [hint], []
     while parts:
         part = parts.pop()
         parts += typing.get_args(part)
         for bound in getattr(part, "metadata", ()):  # of pydantic's Field
-            bounds |= {n: getattr(bound, n) for n in ("gt", "ge", "lt", "le") if hasattr(bound, n)}
-    match bounds:
-        case {"ge": low, "le": high}:
-            return f"{low:g} to {high:g}" if abs(high) < 1e6 else f"{low} to {high}"
-        case {"ge": low, "lt": high}:
-            return f"{low} or more, and less than {high}"
-        case {"gt": low, "le": high}:
-            return f"more than {low}, and at most {high}"
-        case {"ge": low}:
-            return f"{low} or more"
-        case {"gt": 0}:
-            return "a positive number"
-    return ""
+            named = [(word, getattr(bound, name, None)) for name, word in _BOUNDS.items()]
+            bounds += [f"{word} {value}" for word, value in named if value is not None]
+    return ", ".join(bounds)
 
 
 def field_types(kind: type) -> dict[str, Any]:
@@ -155,8 +144,8 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
     """
     for text in overrides:
         key, equals, raw = text.partition("=")
-        path = key.strip().split(".")
-        if not equals or path == [""]:
+        *above, last = key.strip().split(".")
+        if not equals or not key.strip():
             expected = "section.key=value, such as noise.draws=4"
             raise TideError(f"{text!r} is no setting", expected=expected)
         try:
@@ -164,28 +153,18 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
         except tomllib.TOMLDecodeError:
             value = raw
         place: Any = values
-        for depth, part in enumerate(path, 1):
-            step: Any = part
-            if isinstance(place, list):
-                if not part.isdigit() or int(part) >= len(place):
-                    raise TideError(
-                        f"{key}: there is a list of {len(place)}, and {part} is no member of it",
-                        expected=f"a number from 0 to {len(place) - 1}, as in data.0.limit=1000",
-                        fix="or replace the list: --data SOURCE, or a recipe of your own",
-                    )
-                step = int(part)
-            elif not isinstance(place, dict):
-                raise TideError(f"{key}: {path[depth - 2]} is a value, not a section")
-            if depth == len(path):
-                place[step] = value
-            else:
-                place = place[step] if isinstance(place, list) else place.setdefault(step, {})
+        try:
+            for name in above:
+                place = place[int(name)] if isinstance(place, list) else place.setdefault(name, {})
+            place[int(last) if isinstance(place, list) else last] = value
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise TideError(
+                f"there is no place for {text!r}: what stands above is a value, or a shorter list",
+                expected="a table's setting, or a member of a list, as in data.0.limit=1000",
+                fix="or replace the list: --data SOURCE, or a recipe of your own",
+            ) from error
 
 
 def to_plain(config: Any) -> Any:
     """A config as JSON-able dicts, for manifests and logs; `type` fields name the variants."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return {f.name: to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    if isinstance(config, list | tuple):
-        return [to_plain(item) for item in config]
-    return str(config) if isinstance(config, Path) else config
+    return to_jsonable_python(config)

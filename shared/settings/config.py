@@ -6,64 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from shared.settings.build import Count, NotNegative, Positive, Share, require, strict
-from shared.settings.data import DataConfig, LengthConfig, RowFilter, Sources
-from shared.settings.objectives import Distillation, NoDistillation
+from shared.settings.build import BY_TYPE, Count, NotNegative, Positive, Share, require, strict
+from shared.settings.data import DataConfig, LengthConfig, NoiseConfig, Sources, TargetConfig
 
-__all__ = ["CacheConfig", "DataConfig", "EngineConfig", "LengthConfig", "ModelShape", "NoiseConfig",
-           "RowFilter", "StudentConfig", "TargetConfig", "TrainConfig"]  # fmt: skip
-MOST_CLASSES = 4096
-
-
-@strict
-class NoiseConfig:
-    """Draws: one (t, mask, CompDemo split) each."""
-
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    draws: Annotated[int, Field(ge=1, le=100)] = 2
-    """Draws of every example; an epoch trains on one. A cache grows by raising this number."""
-    comp_demo: bool = True
-    """Two teacher passes, each revealing the other's part (TIDE §2.2), or one with all masked."""
-    demo_ratio: Share = 0.5
-    """Probability of part A, which pass 1 reveals and pass 2 reads."""
-
-
-@strict
-class TargetConfig:
-    """What is written of the teacher's knowledge."""
-
-    signals: tuple[Literal["topk", "chunks"], ...] = ("topk", "chunks")
-    k: Count = 32
-    """Logits kept per position, at most."""
-    mass: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Keep logits until their mass at the largest temperature reaches this (1.0: always k)."""
-    temperatures: tuple[Positive, ...] = (1.0, 2.0)
-    """Temperatures that training can use: the tail's mass is stored at each, and always at 1.0."""
-    tail: Literal["prior", "student"] = "prior"
-    """The teacher outside its top-k, within a class: its mean over a pilot, or the student."""
-    classes: Annotated[int, Field(ge=1, le=MOST_CLASSES)] = 64
-    """Classes of the vocabulary whose mass outside the top-k is stored (1: the tail as a whole)."""
-    classes_from: str | None = None
-    """Path or hub id of the student whose LM head is clustered (default: the teacher's own)."""
-    pilot: Count = 4096
-    """Positions of the pilot sample, which gives priors and the order of ids."""
-    tables_from: Path | None = None
-    """A cache whose classes and priors to take: caches of other data can be merged then."""
-    values: Literal["levels", "float32"] = "levels"
-    """How numbers are kept: rounded to levels (docs/cache-format.md), or exactly."""
-    positions: Literal["content", "response"] = "response"
-    """Where a teacher with the student's tokenizer is read: at the answers' words, as the paper
-    does, or at every masked position, also the end of turn and the EOS behind it."""
-    teacher_text: Literal["student", "own"] = "student"
-    """What it reads: the student's sequence, or, as in the paper, the chat in its own template."""
-
-    def __post_init__(self) -> None:
-        require(len(self.signals) > 0, "signals is empty, expected topk, chunks or both")
-
-    @property
-    def stored_temperatures(self) -> tuple[float, ...]:
-        """Rising, without repetition, with 1.0."""
-        return tuple(sorted({1.0, *self.temperatures}))
+TimestepWeight = Literal["uniform", "midrange"]
 
 
 @strict
@@ -93,19 +39,11 @@ class EngineConfig:
     """Keep linear layers in 8 or 4 bits (bitsandbytes); the values of the cache change with it."""
 
     def __post_init__(self) -> None:
-        require(
-            self.device_map is None or self.quantization is None,
-            "device_map and quantization do not go together: a quantised teacher stays on a device",
-        )
-        require(
-            self.data_parallel == 1 or ":" not in self.device,
-            f"device is {self.device}, expected none: each of {self.data_parallel} processes gets "
-            "a GPU of its own",
-        )
-        require(
-            self.data_parallel == 1 or self.device_map is None,
-            "data_parallel and device_map do not go together: a device map takes all GPUs",
-        )
+        spread, copies = self.device_map is not None, self.data_parallel
+        require(not (spread and self.quantization), "device_map goes without quantization")
+        require(not spread or copies == 1, "device_map goes without data_parallel: it has all GPUs")
+        numbered = f"device is {self.device}, expected no number: each of {copies} copies has a GPU"
+        require(copies == 1 or ":" not in self.device, numbered)
 
 
 @strict
@@ -145,10 +83,8 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         require(self.data != (), "data is empty, expected at least one source")
-        require(
-            0 <= self.rank < self.world,
-            f"rank is {self.rank} and world {self.world}, expected 0 ≤ rank < world",
-        )
+        ranks = f"rank is {self.rank} and world {self.world}, expected 0 ≤ rank < world"
+        require(0 <= self.rank < self.world, ranks)
 
     @property
     def sources(self) -> tuple[DataConfig, ...]:
@@ -171,14 +107,10 @@ class ModelShape:
     intermediate_size: Count = 384
 
     def __post_init__(self) -> None:
-        require(
-            self.hidden_size % (2 * self.heads) == 0,
-            f"hidden_size is {self.hidden_size}, expected an even multiple of heads ({self.heads})",
-        )
-        require(
-            self.heads % self.kv_heads == 0,
-            f"heads is {self.heads}, expected a multiple of kv_heads ({self.kv_heads})",
-        )
+        size, heads, kv_heads = self.hidden_size, self.heads, self.kv_heads
+        even = f"hidden_size is {size}, expected an even multiple of heads ({heads})"
+        require(size % (2 * heads) == 0, even)
+        require(heads % kv_heads == 0, f"heads is {heads}, expected a multiple of {kv_heads=}")
 
 
 @strict
@@ -191,6 +123,74 @@ class StudentConfig(ModelShape):
     """Allow new embedding rows where the checkpoint has none for the mask token."""
     attention: Literal["auto", "sdpa", "flex"] = "auto"
     """`auto`: flex_attention with a compiled block mask on CUDA, else SDPA with a dense one."""
+
+
+@strict
+class Tidal:
+    """TIDAL's strength λ over training progress and diffusion time (TIDE §2.1)."""
+
+    lambda_init: float = 0.1
+    lambda_max: float = 0.9
+    axis: Literal["both", "training_only", "timestep_only"] = "both"
+    growth: Literal["cosine", "linear"] = "cosine"
+    timestep_weight: TimestepWeight = "uniform"
+
+    def __post_init__(self) -> None:
+        low, high = self.lambda_init, self.lambda_max
+        ordered = "expected 0 ≤ lambda_init ≤ lambda_max ≤ 1"
+        require(0 <= low <= high <= 1, f"lambda_init is {low} and lambda_max {high}, {ordered}")
+
+
+@strict
+class NoDistillation:
+    """CE alone: the undistilled student."""
+
+    type: Literal["none"] = "none"
+
+
+@strict
+class _Tempered:
+    temperature: Positive = 2.0
+    tidal: Tidal | None = None
+
+
+@strict
+class _OverTokens(_Tempered):
+    tail: Literal["cache", "prior", "student"] = "cache"
+    """What stands for the teacher outside its top-k: as the cache says, or another to compare."""
+
+
+@strict
+class KL(_OverTokens):
+    """KL(teacher ‖ student) over token logits; with `tidal`, the teacher is TIDAL's mixture."""
+
+    type: Literal["kl"] = "kl"
+
+
+@strict
+class ReverseKL(_OverTokens):
+    """KL(student ‖ teacher) over token logits."""
+
+    type: Literal["reverse_kl"] = "reverse_kl"
+
+
+@strict
+class Calm(_Tempered):
+    """Forward CALM over chunk likelihoods."""
+
+    type: Literal["calm"] = "calm"
+
+
+@strict
+class ReverseCalm(_Tempered):
+    """Reverse CALM over chunk likelihoods (TIDE §2.3)."""
+
+    type: Literal["reverse_calm"] = "reverse_calm"
+
+
+Distillation = Annotated[NoDistillation | KL | ReverseKL | Calm | ReverseCalm, BY_TYPE]
+TokenObjective = KL | ReverseKL
+ChunkObjective = Calm | ReverseCalm
 
 
 @strict
@@ -250,8 +250,6 @@ class TrainConfig:
     eval_steps: Count = 500
 
     def __post_init__(self) -> None:
-        require(
-            self.checkpoint_steps % self.log_steps == 0,
-            f"checkpoint_steps is {self.checkpoint_steps}, expected a multiple of log_steps "
-            f"({self.log_steps}), so that a resumed run logs the same curve",
-        )
+        multiple = f"a multiple of log_steps ({self.log_steps}): a resumed run logs the same curve"
+        said = f"checkpoint_steps is {self.checkpoint_steps}, expected {multiple}"
+        require(self.checkpoint_steps % self.log_steps == 0, said)

@@ -1,12 +1,16 @@
-"""Which chats, and how long: the settings of data."""
+"""Settings of what a cache holds: which chats, how long, under which noise, what of the teacher."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from shared.settings.build import Count, NotNegative, Positive, require, strict
+from shared.settings.build import Count, NotNegative, Positive, Share, require, strict
 
-_FEW = 10  # bad rows that a share allows, however few rows there are
+MOST_CLASSES = 4096
+Signals = Annotated[tuple[Literal["topk", "chunks"], ...], Field(min_length=1)]
+Form = Literal["auto", "messages", "sharegpt", "instruction", "prompt_completion",
+               "question_answer"]  # fmt: skip
 
 
 @strict
@@ -18,10 +22,8 @@ class RowFilter:
     equals: str | int | float | bool | None = None
 
     def __post_init__(self) -> None:
-        require(
-            (self.contains is None) != (self.equals is None),
-            f"the filter on {self.field!r} must have either `contains` or `equals`",
-        )
+        one = (self.contains is None) != (self.equals is None)
+        require(one, f"the filter on {self.field!r} must have either `contains` or `equals`")
 
 
 @strict
@@ -31,9 +33,7 @@ class DataConfig:
     source: str = "stdlib:train"
     """A file, folder or glob (JSONL, JSON, CSV, Parquet, Arrow; compressed or not; `save_to_disk`),
     hf://OWNER/NAME[:CONFIG][:SPLIT] or hf://OWNER/NAME#SPLIT, or stdlib:train|heldout|all."""
-    form: Literal[
-        "auto", "messages", "sharegpt", "instruction", "prompt_completion", "question_answer"
-    ] = "auto"
+    form: Form = "auto"
     """How a row holds its conversation; `auto`: by the fields that it has."""
     messages_field: str | None = None
     """The field of the list of messages, where it has another name."""
@@ -57,24 +57,19 @@ class DataConfig:
     """Unusable rows that do not stop the run: a share (and always ten), 0 none, else a number."""
 
     def __post_init__(self) -> None:
-        require(
-            (self.prompt_field is None) == (self.response_field is None),
-            "only one of prompt_field and response_field is given, expected both or neither",
-        )
-        require(
-            self.split == "all" or self.heldout_share > 0,
-            f"split is {self.split} and heldout_share 0, expected a positive heldout_share",
-        )
+        both = (self.prompt_field is None) == (self.response_field is None)
+        require(both, "prompt_field and response_field: one is given, expected both or neither")
+        shared = self.split == "all" or self.heldout_share > 0
+        require(shared, f"split is {self.split}, expected a positive heldout_share beside it")
 
     @property
     def filters(self) -> tuple[RowFilter, ...]:
         return (self.filter,) if isinstance(self.filter, RowFilter) else self.filter
 
     def bad_rows_allowed(self, rows: int) -> int:
-        """How many of `rows` rows may be bad."""
-        if 0 < self.allow_bad_rows < 1:
-            return max(_FEW, int(self.allow_bad_rows * rows))
-        return int(self.allow_bad_rows)
+        """How many of `rows` rows may be bad; a share allows ten, however few rows there are."""
+        share = 0 < self.allow_bad_rows < 1
+        return max(10, int(self.allow_bad_rows * rows)) if share else int(self.allow_bad_rows)
 
 
 # One source of data, or a list of them. (No message shows these tags: they have a space.)
@@ -96,7 +91,53 @@ class LengthConfig:
     """Add a block of EOS to a row that fills its last block: else nothing teaches to stop there."""
 
     def __post_init__(self) -> None:
-        require(
-            self.student % self.block == 0,
-            f"student is {self.student}, expected a multiple of block ({self.block})",
-        )
+        whole = self.student % self.block == 0
+        require(whole, f"student is {self.student}, expected a multiple of block ({self.block})")
+
+
+@strict
+class NoiseConfig:
+    """Draws: one (t, mask, CompDemo split) each."""
+
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    draws: Annotated[int, Field(ge=1, le=100)] = 2
+    """Draws of every example; an epoch trains on one. A cache grows by raising this number."""
+    comp_demo: bool = True
+    """Two teacher passes, each revealing the other's part (TIDE §2.2), or one with all masked."""
+    demo_ratio: Share = 0.5
+    """Probability of part A, which pass 1 reveals and pass 2 reads."""
+
+
+@strict
+class TargetConfig:
+    """What is written of the teacher's knowledge."""
+
+    signals: Signals = ("topk", "chunks")
+    k: Count = 32
+    """Logits kept per position, at most."""
+    mass: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Keep logits until their mass at the largest temperature reaches this (1.0: always k)."""
+    temperatures: tuple[Positive, ...] = (1.0, 2.0)
+    """Temperatures that training can use: the tail's mass is stored at each, and always at 1.0."""
+    tail: Literal["prior", "student"] = "prior"
+    """The teacher outside its top-k, within a class: its mean over a pilot, or the student."""
+    classes: Annotated[int, Field(ge=1, le=MOST_CLASSES)] = 64
+    """Classes of the vocabulary whose mass outside the top-k is stored (1: the tail as a whole)."""
+    classes_from: str | None = None
+    """Path or hub id of the student whose LM head is clustered (default: the teacher's own)."""
+    pilot: Count = 4096
+    """Positions of the pilot sample, which gives priors and the order of ids."""
+    tables_from: Path | None = None
+    """A cache whose classes and priors to take: caches of other data can be merged then."""
+    values: Literal["levels", "float32"] = "levels"
+    """How numbers are kept: rounded to levels (docs/cache-format.md), or exactly."""
+    positions: Literal["content", "response"] = "response"
+    """Where a teacher with the student's tokenizer is read: at the answers' words, as the paper
+    does, or at every masked position, also the end of turn and the EOS behind it."""
+    teacher_text: Literal["student", "own"] = "student"
+    """What it reads: the student's sequence, or, as in the paper, the chat in its own template."""
+
+    @property
+    def stored_temperatures(self) -> tuple[float, ...]:
+        """Rising, without repetition, with 1.0."""
+        return tuple(sorted({1.0, *self.temperatures}))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shared.cache.levels import EMPTY
-from shared.settings.objectives import Tidal, TimestepWeight
+from shared.settings.config import Tidal, TimestepWeight
 from student_train.losses.targets import TopKTargets, log_student, teacher_log_probabilities
 
 TEACHER_BOUND = 1e-7

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from shared.settings.objectives import Calm, ChunkObjective, Distillation, ReverseKL, TokenObjective
+from shared.settings.config import Calm, ChunkObjective, Distillation, ReverseKL, TokenObjective
 from student_train.losses import divergence
 from student_train.losses.targets import Targets, slice_targets
 

@@ -17,8 +17,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from shared.cache.manifest import Manifest
 from shared.models.loading import compile_layers
-from shared.settings.config import TrainConfig
-from shared.settings.objectives import TokenObjective
+from shared.settings.config import TokenObjective, TrainConfig
 from shared.system.errors import TideError
 from shared.system.files import write_bytes
 from shared.system.hardware import hardware_line, shut_down_process_group

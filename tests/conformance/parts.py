@@ -20,7 +20,7 @@ from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import Checkpoint, open_checkpoint
 from shared.models.loading import load_model
 from shared.settings.build import build, strict
-from shared.settings.objectives import Distillation
+from shared.settings.config import Distillation
 from shared.text.byte_level import byte_level_bytes
 from student_train.losses.objective import objective
 from student_train.losses.targets import ChunkTargets, Targets, TopKTargets

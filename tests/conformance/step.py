@@ -30,8 +30,15 @@ from shared.diffusion.noise import Draw
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
 from shared.settings.build import build
-from shared.settings.config import CacheConfig, LengthConfig, TargetConfig
-from shared.settings.objectives import KL, Calm, Distillation, ReverseKL
+from shared.settings.config import (
+    KL,
+    CacheConfig,
+    Calm,
+    Distillation,
+    LengthConfig,
+    ReverseKL,
+    TargetConfig,
+)
 from student_train.batches.collate import Batch, TargetReader, collate, counts_of
 from student_train.losses import divergence
 from student_train.losses.divergence import strength_at, timestep_weight, training_strength

@@ -97,4 +97,4 @@ def test_the_site_s_equations_and_its_page_of_settings() -> None:
     for kind in (kind for kinds in settings.SECTIONS.values() for kind in kinds):
         for field in dataclasses.fields(kind):
             assert f"| `{field.name}` |" in text, (kind, field.name)
-    assert "`int, 1 to 100`" in text and "an epoch trains on one" in text
+    assert "`int, at least 1, at most 100`" in text and "an epoch trains on one" in text

@@ -16,7 +16,7 @@ from pipelines.recipes.read import (
     to_toml,
     train_config,
 )
-from shared.settings.objectives import KL, ReverseCalm, Tidal
+from shared.settings.config import KL, ReverseCalm, Tidal
 from shared.system.errors import TideError
 
 TEXT = st.text(st.characters(codec="ascii", categories=["L", "P", "N"]))

@@ -8,7 +8,7 @@ import torch
 
 from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit
-from shared.settings.objectives import KL, ReverseKL, Tidal
+from shared.settings.config import KL, ReverseKL, Tidal
 from student_train.batches.collate import TargetReader, collate
 from student_train.losses.divergence import strength_at, training_strength
 from student_train.losses.objective import objective

@@ -16,8 +16,15 @@ from pipelines.plan import memory
 from pipelines.plan.plan import Assumptions, find_card, plan_from_statement
 from pipelines.recipes.read import cache_config, train_config
 from shared.models.loading import random_model
-from shared.settings.config import CacheConfig, EngineConfig, StudentConfig, TrainConfig
-from shared.settings.objectives import KL, NoDistillation, Tidal
+from shared.settings.config import (
+    KL,
+    CacheConfig,
+    EngineConfig,
+    NoDistillation,
+    StudentConfig,
+    Tidal,
+    TrainConfig,
+)
 from shared.system.errors import TideError
 from student_train.batches.collate import TargetReader, collate, counts_of
 from student_train.losses.objective import LossSettings

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from shared.data import iter_examples, scan
 from shared.data.conversation import copies, in_split, parse
-from shared.settings.config import DataConfig, RowFilter
+from shared.settings.data import DataConfig, RowFilter
 from shared.system.errors import TideError, Unusable
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

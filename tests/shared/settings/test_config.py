@@ -7,8 +7,7 @@ from pipelines.experiments.ablate import Grid
 from pipelines.recipes.read import cache_config, packaged_recipe, train_config
 from shared.cache.manifest import differences
 from shared.settings.build import apply_overrides, build, read_toml, to_plain
-from shared.settings.config import CacheConfig, TrainConfig
-from shared.settings.objectives import KL, NoDistillation, ReverseCalm
+from shared.settings.config import KL, CacheConfig, NoDistillation, ReverseCalm, TrainConfig
 from shared.system.errors import TideError
 
 
@@ -36,11 +35,11 @@ WRONG: list[tuple[type, dict[str, Any], list[str]]] = [
     (CacheConfig, {"noise": {"drws": 3}}, ["noise.drws", "draws?"]),  # a name, and the nearest one
     (CacheConfig, {"data": [{"limt": 3}]}, ["data.0.limt", "limit"]),
     (TrainConfig, {"distillation": {"type": "kl", "temprature": 5}}, ["temperature?"]),
-    (CacheConfig, {"noise": {"draws": 0}}, ["noise.draws is 0, expected 1 to 100"]),  # a bound
-    (CacheConfig, {"noise": {"demo_ratio": float("nan")}}, ["noise.demo_ratio is nan, expected 0"]),
+    (CacheConfig, {"noise": {"draws": 0}}, ["noise.draws is 0, expected at least 1, at most 100"]),  # a bound
+    (CacheConfig, {"noise": {"demo_ratio": float("nan")}}, ["noise.demo_ratio is nan, expected at least 0"]),
     (TrainConfig, {"learning_rate": float("inf")}, ["learning_rate is inf"]),
     (CacheConfig, {"targets": {"temperatures": [0.0]}}, ["targets.temperatures.0 is 0.0"]),
-    (TrainConfig, {"heldout": {"limit": 0}}, ["heldout.limit is 0, expected a positive number"]),
+    (TrainConfig, {"heldout": {"limit": 0}}, ["heldout.limit is 0, expected more than 0"]),
     (CacheConfig, {"noise": {"draws": "x"}}, ["noise.draws is 'x', expected a whole number"]),
     (CacheConfig, {"engine": {"dtype": "int8"}}, ["engine.dtype is 'int8', expected 'auto'"]),
     (CacheConfig, {"noise": 3}, ["noise is 3, expected a table"]),
@@ -49,7 +48,7 @@ WRONG: list[tuple[type, dict[str, Any], list[str]]] = [
     (
         CacheConfig,
         {"engine": {"data_parallel": 2, "device_map": "auto"}},
-        ["engine: data_parallel"],
+        ["engine: device_map"],
     ),
     (Grid, {"caches": {}, "variants": {"a": {}}}, ["variants.a.cache is missing"]),
 ]

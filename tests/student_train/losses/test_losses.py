@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from shared.settings.objectives import Tidal
+from shared.settings.config import Tidal
 from student_train.losses import divergence as tidal
 from student_train.losses.divergence import (
     bound_probability,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.settings import objectives
-from shared.settings.objectives import KL, Calm, Distillation, NoDistillation, ReverseKL, Tidal
+from shared.settings.config import KL, Calm, Distillation, NoDistillation, ReverseKL, Tidal
 from student_train.losses.objective import Counts, LossSettings, fused_loss, objective, total
 from student_train.losses.targets import ChunkTargets, Targets, slice_targets
 from tests.student_train.losses.problems import cached

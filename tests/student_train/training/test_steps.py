@@ -19,8 +19,15 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from shared.cache.ledger import Entry
 from shared.cache.manifest import load_manifest
 from shared.cache.shards import Shard, Unit
-from shared.settings.config import TrainConfig
-from shared.settings.objectives import KL, Calm, Distillation, NoDistillation, ReverseCalm, Tidal
+from shared.settings.config import (
+    KL,
+    Calm,
+    Distillation,
+    NoDistillation,
+    ReverseCalm,
+    Tidal,
+    TrainConfig,
+)
 from shared.system.errors import TideError
 from student_train.batches.collate import TargetReader, collate, counts_of
 from student_train.batches.loader import BatchDataset, OpenCache

@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.cache.manifest import load_manifest
 from shared.settings.build import build
-from shared.settings.config import TrainConfig
-from shared.settings.objectives import KL, Calm, ReverseCalm, Tidal
+from shared.settings.config import KL, Calm, ReverseCalm, Tidal, TrainConfig
 from shared.system.errors import TideError
 from student_train.training.preflight import check_objective
 from student_train.training.resumable import whole_checkpoints

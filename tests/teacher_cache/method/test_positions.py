@@ -15,8 +15,7 @@ from pipelines.tools.tiny_models import CHATML_TEMPLATE
 from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit, finished_units, read_table
 from shared.cache.value_checks import problem_in
-from shared.settings.config import CacheConfig
-from shared.settings.objectives import KL, Distillation, ReverseCalm, Tidal
+from shared.settings.config import KL, CacheConfig, Distillation, ReverseCalm, Tidal
 from shared.text.tokenizers import Tokenizer
 from student_train.batches.collate import TargetReader, collate, counts_of
 from student_train.losses.objective import LossSettings, fused_loss, objective, total
