@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shared.settings import objectives
+from shared.settings import config as settings_of
 from shared.settings.config import KL, Calm, Distillation, NoDistillation, ReverseKL, Tidal
 from student_train.losses.objective import Counts, LossSettings, fused_loss, objective, total
 from student_train.losses.targets import ChunkTargets, Targets, slice_targets
@@ -67,7 +67,7 @@ def gradients(loss_of: Callable, hidden: Tensor, head: Tensor, *rest: Any) -> li
 @pytest.mark.parametrize("tidal", [None, Tidal()], ids=["plain", "tidal"])
 @pytest.mark.parametrize("kind", ["KL", "ReverseKL", "Calm", "ReverseCalm"])
 def test_against_the_definition_in_float64(kind: str, tidal: Tidal | None) -> None:
-    settings = getattr(objectives, kind)(temperature=2.0, tidal=tidal)
+    settings = getattr(settings_of, kind)(temperature=2.0, tidal=tidal)
     torch.manual_seed(0)
     logits, teacher = torch.randn(6, 12) * 2, torch.randn(6, 12) * 2
     logp, rate = torch.tensor([-1.0, -0.2, -9.0]), torch.tensor([0.1, 0.5, 0.9])
