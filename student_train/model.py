@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import flex_attention_mask
 
 from shared.cache.manifest import Manifest
-from shared.diffusion.attention import block_diffusion_places
+from shared.diffusion import block_diffusion_places
 from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve, stated_mask
 from shared.models.loading import architecture_of, load_model, new_model
 from shared.settings.config import StudentConfig
@@ -176,7 +176,7 @@ def train_on_loss(
 def flex_mask(
     places: Int[Tensor, "batch rows"], length: int, block: int, draws: int = 1
 ) -> BlockMask:
-    """`shared.diffusion.attention.block_diffusion_places` as a block mask."""
+    """`shared.diffusion.block_diffusion_places` as a block mask."""
     # Whatever differs between batches is a tensor in the mask, so nothing is compiled anew.
     batch, rows = places.shape
     blocks, copies, seen = places % length // block, places // length, places >= 0

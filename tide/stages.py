@@ -34,13 +34,13 @@ class Data:
     student_tokenizer: Tokenizer = field(repr=False)
 
     def __str__(self) -> str:
-        from teacher_cache.prepared.report import describe
+        from teacher_cache.prepared.folder import describe
 
         return describe(self.prepared)
 
     def show(self, count: int = 3) -> str:
         """The first examples as the student reads them, trained answers in ⟦ ⟧."""
-        from teacher_cache.prepared.report import show
+        from teacher_cache.prepared.folder import show
 
         return show(self.prepared.between(0, count), self.student_tokenizer)
 

@@ -86,8 +86,8 @@ def prepare(
     """Render, tokenise and align the data once, and say what became of it. No weight is read."""
     settings = configure()
     from shared.system.hardware import largest_process
-    from teacher_cache.prepared.report import describe
-    from teacher_cache.prepared.report import show as show_examples
+    from teacher_cache.prepared.folder import describe
+    from teacher_cache.prepared.folder import show as show_examples
     from teacher_cache.run.open import open_sides, prepare_data
 
     sides = open_sides(settings, weights=False)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from shared.aligned.alignment import token_boundaries
 from shared.data import ChatExample, iter_examples
-from shared.diffusion.attention import pad
+from shared.diffusion import pad
 from shared.settings.config import DataConfig
 from shared.system.files import read_json, write_bytes
 from shared.system.processes import serve_parent

@@ -30,7 +30,7 @@ from student_train.losses.objective import objective
 from student_train.losses.targets import Classes, Targets, TopKTargets, rows_of
 from student_train.model import batch_hidden, student_for
 from teacher_cache.engines.transformers_engine import TransformersEngine
-from teacher_cache.method.targets import Scores, extract, member_matrix, outside_sums
+from teacher_cache.method import Scores, extract, member_matrix, outside_sums
 from teacher_cache.run.open import Run, open_or_begin
 from teacher_cache.run.tables import classes_for
 from teacher_cache.run.work import UnitWork, finish_unit, load_engine, prepare_unit

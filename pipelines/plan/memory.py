@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from shared.cache.manifest import Manifest
 from shared.cache.row import CacheRow
-from shared.diffusion.attention import block_diffusion_places
+from shared.diffusion import block_diffusion_places
 from shared.models.checkpoint import resolve
 from shared.models.loading import random_model
 from shared.settings.config import CacheConfig, TrainConfig
@@ -30,8 +30,7 @@ from student_train.batches.collate import TargetReader, collate, counts_of
 from student_train.losses.objective import LossSettings, slice_rows
 from student_train.model import train_on_loss
 from teacher_cache.engines.transformers_engine import TransformersEngine
-from teacher_cache.method.comp_demo import Request
-from teacher_cache.method.targets import TargetSpec
+from teacher_cache.method import Request, TargetSpec
 from teacher_cache.run.costs import Workload, even_layout, made_up_fingerprint, random_rows, size_of
 from teacher_cache.teachers.registry import TeacherEntry, find_teacher, published_shape
 

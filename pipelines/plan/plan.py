@@ -25,7 +25,7 @@ from shared.settings.config import CacheConfig, TrainConfig
 from shared.system.errors import TideError
 from shared.system.hardware import choose_device, choose_precision, torch_dtype
 from student_train.training.preflight import settle_batch
-from teacher_cache.method.comp_demo import Request
+from teacher_cache.method import Request
 from teacher_cache.run import costs
 from teacher_cache.run.costs import Workload, in_bytes
 from teacher_cache.run.open import open_or_begin

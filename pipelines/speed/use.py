@@ -30,8 +30,7 @@ from student_train.using.elbo import ElboConfig, log_likelihoods_together
 from student_train.using.settings import SampleConfig
 from student_train.using.student import LoadedStudent, load_for_use, sample_steps
 from teacher_cache.engines.transformers_engine import TransformersEngine
-from teacher_cache.method.comp_demo import Request
-from teacher_cache.method.targets import TargetSpec
+from teacher_cache.method import Request, TargetSpec
 from teacher_cache.teachers.registry import find_teacher
 
 EMBEDDED = "student_train/tiny_students/shared"

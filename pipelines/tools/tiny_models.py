@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast
 from shared.aligned.examples import Prepared, Preparer
 from shared.data import iter_examples
 from shared.data.stdlib_corpus import corpus_origin
-from shared.diffusion.noise import generator
+from shared.diffusion import generator
 from shared.models.checkpoint import resolve
 from shared.models.loading import new_model
 from shared.settings.config import DataConfig, LengthConfig, ModelShape, StudentConfig

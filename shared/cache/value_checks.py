@@ -23,7 +23,7 @@ from shared.cache.levels import (
 )  # fmt: skip
 from shared.cache.manifest import Manifest
 from shared.cache.row import Layout
-from shared.diffusion.noise import TIME_EPSILON
+from shared.diffusion import TIME_EPSILON
 
 VERSION = 3
 """Raised when a rule is added: caches that passed before are looked at again."""

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shared.data.files import Raw
+from shared.data.sources import Raw
 from shared.settings.config import DataConfig
 from shared.system.errors import Unusable
 

@@ -17,8 +17,7 @@ from shared.data.conversation import (
     identity,
     normal_messages,
 )
-from shared.data.files import file_rows
-from shared.data.sources import describe_source, source_rows
+from shared.data.sources import describe_source, file_rows, source_rows
 from shared.settings.config import DataConfig
 from shared.system.errors import TideError, Unusable
 from shared.text.templates import EXTRAS

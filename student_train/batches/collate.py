@@ -16,7 +16,7 @@ from torch import Tensor
 from shared.cache.levels import EMPTY, class_log_mass
 from shared.cache.manifest import Manifest
 from shared.cache.row import CacheRow, Layout
-from shared.diffusion.attention import pad
+from shared.diffusion import pad
 from student_train.losses.objective import Counts
 from student_train.losses.targets import ChunkTargets, Classes, Targets, TopKTargets
 

@@ -26,7 +26,7 @@ from shared.cache.row import CacheRow, without_masks
 from shared.cache.shards import Shard, Unit, read_table
 from shared.cache.stores import Store
 from shared.cache.value_checks import problem_in
-from shared.diffusion.noise import generator
+from shared.diffusion import generator
 from shared.settings.config import TrainConfig
 from shared.system.errors import TideError
 from shared.system.files import write_bytes

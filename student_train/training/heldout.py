@@ -20,8 +20,7 @@ from shared.cache.shards import Unit
 from shared.cache.stores import Store
 from shared.data import iter_examples, scan
 from shared.data.conversation import content_of
-from shared.diffusion.attention import full, pad
-from shared.diffusion.noise import token_draw
+from shared.diffusion import full, pad, token_draw
 from shared.settings.config import DataConfig, LengthConfig
 from shared.system.errors import TideError
 from shared.text.tokenizers import Tokenizer

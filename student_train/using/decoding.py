@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 
-from shared.diffusion.attention import block_causal
+from shared.diffusion import block_causal
 from student_train.using.settings import SampleConfig, Special
 
 

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from shared.diffusion.attention import pad
-from teacher_cache.method.comp_demo import Request
+from shared.diffusion import pad
+from teacher_cache.method import Request
 from teacher_cache.teachers.registry import Attention, BlockCausal, Full, Native
 
 Row = Int[np.ndarray, " _"]

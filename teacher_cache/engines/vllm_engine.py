@@ -28,8 +28,7 @@ from shared.models.checkpoint import Checkpoint
 from shared.models.loading import check_weights
 from shared.settings.config import EngineConfig
 from shared.system.errors import TideError
-from teacher_cache.method.comp_demo import Request
-from teacher_cache.method.targets import Scores, TargetSpec, excluded_ids
+from teacher_cache.method import Request, Scores, TargetSpec, excluded_ids
 from teacher_cache.teachers.registry import Full, TeacherEntry
 
 # The scorer of each stock transformers class that a teacher may load as.

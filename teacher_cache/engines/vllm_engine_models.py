@@ -25,7 +25,7 @@ from vllm.v1.pool.metadata import PoolingMetadata
 
 from shared.models.architectures import ARCHITECTURES, FUSED_QKV, SPLIT_QKV, split_qkv
 from teacher_cache.engines.vllm_engine import columns_of
-from teacher_cache.method.targets import TargetSpec, extract, member_matrix, outside_sums
+from teacher_cache.method import TargetSpec, extract, member_matrix, outside_sums
 
 TASK: PoolingTask = "token_classify"
 

@@ -1,4 +1,4 @@
-"""A folder of prepared data.
+"""A folder of prepared data, and what a user reads of it before paying for a GPU.
 
 parts/NAME.parquet  the usable rows of one run of a source's rows; any settings share it
 NAME.parquet        a data set: its record, and which of its examples is which of which part
@@ -8,8 +8,9 @@ Either is named by what it is made from. A part's name has its raw rows in it, s
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from shared.aligned.examples import Prepared
 from shared.cache.shards import write_parquet
 from shared.data.conversation import identity
 from shared.system.errors import TideError
+from shared.text.tokenizers import Tokenizer
 
 NOT_BAD = ("prompt too long", "token that the teacher writes otherwise")
 """Reasons that are no fault of a row: they are counted, and stop no run."""
@@ -29,18 +31,20 @@ NOT_BAD = ("prompt too long", "token that the teacher writes otherwise")
 _PLACES = 5  # shown of each reason
 _PARTS_IN_MEMORY = 8
 _ABOUT = b"tide.prepared"  # the metadata: a report, or a record
-_INTS = pa.list_(pa.int32())
+_ENTRY = ("part", "row", "occurrence")
+# A part's columns beside the content's key and the row's own label: arrays of `Prepared`, flat.
+_SHAPES = {
+    "student_ids": (-1,),
+    "spans": (-1, 2),
+    "teacher_ids": (-1,),  # null: the teacher reads student_ids
+    "chunks": (-1, 4),
+    "offsets": (-1,),
+    "pairs": (-1, 2),  # null: all maskable positions, by the offsets
+}
+_INTS, _NULLABLE = pa.list_(pa.int32()), ("teacher_ids", "pairs")
+_TEXTS = [pa.field(name, pa.string(), nullable=False) for name in ("key", "label")]
 _PART = pa.schema(
-    [
-        pa.field("key", pa.string(), nullable=False),  # of the content
-        pa.field("label", pa.string(), nullable=False),  # the row's own id, or empty
-        pa.field("student_ids", _INTS, nullable=False),
-        pa.field("spans", _INTS, nullable=False),  # start, end, start, end, …
-        pa.field("teacher_ids", _INTS),  # null: the teacher reads student_ids
-        pa.field("chunks", _INTS, nullable=False),  # teacher start, end, student start, end, …
-        pa.field("offsets", _INTS, nullable=False),  # of each span, where the tokenizer is shared
-        pa.field("pairs", _INTS),  # student's and teacher's position, …; null: all, by the offsets
-    ]
+    [*_TEXTS, *(pa.field(name, _INTS, nullable=name in _NULLABLE) for name in _SHAPES)]
 )
 
 Entries = Int[np.ndarray, "examples 3"]
@@ -88,16 +92,6 @@ class RowReport:
             self.places[reason] = [*self.places.get(reason, []), *places][:_PLACES]
 
 
-def totals(sources: Sequence[RowReport]) -> dict[str, int]:
-    """Sums over sources: rows, and what each reason left out."""
-    sums: Counter[str] = Counter()
-    for source in sources:
-        sums.update(source.counts)
-        sums.update(source.dropped)
-        sums["data_rows"] += source.rows
-    return dict(sums)
-
-
 @dataclass(frozen=True)
 class Record:
     """What a prepared data set is: its parts in order, a hash of its examples' contents, and what
@@ -112,14 +106,12 @@ class Record:
     shared: bool
 
 
-@dataclass
 class PreparedData:
     """A prepared data set, ready for draws. Parts are read as they are asked for."""
 
-    folder: Path
-    record: Record
-    entries: Entries
-    _parts: dict[int, list[Prepared]] = field(default_factory=dict)
+    def __init__(self, folder: Path, record: Record, entries: Entries) -> None:
+        self.folder, self.record, self.entries = folder, record, entries
+        self._read_part = lru_cache(_PARTS_IN_MEMORY)(read_part)
 
     @classmethod
     def load(cls, folder: Path, name: str, stamps: list[Any]) -> "PreparedData | None":
@@ -130,19 +122,16 @@ class PreparedData:
             table, values = _read(folder / f"{name}.parquet")
             values["sources"] = [RowReport(**source) for source in values["sources"]]
             record = Record(**values)
-            columns = [table.column(name).to_numpy() for name in ("part", "row", "occurrence")]
+            entries = np.stack([table.column(name).to_numpy() for name in _ENTRY], axis=1)
         except (TideError, TypeError, KeyError):
             return None
         there = all(part_path(folder, part).exists() for part in record.parts)
-        if record.stamps != stamps or not there:
-            return None
-        return cls(folder, record, np.stack(columns, axis=1).astype(np.int32))
+        return cls(folder, record, entries) if record.stamps == stamps and there else None
 
     def save(self, name: str) -> None:
         """Write record and entries, whole or not at all."""
         about = {**vars(self.record), "sources": [vars(s) for s in self.record.sources]}
-        names = ("part", "row", "occurrence")
-        table = pa.table({name: self.entries[:, i] for i, name in enumerate(names)})
+        table = pa.table({name: self.entries[:, i] for i, name in enumerate(_ENTRY)})
         metadata = {_ABOUT: json.dumps(about, sort_keys=True)}
         write_parquet(self.folder / f"{name}.parquet", table.replace_schema_metadata(metadata))
 
@@ -155,20 +144,10 @@ class PreparedData:
         """Examples start … stop − 1."""
         examples = []
         for number, row, occurrence in self.entries[start:stop].tolist():
-            part = self._parts.pop(number, None)
-            if part is None:
-                path = part_path(self.folder, self.record.parts[number])
-                part = read_part(path, self.record.shared)
-            self._parts[number] = part  # the one used last is the last one
-            if len(self._parts) > _PARTS_IN_MEMORY:
-                del self._parts[next(iter(self._parts))]
-            example = part[row]
+            path = part_path(self.folder, self.record.parts[number])
+            example = self._read_part(path, self.record.shared)[row]
             examples.append(replace(example, id=identity(example.id, occurrence)))
         return examples
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Processes that share the work read parts of their own."""
-        return {**self.__dict__, "_parts": {}}
 
 
 def part_path(folder: Path, name: str) -> Path:
@@ -178,11 +157,8 @@ def part_path(folder: Path, name: str) -> Path:
 
 def write_part(path: Path, examples: Sequence[Prepared], report: RowReport) -> None:
     """Write a part, whole or not at all."""
-    columns: list[list[Any]] = [
-        [example.id for example in examples],
-        [example.label for example in examples],
-    ]
-    for name in _PART.names[2:]:
+    columns: list[Any] = [[e.id for e in examples], [e.label for e in examples]]
+    for name in _SHAPES:
         arrays = [getattr(example, name) for example in examples]
         columns.append([None if array is None else array.reshape(-1) for array in arrays])
     typed = [pa.array(values, f.type) for values, f in zip(columns, _PART, strict=True)]
@@ -201,14 +177,11 @@ def read_part(path: Path, shared: bool) -> list[Prepared]:
     table, _ = _read(path)
     examples = []
     for key, label, *lists in zip(*table.columns, strict=True):
-        arrays = [values.values.to_numpy() if values.is_valid else None for values in lists]
-        ids, spans, teacher_ids, chunks, offsets, pairs = arrays
-        assert ids is not None and spans is not None and chunks is not None and offsets is not None
-        pairs = None if pairs is None else pairs.reshape(-1, 2)
-        spans, chunks = spans.reshape(-1, 2), chunks.reshape(-1, 4)
-        name, own = key.as_py(), label.as_py()
-        example = Prepared(name, ids, spans, teacher_ids, chunks, shared, offsets, own, pairs)
-        examples.append(example)
+        arrays: dict[str, Any] = dict.fromkeys(_SHAPES)
+        for (name, shape), values in zip(_SHAPES.items(), lists, strict=True):
+            if values.is_valid:
+                arrays[name] = values.values.to_numpy().reshape(shape)
+        examples.append(Prepared(key.as_py(), shared=shared, label=label.as_py(), **arrays))
     return examples
 
 
@@ -223,3 +196,104 @@ def _read(path: Path, columns: list[str] | None = None) -> tuple[pa.Table, dict[
             f"the part {path} of prepared data cannot be read: {reason}",
             fix="delete this file and run the same command again: it is prepared anew",
         ) from error
+
+
+# --- What a user reads
+
+
+def totals(sources: Sequence[RowReport]) -> dict[str, int]:
+    """Sums over sources: rows, and what each reason left out."""
+    sums: Counter[str] = Counter()
+    for source in sources:
+        sums.update(source.counts)
+        sums.update(source.dropped)
+        sums["data_rows"] += source.rows
+    return dict(sums)
+
+
+def describe(data: PreparedData) -> str:
+    """The report of a prepared data set."""
+    record, sums = data.record, totals(data.record.sources)
+    lines: list[str] = []
+    for source in record.sources:
+        forms = ", ".join(f"{name} {n:,}" for name, n in Counter(source.forms).most_common())
+        lines.append(source.source)
+        lines.append(f"  rows read        {source.rows:,}" + (f" (form: {forms})" if forms else ""))
+        lines.append(f"  usable           {source.kept:,}, taken {source.taken:,}")
+        if source.filtered:
+            lines.append(f"  filtered         {source.filtered:,}")
+        for reason, n in Counter(source.dropped).most_common():
+            lines.append(f"  left out         {n:,}: {reason}")
+            for place, detail in source.places.get(reason, [])[:3]:
+                lines.append(f"                     {place}: {detail}")
+        lines.append("")
+    lines.append(
+        f"{data.examples:,} examples are taken, {record.duplicates:,} contents came before"
+    )
+    if kept := sum(source.kept for source in record.sources):
+        lines.append(
+            f"a mean example     {sums['student_tokens'] / kept:,.0f} student tokens, "
+            f"{sums['teacher_tokens'] / kept:,.0f} teacher tokens, "
+            f"{sums['turns'] / kept:.2f} trained answers, {sums['chunks'] / kept:,.0f} chunks"
+        )
+        share = sums["maskable"] / sums["student_tokens"]
+        lines.append(f"trained            {share:.1%} of the student's tokens")
+    return "\n".join([*lines, *_lost(sums), "", *_histogram(record.sources)])
+
+
+def losses(data: PreparedData) -> list[str]:
+    """A line for each reason that left rows out, and for what was lost of the others."""
+    dropped: Counter[str] = Counter()
+    for source in data.record.sources:
+        dropped.update(source.dropped)
+    sums = totals(data.record.sources)
+    rows = sums["data_rows"]
+    lines = [f"left out of {rows:,} rows: {n:,} ({reason})" for reason, n in dropped.most_common()]
+    return [*lines, *_lost(sums)]
+
+
+def show(examples: Sequence[Prepared], student: Tokenizer) -> str:
+    """Examples as the student reads them: prompt as it is, trained answers in ⟦ ⟧."""
+    blocks = []
+    for number, example in enumerate(examples):
+        label = f" ({example.label})" if example.label else ""
+        text, at = f"── example {number}: {example.id}{label}\n", 0
+        for start, stop in example.spans.tolist():
+            text += student.decode(example.student_ids[at:start].tolist())
+            text += f"⟦{student.decode(example.student_ids[start:stop].tolist())}⟧"
+            at = stop
+        blocks.append(text + student.decode(example.student_ids[at:].tolist()))
+    return "\n\n".join(blocks)
+
+
+def _lost(sums: dict[str, int]) -> Iterator[str]:
+    if n := sums.get("truncated"):
+        yield f"answers cut        {n:,}, at the student's length"
+    if n := sums.get("beyond_teacher"):
+        yield f"cross-entropy only {n:,} examples, whose prompt alone exceeds lengths.teacher"
+    for name, n in sums.items():
+        if name.startswith("not written"):
+            yield f"{name}, in {n:,} conversations"
+    if whole := sums.get("response_bytes"):
+        lost, examples = sums.get("unaligned_bytes", 0), sums.get("unaligned_examples", 0)
+        yield (
+            f"without alignment  {lost:,} of {whole:,} response bytes ({lost / whole:.2%}), "
+            f"in {examples:,} examples"
+        )
+
+
+def _histogram(sources: Sequence[RowReport], most_bins: int = 16, width: int = 40) -> Iterator[str]:
+    counts: Counter[int] = Counter()
+    for source in sources:
+        for length, n in source.lengths.items():
+            counts[int(length)] += n
+    if not counts:
+        return
+    step = -(-max(counts) // most_bins // 32) * 32 or 32
+    bins = np.zeros(-(-max(counts) // step), np.int64)
+    for length, n in counts.items():
+        bins[-(-length // step) - 1] += n
+    yield "student tokens"
+    for i, n in enumerate(bins.tolist()):
+        bar = "█" * round(width * n / bins.max())
+        yield f"  {i * step + 1:>6,} – {(i + 1) * step:<6,} {n:>9,} {bar}"

@@ -24,9 +24,8 @@ from tqdm import tqdm
 
 from shared.aligned.examples import Prepared, Preparer, SharedVocabulary
 from shared.data.conversation import conversation, copies
-from shared.data.files import Place, Raw
 from shared.data.reading import BadRow, refuse_bad_rows
-from shared.data.sources import describe_source, source_files, source_rows
+from shared.data.sources import Place, Raw, describe_source, source_files, source_rows
 from shared.settings.build import to_plain
 from shared.settings.config import DataConfig, LengthConfig
 from shared.system.errors import TideError, Unusable

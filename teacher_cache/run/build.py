@@ -31,7 +31,7 @@ from shared.system import processes
 from shared.system.errors import TideError
 from shared.system.files import new_folder, remove_leftovers
 from shared.system.processes import hold
-from teacher_cache.prepared.report import losses
+from teacher_cache.prepared.folder import losses
 from teacher_cache.run.open import Run, open_or_begin
 from teacher_cache.run.preflight import ray_cluster
 from teacher_cache.run.progress import read_status, write_metrics

@@ -29,7 +29,7 @@ from shared.settings.build import to_plain
 from shared.settings.config import CacheConfig
 from shared.system.errors import TideError
 from shared.text.tokenizers import Tokenizer
-from teacher_cache.method.targets import TargetSpec
+from teacher_cache.method import TargetSpec
 from teacher_cache.prepared.folder import PreparedData
 from teacher_cache.prepared.prepare import PrepareRequest, prepare
 from teacher_cache.run.preflight import check_data, check_places, check_teacher, settle_engine

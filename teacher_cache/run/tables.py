@@ -22,13 +22,12 @@ from shared.cache.manifest import load_manifest
 from shared.cache.row import Pilot, Vocabulary
 from shared.cache.shards import Unit
 from shared.cache.stores import Store
-from shared.diffusion.noise import generator
+from shared.diffusion import generator
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import architecture_of, head_rows
 from shared.system.errors import TideError
 from shared.system.processes import hold
-from teacher_cache.method.comp_demo import Request
-from teacher_cache.method.targets import refuse_nonfinite
+from teacher_cache.method import Request, refuse_nonfinite
 from teacher_cache.run.open import Run
 from teacher_cache.run.work import Engine, prepare_unit
 

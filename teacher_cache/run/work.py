@@ -18,14 +18,22 @@ from shared.aligned.examples import Prepared
 from shared.cache.ledger import Entry, note
 from shared.cache.row import CacheRow
 from shared.cache.shards import CACHE, Unit, write_shard
-from shared.diffusion.noise import Draw
+from shared.diffusion import Draw
 from shared.models.loading import load_model
 from shared.settings.config import EngineConfig
 from shared.system.hardware import choose_device, torch_dtype
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.engines.vllm_engine import VllmEngine, field_shapes
-from teacher_cache.method.comp_demo import Request, TeacherView, draw_for, passes, teacher_view
-from teacher_cache.method.targets import Scores, TargetSpec, refuse_nonfinite
+from teacher_cache.method import (
+    Request,
+    Scores,
+    TargetSpec,
+    TeacherView,
+    draw_for,
+    passes,
+    refuse_nonfinite,
+    teacher_view,
+)
 from teacher_cache.run.open import Run
 from teacher_cache.run.progress import Progress
 from teacher_cache.teachers.registry import Full

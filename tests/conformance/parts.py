@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shared.aligned.alignment import Region, align_tokens
 from shared.cache.levels import LARGEST_ODDS
-from shared.diffusion.attention import block_diffusion_places
+from shared.diffusion import block_diffusion_places
 from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import Checkpoint, open_checkpoint
 from shared.models.loading import load_model
@@ -28,8 +28,7 @@ from student_train.using.decoding import pad_left
 from student_train.using.settings import SampleConfig, Special
 from student_train.using.student import sample_steps
 from teacher_cache.engines.transformers_engine import TransformersEngine
-from teacher_cache.method.comp_demo import Request
-from teacher_cache.method.targets import TargetSpec
+from teacher_cache.method import Request, TargetSpec
 from teacher_cache.teachers.registry import Attention
 from tests.conformance import Group
 from tests.plain_masks import block_diffusion_batch, repeat_positions

@@ -26,7 +26,7 @@ from shared.aligned.examples import Prepared
 from shared.cache.manifest import Manifest
 from shared.cache.row import CacheRow, Layout, Vocabulary
 from shared.cache.shards import read_shard, write_shard
-from shared.diffusion.noise import Draw
+from shared.diffusion import Draw
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
 from shared.settings.build import build
@@ -45,8 +45,7 @@ from student_train.losses.divergence import strength_at, timestep_weight, traini
 from student_train.losses.objective import LossSettings, parts_of
 from student_train.model import train_on_loss
 from teacher_cache.engines.transformers_engine import TransformersEngine
-from teacher_cache.method.comp_demo import passes, teacher_view
-from teacher_cache.method.targets import TargetSpec
+from teacher_cache.method import TargetSpec, passes, teacher_view
 from teacher_cache.run.costs import made_up_fingerprint
 from teacher_cache.run.work import Item, cache_row, merge_passes
 from tests.conformance import Group

@@ -8,8 +8,8 @@ import pytest
 
 from pipelines.recipes.read import cache_config, packaged_recipe
 from shared.cache.shards import finished_units
-from shared.data.sources import HubName
-from teacher_cache.prepared.report import describe
+from shared.data.sources import parse_hub_name
+from teacher_cache.prepared.folder import describe
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.open import open_sides, prepare_data
 from tests.reading import rows_in
@@ -69,13 +69,13 @@ def test_the_recipe_from_four_layouts_to_a_cache(
 def test_every_source_of_the_recipes_is_well_formed() -> None:
     for kind in ("llada-8b", "wedlm-8b"):
         config = cache_config(kind, None, [])
-        names = [HubName.parse(source.source.removeprefix("hf://")) for source in config.sources]
-        assert [name.name for name in names] == [
+        names = [parse_hub_name(source.source.removeprefix("hf://")) for source in config.sources]
+        assert [name for name, _, _ in names] == [
             "allenai/tulu-3-sft-mixture",
             "HuggingFaceTB/smoltalk",
             "OpenCoder-LLM/opc-sft-stage1",
             "OpenCoder-LLM/opc-sft-stage2",
         ]
-        assert {name.split for name in names} == {"train[:95%]"}
+        assert {split for _, _, split in names} == {"train[:95%]"}
         own = cache_config(kind, None, [], data="chats.jsonl")
         assert [source.source for source in own.sources] == ["chats.jsonl"]

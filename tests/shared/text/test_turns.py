@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from shared.aligned.examples import Prepared, Preparer, SharedVocabulary
 from shared.data import ChatExample
-from shared.diffusion.noise import chunk_draw
+from shared.diffusion import chunk_draw
 from shared.settings.config import LengthConfig
 from shared.text.tokenizers import Tokenizer
 from tests.shared.aligned.test_examples import STUDENT, TEACHER, bytes_of

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from shared.cache.manifest import load_manifest
-from shared.diffusion.attention import block_diffusion_places
+from shared.diffusion import block_diffusion_places
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
 from shared.settings.config import StudentConfig

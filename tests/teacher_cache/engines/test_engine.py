@@ -11,8 +11,7 @@ import torch
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
 from teacher_cache.engines.transformers_engine import TransformersEngine
-from teacher_cache.method.comp_demo import Request
-from teacher_cache.method.targets import TargetSpec
+from teacher_cache.method import Request, TargetSpec
 from teacher_cache.teachers.registry import Attention, BlockCausal, Full, Native, X0Xt
 
 SPEC = TargetSpec(8, 1.0, (1.0, 2.0))
@@ -117,7 +116,7 @@ from torch._dynamo.utils import counters
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
 from teacher_cache.engines.transformers_engine import TransformersEngine
-from teacher_cache.method.targets import TargetSpec
+from teacher_cache.method import TargetSpec
 from teacher_cache.teachers.registry import Full, Native
 from tests.teacher_cache.engines.test_engine import requests
 

@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from shared.diffusion.attention import block_causal
+from shared.diffusion import block_causal
 from teacher_cache.engines.packs import clean_ids, fill, observed_first, pack_requests
 from teacher_cache.engines.transformers_engine import TransformersEngine
-from teacher_cache.method.comp_demo import Request
-from teacher_cache.method.targets import TargetSpec
+from teacher_cache.method import Request, TargetSpec
 from teacher_cache.teachers.registry import BlockCausal, Full, Native, X0Xt
 from tests.plain_masks import block_diffusion_batch, within_block_causal
 from tests.student_train.places import in_float64

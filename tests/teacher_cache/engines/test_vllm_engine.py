@@ -23,8 +23,7 @@ from shared.system.errors import TideError
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.engines.vllm_engine import SCORERS, VllmEngine, register
 from teacher_cache.maintenance.verify import verify_cache
-from teacher_cache.method.comp_demo import Request
-from teacher_cache.method.targets import Scores, TargetSpec
+from teacher_cache.method import Request, Scores, TargetSpec
 from teacher_cache.run.build import build_cache
 from teacher_cache.teachers.registry import TeacherEntry
 from tests.conftest import small_cache_config

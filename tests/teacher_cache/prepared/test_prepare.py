@@ -20,9 +20,8 @@ from shared.data import iter_examples
 from shared.settings.config import DataConfig, LengthConfig
 from shared.system.errors import TideError
 from shared.text.tokenizers import Tokenizer
-from teacher_cache.prepared.folder import PreparedData
+from teacher_cache.prepared.folder import PreparedData, describe, losses, show
 from teacher_cache.prepared.prepare import PrepareRequest, Selector, prepare
-from teacher_cache.prepared.report import describe, losses, show
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
 
 STUDENT, TEACHER = Tokenizer.load(STUDENT_TOKENIZER), Tokenizer.load(TEACHER_TOKENIZER)

@@ -1,1 +1,0 @@
-"""Draws of (t, mask, split), and attention masks."""

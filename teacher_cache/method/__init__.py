@@ -1,1 +1,0 @@
-"""What the teacher sees, and what is kept of its logits."""
