@@ -12,7 +12,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from pipelines.evaluation.results import read_scores, score_table
+from pipelines.evaluation.benchmarks import read_scores, score_table
 from shared.system.errors import TideError
 from shared.system.files import refuse_odd
 from student_train.export import CARD, OWN_FOLDER

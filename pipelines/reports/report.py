@@ -15,7 +15,7 @@ mpl.use("Agg")
 import polars as pl
 from matplotlib import pyplot as plt
 
-from pipelines.evaluation.results import beside_the_paper, find_scores
+from pipelines.evaluation.benchmarks import beside_the_paper, find_scores
 from pipelines.evaluation.use_scores import read_use
 from pipelines.recipes.read import train_command
 from shared.settings.build import build

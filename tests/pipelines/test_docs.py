@@ -10,8 +10,7 @@ from typing import Any
 import typer
 
 from pipelines.cli import app
-from pipelines.evaluation.recipe import paper_benchmarks
-from pipelines.evaluation.results import beside_the_paper
+from pipelines.evaluation.benchmarks import beside_the_paper, read_benchmarks
 from pipelines.plan.plan import describe_teacher
 from pipelines.reports.report import to_markdown
 from teacher_cache.teachers.registry import all_teachers
@@ -74,7 +73,7 @@ def test_facts_about_teachers_and_benchmarks_are_the_programs() -> None:
         assert "\n".join(here) in page.read_text(), page
     benchmarks = (ROOT / "docs" / "benchmarks.md").read_text()
     assert to_markdown(beside_the_paper({}).drop("source")) in benchmarks
-    for name, benchmark in paper_benchmarks().items():
+    for name, benchmark in read_benchmarks().items():
         (row,) = re.findall(rf"^\| `{re.escape(name)}` \|.*$", benchmarks, re.MULTILINE)
         assert f"| {benchmark.shots} | {benchmark.new_tokens} / {benchmark.steps} |" in row
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 
-from pipelines.evaluation.likelihoods import Likelihoods, pieces
+from pipelines.evaluation.likelihoods import pieces, score
 from pipelines.evaluation.model import TideBD3LM
 from student_train.using.elbo import ElboConfig, log_likelihoods, log_likelihoods_together
 from student_train.using.settings import Special
@@ -76,22 +76,19 @@ def test_pieces_are_the_continuation_and_fit(
 
 
 def test_an_over_long_answer_is_scored_and_ends_no_benchmark(loaded: LoadedStudent) -> None:
-    short = Likelihoods(loaded, ElboConfig(draws=2, block=8), 32, 2)
+    elbo = ElboConfig(draws=2, block=8)
     context, long = loaded.tokenizer.encode(["def f(x):\n", "    return x\n" * 30])
-    scores = dict(short.score([(context, [long, long[:5]]), (context, [long[:5]])]))
+    questions = [(context, [long, long[:5]]), (context, [long[:5]])]
+    scores = dict(score(loaded, questions, elbo, 32, 2))
     parts = [(c, [t]) for c, t in pieces(context, long, 32, 8)]
     assert len(parts) > 1
-    wanted = sum(
-        log_likelihoods(loaded.model, c, t, loaded.special, short.elbo)[0] for c, t in parts
-    )
+    wanted = sum(log_likelihoods(loaded.model, c, t, loaded.special, elbo)[0] for c, t in parts)
     assert scores[0][0] == (pytest.approx(wanted, abs=1e-4), False)
     assert scores[0][1][0] == pytest.approx(scores[1][0][0], abs=1e-4)
     model = TideBD3LM(loaded, block_size=8, mc_num=2, max_length=32)
     asks = [("def f(x):\n", "    return x\n" * 30), ("def f(x):\n", " y")]
-    found = model.loglikelihood(
-        [Instance("loglikelihood", {}, a, i) for i, a in enumerate(asks)], disable_tqdm=True
-    )
-    assert all(value < 0 for value, _ in found)
+    asked = [Instance("loglikelihood", {}, a, i) for i, a in enumerate(asks)]
+    assert all(value < 0 for value, _ in model.loglikelihood(asked, disable_tqdm=True))
 
 
 def test_a_task_that_wants_more_than_the_student_has_gets_what_there_is(

@@ -7,7 +7,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import Registry, get_model
 
-from pipelines.evaluation.model import TideBD3LM, register_model, steps_per_block
+from pipelines.evaluation.model import TideBD3LM, register_model
 from shared.system.errors import TideError
 from shared.text.tokenizers import Tokenizer
 from student_train.using.elbo import ElboConfig, log_likelihoods
@@ -206,11 +206,10 @@ def test_wrong_arguments_are_explained(loaded: LoadedStudent) -> None:
             TideBD3LM(loaded, **wrong)  # type: ignore
 
 
-def test_steps_are_shared_out_over_blocks() -> None:
-    assert steps_per_block(256, 64, 32) == 8
-    assert steps_per_block(3, 3, 32) == 3
-    assert steps_per_block(256, None, 32) is None
-    assert steps_per_block(64, 1, 32) == 1
+def test_steps_are_shared_out_over_blocks(loaded: LoadedStudent) -> None:
+    for tokens, steps, wanted in ((256, 64, 8), (3, 3, 3), (256, None, None), (64, 1, 1)):
+        model = TideBD3LM(loaded, block_size=32, max_new_tokens=tokens, steps=steps)
+        assert model._settings({}, 0).steps_per_block == wanted
 
 
 def test_lm_eval_finds_the_model_by_name_or_entry_point() -> None:

@@ -13,15 +13,9 @@ from lm_eval.api.instance import Instance
 from typer.testing import CliRunner
 
 from pipelines.cli import app
+from pipelines.evaluation import benchmarks
+from pipelines.evaluation.benchmarks import Benchmark, Score, choose, read_benchmarks
 from pipelines.evaluation.model import TideBD3LM
-from pipelines.evaluation.recipe import (
-    Benchmark,
-    choose,
-    local_rows,
-    paper_benchmarks,
-    parse_places,
-)
-from pipelines.evaluation.results import Score, beside_the_paper, paper_scores, score_table
 from pipelines.evaluation.run import EvalSettings, run_benchmarks
 from pipelines.reports.report import write_report
 from shared.system.errors import TideError
@@ -267,19 +261,19 @@ def test_lm_evals_own_command_line(student: str, tmp_path: Path) -> None:
 
 def test_the_papers_tasks_and_scores() -> None:
     """A slip in one of 64 numbers would show in the averages, which the paper names."""
-    eight = paper_benchmarks()
+    eight = read_benchmarks()
     for name, benchmark in eight.items():
         size = 3 if name in ("hellaswag", "mmlu") else 256
         assert (benchmark.new_tokens, benchmark.steps) == (size, size) and benchmark.chat
         assert benchmark.shots == (3 if name == "bbh" else 0)
-    averages = {name: sum(row.values()) / 8 for name, row in paper_scores().items()}
+    averages = {name: sum(row.values()) / 8 for name, row in benchmarks.paper_scores().items()}
     for name, average in {
         "cross-tokenizer: TIDE-Cross": 34.20,
         "shared tokenizer: TIDE-Shared": 33.55,
         "BD3LM, undistilled": 32.67,
     }.items():
         assert averages[name] == pytest.approx(average, abs=0.011)
-    assert all(list(row) == list(eight) for row in paper_scores().values())
+    assert all(list(row) == list(eight) for row in benchmarks.paper_scores().values())
 
 
 def test_names_of_benchmarks_and_places_of_rows(tmp_path: Path) -> None:
@@ -296,28 +290,26 @@ def test_names_of_benchmarks_and_places_of_rows(tmp_path: Path) -> None:
             choose("all", recipe)
     rows = tmp_path / "a.jsonl.gz"
     rows.touch()
-    assert parse_places([f"x={rows}"]) == {"x": rows}
-    assert local_rows(rows)["dataset_path"] == "json"
-    assert local_rows(tmp_path) == {"dataset_path": str(tmp_path)}
+    assert benchmarks.parse_places([f"x={rows}"]) == {"x": rows}
+    assert benchmarks.local_rows(rows)["dataset_path"] == "json"
+    assert benchmarks.local_rows(tmp_path) == {"dataset_path": str(tmp_path)}
     for wrong in ("x", "=y", f"x={tmp_path}/none"):
         with pytest.raises(TideError):
-            parse_places([wrong])
+            benchmarks.parse_places([wrong])
     with pytest.raises(TideError):
-        local_rows(recipe)
+        benchmarks.local_rows(recipe)
 
 
 def test_tables_say_whose_a_row_is_and_what_it_lacks(tmp_path: Path) -> None:
     scores = [
-        Score("gsm8k", "GSM8K", "acc,none", 0.25, 0.01, 9, True, tmp_path),
-        Score("w", "W", "word_perplexity,none", 31.5, None, 9, False, tmp_path, own_rows=True),
+        Score("gsm8k", "GSM8K", "acc,none", 0.25, 0.01, 9, True),
+        Score("w", "W", "word_perplexity,none", 31.5, None, 9, False, own_rows=True),
     ]
-    rows = score_table(scores).splitlines()[2:]
+    rows = benchmarks.score_table(scores).splitlines()[2:]
     assert rows[0] == "| GSM8K | acc,none | 25.00 % | 1.00 | 9 (limited) |"
     assert rows[1] == "| W | word_perplexity,none | 31.50 | – | 9 |"  # no share
-    eight = [
-        Score(n, b.title, "m", 0.5, 0.01, 9, False, tmp_path) for n, b in paper_benchmarks().items()
-    ]
-    table = beside_the_paper({"whole": eight, "part": scores}).to_dicts()
+    eight = [Score(n, b.title, "m", 0.5, 0.01, 9, False) for n, b in read_benchmarks().items()]
+    table = benchmarks.beside_the_paper({"whole": eight, "part": scores}).to_dicts()
     assert [row["source"] for row in table] == ["paper"] * 8 + ["**measured here**"] * 2
     assert [row["average of 8"] for row in table[8:]] == ["–", "50.00"]
     assert (table[8]["GSM8K"], table[8]["W"], table[8]["MATH"]) == ("25.00*", "31.50†", "–")

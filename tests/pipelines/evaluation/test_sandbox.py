@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.evaluation import sandbox
-from pipelines.evaluation.code_eval import CodeEval, code_eval_with_limits, pass_at_k
+from pipelines.evaluation.run import CodeEval, code_eval_with_limits, pass_at_k
 from pipelines.evaluation.sandbox import Limits, find_bubblewrap, run_program
 from shared.system.errors import TideError
 from shared.system.hardware import largest_process
@@ -75,7 +75,6 @@ def test_right_programs_of_every_shape_pass() -> None:
             def push(self, x): self.items.append(x)
         def in_place(xs, d): xs.sort(); d["n"] = {1: (2,)}
         def generator(n): yield from range(n)
-        def apply(g, x): return g(x) + 1
         def fails(): raise Odd("no")
         def rich(): return {(1, 2): {3, 4}, "x": (None, 1.5, b"a", 1j)}, 3 ** 20000, float("nan")
         def numbers(): return np.int64(3), np.arange(2), collections.deque([1])
@@ -85,7 +84,6 @@ def test_right_programs_of_every_shape_pass() -> None:
         a, d, s = [3, 1], {}, Stack()
         assert in_place(a, d) is None and a == [1, 3] and d == {"n": {1: (2,)}}
         assert list(generator(3)) == [0, 1, 2]
-        assert apply(lambda v: v * 2, 3) == 7
         s.push(1)
         s.push(2)
         assert s.items == LIMIT
@@ -142,10 +140,11 @@ FORGED = {
                 frame.f_globals.update(passed=True, verdict="passed", check=print)
                 frame = frame.f_back
             for link in gc.get_objects():
-                if type(link).__name__ == "Link":
-                    for _ in range(9):
-                        link.send({"value": True})
-                        link.send({"do": "call", "arguments": [{"yours": 0}, [], {}]})
+                if type(link).__name__ in ("BufferedRWPair", "BufferedWriter"):
+                    for line in ('{"value": true}', '{"value": {"module": "os"}}', '[[[',
+                                 '{"error": [["exec", "StopIteration"], "raise SystemExit"]}'):
+                        link.write(line.encode() + b"\\n")
+                    link.flush()
             return 7
         """,
     "values that are none": """
@@ -312,10 +311,9 @@ def test_scores_of_several_tries_as_lm_eval_asks_for_them() -> None:
         metric = evaluate.load("code_eval")
     assert evaluate.load is before
     tries = [["x = 1", "x = 2"], ["x = 1", "x = 1"]]
-    scores, results = metric.compute(["assert x == 1"] * 2, tries, k=[1, 2, 3])  # type: ignore
+    scores, verdicts = metric.compute(["assert x == 1"] * 2, tries, k=[1, 2, 3])  # type: ignore
     assert scores == {"pass@1": pytest.approx(0.75), "pass@2": pytest.approx(1.0)}
-    assert [about["passed"] for _, about in results[0]] == [True, False]
-    assert results[0][1][1]["result"].startswith("failed: AssertionError")
+    assert verdicts[0][0] == "passed" and verdicts[0][1].startswith("failed: AssertionError")
 
 
 @pytest.mark.slow
@@ -329,7 +327,7 @@ def test_every_solution_of_human_eval_passes_and_an_empty_one_does_not() -> None
     tries = [
         [row["prompt"] + row["canonical_solution"], row["prompt"] + "    pass\n"] for row in rows
     ]
-    scores, results = CodeEval(Limits()).compute(tests, tries, k=[1])
-    assert [i for i in results if not results[i][0][1]["passed"]] == []
-    assert [i for i in results if results[i][1][1]["passed"]] == []
+    scores, verdicts = CodeEval(Limits()).compute(tests, tries, k=[1])
+    assert [i for i, (right, _) in enumerate(verdicts) if right != "passed"] == []
+    assert [i for i, (_, empty) in enumerate(verdicts) if empty == "passed"] == []
     assert scores["pass@1"] == pytest.approx(0.5)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.evaluation.results import Answers, read_scores
+from pipelines.evaluation.benchmarks import Answers, read_scores
 from pipelines.reports.report import find_runs
 from shared.settings.build import to_plain
 from shared.settings.config import TrainConfig
@@ -46,7 +46,7 @@ def test_answers_that_would_run_code_are_not_read(tmp_path: Path) -> None:
         database.execute("CREATE TABLE unnamed (key TEXT PRIMARY KEY, value BLOB)")
         database.execute("INSERT INTO unnamed VALUES ('x', ?)", (code,))
     database.close()
-    assert Answers(path).get("generate_until", "x") is None
+    assert Answers(path).get("generate_until", ("x",)) is None
     assert not (tmp_path / "ran").exists()
 
 
@@ -56,16 +56,16 @@ def test_answers_are_found_again_and_changed_ones_are_not(tmp_path: Path) -> Non
     first.add("generate_until", ("q", {"until": ["\n"]}, 0), "a\u2028b")
     first.add("loglikelihood", (("c", "d"),), (-1.5, True))
     again = Answers(path)
-    assert again.get("generate_until", "q", {"until": ["\n"]}, 0) == "a\u2028b"
-    assert again.get("generate_until", "q", {"until": ["\n"]}, 1) is None
-    assert again.get("loglikelihood", ("c", "d")) == [-1.5, True]
+    assert again.get("generate_until", ("q", {"until": ["\n"]}, 0)) == "a\u2028b"
+    assert again.get("generate_until", ("q", {"until": ["\n"]}, 1)) is None
+    assert again.get("loglikelihood", (("c", "d"),)) == [-1.5, True]
     path.write_text(path.read_text().replace("-1.5", "-0.5")[:-9])  # changed, and cut
     last = Answers(path)
     last.add("loglikelihood_rolling", ("t",), -3.0)
     found = Answers(path)
-    assert found.get("loglikelihood", ("c", "d")) is None
-    assert found.get("loglikelihood_rolling", "t") == -3.0
-    assert found.get("generate_until", "q", {"until": ["\n"]}, 0) is not None
+    assert found.get("loglikelihood", (("c", "d"),)) is None
+    assert found.get("loglikelihood_rolling", ("t",)) == -3.0
+    assert found.get("generate_until", ("q", {"until": ["\n"]}, 0)) is not None
 
 
 @pytest.mark.parametrize("name", ["run.json", "history.json", "use.json", "nonfinite.json"])
