@@ -1,4 +1,4 @@
-"""Places of [x_t ; x_0] for tests that look at more than training needs."""
+"""A small student, and places of [x_t ; x_0] for tests that look at more than training needs."""
 
 from collections.abc import Sequence
 from types import MethodType
@@ -7,6 +7,15 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+
+def small() -> Any:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = Qwen3Config(vocab_size=50, **shape, **heads, initializer_range=0.1)
+    return Qwen3ForCausalLM(config).eval()
 
 
 def all_places(lengths: Sequence[int]) -> Int[Tensor, "batch rows"]:
@@ -19,10 +28,9 @@ def all_places(lengths: Sequence[int]) -> Int[Tensor, "batch rows"]:
 def in_float64(model: Any) -> Any:
     """The model in float64 throughout: transformers' norms compute in float32."""
 
-    def norm(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return (
-            self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        )
+    def norm(self: Any, x: Tensor) -> Tensor:
+        variance = x.pow(2).mean(-1, keepdim=True)
+        return self.weight * x * torch.rsqrt(variance + self.variance_epsilon)
 
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):

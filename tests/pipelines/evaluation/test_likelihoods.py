@@ -12,7 +12,7 @@ from pipelines.evaluation.model import TideBD3LM
 from student_train.using.elbo import ElboConfig, log_likelihoods, log_likelihoods_together
 from student_train.using.settings import Special
 from student_train.using.student import LoadedStudent, load_for_use
-from tests.student_train.model.test_student import small
+from tests.student_train.places import small
 
 SPECIAL = Special(mask=49, pad=47, eos=48)
 ids = st.lists(st.integers(0, 46), min_size=1, max_size=13)

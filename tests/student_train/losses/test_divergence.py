@@ -1,11 +1,14 @@
-"""The dense teacher from a top-k, classes and a shape, and the divergences from it."""
+"""The dense teacher from a top-k, classes and a shape; KL, CALM and TIDAL against float64, with
+their gradients; extreme values.
+"""
 
 import dataclasses
 import itertools
+import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,12 +17,79 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from student_train.losses.divergence import divergence_and_gradient, token_divergence
-from student_train.losses.targets import log_student
-from student_train.losses.targets import teacher_log_probabilities as teacher_logp
-from tests.student_train.losses.problems import Shape, cached, dense_teacher
+from shared.cache.levels import LARGEST_ODDS
+from shared.settings.config import Tidal
+from student_train.losses import divergence as d
+from student_train.losses.objective import denoise
+from student_train.losses.targets import (
+    Classes,
+    TopKTargets,
+    log_student,
+    teacher_log_probabilities,
+)
 
+Shape = Literal["student", "prior"]
 SHAPES: tuple[Shape, ...] = ("student", "prior")
+
+
+def cached(
+    teacher: Tensor,
+    k: int,
+    classes: int = 1,
+    shape: Shape = "student",
+    shared: Tensor | None = None,
+    seed: int = 0,
+) -> TopKTargets:
+    """What is cached of `teacher` logits, exactly. `shared`: the tokens that both models have."""
+    g = torch.Generator().manual_seed(seed)
+    n, vocabulary = teacher.shape
+    allowed = torch.ones(vocabulary, dtype=torch.bool) if shared is None else shared
+    logits = teacher.masked_fill(~allowed, -torch.inf)
+    ids = logits.topk(k, 1).indices
+    class_of = torch.randint(0, classes, (vocabulary,), generator=g)
+    class_of[~allowed] = -1
+    odds, mass, prior = {}, {}, {}
+    for t in (1.0, 2.0, 5.0):
+        p = torch.softmax(logits / t, 1)
+        outside = p.scatter(1, ids, 0.0)
+        log_odds = outside.sum(1).log() - p.gather(1, ids).sum(1).log()
+        odds[t] = log_odds.clamp(-LARGEST_ODDS, LARGEST_ODDS)
+        sums = torch.zeros(n, classes, dtype=p.dtype).index_add(1, class_of.clamp_min(0), outside)
+        mass[t] = sums.log().clamp_min(-1e30)
+        random = torch.randn(vocabulary, generator=g).to(p.dtype)
+        prior[t] = torch.log_softmax(random.masked_fill(~allowed, -1e30), 0)
+    return TopKTargets(
+        ids,
+        torch.log_softmax(logits, 1).gather(1, ids),
+        torch.ones_like(ids, dtype=torch.bool),
+        odds,
+        Classes(class_of, classes, prior),
+        mass if classes > 1 else None,
+        shape == "student",
+    )
+
+
+def dense_teacher(student: Tensor, teacher: Tensor, topk: TopKTargets, t: float) -> Tensor:
+    """The teacher's log-probabilities by the definition, token by token, in float64.
+
+    log p in the top-k, else log M_c + log b(v) − log Σ b(u) over v's class outside the top-k.
+    """
+    assert topk.classes is not None
+    class_of = topk.classes.class_of
+    hidden = class_of < 0
+    p = torch.log_softmax(teacher.double().masked_fill(hidden, -torch.inf) / t, 1)
+    q = torch.log_softmax(student.detach().double().masked_fill(hidden, -torch.inf) / t, 1)
+    dense = torch.full_like(p, -torch.inf)
+    for i in range(len(p)):
+        inside = topk.ids[i].tolist()
+        shape = q[i] if topk.student_shaped else topk.classes.log_prior[t].double()
+        dense[i, inside] = p[i, inside]
+        for c in set(class_of[~hidden].tolist()):
+            members = [u for u in range(p.shape[1]) if u not in inside and class_of[u] == c]
+            if members:
+                mass, whole = (torch.logsumexp(x[members], 0) for x in (p[i], shape))
+                dense[i, members] = mass + shape[members] - whole
+    return dense
 
 
 def expected(
@@ -55,7 +125,7 @@ def test_value_and_gradient_against_the_definition(
         target = F.pad(dense_teacher(x[:, :30], teacher.to(dtype), topk, t), (0, absent))
         part = strength.to(dtype) if mixed else None
         value, gradient = expected(x, target, allowed, t, part, reverse)
-        loss = token_divergence(x, topk, t, part, reverse).sum()
+        loss = d.token_divergence(x, topk, t, part, reverse).sum()
         (slope,) = torch.autograd.grad(loss, x)
         torch.testing.assert_close(loss.detach().double(), value, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(slope.double(), gradient, rtol=tolerance, atol=tolerance)
@@ -70,8 +140,8 @@ def test_padding_of_shorter_lists_changes_nothing() -> None:
         ids = torch.cat([topk.ids, topk.ids[:, :1].expand(1, 5)], 1)
         logp = torch.cat([topk.logp, torch.full((1, 5), 777.0)], 1)
         padded = dataclasses.replace(topk, ids=ids, logp=logp, kept=torch.arange(9)[None] < 4)
-        narrow = divergence_and_gradient(student, topk, 2.0, part, reverse)
-        wide = divergence_and_gradient(student, padded, 2.0, part, reverse)
+        narrow = d.divergence_and_gradient(student, topk, 2.0, part, reverse)
+        wide = d.divergence_and_gradient(student, padded, 2.0, part, reverse)
         torch.testing.assert_close(wide, narrow)
 
 
@@ -82,7 +152,7 @@ def test_extremes_stay_finite() -> None:
     parts = (None, torch.full((3,), 0.3))
     for classes, shape, reverse, part in itertools.product((1, 4), SHAPES, (False, True), parts):
         topk = cached(teacher, 2, classes, shape)
-        value, gradient = divergence_and_gradient(student, topk, 1.0, part, reverse)
+        value, gradient = d.divergence_and_gradient(student, topk, 1.0, part, reverse)
         assert torch.isfinite(gradient).all() and ((value > -1e-4) & torch.isfinite(value)).all()
 
 
@@ -94,16 +164,111 @@ def test_a_prior_that_the_top_k_has_nearly_all_of_leaves_what_is_left() -> None:
     assert topk.classes is not None
     classes = dataclasses.replace(topk.classes, log_prior={1.0: prior})
     topk = dataclasses.replace(topk, classes=classes)
-    p = teacher_logp(topk, log_student(torch.zeros(1, 4), topk, 1.0), 1.0).exp()
+    p = teacher_log_probabilities(topk, log_student(torch.zeros(1, 4), topk, 1.0), 1.0).exp()
     tail = float(torch.softmax(teacher, 1)[0, 2:].sum())
     assert float(p[0, 2:].sum()) == pytest.approx(tail, rel=1e-4)
     assert float(p[0, 2] / p[0, 3]) == pytest.approx(10, rel=1e-4)
 
 
+@given(st.floats(-80, -1e-30))
+def test_log1mexp_against_float64(x: float) -> None:
+    x = float(torch.tensor(x))  # as float32 holds it
+    exact = math.log(-math.expm1(x)) if x > -0.7 else math.log1p(-math.exp(x))
+    assert float(d.log1mexp(torch.tensor(x))) == pytest.approx(exact, rel=3e-6, abs=1e-37)
+
+
+def test_no_token_left_is_empty_without_nan_in_the_gradient() -> None:
+    logits = torch.randn(3, 7, requires_grad=True)
+    left = d.complement_logsumexp(logits, torch.arange(7).expand(3, 7))
+    left.sum().backward()
+    assert (left < -1e29).all() and logits.grad is not None and not logits.grad.any()
+
+
+@given(st.integers(0, 99), st.floats(0, 60))
+def test_token_log_likelihood_against_float64(seed: int, confidence: float) -> None:
+    torch.manual_seed(seed)
+    logits, gold = torch.randn(4, 11), torch.randint(0, 11, (4,))
+    logits[torch.arange(4), gold] += confidence
+    single, double = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    value = d.token_log_likelihood(single, gold)
+    rest = double.scatter(1, gold[:, None], -torch.inf).logsumexp(1)
+    exact = -F.softplus(rest - double.gather(1, gold[:, None])[:, 0], threshold=700.0)
+    torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-30)
+    (slope,) = torch.autograd.grad(value.sum(), single)
+    (expected,) = torch.autograd.grad(exact.sum(), double)
+    torch.testing.assert_close(slope.double(), expected, rtol=1e-4, atol=1e-30)
+
+
+@given(st.floats(-60, -1e-6), st.floats(0, 1))
+def test_calm_and_its_gradients_against_float64(log_p: float, target: float) -> None:
+    """Of Reverse CALM d/dp_s = −logit(p_t), so d/dlog p_s = −p_s·logit(p_t): bounded."""
+    x = torch.tensor([log_p], requires_grad=True)
+    bounded = d.bound_probability(torch.tensor([target]))
+    t, log_p = float(bounded), float(x.detach())
+    p, log_rest = math.exp(log_p), math.log(-math.expm1(log_p))
+    forward = -(t * log_p + (1 - t) * log_rest)
+    backward = -(p * math.log(t) + (1 - p) * math.log1p(-t))
+    slopes = (-t + (1 - t) * p / (1 - p), -p * (math.log(t) - math.log1p(-t)))
+    for term, value, slope in zip(
+        (d.calm, d.reverse_calm), (forward, backward), slopes, strict=True
+    ):
+        loss = term(x, bounded)
+        assert float(loss.detach()) == pytest.approx(value, rel=1e-5, abs=1e-6)
+        (gradient,) = torch.autograd.grad(loss.sum(), x)
+        assert float(gradient) == pytest.approx(slope, rel=1e-4, abs=1e-6)
+
+
+def test_forward_calm_keeps_its_gradient_where_a_clamp_would_lose_it() -> None:
+    """The reference clamps p_s at 1e-7; a student at 1e-13 then learns nothing. Ours keeps −p_t."""
+    x = torch.tensor([-30.0], requires_grad=True)
+    (slope,) = torch.autograd.grad(d.calm(x, torch.tensor([0.8])).sum(), x)
+    assert float(slope) == pytest.approx(-0.8, rel=1e-5)
+    clamped = d.bound_probability(x.exp()).log()
+    (lost,) = torch.autograd.grad(d.calm(clamped, torch.tensor([0.8])).sum(), x)
+    assert float(lost) == 0.0
+
+
+def test_extreme_students_give_finite_losses_and_gradients() -> None:
+    for log_p in (0.0, -1e-30, -1e-7, -1e4):
+        for term in (d.calm, d.reverse_calm):
+            x = torch.tensor([log_p], requires_grad=True)
+            value = term(x, d.bound_probability(torch.tensor([0.5])))
+            (slope,) = torch.autograd.grad(value.sum(), x)
+            assert torch.isfinite(value).all(), (term, log_p)
+            assert torch.isfinite(slope).all() or log_p > -1e-20, (term, log_p)
+
+
+def test_tidals_schedules_are_the_papers() -> None:
+    t = torch.tensor([0.0, 0.25, 1.0])
+    at = [d.training_strength(Tidal(), progress) for progress in (0.0, 0.25, 0.5, 1.0)]
+    assert at == pytest.approx([0.1, 0.1 + 0.4 * (1 - math.cos(math.pi / 4)), 0.5, 0.9])
+    linear = [d.training_strength(Tidal(growth="linear"), x) for x in (0.0, 0.25, 1.0)]
+    assert linear == pytest.approx([0.1, 0.3, 0.9])
+    torch.testing.assert_close(d.strength_at(Tidal(axis="both"), 0.5, t), 0.5 * (1 - t))
+    torch.testing.assert_close(d.strength_at(Tidal(axis="training_only"), 0.5, t), 0.5 + 0 * t)
+    torch.testing.assert_close(d.strength_at(Tidal(axis="timestep_only"), 0.5, t), 0.9 * (1 - t))
+    assert d.timestep_weight("uniform", t).tolist() == [1, 1, 1]
+    weights = d.timestep_weight("midrange", torch.tensor([0.5, 0.65, 0.35]))
+    torch.testing.assert_close(weights, torch.tensor([1, math.exp(-0.5), math.exp(-0.5)]))
+
+
+def test_tidal_targets_move_from_student_to_teacher_and_carry_no_gradient() -> None:
+    student = torch.tensor([0.2, 0.0], requires_grad=True)
+    mixed = d.tidal_probability(student, torch.tensor([0.6, 0.5]), torch.tensor([0.5, 0.0]))
+    torch.testing.assert_close(mixed, torch.tensor([0.4, 1e-7]))
+    assert not mixed.requires_grad
+
+
+def test_denoise_is_cross_entropy_over_t_in_float32() -> None:
+    logits, gold, t = torch.randn(5, 9).bfloat16(), torch.randint(0, 9, (5,)), torch.rand(5) + 0.1
+    exact = -torch.log_softmax(logits.double(), 1)[torch.arange(5), gold] / t
+    torch.testing.assert_close(denoise(logits, gold, t).double(), exact, rtol=1e-5, atol=1e-6)
+
+
 COMPILED = """
 import itertools, torch
 from student_train.losses.divergence import divergence_and_gradient
-from tests.student_train.losses.problems import cached
+from tests.student_train.losses.test_divergence import cached
 compiled = torch.compile(divergence_and_gradient, dynamic=True)
 for reverse, shape, rows in itertools.product((False, True), ("prior", "student"), (7, 12, 5)):
     torch.manual_seed(rows)

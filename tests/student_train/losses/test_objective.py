@@ -1,6 +1,7 @@
 """The whole objective against float64, and the LM head with the loss in slices against it."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shared.settings import config as settings_of
+from shared.cache.manifest import load_manifest
+from shared.cache.shards import Unit
+from shared.settings import config as objectives
 from shared.settings.config import KL, Calm, Distillation, NoDistillation, ReverseKL, Tidal
+from student_train.batches.collate import TargetReader, collate
+from student_train.losses.divergence import strength_at, training_strength
 from student_train.losses.objective import Counts, LossSettings, fused_loss, objective, total
 from student_train.losses.targets import ChunkTargets, Targets, slice_targets
-from tests.student_train.losses.problems import cached
+from teacher_cache.run.build import build_cache
+from teacher_cache.run.open import open_or_begin
+from teacher_cache.run.work import load_engine, prepare_unit
+from tests.conftest import small_cache_config
+from tests.reading import layout_of, rows_in
+from tests.student_train.losses.test_divergence import cached
 
 OBJECTIVES: dict[str, Distillation] = {
     "ce": NoDistillation(),
@@ -67,7 +77,7 @@ def gradients(loss_of: Callable, hidden: Tensor, head: Tensor, *rest: Any) -> li
 @pytest.mark.parametrize("tidal", [None, Tidal()], ids=["plain", "tidal"])
 @pytest.mark.parametrize("kind", ["KL", "ReverseKL", "Calm", "ReverseCalm"])
 def test_against_the_definition_in_float64(kind: str, tidal: Tidal | None) -> None:
-    settings = getattr(settings_of, kind)(temperature=2.0, tidal=tidal)
+    settings = getattr(objectives, kind)(temperature=2.0, tidal=tidal)
     torch.manual_seed(0)
     logits, teacher = torch.randn(6, 12) * 2, torch.randn(6, 12) * 2
     logp, rate = torch.tensor([-1.0, -0.2, -9.0]), torch.tensor([0.1, 0.5, 0.9])
@@ -165,8 +175,7 @@ def test_no_positions_a_frozen_head_and_no_gradients_at_all() -> None:
     assert loss == 0 and not grad_head.any()
     hidden, head, targets, counts = problem(9, 11, 4)
     settings = LossSettings(KL(), 1.0, counts, 0.5)
-    hidden.requires_grad_()
-    fused_loss(hidden, head, targets, settings, 2)[0].backward()
+    fused_loss(hidden.requires_grad_(), head, targets, settings, 2)[0].backward()
     assert hidden.grad is not None
     with torch.no_grad():
         loss, sums = fused_loss(hidden, head, targets, settings, 2)
@@ -183,3 +192,43 @@ def test_autocast_keeps_the_head_s_gradient_in_float32() -> None:
     assert [x.dtype for x in half] == [torch.float32] * 3
     for a, b in zip(half, exact, strict=True):
         assert float((a - b).norm() / b.norm()) < 0.02
+
+
+def test_from_chats_through_parquet_the_gradient_is_that_of_full_logits(
+    random_teacher: Path, tmp_path: Path
+) -> None:
+    """Of a cache of all 4,096 logits, against the teacher's own at its masked positions."""
+    out = tmp_path / "c"
+    targets = {"k": 4096, "classes": 1, "pilot": 20, "values": "float32", "signals": ["topk"]}
+    source = small_cache_config("tiny-shared", random_teacher, out).sources[0].source
+    changes = {"targets": targets, "noise": {"draws": 1}, "data": {"source": source, "limit": 3}}
+    config = small_cache_config("tiny-shared", random_teacher, out, **changes)
+    build_cache(config)
+    plan = open_or_begin(config)
+    work = prepare_unit(plan, Unit(0, 0), plan.data.between(0, 3))
+    engine: Any = load_engine(plan)
+    logits, teacher = iter(engine.logits(work.requests)), []
+    for item in work.items:
+        whole = torch.zeros(item.view.positions.size, 4096)
+        for rows in item.rows:
+            whole[torch.from_numpy(rows)] = next(logits)[0]
+        teacher.append(whole)
+    z, manifest = torch.cat(teacher).double(), load_manifest(out)
+    batch = collate(rows_in(out, Unit(0, 0)), manifest)
+    read = TargetReader(manifest, layout_of(out))(batch)
+    torch.manual_seed(0)
+    x = torch.randn(len(z), 4096, requires_grad=True)
+    for settings in (KL(2.0, Tidal()), ReverseKL(2.0)):
+        value = objective(x, read, settings, 0.5).distillation
+        (slope,) = torch.autograd.grad(value, x)
+        y, t = x.detach().double().requires_grad_(), settings.temperature
+        q, p = torch.log_softmax(y / t, 1), torch.log_softmax(z / t, 1)
+        if settings.tidal is not None:
+            train = training_strength(settings.tidal, 0.5)
+            part = strength_at(settings.tidal, train, read.t).double()[:, None]
+            p = torch.log_softmax((1 - part) * q.detach() + part * p, 1)
+        a, b = (p, q) if isinstance(settings, KL) else (q, p)
+        expected = t**2 * (a.exp() * (a - b)).sum()
+        (gradient,) = torch.autograd.grad(expected, y)
+        assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+        assert float((slope - gradient).norm() / gradient.norm()) < 1e-5

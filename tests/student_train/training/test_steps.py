@@ -1,10 +1,12 @@
-"""What one step sees: `global_batch` and `draws_per_step`, the same rows and the same gradient,
-however it is divided over passes and processes.
+"""What one step sees: the same rows and the same gradient, however it is divided over passes and
+processes; and switches that change memory and speed, and no value that is trained.
 """
 
 import json
+import os
 import shutil
-from collections import Counter
+import subprocess
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from shared.cache.ledger import Entry
 from shared.cache.manifest import load_manifest
-from shared.cache.shards import Shard, Unit
+from shared.cache.shards import Unit
+from shared.settings.build import to_plain
 from shared.settings.config import (
     KL,
     Calm,
@@ -31,13 +33,13 @@ from shared.settings.config import (
 from shared.system.errors import TideError
 from student_train.batches.collate import TargetReader, collate, counts_of
 from student_train.batches.loader import BatchDataset, OpenCache
-from student_train.losses.objective import LossSettings
+from student_train.losses.objective import LossSettings, slice_rows
 from student_train.model import train_on_loss
 from student_train.training.preflight import settle_batch
 from student_train.training.trainer import make_trainer, train_student
-from tests.reading import change_column, dataset, layout_of, plain_table, rows_in
+from tests.reading import layout_of, rows_in
 from tests.student_train.places import in_float64
-from tests.student_train.training.test_trainer import config
+from tests.student_train.training.test_trainer import config, curve
 
 OBJECTIVES: dict[str, list[Distillation]] = {
     "tiny-shared": [NoDistillation(), KL(tidal=Tidal()), Calm()],
@@ -45,23 +47,15 @@ OBJECTIVES: dict[str, list[Distillation]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("changes", "processes", "expected"),
-    [
+def test_a_step_is_divided_over_processes_and_passes_or_refused() -> None:
+    for changes, processes, expected in (
         ({"global_batch": 64, "batch_size": 8}, 1, (8, 8)),
         ({"global_batch": 80, "batch_size": 8}, 8, (5, 2)),
         ({"global_batch": 64, "batch_size": 8, "draws_per_step": 4}, 2, (8, 4)),
-    ],
-)
-def test_a_step_is_divided_over_processes_and_passes(
-    changes: dict[str, int], processes: int, expected: tuple[int, int]
-) -> None:
-    settled = settle_batch(TrainConfig(**changes), processes)  # type: ignore
-    assert (settled.batch_size, settled.accumulation) == expected
-    assert settle_batch(settled, processes) == settled
-
-
-def test_what_does_not_divide_is_refused(caches: dict[str, Path], tmp_path: Path) -> None:
+    ):
+        settled = settle_batch(TrainConfig(**changes), processes)  # type: ignore
+        assert (settled.batch_size, settled.accumulation) == expected
+        assert settle_batch(settled, processes) == settled
     for changes, named in (
         ({"global_batch": 64}, "66"),  # a number that three processes share
         ({"global_batch": 60, "accumulation": 7}, "accumulation"),
@@ -69,8 +63,6 @@ def test_what_does_not_divide_is_refused(caches: dict[str, Path], tmp_path: Path
     ):
         with pytest.raises(TideError, match=named):
             settle_batch(TrainConfig(**changes), 3)  # type: ignore
-    with pytest.raises(TideError, match="draws_per_step"):
-        make_trainer(config(caches["tiny-cross"], tmp_path / "r", draws_per_step=4))
 
 
 def steps(cache: Path, processes: int, **changes: Any) -> list[list[tuple[str, int]]]:
@@ -152,44 +144,120 @@ def test_loss_and_gradient_of_several_draws_are_those_of_the_rows_one_by_one(
     torch.testing.assert_close(together[1], alone[1], rtol=1e-9, atol=1e-12)
 
 
-def test_every_draw_of_every_example_comes_once_and_epochs_count_draws(
-    caches: dict[str, Path],
+def test_checkpointing_and_a_process_that_works_ahead_train_the_same_student(
+    caches: dict[str, Path], tmp_path: Path
 ) -> None:
-    data = dataset(caches["tiny-cross"], 2, draws_per_step=2, batch_size=4, epochs=2.0, window=2)
-    assert data.batches_in(0) * 2 == len(data)  # one pass over two draws: two epochs
-    seen: Counter[tuple[str, int]] = Counter()
-    for i in range(len(data)):
-        rows = data.rows(i)
-        seen.update((row.example_id, row.draw) for row in rows)
-        assert [row.draw for row in rows] == [0, 1] * (len(rows) // 2)
-    assert len(seen) == 48 and set(seen.values()) == {1}
+    ways = {"plain": {}, "less": {"gradient_checkpointing": True}, "ahead": {"loader_workers": 1}}
+    for name, way in ways.items():
+        run = config(caches["tiny-shared"], tmp_path / name, distillation={"type": "kl"}, **way)
+        train_student(run)
+        assert curve(tmp_path / name) == curve(tmp_path / "plain")
+        weights = tmp_path / name / "model" / "model.safetensors"
+        expected = tmp_path / "plain" / "model" / "model.safetensors"
+        assert weights.read_bytes() == expected.read_bytes()
 
 
-def test_draws_of_other_examples_are_refused(
-    caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_a_process_of_the_loader_meets_is_said_without_a_traceback(
+    caches: dict[str, Path], tmp_path: Path
 ) -> None:
-    """As a cache would be whose ledger says the same."""
-    cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
-    data = dataset(cache, draws_per_step=2, batch_size=4)
-    names = plain_table(Unit(1, 1).path(cache)).column("example_id").combine_chunks()
-    change_column(cache, Unit(1, 1), "example_id", names.take(list(range(len(names)))[::-1]))
-    monkeypatch.setattr(Entry, "check", lambda *_: None)
-    with pytest.raises(TideError, match="part-00001"):
-        [data.rows(i) for i in range(len(data))]
+    cache = Path(shutil.copytree(caches["tiny-shared"], tmp_path / "c"))
+    trainer, _ = make_trainer(config(cache, tmp_path / "r", loader_workers=1, heldout=None))
+    for part in range(3):
+        Unit(0, part).path(cache).unlink()
+    with pytest.raises(TideError, match="part-0000") as caught:
+        trainer.train_resuming()
+    assert "Traceback" not in str(caught.value)
 
 
-def test_a_process_decodes_its_own_rows_only(
-    caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+def test_another_optimizer_and_slices_sized_by_memory(
+    caches: dict[str, Path], tmp_path: Path
 ) -> None:
-    decoded: list[int] = []
-    rows = Shard.rows
+    short = {"heldout": None, "max_steps": 2, "optimizer": "adafactor"}
+    train_student(config(caches["tiny-shared"], tmp_path / "r", **short))
+    assert slice_rows(151_936) == 220  # of a CPU
+    assert slice_rows(151_936, 80 << 30) == 2048
+    assert slice_rows(10**9, 1 << 30) == 32
+    for memory in (8 << 30, 24 << 30, 141 << 30):  # a sixth of the GPU, at most
+        assert slice_rows(151_936, memory) * 151_936 * 4 * 6 <= 0.16 * memory
 
-    def counted(*args: Any) -> list:
-        decoded.append(len(args[3]))
-        return rows(*args)
 
-    monkeypatch.setattr(Shard, "rows", counted)
-    data = dataset(caches["tiny-shared"], 4, batch_size=2)
-    for i in range(data.batches_in(0)):
-        data.rows(4 * i)
-    assert sum(decoded) == 6
+def program(what: str, settings: TrainConfig, *more: str, processes: int = 1, **env: str) -> str:
+    """What `tests.student_train.training.program` prints."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ".", **env}
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else [])]
+    command += ["--master-port=29611"] if processes > 1 else []
+    command += ["-m", "tests.student_train.training.program", what]
+    command += [json.dumps(to_plain(settings)), *more]
+    how = {"env": environment, "capture_output": True, "text": True}
+    done = subprocess.run(command, check=False, **how)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("teacher", "objective"),
+    [("tiny-shared", {"type": "kl", "tidal": {}}), ("tiny-cross", {"type": "reverse_calm"})],
+    ids=["kl", "reverse_calm"],
+)
+def test_a_compiled_run_has_the_losses_of_a_plain_one(
+    caches: dict[str, Path], tmp_path: Path, teacher: str, objective: dict
+) -> None:
+    """And compiles nothing anew over batches of other lengths."""
+    shape = {"hidden_size": 64, "layers": 3, "heads": 4, "kv_heads": 2, "intermediate_size": 96}
+    how = {"student": shape, "distillation": objective, "heldout": None, "report_to": []}
+    how |= {"log_steps": 1, "checkpoint_steps": 100}
+    run = config(caches[teacher], tmp_path / "r", **how)
+    said = program("compiled", run, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"))
+    runs = json.loads(said.splitlines()[-1])
+    assert runs["on"]["losses"] == pytest.approx(runs["off"]["losses"], rel=2e-5)
+    assert runs["off"]["graphs"][-1] == 0
+    graphs = runs["on"]["graphs"]
+    assert graphs[1] == 2  # one for all layers, one for the loss
+    assert graphs[-1] <= 3  # the loss once more where shapes met by chance
+    assert graphs[-1] == graphs[6]  # the second epoch compiles nothing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("teacher", "objective", "parallel"),
+    [
+        ("tiny-cross", {"type": "reverse_calm"}, "ddp"),
+        ("tiny-shared", {"type": "kl", "tidal": {}}, "ddp"),
+        ("tiny-cross", {"type": "reverse_calm"}, "fsdp"),
+    ],
+    ids=["reverse_calm", "kl", "sharded"],
+)
+def test_two_processes_of_two_passes_make_the_gradient_of_one(
+    caches: dict[str, Path], tmp_path: Path, teacher: str, objective: Any, parallel: str
+) -> None:
+    """16 examples at once, and 4 of them in each pass of each process."""
+    how = {"learning_rate": 1.0, "schedule": "constant_with_warmup", "warmup_ratio": 0.0}
+    how |= {"max_grad_norm": 1e9, "log_steps": 1, "checkpoint_steps": 1, "eval_steps": 2}
+    how |= {"distillation": objective, "global_batch": 16, "max_steps": 2}
+    weights, curves = [], []
+    for processes, batch, way in ((1, 16, "ddp"), (2, 4, parallel)):
+        out = tmp_path / str(processes)
+        run = config(caches[teacher], out, batch_size=batch, parallel=way, **how)
+        program("descend", run, "sgd", processes=processes)
+        weights.append(load_file(out / "model" / "model.safetensors"))
+        curves.append(curve(out))
+    for name, expected in weights[0].items():
+        torch.testing.assert_close(weights[1][name], expected, rtol=0, atol=1e-6)
+    for a, b in zip(*curves, strict=True):
+        assert b == {key: pytest.approx(value, rel=1e-5, abs=1e-6) for key, value in a.items()}
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_from_its_checkpoint(caches: dict[str, Path], tmp_path: Path) -> None:
+    how = {"log_steps": 1, "checkpoint_steps": 2, "eval_steps": 2, "parallel": "fsdp"}
+    how |= {"distillation": {"type": "reverse_calm"}, "max_steps": 4}
+    settings = config(caches["tiny-cross"], tmp_path / "run", **how)
+    program("descend", settings, "adamw_torch", processes=2)
+    before = load_file(settings.out / "model" / "model.safetensors")
+    for lost in (settings.out / "checkpoints" / "checkpoint-4", settings.out / "model"):
+        shutil.rmtree(lost)
+    program("descend", settings, "adamw_torch", processes=2)
+    after = load_file(settings.out / "model" / "model.safetensors")
+    assert all(after[name].equal(value) for name, value in before.items())

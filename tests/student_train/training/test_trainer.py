@@ -1,4 +1,6 @@
-"""Runs of the trainer: every objective learns, and a run that is killed goes on float for float."""
+"""Runs of the trainer: every objective learns, what is refused, and a run that is killed, or
+continued with other settings, goes on float for float.
+"""
 
 import json
 import random
@@ -7,20 +9,23 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.cache.manifest import load_manifest
 from shared.settings.build import build
 from shared.settings.config import KL, Calm, ReverseCalm, Tidal, TrainConfig
+from shared.system import hardware
 from shared.system.errors import TideError
 from student_train.training.preflight import check_objective
 from student_train.training.resumable import whole_checkpoints
-from student_train.training.trainer import train_student
+from student_train.training.trainer import make_trainer, train_student
 from tests.conftest import heldout_file
 
 
@@ -40,6 +45,10 @@ def curve(out: Path) -> list[dict[str, Any]]:
     clock = {"total_flos", "train_loss", "tokens_per_second"}
     entries = [entry for entry in steps if "train_runtime" not in entry]
     return [{k: v for k, v in entry.items() if k not in clock} for entry in entries]
+
+
+def logged(out: Path, name: str = "loss") -> dict[int, float]:
+    return {entry["step"]: entry[name] for entry in curve(out) if "loss" in entry}
 
 
 @pytest.mark.parametrize(
@@ -113,13 +122,93 @@ def test_killed_at_random_moments_and_restarted_the_curve_is_the_same(
     assert weights[0] == weights[1]
 
 
-def test_a_cache_of_another_tokenizer_is_refused(caches: dict[str, Path], tmp_path: Path) -> None:
-    cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
-    shutil.rmtree(cache / "student_tokenizer")
-    shutil.copytree(caches["tiny-shared"] / "student_tokenizer", cache / "student_tokenizer")
-    with pytest.raises(TideError, match="tokenizer"):
-        train_student(config(cache, tmp_path / "r"))
-    assert not (tmp_path / "r").exists()
+def test_the_logs_epoch_is_the_epoch(caches: dict[str, Path], tmp_path: Path) -> None:
+    """Twenty-four examples in batches of 4 are six steps, whatever accumulates or shares a step."""
+    for changes in ({"batch_size": 2, "accumulation": 2}, {"draws_per_step": 2}):
+        out = tmp_path / str(len(changes))
+        train_student(config(caches["tiny-cross"], out, log_steps=1, heldout=None, **changes))
+        epochs = logged(out, "epoch")
+        assert epochs[6] == pytest.approx(1) and epochs[12] == pytest.approx(2), changes
+
+
+def test_a_run_is_extended(caches: dict[str, Path], tmp_path: Path) -> None:
+    """At a constant rate it is the longer run, step for step; run.json and the curve say so."""
+    cache, short = caches["tiny-cross"], tmp_path / "short"
+    constant = {"schedule": "constant_with_warmup", "warmup_ratio": 0.0, "heldout": None}
+    train_student(config(cache, tmp_path / "long", **constant))
+    train_student(config(cache, short, max_steps=4, **constant))
+    train_student(config(cache, short, **constant))
+    assert logged(short) == logged(tmp_path / "long")
+    assert json.loads((short / "run.json").read_text())["steps"] == 12
+    train_student(config(cache, short, max_steps=-1, epochs=3, **constant))  # by epochs too
+    assert curve(short)[-1]["step"] == 18
+    for changes in ({"max_steps": 8}, {"max_steps": 24, "learning_rate": 1e-3}):
+        with pytest.raises(TideError):
+            train_student(config(cache, short, **{**constant, **changes}))
+
+
+def test_how_a_run_is_looked_at_may_change(caches: dict[str, Path], tmp_path: Path) -> None:
+    """Then the student is that of the run that was never stopped."""
+    cache, one, two = caches["tiny-cross"], tmp_path / "one", tmp_path / "two"
+    train_student(config(cache, one))
+    trainer, _ = make_trainer(config(cache, two))
+
+    def stop(item: int, *_: Any) -> None:
+        if item == 6:
+            raise KeyboardInterrupt
+
+    trainer.at_item = stop
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train_resuming()
+    broken = two / "checkpoints" / "checkpoint-99"  # was being written
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes(b"half")
+    changed = {"log_steps": 1, "checkpoint_steps": 2, "eval_steps": 3, "report_to": []}
+    train_student(config(cache, two, run_name="again", **changed))
+    assert {step for step in logged(two) if step > 6} == {7, 8, 9, 10, 11, 12}
+    assert not broken.exists()
+    finals = [json.loads((run / "history.json").read_text())["final"] for run in (one, two)]
+    assert finals[0]["eval_heldout_nll"] == finals[1]["eval_heldout_nll"]
+
+
+def test_a_tracker_is_told_all_settings_and_the_cache(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
+    """TensorBoard, in one folder whatever resumes; wandb and trackio log the same dictionary."""
+    cache, out, how = caches["tiny-cross"], tmp_path / "my-run", {"type": "reverse_calm"}
+    trainer, _ = make_trainer(config(cache, out, distillation=how, max_steps=4))
+    told = trainer.args.to_dict()["tide"]
+    assert told["distillation"]["type"] == "reverse_calm" and told["seed"] == 0
+    assert told["cache_digest"] == load_manifest(cache).digest and told["teacher"] == "tiny-cross"
+    assert trainer.args.run_name == "my-run"
+    for steps in (4, 8):
+        train_student(config(cache, out, distillation=how, max_steps=steps))
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    text = events.Tensors("args/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert load_manifest(cache).digest in text and "reverse_calm" in text
+    assert {event.step for event in events.Scalars("train/loss")} == {1, 2, 4, 6, 8}
+    assert not list((out / "checkpoints").rglob("events.out*"))
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_run_keeps_the_precision_that_it_was_begun_with(
+    begun: bool, caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def machine(bfloat16: bool) -> None:
+        monkeypatch.setattr(hardware, "bfloat16_in_hardware", lambda _device: bfloat16)
+
+    auto = config(caches["tiny-cross"], tmp_path / "r", precision="auto")
+    machine(begun)
+    make_trainer(auto)
+    first, other = ("bfloat16", "float32") if begun else ("float32", "bfloat16")
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["config"]["precision"] == first
+    machine(not begun)
+    with pytest.warns(UserWarning, match="bfloat16") if begun else nullcontext():
+        trainer, _ = make_trainer(auto)
+    assert trainer.args.bf16 == begun
+    machine(True)
+    with pytest.raises(TideError, match="precision"):
+        make_trainer(config(caches["tiny-cross"], tmp_path / "r", precision=other))
 
 
 def test_objectives_that_the_cache_cannot_serve_and_one_the_paper_advises_against(
@@ -136,3 +225,20 @@ def test_objectives_that_the_cache_cannot_serve_and_one_the_paper_advises_agains
         with pytest.warns(UserWarning, match=said):
             check_objective(objective, shared, Path("c"), 10, bare)
     check_objective(KL(), shared, Path("c"), 10, 10)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
+    shutil.rmtree(other / "student_tokenizer")
+    shutil.copytree(caches["tiny-shared"] / "student_tokenizer", other / "student_tokenizer")
+    for named, cache, changes in (
+        ("tokenizer", other, {}),
+        ("wandb", caches["tiny-cross"], {"report_to": ["wandb"]}),
+        ("adamw_8bit", caches["tiny-cross"], {"optimizer": "adamw_8bit"}),  # which needs a GPU
+        ("draws_per_step", caches["tiny-cross"], {"draws_per_step": 4}),
+    ):
+        with pytest.raises(TideError, match=named):
+            make_trainer(config(cache, tmp_path / "r", **changes))
+    assert not (tmp_path / "r").exists()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from student_train.using.elbo import ElboConfig, log_likelihoods, masks
 from student_train.using.settings import Special
-from tests.student_train.model.test_student import small
+from tests.student_train.places import small
 
 SPECIAL = Special(mask=49, pad=47, eos=48)
 CONTEXT = [1, 2, 3, 4, 5]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from student_train.using.settings import SampleConfig, Special
 from student_train.using.student import sample, sample_steps
-from tests.student_train.model.test_student import small
+from tests.student_train.places import small
 
 SPECIAL = Special(mask=49, pad=47, eos=48)
 ENDLESS = dataclasses.replace(SPECIAL, eos=-1)

@@ -1,11 +1,15 @@
-"""The student: what it sees of [x_t ; x_0], by SDPA and flex_attention; what it is loaded from."""
+"""The student: what it sees of [x_t ; x_0], by SDPA and flex_attention; what it is loaded from; and
+its folder, as a run leaves it and in both layouts.
+"""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -13,7 +17,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from shared.cache.manifest import load_manifest
 from shared.diffusion import block_diffusion_places
@@ -24,22 +28,17 @@ from shared.system.errors import TideError
 from student_train.batches.collate import places_of_draws
 from student_train.export import export_student
 from student_train.model import FLEX, flex_mask, load_student, masked_hidden
+from student_train.training.trainer import train_student
+from student_train.using.student import load_for_use
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
 from tests.plain_masks import block_diffusion
-from tests.student_train.places import all_places
+from tests.student_train.places import all_places, small
+from tests.student_train.training.test_trainer import config
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
-
-
-def small() -> Any:
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    config = Qwen3Config(vocab_size=50, **shape, **heads, initializer_range=0.1)
-    return Qwen3ForCausalLM(config).eval()
 
 
 def hidden_of(
@@ -68,18 +67,6 @@ def test_golden_logits_at_masked_positions(golden: Path) -> None:
         logits = model.lm_head(hidden_of(model, noised, clean, lengths, 4, mask=95))
     reference = expected["logits_bd3lm_block_4"][noised == 95]
     torch.testing.assert_close(logits, reference, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("attention", ["sdpa", FLEX])
-def test_padding_changes_no_value(attention: str) -> None:
-    model, lengths = small().requires_grad_(False), [37, 64, 5]
-    model.set_attn_implementation(attention)
-    noised, clean = inputs(lengths)
-    alone = []
-    for i, n in enumerate(lengths):
-        alone.append(hidden_of(model, noised[i : i + 1, :n], clean[i : i + 1, :n], [n], 8))
-    together = hidden_of(model, noised, clean, lengths, 8)
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
 def test_a_prediction_sees_its_noised_block_and_earlier_clean_blocks_only() -> None:
@@ -188,9 +175,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
         (tokenizer_into(tmp_path / "other tokenizer", TEACHER_TOKENIZER), "tokenizer"),
         (tokenizer_into(tmp_path / "no student"), "Dream"),
     ]
-    for config, name in wrong:
+    for wanted, name in wrong:
         with pytest.raises(TideError, match=name):
-            load_student(config, cache, manifest)
+            load_student(wanted, cache, manifest)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -213,3 +200,69 @@ def test_an_embedding_without_a_row_for_the_mask_grows_only_when_told_to(
         torch.testing.assert_close(new[2047], old.mean(dim=0))
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
     assert model.config.vocab_size == 2048
+
+
+@pytest.fixture
+def reference(golden: Path, tmp_path: Path) -> Path:
+    """The reference's own tiny student, with a tokenizer beside it."""
+    folder = tmp_path / "reference"
+    shutil.copytree(golden / "a2d_qwen3", folder)
+    shutil.copytree(STUDENT_TOKENIZER, folder, dirs_exist_ok=True)
+    return folder
+
+
+def test_both_layouts_keep_every_bit_and_compute_the_references_logits(
+    reference: Path, tmp_path: Path
+) -> None:
+    export_student(reference, tmp_path / "hf", "hf")
+    export_student(tmp_path / "hf", tmp_path / "a2d", "a2d")
+    before, after = (load_file(f / "model.safetensors") for f in (reference, tmp_path / "a2d"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    path = tmp_path / "a2d" / "config.json"
+    known = json.loads((reference / "config.json").read_text())
+    written = json.loads(path.read_text())
+    for name in known.keys() & written.keys() - {"transformers_version", "dtype", "use_cache"}:
+        assert written[name] == known[name] or name == "_name_or_path", name
+    assert {"rope_theta", "head_dim", "mask_token_id", "architectures"} <= written.keys()
+    assert written["dtype"] == str(after["lm_head.weight"].dtype).removeprefix("torch.")
+    # transformers knows no a2d-qwen3: what it calls the same model loads these very files.
+    path.write_text(json.dumps({**written, "model_type": "qwen3"}))
+    expected = load_file(reference / "expected.safetensors")
+    for layout in ("hf", "a2d"):
+        folder = tmp_path / layout
+        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)  # type: ignore
+        assert not any(report[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
+        with torch.no_grad():
+            full = torch.ones(2, 1, 16, 16, dtype=torch.bool)
+            logits = model.eval()(expected["noised_ids"], attention_mask=full).logits
+        torch.testing.assert_close(logits, expected["logits_full_attention"], rtol=0, atol=1e-5)
+
+
+def test_what_is_no_student_or_would_be_overwritten_is_refused(
+    reference: Path, golden: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(TideError, match="Dream"):
+        export_student(golden / "dream", tmp_path / "x", "hf")
+    with pytest.raises(TideError, match=reference.name):
+        export_student(reference, reference, "a2d")
+
+
+def test_a_finished_students_folder_is_complete_and_says_nothing_of_the_machine(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
+    cache = caches["tiny-shared"]
+    train_student(config(cache, tmp_path / "r", max_steps=2, distillation={"type": "kl"}))
+    folder, manifest = tmp_path / "r" / "model", load_manifest(cache)
+    card: Any = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "transformers" and "block-diffusion" in card.data.tags
+    text = (folder / "README.md").read_text()
+    for words in (manifest.digest, "tiny-shared", "| nll |"):
+        assert words in text
+    assert str(tmp_path) not in text and str(cache) not in text
+    settings = json.loads(text.partition("```json\n")[2].partition("\n```")[0])
+    assert settings["distillation"]["type"] == "kl"
+    stored = AutoModelForCausalLM.from_pretrained(folder).config
+    assert (stored.block_size, stored.mask_token_id) == (32, manifest.fingerprint.student.mask_id)
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    assert load_for_use(str(folder), "cpu").block == 32

@@ -1,0 +1,301 @@
+"""Which rows come at which step, from a folder or a store, and how they stand in a batch."""
+
+import dataclasses
+import pickle
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared.cache.ledger import LEDGER, Entry, settle_ledger
+from shared.cache.manifest import load_manifest
+from shared.cache.shards import Shard, Unit, finished_units
+from shared.cache.stores import Store
+from shared.settings.config import TrainConfig
+from shared.system.errors import TideError
+from student_train.batches.collate import TargetReader, collate, counts_of, places_of_draws
+from student_train.batches.loader import BatchDataset, OpenCache
+from student_train.model import masked_hidden
+from tests.reading import change_column, dataset, layout_of, plain_table, rows_in
+from tests.student_train.places import all_places, in_float64, small
+
+
+def test_an_epoch_sees_every_row_of_its_draw_once_in_whole_batches(caches: dict[str, Path]) -> None:
+    for batch, window in ((3, 1), (5, 2), (100, 9)):
+        data = dataset(caches["tiny-cross"], batch_size=batch, window=window)
+        index = 0
+        for epoch in range(3):
+            items = [data.rows(i) for i in range(index, index + data.batches_in(epoch))]
+            index += len(items)
+            assert [len(rows) for rows in items[:-1]] == [batch] * (len(items) - 1)
+            assert {row.draw for rows in items for row in rows} == {epoch % 2}
+            seen = Counter(row.example_id for rows in items for row in rows)
+            assert set(seen.values()) == {1} and seen.total() == 24
+
+
+def test_every_draw_of_every_example_comes_once_and_epochs_count_draws(
+    caches: dict[str, Path],
+) -> None:
+    data = dataset(caches["tiny-cross"], 2, draws_per_step=2, batch_size=4, epochs=2.0, window=2)
+    assert data.batches_in(0) * 2 == len(data)  # one pass over two draws: two epochs
+    seen: Counter[tuple[str, int]] = Counter()
+    for i in range(len(data)):
+        rows = data.rows(i)
+        seen.update((row.example_id, row.draw) for row in rows)
+        assert [row.draw for row in rows] == [0, 1] * (len(rows) // 2)
+    assert len(seen) == 48 and set(seen.values()) == {1}
+
+
+def test_batches_hold_rows_of_like_length(caches: dict[str, Path]) -> None:
+    data = dataset(caches["tiny-cross"], batch_size=4, window=3)
+    tokens = padded = 0
+    for i in range(data.batches_in(0)):
+        lengths = [len(row.student_ids) for row in data.rows(i)]
+        tokens += sum(lengths)
+        padded += max(lengths) * len(lengths)
+    assert padded < 1.25 * tokens
+
+
+def test_the_order_is_a_function_of_the_seed_alone(caches: dict[str, Path]) -> None:
+    def order(seed: int, first: int = 0) -> list[list[str]]:
+        data = dataset(caches["tiny-cross"], seed=seed, window=2)
+        return [[row.example_id for row in data.rows(i)] for i in range(first, len(data))]
+
+    whole = order(3)
+    assert order(3, 7) == whole[7:]  # resuming in the middle
+    assert whole != order(4)
+    assert whole[:5] != whole[10:15]  # epochs 0 and 2 share a draw
+
+
+def test_a_process_decodes_its_own_rows_only(
+    caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+    rows = Shard.rows
+
+    def counted(*args: Any) -> list:
+        decoded.append(len(args[3]))
+        return rows(*args)
+
+    monkeypatch.setattr(Shard, "rows", counted)
+    data = dataset(caches["tiny-shared"], 4, batch_size=2)
+    for i in range(data.batches_in(0)):
+        data.rows(4 * i)
+    assert sum(decoded) == 6
+
+
+def test_draws_of_other_examples_and_a_cut_shard_are_refused(
+    caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other examples as in a cache whose ledger says the same."""
+    cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
+    data, shard = dataset(cache, draws_per_step=2, batch_size=4), Unit(1, 1).path(cache)
+    names = plain_table(shard).column("example_id").combine_chunks()
+    change_column(cache, Unit(1, 1), "example_id", names.take(list(range(len(names)))[::-1]))
+    with monkeypatch.context() as patch:
+        patch.setattr(Entry, "check", lambda *_: None)
+        with pytest.raises(TideError, match=shard.name):
+            [data.rows(i) for i in range(len(data))]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(TideError, match=shard.name):
+        dataset(cache)
+
+
+# --- From a store: shards come ahead of their use, and a bounded number of them stays ----------
+
+
+@pytest.fixture
+def store(caches: dict[str, Path], tmp_path: Path) -> str:
+    """A store with a finished cache, under an address that is a path."""
+    cache, there = caches["tiny-shared"], tmp_path / "store"
+    manifest = load_manifest(cache)
+    Store.open(str(there)).push(cache, manifest, settle_ledger(cache, manifest))
+    return str(there)
+
+
+def opened(store: str, folder: Path, gigabytes: float = 1.0) -> OpenCache:
+    return OpenCache(TrainConfig(cache=folder, store=store, store_cache_gb=gigabytes))
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The shards that came from the store."""
+    names: list[str] = []
+    read = Store.read
+
+    def noted(self: Store, name: str) -> bytes:
+        names.extend([name] if name.endswith(".parquet") and "part-" in name else [])
+        return read(self, name)
+
+    monkeypatch.setattr(Store, "read", noted)
+    return names
+
+
+def test_rows_and_their_order_are_those_of_the_folder(
+    caches: dict[str, Path], store: str, tmp_path: Path, fetched: list[str]
+) -> None:
+    local, how = tmp_path / "local", TrainConfig(batch_size=5, seed=3, epochs=4.0, window=2)
+    data = BatchDataset(opened(store, local), how)
+    assert finished_units(local) == []  # nothing is pulled before it is needed
+    expected = dataset(caches["tiny-shared"], window=2)
+    assert len(data) == len(expected)
+    for i in range(len(data)):
+        assert [r.example_id for r in data.rows(i)] == [r.example_id for r in expected.rows(i)]
+    assert len(fetched) == 6  # each once, in four epochs
+    bounded = BatchDataset(opened(store, tmp_path / "small", 1e-6), how)
+    fetched.clear()
+    for i in range(len(bounded)):
+        assert bounded.rows(i)
+        assert len(finished_units(tmp_path / "small")) <= 5  # those in use, and on their way
+    assert len(fetched) > 6
+
+
+def test_what_is_there_is_not_fetched_and_what_is_damaged_is_or_is_refused(
+    store: str, tmp_path: Path, fetched: list[str]
+) -> None:
+    local, there = tmp_path / "local", Path(store)
+    cache = opened(store, local)
+    for part in range(3):
+        cache.shard(Unit(0, part))
+    again = pickle.loads(pickle.dumps(opened(store, local)))  # to a loader's process
+    path = Unit(0, 1).path(local)
+    path.write_bytes(path.read_bytes()[:-3])
+    fetched.clear()
+    for part, fetches in ((0, 0), (1, 1)):
+        unit = Unit(0, part)
+        assert again.shard(unit).counts["rows"] == again.ledger[unit].rows
+        assert len(fetched) == fetches
+    # In the store itself: another shard, a missing one, no ledger.
+    shutil.copyfile(Unit(1, 0).path(there), Unit(1, 2).path(there))
+    Unit(1, 0).path(there).unlink()
+    for unit in (Unit(1, 2), Unit(1, 0)):
+        with pytest.raises(TideError, match=f"part-0000{unit.part}"):
+            again.shard(unit)
+    (there / LEDGER).unlink()
+    with pytest.raises(TideError, match=LEDGER):
+        opened(store, tmp_path / "other")
+
+
+# --- Rows as tensors ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("teacher", ["tiny-cross", "tiny-shared"])
+def test_a_batch_says_what_its_rows_say(caches: dict[str, Path], teacher: str) -> None:
+    cache = caches[teacher]
+    manifest = load_manifest(cache)
+    rows = rows_in(cache, Unit(0, 0))
+    batch = collate(rows, manifest)
+    n = 0
+    for i, row in enumerate(rows):
+        length, part = len(row.student_ids), slice(n, n + row.masked.size)
+        noised = row.student_ids.copy()
+        noised[row.masked] = manifest.fingerprint.student.mask_id
+        assert batch["valid"][i].sum() == length
+        assert batch["clean"][i, :length].tolist() == row.student_ids.tolist()
+        assert batch["noised"][i, :length].tolist() == noised.tolist()
+        assert batch["column"][part].tolist() == row.masked.tolist()
+        assert batch["gold"][part].tolist() == row.student_ids[row.masked].tolist()
+        assert torch.allclose(batch["t"][part], torch.tensor(row.t))
+        n += row.masked.size
+    counts = counts_of(batch["counts"])
+    assert (int(counts.read), int(counts.maskable)) == (n, sum(r.maskable for r in rows))
+    targets = TargetReader(manifest, layout_of(cache))(batch)
+    # Every chunk token is found at its own masked row, with its own gold id.
+    gold, chunk_logp = [], []
+    for row in rows:
+        assert row.chunk_student is not None and row.chunk_logp is not None
+        chunk_logp += row.chunk_logp.tolist()
+        for start, end in row.chunk_student:
+            gold += row.student_ids[start:end].tolist()
+    assert targets.chunks is not None
+    assert batch["gold"][targets.chunks.rows].tolist() == gold
+    assert targets.chunks.teacher_logp.tolist() == chunk_logp
+    assert (targets.topk is None) == (teacher == "tiny-cross")
+    if targets.topk is not None:
+        ids = np.concatenate([r.topk_ids for r in rows if r.topk_ids is not None])
+        assert targets.topk.ids[targets.topk.kept].tolist() == ids.tolist()
+        odds = np.concatenate([r.tail_odds for r in rows if r.tail_odds is not None])
+        assert targets.topk.odds[2.0].tolist() == odds[:, 1].tolist()
+        assert targets.topk.class_mass is not None
+        tail = torch.sigmoid(targets.topk.odds[2.0])
+        torch.testing.assert_close(targets.topk.class_mass[2.0].exp().sum(1), tail)
+
+
+def test_lists_of_different_lengths_are_padded_with_a_repeated_id(caches: dict[str, Path]) -> None:
+    cache = caches["tiny-shared"]
+    row = next(r for r in rows_in(cache, Unit(0, 0)) if r.masked.size >= 3)
+    assert row.topk_ids is not None and row.topk_logp is not None
+    ids, logp = row.topk_ids.reshape(-1, 8), row.topk_logp.reshape(-1, 8)
+    sizes = np.full(row.masked.size, 8, np.int32)
+    sizes[1] = 2
+    keep = np.arange(8) < sizes[:, None]
+    kept = {"topk_sizes": sizes, "topk_ids": ids[keep], "topk_logp": logp[keep]}
+    batch = collate([dataclasses.replace(row, **kept)], load_manifest(cache))
+    assert batch["topk_kept"].sum(1).tolist() == sizes.tolist()
+    assert (batch["topk_ids"][1, 2:] == int(ids[1, 0])).all()
+    assert batch["topk_ids"][2].tolist() == ids[2].tolist()
+
+
+@st.composite
+def batches(draw: Any) -> tuple[list[int], list[list[np.ndarray]], int]:
+    """Lengths of examples, the masked positions of each one's draws, a block."""
+    lengths = draw(st.lists(st.integers(1, 24), min_size=1, max_size=3))
+    masked = []
+    for n in lengths:
+        sets = draw(st.lists(st.sets(st.integers(0, n - 1)), min_size=1, max_size=4))
+        masked.append([np.array(sorted(positions), np.int64) for positions in sets])
+    return lengths, masked, draw(st.integers(1, 9))
+
+
+@settings(max_examples=25)
+@given(batches(), st.integers(0, 2**31))
+def test_states_and_gradients_are_those_of_each_draw_alone_over_all_rows(
+    batch: Any, seed: int
+) -> None:
+    lengths, masked, block = batch
+    generator = torch.Generator().manual_seed(seed)
+    clean = torch.randint(0, 49, (len(lengths), max(lengths)), generator=generator)
+    model = in_float64(small())
+
+    def run(clean: torch.Tensor, masked: Any, lengths: list[int], whole: bool) -> torch.Tensor:
+        width, copies = clean.shape[1], max(map(len, masked))
+        row, column = [], []
+        for i, draws in enumerate(masked):
+            for j, positions in enumerate(draws):
+                row += [i] * positions.size
+                column += (positions + j * width).tolist()
+        row, column = torch.tensor(row).long(), torch.tensor(column).long()
+        noised = clean.repeat(1, copies)
+        noised[row, column] = 49
+        places, place = places_of_draws(masked, lengths, block)
+        if whole:
+            places, place = all_places(lengths), column
+        return masked_hidden(model, noised, clean, places, row, place, block)
+
+    def gradients(hidden: torch.Tensor) -> list[torch.Tensor]:
+        weights = torch.linspace(-1, 1, hidden.numel()).double().reshape(hidden.shape)
+        parameters = list(model.model.parameters())
+        loss = (hidden * weights).sum()
+        how = {"allow_unused": True, "materialize_grads": True}
+        return list(torch.autograd.grad(loss, parameters, **how))  # type: ignore
+
+    together = run(clean, masked, lengths, False)
+    alone = []
+    for i, n in enumerate(lengths):
+        alone += [run(clean[i : i + 1, :n], [[one]], [n], True) for one in masked[i]]
+    alone = torch.cat(alone)
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradients(together), gradients(alone), rtol=1e-9, atol=1e-9)
+
+
+def test_the_prompt_the_last_block_and_an_example_without_masks_are_left_out() -> None:
+    places, _ = places_of_draws([[np.array([33, 70])]], [96], 32)
+    assert places.tolist() == [[*range(32, 96), *range(96, 96 + 64)]]
+    places, column = places_of_draws([[np.zeros(0, np.int64)]], [40], 8)
+    assert places.tolist() == [[-1]] and column.numel() == 0

@@ -1,0 +1,82 @@
+"""Runs of stage two as a program of its own, which tests start. It is a module, not text in a test,
+so that a name that is gone is found by the type checker.
+
+`descend SETTINGS OPTIMIZER`: `train_student` with an optimizer by name, and with FSDP on a CPU
+where the settings ask for it. `compiled SETTINGS`: the run with and without torch.compile (the
+checks of shapes that tests put around functions cannot be compiled); prints losses and graphs.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+from torch.distributed.fsdp import FSDPModule
+
+from shared.settings.build import build
+from shared.settings.config import TrainConfig
+from student_train.training import preflight, trainer
+
+
+def take_optimizer(name: str) -> None:
+    """By plain gradient descent with rate 1 a step's change of the weights is the gradient."""
+    arguments = trainer.training_arguments
+
+    def descend(*args: Any) -> Any:
+        made = arguments(*args)
+        made.optim = name
+        return made
+
+    trainer.training_arguments = descend
+
+
+def shard_on_cpus() -> None:
+    """accelerate shards on accelerators only. Told that this process is on one, it does the same
+    over gloo.
+    """
+    from accelerate import state
+
+    begin = state.PartialState.__init__
+
+    def told(self: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        if self.distributed_type == state.DistributedType.MULTI_CPU:
+            self.distributed_type = state.DistributedType.MULTI_GPU
+
+    state.PartialState.__init__ = told
+    torch.accelerator.is_available = lambda: True  # type: ignore[assignment]
+    preflight.check_machine = lambda config, processes: None  # noqa: ARG005
+    evaluate = trainer.StudentTrainer.evaluate
+
+    def sharded(self: Any, **ignored: Any) -> Any:
+        assert isinstance(self.model, FSDPModule)
+        return evaluate(self)
+
+    trainer.StudentTrainer.evaluate = sharded  # type: ignore[method-assign]
+
+
+def compiled_or_not(config: TrainConfig) -> dict[str, Any]:
+    runs: dict[str, Any] = {}
+    for way in ("off", "on"):
+        counters.clear()
+        made, _ = trainer.make_trainer(replace(config, compile=way, out=config.out / way))
+        graphs: list[int] = []
+        made.at_item = lambda *_, graphs=graphs: graphs.append(counters["stats"]["unique_graphs"])
+        made.train_resuming()
+        losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+        runs[way] = {"losses": losses, "graphs": [*graphs, counters["stats"]["unique_graphs"]]}
+    return runs
+
+
+if __name__ == "__main__":
+    config = build(TrainConfig, json.loads(sys.argv[2]))
+    if sys.argv[1] == "compiled":
+        torch.set_num_threads(2)
+        print(json.dumps(compiled_or_not(config)))
+    else:
+        take_optimizer(sys.argv[3])
+        if config.parallel == "fsdp":
+            shard_on_cpus()
+        trainer.train_student(config)

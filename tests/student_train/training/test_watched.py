@@ -1,0 +1,128 @@
+"""What a run is warned of before it begins; a loss that is not finite stops it, and `replay` shows
+where it broke.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shared.cache.manifest import load_manifest
+from shared.cache.row import CacheRow
+from shared.cache.shards import Shard
+from shared.data import iter_examples
+from shared.settings.config import DataConfig
+from shared.system import hardware
+from shared.system.errors import TideError
+from student_train.training.replay import replay
+from student_train.training.trainer import make_trainer, train_student
+from teacher_cache.run.build import build_cache
+from tests.conftest import chats_file, files, small_cache_config, write_chats
+from tests.reading import all_rows
+from tests.student_train.training.test_trainer import config
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_replayed(
+    caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN in the top-k of one example, as memory that fails would put it there."""
+    name, out = all_rows(caches["tiny-shared"])[3].example_id, tmp_path / "run"
+    read = Shard.rows
+
+    def spoiled(*args: object) -> list[CacheRow]:
+        rows = read(*args)  # type: ignore[arg-type]
+        for i, row in enumerate(rows):
+            if row.example_id == name and row.topk_logp is not None:
+                rows[i] = dataclasses.replace(row, topk_logp=row.topk_logp * np.float32("nan"))
+        return rows
+
+    monkeypatch.setattr(Shard, "rows", spoiled)
+    with pytest.raises(TideError, match=name):
+        train_student(config(caches["tiny-shared"], out, distillation={"type": "kl"}))
+    assert not (out / "model").exists()
+    report = replay(out)
+    assert name in report
+    assert "targets that are not finite: topk_logp" in report
+    assert "weights that are not finite: none" in report  # before the step that spoiled them
+    assert "sum of distillation nan" in report
+
+
+def test_diverging_weights_are_told_from_bad_targets(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
+    how = {"distillation": {"type": "kl"}, "learning_rate": 1e30, "max_grad_norm": 1e30}
+    with pytest.raises(TideError):
+        train_student(config(caches["tiny-shared"], tmp_path, **how))
+    assert "targets that are not finite: none" in replay(tmp_path)
+    with pytest.raises(TideError):
+        replay(tmp_path / "model")  # where nothing is recorded
+
+
+def test_held_out_rows_that_are_trained_on_are_counted(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
+    overlapping = {"source": str(chats_file()), "limit": 30}  # 24 of them are in the cache
+    with pytest.warns(UserWarning, match="24 of 30"):
+        make_trainer(config(caches["tiny-cross"], tmp_path / "r", heldout=overlapping))
+
+
+def test_a_split_by_content_shares_nothing(random_teacher: Path, tmp_path: Path) -> None:
+    """Without a warning, which would be an error here; repeats fall on one side."""
+    source = write_chats(tmp_path / "d.jsonl", [f"x = {i % 40}" for i in range(80)])["source"]
+    split = {"source": source, "heldout_share": 0.3}
+    data = {**split, "split": "train"}
+    build_cache(small_cache_config("tiny-cross", random_teacher, tmp_path / "c", data=data))
+    heldout = {**split, "split": "heldout"}
+    make_trainer(config(tmp_path / "c", tmp_path / "r", heldout=heldout))
+    examples = iter_examples(DataConfig(source, split="heldout", heldout_share=0.3))
+    ours = {example.id.partition("#")[0] for example in examples}
+    theirs = {row.example_id.partition("#")[0] for row in all_rows(tmp_path / "c")}
+    assert len(ours) + len(theirs) == 40 and not ours & theirs and ours
+
+
+def test_all_answers_of_conversations_from_chats_to_a_student(
+    random_teacher: Path, tmp_path: Path
+) -> None:
+    turns = ["user", "assistant", "user", "assistant", "user"]  # nobody answers the last
+    lines = []
+    for i in range(24):
+        messages = [{"role": role, "content": f"{j} = {i} + {j}"} for j, role in enumerate(turns)]
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    (tmp_path / "d.jsonl").write_text("".join(lines))
+    data = {"source": str(tmp_path / "d.jsonl"), "turns": "all"}
+    build_cache(small_cache_config("tiny-cross", random_teacher, tmp_path / "c", data=data))
+    masked_in_first = 0
+    for row in all_rows(tmp_path / "c"):
+        assert len(row.spans) == 2
+        inside = {p for a, b in row.spans.tolist() for p in range(a, b)}
+        assert set(row.masked.tolist()) <= inside
+        assert row.teacher_ids is not None and row.teacher_masked is not None
+        assert row.teacher_masked.max(initial=0) < len(row.teacher_ids)
+        masked_in_first += int((row.masked < row.spans[0, 1]).sum())
+    assert masked_in_first > 0
+    how = {"distillation": {"type": "reverse_calm"}, "max_steps": 4, "heldout": None}
+    train_student(config(tmp_path / "c", tmp_path / "r", **how))
+
+
+def test_a_cache_keeps_the_precision_that_it_was_begun_with(
+    caches: dict[str, Path], random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def machine(bfloat16: bool) -> None:
+        monkeypatch.setattr(hardware, "bfloat16_in_hardware", lambda _device: bfloat16)
+
+    out = tmp_path / "c"
+    auto = small_cache_config("tiny-cross", random_teacher, out, engine={"device": "cpu"})
+    machine(False)
+    build_cache(auto)
+    assert load_manifest(out).fingerprint.engine.dtype == "float32"
+    assert files(out) == files(caches["tiny-cross"])  # the very cache that float32 by name makes
+    machine(True)
+    shutil.rmtree(out / "draw=01")
+    assert build_cache(auto).computed == 3
+    assert files(out) == files(caches["tiny-cross"])
+    engine = {"device": "cpu", "dtype": "bfloat16"}
+    with pytest.raises(TideError, match="dtype"):
+        build_cache(small_cache_config("tiny-cross", random_teacher, out, engine=engine))
