@@ -20,14 +20,15 @@ from shared.cache.shards import Unit, finished_units
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
 from shared.system.errors import TideError
+from shared.text.tokenizers import Tokenizer
 from teacher_cache.run.build import build_cache
 from tests.conftest import chats_file, small_cache_config, write_chats
 from tests.reading import rows_in
 
 
 def contents(cache: Path) -> dict[str, bytes]:
-    found = sorted([*cache.glob("draw=*/*.parquet"), *cache.glob("tables/*.parquet")])
-    return {str(p.relative_to(cache)): p.read_bytes() for p in found}
+    paths = [*cache.glob("draw=*/*.parquet"), *cache.glob("tables/*.parquet")]
+    return {str(p.relative_to(cache)): p.read_bytes() for p in paths}
 
 
 @pytest.mark.parametrize("teacher", ["tiny-cross", "tiny-shared"])
@@ -53,11 +54,7 @@ def test_rows_hold_what_the_teacher_says(
             np.testing.assert_allclose(
                 row.logsumexp[where], torch.logsumexp(logits[read], 1), atol=0.5 / 32 + 1e-4
             )
-            assert (
-                row.topk_logp is not None
-                and row.topk_sizes is not None
-                and row.tail_odds is not None
-            )
+            assert row.topk_logp is not None and row.tail_odds is not None
             truth = torch.log_softmax(logits[read], 1).topk(8).values.numpy().astype(np.float32)
             apart = np.abs(row.topk_logp.reshape(-1, 8)[where] - truth)
             assert (apart <= half_steps(truth, (1.0, 2.0)) + 1e-4).all()
@@ -80,20 +77,21 @@ def test_a_second_run_computes_nothing_and_more_draws_only_the_new_ones(
 ) -> None:
     cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
     before = contents(cache)
-    report = build_cache(small_cache_config("tiny-cross", random_teacher, cache))
-    assert (report.computed, report.kept) == (0, 6)
+
+    def build(draws: int) -> tuple[int, int]:
+        noise = {"draws": draws}
+        report = build_cache(small_cache_config("tiny-cross", random_teacher, cache, noise=noise))
+        return report.computed, report.kept
+
+    assert build(2) == (0, 6)
     rows = [row for part in range(3) for row in rows_in(cache, Unit(1, part))]
     assert {row.draw for row in rows} == {1}
     assert len({row.example_id for row in rows}) == len(rows) == 24
-    grown = build_cache(small_cache_config("tiny-cross", random_teacher, cache, noise={"draws": 3}))
-    assert (grown.computed, grown.kept) == (3, 6)
+    assert build(3) == (3, 6)
     assert load_manifest(cache).draws == 3
     after = contents(cache)
     assert {k: after[k] for k in before} == before
-    again = build_cache(
-        small_cache_config("tiny-cross", random_teacher, cache)
-    )  # fewer draws shrink nothing
-    assert (again.computed, again.kept) == (0, 9)
+    assert build(2) == (0, 9)  # fewer draws shrink nothing
 
 
 def test_a_lost_shard_is_computed_again_bit_for_bit(
@@ -123,20 +121,16 @@ def test_killed_at_random_moments_and_restarted_the_cache_is_the_same(
     settings += " engine.device=cpu engine.dtype=float32"
     command += [part for s in settings.split() for part in ("--set", s)] + ["--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    chance = random.Random(0)
-    kills = 0
+    chance, kills = random.Random(0), 0
     for attempt in range(12):
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         try:
-            started, had = time.monotonic(), len(finished_units(out))
             # Wait for the run's first new shard: kills fall on work, not on imports.
-            while (
-                process.poll() is None
-                and len(finished_units(out)) == had
-                and time.monotonic() - started < 120
-            ):
+            had, started = len(finished_units(out)), time.monotonic()
+            while process.poll() is None and len(finished_units(out)) == had:
+                assert time.monotonic() - started < 120
                 time.sleep(0.01)
             if attempt < 4:
                 process.wait(chance.uniform(0, 0.1))
@@ -157,20 +151,15 @@ def test_a_teacher_that_returns_nan_stops_the_run_and_keeps_finished_shards(
     """A row of NaN in the embedding, for a token that only the third example has."""
     broken = Path(shutil.copytree(random_teacher, tmp_path / "m"))
     tensors = load_file(broken / "model.safetensors")
-    from shared.text.tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.load(broken)
-    rare = (
-        set(tokenizer.encode(["zebra quartz"])[0]) - set(tokenizer.encode(["x = 1", "y = 2"])[0])
-    ).pop()
+    third, first, second = Tokenizer.load(broken).encode(["zebra quartz", "x = 1", "y = 2"])
+    rare = (set(third) - {*first, *second}).pop()
     tensors["model.embed_tokens.weight"][rare] = float("nan")
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     data = write_chats(tmp_path / "d.jsonl", ["x = 1", "y = 2", "zebra quartz " * 6])
     noise = {"draws": 1, "seed": 1}
     changes: dict[str, Any] = {"data": data, "shard_examples": 1, "noise": noise}
-    config = small_cache_config(
-        "tiny-cross", broken, tmp_path / "c", targets={"signals": ["chunks"]}, **changes
-    )
+    chunks = {"targets": {"signals": ["chunks"]}, **changes}
+    config = small_cache_config("tiny-cross", broken, tmp_path / "c", **chunks)
     with pytest.raises(TideError):
         build_cache(config)
     assert finished_units(tmp_path / "c") == [Unit(0, 0), Unit(0, 1)]
@@ -200,14 +189,11 @@ def test_a_manifest_that_was_lost_is_made_again_from_the_shards(
 
 
 def test_one_pass_and_lists_of_adaptive_length(random_teacher: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {
-        "noise": {"draws": 1, "comp_demo": False},
-        "targets": {"k": 64, "mass": 0.03, "signals": ["topk"]},
-    }
-    config = small_cache_config("tiny-shared", random_teacher, tmp_path / "c", **changes)
-    build_cache(config)
+    targets = {"k": 64, "mass": 0.03, "signals": ["topk"]}
+    changes = {"noise": {"draws": 1, "comp_demo": False}, "targets": targets}
+    build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "c", **changes))
     sizes = []
-    for row in rows_in(config.out, Unit(0, 0)):
+    for row in rows_in(tmp_path / "c", Unit(0, 0)):
         assert not row.split.any() and row.chunk_logp is None
         assert row.topk_sizes is not None and row.topk_ids is not None
         assert row.topk_sizes.sum() == row.topk_ids.size

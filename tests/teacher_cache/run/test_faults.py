@@ -1,42 +1,147 @@
-"""What may happen to a cache in a month: nothing finished is lost, nothing wrong is trained on."""
+"""What may happen to a cache in a month: nothing finished is lost, nothing wrong is trained on.
 
+As a program (settings as JSON, a folder): stage one killed, or its disk filled, wherever it touches
+the disk. A point is a step of `shared.system.files`: a temporary file opened, written, synced,
+renamed, its folder synced. For each point a forked child builds a cache and meets the fault there;
+a second child finishes the cache, which must then be byte for byte the one that met none. Prints
+the number of cases as JSON.
+"""
+
+import errno
 import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit, read_shard
-from shared.settings.build import to_plain
+from shared.settings.build import build, to_plain
+from shared.settings.config import CacheConfig
+from shared.system import files as system_files
 from shared.system.errors import TideError
 from student_train.training.trainer import train_student
-from tests.conftest import chats_file, small_cache_config
+from teacher_cache.run.build import build_cache
+from tests.conftest import files, small_cache_config
 from tests.reading import layout_of
 from tests.shared.cache.test_row import assert_same
 from tests.student_train.training.test_trainer import config as train_settings
 
 ROOT = Path(__file__).parents[3]
+Fault = Callable[[], None]
+
+
+def kill() -> None:
+    """As `kill -9` does it."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fill_disk() -> None:
+    """As a full disk answers."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def put_points(at: int, fault: Fault) -> list[str]:
+    """A point before each step of writing a file, and one in the middle; `fault` at number `at`.
+
+    Returns a list that has the name of every file with a point: `at` of them where it was met.
+    """
+    seen: list[str] = []
+    real_fsync, real_sync = os.fsync, system_files.sync_folder
+    real_replace, real_open = Path.replace, Path.open
+
+    def point(path: Any = None) -> None:
+        seen.append(getattr(path, "name", "elsewhere"))
+        if len(seen) == at:
+            fault()
+
+    def before(step: Callable[..., Any], known: bool) -> Callable[..., Any]:
+        def with_point(target: Any, *more: Any) -> Any:
+            point(target if known else None)
+            return step(target, *more)
+
+        return with_point
+
+    def opened(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if not (path.name.endswith(".tide-tmp") and mode == "wb"):
+            return real_open(path, mode, *args, **kwargs)
+        point(path)
+        handle: Any = real_open(path, mode, *args, **kwargs)
+        handle.write(b"half of it")  # what a fault in the middle leaves behind
+        point(path)
+        handle.seek(0)
+        handle.truncate()
+        return handle
+
+    system_files.os.fsync = before(real_fsync, known=False)
+    system_files.sync_folder = before(real_sync, known=False)
+    Path.replace = before(real_replace, known=True)  # type: ignore[method-assign]
+    Path.open = opened  # type: ignore[method-assign]
+    return seen
+
+
+def build_in_child(config: dict[str, Any], at: int, fault: Fault, expected: str = "") -> int:
+    """Exit code of a forked build that meets a fault; negative where a signal ended it.
+
+    0: it came to its end without it, 3: it stopped with the expected message, 5: the fault was in
+    writing how far it is, for which no build stops.
+    """
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    code = 99
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - progress bars of a hundred builds
+    try:
+        seen = put_points(at, fault)
+        build_cache(build(CacheConfig, config))
+        met_in = seen[at - 1] if 0 < at <= len(seen) else ""
+        code = 0 if not met_in else 5 if met_in.startswith(".status") else 6
+    except TideError as error:
+        code = 3 if expected in str(error) else 4
+    except BaseException:
+        traceback.print_exc(file=sys.stdout)
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
+
+
+def meet_all(config: dict[str, Any], folder: Path, fault: Fault, ends: int, expected: str) -> int:
+    """All points of one fault; how many there were."""
+    whole = folder / "whole"
+    assert build_in_child({**config, "out": str(whole)}, 0, fault) == 0
+    at = 0
+    while True:
+        at += 1
+        out = folder / f"at-{at}"
+        settings = {**config, "out": str(out)}
+        code = build_in_child(settings, at, fault, expected)
+        if code == 0:
+            assert files(out) == files(whole)
+            return at - 1
+        assert code == ends or (code == 5 and fault is fill_disk), f"point {at}: exit code {code}"
+        assert build_in_child(settings, 0, fault) == 0, f"point {at}: the next run did not finish"
+        assert files(out) == files(whole), f"point {at}: another cache"
+        assert not list(out.rglob(".*.tide-tmp")), f"point {at}: leftovers"
+        shutil.rmtree(out)
 
 
 @pytest.mark.slow
 def test_killed_or_out_of_disk_at_every_point(random_teacher: Path, tmp_path: Path) -> None:
-    settings = small_cache_config(
-        "tiny-cross", random_teacher, tmp_path, noise={"draws": 2}, shard_examples=12,
-        data={"source": str(chats_file()), "limit": 24},
-    )  # fmt: skip
-    harness = [sys.executable, "-m", "tests.teacher_cache.run.fault_harness"]
-    done = subprocess.run(
-        [*harness, json.dumps(to_plain(settings)), str(tmp_path)], cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    settings = small_cache_config("tiny-cross", random_teacher, tmp_path, shard_examples=12)
+    command = [sys.executable, "-m", __name__, json.dumps(to_plain(settings)), str(tmp_path)]
+    one = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=one, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     cases = json.loads(done.stdout.splitlines()[-1])
-    print(cases)
     assert cases["killed"] >= 20
     assert cases["disk full"] == cases["killed"]
 
@@ -45,14 +150,11 @@ def damaged_copies(whole: bytes, flips: int, cuts: int) -> list[bytes]:
     """Truncated at `cuts` places, one bit turned at `flips`, more of them in the footer's third."""
     chance = random.Random(0)
     copies = [whole[: chance.randrange(len(whole))] for _ in range(cuts)]
-    third = 2 * len(whole) // 3
-    places = [
-        chance.randrange(len(whole)) if i % 2 else chance.randrange(third, len(whole))
-        for i in range(flips)
-    ]
-    return copies + [
-        whole[:p] + bytes([whole[p] ^ 1 << chance.randrange(8)]) + whole[p + 1 :] for p in places
-    ]
+    for i in range(flips):
+        place = chance.randrange(0 if i % 2 else 2 * len(whole) // 3, len(whole))
+        copies.append(bytearray(whole))
+        copies[-1][place] ^= 1 << chance.randrange(8)
+    return copies
 
 
 @pytest.mark.slow
@@ -60,12 +162,11 @@ def test_a_damaged_shard_is_refused_or_reads_the_same(
     caches: dict[str, Path], tmp_path: Path
 ) -> None:
     source = Unit(0, 0).path(caches["tiny-shared"])
-    path = tmp_path / "draw=00" / "part-00000.parquet"
+    path, refused = tmp_path / "draw=00" / "part-00000.parquet", 0
     path.parent.mkdir()
     layout = layout_of(caches["tiny-shared"])
     expected = read_shard(source, layout)
     copies = damaged_copies(source.read_bytes(), flips=1500, cuts=60)
-    refused = 0
     for copy in copies:
         path.write_bytes(copy)
         try:
@@ -73,48 +174,51 @@ def test_a_damaged_shard_is_refused_or_reads_the_same(
         except TideError:
             refused += 1
             continue
-        assert len(rows) == len(expected)
         for a, b in zip(rows, expected, strict=True):
             assert_same(a, b, exact=True)
-    print(f"{len(copies)} damaged shards, {refused} refused")
     assert refused >= 0.5 * len(copies)
 
 
 def test_a_damaged_manifest_is_refused_or_reads_the_same(
     caches: dict[str, Path], tmp_path: Path
 ) -> None:
-    source = caches["tiny-shared"] / "manifest.json"
-    expected = load_manifest(caches["tiny-shared"])
-    refused = 0
-    copies = damaged_copies(source.read_bytes(), flips=1000, cuts=100)
+    expected, refused = load_manifest(caches["tiny-shared"]), 0
+    whole = (caches["tiny-shared"] / "manifest.json").read_bytes()
+    copies = damaged_copies(whole, flips=1000, cuts=100)
     for copy in copies:
         (tmp_path / "manifest.json").write_bytes(copy)
         try:
             assert load_manifest(tmp_path) == expected
         except TideError:
             refused += 1
-    print(f"{len(copies)} damaged manifests, {refused} refused")
     assert refused > 0.8 * len(copies)
 
 
 def test_nothing_wrong_is_trained_on(caches: dict[str, Path], tmp_path: Path) -> None:
-    shards = [Unit(0, 0), Unit(1, 0), Unit(0, 1)]
-    foreign = shards[0].path(caches["tiny-shared"]).read_bytes()
-
-    def missing(first: Path, second: Path, third: Path) -> None:
-        second.unlink()
-
-    def of_another_cache(first: Path, second: Path, third: Path) -> None:
-        first.write_bytes(foreign)
-
-    def of_another_draw(first: Path, second: Path, third: Path) -> None:
-        first.write_bytes(second.read_bytes())
-
-    def truncated(first: Path, second: Path, third: Path) -> None:
-        third.write_bytes(third.read_bytes()[:-1])
-
-    for harm in (missing, of_another_cache, of_another_draw, truncated):
-        cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / harm.__name__))
-        harm(*(unit.path(cache) for unit in shards))
+    whole = {
+        unit: unit.path(caches["tiny-cross"]).read_bytes() for unit in (Unit(0, 1), Unit(1, 0))
+    }
+    harms = {  # what stands in place of the first shard
+        "missing": None,
+        "of another cache": Unit(0, 0).path(caches["tiny-shared"]).read_bytes(),
+        "of another draw": whole[Unit(1, 0)],
+        "truncated": whole[Unit(0, 1)][:-1],
+    }
+    for name, content in harms.items():
+        cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / name))
+        path = Unit(0, 1 if name == "truncated" else 0).path(cache)
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
         with pytest.raises(TideError, match=str(cache)):
-            train_student(train_settings(cache, tmp_path / f"run-{harm.__name__}"))
+            train_student(train_settings(cache, tmp_path / f"run of {name}"))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    settings, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
+    cases = {
+        "killed": meet_all(settings, folder / "kill", kill, -signal.SIGKILL, ""),
+        "disk full": meet_all(settings, folder / "full", fill_disk, 3, "the disk is full"),
+    }
+    print(json.dumps(cases))
