@@ -30,6 +30,7 @@ from shared.system.errors import TideError
 from shared.system.files import this_process, write_bytes
 from shared.system.processes import serve_parent
 
+Content = bytes  # of a file: `Entry` has a field of the other name
 LEDGER, CHECKED = "ledger.parquet", "checked.json"
 _NOTES = "ledger"
 _NUMBERS = ("bytes", "rows", "masked", "chunks", "rows_without_chunks")
@@ -50,12 +51,12 @@ class Entry:
     rows_without_chunks: int
 
     @classmethod
-    def of(cls, content: bytes, counts: Mapping[str, Any]) -> "Entry":
+    def of(cls, content: Content, counts: Mapping[str, Any]) -> "Entry":
         """From a shard's file, with the counts that are stored in it."""
         numbers = {name: int(counts.get(name, 0)) for name in _NUMBERS if name != "bytes"}
         return cls(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content), **numbers)
 
-    def check(self, path: Path, content: bytes) -> None:
+    def check(self, path: Path, content: Content) -> None:
         """TideError where `content` is not that shard's."""
         digest = hashlib.sha256(content).hexdigest()
         if digest != self.sha256:

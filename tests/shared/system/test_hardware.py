@@ -11,6 +11,7 @@ from shared.system.errors import TideError
 from shared.system.hardware import choose_device, choose_precision
 
 CPU = torch.device("cpu")
+X86 = platform.machine() in ("x86_64", "AMD64")
 
 
 def test_auto_follows_the_hardware_and_what_was_begun(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,15 +36,11 @@ def test_a_device_that_is_not_there_is_explained() -> None:
             choose_device(name)
 
 
-@pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets of x86 are held back"
-)
+@pytest.mark.skipif(not X86, reason="instruction sets of x86 are held back")
 def test_a_process_held_to_avx2_takes_float32() -> None:
     """What most laptops are, also where this runs on something better."""
     held = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-    code = (
-        "from shared.system.hardware import *; print(choose_precision('auto', torch.device('cpu')))"
-    )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=held)
-    assert done.stdout.strip() == "float32"
+    code = "from shared.system.hardware import *; cpu = choose_device('cpu')\n"
+    code += "print(choose_precision('auto', cpu))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=held)
+    assert done.stdout.strip() == b"float32"

@@ -21,21 +21,18 @@ SHARD = "draw=00/part-00000.parquet"
 
 
 def archive_of(
-    folder: Path, note: Any, members: dict[str, bytes], kind: bytes = tarfile.REGTYPE
-) -> Path:
-    """An archive with any note and any members."""
+    path: Path, note: Any, name: str, data: bytes, kind: bytes = tarfile.REGTYPE
+) -> None:
+    """An archive with any note and any member."""
     content = note if isinstance(note, bytes) else json.dumps(note).encode()
     plain = io.BytesIO()
     with tarfile.open(fileobj=plain, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for name, data in {CHECKSUMS: content, **members}.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            if name != CHECKSUMS:
-                info.type, info.linkname = kind, "/etc/passwd"
-            tar.addfile(info, io.BytesIO(data))
-    path = folder / "a.tar.zst"
+        first, second = tarfile.TarInfo(CHECKSUMS), tarfile.TarInfo(name)
+        first.size, second.size = len(content), len(data)
+        second.type, second.linkname = kind, "/etc/passwd"
+        tar.addfile(first, io.BytesIO(content))
+        tar.addfile(second, io.BytesIO(data))
     path.write_bytes(zstandard.compress(plain.getvalue()))
-    return path
 
 
 def about(content: bytes, **changes: Any) -> dict[str, Any]:
@@ -75,12 +72,14 @@ def test_notes_and_names_that_do_not_hold(tmp_path: Path) -> None:
     notes: list[Any] = [b"{", b"[" * 100_000, [], {SHARD: None}, {SHARD: about(b"x", bytes="1")}]
     notes += [{SHARD: about(b"x", bytes=size)} for size in (-1, 0, 10, 1 << 60)]
     notes += [{SHARD: about(b"x", sha256="zz")}, {SHARD: about(b"y")}, {}]
-    for note in notes:
-        refused(archive_of(tmp_path, note, {SHARD: b"x"}), tmp_path / "cache")
-    for name in ("../x", "/tmp/x", "draw=00/../../x", "./manifest.json", "tables/x.py", ""):
-        refused(archive_of(tmp_path, {name: about(b"x")}, {name: b"x"}), tmp_path / "cache")
-    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE):
-        refused(archive_of(tmp_path, {SHARD: about(b"")}, {SHARD: b""}, kind), tmp_path / "cache")
+    names = ("../x", "/tmp/x", "draw=00/../../x", "./manifest.json", "tables/x.py", "")
+    kinds = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE)
+    cases = [(note, SHARD, b"x", tarfile.REGTYPE) for note in notes]
+    cases += [({name: about(b"x")}, name, b"x", tarfile.REGTYPE) for name in names]
+    cases += [({SHARD: about(b"")}, SHARD, b"", kind) for kind in kinds]
+    for case in cases:
+        archive_of(tmp_path / "a.tar.zst", *case)
+        refused(tmp_path / "a.tar.zst", tmp_path / "cache")
 
 
 @pytest.mark.parametrize("what", ["content", "header", "end"])
@@ -110,17 +109,17 @@ def test_targets_that_are_taken_and_archives_that_are_no_files(
 ) -> None:
     archive = tmp_path / "a.tar.zst"
     pack_cache(caches["tiny-cross"], archive)
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "x").write_text("mine")
-    (tmp_path / "empty").mkdir()
+    for folder in ("full", "empty"):
+        (tmp_path / folder).mkdir()
+    for file in ("file", "full/x"):
+        (tmp_path / file).write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "device").symlink_to("/dev/zero")
-    for name in ("file", "full", "link"):
-        refused(archive, tmp_path / name)
-    for name in ("fifo", "device", "full", "none"):
-        refused(tmp_path / name, tmp_path / "cache")
+    for target in ("file", "full", "link"):
+        refused(archive, tmp_path / target)
+    for source in ("fifo", "device", "full", "none"):
+        refused(tmp_path / source, tmp_path / "cache")
     monkeypatch.chdir(tmp_path / "empty")
     refused(archive, Path("."))
     monkeypatch.undo()

@@ -1,17 +1,34 @@
+"""What is looked at in a cache, what is found in it, and the commands that say it."""
+
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pytest
+from typer.testing import CliRunner
 
-from shared.cache.shards import finished_units
+from pipelines.cli import app
+from shared.cache.ledger import LEDGER
+from shared.cache.shards import Unit, finished_units
 from shared.system.errors import TideError
 from teacher_cache.maintenance.inspect import describe, inspect_cache
-from teacher_cache.maintenance.verify import verify_cache
-from tests.conftest import TEACHER_TOKENIZER, small_cache_config
-from tests.reading import change_column, plain_table, same_values
+from teacher_cache.maintenance.verify import check_cache, delete_damaged, verify_cache
+from teacher_cache.run.build import build_cache
+from tests.conftest import TEACHER_TOKENIZER, files, small_cache_config
+from tests.reading import change_column, plain_table, rows_in, same_values
+
+GOLD = "gold_logp_q"
+
+
+def change_gold(cache: Path, unit: Unit, place: int | slice, by: int) -> None:
+    """Add to levels of the gold tokens' likelihoods, with checksums that hold."""
+    column = plain_table(unit.path(cache)).column(GOLD).combine_chunks()
+    values = np.asarray(column.values).copy()
+    values[place] += by
+    change_column(cache, unit, GOLD, same_values(column, pa.array(values)))
 
 
 @pytest.mark.parametrize("teacher", ["tiny-cross", "tiny-shared"])
@@ -33,13 +50,7 @@ def test_a_changed_value_is_found(
 ) -> None:
     cache = Path(shutil.copytree(caches["tiny-shared"], tmp_path / "c"))
     for unit in finished_units(cache):
-        column = plain_table(unit.path(cache)).column("gold_logp_q").combine_chunks()
-        change_column(
-            cache,
-            unit,
-            "gold_logp_q",
-            same_values(column, pa.array(np.asarray(column.values) + 256)),
-        )
+        change_gold(cache, unit, slice(None), 256)
     report = verify_cache(small_cache_config("tiny-shared", random_teacher, cache), 200)
     assert report.deviations["log p of gold"].mean() == pytest.approx(0.5, abs=2e-3)
     assert report.deviations["logsumexp"].max() < 1e-5
@@ -48,31 +59,90 @@ def test_a_changed_value_is_found(
 def test_what_does_not_belong_together_is_refused(
     caches: dict[str, Path], random_teacher: Path
 ) -> None:
-    def verify(rows: int = 5, teacher: Path = random_teacher, **changes: Any) -> None:
-        verify_cache(
-            small_cache_config("tiny-shared", teacher, caches["tiny-shared"], **changes), rows
-        )
+    cache, targets = caches["tiny-shared"], {"k": 4, "classes": 5, "pilot": 200}
+    cases: list[tuple[str, int, Path, Path, dict[str, Any]]] = [
+        ("--rows is 0", 0, random_teacher, cache, {}),
+        ("teacher.weights", 5, TEACHER_TOKENIZER, cache, {}),
+        ("targets.k", 5, random_teacher, cache, {"targets": targets}),
+        ("is no cache", 5, random_teacher, random_teacher, {}),
+    ]
+    for words, rows, teacher, folder, changes in cases:
+        with pytest.raises(TideError, match=words):
+            verify_cache(small_cache_config("tiny-shared", teacher, folder, **changes), rows)
 
-    with pytest.raises(TideError, match="--rows is 0"):
-        verify(0)
-    with pytest.raises(TideError, match=r"teacher.weights"):
-        verify(teacher=TEACHER_TOKENIZER)
-    with pytest.raises(TideError, match=r"targets.k"):
-        verify(targets={"k": 4, "classes": 5, "pilot": 200})
-    with pytest.raises(TideError, match="is no cache"):
-        verify_cache(small_cache_config("tiny-shared", random_teacher, random_teacher), 5)
+
+def test_check_names_what_is_wrong_and_the_next_run_mends_it(
+    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
+) -> None:
+    whole = caches["tiny-shared"]
+    cache = Path(shutil.copytree(whole, tmp_path / "c"))
+    assert not check_cache(cache).problems
+    units = (Unit(0, 0), Unit(0, 1), Unit(1, 0), Unit(1, 1), Unit(7, 0))
+    cut, spoiled, foreign, other_draw, stranger = (unit.path(cache) for unit in units)
+    cut.write_bytes(cut.read_bytes()[:-50])
+    change_gold(cache, Unit(0, 1), 3, -10_000)
+    (cache / LEDGER).unlink()  # who changed it made the ledger anew
+    shutil.copyfile(Unit(1, 0).path(caches["tiny-cross"]), foreign)
+    shutil.copyfile(Unit(0, 1).path(whole), other_draw)
+    stranger.parent.mkdir()
+    shutil.copyfile(Unit(0, 1).path(whole), stranger)
+    report = check_cache(cache)
+    damaged = {problem.path for problem in report.problems}
+    assert damaged == {cut, spoiled, foreign, other_draw, stranger, None}
+    assert "gold_logp" in report.in_words()
+    shutil.rmtree(stranger.parent)
+    assert delete_damaged(report) == 5
+    assert build_cache(small_cache_config("tiny-shared", random_teacher, cache)).computed == 4
+    assert files(cache) == files(whole)
 
 
 def test_inspection_adds_up(caches: dict[str, Path]) -> None:
-    for teacher in ("tiny-cross", "tiny-shared"):
-        found = inspect_cache(caches[teacher])
-        assert len(found.units) == 6
-        assert found.rows == 48
-        assert found.masked == found.masked_by_t.sum() > 0
-        assert found.chunks == found.likelihoods.sum() == sum(found.chunk_tokens.values()) > 0
-        assert (found.mass >= 0).all() and (found.mass <= 1.0001 * found.positions).all()
-        size = sum(unit.path(caches[teacher]).stat().st_size for unit in found.units)
-        assert 0.3 * size < sum(found.bytes_by_column.values()) < size  # the rest is metadata
-        text = describe(found)
-        assert f"{found.masked:,} masked positions" in text
-    assert set(inspect_cache(caches["tiny-shared"]).chunk_tokens) == {(1, 1)}
+    for teacher, cache in caches.items():
+        sums = inspect_cache(cache)
+        assert len(sums.units) == 6
+        assert sums.rows == 48
+        assert sums.masked == sums.masked_by_t.sum() > 0
+        assert sums.chunks == sums.likelihoods.sum() == sums.chunk_tokens.total() > 0
+        assert (set(sums.chunk_tokens) == {(1, 1)}) == (teacher == "tiny-shared")
+        assert (sums.mass >= 0).all() and (sums.mass <= 1.0001 * sums.positions).all()
+        size = sum(unit.path(cache).stat().st_size for unit in sums.units)
+        assert 0.3 * size < sums.bytes_by_column.total() < size  # the rest is metadata
+        assert f"{sums.masked:,} masked positions" in describe(sums)
+
+
+@pytest.mark.parametrize("teacher", ["tiny-cross", "tiny-shared"])
+def test_the_commands(caches: dict[str, Path], tmp_path: Path, teacher: str) -> None:
+    def tide(*arguments: object) -> str:
+        done = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+        assert done.exit_code == 0
+        return done.output
+
+    cache = caches[teacher]
+    row = next(r for r in rows_in(cache, Unit(1, 0)) if r.masked.size)
+    shown = tide("inspect", cache, "--row", row.example_id, "--draw", 1)
+    assert f"{row.masked.size} of" in shown
+    assert "⟦A:" in shown or "⟦B:" in shown
+    assert ("chunk: teacher's tokens" in shown) == (teacher == "tiny-cross")
+    assert tide("inspect", cache, "--row", "0") != shown
+    assert "masked positions" in tide("inspect", cache, "--picture", tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+    assert "k 2" in tide("prune", cache, "--k", 2, "--out", tmp_path / "small")
+    assert "files" in tide("pack", tmp_path / "small", tmp_path / "x.tar.zst")
+    assert "files" in tide("unpack", tmp_path / "x.tar.zst", tmp_path / "y")
+    assert "checksums" in tide("verify", "--cache", tmp_path / "y", "--rows", 0)
+    assert "2 draws" in tide("merge", tmp_path / "small", tmp_path / "y", "--out", tmp_path / "z")
+    assert files(tmp_path / "z") == files(tmp_path / "small")
+
+
+def test_ten_lines_of_polars_read_a_cache(caches: dict[str, Path]) -> None:
+    """The example of docs/cache-format.md, as it stands there."""
+    cache = caches["tiny-shared"]
+    text = (Path(__file__).parents[3] / "docs" / "cache-format.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace("caches/tiny-shared", str(cache)), names)
+    frame: pl.DataFrame = names["top"]
+    rows = rows_in(cache, finished_units(cache)[0])
+    expected = np.concatenate([r.topk_ids for r in rows if r.topk_ids is not None])
+    assert frame["id"].to_list() == expected.tolist()
+    assert frame["logp"].cast(pl.Float64).le(0).all()
