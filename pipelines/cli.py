@@ -11,23 +11,19 @@ from typing import Annotated, NoReturn
 
 from typer import Option
 
-# The order of these is that of the commands in the help.
-# isort: off
-from pipelines.commands.app import INSTALLATION, app
-from pipelines.commands import stage_one, stage_two, caches, students  # noqa: F401
-
-# isort: on
-from pipelines.terminal import printable, say
+from pipelines.commands import caches, stages, students  # noqa: F401 - declared by being imported
+from pipelines.commands.app import app, command, printable, say
 from shared.system.errors import TideError
 from shared.system.files import disk_is_full
 from shared.system.processes import end_with_parent, leave_in_order, stop_in_order
 
 _INTERRUPTED = 130
+INSTALLATION = "This installation"
 _PACKAGES = ("tide-distill", "transformers", "accelerate", "pyarrow", "vllm", "lm-eval",
              "bitsandbytes", "ray")  # fmt: skip
 
 
-@app.command(rich_help_panel=INSTALLATION)
+@command(INSTALLATION)
 def env() -> None:
     """Print what numbers and speed depend on: CPU, bfloat16, threads, GPU, versions."""
     from shared.system.hardware import describe_hardware
@@ -41,7 +37,7 @@ def env() -> None:
     say("\n".join(f"{name:<16}{value}" for name, value in facts))
 
 
-@app.command(rich_help_panel=INSTALLATION)
+@command(INSTALLATION)
 def demo(
     out: Annotated[Path, Option(help="Of caches, runs and the report.")] = Path("runs/demo"),
     seeds: Annotated[int, Option(min=1, help="Seeds of every variant.")] = 3,
@@ -52,7 +48,7 @@ def demo(
     say(run_demo(out, seeds).read_text())
 
 
-@app.command(rich_help_panel=INSTALLATION)
+@command(INSTALLATION)
 def bench(
     only: Annotated[str | None, Option(help="One table: stages, head, loader or use.")] = None,
 ) -> None:

@@ -1,22 +1,26 @@
-"""The Typer application, the panels of its help, and the options that several commands share."""
+"""The Typer application: how a command is declared, and what a person sees in a terminal.
+
+Text of others is shown, never obeyed; tables are never cut.
+"""
+
+from __future__ import annotations
 
 import functools
 import inspect
 import math
+import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer import Argument, Option
 
-from pipelines.recipes.read import cache_config
-from shared.settings.config import CacheConfig
 from shared.system.errors import TideError
 
-Configure = Callable[..., CacheConfig]
+if TYPE_CHECKING:
+    from rich.table import Table
+
 app = typer.Typer(
     name="tide",
     help="Distil diffusion language models: cache a teacher once, train many students from it.",
@@ -24,69 +28,49 @@ app = typer.Typer(
     rich_markup_mode="markdown",  # "rich" would take [cache] for markup and drop it
     pretty_exceptions_enable=False,
 )
-# The commands as the help shows them: panels and commands in the order of their declaration.
-STAGE_ONE = "Stage one: the teacher, once"
-STAGE_TWO = "Stage two: students"
-CACHES = "Look after a cache"
-STUDENTS = "Use and judge a student"
-INSTALLATION = "This installation"
-
-RecipeFile = Annotated[Path | None, Option("--config", help="TOML: [cache] and [train] tables.")]
-Sets = Annotated[list[str] | None, Option("--set", help="section.key=value; repeatable.")]
-TeacherName = Annotated[str | None, Option("--teacher", help="A teacher of `tide teachers`.")]
-TeachersFile = Annotated[Path | None, Option("--teachers", help="TOML: teachers of your own.")]
-Folder = Annotated[Path, Argument(help="A new folder.")]
+_CONTROL = re.compile(
+    r"(?:\x1b\]|\x9d)[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"  # OSC: titles, links, the clipboard
+    r"|(?:\x1b[PX^_]|[\x90\x98\x9e\x9f])[^\x1b\x9c]*(?:\x1b\\|\x9c)?"  # DCS, SOS, PM, APC
+    r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?"  # CSI: colours, cursor, clearing
+    r"|\x1b[ -/]*[0-~]?"  # the short ones
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # control characters but tab and line break
+    r"|[\u202a-\u202e\u2066-\u2069]"  # turns the direction of writing: shows what is not there
+)
 
 
 @app.callback(invoke_without_command=True)
-def _before_the_command(
-    show_version: Annotated[bool, Option("--version", help="Print the version.")] = False,
+def before_the_command(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if show_version:
         typer.echo(f"tide-distill {version('tide-distill')}, Python {sys.version.split()[0]}")
         raise typer.Exit()
 
 
-def takes(name: str, group: Callable[..., Any]) -> Callable[[Callable[..., None]], Any]:
-    """Decorate a command whose parameter `name` is what `group` makes of options of its own."""
-    options = inspect.signature(group, eval_str=True).parameters
+def command(panel: str, name: str | None = None, **groups: Callable[..., Any]) -> Any:
+    """Declare a command in a panel of the help. A parameter named in `groups` is what that function
+    makes of its own options, which are options of the command.
+    """
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(command)
+    def declare(run: Callable[..., None]) -> Callable[..., None]:
+        options = {group: inspect.signature(groups[group], eval_str=True) for group in groups}
+
+        @functools.wraps(run)
         def wrapped(**values: Any) -> None:
-            made = group(**{option: values.pop(option) for option in options})
-            command(**values, **{name: made})
+            for group, make in groups.items():
+                values[group] = make(**{o: values.pop(o) for o in options[group].parameters})
+            run(**values)
 
-        own = inspect.signature(command, eval_str=True).parameters.values()
-        parameters = [p for p in own if p.name != name] + [*options.values()]
+        own = inspect.signature(run, eval_str=True).parameters.values()
+        parameters = [parameter for parameter in own if parameter.name not in groups]
+        for signature in options.values():
+            parameters += signature.parameters.values()
+        wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
         keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
         wrapped.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
-        wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
-        return wrapped
+        return app.command(name, rich_help_panel=panel)(wrapped)
 
-    return decorate
-
-
-def cache_options(
-    teacher: TeacherName = None,
-    model: Annotated[str | None, Option(help="The teacher's weights: a path or hub id.")] = None,
-    student_tokenizer: Annotated[str | None, Option(help="A path or hub id.")] = None,
-    data: Annotated[str | None, Option(help="A file, hf://OWNER/NAME, … (docs/data.md).")] = None,
-    prepared: Annotated[Path | None, Option(help="Default: caches/prepared.")] = None,
-    config: RecipeFile = None,
-    teachers_file: TeachersFile = None,
-    sets: Sets = None,
-) -> Configure:
-    """The settings of stage one, to be completed by what a command changes in them."""
-    named = {"student_tokenizer": student_tokenizer, "data": data, "prepared": prepared}
-    return functools.partial(
-        cache_config, teacher, config, sets or [], teachers_file, model=model, **named
-    )
-
-
-def given(**values: Any) -> dict[str, Any]:
-    """The options that were given."""
-    return {name: value for name, value in values.items() if value is not None}
+    return declare
 
 
 def require_positive(**values: float | None) -> None:
@@ -95,3 +79,29 @@ def require_positive(**values: float | None) -> None:
         if value is not None and not 0 < value < math.inf:
             option = name.replace("_", "-")
             raise TideError(f"--{option} is {value:g}", expected="a positive number")
+
+
+def printable(text: str) -> str:
+    """`text` without control sequences; of control characters only line breaks and tabs stay."""
+    return _CONTROL.sub("", text)
+
+
+def say(text: str) -> None:
+    """Print `text` and a line break, without control sequences."""
+    typer.echo(printable(text))
+
+
+def json_line(text: str) -> str:
+    """JSON that holds the same, with the control characters escaped that JSON would leave."""
+    escaped = "[\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+    return re.sub(escaped, lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def print_table(table: Table) -> None:
+    """Print `table` as wide as its widest rows, also where that is wider than the terminal."""
+    from rich.console import Console
+
+    console = Console()
+    unbounded = console.options.update(width=100_000)
+    console.width = max(console.width, console.measure(table, options=unbounded).maximum)
+    console.print(table, crop=False, soft_wrap=True)

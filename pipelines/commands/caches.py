@@ -6,14 +6,16 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from pipelines.commands.app import CACHES, Configure, Folder, app, cache_options, takes
-from pipelines.terminal import say
+from pipelines.commands.app import command, say
+from pipelines.commands.stages import Configure, cache_options
 
+CACHES = "Look after a cache"
 Cache = Annotated[Path, Argument(help="A cache, such as caches/TEACHER.")]
+Folder = Annotated[Path, Argument(help="A new folder.")]
 Out = Annotated[Path, Option("--out", help="A new folder.")]
 
 
-@app.command(rich_help_panel=CACHES)
+@command(CACHES)
 def inspect(
     folder: Cache,
     row: Annotated[str | None, Option(help="Show one row, by its id or number.")] = None,
@@ -21,55 +23,47 @@ def inspect(
     picture: Annotated[Path | None, Option(help="Also draw the cache, as PNG.")] = None,
 ) -> None:
     """Print what a cache holds: rows, masses, chunk lengths, likelihoods by t, bytes by column."""
-    from teacher_cache.maintenance.inspect import (
-        describe,
-        describe_row,
-        draw_picture,
-        find_row,
-        inspect_cache,
-    )
+    from teacher_cache.maintenance import inspect as inspection
 
     if row is not None:
-        say(describe_row(folder, find_row(folder, row, draw)))
+        say(inspection.describe_row(folder, inspection.find_row(folder, row, draw)))
         return
-    contents = inspect_cache(folder)
-    say(describe(contents))
+    contents = inspection.inspect_cache(folder)
+    say(inspection.describe(contents))
     if picture is not None:
-        draw_picture(contents, picture)
+        inspection.draw_picture(contents, picture)
         say(f"\n{picture}")
 
 
-@app.command(rich_help_panel=CACHES)
-@takes("configure", cache_options)
+@command(CACHES, configure=cache_options)
 def verify(
+    configure: Configure,
     against: Annotated[str, Option(help="The engine: transformers or vllm.")] = "transformers",
     rows: Annotated[int, Option(help="Rows to score again; 0: no teacher is loaded.")] = 200,
     tolerance: Annotated[float | None, Option(help="Nats; exit 1 where one is further.")] = None,
     delete_damaged: Annotated[bool, Option("--delete-damaged", help="Delete bad shards.")] = False,
     out: Annotated[Path | None, Option("--cache", help="Default: caches/TEACHER.")] = None,
-    *,
-    configure: Configure,
 ) -> None:
     """Check every shard (checksums, schema, counts, values), then score a sample of rows again."""
-    settings = configure(out=out, changes={"engine": {"type": against}})
-    from teacher_cache.maintenance.verify import check_cache, verify_cache
-    from teacher_cache.maintenance.verify import delete_damaged as delete_shards
+    settings = configure(out=out, **{"engine.type": against})
+    from teacher_cache.maintenance import verify as verification
 
-    checked = check_cache(settings.out)
+    checked = verification.check_cache(settings.out)
     say(checked.in_words())
     if checked.problems:
         if delete_damaged:
-            say(f"deleted {delete_shards(checked)} shards; `tide cache` computes them again")
+            deleted = verification.delete_damaged(checked)
+            say(f"deleted {deleted} shards; `tide cache` computes them again")
         raise typer.Exit(1)
     if rows == 0:
         return
-    compared = verify_cache(settings, rows)
+    compared = verification.verify_cache(settings, rows)
     say(compared.in_words())
     if tolerance is not None and compared.largest > tolerance:
         raise typer.Exit(1)
 
 
-@app.command(rich_help_panel=CACHES)
+@command(CACHES)
 def prune(
     folder: Cache,
     out: Out,
@@ -85,7 +79,7 @@ def prune(
     say(f"{out}: {made.draws} draws of {made.examples:,} examples, {sizes}")
 
 
-@app.command(rich_help_panel=CACHES)
+@command(CACHES)
 def merge(
     folders: Annotated[list[Path], Argument(help="Parts of a cache, or caches of other data.")],
     out: Out,
@@ -97,7 +91,7 @@ def merge(
     say(f"{out}: {made.draws} draws of {made.examples:,} examples")
 
 
-@app.command(rich_help_panel=CACHES)
+@command(CACHES)
 def pack(folder: Cache, archive: Annotated[Path, Argument(help="Such as NAME.tar.zst.")]) -> None:
     """A whole cache as one file, with checksums."""
     from teacher_cache.maintenance.pack import pack_cache
@@ -105,7 +99,7 @@ def pack(folder: Cache, archive: Annotated[Path, Argument(help="Such as NAME.tar
     say(f"{archive}: {pack_cache(folder, archive):,} files, {archive.stat().st_size / 1e6:.1f} MB")
 
 
-@app.command(rich_help_panel=CACHES)
+@command(CACHES)
 def unpack(archive: Annotated[Path, Argument(help="From `tide pack`.")], folder: Folder) -> None:
     """The cache out of an archive, every byte checked."""
     from teacher_cache.maintenance.pack import unpack_cache
@@ -113,7 +107,7 @@ def unpack(archive: Annotated[Path, Argument(help="From `tide pack`.")], folder:
     say(f"{folder}: {unpack_cache(archive, folder):,} files")
 
 
-@app.command(rich_help_panel=CACHES)
+@command(CACHES)
 def push(folder: Cache, store: Annotated[str, Argument(help="s3://…, gs://…, a path.")]) -> None:
     """Copy a cache into an object store. Run again to resume."""
     from shared.cache.ledger import settle_ledger
@@ -125,7 +119,7 @@ def push(folder: Cache, store: Annotated[str, Argument(help="s3://…, gs://…,
     say(f"{store}: {pushed:,} shards")
 
 
-@app.command(rich_help_panel=CACHES)
+@command(CACHES)
 def pull(store: Annotated[str, Argument(help="Of `tide push` or --store.")], folder: Cache) -> None:
     """Bring a cache from an object store, every file checked. Run again to resume."""
     from shared.cache.stores import Store

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from pipelines.commands.app import STUDENTS, Folder, app, require_positive, takes
-from pipelines.terminal import json_line, printable, say
+from pipelines.commands.app import app, command, json_line, printable, require_positive, say
 from shared.system.errors import TideError
 
 if TYPE_CHECKING:
@@ -24,15 +23,13 @@ if TYPE_CHECKING:
     from student_train.using.settings import SampleConfig
     from student_train.using.student import LoadedStudent
 
+STUDENTS = "Use and judge a student"
 Student = Annotated[str, Argument(help="A student: runs/NAME/model, or a hub id.")]
 NewTokens = Annotated[int, Option(min=1, help="Tokens of a response, at most.")]
 Steps = Annotated[int | None, Option(help="Default: one token a step.")]
 Batch = Annotated[int, Option(min=1, help="Prompts at a time.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, …")]
 Unsandboxed = Annotated[bool, Option("--unsandboxed", help="Run code without bubblewrap.")]
-Layout = Annotated[
-    Literal["hf", "a2d"], Option("--format", help="transformers' layout, or the reference's.")
-]
 
 
 def sampling_options(
@@ -53,34 +50,28 @@ def sampling_settings(**values: Any) -> SampleConfig:
     """Settings of sampling from options. TideError where one is out of range."""
     from student_train.using.settings import SampleConfig
 
-    try:
-        return SampleConfig(**{k: v for k, v in values.items() if k != "block" or v is not None})
-    except ValueError as error:
-        raise TideError(str(error)) from error
+    return SampleConfig(**{name: value for name, value in values.items() if value is not None})
 
 
 def load(student: str, device: str, **options: Any) -> tuple[LoadedStudent, SampleConfig]:
     """The student, and its settings of sampling; what is out of range is said before it loads."""
-    sampling_settings(**options)
+    config = sampling_settings(**options)
     from student_train.using.student import choose_block, load_for_use
 
     loaded = load_for_use(student, device)
-    block = choose_block(options["block"], loaded)
-    return loaded, sampling_settings(**{**options, "block": block})
+    return loaded, replace(config, block=choose_block(options["block"], loaded))
 
 
-@app.command(rich_help_panel=STUDENTS)
-@takes("sampling", sampling_options)
+@command(STUDENTS, sampling=sampling_options)
 def sample(
     student: Student,
+    sampling: dict[str, Any],
     prompts: Annotated[list[str] | None, Argument(help="Default: standard input.")] = None,
     file: Annotated[Path | None, Option(help="JSONL of `prompt` or `messages`.")] = None,
     new_tokens: NewTokens = 256,
     steps_per_block: Steps = None,
     batch: Batch = 8,
     device: Device = "auto",
-    *,
-    sampling: dict[str, Any],
 ) -> None:
     """Answer prompts with a student."""
     if file is not None:
@@ -106,16 +97,14 @@ def sample(
             typer.echo(json_line(json.dumps(row, ensure_ascii=False)))
 
 
-@app.command(rich_help_panel=STUDENTS)
-@takes("sampling", sampling_options)
+@command(STUDENTS, sampling=sampling_options)
 def chat(
     student: Student,
+    sampling: dict[str, Any],
     new_tokens: NewTokens = 256,
     steps_per_block: Steps = None,
     device: Device = "auto",
     show_diffusion: Annotated[bool, Option("--show-diffusion", help="Draw the unmasking.")] = False,
-    *,
-    sampling: dict[str, Any],
 ) -> None:
     """Talk to a student; blocks appear as they settle. Ctrl-D or an empty line ends it."""
     sampling |= {"new_tokens": new_tokens, "steps_per_block": steps_per_block}
@@ -165,10 +154,10 @@ def talk(
         messages.append({"role": "assistant", "content": student.text(settled)})
 
 
-@app.command(rich_help_panel=STUDENTS)
-@takes("sampling", sampling_options)
+@command(STUDENTS, sampling=sampling_options)
 def serve(
     student: Student,
+    sampling: dict[str, Any],
     host: Annotated[str, Option(help="0.0.0.0: also for other machines.")] = "127.0.0.1",
     port: Annotated[int, Option(help="0: any that is free.")] = 8000,
     name: Annotated[str | None, Option(help="Of the model; default: the run's.")] = None,
@@ -178,8 +167,6 @@ def serve(
     new_tokens: NewTokens = 256,
     steps_per_block: Steps = None,
     device: Device = "auto",
-    *,
-    sampling: dict[str, Any],
 ) -> None:
     """Serve a student as OpenAI's API does: /v1/chat/completions, /v1/completions, streamed."""
     from pipelines.serving.server import ServeConfig, bind, check_installed, served_name
@@ -196,10 +183,10 @@ def serve(
         run_server(loaded, replace(config, sampling=chosen), bound)
 
 
-@app.command("eval", rich_help_panel=STUDENTS)
-@takes("sampling", sampling_options)
+@command(STUDENTS, "eval", sampling=sampling_options)
 def evaluate(
     student: Student,
+    sampling: dict[str, Any],
     tasks: Annotated[str, Option(help="paper (all eight), or names by commas.")],
     recipe: Annotated[Path | None, Option("--config", help="Default: the paper's.")] = None,
     output: Annotated[Path | None, Option(help="Default: runs/NAME/eval.")] = None,
@@ -216,8 +203,6 @@ def evaluate(
     unsandboxed: Unsandboxed = False,
     code_seconds: Annotated[float, Option(help="Limit of one program.")] = 10.0,
     code_gigabytes: Annotated[float, Option(help="Limit of one program.")] = 4.0,
-    *,
-    sampling: dict[str, Any],
 ) -> None:
     """Score a student on benchmarks. Run again to go on where it stopped."""
     require_positive(code_seconds=code_seconds, code_gigabytes=code_gigabytes)
@@ -261,11 +246,13 @@ def lm_eval_command(context: typer.Context, unsandboxed: Unsandboxed = False) ->
         cli_evaluate()
 
 
-@app.command(rich_help_panel=STUDENTS)
+@command(STUDENTS)
 def export(
     source: Annotated[Path, Argument(help="A student's folder, such as runs/NAME/model.")],
-    target: Folder,
-    layout: Layout = "hf",
+    target: Annotated[Path, Argument(help="A new folder.")],
+    layout: Annotated[
+        Literal["hf", "a2d"], Option("--format", help="a2d: the reference's.")
+    ] = "hf",
 ) -> None:
     """Write a student in another layout; tensors keep every bit."""
     from student_train.export import export_student
@@ -274,7 +261,7 @@ def export(
     say(f"{target}: {layout}")
 
 
-@app.command(rich_help_panel=STUDENTS)
+@command(STUDENTS)
 def publish(
     run: Annotated[Path, Argument(help="A run, or a student's folder.")],
     target: Annotated[str, Argument(help="hf://OWNER/NAME.")],

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.cache.manifest import differences
-from shared.settings.build import advice, apply_overrides, build, read_toml, to_plain
+from shared.settings.build import advice, apply_flags, apply_overrides, build, read_toml, to_plain
 from shared.settings.config import CacheConfig, TrainConfig
 from shared.system.errors import TideError
 from teacher_cache.teachers.registry import find_teacher
@@ -95,7 +95,8 @@ def cache_config(
     **flags: Any,
 ) -> CacheConfig:
     """The settings of `tide cache`: recipe, then `changes` (nested, as in a recipe), then `data`
-    and flags, then `--set` texts. TideError where there is no such setting, or no such teacher.
+    and flags (`"noise.draws": 4`; None: not given), then `--set` texts. TideError where there is no
+    such setting, or no such teacher.
     """
     tables = read_recipe(recipe) if recipe else {}
     if "train" in tables:  # a misspelt one is better said now
@@ -105,9 +106,7 @@ def cache_config(
     if recipe is None:
         values = own_recipe(name, teachers_file).get("cache", {})
     values = _over({"out": f"caches/{name}", **values, "teacher": name}, changes or {})
-    values |= {key: value for key, value in flags.items() if value is not None}
-    if teachers_file is not None:
-        values["teachers_file"] = teachers_file
+    apply_flags(values, {"teachers_file": teachers_file, **flags})
     if data is not None:  # the recipe's other settings stay, unless it has several sources
         before = values.get("data")
         values["data"] = {**(before if isinstance(before, dict) else {}), "source": data}
@@ -133,7 +132,7 @@ def train_config(
     name = teacher or tables.get("cache", {}).get("teacher", DEFAULT_TEACHER)
     values = {"cache": f"caches/{name}", "out": f"runs/{name}", **tables.get("train", {})}
     values = _over(values, changes or {})
-    values |= {key: value for key, value in flags.items() if value is not None}
+    apply_flags(values, flags)
     apply_overrides(values, overrides)
     return build(TrainConfig, values, "`tide train`")
 

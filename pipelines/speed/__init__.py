@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-from pipelines.terminal import print_table
+from pipelines.commands.app import print_table
 from shared.system.errors import TideError
 from shared.system.hardware import high_water
 

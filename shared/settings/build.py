@@ -139,12 +139,9 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Apply `section.key=value` texts to nested tables; a number as key is a member of a list.
-    The value is TOML, or a bare word taken as text.
-    """
+    """Apply `section.key=value` texts to nested tables. The value is TOML, or a bare word."""
     for text in overrides:
         key, equals, raw = text.partition("=")
-        *above, last = key.strip().split(".")
         if not equals or not key.strip():
             expected = "section.key=value, such as noise.draws=4"
             raise TideError(f"{text!r} is no setting", expected=expected)
@@ -152,6 +149,17 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
             value = tomllib.loads(f"v = {raw}")["v"]
         except tomllib.TOMLDecodeError:
             value = raw
+        apply_flags(values, {key.strip(): value})
+
+
+def apply_flags(values: dict[str, Any], flags: Mapping[str, Any]) -> None:
+    """Put what is given (not None) to its place `section.key` in nested tables; a number as key is
+    a member of a list.
+    """
+    for key, value in flags.items():
+        if value is None:
+            continue
+        *above, last = key.split(".")
         place: Any = values
         try:
             for name in above:
@@ -159,7 +167,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
             place[int(last) if isinstance(place, list) else last] = value
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             raise TideError(
-                f"there is no place for {text!r}: what stands above is a value, or a shorter list",
+                f"there is no place for {key}: what stands above is a value, or a shorter list",
                 expected="a table's setting, or a member of a list, as in data.0.limit=1000",
                 fix="or replace the list: --data SOURCE, or a recipe of your own",
             ) from error

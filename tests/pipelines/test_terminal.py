@@ -5,7 +5,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.terminal import json_line, printable
+from pipelines.commands.app import json_line, printable
 
 SEQUENCES = {
     "title": "\x1b]0;evil\x07",

@@ -9,8 +9,10 @@ from typing import Any
 import typer
 from typer.testing import CliRunner
 
-from pipelines.cli import app
-from pipelines.commands.app import CACHES, INSTALLATION, STAGE_ONE, STAGE_TWO, STUDENTS
+from pipelines.cli import INSTALLATION, app
+from pipelines.commands.caches import CACHES
+from pipelines.commands.stages import STAGE_ONE, STAGE_TWO
+from pipelines.commands.students import STUDENTS
 from teacher_cache.teachers.registry import all_teachers
 
 ROOT: Any = typer.main.get_command(app)

@@ -1,29 +1,51 @@
-"""Stage one: teachers, recipes, prepare, plan, throughput, fidelity, cache."""
+"""Both stages. Heavy imports wait until a command has checked what it was given."""
 
+import functools
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
 
-from pipelines.commands.app import (
-    STAGE_ONE,
-    Configure,
-    TeachersFile,
-    app,
-    cache_options,
-    given,
-    require_positive,
-    takes,
+from pipelines.commands.app import app, command, print_table, require_positive, say
+from pipelines.recipes.read import (
+    about,
+    cache_config,
+    describe_recipe,
+    packaged_recipes,
+    train_config,
 )
-from pipelines.recipes.read import about, describe_recipe, packaged_recipes, train_config
-from pipelines.terminal import print_table, say
+from shared.settings.config import CacheConfig
 from shared.system.errors import TideError
 
+STAGE_ONE, STAGE_TWO = "Stage one: the teacher, once", "Stage two: students"
+RecipeFile = Annotated[Path | None, Option("--config", help="TOML: [cache] and [train] tables.")]
+Sets = Annotated[list[str] | None, Option("--set", help="section.key=value; repeatable.")]
+TeacherName = Annotated[str | None, Option("--teacher", help="A teacher of `tide teachers`.")]
+TeachersFile = Annotated[Path | None, Option("--teachers", help="TOML: teachers of your own.")]
+Configure = functools.partial[CacheConfig]
 teachers_app = typer.Typer(invoke_without_command=True)
 recipes_app = typer.Typer(invoke_without_command=True)
 app.add_typer(teachers_app, name="teachers", rich_help_panel=STAGE_ONE)
 app.add_typer(recipes_app, name="recipes", rich_help_panel=STAGE_ONE)
+
+
+def cache_options(
+    teacher: TeacherName = None,
+    model: Annotated[str | None, Option(help="The teacher's weights: a path or hub id.")] = None,
+    student_tokenizer: Annotated[str | None, Option(help="A path or hub id.")] = None,
+    data: Annotated[str | None, Option(help="A file, hf://OWNER/NAME, … (docs/data.md).")] = None,
+    prepared: Annotated[Path | None, Option(help="Default: caches/prepared.")] = None,
+    recipe: RecipeFile = None,
+    teachers_file: TeachersFile = None,
+    sets: Sets = None,
+) -> Configure:
+    """The settings of stage one, to be completed by what a command changes in them."""
+    named = {"model": model, "student_tokenizer": student_tokenizer, "prepared": prepared}
+    return functools.partial(
+        cache_config, teacher, recipe, sets or [], teachers_file, data=data, **named
+    )
 
 
 @teachers_app.callback()
@@ -76,12 +98,10 @@ def show_recipe(
     say(describe_recipe(name, against))
 
 
-@app.command(rich_help_panel=STAGE_ONE)
-@takes("configure", cache_options)
+@command(STAGE_ONE, configure=cache_options)
 def prepare(
-    show: Annotated[int, Option(help="Also print so many examples, answers in ⟦ ⟧.")] = 0,
-    *,
     configure: Configure,
+    show: Annotated[int, Option(help="Also print so many examples, answers in ⟦ ⟧.")] = 0,
 ) -> None:
     """Render, tokenise and align the data once, and say what became of it. No weight is read."""
     settings = configure()
@@ -98,9 +118,9 @@ def prepare(
     say(f"\npeak memory of the largest process: {largest_process() / 2**20:,.0f} MiB")
 
 
-@app.command(rich_help_panel=STAGE_ONE)
-@takes("configure", cache_options)
+@command(STAGE_ONE, configure=cache_options)
 def plan(
+    configure: Configure,
     examples: Annotated[int, Option(min=1, help="Examples in the data.")] = 1_000_000,
     tokens: Annotated[int, Option(min=1, help="Mean tokens of an example.")] = 512,
     response: Annotated[float, Option(max=1, help="The response's share of them.")] = 0.75,
@@ -112,13 +132,11 @@ def plan(
     terabyte_month: Annotated[float, Option(min=0, help="Price of a TB for a month.")] = 23.0,
     gpu: Annotated[str, Option(help="h100, h200, a100, 4090 or l40s.")] = "h100",
     train: Annotated[list[str] | None, Option(help="Of stage two: key=value; repeatable.")] = None,
-    *,
-    configure: Configure,
 ) -> None:
     """Memory, bytes and GPU hours of both stages, from what you state. Nothing is loaded."""
     require_positive(response=response, tflops=tflops, mfu=mfu, tokens_per_second=tokens_per_second)
-    settings = configure(changes={"noise": given(draws=draws)})
-    recipe = configure.args[1]  # type: ignore[attr-defined]
+    settings = configure(**{"noise.draws": draws})
+    recipe = configure.args[1]
     training = train_config(settings.teacher, recipe, train or [], settings.teachers_file)
     from pipelines.plan.plan import Assumptions, find_card, plan_from_statement
 
@@ -127,15 +145,13 @@ def plan(
     say(plan_from_statement(settings, examples, tokens, response, assumed, training))
 
 
-@app.command(rich_help_panel=STAGE_ONE)
-@takes("configure", cache_options)
+@command(STAGE_ONE, configure=cache_options)
 def throughput(
+    configure: Configure,
     length: Annotated[int, Option(min=1, help="Tokens of one pass.")] = 512,
     requests: Annotated[int, Option(min=1, help="Passes in one round.")] = 256,
     rounds: Annotated[int, Option(min=1, help="Rounds; the median counts.")] = 3,
     tflops: Annotated[float | None, Option(help="Dense peak, for utilisation.")] = None,
-    *,
-    configure: Configure,
 ) -> None:
     """Measure a teacher's speed and memory here, with random weights of its true shapes."""
     require_positive(tflops=tflops)
@@ -145,9 +161,9 @@ def throughput(
     say(measure_throughput(settings, length, requests, rounds, tflops))
 
 
-@app.command(rich_help_panel=STAGE_ONE)
-@takes("configure", cache_options)
+@command(STAGE_ONE, configure=cache_options)
 def fidelity(
+    configure: Configure,
     student: Annotated[str | None, Option(help="A checkpoint; default: random weights.")] = None,
     k: Annotated[list[int] | None, Option(min=1, help="Default 16, 32, 64.")] = None,
     classes: Annotated[list[int] | None, Option(min=1, help="Default 1 and 64.")] = None,
@@ -155,8 +171,6 @@ def fidelity(
     temperature: Annotated[list[float] | None, Option(help="Default 1 and 2.")] = None,
     objective: Annotated[list[str] | None, Option(help="kl or tidal; default tidal.")] = None,
     examples: Annotated[int, Option(min=1, help="Half of them give the priors.")] = 32,
-    *,
-    configure: Configure,
 ) -> None:
     """The angle between a cache's gradient and that of full logits, by k, classes, tail and T.
     Lists are repeated options.
@@ -176,9 +190,9 @@ def fidelity(
     say("\n".join(table(points)))
 
 
-@app.command(rich_help_panel=STAGE_ONE)
-@takes("configure", cache_options)
+@command(STAGE_ONE, configure=cache_options)
 def cache(
+    configure: Configure,
     draws: Annotated[int | None, Option(help="Of every example; raise it to grow.")] = None,
     out: Annotated[Path | None, Option(help="Default: caches/TEACHER.")] = None,
     engine: Annotated[str | None, Option(help="transformers, vllm or auto.")] = None,
@@ -188,15 +202,11 @@ def cache(
     world: Annotated[int | None, Option(help="How many runs share the work.")] = None,
     store: Annotated[str | None, Option(help="s3://…, gs://…, hf://…: for the shards.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Check all, print costs, stop.")] = False,
-    *,
-    configure: Configure,
 ) -> None:
     """Stage one: run the teacher once and write what it knows to shards. Run again to resume."""
-    engine_changes = given(
-        type=engine, tensor_parallel=tensor_parallel, data_parallel=data_parallel
-    )
-    changes = {"noise": given(draws=draws), "engine": engine_changes}
-    settings = configure(changes=changes, out=out, rank=rank, world=world, store=store)
+    flags = {"noise.draws": draws, "engine.type": engine, "engine.data_parallel": data_parallel,
+             "engine.tensor_parallel": tensor_parallel}  # fmt: skip
+    settings = configure(out=out, rank=rank, world=world, store=store, **flags)
     if dry_run:
         from pipelines.plan.plan import Assumptions, plan_from_data
 
@@ -212,3 +222,67 @@ def cache(
         f"{report.computed} shards computed, {report.kept} kept{elsewhere}"
     )
     say("\n".join(report.notes))
+
+
+@command(STAGE_TWO)
+def train(
+    teacher: TeacherName = None,
+    cache_place: Annotated[
+        str | None, Option("--cache", help="A cache, or s3://… (default: caches/TEACHER).")
+    ] = None,
+    out: Annotated[Path | None, Option(help="Default: runs/TEACHER.")] = None,
+    seed: Annotated[int | None, Option(help="Of initial weights and the data's order.")] = None,
+    recipe: RecipeFile = None,
+    teachers_file: TeachersFile = None,
+    sets: Sets = None,
+) -> None:
+    """Stage two: train a student from a cache. Run again to resume."""
+    flags: dict[str, Any] = {"cache": cache_place, "out": out, "seed": seed}
+    if cache_place is not None and "://" in cache_place:
+        folder = Path("caches") / cache_place.rstrip("/").rpartition("/")[2]
+        flags |= {"cache": folder, "store": cache_place}
+    settings = train_config(teacher, recipe, sets or [], teachers_file, **flags)
+    from student_train.training.trainer import train_student
+
+    metrics = train_student(settings)
+    if int(os.environ.get("RANK", "0")) == 0:
+        say(f"{settings.out}/model: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+
+
+@command(STAGE_TWO)
+def ablate(
+    recipe: Annotated[Path, Argument(help="A grid, such as pipelines/recipes/paper.toml.")],
+    out: Annotated[Path | None, Option(help="Default: runs/RECIPE.")] = None,
+    at_once: Annotated[int | None, Option(min=1, help="Students at a time.")] = None,
+) -> None:
+    """Train a grid of variants and seeds over shared caches, and report. Run again to resume."""
+    from pipelines.experiments.ablate import run_ablation
+
+    say(run_ablation(recipe, out or Path("runs") / recipe.stem, at_once).read_text())
+
+
+@command(STAGE_TWO)
+def replay(run: Annotated[Path, Argument(help="A run that stopped at such a loss.")]) -> None:
+    """Go to the step whose loss was not finite again, and show where it breaks."""
+    from student_train.training.replay import replay as replay_run
+
+    say(replay_run(run))
+
+
+@command(STAGE_TWO)
+def report(folder: Annotated[Path, Argument(help="A folder of runs.")]) -> None:
+    """Gather the runs and benchmark scores below a folder into report.md and report.png."""
+    from pipelines.reports.report import write_report
+
+    say(write_report(folder).read_text())
+
+
+@command(STAGE_TWO)
+def compare(
+    one: Annotated[Path, Argument(help="A run, or a folder with the seeds of one variant.")],
+    other: Annotated[Path, Argument(help="Another.")],
+) -> None:
+    """Two variants: which settings differ, and differences of their scores, paired by seed."""
+    from pipelines.reports.paired import compare as compare_runs
+
+    say(compare_runs(one, other))
