@@ -13,8 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shared.cache.manifest import differences
-from shared.settings.build import advice, apply_flags, apply_overrides, build, read_toml, to_plain
+from shared.settings.build import advice, apply_overrides, build, differences, read_toml, to_plain
 from shared.settings.config import CacheConfig, TrainConfig
 from shared.system.errors import TideError
 from teacher_cache.teachers.registry import find_teacher
@@ -106,11 +105,10 @@ def cache_config(
     if recipe is None:
         values = own_recipe(name, teachers_file).get("cache", {})
     values = _over({"out": f"caches/{name}", **values, "teacher": name}, changes or {})
-    apply_flags(values, {"teachers_file": teachers_file, **flags})
     if data is not None:  # the recipe's other settings stay, unless it has several sources
         before = values.get("data")
         values["data"] = {**(before if isinstance(before, dict) else {}), "source": data}
-    apply_overrides(values, overrides)
+    apply_overrides(values, overrides, {"teachers_file": teachers_file, **flags})
     config = build(CacheConfig, values, "`tide cache`")
     find_teacher(config.teacher, config.teachers_file)
     return config
@@ -132,8 +130,7 @@ def train_config(
     name = teacher or tables.get("cache", {}).get("teacher", DEFAULT_TEACHER)
     values = {"cache": f"caches/{name}", "out": f"runs/{name}", **tables.get("train", {})}
     values = _over(values, changes or {})
-    apply_flags(values, flags)
-    apply_overrides(values, overrides)
+    apply_overrides(values, overrides, flags)
     return build(TrainConfig, values, "`tide train`")
 
 

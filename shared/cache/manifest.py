@@ -15,7 +15,7 @@ from pydantic import Field, StringConstraints
 
 from shared.cache.row import SCHEMA_VERSION, Layout
 from shared.cache.shards import Unit, finished_units, load_vocabulary
-from shared.settings.build import build, require, strict, to_plain
+from shared.settings.build import build, differences, require, strict, to_plain
 from shared.settings.config import CacheConfig
 from shared.settings.data import MOST_CLASSES, LengthConfig
 from shared.system.errors import TideError
@@ -282,17 +282,6 @@ def refuse_unfinished(
             expected="a finished cache",
             fix="run the same `tide cache` command again: it computes what is missing",
         )
-
-
-def differences(old: Any, new: Any, place: str = "") -> list[str]:
-    """Lines `place: old → new` for every leaf of two nested dicts that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        lines = []
-        for key in sorted({*old, *new}):
-            inner = f"{place}.{key}" if place else str(key)
-            lines += differences(old.get(key, "absent"), new.get(key, "absent"), inner)
-        return lines
-    return [] if old == new else [f"{place}: {json.dumps(old)} → {json.dumps(new)}"]
 
 
 def check_fingerprint(

@@ -10,6 +10,7 @@ Distillation = Annotated[NoDistillation | KL, BY_TYPE]  # TOML: { type = "kl", t
 
 import dataclasses
 import difflib
+import json
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
@@ -138,8 +139,13 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise TideError(what, fix="correct the line that it names") from error
 
 
-def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Apply `section.key=value` texts to nested tables. The value is TOML, or a bare word."""
+def apply_overrides(
+    values: dict[str, Any], overrides: Sequence[str], flags: Mapping[str, Any] | None = None
+) -> None:
+    """Change nested tables: first by flags (`"noise.draws": 4`; None: not given), then by texts
+    `section.key=value`, whose value is TOML or a bare word. A number as key is a member of a list.
+    """
+    changes = [(key, value) for key, value in (flags or {}).items() if value is not None]
     for text in overrides:
         key, equals, raw = text.partition("=")
         if not equals or not key.strip():
@@ -149,16 +155,8 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
             value = tomllib.loads(f"v = {raw}")["v"]
         except tomllib.TOMLDecodeError:
             value = raw
-        apply_flags(values, {key.strip(): value})
-
-
-def apply_flags(values: dict[str, Any], flags: Mapping[str, Any]) -> None:
-    """Put what is given (not None) to its place `section.key` in nested tables; a number as key is
-    a member of a list.
-    """
-    for key, value in flags.items():
-        if value is None:
-            continue
+        changes.append((key.strip(), value))
+    for key, value in changes:
         *above, last = key.split(".")
         place: Any = values
         try:
@@ -166,13 +164,22 @@ def apply_flags(values: dict[str, Any], flags: Mapping[str, Any]) -> None:
                 place = place[int(name)] if isinstance(place, list) else place.setdefault(name, {})
             place[int(last) if isinstance(place, list) else last] = value
         except (AttributeError, IndexError, TypeError, ValueError) as error:
-            raise TideError(
-                f"there is no place for {key}: what stands above is a value, or a shorter list",
-                expected="a table's setting, or a member of a list, as in data.0.limit=1000",
-                fix="or replace the list: --data SOURCE, or a recipe of your own",
-            ) from error
+            what = f"there is no place for {key}: what stands above is a value, or a shorter list"
+            fix = "name a member as in data.0.limit=1000, or replace the list: --data SOURCE"
+            raise TideError(what, fix=fix) from error
 
 
 def to_plain(config: Any) -> Any:
     """A config as JSON-able dicts, for manifests and logs; `type` fields name the variants."""
     return to_jsonable_python(config)
+
+
+def differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """Lines `place: old → new` for every leaf of two nested dicts that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in sorted({*old, *new}):
+            inner = f"{place}.{key}" if place else str(key)
+            lines += differences(old.get(key, "absent"), new.get(key, "absent"), inner)
+        return lines
+    return [] if old == new else [f"{place}: {json.dumps(old)} → {json.dumps(new)}"]
