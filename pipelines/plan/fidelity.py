@@ -9,7 +9,6 @@ angles from the other.
 
 import itertools
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +28,6 @@ from student_train.batches.collate import TargetReader, collate
 from student_train.losses.objective import objective
 from student_train.losses.targets import Classes, Targets, TopKTargets, rows_of
 from student_train.model import batch_hidden, student_for
-from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method import Scores, extract, member_matrix, outside_sums
 from teacher_cache.run.open import Run, open_or_begin
 from teacher_cache.run.tables import classes_for
@@ -82,6 +80,9 @@ def measure_fidelity(
             expected="a teacher that shares the student's tokenizer",
             fix="use such a teacher, as tiny-shared; chunk likelihoods are cached whole",
         )
+    if run.config.engine.type != "transformers":
+        what = "full logits come from the transformers engine alone"
+        raise TideError(what, fix="use --set engine.type=transformers")
     if max(grid.ks) > (most := run.checkpoint.embedding_rows):
         raise TideError(f"k is {max(grid.ks)}", expected=f"1 to {most}, all of the vocabulary")
     chosen = run.data.between(0, min(examples, run.data.examples))
@@ -90,11 +91,8 @@ def measure_fidelity(
         raise TideError("no example of the data has a masked token", fix="take more examples")
 
     # 2. The teacher's full logits of both; the student, and the classes that it may have.
-    with closing(load_engine(run)) as engine:
-        if not isinstance(engine, TransformersEngine):
-            what = "full logits come from the transformers engine alone"
-            raise TideError(what, fix="use --set engine.type=transformers")
-        fit_logits, logits = engine.logits(fit.requests), engine.logits(work.requests)
+    engine: Any = load_engine(run)
+    fit_logits, logits = engine.logits(fit.requests), engine.logits(work.requests)
     checkpoint = open_checkpoint(resolve(student.checkpoint)) if student.checkpoint else None
     model = student_for(student, checkpoint, run.student, run.manifest)
     class_maps = {}

@@ -9,15 +9,15 @@ measured.
 import dataclasses
 import math
 import time
+import timeit
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from pipelines.plan import memory
-from pipelines.plan.memory import Conversations
 from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import meta_model, random_model
@@ -27,7 +27,7 @@ from shared.system.hardware import choose_device, choose_precision, torch_dtype
 from student_train.training.preflight import settle_batch
 from teacher_cache.method import Request
 from teacher_cache.run import costs
-from teacher_cache.run.costs import Workload, in_bytes
+from teacher_cache.run.costs import in_bytes
 from teacher_cache.run.open import open_or_begin
 from teacher_cache.run.work import compiles
 from teacher_cache.teachers.registry import TeacherEntry, find_teacher, known_shape
@@ -36,13 +36,12 @@ USABLE = 0.92  # of a card's memory, for the allocator's gaps and the driver
 QUANTIZED_BYTES = {"int8": 1.0, "int4": 0.5}  # of a parameter, which has 2 in bfloat16
 
 
-@dataclass(frozen=True)
-class Card:
-    """A GPU: bytes of memory, and its maker's peak of dense bfloat16 products in TFLOP/s."""
+class Card(NamedTuple):
+    """A GPU."""
 
     name: str
-    memory: int
-    tflops: float
+    memory: int  # bytes
+    tflops: float  # its maker's peak of dense bfloat16 products
 
 
 CARDS = {
@@ -59,7 +58,7 @@ def find_card(name: str, tflops: float | None = None) -> Card:
     if name.lower() not in CARDS:
         raise TideError(f"unknown GPU {name!r}", expected=f"one of {', '.join(CARDS)}")
     card = CARDS[name.lower()]
-    return card if tflops is None else dataclasses.replace(card, tflops=tflops)
+    return card if tflops is None else card._replace(tflops=tflops)
 
 
 @dataclass(frozen=True)
@@ -102,18 +101,12 @@ def plan_from_statement(
     them; of stage two too where `train` is given.
     """
     entry = find_teacher(config.teacher, config.teachers_file)
-    data = Conversations(tokens, response)
+    data = memory.Conversations(tokens, response)
     load = costs.assumed_workload(entry, config, examples, tokens, response)
-    lines = stage_one_lines(config, entry, teacher_config(config, entry), load, data, given)
+    text = stage_one(config, entry, teacher_config(config, entry), load, data, given)
     if train is not None:
-        lines += stage_two_lines(settle_batch(train, 1), config, examples, data, given)
-    return "\n".join(lines)
-
-
-def teacher_config(config: CacheConfig, entry: TeacherEntry) -> dict[str, Any]:
-    """The teacher's config.json: on record, or of its checkpoint."""
-    raw = known_shape(entry) if config.model is None else None
-    return raw or open_checkpoint(resolve(config.model or entry.model), weights=False).config
+        text += "\n" + stage_two(settle_batch(train, 1), config, examples, data, given)
+    return text
 
 
 def plan_from_data(config: CacheConfig, given: Assumptions) -> str:
@@ -123,19 +116,24 @@ def plan_from_data(config: CacheConfig, given: Assumptions) -> str:
     run = open_or_begin(config)
     load = costs.sampled_workload(run)
     response = min(1.0, 2 * load.masked / max(load.student_tokens, 1))
-    data = Conversations(max(4, round(load.student_tokens)), max(response, 0.01))
-    raw = run.checkpoint.config
-    return "\n".join(stage_one_lines(run.config, run.entry, raw, load, data, given))
+    data = memory.Conversations(max(4, round(load.student_tokens)), max(response, 0.01))
+    return stage_one(run.config, run.entry, run.checkpoint.config, load, data, given)
 
 
-def stage_one_lines(
+def teacher_config(config: CacheConfig, entry: TeacherEntry) -> dict[str, Any]:
+    """The teacher's config.json: on record, or of its checkpoint."""
+    raw = known_shape(entry) if config.model is None else None
+    return raw or open_checkpoint(resolve(config.model or entry.model), weights=False).config
+
+
+def stage_one(
     config: CacheConfig,
     entry: TeacherEntry,
     raw: dict[str, Any],
-    load: Workload,
-    data: Conversations,
+    load: costs.Workload,
+    data: memory.Conversations,
     given: Assumptions,
-) -> list[str]:
+) -> str:
     """What the teacher takes: memory, bytes on disk, FLOPs, hours and money."""
     model = meta_model(entry.architecture, raw)
     size, vocabulary = costs.size_of(model), int(model.config.vocab_size)
@@ -146,84 +144,86 @@ def stage_one_lines(
 
     draws = load.examples * config.noise.draws
     flops = size.flops(load, load.tokens / max(load.passes, 1e-9))  # of one draw of one example
-    if given.tokens_per_second is None:
-        hours, speed = given.hours(flops * draws), given.utilisation
-    else:
+    hours, speed = given.hours(flops * draws), given.utilisation
+    if given.tokens_per_second is not None:
         hours = draws * load.tokens / given.tokens_per_second / 3600
         speed = f"{given.tokens_per_second:,.0f} tokens/s (stated)"
     each = costs.bytes_per_draw(load, config, vocabulary, not entry.student_tokens)
-    lines = [
-        f"stage one: {config.teacher}, {entry.architecture}, {size.parameters / 1e9:.2f} B "
-        f"parameters, {(size.active + size.head) / 1e9:.2f} B met by a token that is read",
-        f"  workload        {load.source}",
-        f"  examples        {load.examples:,} × {config.noise.draws} draws",
-        f"  a draw          {load.passes:.2f} passes, {load.tokens:,.0f} tokens, "
+    position, disk = each / max(load.masked, 1e-9), in_bytes(each * draws)
+    rows = {
+        "workload": load.source,
+        "examples": f"{load.examples:,} × {config.noise.draws} draws",
+        "a draw": f"{load.passes:.2f} passes, {load.tokens:,.0f} tokens, "
         f"{load.masked:,.0f} masked positions, {load.chunks:,.0f} chunks",
-        f"  GPU memory      {given.fits(held)}",
-        f"  on disk         {in_bytes(each)} a draw, {each / max(load.masked, 1e-9):,.0f} bytes a "
-        f"masked position, {in_bytes(each * draws)} in all "
-        "(random logits do not compress: an upper bound)",
-        f"  compute         {flops / 1e12:,.3g} TFLOP a draw, {flops * draws / 1e18:,.3g} EFLOP",
-        f"  GPU hours       {hours:,.1f} at {speed}",
-    ]
+        "GPU memory": given.fits(held),
+        "on disk": f"{in_bytes(each)} a draw, {position:,.0f} bytes a masked position, {disk} in "
+        "all (random logits do not compress: an upper bound)",
+        "compute": f"{flops / 1e12:,.3g} TFLOP a draw, {flops * draws / 1e18:,.3g} EFLOP",
+        "GPU hours": f"{hours:,.1f} at {speed}",
+    }
     if given.gpu_hour is not None:
-        gpus, disk = hours * given.gpu_hour, each * draws / 1e12 * given.terabyte_month
+        gpus, month = hours * given.gpu_hour, each * draws / 1e12 * given.terabyte_month
         prices = f"{given.gpu_hour:g} a GPU hour, {given.terabyte_month:g} a terabyte-month"
-        lines.append(
-            f"  money           {gpus:,.0f} for the GPUs, {disk:,.2f} a month for disk ({prices})"
-        )
-    return lines
+        rows["money"] = f"{gpus:,.0f} for the GPUs, {month:,.2f} a month for disk ({prices})"
+    met = (size.active + size.head) / 1e9
+    title = f"stage one: {config.teacher}, {entry.architecture}, {size.parameters / 1e9:.2f} B "
+    return listed(f"{title}parameters, {met:.2f} B met by a token that is read", rows)
 
 
-def stage_two_lines(
-    train: TrainConfig, config: CacheConfig, examples: int, data: Conversations, given: Assumptions
-) -> list[str]:
+def stage_two(
+    train: TrainConfig,
+    config: CacheConfig,
+    examples: int,
+    data: memory.Conversations,
+    given: Assumptions,
+) -> str:
     """What the student takes: memory, the largest batch, FLOPs, hours and money."""
     card = given.card.memory
     held, flops = memory.student_step(train, config, data, card)
-    total, room = sum(held.values()), USABLE * card
-    most = memory.largest_batch(total, train, config, data, card, room)
+    most = memory.largest_batch(sum(held.values()), train, config, data, card, USABLE * card)
     batch = train.batch_size * train.accumulation
     steps = train.max_steps if train.max_steps > 0 else math.ceil(train.epochs * examples / batch)
     hours = given.hours(flops * steps)
+    rows = {
+        "steps": f"{steps:,} of {train.accumulation} × {train.batch_size} draws",
+        "GPU memory": f"{given.fits(held)}; batch_size at most {most}",
+        "compute": f"{flops / 1e12:,.3g} TFLOP a step, {flops * steps / 1e18:,.3g} EFLOP",
+        "GPU hours": f"{hours:,.1f} at {given.utilisation}",
+    }
+    if given.gpu_hour is not None:
+        rows["money"] = f"{hours * given.gpu_hour:,.0f} for the GPUs"
     raw = memory.student_config(train, config)
     layers = f"{raw['num_hidden_layers']} layers of {raw['hidden_size']}"
-    lines = [
-        f"stage two: a student of {layers}, {raw['model_type']}",
-        f"  steps           {steps:,} of {train.accumulation} × {train.batch_size} draws",
-        f"  GPU memory      {given.fits(held)}; batch_size at most {most}",
-        f"  compute         {flops / 1e12:,.3g} TFLOP a step, {flops * steps / 1e18:,.3g} EFLOP",
-        f"  GPU hours       {hours:,.1f} at {given.utilisation}",
-    ]
-    if given.gpu_hour is not None:
-        lines.append(f"  money           {hours * given.gpu_hour:,.0f} for the GPUs")
-    return lines
+    return listed(f"stage two: a student of {layers}, {raw['model_type']}", rows)
+
+
+def listed(title: str, rows: dict[str, Any], width: int = 16) -> str:
+    """A title, and a line a row."""
+    return "\n".join([title, *(f"  {name:<{width}}{value}" for name, value in rows.items())])
 
 
 def describe_teacher(name: str, teachers_file: Path | None = None) -> str:
     """The entry of a teacher, and what loading it checks; TideError where it is unknown."""
     entry = find_teacher(name, teachers_file)
-    lines = [f"{name}: {entry.about}".rstrip(": ")]
-    settings = dataclasses.asdict(entry)
-    lines += [f"  {key:<16} {settings[key]}" for key in settings if key != "about"]
-    kinds = "known"
+    rows = dataclasses.asdict(entry)
+    about, kinds = rows.pop("about"), "known"
     if (architecture := ARCHITECTURES.get(entry.architecture)) is not None:
         kinds = " or ".join(architecture.model_types)
-        lines.append(f"  {'loads as':<16} {architecture.stock_class}")
-        lines += [f"  {'':<16} {old} → {new}" for old, new in architecture.renames.items()]
-    lines.append(f"  {'weights':<16} {resolve(entry.model)}")
+        pairs = [f"{old} → {new}" for old, new in architecture.renames.items()]
+        rows["loads as"] = ("\n" + " " * 19).join([str(architecture.stock_class), *pairs])
+    rows["weights"] = resolve(entry.model)
     family = "; of one family with the student's" if entry.student_tokens else ""
-    lines += [
-        "loading checks:",
-        f"  config.json      model_type is {kinds}",
-        f"  mask id          {entry.mask_id} in config.json (where it is given) and no ordinary "
-        "token of the tokenizer",
-        f"  tokenizer        no larger than the embedding; has a chat template{family}",
-        "  weights          safetensors, whole; every tensor used once, every parameter filled, "
-        "every shape as said",
-        "  positions        lengths fit the model's own limit",
-    ]
-    return "\n".join(lines)
+    checks = {
+        "config.json": f"model_type is {kinds}",
+        "mask id": f"{entry.mask_id} in config.json (where it is given) and no ordinary token of "
+        "the tokenizer",
+        "tokenizer": f"no larger than the embedding; has a chat template{family}",
+        "weights": "safetensors, whole; every tensor used once, every parameter filled, every "
+        "shape as said",
+        "positions": "lengths fit the model's own limit",
+    }
+    title = f"{name}: {about}".rstrip(": ")
+    return listed(title, rows, 17) + "\n" + listed("loading checks:", checks, 17)
 
 
 def measure_throughput(
@@ -253,25 +253,18 @@ def measure_throughput(
         read = np.sort(random.choice(later_half, length // 4, replace=False))
         work.append(Request(ids, read, ids[read]))
     engine.score(work[:2])
-    seconds = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        engine.score(work)
-        seconds.append(time.perf_counter() - started)
-    median = float(np.median(seconds))
+    median = float(np.median(timeit.repeat(lambda: engine.score(work), number=1, repeat=rounds)))
     tokens = sum(pack.width for batch in engine.batches(work) for pack in batch)
-    load = Workload(1, requests, tokens, requests * (length // 4), length, 0, "")
+    load = costs.Workload(1, requests, tokens, requests * (length // 4), length, 0, "")
     rate = costs.size_of(model).flops(load, tokens / requests) / median / 1e12  # TFLOP/s
     share = "" if tflops is None else f", {rate / tflops:.1%} of {tflops:,.0f} TFLOP/s"
-    on_gpu = device.type == "cuda"
-    threads = f"{device} ({torch.get_num_threads()} threads)"
-    name = torch.cuda.get_device_name(device) if on_gpu else threads
-    lines = [
-        f"{config.teacher} with random weights in {precision} on {name}, built in {built:.1f} s",
+    name, peak = f"{device} ({torch.get_num_threads()} threads)", ""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        peak = f"\npeak memory {in_bytes(torch.cuda.max_memory_allocated(device))}"
+    return (
+        f"{config.teacher} with random weights in {precision} on {name}, built in {built:.1f} s\n"
         f"{requests} passes of {length} tokens, a quarter of them read, k {k}; "
-        f"median of {rounds} rounds",
-        f"{tokens / median:,.0f} tokens/s, {rate:.2f} TFLOP/s{share}",
-    ]
-    if on_gpu:
-        lines.append(f"peak memory {in_bytes(torch.cuda.max_memory_allocated(device))}")
-    return "\n".join(lines)
+        f"median of {rounds} rounds\n"
+        f"{tokens / median:,.0f} tokens/s, {rate:.2f} TFLOP/s{share}{peak}"
+    )

@@ -14,12 +14,10 @@ from shared.system.hardware import high_water
 
 def run_bench(only: str | None = None) -> None:
     """Print all tables, or one of them."""
-    from pipelines.speed import loader, training, use
+    from pipelines.speed.training import bench_head, bench_loader, bench_stages
+    from pipelines.speed.use import bench_use
 
-    tables = {
-        "stages": training.bench_stages, "head": training.bench_head,
-        "loader": loader.bench_loader, "use": use.bench_use,
-    }  # fmt: skip
+    tables = {"stages": bench_stages, "head": bench_head, "loader": bench_loader, "use": bench_use}
     if only is not None and only not in tables:
         raise TideError(f"unknown table {only!r}", expected=f"one of {', '.join(tables)}")
     for name in [only] if only else tables:

@@ -1,31 +1,45 @@
-"""What training from a cache costs: both stages an example, and the LM head with its loss."""
+"""What training from a cache costs: both stages an example, the head and its loss, large caches."""
 
-import math
+import dataclasses
+import os
 import tempfile
+import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from rich.table import Table
 
 from pipelines.recipes.read import cache_config, train_config
 from pipelines.speed import added_memory, in_process, side_by_side
-from shared.settings.config import KL, Distillation, ReverseCalm, Tidal
-from shared.system.hardware import bfloat16_in_hardware
-from student_train.batches.collate import TargetReader, counts_of
+from shared.cache import ledger
+from shared.cache.manifest import Manifest
+from shared.cache.row import Pilot
+from shared.cache.shards import TABLES, Unit, read_shard, save_tables, write_shard
+from shared.settings.config import KL, CacheConfig, ReverseCalm, Tidal, TrainConfig
+from shared.settings.data import TargetConfig
+from shared.system.hardware import bfloat16_in_hardware, high_water
+from student_train.batches.collate import TargetReader, collate, counts_of
 from student_train.batches.loader import BatchDataset, OpenCache
 from student_train.losses.objective import Counts, LossSettings, fused_loss, objective, total
-from student_train.losses.targets import ChunkTargets, Classes, Targets, TopKTargets
+from student_train.losses.targets import Targets
 from student_train.model import load_student, train_on_loss
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.run.build import build_cache
+from teacher_cache.run.costs import Workload, even_layout, made_up_fingerprint, random_rows
 from teacher_cache.run.open import open_or_begin
 from teacher_cache.run.work import examples_of, load_engine, prepare_unit, run_units
 
-BATCH = 8
-ROWS, VOCABULARY, WIDTH, K, CLASSES = 512, 151_936, 512, 32, 64
+VOCABULARY = 151_936
+BATCH = 8  # examples of a step
+ROWS, WIDTH = 512, 512  # of the LM head's input
 OBJECTIVES = {"kl + TIDAL": KL(tidal=Tidal()), "reverse_calm": ReverseCalm()}
+DRAWS, SHARD = 4, 512  # of the large cache: draws, and rows of a shard
+CONFIG = CacheConfig(targets=TargetConfig(signals=("topk",)))
+LOAD = Workload(1, 2, 1024, 150, 300, 0, "")
 
 
 def bench_stages(examples: int = 96) -> Table:
@@ -118,13 +132,13 @@ def bench_head(vocabulary: int = VOCABULARY) -> Table:
             if masked == ROWS:
                 held = {way: in_process(added_memory, head_job, way, *case) for way in jobs}
                 memory = f"{max(1, held['sliced']) / max(1, held['plain']):.2f}"
-            time = seconds["sliced"] / seconds["plain"]
-            table.add_row(name, f"{masked / ROWS:.0%}", f"{time:.2f}", memory)
+            ratio = seconds["sliced"] / seconds["plain"]
+            table.add_row(name, f"{masked / ROWS:.0%}", f"{ratio:.2f}", memory)
     return table
 
 
 def head_job(
-    way: str, distillation: Distillation, masked: int, vocabulary: int, half: bool
+    way: str, distillation: KL | ReverseCalm, masked: int, vocabulary: int, half: bool
 ) -> Callable[[], object]:
     """A step of head and loss, `plain` or `sliced`. Its gradients are there before it, as in
     accumulation.
@@ -152,18 +166,84 @@ def head_job(
 
 
 def made_up_targets(rows: int, vocabulary: int) -> Targets:
-    """Random targets of a top-k with classes, and chunks of two tokens."""
-    temperatures = (1.0, 2.0)
-    ids = torch.randint(0, vocabulary, (rows, K))
-    logp = torch.randn(rows, K).sort(dim=1, descending=True).values
-    kept = torch.ones_like(ids, dtype=torch.bool)
-    prior = torch.full((vocabulary,), -math.log(vocabulary))
-    class_of = torch.arange(vocabulary) % CLASSES
-    classes = Classes(class_of, CLASSES, dict.fromkeys(temperatures, prior))
-    odds = dict.fromkeys(temperatures, torch.zeros(rows))
-    mass = dict.fromkeys(temperatures, torch.full((rows, CLASSES), math.log(0.5 / CLASSES)))
-    topk = TopKTargets(ids, logp, kept, odds, classes, mass, student_shaped=False)
-    t = torch.rand(rows) * 0.9 + 0.1
-    host = np.stack([np.arange(rows), np.arange(rows) // 2])  # rows, and each row's chunk
-    chunks = ChunkTargets(*torch.from_numpy(host), -torch.rand(rows // 2), t[::2], host)
-    return Targets(torch.randint(0, vocabulary, (rows,)), t, topk, chunks)
+    """Of random values: a top-k with classes, every token a chunk."""
+    config = CacheConfig(targets=TargetConfig(signals=("topk", "chunks"), k=32))
+    load = Workload(1, 1, rows, rows, rows, rows, "")
+    manifest = Manifest(made_up_fingerprint(config, True, vocabulary, 0), 1, 1, 1)
+    batch = collate(random_rows(load, config, vocabulary, 1), manifest)
+    return TargetReader(manifest, even_layout(config.targets, vocabulary))(batch)
+
+
+def bench_loader(sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)) -> Table:
+    """A large cache: what the start of training, a resumed run and the reading of positions take,
+    and what of it grows. A row a size.
+    """
+    targets = CONFIG.targets
+    kept = f"k {targets.k}, {targets.classes} classes, {VOCABULARY:,} tokens, {DRAWS} draws"
+    columns = ("rows", "shards", "start of training s", "of it ledger s", "memory of it MB",
+               "first batch of epoch 9 s", "read positions/s", "to targets", "checked")  # fmt: skip
+    table = Table(*columns, title=f"A made-up cache, {kept}; one thread")
+    for rows in sizes:
+        with tempfile.TemporaryDirectory(prefix="tide-bench-") as folder:
+            cache = Path(folder) / "cache"
+            shards = make_cache(cache, rows)
+            table.add_row(f"{rows:,}", f"{shards:,}", *in_process(measure_cache, cache))
+    return table
+
+
+def make_cache(cache: Path, rows: int) -> int:
+    """Write a cache of full size but for its shards: one a draw is written, every part is a link to
+    it. How many shards there are.
+    """
+    layout, none = even_layout(CONFIG.targets, VOCABULARY), np.zeros(0, np.int32)
+    tables = layout.vocabulary
+    assert tables is not None
+    pilot = Pilot(none, none, none.astype(np.float32), np.zeros((0, 2), np.float32))
+    centroids = np.zeros((tables.classes, 1), np.float32)
+    save_tables(cache / TABLES, tables, pilot, centroids)
+    fingerprint = made_up_fingerprint(CONFIG, True, VOCABULARY, 0)
+    fingerprint = dataclasses.replace(fingerprint, tables=tables.digest)
+    manifest = Manifest(fingerprint, DRAWS, -(-rows // SHARD), rows)
+    manifest.save(cache)
+    entries = {}
+    for draw in range(DRAWS):
+        made = random_rows(LOAD, CONFIG, VOCABULARY, SHARD, draw)
+        first = Unit(draw, 0).path(cache)
+        masked = sum(row.masked.size for row in made)
+        counts = {"masked": masked, "cache": manifest.digest, "draw": draw}
+        content = write_shard(first, made, layout, counts)
+        entry = ledger.Entry.of(content, {**counts, "rows": len(made)})
+        for part in range(manifest.parts):
+            entries[Unit(draw, part)] = entry
+            if part:
+                os.link(first, Unit(draw, part).path(cache))
+    ledger.save_ledger(cache, manifest, entries)
+    ledger.remember(cache)
+    return len(entries)
+
+
+def measure_cache(cache: Path) -> list[str]:
+    """The cells of a row. In a process of its own, for its memory."""
+    torch.set_num_threads(1)
+    pa.set_cpu_count(1)
+    config = TrainConfig(cache=cache, batch_size=32, epochs=10.0)
+    before, started = high_water(), time.perf_counter()
+    opened = OpenCache(config)
+    data = BatchDataset(opened, config)
+    start, memory = time.perf_counter() - started, high_water() - before
+    manifest, layout, unit = opened.manifest, opened.layout, Unit(0, 0)
+    load = timeit.timeit(lambda: ledger.load_ledger(cache, manifest), number=1)
+    resume = timeit.timeit(lambda: data.rows(len(data) - 1), number=1)
+    cells = [f"{start:.2f}", f"{load:.2f}", f"{memory / 1e6:.0f}", f"{resume:.2f}"]
+
+    path, job = unit.path(cache), (unit, opened.ledger[unit])
+    content, rows = path.read_bytes(), read_shard(path, layout)
+    read, part = TargetReader(manifest, layout), rows[:32]
+    for count, work in (
+        (SHARD, lambda: read_shard(path, layout, content)),
+        (len(part), lambda: read(collate(part, manifest))),
+        (SHARD, lambda: ledger.inspect_shard(cache, manifest, layout, job)),
+    ):
+        best = min(timeit.repeat(work, number=1, repeat=5))
+        cells.append(f"{LOAD.masked * count / best:,.0f}")
+    return cells

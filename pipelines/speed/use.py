@@ -7,14 +7,12 @@ tokens beside it, since text that repeats itself can please a model too.
 """
 
 import http.client
-import itertools
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -52,14 +50,25 @@ WAYS: dict[str, dict[str, Any]] = {
 def bench_use(shape: StudentConfig = SHAPE, prompts: int = 8) -> Table:
     """Tokens a second of each way, against the first of its kind."""
     check_installed()
-    torch.manual_seed(0)
-    trained = load_for_use(EMBEDDED, "cpu")
-    fresh = new_model(shape, trained.tokenizer, trained.special.mask, 4096)
-    student = replace(trained, model=fresh.eval())
     title = f"{prompts} held-out prompts, {NEW} new tokens each, blocks of {BLOCK}"
     table = Table("what", "passes", "tokens/s", "ratio", "NLL", "distinct", title=title)
+    torch.manual_seed(0)
+    trained = load_for_use(EMBEDDED, "cpu")
     add_sampling(table, trained, prompts)
-    add_likelihoods(table, student, prompts)
+    fresh = new_model(shape, trained.tokenizer, trained.special.mask, 4096)
+    student = replace(trained, model=fresh.eval())
+
+    # Bounds of log p(answer | prompt), question by question and all questions in one batch.
+    questions = [(prompt, [answer[:NEW]]) for prompt, answer in held_out(student, prompts)]
+    config = ElboConfig(draws=4, block=BLOCK)
+
+    def score(size: int) -> None:
+        for start in range(0, prompts, size):
+            part = questions[start : start + size]
+            log_likelihoods_together(student.model, part, student.special, config)
+
+    tokens = sum(len(answer) for _, (answer,) in questions)
+    add_at_once(table, "likelihoods", "question", score, [1, prompts], tokens)
     add_serving(table, student, prompts)
     return table
 
@@ -67,7 +76,7 @@ def bench_use(shape: StudentConfig = SHAPE, prompts: int = 8) -> Table:
 def held_out(student: LoadedStudent, count: int) -> list[tuple[list[int], list[int]]]:
     """Prompts and answers of functions that nothing embedded was trained on, as ids."""
     pairs = []
-    for chat in itertools.islice(iter_examples(DataConfig("stdlib:heldout")), count):
+    for chat in iter_examples(DataConfig("stdlib:heldout", limit=count)):
         answer = student.tokenizer.encode([chat.messages[-1]["content"]])[0]
         pairs.append((student.prompt(chat.messages[:-1]), answer))
     return pairs
@@ -75,9 +84,9 @@ def held_out(student: LoadedStudent, count: int) -> list[tuple[list[int], list[i
 
 def add_sampling(table: Table, student: LoadedStudent, prompts: int) -> None:
     """A row a way to sample, by the embedded student, since a threshold needs one that is sure."""
-    asked = [prompt for prompt, _ in held_out(student, prompts)]
-    blocks = []  # each with the true text before it
-    for prompt, answer in held_out(student, 3 * prompts):
+    pairs, blocks = held_out(student, 3 * prompts), []  # blocks with the true text before them
+    asked = [prompt for prompt, _ in pairs[:prompts]]
+    for prompt, answer in pairs:
         if len(answer) >= 2 * BLOCK:
             blocks.append((prompt + answer[:BLOCK], answer[BLOCK : 2 * BLOCK]))
     contexts = [context for context, _ in blocks]
@@ -101,10 +110,8 @@ def add_sampling(table: Table, student: LoadedStudent, prompts: int) -> None:
 
 
 def judge(student: LoadedStudent, blocks: list[tuple[list[int], list[int]]]) -> tuple[float, float]:
-    """The teacher's NLL of blocks given their contexts, nats a token, and the share of distinct
-    tokens.
-
-    `DRAWS` copies of a block have 1/16, 3/16, … of it masked, the same places in every block.
+    """The teacher's NLL of blocks given their contexts, nats a token, and their share of distinct
+    tokens. `DRAWS` copies of a block have 1/16, 3/16, … of it masked, at the same places each.
     """
     entry = find_teacher("tiny-shared")
     teacher = load_model(open_checkpoint(resolve(entry.model)), entry.architecture, torch.float32)
@@ -126,20 +133,6 @@ def judge(student: LoadedStudent, blocks: list[tuple[list[int], list[int]]]) -> 
     return float(nll), float(np.mean([len(set(block)) / len(block) for _, block in blocks]))
 
 
-def add_likelihoods(table: Table, student: LoadedStudent, prompts: int) -> None:
-    """Bounds of log p(answer | prompt), question by question and all questions in one batch."""
-    questions = [(prompt, [answer[:NEW]]) for prompt, answer in held_out(student, prompts)]
-    config = ElboConfig(draws=4, block=BLOCK)
-    model, special = student.model, student.special
-
-    def score(size: int) -> None:
-        for start in range(0, len(questions), size):
-            log_likelihoods_together(model, questions[start : start + size], special, config)
-
-    tokens = sum(len(answer) for _, (answer,) in questions)
-    add_at_once(table, "likelihoods", "question", score, [1, prompts], tokens)
-
-
 def add_serving(table: Table, student: LoadedStudent, prompts: int) -> None:
     """The same number of requests through HTTP, so many at once."""
     settings = replace(SAMPLING, steps_per_block=8)
@@ -147,7 +140,7 @@ def add_serving(table: Table, student: LoadedStudent, prompts: int) -> None:
     with served(student, config) as address:
 
         def ask(number: int) -> None:
-            connection = http.client.HTTPConnection(urlsplit(address).netloc)
+            connection = http.client.HTTPConnection(address.removeprefix("http://"))
             message = {"role": "user", "content": f"Write `f{number}`."}
             body = json.dumps({"model": config.name, "messages": [message]})
             headers = {"content-type": "application/json"}

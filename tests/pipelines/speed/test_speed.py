@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipelines.speed import loader, training, use
+from pipelines.speed import training, use
 from shared.settings.config import StudentConfig
 from student_train.using.student import load_for_use
 
@@ -27,7 +27,7 @@ def test_every_table_is_measured(name: str) -> None:
     measure = {
         "stages": lambda: training.bench_stages(16),
         "head": lambda: training.bench_head(4096),
-        "loader": lambda: loader.bench_loader((600,)),
+        "loader": lambda: training.bench_loader((600,)),
         "use": lambda: use.bench_use(SMALL, 2),
     }
     console = Console(record=True, width=200)
