@@ -16,14 +16,8 @@ from typing import Any
 import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import core_model_loading as core
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    ConversionOps,
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-)
 
 RawConfig = Mapping[str, Any]
 FUSED_QKV = "attention.query_key_value"
@@ -79,7 +73,7 @@ def split_qkv(fused: torch.Tensor, config: Any) -> tuple[torch.Tensor, ...]:
     return fused.split((config.num_attention_heads * config.head_dim, kv, kv))
 
 
-class _SplitQKV(ConversionOps):
+class _SplitQKV(core.ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: Any, target_patterns: Any, **more: Any
     ) -> dict[str, Any]:
@@ -88,14 +82,13 @@ class _SplitQKV(ConversionOps):
         return dict(zip(target_patterns, parts, strict=True))
 
     @property
-    def reverse_op(self) -> ConversionOps:
-        return Concatenate(0)
+    def reverse_op(self) -> core.ConversionOps:
+        return core.Concatenate(0)
 
 
 # Experts need no entry: the stock classes stack them themselves.
-register_checkpoint_conversion_mapping(
-    "FusedGlm4Moe", [WeightConverter(FUSED_QKV, list(SPLIT_QKV), [_SplitQKV()])], overwrite=True
-)
+_SPLIT = core.WeightConverter(FUSED_QKV, list(SPLIT_QKV), [_SplitQKV()])
+register_checkpoint_conversion_mapping("FusedGlm4Moe", [_SPLIT], overwrite=True)
 
 
 @dataclass(frozen=True)
@@ -121,8 +114,8 @@ class Architecture:
 
     def stock_name(self, key: str) -> str:
         """A tensor's name after `renames`; nothing is split or stacked."""
-        renamings = [WeightRenaming(old, new) for old, new in self.renames.items()]
-        return rename_source_key(key, renamings, [])[0]
+        renamings = [core.WeightRenaming(old, new) for old, new in self.renames.items()]
+        return core.rename_source_key(key, renamings, [])[0]
 
 
 def _common(raw: RawConfig) -> dict[str, Any]:

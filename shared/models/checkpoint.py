@@ -97,10 +97,7 @@ def resolve(location: str) -> str:
 
 
 def open_checkpoint(location: str, weights: bool = True) -> Checkpoint:
-    """Find a checkpoint by path or hub id and read its config. TideError where there is none.
-
-    From the hub it is fetched if need be, with or without its weights.
-    """
+    """The checkpoint of a path, or of a hub id, fetched if need be with or without its weights."""
     folder = Path(location)
     if not folder.is_dir():
         if location.startswith((".", "/", "~")) or location.count("/") != 1:
@@ -123,10 +120,7 @@ def open_checkpoint(location: str, weights: bool = True) -> Checkpoint:
 
 
 def stated_mask(checkpoint: Checkpoint, tokenizer: Tokenizer) -> int | None:
-    """The mask id by config.json and tokenizer; None where neither states one (null states none).
-
-    TideError, with both, where they differ, and where it is an end of text or an ordinary word.
-    """
+    """The mask id by config.json and tokenizer, which must agree; None where neither states one."""
     config = checkpoint.config.get("mask_token_id")
     named = getattr(tokenizer.backend, "mask_token_id", None)
     if config is not None and named is not None and int(config) != int(named):
@@ -165,8 +159,7 @@ def refuse_as_mask(
 def student_mask(tokenizer: Tokenizer, asked: str | None) -> tuple[str, int]:
     """The student's mask and its id: the one asked for, else the tokenizer's own, else `<|mask|>`.
 
-    A missing token gets the id one past the vocabulary. TideError where two are named, or it
-    is an ordinary word.
+    A missing token gets the id one past the vocabulary.
     """
     own = tokenizer.backend.mask_token
     if asked is not None and own is not None and asked != own:

@@ -40,11 +40,10 @@ def load_model(
 ) -> PreTrainedModel:
     """The model on `device` in `dtype`, in evaluation mode, under SDPA attention.
 
-    `device_map`: `auto` and `balanced` spread the layers evenly over the GPUs, `sequential` fills
-    one after the other; what fits no GPU stays in host memory. `quantization`: all linear layers
-    but the head in 8 bits (LLM.int8) or 4 (NF4). On the device `meta` only the files' headers are
-    read. TideError names tensors that nothing takes, parameters that nothing fills, and shapes that
-    do not match.
+    `device_map`: over the GPUs `auto`, `balanced` (evenly) or `sequential`; what fits none stays in
+    host memory. `quantization`: linear layers but the head in 8 bits (LLM.int8) or 4 (NF4). On the
+    device `meta` only the files' headers are read. TideError names tensors that nothing takes,
+    parameters that nothing fills, and shapes that do not match.
     """
     kind, folder = ARCHITECTURES[architecture_of(checkpoint, [architecture])], checkpoint.folder
     misfit = f"{folder} does not fit its architecture {architecture}"
@@ -185,11 +184,7 @@ class _Read(UserDict[str, Any]):
 
 
 def meta_model(architecture: str, raw: Mapping[str, Any], source: str = "this teacher") -> Any:
-    """The model of a checkpoint's config without weights: true shapes on the meta device.
-
-    TideError for a config of no model, and where a key that nothing reads may change what the model
-    computes.
-    """
+    """The model of a checkpoint's config without weights: true shapes on the meta device."""
     kind, read = ARCHITECTURES[architecture], _Read(raw)
     try:
         config = kind.config(read)

@@ -19,17 +19,10 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from shared.models.loading import compile_layers
+from teacher_cache import method
 from teacher_cache.engines import packs as layout
 from teacher_cache.engines.packs import Batch, Pack
-from teacher_cache.method import (
-    Request,
-    Scores,
-    TargetSpec,
-    excluded_ids,
-    extract,
-    member_matrix,
-    outside_sums,
-)
+from teacher_cache.method import Request, Scores, TargetSpec
 from teacher_cache.teachers.registry import Attention, Full
 
 PACKED_ATTENTION = "tide_packed"
@@ -64,7 +57,7 @@ class TransformersEngine:
         self._tokens_per_batch, self._head_rows = tokens_per_batch, head_rows
         self._excluded: Tensor | None = None
         if shared_ids is not None:
-            excluded = excluded_ids(shared_ids, model.config.vocab_size)
+            excluded = method.excluded_ids(shared_ids, model.config.vocab_size)
             self._excluded = torch.from_numpy(excluded)
         self._members: Tensor | None = None
 
@@ -72,7 +65,7 @@ class TransformersEngine:
         """From now on scores hold the masses of these classes (−1: in none); one class: none."""
         classes = int(class_of.max()) + 1
         self._spec = replace(self._spec, classes=classes)
-        self._members = member_matrix(class_of, classes) if classes > 1 else None
+        self._members = method.member_matrix(class_of, classes) if classes > 1 else None
 
     @torch.inference_mode()
     def score(self, requests: Sequence[Request]) -> list[Scores]:
@@ -98,7 +91,7 @@ class TransformersEngine:
         total = np.zeros((len(self._spec.temperatures), self._model.config.vocab_size))
         for packs in self.batches(requests):
             for logits, _ in self._logits(packs, requests):
-                sums = outside_sums(logits, self._spec, self._excluded)
+                sums = method.outside_sums(logits, self._spec, self._excluded)
                 total += sums.double().cpu().numpy()
         return total
 
@@ -157,7 +150,7 @@ class TransformersEngine:
         """What is kept of one batch's logits (see `extract`), some rows at a time."""
         parts = []
         for logits, gold in self._logits(packs, requests):
-            parts.append(extract(logits, gold, self._spec, self._excluded, self._members))
+            parts.append(method.extract(logits, gold, self._spec, self._excluded, self._members))
         return parts
 
 

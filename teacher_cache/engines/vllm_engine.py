@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from shared.models.checkpoint import Checkpoint
 from shared.models.loading import check_weights
 from shared.settings.config import EngineConfig
 from shared.system.errors import TideError
+from shared.system.hardware import choose_device
 from teacher_cache.method import Request, Scores, TargetSpec, excluded_ids
 from teacher_cache.teachers.registry import Full, TeacherEntry
 
@@ -109,8 +109,7 @@ class VllmEngine:
         config.to_json_file(Path(self._folder.name) / "config.json")
 
         # 2. vLLM, whose processes are those that were not there before.
-        no_accelerator = settings.device == "auto" and not torch.accelerator.is_available()
-        on_cpu = settings.device == "cpu" or no_accelerator
+        on_cpu = choose_device(settings.device).type == "cpu"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         if on_cpu:
@@ -140,10 +139,9 @@ class VllmEngine:
     def score(self, requests: Sequence[Request]) -> list[Scores]:
         if not requests:
             return []
-        too_long = max(len(request.ids) for request in requests)
-        if too_long > self._longest:
+        if (longest := max(len(request.ids) for request in requests)) > self._longest:
             raise TideError(
-                f"a sequence of {too_long} tokens came to a vLLM engine made for {self._longest}",
+                f"a sequence of {longest} tokens came to a vLLM engine made for {self._longest}",
                 fix="raise lengths.student: the teacher's prompts have added tokens spelled out",
             )
         return [unpack(data, self._spec) for data in self._ask(requests, self._classes)]

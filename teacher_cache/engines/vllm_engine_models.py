@@ -59,7 +59,6 @@ class _Scorer:
             )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load the hub's own layout."""
         return super().load_weights(self._stock_weights(weights))  # type: ignore[misc]
 
     def _stock_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -108,8 +107,7 @@ class ScorePooler(Pooler):
 
     `positions` are rows of the request's own sequence, `gold` the token ids there, `classes` (where
     named) a file with every token's class. A request with `outside` gets sums of probabilities
-    outside of the top-k instead. Requests of one step share the head's passes, `head_rows` rows
-    at a time.
+    outside of the top-k instead.
     """
 
     # Rows for which the LM head ran in this process, for the benchmark and the tests.
@@ -129,7 +127,6 @@ class ScorePooler(Pooler):
         self._members: Tensor | None = None
 
     def get_supported_tasks(self) -> Set[PoolingTask]:
-        """The one task under which scores are asked for."""
         return {TASK}
 
     def forward(

@@ -53,10 +53,8 @@ class CacheReport:
     bytes: int
     computed: int  # shards
     kept: int
-    elsewhere: int
-    """Shards that other ranks compute, or that only the store has."""
-    notes: list[str]
-    """What was left out of the data, cut, or lost its alignment, in words."""
+    elsewhere: int  # that other ranks compute, or that only the store has
+    notes: list[str]  # what was left out of the data, cut, or lost its alignment
 
 
 def build_cache(config: CacheConfig) -> CacheReport:
@@ -92,7 +90,7 @@ def build_cache(config: CacheConfig) -> CacheReport:
         if store is not None:
             run = replace(run, stored=store.begin(out, run.manifest))
 
-        # 3. Compute; after ranks nothing is left to.
+        # 3. Compute, where ranks have left something.
         left = run.missing
         remove_leftovers([out] if config.world == 1 else [unit.path(out) for unit in left])
         if left:
@@ -115,10 +113,8 @@ def build_cache(config: CacheConfig) -> CacheReport:
 
 @contextmanager
 def only_writer(config: CacheConfig, parallel: bool = False) -> Iterator[None]:
-    """Hold the cache's lock; the system drops it with the process, however that ends.
-
-    A rank holds the lock of its rank, and whoever only starts ranks one of its own. The run of a
-    whole cache holds `.lock`, and goes on only where no rank is at work.
+    """Hold the cache's lock: a rank that of its rank, whoever only starts ranks one of its own, the
+    run of a whole cache `.lock`, where no rank is at work. It goes with the process.
     """
     out, what = config.out, f"the cache {config.out}"
     name = f"{config.rank}-of-{config.world}"

@@ -4,7 +4,7 @@ FLOPs follow the usual count: two for every multiply-add of a weight that a toke
 the width for every pair of positions in attention, the LM head at the rows that are read alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -70,9 +70,8 @@ def size_of(model: Any) -> ModelSize:
 def assumed_workload(
     entry: TeacherEntry, config: CacheConfig, examples: int, tokens: int, response: float
 ) -> Workload:
-    """A workload from stated means: `tokens` of the teacher an example, a share `response` of them
-    maskable. Half of these are masked on average over t; a student's token is taken to be a
-    teacher's token.
+    """A workload from stated means: `tokens` an example (of either side), a share `response` of
+    them maskable, of which half are masked on average over t.
     """
     passes = 2.0 if config.noise.comp_demo else 1.0
     masked = tokens * response / 2
@@ -152,42 +151,32 @@ def random_rows(
     for i in range(count):
         random = np.random.default_rng(i)
         masked = np.sort(random.choice(length, n, replace=False)).astype(np.int32)
-        kept: dict[str, Any] = dict.fromkeys(
-            ("topk_sizes", "topk_ids", "topk_logp", "tail_odds", "class_mass", "chunk_student",
-             "chunk_teacher", "chunk_logp", "teacher_ids", "teacher_masked")
-        )  # fmt: skip
+        values: dict[str, Any] = {field.name: None for field in fields(CacheRow)}
+        values |= {"example_id": f"{random.integers(1 << 60):016x}", "label": "", "draw": draw}
+        values |= {"t": 0.5, "masked": masked, "spans": np.array([[0, length]], np.int32)}
+        values["student_ids"] = random.integers(0, vocabulary, length, np.int32)
+        values["split"] = random.random(n) < 0.5
+        values["gold_logp"] = -random.exponential(2, n).astype(np.float32)
+        values["logsumexp"] = random.normal(0, 4, n).astype(np.float32)
         if own_tokens:
-            kept["teacher_ids"] = random.integers(0, vocabulary, length, np.int32)
-            kept["teacher_masked"] = masked
+            values["teacher_ids"] = random.integers(0, vocabulary, length, np.int32)
+            values["teacher_masked"] = masked
         if "topk" in targets.signals:
             logits = -np.sort(-random.normal(0, 2, (n, k)).astype(np.float32), axis=1)
             logp = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)) - 0.2
             frequent = np.exp(random.uniform(0, np.log(vocabulary), n * k)) - 1  # have small ids
             shares = random.dirichlet(np.full(targets.classes, 0.3), (n, temperatures))
-            kept["topk_sizes"] = np.full(n, k, np.int32)
-            kept["topk_ids"], kept["topk_logp"] = frequent.astype(np.int32), logp.reshape(-1)
-            kept["tail_odds"] = random.normal(0, 1, (n, temperatures)).astype(np.float32)
+            values["topk_sizes"] = np.full(n, k, np.int32)
+            values["topk_ids"], values["topk_logp"] = frequent.astype(np.int32), logp.reshape(-1)
+            values["tail_odds"] = random.normal(0, 1, (n, temperatures)).astype(np.float32)
             if targets.classes > 1:
-                kept["class_mass"] = np.log(0.3 * shares + 1e-12).astype(np.float32)
+                values["class_mass"] = np.log(0.3 * shares + 1e-12).astype(np.float32)
         if "chunks" in targets.signals:
             starts = np.sort(random.choice(length, chunks, replace=chunks > length))
             spans = np.stack([starts, starts + 1], axis=1).astype(np.int32)
-            kept["chunk_student"] = kept["chunk_teacher"] = spans
-            kept["chunk_logp"] = -random.random(chunks).astype(np.float32)
-        row = CacheRow(
-            example_id=f"{random.integers(1 << 60):016x}",
-            label="",
-            draw=draw,
-            t=0.5,
-            student_ids=random.integers(0, vocabulary, length, np.int32),
-            spans=np.array([[0, length]], np.int32),
-            masked=masked,
-            split=random.random(n) < 0.5,
-            gold_logp=-random.exponential(2, n).astype(np.float32),
-            logsumexp=random.normal(0, 4, n).astype(np.float32),
-            **kept,
-        )
-        rows.append(row)
+            values["chunk_student"] = values["chunk_teacher"] = spans
+            values["chunk_logp"] = -random.random(chunks).astype(np.float32)
+        rows.append(CacheRow(**values))
     return rows
 
 

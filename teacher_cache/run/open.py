@@ -11,16 +11,8 @@ import numpy as np
 from jaxtyping import Bool
 
 from shared.aligned.examples import SharedVocabulary
-from shared.cache.manifest import (
-    MANIFEST,
-    CachedData,
-    CachedStudent,
-    CachedTeacher,
-    Fingerprint,
-    Manifest,
-    check_fingerprint,
-    load_manifest,
-)
+from shared.cache import manifest as cached
+from shared.cache.manifest import Manifest
 from shared.cache.row import Layout, Vocabulary
 from shared.cache.shards import Unit, finished_units, has_tables, load_vocabulary, read_table
 from shared.data.sources import public_name
@@ -138,17 +130,15 @@ class Run(Sides):
 
     @property
     def wants_tables(self) -> bool:
-        """Whether the shards need what is known of the vocabulary as a whole."""
+        """Whether the shards need what is known of the whole vocabulary."""
         return "topk" in self.config.targets.signals
 
     @property
     def layout(self) -> Layout:
-        """How the shards are written."""
         targets = self.manifest.fingerprint.targets
         return Layout(targets.temperatures, targets.values, self.vocabulary, targets.partial)
 
     def target_spec(self) -> TargetSpec:
-        """What to take of the logits."""
         targets = self.config.targets
         k = targets.k if self.wants_tables else 0
         return TargetSpec(k, targets.mass, targets.stored_temperatures, self.layout.classes)
@@ -173,13 +163,12 @@ class Run(Sides):
 def open_or_begin(config: CacheConfig, any_engine: bool = False) -> Run:
     """The run that `config` describes: a new one, or that of the cache which lies at `config.out`.
 
-    Nothing is written but prepared data. TideError names the first thing that is wrong, and all
-    that differs from the cache. `any_engine`: look at it with another engine than it was made with.
+    Nothing is written but prepared data. `any_engine`: look at a cache with another engine.
     """
     # 1. What is there decides what was left open.
     out = config.out
     check_places(config)
-    begun = load_manifest(out) if (out / MANIFEST).exists() else None
+    begun = cached.load_manifest(out) if (out / cached.MANIFEST).exists() else None
     config = settle_engine(config, begun and begun.fingerprint.engine)
 
     # 2. Teacher, student and data.
@@ -189,7 +178,7 @@ def open_or_begin(config: CacheConfig, any_engine: bool = False) -> Run:
 
     # 3. All that the values depend on.
     entry, student, checkpoint = sides.entry, sides.student, sides.checkpoint
-    teacher = CachedTeacher(
+    teacher = cached.CachedTeacher(
         name=config.teacher,
         architecture=entry.architecture,
         attention=to_plain(entry.attention),
@@ -201,7 +190,7 @@ def open_or_begin(config: CacheConfig, any_engine: bool = False) -> Run:
         tokenizer=sides.teacher.fingerprint,
         template=sides.teacher.template.source,
     )
-    learner = CachedStudent(
+    learner = cached.CachedStudent(
         tokenizer=student.fingerprint,
         template=student.template.source,
         mask_id=sides.student_mask,
@@ -210,11 +199,11 @@ def open_or_begin(config: CacheConfig, any_engine: bool = False) -> Run:
     )
     turns = tuple(sorted({source.turns for source in config.sources}))
     date, size = None if day is None else str(day), config.shard_examples
-    examples = CachedData(data.record.content, data.examples, size, turns, date)
+    examples = cached.CachedData(data.record.content, data.examples, size, turns, date)
     classes_from = config.targets.classes_from
     if classes_from is not None:
         classes_from = open_checkpoint(resolve(classes_from)).fingerprint()
-    fingerprint = Fingerprint.of(config, teacher, learner, examples, classes_from)
+    fingerprint = cached.Fingerprint.of(config, teacher, learner, examples, classes_from)
 
     # 4. The tables, where they are made already.
     tables, vocabulary = begun and begun.fingerprint.tables, None
@@ -229,7 +218,7 @@ def open_or_begin(config: CacheConfig, any_engine: bool = False) -> Run:
     if begun is not None:
         if any_engine:
             fingerprint = replace(fingerprint, engine=begun.fingerprint.engine)
-        check_fingerprint(out, begun.fingerprint, fingerprint, "go on with it")
+        cached.check_fingerprint(out, begun.fingerprint, fingerprint, "go on with it")
         draws, names = max(begun.draws, draws), begun.sources or names
     elif units := finished_units(out):
         # The manifest was lost: the shards say what they belong to.

@@ -66,10 +66,8 @@ def ray_cluster() -> Any:
 
 
 def settle_engine(config: CacheConfig, begun: CachedEngine | None = None) -> CacheConfig:
-    """`config` with every `auto` of its engine decided but the device's.
-
-    A cache keeps the engine that it was begun with (`begun`), on whatever machine it is gone on
-    with. TideError where the engine cannot run.
+    """`config` with every `auto` of its engine decided but the device's: as the cache was begun, on
+    whatever machine it is gone on with. TideError where the engine cannot run.
     """
     settings, kind = config.engine, config.engine.type
     if kind == "auto" and begun is not None:
@@ -139,9 +137,7 @@ def check_teacher(
 
 
 def check_data(config: CacheConfig, shared_tokenizer: bool, data: PreparedData) -> None:
-    """TideError where chunks are wanted and the two tokenizers share none; a warning where most
-    bytes are in no chunk.
-    """
+    """TideError where chunks are wanted and there are none; a warning where there are few."""
     if shared_tokenizer or "chunks" not in config.targets.signals:
         return
     sums = totals(data.record.sources)

@@ -1,8 +1,6 @@
-"""What a person watches for days: a bar, a status file for other programs, and a text file for
-Prometheus.
+"""What a person watches for days: a bar, status.json in the cache, and a text file for Prometheus.
 
-`status.json` lies in the cache. It says what the run at hand does, and adds up engine seconds over
-all runs, which is what the cache has cost.
+The status says what the run at hand does, and adds up engine seconds over all runs: the cost.
 """
 
 import contextlib
@@ -57,8 +55,7 @@ class Progress:
         self._total = sum(run.examples_in(unit) for unit in units)
         self._engine_before = float(_read(self._path).get("engine_seconds", 0.0))
         self._started, self._last = time.time(), 0.0
-        self._rows = self._bytes = 0
-        self._busy = 0.0  # seconds
+        self._rows, self._bytes, self._busy = 0, 0, 0.0
         title = f"cache {config.teacher}"
         self._bar = tqdm(total=self._total, unit="row", desc=title, smoothing=0.05)
 
@@ -117,7 +114,6 @@ def write_metrics(path: Path, status: dict[str, Any], teacher: str) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    # Whole or not at all, but not forced to the disk: the next comes in seconds. A full disk stops
-    # no run.
+    # Whole, but not forced to the disk: the next comes in seconds. A full disk stops no run.
     with contextlib.suppress(OSError, TideError):
         write_bytes(path, text.encode(), durable=False)

@@ -27,7 +27,7 @@ from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import architecture_of, head_rows
 from shared.system.errors import TideError
 from shared.system.processes import hold
-from teacher_cache.method import Request, refuse_nonfinite
+from teacher_cache.method import Request, excluded_ids, refuse_nonfinite
 from teacher_cache.run.open import Run
 from teacher_cache.run.work import Engine, prepare_unit
 
@@ -38,8 +38,7 @@ _LOOK_SECONDS = 1.0
 
 
 def settle_tables(run: Run, engine: Callable[[], Engine], store: Store | None = None) -> Run:
-    """The run with its tables, which `engine` is asked for where nobody has made them; its manifest
-    is then complete and written.
+    """The run with its tables, made where nobody has made them, and its manifest written.
 
     Ranks that share a folder take turns by a lock. Where they share only a store, rank 0 makes the
     tables and the others wait for them.
@@ -127,16 +126,13 @@ def pilot_requests(run: Run) -> list[Request]:
 
 
 def classes_for(run: Run) -> tuple[Int[np.ndarray, " vocab"], Float[np.ndarray, "classes width"]]:
-    """The class of every id of the teacher's vocabulary (−1: not shared), and the classes' centres.
-
-    From the head of `targets.classes_from`, else the teacher's own. TideError where there are fewer
-    tokens than classes.
+    """The class of every id of the teacher's vocabulary (−1: not shared), and the classes' centres,
+    from the head of `targets.classes_from`, else the teacher's own.
     """
     targets, shared = run.config.targets, run.shared_ids()
     allowed = np.ones(run.checkpoint.embedding_rows, bool)
     if shared is not None:
-        allowed[:] = False
-        allowed[: len(shared)] = shared[: allowed.size]
+        allowed[excluded_ids(shared, allowed.size)] = False
     if targets.classes == 1:
         return np.where(allowed, 0, -1).astype(np.int32), np.zeros((1, 1), np.float32)
     if targets.classes_from is None:

@@ -1,7 +1,6 @@
 """The units of a run: examples made into requests for the engine, its scores made into rows of the
-cache, and the pipeline around both. Units are drawn ahead of the engine and written behind it, so
-that it never waits; both run in threads, as most of NumPy and Parquet releases the interpreter's
-lock.
+cache, and the pipeline around both. Units are drawn ahead of the engine and written behind it, in
+threads, so that it never waits.
 """
 
 import time
@@ -22,18 +21,10 @@ from shared.diffusion import Draw
 from shared.models.loading import load_model
 from shared.settings.config import EngineConfig
 from shared.system.hardware import choose_device, torch_dtype
+from teacher_cache import method
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.engines.vllm_engine import VllmEngine, field_shapes
-from teacher_cache.method import (
-    Request,
-    Scores,
-    TargetSpec,
-    TeacherView,
-    draw_for,
-    passes,
-    refuse_nonfinite,
-    teacher_view,
-)
+from teacher_cache.method import Request, Scores, TargetSpec, TeacherView
 from teacher_cache.run.open import Run
 from teacher_cache.run.progress import Progress
 from teacher_cache.teachers.registry import Full
@@ -50,15 +41,9 @@ def load_engine(run: Run) -> Engine:
         longest = run.config.lengths.teacher
         engine: Engine = VllmEngine(run.checkpoint, entry, spec, settings, longest, shared)
     else:
-        device = choose_device(settings.device)
-        model = load_model(
-            run.checkpoint,
-            entry.architecture,
-            torch_dtype(settings.dtype),
-            device,
-            device_map=settings.device_map,
-            quantization=settings.quantization,
-        )
+        device, dtype = choose_device(settings.device), torch_dtype(settings.dtype)
+        fit: Any = {"device_map": settings.device_map, "quantization": settings.quantization}
+        model = load_model(run.checkpoint, entry.architecture, dtype, device, **fit)
         engine = TransformersEngine(
             model,
             entry.attention,
@@ -104,9 +89,9 @@ def prepare_unit(run: Run, unit: Unit, examples: Sequence[Prepared]) -> UnitWork
     """Draw and split: everything before the engine."""
     items, requests = [], []
     for example in examples:
-        draw = draw_for(example, run.config.noise, unit.draw)
-        view = teacher_view(example, draw)
-        pairs = passes(view, run.entry.mask_id, run.config.noise.comp_demo)
+        draw = method.draw_for(example, run.config.noise, unit.draw)
+        view = method.teacher_view(example, draw)
+        pairs = method.passes(view, run.entry.mask_id, run.config.noise.comp_demo)
         requests += [request for request, _ in pairs]
         items.append(Item(example, draw, view, [rows for _, rows in pairs]))
     return UnitWork(unit, items, requests)
@@ -123,7 +108,7 @@ def finish_unit(
     for item in work.items:
         parts = [next(remaining) for _ in item.rows]
         for part in parts:
-            refuse_nonfinite(part, item.example.id)
+            method.refuse_nonfinite(part, item.example.id)
         merged = merge_passes(spec, item.view.positions.size, parts, item.rows)
         row = cache_row(item, work.unit.draw, merged, signals, comp_demo, partial)
         if row.chunk_logp is not None:
@@ -154,16 +139,11 @@ def merge_passes(
 
 
 def cache_row(
-    item: Item,
-    number: int,
-    scores: Scores,
-    signals: Sequence[str],
-    comp_demo: bool,
-    partial: bool = False,
+    item: Item, number: int, scores: Scores, signals: Sequence[str], comp: bool, partial: bool
 ) -> CacheRow:
     """The row of draw `number` of an example, from what the teacher said of its view.
 
-    `partial`: the row says where the teacher was read, which may be at fewer positions than masked.
+    `comp`: under CompDemo. `partial`: the teacher may be read at fewer positions than are masked.
     """
     example, draw, view = item.example, item.draw, item.view
     chunk_student = chunk_teacher = chunk_logp = ids = top = None
@@ -192,7 +172,7 @@ def cache_row(
         read=view.student if partial else None,
         teacher_ids=example.teacher_ids,
         teacher_masked=None if example.teacher_ids is None else view.positions,
-        split=view.in_a if comp_demo else np.zeros_like(view.in_a),
+        split=view.in_a if comp else np.zeros_like(view.in_a),
         gold_logp=scores.gold_logp,
         logsumexp=scores.logsumexp,
         topk_sizes=scores.topk_sizes,
@@ -213,10 +193,7 @@ def examples_of(run: Run, unit: Unit) -> list[Prepared]:
 
 
 def run_units(run: Run, engine: Engine, units: Sequence[Unit]) -> None:
-    """Score `units` and write a shard for each, under a progress bar.
-
-    What was scored is written even when a later unit fails or Ctrl-C comes.
-    """
+    """Score `units` and write a shard for each; also what was scored before a failure or Ctrl-C."""
     # Where passes share a clean copy (`engines.packs`), all draws of a part are scored together.
     alone = isinstance(run.entry.attention, Full)
     together: dict[Unit | int, list[Unit]] = {}

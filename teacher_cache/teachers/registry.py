@@ -68,8 +68,7 @@ class TeacherEntry:
     shift: bool = False
     """Row i of the model predicts token i + 1."""
     eos_id: int | None = None
-    """Checked against the checkpoint where stated, as `pad_id` and `vocabulary` (embedding rows).
-    """
+    """Checked against the checkpoint where stated, as are `pad_id` and `vocabulary`."""
     pad_id: int | None = None
     vocabulary: int | None = None
     shape: str | None = None
@@ -83,10 +82,7 @@ def _packaged(name: str) -> dict[str, Any]:
 
 
 def all_teachers(extra: Path | None = None) -> dict[str, TeacherEntry]:
-    """The built-in entries and those of `extra` (a TOML file), which may replace built-in ones.
-
-    TideError names what is wrong in `extra`.
-    """
+    """The built-in entries and those of `extra` (a TOML file), which may replace built-in ones."""
     files = {"registry.toml": _packaged("registry.toml")}
     if extra is not None:
         files[str(extra)] = read_toml(extra)

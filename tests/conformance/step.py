@@ -91,7 +91,7 @@ def check_case(folder: Path, name: str, case: dict[str, Any]) -> Group:
         scores = engine.score([request for request, _ in pairs])
         item = Item(example, draw, view, [read for _, read in pairs])
         merged = merge_passes(spec, view.positions.size, scores, item.rows)
-        rows.append(cache_row(item, 0, merged, signals, comp_demo))
+        rows.append(cache_row(item, 0, merged, signals, comp_demo, False))
     ids = np.arange(size, dtype=np.int32)
     prior = np.full((len(temperatures), size), 1 / size, np.float32)
     layout = Layout(temperatures, "float32", Vocabulary(np.zeros_like(ids), ids, prior))

@@ -35,13 +35,8 @@ def other_data(model: Path) -> dict[str, Any]:
 
 
 def other_template(model: Path) -> dict[str, Any]:
-    path = model / "tokenizer_config.json"
     template = model / "chat_template.jinja"
-    if template.exists():
-        template.write_text("{# new #}" + template.read_text())
-    else:
-        old = json.loads(path.read_text())["chat_template"]
-        edited(path, chat_template="{# new #}" + old)
+    template.write_text("{# new #}" + template.read_text())
     return {}
 
 
@@ -52,40 +47,28 @@ def other_weights(model: Path) -> dict[str, Any]:
     return {}
 
 
-def other_settings(_model: Path) -> dict[str, Any]:
-    return {"targets": {"k": 4, "classes": 5, "pilot": 200}}
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (other_data, "data.content"),
-        (other_template, "teacher.template"),
-        (other_weights, "teacher.weights"),
-        (other_settings, "targets.k: 8 → 4"),
-    ],
-)
 def test_what_changed_between_two_runs_is_named_and_nothing_is_touched(
-    caches: dict[str, Path],
-    random_teacher: Path,
-    tmp_path: Path,
-    change: Callable[[Path], dict[str, Any]],
-    named: str,
+    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
 ) -> None:
-    model = Path(shutil.copytree(random_teacher, tmp_path / "model"))
     cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "cache"))
-    changes = change(model)
-    with pytest.raises(TideError, match=named):
-        build_cache(small_cache_config("tiny-cross", model, cache, **changes))
-    assert files(cache) == files(caches["tiny-cross"])
+    changes: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "data.content": other_data,
+        "teacher.template": other_template,
+        "teacher.weights": other_weights,
+        "targets.k": lambda _: {"targets": {"k": 4, "classes": 5, "pilot": 200}},
+    }
+    for named, change in changes.items():
+        model = Path(shutil.copytree(random_teacher, tmp_path / named))
+        with pytest.raises(TideError, match=named):
+            build_cache(small_cache_config("tiny-cross", model, cache, **change(model)))
+        assert files(cache) == files(caches["tiny-cross"])
 
 
 def test_bad_input_is_refused_before_the_teacher_is_loaded(
     random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "teacher_cache.run.build.load_engine", lambda _run: pytest.fail("the teacher was loaded")
-    )
+    never = "teacher_cache.run.build.load_engine"
+    monkeypatch.setattr(never, lambda _run: pytest.fail("the teacher was loaded"))
     (tmp_path / "empty.jsonl").write_text("\n")
     model = Path(shutil.copytree(random_teacher, tmp_path / "m"))
     other_mask = Path(shutil.copytree(random_teacher, tmp_path / "mask"))
@@ -107,14 +90,13 @@ def test_bad_input_is_refused_before_the_teacher_is_loaded(
 
 
 @pytest.mark.parametrize(
-    ("teacher", "settings", "with_vllm"),
-    [("llada2-mini", (), "vllm"), ("wedlm-8b", (), "transformers")],
+    ("teacher", "with_vllm"), [("llada2-mini", "vllm"), ("wedlm-8b", "transformers")]
 )
 def test_auto_takes_vllm_where_it_can(
-    teacher: str, settings: tuple[str, ...], with_vllm: str, monkeypatch: pytest.MonkeyPatch
+    teacher: str, with_vllm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def settle(*more: str) -> str:
-        return settle_engine(cache_config(teacher, None, [*settings, *more])).engine.type
+    def settle(*settings: str) -> str:
+        return settle_engine(cache_config(teacher, None, [*settings])).engine.type
 
     monkeypatch.setattr(vllm_engine, "installed", lambda: True)
     assert settle("engine.type=auto") == with_vllm
@@ -131,13 +113,9 @@ def test_auto_takes_vllm_where_it_can(
 def test_a_row_that_cannot_be_used_stops_nothing_and_moves_no_other(
     random_teacher: Path, tmp_path: Path
 ) -> None:
-    """Bad rows in a late shard are left out and counted. Removed as advised, nothing is computed
-    again.
-    """
-    question, answer = (
-        {"role": "user", "content": "w " * 400},
-        {"role": "assistant", "content": "a"},
-    )
+    """Bad rows of a late shard are left out and counted; without them nothing is computed again."""
+    question = {"role": "user", "content": "w " * 400}
+    answer = {"role": "assistant", "content": "a"}
     source = write_chats(tmp_path / "d.jsonl", [f"x = {i}" for i in range(12)])["source"]
     good = Path(source).read_text().splitlines()
     bad = [json.dumps({"messages": [question, answer]}), "{"]
@@ -167,10 +145,8 @@ def test_caches_that_differ_in_noise_or_targets_share_what_is_prepared(
     assert not check_cache(tmp_path / "a").problems
     rows = rows_in(tmp_path / "a", Unit(0, 0))
     assert len({row.example_id for row in rows}) == len({row.t for row in rows}) == 8
-    monkeypatch.setattr(
-        "teacher_cache.prepared.prepare.source_rows",
-        lambda _: pytest.fail("the source was read again"),
-    )
+    again = "teacher_cache.prepared.prepare.source_rows"
+    monkeypatch.setattr(again, lambda _: pytest.fail("the source was read again"))
     noise = {"seed": 5, "comp_demo": False, "draws": 1}
     second = build_cache(config("b", noise=noise, targets={"k": 4}))
     assert (first.rows, second.rows) == (32, 16)
@@ -180,9 +156,7 @@ def test_caches_that_differ_in_noise_or_targets_share_what_is_prepared(
 def test_a_cache_keeps_the_day_on_which_it_was_begun(
     random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Templates of Llama 3.1's kind write today's date: draws of other days must hold the same
-    prompts.
-    """
+    """Templates of Llama 3.1's kind write today's date: all draws must hold the same prompts."""
     student = Path(shutil.copytree(STUDENT_TOKENIZER, tmp_path / "s"))
     template = student / "chat_template.jinja"
     template.write_text("{{ 'Today: ' + strftime_now('%d %b %Y') + '\n' }}" + template.read_text())

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from shared.cache.shards import finished_units
 from shared.cache.stores import Store
@@ -30,9 +30,8 @@ def test_ranks_share_the_units_on_one_disk(
 ) -> None:
     out = tmp_path / "c"
     for rank in range(3):
-        report = build_cache(
-            small_cache_config("tiny-shared", random_teacher, out, rank=rank, world=3)
-        )
+        own = {"rank": rank, "world": 3}
+        report = build_cache(small_cache_config("tiny-shared", random_teacher, out, **own))
         assert (report.computed, report.kept) == (2, 2 * rank)
     assert files(out) == files(caches["tiny-shared"])
     status = read_status(out)
@@ -64,9 +63,8 @@ def test_ranks_without_a_common_disk_wait_for_the_tables_of_rank_0(
     def run(rank: int) -> None:
         changes = {"rank": rank, "world": 2, "store": store}
         out = tmp_path / f"host-{rank}"
-        reports.append(
-            build_cache(small_cache_config("tiny-shared", random_teacher, out, **changes))
-        )
+        config = small_cache_config("tiny-shared", random_teacher, out, **changes)
+        reports.append(build_cache(config))
 
     late = threading.Thread(target=run, args=(1,))
     late.start()
@@ -93,32 +91,25 @@ def test_six_ranks_released_at_one_moment_make_one_table(
     caches: dict[str, Path], random_teacher: Path, tmp_path: Path
 ) -> None:
     """Twenty times over, as a Slurm array begins: no rank dies of another's files."""
-    context, threads = multiprocessing.get_context("fork"), torch.get_num_threads()
-    torch.set_num_threads(1)  # six forks on a few cores
-    try:
-        for trial in range(20):
-            out = tmp_path / f"c{trial}"
-            settings = {"teacher": "tiny-shared", "model": random_teacher, "out": out, "world": 6}
-            barrier, results = context.Barrier(6), context.Queue()
-            children = []
-            for rank in range(6):
-                own = ({**settings, "rank": rank}, barrier, results)
-                children.append(context.Process(target=in_child, args=own))
-                children[-1].start()
-            assert [results.get(timeout=300) for _ in children] == [1] * 6
-            for child in children:
-                child.join()
-            assert files(out) == files(caches["tiny-shared"])
-    finally:
-        torch.set_num_threads(threads)
+    context = multiprocessing.get_context("fork")
+    for trial in range(20):
+        out = tmp_path / f"c{trial}"
+        settings = {"teacher": "tiny-shared", "model": random_teacher, "out": out, "world": 6}
+        barrier, results, children = context.Barrier(6), context.Queue(), []
+        for rank in range(6):
+            own = ({**settings, "rank": rank}, barrier, results)
+            children.append(context.Process(target=in_child, args=own))
+            children[-1].start()
+        assert [results.get(timeout=300) for _ in children] == [1] * 6
+        for child in children:
+            child.join()
+        assert files(out) == files(caches["tiny-shared"])
 
 
 def test_data_parallel_makes_the_same_cache_and_goes_on_where_a_rank_was_killed(
     caches: dict[str, Path], random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of two processes is killed at its start: the other writes its half, the run ends with an
-    error, and the same command makes the rest.
-    """
+    """The other process writes its half, the run ends with an error, the same command goes on."""
     start, killed = processes.start_child, []
 
     def watched(*arguments: Any) -> Any:
@@ -144,19 +135,17 @@ def test_data_parallel_makes_the_same_cache_and_goes_on_where_a_rank_was_killed(
 def test_what_a_rank_finds_wrong_reaches_the_user(
     random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "m").mkdir()
-    for path in random_teacher.iterdir():
-        (tmp_path / "m" / path.name).symlink_to(path)
+    model = Path(shutil.copytree(random_teacher, tmp_path / "m"))
     start = processes.start_child
 
     def without_weights(*arguments: Any) -> Any:
-        (tmp_path / "m" / "model.safetensors").unlink(missing_ok=True)
+        (model / "model.safetensors").unlink(missing_ok=True)
         return start(*arguments)
 
     monkeypatch.setattr(processes, "start_child", without_weights)
     changes = {"engine": {**CPU, "data_parallel": 2}}
-    config = small_cache_config("tiny-cross", tmp_path / "m", tmp_path / "c", **changes)
-    with pytest.raises(TideError, match=str(tmp_path / "m")):
+    config = small_cache_config("tiny-cross", model, tmp_path / "c", **changes)
+    with pytest.raises(TideError, match=str(model)):
         build_cache(config)
 
 
@@ -201,11 +190,11 @@ def test_a_ray_cluster_of_two_nodes_loses_one(
 def test_ray_that_is_not_there_is_explained(
     random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name, *_: None if name == "ray" else object()
-    )
+    def without_ray(name: str, *_: Any) -> object:
+        return None if name == "ray" else object()
+
+    monkeypatch.setattr("importlib.util.find_spec", without_ray)
     engine = {**CPU, "workers": "ray", "dtype": "auto"}
+    config = small_cache_config("tiny-shared", random_teacher, tmp_path / "c", engine=engine)
     with pytest.raises(TideError, match="ray"):
-        build_cache(
-            small_cache_config("tiny-shared", random_teacher, tmp_path / "c", engine=engine)
-        )
+        build_cache(config)

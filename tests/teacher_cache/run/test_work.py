@@ -19,9 +19,8 @@ from tests.conftest import small_cache_config
 @pytest.fixture
 def run(random_teacher: Path, tmp_path: Path) -> Run:
     changes = {"targets": {"signals": ["chunks"]}}
-    return open_or_begin(
-        small_cache_config("tiny-cross", random_teacher, tmp_path / "cache", **changes)
-    )
+    out = tmp_path / "cache"
+    return open_or_begin(small_cache_config("tiny-cross", random_teacher, out, **changes))
 
 
 def spied(run: Run, before: Any) -> Any:
@@ -41,9 +40,7 @@ def spied(run: Run, before: Any) -> Any:
 def test_the_next_unit_is_prepared_and_the_last_one_written_while_the_engine_works(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each scoring call waits for the next unit's preparation, each write for the next scoring
-    call: no deadlock.
-    """
+    """Scoring waits for the next unit's preparation, writing for the next scoring: no deadlock."""
     every = run.missing
     prepared, calls, scoring = [0], [0], threading.Condition()
     prepare, write = work.prepare_unit, work.write_shard
