@@ -42,30 +42,27 @@ def test_rows_hold_what_the_teacher_says(
     for row in rows_in(cache, Unit(1, 0)):
         ids = row.student_ids if row.teacher_ids is None else row.teacher_ids
         positions = row.masked if row.teacher_masked is None else row.teacher_masked
+        assert row.topk_logp is not None and row.tail_odds is not None
+        assert row.chunk_teacher is not None and row.chunk_logp is not None
         logp = np.zeros(len(ids))
         for part in (False, True):
-            read = positions[row.split == part]
+            where = np.flatnonzero(row.split == part)
+            read = positions[where]
             noised = torch.from_numpy(ids.astype(np.int64))[None].clone()
             noised[0, read] = 4095
             mask = torch.ones(1, 1, len(ids), len(ids), dtype=torch.bool)
             with torch.no_grad():
                 logits = model(input_ids=noised, attention_mask=mask).logits[0].double()
-            where = np.flatnonzero(row.split == part)
-            np.testing.assert_allclose(
-                row.logsumexp[where], torch.logsumexp(logits[read], 1), atol=0.5 / 32 + 1e-4
-            )
-            assert row.topk_logp is not None and row.tail_odds is not None
+            logsumexp = torch.logsumexp(logits[read], 1)
+            np.testing.assert_allclose(row.logsumexp[where], logsumexp, atol=0.5 / 32 + 1e-4)
             truth = torch.log_softmax(logits[read], 1).topk(8).values.numpy().astype(np.float32)
             apart = np.abs(row.topk_logp.reshape(-1, 8)[where] - truth)
             assert (apart <= half_steps(truth, (1.0, 2.0)) + 1e-4).all()
             for i, t in enumerate((1.0, 2.0)):
                 p = torch.softmax(logits[read] / t, 1).topk(8).values.sum(1)
-                np.testing.assert_allclose(
-                    row.tail_odds[where, i], torch.log((1 - p) / p), atol=0.5 / 256 + 1e-4
-                )
+                odds = torch.log((1 - p) / p)
+                np.testing.assert_allclose(row.tail_odds[where, i], odds, atol=0.5 / 256 + 1e-4)
             logp[read] = torch.log_softmax(logits, 1)[read, ids[read]].numpy()
-        assert row.chunk_teacher is not None
-        assert row.chunk_logp is not None
         expected = [logp[a:b].sum() for a, b in row.chunk_teacher]
         np.testing.assert_allclose(row.chunk_logp, expected, rtol=1e-4, atol=1e-5)
         checked += len(expected)

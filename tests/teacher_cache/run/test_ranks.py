@@ -6,7 +6,6 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,25 +148,17 @@ def test_what_a_rank_finds_wrong_reaches_the_user(
         build_cache(config)
 
 
-@pytest.fixture
-def cluster() -> Iterator[Any]:
-    """Ray on two nodes, two CPUs each."""
-    ray = pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
-    ray.init(address=made.address, log_to_driver=False)
-    yield made
-    ray.shutdown()
-    made.shutdown()
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_a_ray_cluster_of_two_nodes_loses_one(
-    caches: dict[str, Path], random_teacher: Path, tmp_path: Path, cluster: Any
+    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
 ) -> None:
     """Ranks run on both nodes; one node goes while units are computed; Ray runs its ranks again."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    ray.init(address=cluster.address, log_to_driver=False)
     second = cluster.add_node(num_cpus=2)
     cluster.wait_for_nodes()
     out = tmp_path / "c"
@@ -181,9 +172,12 @@ def test_a_ray_cluster_of_two_nodes_loses_one(
 
     thread = threading.Thread(target=lose)
     thread.start()
-    report = build_cache(config)
-    thread.join()
-    assert report.computed == 6
+    try:
+        assert build_cache(config).computed == 6
+        thread.join()
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
     assert files(out) == files(caches["tiny-shared"])
 
 
