@@ -76,10 +76,7 @@ _A2D_FIELDS = (
 def save_student(
     model: Any, tokenizer: Tokenizer, folder: Path, state: dict[str, Any] | None = None
 ) -> None:
-    """Write weights, config, generation config and tokenizer, as transformers loads them.
-
-    `state` holds the weights where the model's own are sharded.
-    """
+    """Write a student as transformers loads it; `state`: the weights where `model`'s are sharded."""
     # What ends a response: EOS and the chat template's end of turn, as in sampling.
     stated = model.config.eos_token_id
     ends = stated if isinstance(stated, list) else [stated]
@@ -151,12 +148,11 @@ def write_card(
         tags=["diffusion-language-model", "block-diffusion", "distillation", "tide"],
         license=None,  # whoever publishes it must state one
     )
-    scores = ""
-    for name, value in metrics.items():
-        if name.startswith("eval_heldout_"):
-            scores += f"| {name.removeprefix('eval_heldout_')} | {value:.4f} |\n"
-    if scores:
-        scores = f"\nHeld-out, at fixed masks:\n\n| | |\n|---|---|\n{scores}"
+    prefix = "eval_heldout_"
+    heldout = {name: value for name, value in metrics.items() if name.startswith(prefix)}
+    scores = "\nHeld-out, at fixed masks:\n\n| | |\n|---|---|\n" if heldout else ""
+    for name, value in heldout.items():
+        scores += f"| {name.removeprefix(prefix)} | {value:.4f} |\n"
     text = _TEXT.format(
         data=data.to_yaml(),
         about=manifest.fingerprint,

@@ -145,12 +145,10 @@ def train_on_loss(
     rows_per_slice: int | None = None,
 ) -> None:
     """From now on `model(batch=…, settings=…)` returns the loss and its sums; without settings, the
-    logits at the masked positions, [masked, vocab]. `rows_per_slice`: of logits that exist at a
-    time (default: by the device).
+    logits at the masked positions, [masked, vocab]. `rows_per_slice`: of logits at a time.
 
-    DistributedDataParallel and FSDP hook the forwards of modules; a loss computed outside of the
-    model's would escape the first, weights read outside of the LM head's the second. The stock
-    forwards stay reachable on the classes, and saving and loading do not change.
+    DistributedDataParallel and FSDP hook the forwards of modules: a loss computed outside of the
+    model's would escape the first, weights read outside of the LM head's the second.
     """
 
     def forward(self: Any, batch: Batch, settings: LossSettings | None = None) -> Any:

@@ -1,8 +1,8 @@
 """Rows of the cache as tensors: padded inputs, and flat targets, one entry per masked position.
 
-A draw's masked positions are gathered, not padded: row by row, but that those at which a teacher of
-the student's tokenizer was not read come last. Draws of one example that follow each other share
-one sequence [x_t1 ; … ; x_tm ; x_0], of which only the places that the loss needs are run.
+Masked positions are gathered row by row, but that those at which a teacher of the student's
+tokenizer was not read come last. Draws of one example that follow each other share one sequence
+[x_t1 ; … ; x_tm ; x_0], of which only the places that the loss needs are run.
 """
 
 from collections.abc import Sequence

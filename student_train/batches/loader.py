@@ -37,12 +37,11 @@ _AT_ONCE = 4  # shards on their way from a store
 
 
 class OpenCache:
-    """The cache of `config.cache`, opened: what it is, and its shards.
+    """The cache of `config.cache`, opened. TideError where it is not whole, or its values do not
+    hold.
 
-    One file, the ledger, says what it holds; no shard is read that passed before. Shards of a store
-    (`config.store`) are brought ahead of their use into its local side, the folder, which holds
-    `store_cache_gb` of them, those that were used last. TideError where the cache is not whole, or
-    its values do not hold.
+    Shards of a store (`config.store`) are brought ahead of their use into its local side, the
+    folder, which holds `store_cache_gb` of them, those that were used last.
     """
 
     def __init__(self, config: TrainConfig) -> None:

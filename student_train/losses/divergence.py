@@ -2,8 +2,8 @@
 
 * KL and reverse KL over the vocabulary (`token_divergence`)
 * CALM and Reverse CALM over chunk likelihoods (TIDE §2.3). The student enters as log p_s ≤ 0
-  (already divided by T) and is never clamped: a clamp would zero the gradient just where the
-  student is most wrong. Only the fixed teacher is bounded.
+  (already divided by T) and is never clamped: that would zero the gradient just where it is most
+  wrong. Only the fixed teacher is bounded.
 * TIDAL (TIDE §2.1): how far the target lies from the student towards the teacher. λ depends on
   training progress τ = step / max_steps and on diffusion time t.
 """
@@ -26,9 +26,6 @@ TEACHER_BOUND = 1e-7
 def at_least_float32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Half-precision tensors widened to float32; float32 and float64 as they are."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-# --- KL over the vocabulary -------------------------------------------------------------------
 
 
 def token_divergence(
@@ -91,9 +88,6 @@ def divergence_and_gradient(
     return value, student.exp_().sub_(probability).div_(temperature)
 
 
-# --- CALM over chunks -------------------------------------------------------------------------
-
-
 def token_log_likelihood(
     logits: Float[Tensor, "n vocab"], gold: Int[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
@@ -151,9 +145,6 @@ def log1mexp(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     small = torch.log(-torch.expm1(torch.where(near, x, -1.0)))
     large = torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
     return torch.where(near, small, large)
-
-
-# --- TIDAL ------------------------------------------------------------------------------------
 
 
 def training_strength(tidal: Tidal, progress: float) -> float:

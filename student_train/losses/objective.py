@@ -5,13 +5,12 @@ accumulated batches and processes and divides once, so the gradient is that of o
 
 `fused_loss` is the LM head and the loss together, a slice of rows at a time: no logits of a whole
 batch. The loss is linear in its sums and its denominators are known beforehand, so each slice's
-gradient is final as soon as its logits are there. Forward therefore computes gradients too (three
-matrix products in all, as without slices, and no second pass over the head), and backward scales
-them.
+gradient is final as soon as its logits are there: forward computes gradients too (three matrix
+products in all, as without slices), and backward scales them.
 """
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -38,10 +37,8 @@ class Counts:
     """The denominators: of CE, of objectives over tokens, of objectives over chunks."""
 
     maskable: Float[Tensor, ""]
-    read: Float[Tensor, ""]
-    """Masked positions at which the teacher was read."""
-    chunks: Float[Tensor, ""]
-    """Active ones."""
+    read: Float[Tensor, ""]  # masked positions at which the teacher was read
+    chunks: Float[Tensor, ""]  # active ones
 
 
 @dataclass(frozen=True)
@@ -72,9 +69,8 @@ def denoise(
 def objective(
     logits: Float[Tensor, "n vocab"], targets: Targets, distillation: Distillation, progress: float
 ) -> Sums:
-    """The two sums for student `logits`, a row per masked position. `progress` is τ.
-
-    Raises ValueError where the batch lacks what the objective needs.
+    """The two sums for student `logits`, a row per masked position. `progress` is τ. ValueError
+    where the batch lacks what the objective needs.
     """
     return objective_at(logits, targets, distillation, lambda_train(distillation, progress))
 
@@ -200,23 +196,14 @@ def fused_loss(
     return loss, Sums(ce, distillation)
 
 
-@cache
-def compiled_objective() -> Any:
-    """`objective_at` in a few kernels, forward and backward; made once for any number of rows."""
-    return torch.compile(objective_at, dynamic=True)
+# In a few kernels, forward and backward; made once for any number of rows.
+_compiled_objective: Any = cache(partial(torch.compile, objective_at, dynamic=True))
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Tensor,
-        targets: Targets,
-        settings: LossSettings,
-        rows_per_slice: int,
-        compiled: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, *how: Any) -> tuple[Tensor, Tensor, Tensor]:
+        targets, settings, rows_per_slice, compiled = how
         # 1. Products run in autocast's dtype, all sums in float32 at least.
         kind, distillation = hidden.device.type, settings.distillation
         autocast = torch.is_autocast_enabled(kind)
@@ -227,7 +214,7 @@ class _Fused(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
         grad_head = torch.zeros_like(head, dtype=exact) if wants_head else None
         sums = torch.zeros(3, dtype=exact, device=hidden.device)
-        measure = compiled_objective() if compiled else objective_at
+        measure = _compiled_objective() if compiled else objective_at
         train = sums.new_full((), lambda_train(distillation, settings.progress))
         with torch.autocast(kind, enabled=False):
             for part, own in slice_targets(targets, rows_per_slice):

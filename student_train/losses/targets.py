@@ -30,8 +30,8 @@ class Classes:
 
     class_of: Int[Tensor, " vocab"]
     count: int
+    # By temperature: log of the teacher's mean probability outside its top-k, in nats.
     log_prior: Mapping[float, Float[Tensor, " vocab"]]
-    """By temperature: log of the teacher's mean probability outside its top-k, in nats."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,13 @@ class TopKTargets:
     """The teacher at the first n masked positions: all of them, or those at which it was read."""
 
     ids: Int[Tensor, "n k"]
-    logp: Float[Tensor, "n k"]
-    """Log-probabilities at T = 1 in nats, up to a constant of the row."""
-    kept: Bool[Tensor, "n k"]
-    """False at padding, where `ids` repeats the row's first id."""
+    logp: Float[Tensor, "n k"]  # at T = 1 in nats, up to a constant of the row
+    kept: Bool[Tensor, "n k"]  # False at padding, where `ids` repeats the row's first id
+    # By temperature: log-odds of the mass outside the top-k, and log-masses of its classes.
     odds: Mapping[float, Float[Tensor, " n"]]
-    """By temperature: log-odds of the mass outside the top-k."""
-    classes: Classes | None = None
-    """None: one class, no unshared ids, and a tail that is shaped by the student."""
-    class_mass: Mapping[float, Float[Tensor, "n classes"]] | None = None
-    """By temperature: log-masses of the classes outside the top-k. None: one class."""
-    student_shaped: bool = True
-    """Inside a class the teacher is taken proportional to the student; else to the prior."""
+    classes: Classes | None = None  # None: one, no unshared ids, and the student's shape
+    class_mass: Mapping[float, Float[Tensor, "n classes"]] | None = None  # None: one class
+    student_shaped: bool = True  # inside a class proportional to the student; else to the prior
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,7 @@ _TOKENS_PER_BATCH = 8192
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out examples as batches of tensors, with the bytes of each masked token (0 for special
-    tokens).
-    """
-
-    batches: list[dict[str, Tensor]]
+    batches: list[dict[str, Tensor]]  # with the bytes of each masked token, 0 of special ones
     ids: tuple[str, ...]  # of the examples
     masked: int  # tokens
 
@@ -127,10 +123,8 @@ def student_predictor(model: Any, block: int) -> Predict:
 @torch.no_grad()
 def masked_nll(model: Any, heldout: HeldOut, predict: Predict) -> dict[str, float]:
     """`nll`: mean −log p in nats per masked token; `bits_per_byte`: over masked tokens that are
-    text; `accuracy`: share of masked tokens that are the likeliest; `confidence`: mean probability
-    of the likeliest.
-
-    Bits per byte compare students of different tokenizers; nats per token do not.
+    text, which compares students of different tokenizers; `accuracy`: share of masked tokens that
+    are the likeliest; `confidence`: mean probability of the likeliest.
     """
     training = model.training
     model.eval()

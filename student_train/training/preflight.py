@@ -97,9 +97,8 @@ def check_machine(config: TrainConfig, processes: int) -> None:
 def settle_batch(config: TrainConfig, processes: int) -> TrainConfig:
     """`batch_size` and `accumulation` as `global_batch` and the number of processes have them.
 
-    With n processes and a global batch B each process sees B / n rows a step, in the largest equal
-    passes of at most `batch_size` rows that hold all draws of their examples. TideError where these
-    do not divide.
+    Of n processes each sees B / n rows of a global batch B, in the largest equal passes of at most
+    `batch_size` rows that hold all draws of their examples. TideError where these do not divide.
     """
     whole, draws = config.global_batch, config.draws_per_step
     if whole is None:
@@ -128,8 +127,8 @@ def settle_batch(config: TrainConfig, processes: int) -> TrainConfig:
 def check_objective(
     settings: Distillation, manifest: Manifest, cache: Path, rows: int, bare: int
 ) -> None:
-    """TideError where the cache lacks what the objective needs; a warning where `bare`, most of its
-    rows, have no chunk for it, or the paper advises against it.
+    """TideError where the cache lacks what the objective needs; a warning where most rows (`bare`)
+    have no chunk, or the paper advises against it.
     """
     if isinstance(settings, NoDistillation):
         return
@@ -196,13 +195,11 @@ def begin_or_go_on(config: TrainConfig, manifest: Manifest, processes: int, step
         for about in (before, this):
             own = {name: value for name, value in about["config"].items() if name not in free}
             same.append({**about, "config": own, "steps": None})
-        lines = differences(*same)
-        if lines:
+        if lines := differences(*same):
             what = [f"{config.out} holds a run with other settings (run → now):", *lines]
             fix = "give back the old settings, or choose another folder (--out)"
             raise TideError("\n    ".join(what), fix=fix)
         if longer:
-            said = "the run is extended from %d to %d steps, and its schedules with it"
-            logger.info(said, before["steps"], steps)
+            logger.info("extended from %d steps to %d, schedules too", before["steps"], steps)
     if before != this:
         write_bytes(config.out / _RUN, (json.dumps(this, indent=2) + "\n").encode())

@@ -1,7 +1,6 @@
 """`tide replay RUN`: go to the step whose loss was not finite again, and show where it breaks.
 
-A run is the same float for float when it is repeated, so the last whole checkpoint before the step
-and the recorded settings lead to the very weights and batch of that moment.
+A run repeats float for float: the last whole checkpoint before the step leads to its weights.
 """
 
 import shutil
@@ -65,19 +64,15 @@ def replay(run: Path) -> str:
 
 @torch.no_grad()
 def _describe(trainer: StudentTrainer, model: Any, batch: Batch, how: LossSettings) -> str:
-    """What of the weights, the targets and the logits of this batch is not finite."""
     model = trainer.accelerator.unwrap_model(model)
     weights = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
-    targets = []
-    for name, value in batch.items():
-        if torch.is_tensor(value) and value.is_floating_point() and not torch.isfinite(value).all():
-            targets.append(name)
+    tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
+    targets = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
     logits = model(batch=batch).float()  # [masked, vocab]
     bad_rows = (~torch.isfinite(logits).all(dim=1)).nonzero().squeeze(1).tolist()
+    where = f"; largest |logit| {logits.abs().max():.4g}"
     if bad_rows:
         where = f", the first is masked position {bad_rows[0]}"
-    else:
-        where = f"; largest |logit| {logits.abs().max():.4g}"
     sums = objective(logits, trainer.read_targets(batch), how.distillation, how.progress)
     return (
         f"weights that are not finite: {', '.join(weights[:5]) or 'none'}\n"

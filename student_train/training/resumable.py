@@ -49,7 +49,6 @@ class Checkpoint(NamedTuple):
 
 
 def _by_step(place: Path) -> list[tuple[int, Path]]:
-    """The folders with a checkpoint's name, whole or not, in the order of their steps."""
     names = [(path, _NAME.fullmatch(path.name)) for path in place.glob("checkpoint-*")]
     return sorted((int(name[1]), path) for path, name in names if name and path.is_dir())
 
@@ -95,9 +94,7 @@ class RecordedArguments(TrainingArguments):
 
 
 def training_arguments(config: TrainConfig, manifest: Manifest, steps: int) -> RecordedArguments:
-    """TrainingArguments of a run: quiet, local, safetensors. Trackers log the settings as `tide`,
-    with the cache's digest.
-    """
+    """TrainingArguments of a run. Trackers log the settings as `tide`, with the cache's digest."""
     workers = int(on_gpu(config)) if config.loader_workers < 0 else config.loader_workers
     settings: dict[str, Any] = {}
     if workers:
@@ -205,8 +202,7 @@ class ResumableTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Weights and optimizer state are copied to host memory, and written while training goes
-        on; what is sharded (FSDP) is written by all processes at once, and waited for. Then one
-        marks it, and deletes old ones.
+        on, but what is sharded (FSDP). Then one process marks it, and deletes old ones.
         """
         self._finish_checkpoint()
         self._later = None if self.is_fsdp_enabled else []
@@ -242,7 +238,7 @@ class ResumableTrainer(Trainer):
             self._finish_checkpoint()
 
     def _finish_checkpoint(self) -> None:
-        """Wait for the checkpoint that is being written; what went wrong with it is raised here."""
+        """Wait for the checkpoint that is being written, and raise what went wrong with it."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()

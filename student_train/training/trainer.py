@@ -61,9 +61,8 @@ def train_student(config: TrainConfig) -> dict[str, float]:
 def make_trainer(
     config: TrainConfig, held: ExitStack | None = None
 ) -> "tuple[StudentTrainer, Tokenizer]":
-    """Everything that a run needs, checked; `held` gets the lock of the run's folder.
-
-    TideError where something does not fit, or another process trains there.
+    """Everything that a run needs, checked; `held` gets the lock of the run's folder. TideError where
+    something does not fit, or another process trains there.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     # 1. Machine, settings and cache fit each other.
@@ -99,19 +98,11 @@ def make_trainer(
     if TENSORBOARD in config.report_to:  # one folder, the run's own, for all its resumptions
         callbacks.append(TensorBoardCallback())
         callbacks[0].logging_dir = str(config.out / TENSORBOARD)
-    trainer = StudentTrainer(
-        config,
-        manifest,
-        read_targets,
-        heldout,
-        model=model,
-        args=training_arguments(config, manifest, steps),
-        callbacks=callbacks,
-        train_dataset=dataset,
-        eval_dataset=None if heldout is None else dataset,
-        data_collator=itemgetter(0),  # an item of the data set is a whole batch
-    )
-    return trainer, tokenizer
+    how: dict[str, Any] = {"args": training_arguments(config, manifest, steps)}
+    how |= {"train_dataset": dataset, "eval_dataset": None if heldout is None else dataset}
+    how |= {"data_collator": itemgetter(0)}  # an item of the data set is a whole batch
+    how |= {"model": model, "callbacks": callbacks}
+    return StudentTrainer(config, manifest, read_targets, heldout, **how), tokenizer
 
 
 class StudentTrainer(ResumableTrainer):
@@ -165,10 +156,8 @@ class StudentTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        """This process's share of the step's loss.
-
-        Gradients over processes and accumulated batches add up to those of one large batch: counts
-        are global, and DDP's mean over processes is undone.
+        """This process's share of the step's loss. Gradients over processes and accumulated batches
+        add up to those of one batch: counts are global, and DDP's mean over processes is undone.
         """
         config, counts = self.config, counts_of(num_items_in_batch)
         settings = LossSettings(config.distillation, config.weight, counts, self.progress)
@@ -217,14 +206,11 @@ class StudentTrainer(ResumableTrainer):
         sums = dict(zip(_SUMS, reduced.tolist(), strict=True))
         self._sums.zero_()
         before, self._since = self._since, time.perf_counter()
-        processes = self.accelerator.num_processes
-        steps = max(sums["batches"] / (self.config.accumulation * processes), 1)
-        logs = {
-            "denoise": sums["denoise"] / steps,
-            "distillation": sums["distillation"] / steps,
-            "masked_positions": sums["masked"] / steps,
-            "active_chunks": sums["chunks"] / steps,
-        }
+        passes = self.config.accumulation * self.accelerator.num_processes
+        steps = max(sums["batches"] / passes, 1)
+        logs = {name: sums[name] / steps for name in ("denoise", "distillation")}
+        logs |= {"masked_positions": sums["masked"] / steps}
+        logs |= {"active_chunks": sums["chunks"] / steps}
         if sums["mass_rows"]:
             logs["teacher_mass_in_topk"] = sums["mass"] / sums["mass_rows"]
         logs["tokens_per_second"] = sums["tokens"] / max(self._since - before, 1e-9)
@@ -255,9 +241,7 @@ class StudentTrainer(ResumableTrainer):
         )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Held-out scores (`masked_nll`), logged as eval_heldout_…; those of a step that is scored
-        already (perhaps before an interruption) are not computed again.
-        """
+        """Held-out scores (`masked_nll`), logged as eval_heldout_…; once for a step."""
         if self._heldout is None:
             return {}
         for entry in self.state.log_history:

@@ -1,9 +1,8 @@
 """Rows under way, block by block: what of them is in the cache, and one block from masks to tokens.
 
-Rows may join between blocks (a server's requests come when they come). Each has settings of its
-own; the block and the guidance are those of all. Slots of the cache are common to all rows,
-positions are a row's own: whole blocks of padding on the left move a row's slots and nothing else,
-so that a row gives what it gives alone.
+Rows may join between blocks (a server's requests). Each has settings of its own; the block and the
+guidance are those of all. Slots of the cache are common to all rows, positions are a row's own:
+whole blocks of padding on the left move a row's slots alone, so that it gives what it gives alone.
 """
 
 import hashlib
@@ -38,14 +37,12 @@ class Row:
         if self.config.threshold is not None:
             return 1, self.config.threshold
         count, more = divmod(size, min(size, self.config.steps_per_block or size))
-        return count + (step < more), torch.inf
+        return count + (step < more), torch.inf  # one more in the first steps
 
 
 class Decoding:
-    """Prompts and finished blocks of `rows` in the cache, and what is not in it yet.
-
-    With guidance every row is there twice: `copies` is 2, and the second half of the batch has its
-    prompt masked.
+    """Prompts and finished blocks of `rows` in the cache, and what is not in it yet. With guidance
+    every row is there twice: the second half of the batch has its prompts masked.
     """
 
     def __init__(self, model: Any, special: Special, block: int, guidance: float = 0.0) -> None:
@@ -72,10 +69,8 @@ class Decoding:
 
     @torch.no_grad()
     def join(self, rows: Sequence[Row]) -> None:
-        """Decode these too, from the next block on.
-
-        Where others are under way, all of their prompts but the last block is encoded now; that
-        goes through the model with their first new block, as the others' last block does.
+        """Decode these too, from the next block on. Where others are under way, all of their
+        prompts but the last block is encoded now; that goes with their first new block.
         """
         if not self.rows:
             self._begin(rows)

@@ -6,9 +6,8 @@ all orders in which the block's tokens can be revealed, of the log-probability o
 that order (LLaDA, BD3LM). Blocks add up, and a block of one token is exact. As in sampling, the
 continuation starts a block, and the part of the last block behind it is masked.
 
-The sets are fixed: they depend on the seed, the block and the draw, not on the text. Answers to one
-question are thus compared under the same noise, and a score does not depend on what else is in the
-batch.
+The sets depend on the seed, the block and the draw alone. Answers to one question are thus compared
+under the same noise, and a score does not depend on what else is in the batch.
 """
 
 from collections.abc import Sequence
@@ -61,9 +60,7 @@ def log_likelihoods(
     special: Special,
     config: ElboConfig,
 ) -> list[float]:
-    """Lower bounds of log p(continuation | context), in nats, one for each; the context is encoded
-    once for all. ValueError where the context or a continuation is empty.
-    """
+    """Lower bounds of log p(continuation | context), in nats. ValueError where one is empty."""
     return log_likelihoods_together(model, [(context, continuations)], special, config)[0]
 
 
@@ -71,7 +68,7 @@ def log_likelihoods(
 def log_likelihoods_together(
     model: Any, questions: Sequence[Question], special: Special, config: ElboConfig
 ) -> list[list[float]]:
-    """The same for several questions at once, each a row of the batch: it scores as alone."""
+    """The same for several questions at once, each of which scores as alone."""
     for context, continuations in questions:
         if not (context and continuations and all(continuations)):
             raise ValueError("the context or a continuation is empty; each needs a token at least")
@@ -103,11 +100,9 @@ def log_likelihoods_together(
 def masks(
     length: int, index: int, config: ElboConfig
 ) -> list[tuple[Bool[Tensor, " length"], float]]:
-    """Masked sets of block `index`, of n = `length` tokens, and the weight of each, n / (l ·
-    draws).
+    """Masked sets of block `index`, of n = `length` tokens, and their weights, n / (l · draws).
 
-    l is stratified over the draws, each of 1 … length equally likely over seeds. One token needs
-    one mask.
+    l is stratified over the draws, each of 1 … length equally likely over seeds.
     """
     if length == 1:
         return [(torch.ones(1, dtype=torch.bool), 1.0)]
@@ -127,11 +122,9 @@ _CONTEXT, _NOBODY = -1, -2  # owners of a context's positions, and of padding
 
 
 class _Clean:
-    """Contexts and clean blocks of all continuations in the key-value cache; noised copies are run
-    against it.
-
-    A row is a question: its context, padded on the left to whole blocks, then the clean blocks of
-    each continuation, then padding. Positions are those that each has alone.
+    """Contexts and clean blocks of all continuations in the key-value cache. A row is a question:
+    its context, padded on the left to whole blocks, then the clean blocks of each continuation,
+    then padding. Positions are those that each has alone.
     """
 
     def __init__(

@@ -11,9 +11,7 @@ Remasking = Literal["low_confidence", "random"]
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How to sample. `temperature` 0 is greedy; above, Gumbel noise is added to logits /
-    temperature.
-    """
+    """How to sample. `temperature` 0 is greedy; above, logits / temperature get Gumbel noise."""
 
     new_tokens: int = 256
     """At most so many; where they are no whole number of blocks, the last block is shorter."""
@@ -21,22 +19,16 @@ class SampleConfig:
     """No EOS among the first so many."""
     block: int = 32
     steps_per_block: int | None = None
-    """Each step settles block / steps_per_block tokens (one more in the first steps where that is
-    no whole number); None: one token a step.
-    """
+    """Each step settles block / steps_per_block tokens; None: one token a step."""
     remasking: Remasking = "low_confidence"
     """Which positions stay masked longest: those of the lowest probability, or random ones."""
     threshold: float | None = None
-    """Settle every position whose probability exceeds this, at least one a step, in place of a
-    fixed number.
-    """
+    """In place of a fixed number: every position above this probability, at least one a step."""
     temperature: float = 0.0
     top_k: int | None = None
     """With a temperature: sampled from so many of the likeliest tokens."""
     top_p: float = 1.0
-    """With a temperature: sampled from the likeliest tokens that have this probability together,
-    after top_k.
-    """
+    """With a temperature: from the likeliest tokens of this probability together, after top_k."""
     guidance: float = 0.0
     """Classifier-free guidance: logits move away from those of a masked prompt by this factor."""
     seed: int = 0

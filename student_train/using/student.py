@@ -1,9 +1,8 @@
 """A trained student in use: loaded from a folder, asked, and stopped.
 
 Sampling goes from block to block, each from all masks to tokens in a few steps (BD3LM, LLaDA).
-Keys and values of everything finished are cached: no token of the prefix is encoded twice. Prompts
-are padded on the left so that each ends where a block ends, as the reference does; padding is
-hidden, so a batch of unequal prompts gives what each gives alone.
+Keys and values of everything finished are cached. Prompts are padded on the left so that each ends
+where a block ends, as the reference does; a batch of unequal prompts gives what each gives alone.
 """
 
 import sys
@@ -51,10 +50,9 @@ class LoadedStudent:
 
 
 def load_for_use(place: str, device: str = "auto") -> LoadedStudent:
-    """A student from a folder or a hub id.
+    """A student from a folder or a hub id, in bfloat16 on an accelerator that has it, else float32.
 
-    In bfloat16 on an accelerator that has it, else in float32: on every CPU, so that all answer
-    alike. TideError where it is no student, or nothing names its mask token.
+    TideError where it is no student, or nothing names its mask token.
     """
     checkpoint = open_checkpoint(resolve(place))
     where = choose_device(device)
@@ -76,9 +74,8 @@ def load_for_use(place: str, device: str = "auto") -> LoadedStudent:
 
 
 def choose_block(asked: int | None, student: LoadedStudent) -> int:
-    """The block to sample with: the one asked for, else the student's own, else 32.
-
-    Says so on stderr where the student was trained with another.
+    """The block to sample with: the one asked for (said where training had another), else the
+    student's own, else 32.
     """
     if asked is None:
         return student.block or 32
@@ -113,9 +110,8 @@ def sample_steps(
 ) -> Iterator[tuple[Int[Tensor, "batch new"], int]]:
     """The new tokens after each step (those still masked are the mask's id), and the passes so far.
 
-    A row leaves the batch with an EOS in a finished block, or where `stop` says so, which is asked
-    after each block with the row's place in the batch and its new tokens; what follows in it is
-    EOS. Ends early when all have left.
+    A row leaves the batch with an EOS in a finished block, or where `stop` says so, given the row's
+    place in the batch and its new tokens; what follows in it is EOS.
     """
     rows = [Row(prompt, config) for prompt in prompts]
     decoding = Decoding(model, special, config.block, config.guidance)
@@ -163,9 +159,8 @@ class Stops:
     def cut(self, ids: Sequence[int]) -> tuple[str, bool]:
         """The text of `ids` up to where the first stop begins, and whether there is one.
 
-        The first is the one that is complete first (of several that end together, the longest): so
-        it is the same one whether the text is read as it grows or all at once, also where a stop
-        lies within another.
+        The first is the one that is complete first (of several that end together, the longest): the
+        same one whether the text is read as it grows or all at once.
         """
         ends = [i for i, token in enumerate(ids) if token in self.ids]
         text = self.student.text(ids[: ends[0]] if ends else ids)
