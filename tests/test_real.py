@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from pipelines.plan import fidelity
 from pipelines.recipes.read import cache_config, packaged_recipe, train_config
-from shared.aligned.alignment import Region, align_tokens
+from shared.aligned.alignment import align_bytes, token_boundaries
 from shared.aligned.examples import Preparer
 from shared.cache.levels import to_table
 from shared.cache.manifest import Manifest, load_manifest
@@ -48,8 +48,8 @@ def test_real_tokenizers_reproduce_the_golden_tokens_and_chunks(golden: Path) ->
         t, s = (tokenizer.encode([case["text"]])[0] for tokenizer in (teacher, student))
         assert teacher.backend.convert_ids_to_tokens(t) == case["teacher_tokens"]
         assert student.backend.convert_ids_to_tokens(s) == case["student_tokens"]
-        region = Region(0, 0, len(case["text"].encode()))
-        chunks = align_tokens(teacher.byte_lengths[t], student.byte_lengths[s], [region])
+        sides = (token_boundaries(side.byte_lengths[i]) for side, i in ((teacher, t), (student, s)))
+        chunks = align_bytes(*sides, len(case["text"].encode()))
         assert chunks.tolist() == case["chunks"]
 
 
@@ -68,8 +68,8 @@ def test_hard_texts_between_real_vocabularies(tmp_path: Path) -> None:
         assert (preparer.counts["unaligned_bytes"] > 0) == changed
     rendered = student.render(chat("x = 1").messages)  # the empty think block is prompt
     before, after = (
-        rendered.text[: rendered.response_start],
-        rendered.text[rendered.response_start :],
+        rendered.text[: rendered.turns[-1].start],
+        rendered.text[rendered.turns[-1].start :],
     )
     assert before.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert after == "x = 1<|im_end|>\n"

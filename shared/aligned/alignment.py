@@ -17,62 +17,37 @@ Chunks = Int[np.ndarray, "chunks 4"]
 """Columns: teacher_start, teacher_end, student_start, student_end, half-open, in tokens."""
 
 
-@dataclass(frozen=True)
-class Region:
-    """A stretch of bytes that both texts share: where it starts in either text, and its length."""
-
-    teacher_start: int
-    student_start: int
-    length: int
-
-
 def token_boundaries(lengths: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, " boundaries"]:
     """Byte offsets of the tokens' edges: 0, then the end of every token."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
-def align_region(
+def align_bytes(
     teacher_boundaries: Int[np.ndarray, " a"],
     student_boundaries: Int[np.ndarray, " b"],
-    region: Region,
+    length: int,
+    teacher_start: int = 0,
+    student_start: int = 0,
 ) -> Chunks:
-    """Chunks inside one region.
+    """Chunks inside a stretch of `length` bytes that both texts share, from these bytes on.
 
-    Tokens that reach over the region's edge belong to no chunk; so do the bytes before the first
-    and after the last boundary that both tokenisations have. Tokens of zero bytes are no chunk of
-    their own.
+    Tokens that reach over its edge belong to no chunk; so do the bytes before the first and after
+    the last boundary that both tokenisations have. Tokens of zero bytes are no chunk of their own.
     """
-    t = _inside(teacher_boundaries, region.teacher_start, region.length)
-    s = _inside(student_boundaries, region.student_start, region.length)
-    if t.size == 0 or s.size == 0:
-        return np.zeros((0, 4), np.int32)
-    marks = np.zeros((2, region.length + 1), bool)
-    marks[0, t] = True
-    marks[1, s] = True
+    # 1. The boundaries of each inside of the stretch, and those that both have.
+    marks = np.zeros((2, length + 1), bool)
+    sides = ((teacher_boundaries, teacher_start), (student_boundaries, student_start))
+    for inside, (boundaries, start) in zip(marks, sides, strict=True):
+        low = np.searchsorted(boundaries, start, side="left")
+        high = np.searchsorted(boundaries, start + length, side="right")
+        inside[boundaries[low:high] - start] = True
     common = np.flatnonzero(marks[0] & marks[1])
     if common.size < 2:
         return np.zeros((0, 4), np.int32)
-    # The last of equal boundaries: a token of zero bytes goes to the chunk before it.
-    ti = np.searchsorted(teacher_boundaries, common + region.teacher_start, side="right") - 1
-    si = np.searchsorted(student_boundaries, common + region.student_start, side="right") - 1
+    # 2. The last of equal boundaries: a token of zero bytes goes to the chunk before it.
+    ti = np.searchsorted(teacher_boundaries, common + teacher_start, side="right") - 1
+    si = np.searchsorted(student_boundaries, common + student_start, side="right") - 1
     return np.stack([ti[:-1], ti[1:], si[:-1], si[1:]], axis=1).astype(np.int32)
-
-
-def _inside(boundaries: Int[np.ndarray, " n"], start: int, length: int) -> Int[np.ndarray, " m"]:
-    low = np.searchsorted(boundaries, start, side="left")
-    high = np.searchsorted(boundaries, start + length, side="right")
-    return boundaries[low:high] - start
-
-
-def align_tokens(
-    teacher_lengths: Int[np.ndarray, " a"],
-    student_lengths: Int[np.ndarray, " b"],
-    regions: list[Region],
-) -> Chunks:
-    """Chunks of all regions, in order. `*_lengths` are the tokens' lengths in bytes."""
-    teacher, student = token_boundaries(teacher_lengths), token_boundaries(student_lengths)
-    parts = [align_region(teacher, student, region) for region in regions]
-    return np.concatenate(parts) if parts else np.zeros((0, 4), np.int32)
 
 
 @dataclass(frozen=True)
@@ -123,7 +98,7 @@ def align_responses(student: Side, teacher: Side, counts: Counter[str]) -> Chunk
             if further > aligned:
                 aligned, whole = further, len(composed)
         # 3. Chunks inside of them, moved to where the responses stand.
-        chunks = align_region(t_edges, s_edges, Region(t_start, s_start, aligned))
+        chunks = align_bytes(t_edges, s_edges, aligned, t_start, s_start)
         at_teacher, at_student = teacher.spans[other, 0], student.spans[k, 0]
         shift = np.array([at_teacher, at_teacher, at_student, at_student], np.int32)
         parts.append(chunks + shift)

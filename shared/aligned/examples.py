@@ -9,6 +9,7 @@ its own template and tokens, and the chunks of the responses tie the two togethe
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Literal
 
 import numpy as np
@@ -79,21 +80,15 @@ class SharedVocabulary:
     @classmethod
     def between(cls, student: Tokenizer, teacher: Tokenizer) -> "SharedVocabulary":
         """Compare the two vocabularies token by token."""
-        ours, theirs = student.token_bytes, teacher.token_bytes
-        same = np.zeros(max(len(ours), len(theirs)), bool)
-        for i, (a, b) in enumerate(zip(ours, theirs, strict=False)):
-            same[i] = a == b and a != b""
-        return cls(teacher, same)
+        same = [a == b != b"" for a, b in zip_longest(student.token_bytes, teacher.token_bytes)]
+        return cls(teacher, np.array(same))
 
     def translate(self, ids: Int[np.ndarray, " n"], student: Tokenizer) -> list[int]:
         """`ids` for the teacher: shared ones as they are, others as it tokenises their text."""
         result: list[int] = []
         for token in ids.tolist():
-            if self.same[token]:
-                result.append(token)
-            else:
-                text = student.token_bytes[token].decode("utf-8", "replace")
-                result += self.teacher.encode([text])[0]
+            text = student.token_bytes[token].decode("utf-8", "replace")
+            result += [token] if self.same[token] else self.teacher.encode([text])[0]
         return result
 
 
@@ -162,45 +157,45 @@ class Preparer:
                 chats.append(tokenizer.render(example.messages, self.turns, example.tools))
             except Unusable as reason:
                 chats.append(reason)
-        encoded = iter(tokenizer.encode_chats([c for c in chats if isinstance(c, RenderedChat)]))
         sides: list[Side | Unusable] = []
-        for chat in chats:
-            if isinstance(chat, Unusable):
-                sides.append(chat)
-                continue
-            parts = next(encoded)  # ids of prompt, response, prompt, response, …
+        for chat, parts in zip(chats, tokenizer.encode_chats(chats), strict=True):
             if isinstance(parts, Unusable):
                 sides.append(parts)
                 continue
-            if chat.turns[-1].body[0] == chat.turns[-1].body[1]:
+            assert isinstance(chat, RenderedChat)
+            # Of each turn its span in tokens, its text in front of the words, and the words.
+            ids = np.array([i for part in parts for i in part], np.int32)
+            ends = np.cumsum([len(part) for part in parts])  # of prompt, response, prompt, …
+            spans = np.array([ends[k : k + 2] for k in range(0, 2 * len(chat.turns), 2)], np.int32)
+            text = chat.text
+            bodies = tuple((text[t.start : t.body[0]], text[slice(*t.body)]) for t in chat.turns)
+            if not bodies[-1][1]:
                 sides.append(Unusable("empty response", "the last answer is empty"))
                 continue
             self.counts.update(f"not written by a template: {name}" for name in chat.ignored)
-            ids = np.array([i for part in parts for i in part], np.int32)
-            ends = np.cumsum([len(part) for part in parts])
-            spans = np.array([ends[k : k + 2] for k in range(0, 2 * len(chat.turns), 2)], np.int32)
-            bodies = [
-                (chat.text[t.start : t.body[0]], chat.text[slice(*t.body)]) for t in chat.turns
-            ]
-            messages = tuple(turn.message for turn in chat.turns)
             if (ids == mask_id).any():
                 name = f"the mask token of {tokenizer.name} ({tokenizer.decode([mask_id])!r})"
                 reason = f"the text holds {name}, which a model cannot tell from noise"
                 sides.append(Unusable("spells a mask token", reason))
-            else:
-                sides.append(Side(tokenizer, ids, spans, tuple(bodies), messages))
+                continue
+            sides.append(Side(tokenizer, ids, spans, bodies, tuple(t.message for t in chat.turns)))
         return sides
 
     def _prepare(self, example: ChatExample, student: Side, teacher: Side | None) -> Prepared:
         """One example out of what either side sees. Unusable where it cannot be trained."""
-        # 1. The student's sequence: cut at its length, or filled with EOS behind the last response.
-        limit, ids, spans = self.lengths.student, student.ids, student.spans.copy()
+        # 1. The student's sequence: cut at its length, or filled with EOS behind the last response,
+        #    up to a whole block; one block more where there would be none at all.
+        limit, block, eos = self.lengths.student, self.lengths.block, self.student.special_id("eos")
+        ids, spans = student.ids, student.spans.copy()
         if spans[0, 0] >= limit:
             raise Unusable("prompt too long", f"the student's prompt has {spans[0, 0]} tokens")
         whole = len(ids) <= limit
         if whole:
-            fill = self._fill(ids, int(spans[-1, 0]))
-            ids = np.concatenate([ids, np.full(fill, self.student.special_id("eos"), np.int32)])
+            fill = -len(ids) % block
+            ended = fill > 0 or eos in ids[spans[-1, 0] :] or not self.lengths.end_block
+            if not ended and len(ids) + block <= limit:
+                fill = block
+            ids = np.concatenate([ids, np.full(fill, eos, np.int32)])
             spans[-1, 1] += fill
         else:
             self.counts["truncated"] += 1
@@ -209,33 +204,23 @@ class Preparer:
         # 2. What the teacher reads, and where it is asked.
         if teacher is not None:
             self.counts["beyond_teacher"] += int(teacher.spans[0, 0]) >= self.lengths.teacher
+        shared = not isinstance(self.teacher, Tokenizer)
         offsets, pairs = np.zeros(len(spans), np.int32), None
-        if isinstance(self.teacher, Tokenizer):
-            assert teacher is not None
-            teacher_ids, chunks = self._read_other_tokens(student, teacher, len(ids), whole)
-            return Prepared(
-                example.id, ids, spans, teacher_ids, chunks, False, offsets, example.label
-            )
-        if teacher is not None:
+        chunks = np.zeros((0, 4), np.int32)
+        if teacher is None:
+            teacher_ids, offsets, pairs = self._read_student_text(student, ids, spans)
+        elif shared:
             teacher_ids, pairs = self._read_own_text(student, teacher, len(ids))
         else:
-            teacher_ids, offsets, pairs = self._read_student_text(student, ids, spans)
+            teacher_ids, chunks = self._read_other_tokens(student, teacher, len(ids), whole)
         # 3. A shifted teacher predicts no first position.
         if self.skip_first and pairs is not None:
             pairs = pairs[pairs[:, 1] > 0]
-        elif self.skip_first and spans[0, 0] + offsets[0] == 0:
+        elif self.skip_first and shared and spans[0, 0] + offsets[0] == 0:
             spans[0, 0] += 1
-        chunks = np.zeros((0, 4), np.int32)
         return Prepared(
-            example.id, ids, spans, teacher_ids, chunks, True, offsets, example.label, pairs
+            example.id, ids, spans, teacher_ids, chunks, shared, offsets, example.label, pairs
         )
-
-    def _fill(self, ids: Int[np.ndarray, " length"], last_start: int) -> int:
-        """How many EOS follow: up to a whole block, or a block where there would be none at all."""
-        fill = -len(ids) % self.lengths.block
-        ended = fill > 0 or (ids[last_start:] == self.student.special_id("eos")).any()
-        room = len(ids) + self.lengths.block <= self.lengths.student
-        return fill if ended or not room or not self.lengths.end_block else self.lengths.block
 
     def _read_other_tokens(
         self, student: Side, teacher: Side, length: int, whole: bool
@@ -281,10 +266,10 @@ class Preparer:
         """
         # 1. Tokens that are not shared: in a prompt they are translated, which moves what follows.
         teacher_ids, offsets = None, np.zeros(len(spans), np.int32)
-        shared = self.teacher
+        shared, maskable = self.teacher, _positions_in(spans)
         assert not isinstance(shared, Tokenizer)
         if shared is not None and not shared.same[ids].all():
-            if not shared.same[ids[_positions_in(spans)]].all():
+            if not shared.same[ids[maskable]].all():
                 reason = "a response holds an unshared token"
                 raise Unusable("token that the teacher writes otherwise", reason)
             translated: list[int] = []
@@ -296,23 +281,18 @@ class Preparer:
                 at = stop
             translated += shared.translate(ids[at:], self.student)
             teacher_ids = np.array(translated, np.int32)
-        # 2. Where it is asked: everywhere, or at tokens that hold nothing but an answer's words.
-        limit = self.lengths.teacher
-        too_long = len(ids if teacher_ids is None else teacher_ids) > limit
-        asked = _positions_in(spans)
+        # 2. Where it is asked: everywhere, or at tokens that hold nothing but an answer's words; and
+        #    what it may read.
+        limit, whole = self.lengths.teacher, ids if teacher_ids is None else teacher_ids
+        words = maskable
         if self.positions == "content":
-            words = align_responses(student, student, Counter())[:, 2:]
-            asked = _positions_in(words)
-            asked = asked[asked < len(ids)]
-        elif not too_long:
+            words = _positions_in(align_responses(student, student, Counter())[:, 2:])
+            words = words[words < len(ids)]
+        elif len(whole) <= limit:
             return teacher_ids, offsets, None
-        places = asked + _offset_at(asked, spans, offsets)
-        pairs = np.stack([asked, places], axis=1).astype(np.int32)
-        # 3. What it may read.
-        if too_long:
-            teacher_ids = (ids if teacher_ids is None else teacher_ids)[:limit]
-            pairs = pairs[pairs[:, 1] < limit]
-        return teacher_ids, offsets, pairs
+        places = words + _offset_at(words, spans, offsets)
+        pairs = np.stack([words, places], axis=1).astype(np.int32)[places < limit]
+        return whole[:limit] if len(whole) > limit else teacher_ids, offsets, pairs
 
 
 def _positions_in(spans: Int[np.ndarray, "spans 2"]) -> Int[np.ndarray, " positions"]:

@@ -9,7 +9,7 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -53,8 +53,7 @@ class Tokenizer:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise TideError(
                 f"no tokenizer could be loaded from {path}: {reason}",
-                expected="a folder with tokenizer.json (or a vocabulary) and "
-                "tokenizer_config.json, or a hub id",
+                expected="a folder with tokenizer.json and tokenizer_config.json, or a hub id",
                 fix="check the path; a hub id needs network access",
             ) from error
         finally:
@@ -78,37 +77,44 @@ class Tokenizer:
             return []
         return self.backend(list(texts), add_special_tokens=False)["input_ids"]
 
-    def encode_chats(self, chats: Sequence[RenderedChat]) -> list[list[list[int]] | Unusable]:
+    def encode_chats(
+        self, chats: Sequence[RenderedChat | Unusable]
+    ) -> list[list[list[int]] | Unusable]:
         """Ids of each chat cut at its turns: prompt, response, prompt, response, … and the rest, if
         any. Each is tokenised apart, as at inference.
 
         What contents spell is never a control token. Unusable where they spell one, and cannot be
-        told from the template's own text.
+        told from the template's own text; what is unusable already stays so.
         """
-        # 1. Where each chat is cut, and what in its contents looks like a control token.
-        cuts, spelled = [], []
-        easy: list[str] = []
-        for chat in chats:
+        results: list[Any] = list(chats)
+        easy: list[tuple[int, list[str]]] = []
+        for number, chat in enumerate(chats):
+            if isinstance(chat, Unusable):
+                continue
+            # 1. Where it is cut.
             edges = [0]
             for turn in chat.turns:
                 edges += [turn.start, turn.end]
             if edges[-1] < len(chat.text):
                 edges.append(len(chat.text))
-            cuts.append(list(pairwise(edges)))
-            spelled.append(self._spelled(chat))
-            if spelled[-1] == []:
-                easy += [chat.text[start:stop] for start, stop in cuts[-1]]
-        # 2. Chats whose contents spell none, nearly all, are tokenised in one call.
-        encoded = iter(self.encode(easy))
-        # 3. The others around what is spelled.
-        results: list[list[list[int]] | Unusable] = []
-        for chat, spans, plain in zip(chats, cuts, spelled, strict=True):
-            if isinstance(plain, Unusable):
-                results.append(plain)
-            elif plain:
-                results.append([self._encode_around(chat.text, a, b, plain) for a, b in spans])
+            # 2. What in its contents looks like a control token is tokenised as text.
+            matches = list(self._control.finditer(chat.text))
+            if chat.plain is None:
+                matches = [m for content in chat.contents for m in self._control.finditer(content)]
+                if matches:
+                    reason = f"a content spells {matches[0].group()!r}"
+                    results[number] = Unusable("spells a control token", reason)
+                    continue
+            plain = {m.span() for m in matches if _touches(m.span(), chat.plain or [])}
+            if plain:
+                cuts = pairwise(edges)
+                results[number] = [self._encode_around(chat.text, a, b, plain) for a, b in cuts]
             else:
-                results.append([next(encoded) for _ in spans])
+                easy.append((number, [chat.text[a:b] for a, b in pairwise(edges)]))
+        # 3. Chats whose contents spell none, nearly all, in one call.
+        encoded = iter(self.encode([part for _, parts in easy for part in parts]))
+        for number, parts in easy:
+            results[number] = [next(encoded) for _ in parts]
         return results
 
     def encode_prompt(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
@@ -118,73 +124,43 @@ class Tokenizer:
             raise parts
         return [i for part in parts for i in part]
 
-    def _spelled(self, chat: RenderedChat) -> list[Span] | Unusable:
-        """Spans of the text that look like control tokens and are content."""
-        if self._control is None:
-            return []
-        if chat.plain is None:
-            for content in chat.contents:
-                if match := self._control.search(content):
-                    reason = f"a content spells {match.group()!r}"
-                    return Unusable("spells a control token", reason)
-            return []
-        spans = []
-        for match in self._control.finditer(chat.text):
-            start, stop = match.span()
-            if any(start < b and stop > a for a, b in chat.plain):
-                spans.append((start, stop))
-        return spans
-
-    def _encode_around(self, text: str, start: int, stop: int, plain: Sequence[Span]) -> list[int]:
+    def _encode_around(self, text: str, start: int, stop: int, plain: Set[Span]) -> list[int]:
         """Ids of text[start:stop]: control tokens by their ids, all else, `plain` too, as text."""
-        assert self._control is not None
         ids: list[int] = []
-        at = start
-        controls = [m for m in self._control.finditer(text, start, stop) if m.span() not in plain]
-        for match in [*controls, None]:
-            words = text[at : match.start() if match else stop]
-            if words:
-                words_as_text = self.backend(
-                    words, add_special_tokens=False, split_special_tokens=True
-                )
-                ids += words_as_text["input_ids"]
-            if match:
-                ids.append(int(self.backend.convert_tokens_to_ids(match.group())))
-                at = match.end()
+        as_text = {"add_special_tokens": False, "split_special_tokens": True}
+        for match in [*self._control.finditer(text, start, stop), None]:
+            if match is None or match.span() not in plain:
+                if words := text[start : match.start() if match else stop]:
+                    ids += self.backend(words, **as_text)["input_ids"]
+                if match:
+                    ids.append(int(self.backend.convert_tokens_to_ids(match.group())))
+                    start = match.end()
         return ids
 
     @cached_property
-    def _control(self) -> re.Pattern[str] | None:
-        """Control tokens, the longest first; None where there are none."""
+    def _control(self) -> re.Pattern[str]:
+        """Control tokens, the longest first."""
         added = {str(t.content) for t in self.backend.added_tokens_decoder.values() if t.special}
         names = sorted({*added, *map(str, self.backend.all_special_tokens)}, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, names))) if names else None
+        return re.compile("|".join(map(re.escape, names)) or "(?!)")  # or what matches nothing
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens included."""
-        settings = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return self.backend.decode(list(ids), **settings)
+        return self.backend.decode(list(ids), clean_up_tokenization_spaces=False)
 
     def __len__(self) -> int:
         return len(self.backend)
 
     def special_id(self, role: str, token: str | None = None) -> int:
         """Id of the `role` token (`eos`, `pad`, `mask`), or of `token` where it is named."""
-        if token is not None:
-            index = self.backend.convert_tokens_to_ids(token)
-            if index is None or self.backend.convert_ids_to_tokens(index) != token:
-                raise TideError(
-                    f"the tokenizer of {self.name} has no token {token!r}",
-                    expected=f"the {role} token in its vocabulary",
-                    fix=f"add {token!r} to the tokenizer as a special token",
-                )
-            return int(index)
-        index = getattr(self.backend, f"{role}_token_id")
-        if index is None:
+        names = self.backend
+        index = names.convert_tokens_to_ids(token) if token else getattr(names, f"{role}_token_id")
+        if index is None or (token and names.convert_ids_to_tokens(index) != token):
+            named = f" {token!r}" if token else ""
             raise TideError(
-                f"the tokenizer of {self.name} names no {role} token",
-                expected=f"`{role}_token` in tokenizer_config.json",
-                fix="set it there, or name the token in the configuration",
+                f"the tokenizer of {self.name} has no {role} token{named}",
+                expected=f"`{role}_token` in tokenizer_config.json, or a token of the vocabulary",
+                fix="set it there, or name another token in the configuration",
             )
         return int(index)
 
@@ -219,7 +195,7 @@ class Tokenizer:
             closing = self.template.closing
         except TideError:
             return ()
-        tokens = [] if self._control is None else self._control.findall(closing)
+        tokens = self._control.findall(closing)
         return tuple(int(self.backend.convert_tokens_to_ids(token)) for token in tokens)
 
     @cached_property
@@ -249,3 +225,7 @@ class Tokenizer:
         else:
             state = sorted(self.backend.get_vocab().items())
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _touches(span: Span, spans: Sequence[Span]) -> bool:
+    return any(span[0] < stop and span[1] > start for start, stop in spans)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shared.aligned.alignment import Region, align_tokens
+from shared.aligned.alignment import align_bytes, token_boundaries
 from shared.cache.levels import LARGEST_ODDS
 from shared.diffusion import block_diffusion_places
 from shared.models.architectures import ARCHITECTURES
@@ -155,8 +155,9 @@ def alignment_groups(folder: Path) -> list[Group]:
             pieces = [byte_level_bytes(token) or token.encode() for token in case[side]]
             lengths.append(np.array([len(piece) for piece in pieces]))
         teacher, student = lengths
-        region = Region(0, 0, int(min(teacher.sum(), student.sum())))
-        chunks = align_tokens(teacher, student, [region]).tolist()
+        length = int(min(teacher.sum(), student.sum()))
+        sides = token_boundaries(teacher), token_boundaries(student)
+        chunks = align_bytes(*sides, length).tolist()
         group.add(float(chunks != case["chunks"]), 0.0)
     return [group]
 
