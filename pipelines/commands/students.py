@@ -169,10 +169,9 @@ def serve(
     device: Device = "auto",
 ) -> None:
     """Serve a student as OpenAI's API does: /v1/chat/completions, /v1/completions, streamed."""
-    from pipelines.serving.server import ServeConfig, bind, check_installed, served_name
+    from pipelines.serving.server import ServeConfig, bind, served_name
     from pipelines.serving.server import serve as run_server
 
-    check_installed()
     sampling |= {"new_tokens": new_tokens, "steps_per_block": steps_per_block}
     config = ServeConfig(
         name=served_name(student) if name is None else name, sampling=sampling_settings(**sampling),

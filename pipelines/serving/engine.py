@@ -1,20 +1,49 @@
-"""The thread that decodes. Requests join the batch between two blocks, and leave it when they end.
+"""How a student is served, and the thread that decodes: requests join the batch between two blocks,
+and leave it when they end.
 
 At most `batch` responses are under way at once; the others wait in the order in which they came.
 Where decoding fails, those under way get the error and the next ones begin anew.
 """
 
+import itertools
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from shared.system.errors import TideError
 from student_train.using.decoding import Decoding, Row
+from student_train.using.settings import SampleConfig
 from student_train.using.student import LoadedStudent, Stops, until_eos
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Limits of the server, and how it samples where a request does not say."""
+
+    name: str  # of the model, as requests must say it
+    sampling: SampleConfig = field(default_factory=SampleConfig)
+    batch: int = 16  # responses under way at once
+    waiting: int = 256  # responses that may wait for a place; beyond, requests get status 503
+    body_bytes: int = 4 << 20  # of a request
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: any that is free
+    api_key: str | None = field(default=None, repr=False)  # the bearer token of requests
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch", 1), ("waiting", 0), ("body_bytes", 1), ("port", 0)):
+            if getattr(self, name) < least:
+                raise TideError(f"{name} is {getattr(self, name)}", expected=f"at least {least}")
+        for name in ("name", "api_key"):
+            if (value := getattr(self, name)) is not None and not value.strip():
+                raise TideError(f"{name} is empty", fix="give one, or leave the option out")
+
+    @property
+    def local(self) -> bool:
+        return self.host in ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -44,7 +73,7 @@ class Answer:
             reason = "stop"
         elif len(made) >= self._limit:
             reason = "length"
-        if reason is None:
+        else:
             text = text.rstrip("\ufffd")  # of a character whose bytes are not all there
             text = text[: len(text) - self._stops.may_begin(text)]
         more, self._sent = text[self._sent :], max(self._sent, len(text))
@@ -72,12 +101,9 @@ class Stopping(Exception):
 class Engine:
     """`start` it, `submit` jobs, `stop` it: jobs that are not done get an error."""
 
-    def __init__(
-        self, student: LoadedStudent, block: int, guidance: float, batch: int, waiting: int
-    ) -> None:
-        self.batch = batch
-        self._student, self._block, self._guidance, self._most = student, block, guidance, waiting
-        self._waiting: deque[Job] = deque()
+    def __init__(self, student: LoadedStudent, config: ServeConfig) -> None:
+        self._student, self._config = student, config
+        self._waiting: list[Job] = []
         self._running: list[Job] = []
         self._changed = threading.Condition()
         self._stopping = False
@@ -86,15 +112,10 @@ class Engine:
         self._thread = threading.Thread(target=self._work, name="decoding", daemon=True)
         self.start = self._thread.start
 
-    @property
-    def alive(self) -> bool:
-        """Whether it takes jobs."""
-        return self._thread.is_alive() and not self._stopping
-
-    @property
-    def load(self) -> tuple[int, int]:
-        """Responses under way, and waiting."""
-        return len(self._running), len(self._waiting)
+    def load(self) -> tuple[bool, int, int]:
+        """Whether it takes jobs, how many are under way, and how many wait."""
+        alive = self._thread.is_alive() and not self._stopping
+        return alive, len(self._running), len(self._waiting)
 
     def stop(self) -> None:
         """Ends after the step at hand."""
@@ -106,17 +127,17 @@ class Engine:
     def submit(self, jobs: Sequence[Job]) -> None:
         """All or none. Full where more would wait than may."""
         with self._changed:
-            self._waiting = deque(job for job in self._waiting if not job.cancelled)
-            free = max(self.batch - len(self._running), 0)
-            if self._stopping or len(self._waiting) + len(jobs) > self._most + free:
+            self._waiting = [job for job in self._waiting if not job.cancelled]
+            free = max(self._config.batch - len(self._running), 0)
+            if self._stopping or len(self._waiting) + len(jobs) > self._config.waiting + free:
                 raise Full
             self._waiting += jobs
             self._changed.notify()
 
     def _work(self) -> None:
-        model, special = self._student.model, self._student.special
+        student, sampling = self._student, self._config.sampling
         while not self._stopping:
-            decoding = Decoding(model, special, self._block, self._guidance)
+            decoding = Decoding(student.model, student.special, sampling.block, sampling.guidance)
             try:
                 while not self._stopping:
                     self._round(decoding)
@@ -125,10 +146,8 @@ class Engine:
                 logger.error("decoding failed: %s: %s", type(failure).__name__, failure)
                 error = failure.with_traceback(None)  # its frames would keep the failed cache
             with self._changed:
-                told, self._running = self._running, []
-                if self._stopping:
-                    told += self._waiting
-                    self._waiting.clear()
+                told = [*self._running, *(self._waiting if self._stopping else ())]
+                self._running = []
             for job in told:
                 job.deliver(error)
 
@@ -137,18 +156,16 @@ class Engine:
         # 1. Who joins
         with self._changed:
             self._changed.wait_for(lambda: self._stopping or self._running or self._waiting)
-            coming: list[Job] = []
-            while self._waiting and len(self._running) + len(coming) < self.batch:
-                job = self._waiting.popleft()
-                if not job.cancelled:
-                    coming.append(job)
+            wanted = [job for job in self._waiting if not job.cancelled]
+            free = max(self._config.batch - len(self._running), 0)
+            coming, self._waiting = wanted[:free], wanted[free:]
             self._running = self._running + coming
         if self._stopping or not self._running:
             return
         if coming:
             decoding.join([job.row for job in coming])
         # 2. A block
-        for _ in decoding.next_block(self._block):
+        for _ in decoding.next_block(self._config.sampling.block):
             if self._stopping:
                 return
         # 3. What is new of each, and who stays
@@ -160,4 +177,4 @@ class Engine:
             job.deliver(piece)
         decoding.keep(going)
         with self._changed:
-            self._running = [job for job, goes in zip(self._running, going, strict=True) if goes]
+            self._running = list(itertools.compress(self._running, going))

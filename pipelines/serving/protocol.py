@@ -1,16 +1,21 @@
-"""OpenAI's requests, as far as a student can answer them, and the replies."""
+"""OpenAI's requests, as far as a student can answer them, and the replies, whole or streamed."""
 
+import asyncio
+import contextlib
 import json
 import time
 import uuid
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
 
-from pipelines.serving.engine import Piece
+from pipelines.serving.engine import Job, Piece, Stopping
 
 Count = Annotated[int, Field(ge=1, strict=True)]
+Zero = Annotated[float, Field(ge=0, le=0, strict=True)]
+Events = asyncio.Queue[tuple[int, Piece | Exception]]  # a response's number, and what came of it
 
 
 class ApiError(Exception):
@@ -26,21 +31,9 @@ class ApiError(Exception):
 
 
 class Generation(BaseModel):
-    """What both kinds of request have. The parameters of the second group are this server's own
-    (with the `openai` client: `extra_body`).
-    """
+    """What both kinds of request have."""
 
     model_config = ConfigDict(extra="forbid")
-
-    # What changes no answer is taken and not read. What is not built is refused by name, unless it
-    # has one of the values at which it changes nothing.
-    ignored: ClassVar[set[str]] = {
-        "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-    }  # fmt: skip
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},),
-        "logprobs": (False,),
-    }  # fmt: skip
 
     model: str
     stream: bool = False
@@ -50,104 +43,93 @@ class Generation(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(strict=True)] | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
-    n: Count | None = None
-
+    n: Count = 1
+    # This server's own (with the `openai` client: `extra_body`)
     top_k: Count | None = None
     steps_per_block: Count | None = None
     threshold: Annotated[float, Field(ge=0, lt=1)] | None = None
     remasking: Literal["low_confidence", "random"] | None = None
     min_tokens: Annotated[int, Field(ge=0, strict=True)] | None = None
+    # Taken and not read: they change no answer
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    # Not built: taken with the values at which they change nothing
+    frequency_penalty: Zero = 0
+    presence_penalty: Zero = 0
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    logprobs: Literal[False] = False
 
 
 class ChatRequest(Generation):
     """Of `/v1/chat/completions`."""
 
-    ignored = Generation.ignored | {"parallel_tool_calls"}
-    neutral = {
-        **Generation.neutral, "response_format": ({"type": "text"},), "top_logprobs": (),
-        "tools": ([],), "tool_choice": ("none", "auto"), "modalities": (["text"],),
-    }  # fmt: skip
-
     messages: list[Any]
     max_completion_tokens: Count | None = None  # the newer name of `max_tokens`
+    parallel_tool_calls: Any = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    top_logprobs: None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] = "none"
+    modalities: list[Literal["text"]] | None = None
 
 
 class CompletionRequest(Generation):
     """Of `/v1/completions`: texts, or their ids."""
 
-    neutral = {**Generation.neutral, "echo": (False,), "suffix": ("",), "best_of": (1,)}
-
     prompt: str | list[str] | list[int] | list[list[int]]
+    echo: Literal[False] = False
+    suffix: Literal[""] = ""
+    best_of: Literal[1] = 1
 
 
 def read_request(kind: type[Generation], body: bytes) -> Any:
-    """A request out of its JSON. ApiError (400) with the field that is wrong."""
-    try:
+    """A request out of its JSON; null is as good as left out. ApiError (400) with the field that is
+    wrong.
+    """
+    values = None
+    with contextlib.suppress(ValueError, RecursionError):
         values = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is no JSON: {error}", "invalid_value") from error
     if not isinstance(values, dict):
         raise ApiError(400, "the body is no JSON object", "invalid_value")
-    asked = {}
-    for name, value in values.items():
-        if name in kind.ignored:
-            continue
-        if name not in kind.neutral:
-            asked[name] = value
-        # a number is not a truth value
-        elif value is not None and (type(value), value) not in [
-            (type(own), own) for own in kind.neutral[name]
-        ]:
-            what = f"`{name}` is {str(value)[:80]!r}: this server cannot do it; leave it out"
-            raise ApiError(400, what, "unknown_parameter", name)
     try:
-        return kind.model_validate(asked)
+        return kind.model_validate({k: value for k, value in values.items() if value is not None})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = str(first["loc"][0])
+        place, code = str(first["loc"][0]), "invalid_value"
+        what = f"`{place}` is {first.get('input')!r:.80}: {first['msg']}"
         if first["type"] == "extra_forbidden":
             what, code = f"this server has no `{place}`", "unknown_parameter"
-        else:
-            what, code = f"`{place}` is {first.get('input')!r:.80}: {first['msg']}", "invalid_value"
         raise ApiError(400, what, code, place) from error
 
 
 class Reply:
-    """The reply to one request, whole or in chunks; `chat` or text completion."""
+    """The reply to one request, `chat` or text completion: whole, or in chunks."""
 
     def __init__(self, chat: bool, model: str, prompt_tokens: int) -> None:
-        self._chat, self._prompt_tokens = chat, prompt_tokens
+        self.chat, self._prompt_tokens = chat, prompt_tokens
         name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self._head = {"id": name, "created": int(time.time()), "model": model}
+        kind = "chat.completion" if chat else "text_completion"
+        self._head = {"id": name, "created": int(time.time()), "model": model, "object": kind}
 
     def whole(self, texts: Sequence[str], last: Sequence[Piece]) -> dict[str, Any]:
         """All choices, each a text and the last piece of its response."""
         choices = []
         for number, (text, piece) in enumerate(zip(texts, last, strict=True)):
             message = {"message": {"role": "assistant", "content": text}}
-            said = message if self._chat else {"text": text}
+            said = message if self.chat else {"text": text}
             choices.append(_choice(number, said, piece.reason))
-        kind = "chat.completion" if self._chat else "text_completion"
-        return {**self._head, "object": kind, "choices": choices, "usage": self._usage(last)}
+        return {**self._head, "choices": choices, "usage": self.usage(last)}
 
-    def chunk(self, number: int, piece: Piece | None) -> dict[str, Any]:
-        """More of one choice; without a piece the chunk of a chat that says who speaks."""
-        if piece is None:
-            said, reason = {"delta": {"role": "assistant", "content": ""}}, None
-        else:
-            said = {"delta": {"content": piece.text}} if self._chat else {"text": piece.text}
-            reason = piece.reason
-        return self._chunk(choices=[_choice(number, said, reason)])
+    def chunk(self, *choices: dict[str, Any], **usage: Any) -> dict[str, Any]:
+        """A part of a stream: more of a choice, or at the end the tokens of all."""
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return {**self._head, "object": kind, "choices": choices, **usage}
 
-    def usage(self, last: Sequence[Piece]) -> dict[str, Any]:
-        """The chunk behind the last, where a request wants it."""
-        return self._chunk(choices=[], usage=self._usage(last))
-
-    def _chunk(self, **content: Any) -> dict[str, Any]:
-        kind = "chat.completion.chunk" if self._chat else "text_completion"
-        return {**self._head, "object": kind, **content}
-
-    def _usage(self, last: Sequence[Piece]) -> dict[str, int]:
+    def usage(self, last: Sequence[Piece]) -> dict[str, int]:
         prompt, made = self._prompt_tokens, sum(piece.tokens for piece in last)
         counts = {"prompt_tokens": prompt, "completion_tokens": made}
         return {**counts, "total_tokens": prompt + made}
@@ -155,3 +137,56 @@ class Reply:
 
 def _choice(number: int, said: dict[str, Any], reason: str | None) -> dict[str, Any]:
     return {"index": number, **said, "logprobs": None, "finish_reason": reason}
+
+
+async def pieces_of(
+    jobs: Sequence[Job], events: Events, request: Request | None = None
+) -> AsyncIterator[tuple[int, Piece]]:
+    """Pieces of all responses as they come, until each has its last. ApiError where decoding fails.
+
+    Whoever stops listening cancels them; with `request`, so does whoever hangs up.
+    """
+    left = len(jobs)
+    try:
+        while left:
+            if request is not None and await request.is_disconnected():
+                raise ApiError(499, "whoever asked has hung up")
+            try:
+                number, event = await asyncio.wait_for(events.get(), 0.5)
+            except TimeoutError:
+                continue
+            if isinstance(event, Stopping):
+                raise ApiError(503, str(event), "stopping")
+            if isinstance(event, Exception):
+                raise ApiError(500, f"decoding failed: {event}", "decoding_failed")
+            left -= event.reason is not None
+            yield number, event
+    finally:
+        for job in jobs:
+            job.cancelled = True
+
+
+async def stream_of(
+    jobs: Sequence[Job], events: Events, reply: Reply, usage: bool
+) -> AsyncIterator[str]:
+    """Server-sent events: a chunk for each block of each response."""
+
+    def event(body: dict[str, Any]) -> str:
+        return f"data: {json.dumps(body)}\n\n"
+
+    last = [Piece("", 0)] * len(jobs)
+    try:
+        if reply.chat:
+            for number in range(len(jobs)):
+                speaks = {"delta": {"role": "assistant", "content": ""}}
+                yield event(reply.chunk(_choice(number, speaks, None)))
+        async for number, piece in pieces_of(jobs, events):
+            last[number] = piece
+            if piece.text or piece.reason is not None:
+                said = {"delta": {"content": piece.text}} if reply.chat else {"text": piece.text}
+                yield event(reply.chunk(_choice(number, said, piece.reason)))
+        if usage:
+            yield event(reply.chunk(usage=reply.usage(last)))
+    except ApiError as error:
+        yield event(error.body)
+    yield "data: [DONE]\n\n"

@@ -1,66 +1,52 @@
-"""How a student is served, and what the command runs."""
+"""`tide serve`: a student behind `/v1/chat/completions`, `/v1/completions`, `/v1/models` and
+`/health`. What the command runs, and what each route does.
+"""
 
-import importlib.util
+import asyncio
+import hmac
 import logging
+import secrets
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from pipelines.serving.engine import Answer, Engine, Full, Job, Piece, ServeConfig
+from shared.data.reading import waiting_messages
 from shared.system.errors import TideError
+from student_train.using.decoding import Row
 from student_train.using.settings import SampleConfig
-from student_train.using.student import LoadedStudent
+from student_train.using.student import LoadedStudent, Stops
+
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
+
+    from pipelines.serving import protocol
+    from pipelines.serving.protocol import ApiError, Generation
+except ImportError as error:
+    what = "starlette and uvicorn must be installed to serve"
+    raise TideError(what, fix='pip install ".[serve]"') from error
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ServeConfig:
-    """Limits of the server, and how it samples where a request does not say. TideError where one
-    cannot be.
-    """
-
-    name: str  # of the model, as requests must say it
-    sampling: SampleConfig = field(default_factory=SampleConfig)
-    batch: int = 16  # responses under way at once
-    waiting: int = 256  # responses that may wait for a place; beyond, requests get status 503
-    body_bytes: int = 4 << 20  # of a request
-    host: str = "127.0.0.1"
-    port: int = 8000  # 0: any that is free
-    api_key: str | None = field(default=None, repr=False)  # the bearer token of requests
-
-    def __post_init__(self) -> None:
-        for name, least in (("batch", 1), ("waiting", 0), ("body_bytes", 1), ("port", 0)):
-            if getattr(self, name) < least:
-                raise TideError(f"{name} is {getattr(self, name)}", expected=f"at least {least}")
-        if self.api_key is not None and not self.api_key.strip():
-            fix = "give one, or leave the option and TIDE_API_KEY out"
-            raise TideError("the API key is empty", fix=fix)
-        if not self.name:
-            raise TideError("the model's name is empty", fix="give one (--name)")
-
-    @property
-    def local(self) -> bool:
-        """Whether only this machine can ask."""
-        return self.host in ("127.0.0.1", "localhost", "::1")
-
-
-def check_installed() -> None:
-    """TideError where the server's libraries are missing."""
-    missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
-    if missing:
-        fix = 'pip install ".[serve]"'
-        raise TideError(f"{' and '.join(missing)} must be installed to serve", fix=fix)
+_SAMPLING = ("temperature", "top_k", "top_p", "steps_per_block", "threshold", "remasking")
 
 
 def served_name(place: str) -> str:
     """What a student is called: its hub id, its run, or its folder."""
-    path = Path(place)
-    if not path.exists():
+    if not Path(place).exists():
         return place
-    path = path.resolve()
+    path = Path(place).resolve()
     return path.parent.name if path.name == "model" else path.name
 
 
@@ -70,16 +56,13 @@ def bind(config: ServeConfig) -> socket.socket:
         family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((config.host, config.port), family=family)
     except (OSError, OverflowError, UnicodeError) as error:
-        raise TideError(
-            f"{config.host}:{config.port} cannot be served on: {error}",
-            fix="choose another --port (0 takes one that is free) or --host",
-        ) from error
+        what = f"{config.host}:{config.port} cannot be served on: {error}"
+        fix = "choose another --port (0 takes one that is free) or --host"
+        raise TideError(what, fix=fix) from error
 
 
 def serve(student: LoadedStudent, config: ServeConfig, bound: socket.socket) -> None:
     """Answer requests until Ctrl-C or SIGTERM; responses under way then end with an error."""
-    from pipelines.serving.web import Server
-
     host, port = bound.getsockname()[:2]
     place = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     if not config.local and config.api_key is None:
@@ -96,8 +79,6 @@ def served(student: LoadedStudent, config: ServeConfig) -> Iterator[str]:
     """A server beside other work of this process: its address (without `/v1`), until the block
     ends. TideError where it does not come to listen.
     """
-    from pipelines.serving.web import Server
-
     with bind(config) as bound:
         listening = threading.Event()
         server = Server(student, config, listening.set)
@@ -110,3 +91,199 @@ def served(student: LoadedStudent, config: ServeConfig) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join()
+
+
+class Server(uvicorn.Server):
+    """Of one student. `started_to_listen` is called once requests are taken."""
+
+    def __init__(
+        self, student: LoadedStudent, config: ServeConfig, started_to_listen: Callable[[], None]
+    ) -> None:
+        self._engine = Engine(student, config)
+        self._tell = started_to_listen
+        routes = Routes(student, config, self._engine)
+        hosts = ["127.0.0.1", "localhost", "[::1]"] if config.local else ["*"]
+        app = Starlette(
+            routes=[
+                Route("/v1/chat/completions", routes.chat, methods=["POST"]),
+                Route("/v1/completions", routes.complete, methods=["POST"]),
+                Route("/v1/models", routes.models),
+                Route("/v1/models/{name:path}", routes.models),
+                Route("/health", routes.health),
+            ],
+            # A page of some site must not reach a local server under a name that resolves to it.
+            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
+            exception_handlers=dict.fromkeys((ApiError, HTTPException, Exception), explain),
+        )
+        # Connections get five seconds to take their last words.
+        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._engine.start()
+        await super().startup(sockets)
+        self._tell()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await run_in_threadpool(self._engine.stop)  # which tells all who wait
+        await super().shutdown(sockets)
+
+
+def explain(request: Request, error: Exception) -> Response:
+    """Any error as OpenAI's clients read it."""
+    if isinstance(error, HTTPException):
+        what = f"{request.method} {request.url.path}: {error.detail}"
+        error = ApiError(error.status_code, what)
+    elif not isinstance(error, ApiError):
+        error = ApiError(500, f"{type(error).__name__}: {error}")
+    headers = {"retry-after": "1"} if error.status == 503 else None
+    return JSONResponse(error.body, error.status, headers)
+
+
+class Routes:
+    """What each does with a request; ApiError where it cannot be answered."""
+
+    def __init__(self, student: LoadedStudent, config: ServeConfig, engine: Engine) -> None:
+        self._student, self._config, self._engine = student, config, engine
+        self._length = int(getattr(student.model.config, "max_position_embeddings", 0)) or None
+
+    async def health(self, _: Request) -> Response:
+        alive, running, waiting = self._engine.load()
+        status, code = ("ok", 200) if alive else ("down", 503)
+        state = {"running": running, "waiting": waiting, "batch": self._config.batch}
+        return JSONResponse({"status": status, **state}, code)
+
+    async def models(self, request: Request) -> Response:
+        """The one there is, in a list or by its name."""
+        self._check_key(request)
+        card = {"id": self._config.name, "object": "model", "created": 0}
+        card |= {"owned_by": "tide-distill", "max_model_len": self._length}
+        if "name" not in request.path_params:
+            return JSONResponse({"object": "list", "data": [card]})
+        self._check_model(request.path_params["name"])
+        return JSONResponse(card)
+
+    async def chat(self, request: Request) -> Response:
+        asked: protocol.ChatRequest = await self._read(request, protocol.ChatRequest)
+        prompt = await run_in_threadpool(self._chat_prompt, asked.messages)
+        limit = asked.max_completion_tokens or asked.max_tokens
+        return await self._reply(request, asked, [prompt], limit, chat=True)
+
+    async def complete(self, request: Request) -> Response:
+        asked: protocol.CompletionRequest = await self._read(request, protocol.CompletionRequest)
+        prompts = await run_in_threadpool(self._text_prompts, asked.prompt)
+        return await self._reply(request, asked, prompts, asked.max_tokens, chat=False)
+
+    async def _read(self, request: Request, kind: type[Generation]) -> Any:
+        self._check_key(request)
+        body, most = b"", self._config.body_bytes
+        async for part in request.stream():
+            body += part
+            if len(body) > most:
+                raise ApiError(413, f"the request has more than {most:,} bytes", "too_large")
+        asked = protocol.read_request(kind, body)
+        self._check_model(asked.model)
+        return asked
+
+    def _check_key(self, request: Request) -> None:
+        key = self._config.api_key
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
+            raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")
+
+    def _check_model(self, name: str) -> None:
+        own = self._config.name
+        if name != own:
+            what = f"no model {name!r} here; there is {own!r}"
+            raise ApiError(404, what, "model_not_found", "model")
+
+    def _chat_prompt(self, messages: list[Any]) -> list[int]:
+        try:
+            clean = waiting_messages(messages)
+            with self._engine.tokenizing:
+                return self._student.prompt(clean)
+        except (TideError, RecursionError) as error:
+            what = getattr(error, "what", str(error))
+            raise ApiError(400, what, "invalid_value", "messages") from error
+
+    def _text_prompts(self, asked: str | list[Any]) -> list[list[int]]:
+        """Ids of one prompt or several, each a text or ids itself."""
+        one = isinstance(asked, str) or all(isinstance(part, int) for part in asked)
+        prompts = [asked] if one else asked
+        vocabulary, what = len(self._student.tokenizer), ""
+        if not prompts or not all(prompts):
+            what = "a prompt is empty"
+        ids: list[Any] = []
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                ids.append(prompt)
+                if not all(0 <= token < vocabulary for token in prompt):
+                    what = f"the prompt has ids outside 0 … {vocabulary - 1}"
+            elif any("\ud800" <= character <= "\udfff" for character in prompt):
+                what = "the prompt has lone surrogates"
+            else:
+                with self._engine.tokenizing:
+                    ids.append(self._student.tokenizer.encode([prompt])[0])
+        if what:
+            raise ApiError(400, what, "invalid_value", "prompt")
+        return ids
+
+    def _sampling(
+        self, asked: Generation, limit: int | None, prompt: Sequence[int], seed: int
+    ) -> SampleConfig:
+        """How one response is sampled; ApiError where it does not fit the student's length."""
+        own = self._config.sampling
+        room = own.new_tokens
+        if self._length is not None:
+            whole_blocks = -(-len(prompt) // own.block) * own.block
+            room = (self._length - whole_blocks) // own.block * own.block
+            if (limit or 1) > room:
+                more = f" and {limit} of the response" if limit else ""
+                what = f"{len(prompt)} tokens of the prompt{more}, in blocks of {own.block}"
+                what += f", are more than the student's {self._length}"
+                raise ApiError(400, what, "context_length_exceeded")
+        given = {name: getattr(asked, name) for name in _SAMPLING}
+        given = {name: value for name, value in given.items() if value is not None}
+        given |= {"new_tokens": limit or min(own.new_tokens, room), "seed": seed}
+        try:
+            return replace(own, min_new_tokens=asked.min_tokens or own.min_new_tokens, **given)
+        except ValueError as error:
+            raise ApiError(400, str(error), "invalid_value") from error
+
+    async def _reply(
+        self, request: Request, asked: Generation, prompts: list[list[int]], limit: int | None,
+        chat: bool,
+    ) -> Response:  # fmt: skip
+        # 1. A job for each response
+        count, most = asked.n * len(prompts), self._config.batch
+        if count > most:
+            raise ApiError(
+                400, f"{count} responses are asked for, at most {most} may be", param="n"
+            )
+        loop, events = asyncio.get_running_loop(), protocol.Events()
+        jobs: list[Job] = []
+        for prompt in prompts:
+            first = secrets.randbelow(1 << 31) if asked.seed is None else asked.seed
+            for seed in range(first, first + asked.n):
+                config = self._sampling(asked, limit, prompt, seed)
+                answer = Answer(Stops.of(self._student, asked.stop), config.new_tokens)
+
+                def deliver(event: Piece | Exception, number: int = len(jobs)) -> None:
+                    loop.call_soon_threadsafe(events.put_nowait, (number, event))
+
+                jobs.append(Job(Row(prompt, config), answer, deliver))
+        try:
+            self._engine.submit(jobs)
+        except Full as error:
+            raise ApiError(503, "too many requests wait; try again later", "overloaded") from error
+        # 2. Their pieces, as they come or put together
+        reply = protocol.Reply(chat, self._config.name, sum(map(len, prompts)))
+        if asked.stream:
+            usage = bool((asked.stream_options or {}).get("include_usage"))
+            stream = protocol.stream_of(jobs, events, reply, usage)
+            headers = {"cache-control": "no-cache"}
+            return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+        texts, last = [""] * len(jobs), [Piece("", 0)] * len(jobs)
+        async for number, piece in protocol.pieces_of(jobs, events, request):
+            texts[number] += piece.text
+            last[number] = piece
+        return JSONResponse(reply.whole(texts, last))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from pipelines.serving.server import ServeConfig, check_installed, served
+from pipelines.serving.server import ServeConfig, served
 from pipelines.speed import side_by_side
 from shared.data import iter_examples
 from shared.models.checkpoint import open_checkpoint, resolve
@@ -49,7 +49,6 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def bench_use(shape: StudentConfig = SHAPE, prompts: int = 8) -> Table:
     """Tokens a second of each way, against the first of its kind."""
-    check_installed()
     title = f"{prompts} held-out prompts, {NEW} new tokens each, blocks of {BLOCK}"
     table = Table("what", "passes", "tokens/s", "ratio", "NLL", "distinct", title=title)
     torch.manual_seed(0)
