@@ -76,7 +76,7 @@ _A2D_FIELDS = (
 def save_student(
     model: Any, tokenizer: Tokenizer, folder: Path, state: dict[str, Any] | None = None
 ) -> None:
-    """Write a student as transformers loads it; `state`: the weights where `model`'s are sharded."""
+    """Write a student as transformers loads it; `state` has the weights where they are sharded."""
     # What ends a response: EOS and the chat template's end of turn, as in sampling.
     stated = model.config.eos_token_id
     ends = stated if isinstance(stated, list) else [stated]

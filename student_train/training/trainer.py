@@ -61,9 +61,7 @@ def train_student(config: TrainConfig) -> dict[str, float]:
 def make_trainer(
     config: TrainConfig, held: ExitStack | None = None
 ) -> "tuple[StudentTrainer, Tokenizer]":
-    """Everything that a run needs, checked; `held` gets the lock of the run's folder. TideError where
-    something does not fit, or another process trains there.
-    """
+    """Everything that a run needs, checked; `held` gets the lock of the run's folder."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     # 1. Machine, settings and cache fit each other.
     config, opened = preflight(config, processes)

@@ -103,8 +103,8 @@ class Decoding:
         self.passes += others.passes
 
     def _widened(self, width: int, like: "Decoding") -> list[tuple[Tensor, Tensor]]:
-        """Padding on the left, up to `width` slots. Returns keys and values so widened, of each
-        layer, [copies · rows, heads, width, size]; where nothing is cached, in the form of `like`.
+        """Padding on the left, up to `width` slots; of each layer keys and values so widened,
+        [copies · rows, heads, width, size], in the form of `like` where nothing is cached.
         """
         layers: Any = (self if self._cached else like)._cache.layers
         wide = []

@@ -74,9 +74,7 @@ def load_for_use(place: str, device: str = "auto") -> LoadedStudent:
 
 
 def choose_block(asked: int | None, student: LoadedStudent) -> int:
-    """The block to sample with: the one asked for (said where training had another), else the
-    student's own, else 32.
-    """
+    """The block to sample with: the one asked for, else the student's own, else 32."""
     if asked is None:
         return student.block or 32
     if student.block is not None and asked != student.block:

@@ -1,16 +1,184 @@
-"""Rows that join others under way: each gives what it gives alone, and nothing is run twice."""
+"""Block diffusion sampling against whole passes without a cache, and what each pass reads; rows
+that join others under way.
+"""
 
 import dataclasses
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from student_train.using.decoding import Decoding, Row
-from student_train.using.settings import SampleConfig
-from student_train.using.student import sample_steps
-from tests.student_train.using.test_sampler import ENDLESS, small
+from student_train.using.settings import SampleConfig, Special
+from student_train.using.student import sample, sample_steps
+from tests.student_train.places import small
+
+SPECIAL = Special(mask=49, pad=47, eos=48)
+ENDLESS = dataclasses.replace(SPECIAL, eos=-1)
+PROMPTS = [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11, 12, 13, 14], [15], [16, 17, 18, 19]]
+GREEDY = SampleConfig(new_tokens=16, block=4, steps_per_block=4)
+RAGGED = SampleConfig(new_tokens=11, block=8, steps_per_block=3)
+WARM = SampleConfig(new_tokens=16, block=4, steps_per_block=2, temperature=1.0, seed=3)
+GUIDED = SampleConfig(new_tokens=16, block=8, threshold=0.05, guidance=1.5)
+RANDOM = SampleConfig(new_tokens=16, block=4, steps_per_block=2, remasking="random")
+CONFIGS = [GREEDY, RAGGED, WARM, GUIDED, RANDOM]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return small()
+
+
+def test_a_batch_of_unequal_prompts_is_each_alone_and_the_seed_decides(model: Any) -> None:
+    for config in CONFIGS:
+        together = sample(model, PROMPTS, SPECIAL, config)
+        assert together == [sample(model, [prompt], SPECIAL, config)[0] for prompt in PROMPTS]
+    other = dataclasses.replace(WARM, seed=4)
+    assert sample(model, PROMPTS, SPECIAL, WARM) != sample(model, PROMPTS, SPECIAL, other)
+
+
+def whole_logits(model: Any, ids: list[int], padding: int, block: int) -> torch.Tensor:
+    """By one pass over everything; `padding` on the left is hidden, no mask token is likely."""
+    index = torch.arange(len(ids)) // block
+    seen = (index[:, None] >= index[None]) & (torch.arange(len(ids)) >= padding)[None]
+    seen |= torch.eye(len(ids), dtype=torch.bool)
+    with torch.no_grad():
+        hidden = model.model(torch.tensor([ids]), attention_mask=seen[None, None], use_cache=False)
+        logits = model.lm_head(hidden.last_hidden_state)[0].double()
+    logits[:, SPECIAL.mask] = -torch.inf
+    return logits
+
+
+def uncached(model: Any, prompt: list[int], config: SampleConfig) -> list[int]:
+    """The same by whole passes over everything, in float64, nothing cached."""
+    width = -(-len(prompt) // config.block) * config.block
+    ids = [SPECIAL.pad] * (width - len(prompt)) + prompt
+    for start in range(0, config.new_tokens, config.block):
+        size = min(config.block, config.new_tokens - start)
+        ids += [SPECIAL.mask] * size
+        steps = min(size, config.steps_per_block or size)
+        for step in range(steps):
+            logits = whole_logits(model, ids, width - len(prompt), config.block)[-size:]
+            confidence, tokens = logits.softmax(-1).max(-1)
+            left = [i for i in range(size) if ids[i - size] == SPECIAL.mask]
+            count = size // steps + (step < size % steps)
+            for i in sorted(left, key=lambda i: -float(confidence[i]))[:count]:
+                ids[i - size] = int(tokens[i])
+        if SPECIAL.eos in ids[width:]:
+            break
+    new = ids[width:]
+    return new[: new.index(SPECIAL.eos)] if SPECIAL.eos in new else new
+
+
+@settings(max_examples=15)
+@given(
+    prompt=st.lists(st.integers(0, 46), min_size=1, max_size=13),
+    config=st.sampled_from([GREEDY, RAGGED]),
+)
+def test_the_cache_changes_nothing(model: Any, prompt: list[int], config: SampleConfig) -> None:
+    assert sample(model, [prompt], SPECIAL, config) == [uncached(model, prompt, config)]
+
+
+def test_each_pass_reads_the_block_at_hand_and_the_head_its_masked_positions(model: Any) -> None:
+    """The prompt goes through once, and each finished block; the head reads multiples of 32."""
+    widths: list[int] = []
+    heads: list[int] = []
+    embedding, head = model.get_input_embeddings(), model.lm_head
+    hooks = [
+        embedding.register_forward_hook(lambda _m, args, _o: widths.append(args[0].shape[1])),
+        head.register_forward_hook(lambda _m, args, _o: heads.append(len(args[0]))),
+    ]
+    *_, (_, passes) = sample_steps(model, [[1] * 9], ENDLESS, GREEDY)
+    assert passes == len(widths) == 16
+    assert sum(widths) == 12 + 12 + passes * GREEDY.block  # the prompt, and three blocks behind it
+    heads.clear()
+    config = SampleConfig(new_tokens=64, block=64, steps_per_block=4)
+    list(sample_steps(model, PROMPTS[:2], ENDLESS, config))
+    for hook in hooks:
+        hook.remove()
+    assert heads == [128, 96, 64, 32]
+
+
+def test_the_mask_is_never_emitted_and_an_end_not_before_its_time() -> None:
+    """By a model that likes them best."""
+    liking = small()
+    with torch.no_grad():
+        liking.lm_head.weight[SPECIAL.mask] *= 50
+        liking.lm_head.weight[SPECIAL.eos] = 5.0
+    for config in CONFIGS:
+        *_, (tokens, _) = sample_steps(liking, PROMPTS, SPECIAL, config)
+        assert (tokens != SPECIAL.mask).all() and tokens.shape[1] <= 16
+        for row in tokens.tolist():
+            first = row.index(SPECIAL.eos) if SPECIAL.eos in row else len(row)
+            assert all(token == SPECIAL.eos for token in row[first:])
+    free = SampleConfig(new_tokens=16, block=4)
+    assert any(len(row) < 6 for row in sample(liking, PROMPTS, SPECIAL, free))
+    held = sample(liking, PROMPTS, SPECIAL, dataclasses.replace(free, min_new_tokens=6))
+    assert all(len(row) >= 6 for row in held) and any(len(row) < 16 for row in held)
+
+
+def test_rows_that_have_ended_cost_nothing_more(model: Any) -> None:
+    """What the others get is the same."""
+    config = SampleConfig(new_tokens=12, block=4, guidance=0.5)
+    alone = sample(model, PROMPTS[1:2], ENDLESS, config)
+    sizes: list[int] = []
+    embedding = model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda _m, args, _o: sizes.append(len(args[0])))
+
+    def stop(row: int, tokens: list[int]) -> bool:
+        return row in (0, 2) or (row == 3 and len(tokens) == 8)
+
+    *_, (tokens, _) = sample_steps(model, PROMPTS, ENDLESS, config, stop)
+    hook.remove()
+    assert sizes == [8] * 4 + [4] * 4 + [2] * 4
+    assert tokens[1].tolist() == alone[0]
+    assert (tokens[0, 4:] == -1).all() and (tokens[3, 8:] == -1).all()
+
+
+def test_a_threshold_settles_at_least_one_a_step_and_saves_passes(model: Any) -> None:
+    never = SampleConfig(new_tokens=8, block=8, threshold=0.999)
+    left = []
+    for tokens, _ in sample_steps(model, PROMPTS[:1], ENDLESS, never):
+        left.append(int((tokens == SPECIAL.mask).sum()))
+    assert left == [7, 6, 5, 4, 3, 2, 1, 0, 0]
+    always = dataclasses.replace(never, threshold=0.0)
+    *_, (_, passes) = sample_steps(model, PROMPTS[:1], SPECIAL, always)
+    assert passes == 1
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 2**20),
+    top_k=st.none() | st.integers(1, 60),
+    top_p=st.floats(0.01, 1.0),
+    warmth=st.floats(0.3, 3.0),
+)
+def test_what_is_sampled_lies_in_top_k_and_top_p(
+    model: Any, seed: int, top_k: int | None, top_p: float, warmth: float
+) -> None:
+    """Settled in one step: each token is among the top_k; likelier ones have less than top_p."""
+    how: dict[str, Any] = {"temperature": warmth, "top_k": top_k, "top_p": top_p, "seed": seed}
+    config = SampleConfig(8, block=8, steps_per_block=1, **how)
+    *_, (tokens, _) = sample_steps(model, [PROMPTS[0]], ENDLESS, config)
+    ids = [SPECIAL.pad] * 3 + PROMPTS[0] + [SPECIAL.mask] * 8
+    logits = whole_logits(model, ids, 3, 8)[-8:]
+    order = logits.argsort(dim=1, descending=True)
+    place = (order == tokens[0][:, None]).int().argmax(dim=1)
+    kept = (logits / warmth).gather(1, order)[:, :top_k].softmax(dim=1)
+    assert (place < kept.shape[1]).all()
+    likelier = (kept.cumsum(dim=1) - kept).gather(1, place[:, None])
+    assert (likelier < top_p + 1e-5).all()
+
+
+def test_what_cannot_work_is_refused(model: Any) -> None:
+    for changes in ({"new_tokens": 8, "min_new_tokens": 9}, {"steps_per_block": 33}, {"top_k": 0}):
+        with pytest.raises(ValueError, match=next(reversed(changes))):
+            SampleConfig(**changes)  # type: ignore[arg-type]
+    with pytest.raises(ValueError):  # noqa: PT011
+        sample(model, [[1], []], SPECIAL, GREEDY)
+
 
 BLOCK = 4
 WAYS: list[dict[str, Any]] = [
@@ -26,7 +194,7 @@ REQUESTS = st.lists(st.tuples(PROMPT, st.sampled_from(WAYS), st.integers(1, 4)),
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
+def exact() -> Any:
     """In float64: what differs by rounding alone does not differ."""
     return small().double()
 
@@ -34,10 +202,10 @@ def model() -> Any:
 @settings(max_examples=40)
 @given(arrivals=st.lists(REQUESTS, min_size=1, max_size=4), guidance=st.sampled_from([0.0, 0.8]))
 def test_a_row_that_joins_gives_what_it_gives_alone(
-    model: Any, arrivals: list[Any], guidance: float
+    exact: Any, arrivals: list[Any], guidance: float
 ) -> None:
     """Every block some come, with settings and lengths of their own; those that are done leave."""
-    decoding = Decoding(model, ENDLESS, BLOCK, guidance)
+    decoding = Decoding(exact, ENDLESS, BLOCK, guidance)
     every: list[Row] = []
     rounds = 0
     while rounds < len(arrivals) or decoding.rows:
@@ -52,23 +220,23 @@ def test_a_row_that_joins_gives_what_it_gives_alone(
         rounds += 1
     for row in every:
         config = dataclasses.replace(row.config, guidance=guidance)
-        *_, (tokens, _) = sample_steps(model, [row.prompt], ENDLESS, config)
+        *_, (tokens, _) = sample_steps(exact, [row.prompt], ENDLESS, config)
         assert row.made == tokens[0].tolist()
 
 
-def test_who_joins_costs_one_pass_and_padding_that_nobody_needs_is_given_up(model: Any) -> None:
+def test_who_joins_costs_one_pass_and_padding_that_nobody_needs_is_given_up(exact: Any) -> None:
     """One pass over a prompt but for its last block, which goes through with the first new one."""
     config = SampleConfig(new_tokens=12, block=BLOCK, steps_per_block=1)
     shapes: list[tuple[int, ...]] = []
     keys: list[int] = []
-    embedding, layer = model.get_input_embeddings(), model.model.layers[0]
+    embedding, layer = exact.get_input_embeddings(), exact.model.layers[0]
     hooks = [
         embedding.register_forward_hook(lambda _m, a, _o: shapes.append(tuple(a[0].shape))),
         layer.register_forward_pre_hook(
             lambda _m, _a, named: keys.append(named["attention_mask"].shape[-1]), with_kwargs=True
         ),
     ]
-    decoding = Decoding(model, ENDLESS, BLOCK)
+    decoding = Decoding(exact, ENDLESS, BLOCK)
     decoding.join([Row([1] * 5, config)])
     list(decoding.next_block(BLOCK))
     decoding.join([Row([2] * 11, config), Row([3], config)])
@@ -76,7 +244,7 @@ def test_who_joins_costs_one_pass_and_padding_that_nobody_needs_is_given_up(mode
     decoding.join([Row([4] * 3, config)])
     assert shapes == [(1, 8 + BLOCK), (2, 8), (3, BLOCK + BLOCK)]
     assert decoding.passes == 3
-    decoding = Decoding(model, ENDLESS, BLOCK)  # of a server that always has work
+    decoding = Decoding(exact, ENDLESS, BLOCK)  # of a server that always has work
     keys.clear()
     for _ in range(12):
         decoding.join([Row([1, 2, 3], config)])
