@@ -159,19 +159,10 @@ def whole_ledger(cache: Path, manifest: Manifest) -> Ledger:
     return ledger
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One shard: its rows, and what is wrong with it."""
-
-    unit: Unit
-    rows: int = 0
-    problem: str | None = None
-
-
 def inspect_shard(
     cache: Path, manifest: Manifest, layout: Layout, job: tuple[Unit, Entry | None]
-) -> Finding:
-    """Look at one shard. Damage is a finding, not an error."""
+) -> tuple[int, str | None]:
+    """One shard's rows, and what is wrong with it; damage is no error here."""
     unit, entry = job
     path = unit.path(cache)
     try:
@@ -180,11 +171,11 @@ def inspect_shard(
             entry.check(path, content)
         shard = read_table(path, layout, content, manifest.digest)
         problem = problem_in(shard.table, layout, manifest)
-        return Finding(unit, shard.counts["rows"], problem and f"{path}: {problem}")
+        return shard.counts["rows"], problem and f"{path}: {problem}"
     except TideError as error:
-        return Finding(unit, problem=error.what)
+        return 0, error.what
     except (OSError, ValueError, IndexError) as error:
-        return Finding(unit, problem=f"shard {path} cannot be read: {error}")
+        return 0, f"shard {path} cannot be read: {error}"
 
 
 def in_processes(work: Callable[[T], R], jobs: Sequence[T], word: str) -> Iterator[R]:
@@ -205,8 +196,8 @@ def in_processes(work: Callable[[T], R], jobs: Sequence[T], word: str) -> Iterat
 
 def check_shards(
     cache: Path, manifest: Manifest, layout: Layout, ledger: Ledger, units: Sequence[Unit]
-) -> Iterator[Finding]:
-    """What is found in each shard."""
+) -> Iterator[tuple[int, str | None]]:
+    """`inspect_shard` for each unit, in order."""
     jobs = [(unit, ledger.get(unit)) for unit in units]
     return in_processes(partial(inspect_shard, cache, manifest, layout), jobs, "check")
 
@@ -241,8 +232,8 @@ def refuse_unsound(cache: Path, manifest: Manifest, layout: Layout, ledger: Ledg
             if not path.is_file() or path.stat().st_size != ledger[unit].bytes:
                 problems.append(f"{path} is missing, or not as long as the ledger says")
     else:
-        found = check_shards(cache, manifest, layout, ledger, units)
-        problems += [finding.problem for finding in found if finding.problem]
+        checks = check_shards(cache, manifest, layout, ledger, units)
+        problems += [problem for _, problem in checks if problem]
     if problems:
         raise TideError(
             f"{len(problems)} of {len(units)} shards of {cache} do not hold; {problems[0]}",

@@ -34,29 +34,18 @@ EMPTY = -1e30
 
 _INTS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
 _COLUMNS = {
-    # name: (type, type of its levels where it is rounded, may be null)
-    "example_id": (pa.string(), None, False),
-    "label": (pa.string(), None, False),
-    "draw": (pa.int32(), None, False),
-    "t": (pa.float32(), None, False),
-    "student_ids": (_INTS, None, False),
-    "spans": (_INTS, None, False),
-    "masked": (_INTS, None, False),
-    "read": (_INTS, None, True),
-    "teacher_ids": (_INTS, None, True),
-    "teacher_masked": (_INTS, None, True),
-    "split": (pa.list_(pa.bool_()), None, False),
-    "gold_logp": (_FLOATS, pa.list_(pa.int32()), False),
-    "logsumexp": (_FLOATS, pa.list_(pa.int32()), False),
-    "topk_sizes": (_INTS, None, True),
-    "topk_ranks": (_INTS, None, True),
-    "topk_logp": (_FLOATS, pa.list_(pa.uint16()), True),
-    "tail_odds": (_FLOATS, pa.list_(pa.int16()), True),
-    "class_mass": (_FLOATS, pa.list_(pa.uint8()), True),
-    "chunk_student": (_INTS, None, True),
-    "chunk_teacher": (_INTS, None, True),
-    "chunk_logp": (_FLOATS, None, True),
-}
+    # name: (type, type of its levels where it is rounded); the optional ones may be null
+    "example_id": (pa.string(), None), "label": (pa.string(), None), "draw": (pa.int32(), None),
+    "t": (pa.float32(), None), "student_ids": (_INTS, None), "spans": (_INTS, None),
+    "masked": (_INTS, None), "read": (_INTS, None), "teacher_ids": (_INTS, None),
+    "teacher_masked": (_INTS, None), "split": (pa.list_(pa.bool_()), None),
+    "gold_logp": (_FLOATS, pa.list_(pa.int32())), "logsumexp": (_FLOATS, pa.list_(pa.int32())),
+    "topk_sizes": (_INTS, None), "topk_ranks": (_INTS, None),
+    "topk_logp": (_FLOATS, pa.list_(pa.uint16())), "tail_odds": (_FLOATS, pa.list_(pa.int16())),
+    "class_mass": (_FLOATS, pa.list_(pa.uint8())),
+    "chunk_student": (_INTS, None), "chunk_teacher": (_INTS, None), "chunk_logp": (_FLOATS, None),
+}  # fmt: skip
+_OPTIONAL = ("read", "teacher", "topk", "tail", "class", "chunk")  # how their names begin
 # Quantities on a uniform grid: steps a nat, and the largest that is kept.
 _GRIDS = {
     "gold_logp": (-GOLD_STEPS, 1e6),
@@ -74,11 +63,12 @@ def column_name(name: str, layout: Layout) -> str:
 def schema_for(layout: Layout) -> pa.Schema:
     """The columns of a shard, in order."""
     fields = []
-    for name, (exact, levels, nullable) in _COLUMNS.items():
+    for name, (exact, levels) in _COLUMNS.items():
         if name == "read" and not layout.partial:
             continue
         column = column_name(name, layout)
-        fields.append(pa.field(column, exact if column == name else levels, nullable=nullable))
+        kind = exact if column == name else levels
+        fields.append(pa.field(column, kind, nullable=name.startswith(_OPTIONAL)))
     return pa.schema(fields)
 
 

@@ -138,33 +138,26 @@ class Fingerprint(_Part):
         `classes_from`: the digest of the checkpoint that `targets.classes_from` names.
         """
         noise, targets, engine = config.noise, config.targets, config.engine
-        # 1. what says nothing without a top-k, and what a teacher of other tokens has not
+        # What says nothing without a top-k, and what a teacher of other tokens has not.
         topk: dict[str, Any] = {"k": 0, "mass": 1.0, "tail": "student", "classes": 1, "pilot": 0}
         if "topk" in targets.signals:
             topk = {name: getattr(targets, name) for name in topk} | {"classes_from": classes_from}
         same_tokens: dict[str, Any] = {}
         if teacher.student_tokens:
-            own, content = targets.teacher_text == "own", targets.positions == "content"
-            partial = own or content or config.lengths.teacher < 2 * config.lengths.student
             same_tokens = {"positions": targets.positions, "teacher_text": targets.teacher_text}
-            same_tokens["partial"] = partial
-        # 2. the rest as it is
-        return cls(
-            schema=SCHEMA_VERSION,
-            teacher=teacher,
-            student=student,
-            data=data,
-            lengths=config.lengths,
-            noise=CachedNoise(noise.seed, noise.comp_demo, noise.demo_ratio),
-            targets=CachedTargets(
-                signals=targets.signals,
-                temperatures=targets.stored_temperatures,
-                values=targets.values,
-                **{"classes_from": None, **topk, **same_tokens},
-            ),
-            tables=None,
-            engine=CachedEngine(engine.type, engine.dtype, engine.quantization),
+            whole = same_tokens == {"positions": "response", "teacher_text": "student"}
+            short = config.lengths.teacher < 2 * config.lengths.student
+            same_tokens["partial"] = short or not whole
+        kept = CachedTargets(
+            signals=targets.signals,
+            temperatures=targets.stored_temperatures,
+            values=targets.values,
+            **{"classes_from": None, **topk, **same_tokens},
         )
+        demo = CachedNoise(noise.seed, noise.comp_demo, noise.demo_ratio)
+        made_by = CachedEngine(engine.type, engine.dtype, engine.quantization)
+        lengths, version = config.lengths, SCHEMA_VERSION
+        return cls(version, teacher, student, data, lengths, demo, kept, None, made_by)
 
     @property
     def digest(self) -> str:

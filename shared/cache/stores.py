@@ -42,10 +42,7 @@ def _name(unit: Unit) -> str:
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of a file system of pyarrow.
-
-    Names that are no cache's are neither read nor written.
-    """
+    """A folder of a file system of pyarrow. Only names of a cache's files are read or written."""
 
     files: Any
     root: str
@@ -68,9 +65,9 @@ class Store:
     @contextmanager
     def _file(self, name: str) -> Iterator[str]:
         """The path of a file in the store, for a block whose errors are explained."""
-        if name and not belongs_to_cache(name):
-            raise TideError(f"{name!r} is no file of a cache")
         try:
+            if name and not belongs_to_cache(name):
+                raise TideError(f"{name!r} is no file of a cache")
             yield f"{self.root}/{name}".rstrip("/")
         except TideError:
             raise
@@ -123,14 +120,11 @@ class Store:
         return manifest
 
     def bring(self, cache: Path) -> None:
-        """For training: all but the shards.
-
-        TideError where there is no cache, or `cache` is another.
-        """
+        """For training, all but the shards. TideError where `cache` is another."""
         manifest = self.manifest(cache)
-        there = (cache / LEDGER).exists() and (cache / MANIFEST).exists()
+        last = (LEDGER, MANIFEST)
+        there = all((cache / name).exists() for name in last)
         if not there or load_manifest(cache) != manifest:  # it may have grown
-            last = (LEDGER, MANIFEST)
             small = [n for n in self.sizes() if n not in last and Unit.at(Path(n)) is None]
             self._bring(cache, *small, *last)
 
@@ -141,11 +135,8 @@ class Store:
             self._bring(cache, MANIFEST)
 
     def bring_tables(self, cache: Path) -> None:
-        """The store's tables, where `cache` has none.
-
-        By name the one that says that all are there is last.
-        """
-        if not has_tables(cache):
+        """The store's tables, where `cache` has none."""
+        if not has_tables(cache):  # by name the one that says that all are there is last
             self._bring(cache, *(n for n in self.sizes() if n.startswith(f"{TABLES}/")))
 
     def begin(self, cache: Path, manifest: Manifest) -> frozenset[Unit]:
@@ -197,7 +188,7 @@ class Store:
         manifest, sizes = self.manifest(cache), self.sizes()
         ledger: Ledger = {}
         if LEDGER in sizes:
-            with tempfile.TemporaryDirectory(prefix="tide-ledger-") as folder:
+            with tempfile.TemporaryDirectory(prefix="tide-store-") as folder:
                 self._bring(Path(folder), LEDGER)
                 ledger = load_ledger(Path(folder), manifest)
         needed = [*map(_name, ledger), "student_tokenizer/tokenizer.json"]

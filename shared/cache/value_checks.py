@@ -12,15 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from shared.cache.levels import (
-    CLASS_LEVELS,
-    GOLD_STEPS,
-    LARGEST_ODDS,
-    ODDS_STEPS,
-    column_name,
-    level_table,
-    levels_of,
-)  # fmt: skip
+from shared.cache import levels
 from shared.cache.manifest import Manifest
 from shared.cache.row import Layout
 from shared.diffusion import TIME_EPSILON
@@ -88,7 +80,7 @@ def _rules(table: pa.Table, layout: Layout, manifest: Manifest) -> Iterator[Rule
 
     @cache
     def column(name: str) -> Column:
-        return Column(table.column(column_name(name, layout)).combine_chunks())
+        return Column(table.column(levels.column_name(name, layout)).combine_chunks())
 
     # 1. tokens, and where they are masked
     for name, side in (("student_ids", known.student), ("teacher_ids", known.teacher)):
@@ -127,7 +119,7 @@ def _rules(table: pa.Table, layout: Layout, manifest: Manifest) -> Iterator[Rule
     yield "split", in_demo, "is set in a cache without CompDemo"
     for name in ("gold_logp", "logsumexp", "chunk_logp"):
         yield name, np.isfinite(column(name).values).all(), "has values that are not finite"
-    logp = gold if layout.values == "float32" else gold / -GOLD_STEPS
+    logp = gold if layout.values == "float32" else gold / -levels.GOLD_STEPS
     yield "gold_logp", logp.max(initial=0) <= _NEAR_ZERO, "is above 0"
     if topk:
         yield from _topk_rules(column, layout, known.targets.k)
@@ -153,7 +145,7 @@ def _row_rules(table: pa.Table, layout: Layout, manifest: Manifest) -> Iterator[
     wanted |= dict.fromkeys(_TOPK, "topk" in signals) | dict.fromkeys(_CHUNKS, "chunks" in signals)
     unlike = "is missing, or there, unlike the manifest says"
     for name, there in wanted.items():
-        stored = column_name(name, layout)
+        stored = levels.column_name(name, layout)
         nulls = table.column(stored).null_count if stored in table.column_names else rows
         yield name, nulls == (0 if there else rows), unlike
     own = table.column("teacher_ids").is_valid()
@@ -172,7 +164,7 @@ def _topk_rules(column: Callable[[str], Column], layout: Layout, k: int) -> Iter
     lists, ranks = column("topk_sizes"), column("topk_ranks").values
     sizes = lists.values
     # 1. as many entries as are said, of shared ids
-    fit = sizes.min(initial=1) >= 1 and sizes.max(initial=1) <= k
+    fit = 1 <= sizes.min(initial=1) <= sizes.max(initial=1) <= k
     yield "topk_sizes", fit, "has a list that is empty, or longer than k"
     of_row = np.bincount(lists.owner, sizes, lists.sizes.size)
     for name in ("topk_ranks", "topk_logp"):
@@ -191,9 +183,9 @@ def _topk_rules(column: Callable[[str], Column], layout: Layout, k: int) -> Iter
     # 2. log p falls from at most 0
     logp = column("topk_logp").values
     if not exact:
-        levels, table = levels_of(logp, sizes, temperatures), level_table(temperatures)
-        known = (levels >= 1) & (levels < table.size)
-        logp = np.where(known, table[np.where(known, levels, 1)], np.nan)
+        level, table = levels.levels_of(logp, sizes, temperatures), levels.level_table(temperatures)
+        known = (level >= 1) & (level < table.size)
+        logp = np.where(known, table[np.where(known, level, 1)], np.nan)
     owner = np.repeat(np.arange(sizes.size), sizes)
     falls = np.isfinite(logp).all() and (np.diff(logp)[np.diff(owner) == 0] <= 0).all()
     falls = falls and logp.max(initial=0) <= _NEAR_ZERO
@@ -202,8 +194,12 @@ def _topk_rules(column: Callable[[str], Column], layout: Layout, k: int) -> Iter
     stored = column("tail_odds")
     each = (stored.sizes == lists.sizes * hot).all()
     yield "tail_odds", each, "does not have one value a position and temperature"
-    odds = stored.values.reshape(-1, hot).astype(np.float64) / (1 if exact else ODDS_STEPS)
-    yield "tail_odds", (np.abs(odds) <= LARGEST_ODDS).all(), f"lies outside of ±{LARGEST_ODDS:g}"
+    odds = stored.values.reshape(-1, hot).astype(np.float64) / (1 if exact else levels.ODDS_STEPS)
+    yield (
+        "tail_odds",
+        (np.abs(odds) <= levels.LARGEST_ODDS).all(),
+        f"lies outside of ±{levels.LARGEST_ODDS:g}",
+    )
     tail = 1 / (1 + np.exp(-odds))
     mass = np.bincount(owner, np.exp(logp), sizes.size) + tail[:, temperatures.index(1.0)]
     adds_up = (np.abs(mass - 1) <= _MASS_SLACK).all()
@@ -222,6 +218,9 @@ def _topk_rules(column: Callable[[str], Column], layout: Layout, k: int) -> Iter
     else:
         # Rounding moves a root of mass by half a level; by Cauchy-Schwarz the root of the sum by
         # the root of the number of classes times that.
-        root = np.sqrt((masses.astype(np.float32) ** 2).sum(axis=2)) / CLASS_LEVELS
-        apart, slack = root - np.sqrt(tail), np.sqrt(layout.classes) * 0.5 / CLASS_LEVELS + 1e-3
+        root = np.sqrt((masses.astype(np.float32) ** 2).sum(axis=2)) / levels.CLASS_LEVELS
+        apart, slack = (
+            root - np.sqrt(tail),
+            np.sqrt(layout.classes) * 0.5 / levels.CLASS_LEVELS + 1e-3,
+        )
     yield "class_mass", (np.abs(apart) <= slack).all(), "does not add up to the tail"

@@ -77,8 +77,7 @@ def temporary_path(path: Path) -> Path:
 def atomic_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     """A file to fill, which takes the place of `path` only where the block ends well.
 
-    It is synced to disk first where `durable`. TideError where the disk is full or cannot be
-    written to.
+    Synced to disk first where `durable`. TideError where the disk is full or cannot be written to.
     """
     temporary = temporary_path(path)
     try:

@@ -17,22 +17,12 @@ import torch
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
+from shared.cache import shards
 from shared.cache.ledger import Entry, entry_of, load_ledger, note, settle_ledger, whole_ledger
 from shared.cache.levels import EMPTY, LARGEST_ODDS, class_log_mass
 from shared.cache.manifest import Manifest, check_fingerprint, load_manifest, refuse_unfinished
 from shared.cache.row import CacheRow, Layout, Pilot, Vocabulary, ranks
-from shared.cache.shards import (
-    CACHE,
-    TABLES,
-    Unit,
-    finished_units,
-    load_centroids,
-    load_pilot,
-    read_table,
-    save_tables,
-    write_shard,
-    write_table,
-)  # fmt: skip
+from shared.cache.shards import CACHE, TABLES, Unit, finished_units
 from shared.system.errors import TideError
 from shared.system.files import link, refuse_unwritable, write_bytes
 from teacher_cache.run.tables import cluster
@@ -42,10 +32,7 @@ _BEFORE_MANIFEST = ("student_tokenizer", "teacher_tokenizer", TABLES)
 
 
 def _begin(target: Path, manifest: Manifest, source: Path, tables: bool = True) -> None:
-    """Tokenizers, tables (where they stay those of `source`) and manifest of a new cache.
-
-    TideError where another cache lies there.
-    """
+    """Tokenizers, tables (where they stay) and manifest of a new cache. TideError over another."""
     refuse_unwritable(target)
     if target.exists() and any(path.name not in _BEFORE_MANIFEST for path in target.iterdir()):
         old = load_manifest(target)
@@ -59,7 +46,7 @@ def _begin(target: Path, manifest: Manifest, source: Path, tables: bool = True) 
 
 
 def merge_caches(sources: Sequence[Path], target: Path) -> Manifest:
-    """One cache out of several. Interrupted and called again, it goes on.
+    """One cache out of several.
 
     They are parts of one (the same settings, some shards in each), or differ in their data alone,
     and then their examples follow each other. TideError, with what differs, for all others.
@@ -99,9 +86,10 @@ def merge_caches(sources: Sequence[Path], target: Path) -> Manifest:
             link(path, unit.path(target))
             entry = ledger.get(old) or entry_of(path, content, manifest)
         else:
-            shard = read_table(path, layout, content, manifest.digest)
+            shard = shards.read_table(path, layout, content, manifest.digest)
             counts = {**shard.counts, "draw": unit.draw, "part": unit.part, CACHE: made.digest}
-            entry = Entry.of(write_table(unit.path(target), shard.table, layout, counts), counts)
+            written = shards.write_table(unit.path(target), shard.table, layout, counts)
+            entry = Entry.of(written, counts)
         note(target, unit, entry)
     settle_ledger(target, made)
     return made
@@ -142,7 +130,7 @@ def prune_cache(
 ) -> Manifest:
     """A cache with at most `k` logits a position, `classes` classes and the first `draws` draws.
 
-    Interrupted and called again, it goes on. TideError where `source` is not finished, or has less.
+    TideError where `source` is not finished, or has less.
     """
     manifest = load_manifest(source)
     ledger = whole_ledger(source, manifest)
@@ -166,11 +154,11 @@ def prune_cache(
     # 1. tables of the new k and classes
     if layout.vocabulary is None:
         raise TideError(f"{source} holds no top-k", fix="prune draws alone")
-    centroids, had = load_centroids(source), layout.classes
+    centroids, had = shards.load_centroids(source), layout.classes
     merged = np.arange(had, dtype=np.int32)  # class c is now part of merged[c]
     if classes < had:
         merged, centroids = cluster(torch.from_numpy(centroids.copy()), np.ones(had, bool), classes)
-    pilot = load_pilot(source)
+    pilot = shards.load_pilot(source)
     vocabulary, pilot = smaller(layout.vocabulary, pilot, layout.temperatures, k, merged)
     fingerprint = dataclasses.replace(
         manifest.fingerprint,
@@ -180,16 +168,17 @@ def prune_cache(
     )
     made = dataclasses.replace(made, fingerprint=fingerprint)
     _begin(target, made, source, tables=False)
-    save_tables(target / TABLES, vocabulary, pilot, centroids)
+    shards.save_tables(target / TABLES, vocabulary, pilot, centroids)
     # 2. row by row
     new = dataclasses.replace(layout, vocabulary=vocabulary)
     units = sorted(set(made.units()) - set(finished_units(target)))
     for unit in tqdm(units, unit="shard", desc="prune"):
         path = unit.path(source)
-        shard = read_table(path, layout)
+        shard = shards.read_table(path, layout)
         rows = [cut(row, layout, k, merged) for row in shard.rows(path, layout)]
         counts = {**shard.counts, CACHE: made.digest}
-        note(target, unit, Entry.of(write_shard(unit.path(target), rows, new, counts), counts))
+        written = shards.write_shard(unit.path(target), rows, new, counts)
+        note(target, unit, Entry.of(written, counts))
     settle_ledger(target, made)
     return made
 

@@ -45,10 +45,7 @@ class Inspection:
 
 
 def inspect_cache(folder: Path) -> Inspection:
-    """Read every finished shard of the cache at `folder`, in several processes.
-
-    TideError where it is no cache.
-    """
+    """Sums over every finished shard, in several processes. TideError where it is no cache."""
     manifest = load_manifest(folder)
     layout, units = manifest.layout(folder), finished_units(folder)
     total = Inspection(manifest, [], np.zeros(len(manifest.temperatures)))
@@ -90,11 +87,11 @@ def describe(sums: Inspection) -> str:
     """The inspection in words and small tables."""
     manifest, known = sums.manifest, sums.manifest.fingerprint
     teacher, targets = known.teacher, known.targets
+    kind, engine = f"{teacher.architecture}, {teacher.attention['type']}", known.engine
+    shards = f"{len(sums.units)} of {len(manifest.units())} shards"
     lines = [
-        f"teacher {teacher.name} ({teacher.architecture}, {teacher.attention['type']}), "
-        f"engine {known.engine.type} in {known.engine.dtype}",
-        f"{len(sums.units)} of {len(manifest.units())} shards, "
-        f"{manifest.draws} draws of {manifest.examples:,} examples",
+        f"teacher {teacher.name} ({kind}), engine {engine.type} in {engine.dtype}",
+        f"{shards}, {manifest.draws} draws of {manifest.examples:,} examples",
         f"{sums.rows:,} rows, {sums.masked:,} masked positions, {sums.chunks:,} chunks",
     ]
     if sums.positions:

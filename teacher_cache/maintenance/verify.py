@@ -7,15 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.cache.ledger import (
-    CHECKED,
-    LEDGER,
-    Ledger,
-    check_shards,
-    load_ledger,
-    remember,
-    settle_ledger,
-)
+from shared.cache.ledger import CHECKED, LEDGER, check_shards, load_ledger, remember, settle_ledger
 from shared.cache.levels import CLASS_LEVELS, GOLD_STEPS, LOGIT_STEPS, ODDS_STEPS, half_steps
 from shared.cache.manifest import load_manifest
 from shared.cache.row import CacheRow
@@ -63,21 +55,22 @@ def check_cache(folder: Path) -> CheckReport:
     """
     manifest = load_manifest(folder)
     layout = manifest.layout(folder)
-    ledger: Ledger = {}
     problems = []
     try:
         ledger = load_ledger(folder, manifest)
     except TideError as error:
+        ledger = {}
         problems.append(Problem(error.what, folder / LEDGER))
     units, expected, rows = finished_units(folder), set(manifest.units()), 0
     for unit in units:
         if unit not in expected:
             size = f"{manifest.draws} draws and {manifest.parts} parts"
             problems.append(Problem(f"{unit.path(folder)} is no part of a cache of {size}"))
-    for finding in check_shards(folder, manifest, layout, ledger, units):
-        rows += finding.rows
-        if finding.problem is not None:
-            problems.append(Problem(finding.problem, finding.unit.path(folder)))
+    checks = check_shards(folder, manifest, layout, ledger, units)
+    for unit, (of_shard, problem) in zip(units, checks, strict=True):
+        rows += of_shard
+        if problem is not None:
+            problems.append(Problem(problem, unit.path(folder)))
     missing = len(expected - set(units))
     if not problems and not missing:
         settle_ledger(folder, manifest)
