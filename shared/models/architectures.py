@@ -160,8 +160,8 @@ def _qwen(raw: RawConfig, *more: str) -> dict[str, Any]:
     return {**{name: raw[name] for name in names}, **_common(raw)}
 
 
-def _head_dim(raw: RawConfig) -> int:
-    return raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+def _head_dim(raw: RawConfig) -> dict[str, Any]:
+    return {"head_dim": raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]}
 
 
 def _qwen2(raw: RawConfig) -> PreTrainedConfig:
@@ -172,7 +172,7 @@ def _qwen2(raw: RawConfig) -> PreTrainedConfig:
 def _qwen3(raw: RawConfig) -> PreTrainedConfig:
     return transformers.Qwen3Config(
         **_qwen(raw, "intermediate_size"),
-        head_dim=_head_dim(raw),
+        **_head_dim(raw),
         attention_bias=raw.get("attention_bias", False),
     )
 
@@ -180,7 +180,7 @@ def _qwen3(raw: RawConfig) -> PreTrainedConfig:
 def _llada_moe(raw: RawConfig) -> PreTrainedConfig:
     return transformers.Qwen3MoeConfig(
         **_qwen(raw, "num_experts", "num_experts_per_tok"),
-        head_dim=_head_dim(raw),
+        **_head_dim(raw),
         intermediate_size=raw["dense_intermediate_size"],
         moe_intermediate_size=raw["expert_intermediate_size"],
         attention_bias=raw.get("attention_bias", False),
@@ -198,7 +198,7 @@ def _llada2_moe(raw: RawConfig) -> PreTrainedConfig:
     values["rope_parameters"]["partial_rotary_factor"] = raw.get("partial_rotary_factor", 1.0)
     return transformers.Glm4MoeConfig(
         **values,
-        head_dim=_head_dim(raw),
+        **_head_dim(raw),
         attention_bias=raw.get("use_qkv_bias", False),
         use_qk_norm=raw.get("use_qk_norm", True),
         n_routed_experts=raw["num_experts"],

@@ -217,7 +217,7 @@ def field_shapes(spec: TargetSpec) -> dict[str, tuple[tuple[int, ...], type]]:
     An answer is one float32 tensor a request, field beside field: a vLLM pooler can send back
     nothing else. Ids and sizes stay below 2²⁴ and are exact in float32.
     """
-    shapes = {"gold_logp": ((), np.float32), "logsumexp": ((), np.float32)}
+    shapes: dict[str, Any] = {"gold_logp": ((), np.float32), "logsumexp": ((), np.float32)}
     if spec.k:
         shapes |= {"topk_sizes": ((), np.int32), "topk_ids": ((spec.k,), np.int32)}
         shapes["topk_logp"] = ((spec.k,), np.float32)
