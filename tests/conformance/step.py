@@ -27,8 +27,6 @@ from shared.cache.manifest import Manifest
 from shared.cache.row import CacheRow, Layout, Vocabulary
 from shared.cache.shards import read_shard, write_shard
 from shared.diffusion import Draw
-from shared.models.checkpoint import open_checkpoint
-from shared.models.loading import load_model
 from shared.settings.build import build
 from shared.settings.config import (
     KL,
@@ -48,8 +46,7 @@ from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method import TargetSpec, passes, teacher_view
 from teacher_cache.run.costs import made_up_fingerprint
 from teacher_cache.run.work import Item, cache_row, merge_passes
-from tests.conformance import Group
-from tests.conformance.parts import Variants, architecture_of
+from tests.conformance.parts import Group, Variants, load
 
 RELATIVE, ANGLE = 1e-4, 1e-6
 TIME = 1e-6  # what the reference adds to t in its weight
@@ -62,9 +59,8 @@ def step_groups(folder: Path) -> list[Group]:
     path = folder / "step" / "step.json"
     if not path.exists():
         return []
-    return [
-        check_case(path.parent, name, case) for name, case in json.loads(path.read_text()).items()
-    ]
+    cases = json.loads(path.read_text())
+    return [check_case(path.parent, name, case) for name, case in cases.items()]
 
 
 def check_case(folder: Path, name: str, case: dict[str, Any]) -> Group:
@@ -74,7 +70,6 @@ def check_case(folder: Path, name: str, case: dict[str, Any]) -> Group:
     attention = {"type": kind, "block": int(block)} if block else {"type": kind}
     settings = build(Variants, {"distillation": case["distillation"], "attention": attention})
     distillation = settings.distillation
-    assert distillation is not None and settings.attention is not None
 
     # 1. Stage one: the injected draws, the teacher's passes, the rows of the cache.
     teacher = load(folder / case["teacher"])
@@ -206,9 +201,3 @@ def take_out_clamped(model: Any, batch: Batch, settings: Calm, progress: float) 
     batch["chunk_host"] = torch.stack([batch["chunk_rows"], batch["chunk_of"]]).numpy()
     batch["chunk_logp"], batch["chunk_t"] = teacher[kept], batch["chunk_t"][kept]
     return float((weight * divergence.calm(bounded.log(), target)).sum())
-
-
-def load(folder: Path) -> Any:
-    """A checkpoint in float32."""
-    checkpoint = open_checkpoint(str(folder))
-    return load_model(checkpoint, architecture_of(checkpoint), torch.float32)
