@@ -43,7 +43,7 @@ def demo(
     seeds: Annotated[int, Option(min=1, help="Seeds of every variant.")] = 3,
 ) -> None:
     """The whole pipeline on the embedded teacher: two caches, students with and without it."""
-    from pipelines.experiments.demo import run_demo
+    from pipelines.experiments.ablate import run_demo
 
     say(run_demo(out, seeds).read_text())
 

@@ -12,8 +12,198 @@ Settings are those of a recipe (docs/settings.md), by name and nested as there:
 cannot work raises `TideError`, which says how to mend it.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.recipes.read import cache_config, train_config
+from shared.data.reading import waiting_messages
+from shared.settings.config import CacheConfig
 from shared.system.errors import TideError
-from tide.stages import Cache, Data, Run, Student, cache, load_student, prepare, train
+from shared.system.files import read_json
+
+if TYPE_CHECKING:
+    from shared.text.tokenizers import Tokenizer
+    from student_train.using.student import LoadedStudent
+    from teacher_cache.prepared.folder import PreparedData
 
 __all__ = ["Cache", "Data", "Run", "Student", "TideError", "cache", "load_student", "prepare",
            "train"]  # fmt: skip
+# a file, a folder, a glob, hf://OWNER/NAME, stdlib:train; a source with its settings; or several
+Source = str | dict[str, Any] | Sequence[str | dict[str, Any]]
+Chat = str | Sequence[dict[str, Any]]  # a question, or messages with `role` and `content`
+
+
+@dataclass(frozen=True)
+class Data:
+    """Prepared data: rendered, tokenised and aligned. Shown, it says what became of the rows."""
+
+    folder: Path
+    examples: int
+    prepared: PreparedData = field(repr=False)
+    student_tokenizer: Tokenizer = field(repr=False)
+
+    def __str__(self) -> str:
+        from teacher_cache.prepared.folder import describe
+
+        return describe(self.prepared)
+
+    def show(self, count: int = 3) -> str:
+        """The first examples as the student reads them, trained answers in ⟦ ⟧."""
+        from teacher_cache.prepared.folder import show
+
+        return show(self.prepared.between(0, count), self.student_tokenizer)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A finished cache."""
+
+    folder: Path
+    teacher: str
+    examples: int
+    draws: int
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Cache:
+        """The cache in a folder. TideError where it holds none."""
+        from shared.cache.manifest import load_manifest
+
+        manifest = load_manifest(Path(folder))
+        teacher = manifest.fingerprint.teacher.name
+        return cls(Path(folder), teacher, manifest.examples, manifest.draws)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of training."""
+
+    folder: Path
+    metrics: dict[str, float]
+
+    @property
+    def model(self) -> Path:
+        """The student's folder, which transformers loads."""
+        return self.folder / "model"
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The logged curve, an entry a step that was logged or scored."""
+        return list(read_json(self.folder / "history.json")["steps"])
+
+    def student(self, device: str = "auto") -> Student:
+        """Ready to answer."""
+        return load_student(self.model, device)
+
+
+def prepare(teacher: str | None = None, data: Source | None = None, **settings: Any) -> Data:
+    """Render, tokenise and align the data for a teacher, once; `cache` finds it again.
+
+    `recipe` and `teachers_file` are paths; all else are settings of `[cache]`. TideError where the
+    data cannot be used.
+    """
+    config = _cache_config(teacher, data, settings)
+    from teacher_cache.run.open import open_sides, prepare_data
+
+    sides = open_sides(config, weights=False)
+    prepared, _ = prepare_data(config, sides)
+    return Data(config.prepared_folder, prepared.examples, prepared, sides.student)
+
+
+def cache(teacher: str | None = None, data: Source | None = None, **settings: Any) -> Cache:
+    """Stage one: run the teacher once, and write what it knows to `out` (default: caches/TEACHER).
+
+    Arguments as of `prepare`. What is there already is not computed again. TideError before
+    anything is loaded, where that is possible.
+    """
+    config = _cache_config(teacher, data, settings)
+    from teacher_cache.run.build import build_cache
+
+    return Cache.open(build_cache(config).folder)
+
+
+def train(cache: Cache | str | Path, **settings: Any) -> Run:
+    """Stage two: train a student from a cache into `out` (default: runs/TEACHER).
+
+    `recipe` is a path (default: the recipe of the cache's teacher); all else are settings of
+    `[train]`. A run that was interrupted goes on. TideError where cache, student and settings do
+    not fit.
+    """
+    source = cache if isinstance(cache, Cache) else Cache.open(cache)
+    settings = {"cache": source.folder, **settings}
+    config = train_config(source.teacher, *_places(settings), settings)
+    from student_train.training.trainer import train_student
+
+    return Run(config.out, train_student(config))
+
+
+def _cache_config(
+    teacher: str | None, data: Source | None, settings: dict[str, Any]
+) -> CacheConfig:
+    if isinstance(data, dict):
+        settings["data"] = data
+    elif data is not None and not isinstance(data, str):
+        settings["data"] = [{"source": one} if isinstance(one, str) else one for one in data]
+    source = data if isinstance(data, str) else None
+    return cache_config(teacher, *_places(settings), settings, data=source)
+
+
+def _places(settings: dict[str, Any]) -> tuple[Path | None, list[str], Path | None]:
+    """Recipe, no overrides, and teachers' file: taken out of the settings."""
+    recipe, teachers = settings.pop("recipe", None), settings.pop("teachers_file", None)
+    return recipe and Path(recipe), [], teachers and Path(teachers)
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student in memory; `loaded` has its model and tokenizer."""
+
+    place: str
+    loaded: LoadedStudent = field(repr=False)
+
+    def answer(self, chat: Chat, **sampling: Any) -> str:
+        """The answer to one chat; settings as of `answers`."""
+        return self.answers([chat], **sampling)[0]
+
+    def answers(self, chats: Sequence[Chat], batch: int = 8, **sampling: Any) -> list[str]:
+        """The answers to several, `batch` at a time. Settings of sampling by the names of
+        docs/using.md: `new_tokens`, `threshold`, `steps_per_block`, `temperature`, `seed`, …
+        """
+        from student_train.using.settings import SampleConfig
+        from student_train.using.student import choose_block
+
+        if batch < 1:
+            raise TideError(f"batch is {batch}", expected="at least 1")
+        ask = [[{"role": "user", "content": c}] if isinstance(c, str) else c for c in chats]
+        messages = [waiting_messages(chat) for chat in ask]
+        block = choose_block(sampling.get("block"), self.loaded)
+        try:
+            config = SampleConfig(**{**sampling, "block": block})
+        except (TypeError, ValueError) as error:
+            raise TideError(f"{error}", expected="settings of sampling (docs/using.md)") from error
+        return list(self.loaded.answer(messages, config, batch))
+
+    def log_likelihoods(
+        self, context: str, continuations: Sequence[str], draws: int = 32
+    ) -> list[float]:
+        """Lower bounds of log p(continuation | context) in nats: the ELBO over `draws` masks."""
+        from student_train.using.elbo import ElboConfig, log_likelihoods
+        from student_train.using.student import choose_block
+
+        encode = self.loaded.tokenizer.encode
+        try:
+            config = ElboConfig(draws=draws, block=choose_block(None, self.loaded))
+            ids = encode([context])[0], encode(list(continuations))
+            return log_likelihoods(self.loaded.model, *ids, self.loaded.special, config)
+        except ValueError as error:
+            raise TideError(str(error)) from error
+
+
+def load_student(place: str | Path, device: str = "auto") -> Student:
+    """A student from a folder (runs/NAME/model) or a hub id. TideError where it is none."""
+    from student_train.using.student import load_for_use
+
+    return Student(str(place), load_for_use(str(place), device))

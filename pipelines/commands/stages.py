@@ -272,7 +272,7 @@ def replay(run: Annotated[Path, Argument(help="A run that stopped at such a loss
 @command(STAGE_TWO)
 def report(folder: Annotated[Path, Argument(help="A folder of runs.")]) -> None:
     """Gather the runs and benchmark scores below a folder into report.md and report.png."""
-    from pipelines.reports.report import write_report
+    from pipelines.experiments.report import write_report
 
     say(write_report(folder).read_text())
 
@@ -283,6 +283,6 @@ def compare(
     other: Annotated[Path, Argument(help="Another.")],
 ) -> None:
     """Two variants: which settings differ, and differences of their scores, paired by seed."""
-    from pipelines.reports.paired import compare as compare_runs
+    from pipelines.experiments.report import compare as compare_runs
 
     say(compare_runs(one, other))

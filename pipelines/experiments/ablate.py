@@ -1,30 +1,42 @@
-"""`tide ablate RECIPE`: a grid of students over shared caches, seeds × variants, and one report.
+"""Many students over shared caches, variants × seeds, and one report: `tide ablate RECIPE`, and the
+demo, whose grid is the main job at the size of a laptop.
 
 Each training is a `tide train` of its own, a few run at a time, and finished ones are not repeated.
 """
 
+import logging
 import os
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import field
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+import torch
 from tqdm import tqdm
 
-from pipelines.evaluation.use_scores import score_all
-from pipelines.recipes.read import DEFAULT_TEACHER, own_recipe, train_arguments
-from pipelines.reports.paired import paired_table
-from pipelines.reports.report import find_runs, write_report
+from pipelines.evaluation.use_scores import THRESHOLD, score_all, score_use
+from pipelines.experiments import report
+from pipelines.recipes import read as recipes
+from shared.models.checkpoint import open_checkpoint, resolve
+from shared.models.loading import load_model
 from shared.settings.build import build, read_toml, require, strict
 from shared.settings.config import CacheConfig, TrainConfig
 from shared.system.errors import TideError
 from shared.system.files import read_json
+from shared.system.hardware import describe_hardware
 from shared.system.processes import end_children, hold, start_child
+from student_train.training import heldout as held
+from student_train.using.student import load_for_use
 from teacher_cache.run.build import build_cache
+from teacher_cache.teachers.registry import find_teacher
+
+logger = logging.getLogger(__name__)
 
 
 @strict
@@ -50,26 +62,24 @@ class Grid:
 
     def __post_init__(self) -> None:
         for name, variant in self.variants.items():
-            one_of = f"expected one of {[*self.caches]}"
-            message = f"variant {name} has the cache {variant.cache!r}, {one_of}"
-            require(variant.cache in self.caches, message)
-            message = f"variant {name} is against {variant.against!r}, expected another variant"
-            require(variant.against in (None, *self.variants), message)
+            cache, against = variant.cache, variant.against
+            caches = f"expected one of {[*self.caches]}"
+            require(cache in self.caches, f"variant {name} has the cache {cache!r}, {caches}")
+            known = against in (None, *self.variants)
+            require(known, f"variant {name} is against {against!r}, expected another variant")
 
     def pairs(self) -> list[tuple[str, str]]:
         """(base, other): each variant behind the one that it is compared with."""
-
-        def teacher(variant: Variant) -> str:
-            return self.caches[variant.cache].get("teacher", DEFAULT_TEACHER)
-
-        undistilled = {
-            teacher(variant): name
-            for name, variant in reversed(self.variants.items())
-            if variant.train.get("distillation", {}).get("type") == "none"
-        }
+        undistilled: dict[str, str] = {}  # by teacher: the first of its variants
+        teachers = {}
+        for name, variant in self.variants.items():
+            teacher = self.caches[variant.cache].get("teacher", recipes.DEFAULT_TEACHER)
+            teachers[name] = teacher
+            if variant.train.get("distillation", {}).get("type") == "none":
+                undistilled.setdefault(teacher, name)
         pairs = []
         for name, variant in self.variants.items():
-            base = variant.against or undistilled.get(teacher(variant))
+            base = variant.against or undistilled.get(teachers[name])
             if base is not None and base != name:
                 pairs.append((base, name))
         return pairs
@@ -80,7 +90,8 @@ def run_ablation(recipe: Path, out: Path, at_once: int | None = None) -> Path:
     grid = build(Grid, read_toml(recipe), str(recipe))
     train_grid(grid, out, at_once)
     head = f"# {recipe.stem}: {len(grid.variants)} variants, {len(grid.seeds)} seeds\n"
-    return write_report(out, head, paired_table(find_runs(out), grid.pairs()) + "\n")
+    table = report.paired_table(report.find_runs(out), grid.pairs())
+    return report.write_report(out, head, f"{table}\n")
 
 
 def train_grid(grid: Grid, out: Path, at_once: int | None = None) -> None:
@@ -90,18 +101,18 @@ def train_grid(grid: Grid, out: Path, at_once: int | None = None) -> None:
     # 1. check all settings
     caches = {}
     for name, values in grid.caches.items():
-        base = own_recipe(values.get("teacher", DEFAULT_TEACHER)).get("cache", {})
+        base = recipes.own_recipe(values.get("teacher", recipes.DEFAULT_TEACHER)).get("cache", {})
         settings = {**base, **values, "out": out / "caches" / name}
         caches[name] = build(CacheConfig, settings, f"cache {name}")
     jobs = {}
     for seed in grid.seeds:
         for name, variant in grid.variants.items():
             cache = caches[variant.cache]
-            own = own_recipe(cache.teacher).get("train", {})
+            own = recipes.own_recipe(cache.teacher).get("train", {})
             start = {key: own[key] for key in own.keys() & {"student"}}
             values = {**start, **grid.train, **variant.train, "cache": str(cache.out), "seed": seed}
             build(TrainConfig, values, f"variant {name}")
-            jobs[out / f"{name}-seed{seed}"] = train_arguments(values)
+            jobs[out / f"{name}-seed{seed}"] = recipes.train_arguments(values)
     # 2. caches, then students, then their scores in use
     at_once = at_once or os.cpu_count() or 1
     with hold(out / ".lock", f"the folder of runs {out}"):
@@ -120,16 +131,15 @@ def train_all(jobs: Mapping[Path, Sequence[str]], at_once: int) -> None:
     waiting = [folder for folder in jobs if not (folder / "history.json").exists()]
     running: dict[subprocess.Popen[bytes], Path] = {}
     # smoothing=0: the mean rate since the start, starting times and other load included
-    bar = tqdm(unit="step", desc=f"train {len(jobs)} students", smoothing=0)
-    with bar:
+    with tqdm(unit="step", desc=f"train {len(jobs)} students", smoothing=0) as bar:
         try:
             while waiting or running:
                 # 1. begin
                 while waiting and len(running) < at_once:
                     folder = waiting.pop(0)
                     folder.mkdir(parents=True, exist_ok=True)
-                    command = [sys.executable, "-m", "pipelines.cli", "train", *jobs[folder]]
-                    command += ["--out", str(folder)]
+                    words = ["train", *jobs[folder], "--out", str(folder)]
+                    command = [sys.executable, "-m", "pipelines.cli", *words]
                     with (folder / "log.txt").open("wb") as log:
                         running[start_child(command, {"OMP_NUM_THREADS": "1"}, log)] = folder
                 time.sleep(0.5)
@@ -148,7 +158,91 @@ def train_all(jobs: Mapping[Path, Sequence[str]], at_once: int) -> None:
                     folder = running.pop(process)
                     if process.returncode != 0:
                         end = (folder / "log.txt").read_text(errors="replace")[-2000:]
-                        what = f"training {folder.name} failed (exit {process.returncode}):\n{end}"
-                        raise TideError(what)
+                        failed = f"training {folder.name} failed (exit {process.returncode})"
+                        raise TideError(f"{failed}:\n{end}")
         finally:
             end_children([*running])
+
+
+def demo_grid(seeds: int) -> Grid:
+    """The paper's settings for both kinds of teacher, and the best that the ablations found
+    (docs/ablations.md), each against the undistilled student of its cache.
+
+    All start from the embedded, pre-trained student of their tokenizer and take the same steps over
+    the same data in the same order; only the distillation term differs.
+    """
+    caches, variants = {}, {}
+    for kind in ("cross", "shared"):
+        recipe = recipes.read_recipe(recipes.packaged_recipe(f"tiny-{kind}"))
+        train, cache = recipe["train"], f"tiny-{kind}"
+        caches[cache] = recipe["cache"]
+        alone = {**train, "distillation": {"type": "none"}}
+        variants[f"undistilled-{kind}"] = Variant(cache, alone)
+        variants[f"TIDE-{kind.title()}"] = Variant(cache, train)
+    best = recipes.read_recipe(recipes.packaged_recipe("tiny-shared-best"))["train"]
+    variants["best-shared"] = Variant("tiny-shared", best)
+    return Grid(caches, variants, tuple(range(seeds)), use=True)
+
+
+def run_demo(out: Path, seeds: int) -> Path:
+    """Caches, students, report. Interrupted and run again, it goes on where it stopped."""
+    for name, value in describe_hardware():
+        logger.info("%-16s%s", name, value)
+    started = time.monotonic()
+    grid = demo_grid(seeds)
+    train_grid(grid, out)
+    minutes = (time.monotonic() - started) / 60
+    runs = report.find_runs(out)
+    paired = report.paired_table(runs, grid.pairs())
+    head = (
+        "# Demo: students of the embedded teacher\n\nHeld-out functions at fixed masks, mean ± "
+        "spread over seeds. `lines exact`: held-out lines filled in to the letter; `parse`: "
+        "sampled functions that are one; `tokens a step`: settled at a time where the student is "
+        f"surer than {THRESHOLD}.\n"
+    )
+    tail = (
+        "What they started from, and the teacher, on the same held-out functions and masks:\n\n"
+        f"{start_and_teacher()}\n\n{verdicts(runs, grid)}\n\n{paired}"
+        f"\n\nThis `make demo` took {minutes:.1f} minutes; finished work is not redone. Nats a "
+        "token compare students of one cache; bits per byte also compare tokenizers.\n"
+    )
+    return report.write_report(out, head, tail)
+
+
+def verdicts(runs: list[report.Run], grid: Grid) -> str:
+    """One sentence a distilled student: did distillation help, by how much, in every seed?"""
+    lines = []
+    for base, name in grid.pairs():
+        gains = [-x for x in report.paired_differences(runs, base, name, "nll")]
+        if not gains:
+            continue
+        word = "helped" if min(gains) > 0 else "helped for some seeds only"
+        word = word if max(gains) > 0 else "did not help"
+        lines.append(
+            f"* **{name}** {word}: held-out NLL {statistics.mean(gains):+.3f} nats a token lower "
+            f"than undistilled on average ({', '.join(f'{g:+.3f}' for g in gains)} by seed)."
+        )
+    return "\n".join(lines)
+
+
+def start_and_teacher() -> str:
+    """A table of the pre-trained students and the teacher."""
+    rows = []
+    for kind in ("cross", "shared"):
+        recipe = recipes.packaged_recipe(f"tiny-{kind}")
+        training = recipes.train_config(None, recipe, [])
+        lengths = recipes.cache_config(None, recipe, []).lengths
+        assert training.student.checkpoint is not None and training.heldout is not None
+        folder = resolve(training.student.checkpoint)
+        student = load_for_use(folder, "cpu")
+        heldout = held.prepare_heldout(training.heldout, lengths, student.tokenizer,
+                                       student.special.mask, training.heldout_draws)  # fmt: skip
+        predict = held.student_predictor(student.model, lengths.block)
+        scores = held.masked_nll(student.model, heldout, predict) | asdict(score_use(folder))
+        rows.append({"model": f"student {kind}, pre-trained", **report.score_cells([scores])})
+    # the teacher reads the very ids and masks of the last, which shares its tokenizer
+    entry = find_teacher("tiny-shared")
+    model = load_model(open_checkpoint(resolve(entry.model)), entry.architecture, torch.float32)
+    scores = held.masked_nll(model, heldout, held.teacher_predictor(model))
+    rows.append({"model": "teacher", **report.score_cells([scores])})
+    return report.to_markdown(pl.DataFrame(rows))

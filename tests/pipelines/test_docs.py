@@ -11,8 +11,8 @@ import typer
 
 from pipelines.cli import app
 from pipelines.evaluation.benchmarks import beside_the_paper, read_benchmarks
+from pipelines.experiments.report import to_markdown
 from pipelines.plan.plan import describe_teacher
-from pipelines.reports.report import to_markdown
 from teacher_cache.teachers.registry import all_teachers
 
 ROOT = Path(__file__).parents[2]
@@ -78,22 +78,17 @@ def test_facts_about_teachers_and_benchmarks_are_the_programs() -> None:
         assert f"| {benchmark.shots} | {benchmark.new_tokens} / {benchmark.steps} |" in row
 
 
-def hook(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "_hooks" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_site_s_equations_and_its_page_of_settings() -> None:
+    spec = importlib.util.spec_from_file_location("site", ROOT / "docs" / "_hooks" / "site.py")
+    assert spec is not None and spec.loader is not None
+    site: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(site)
     page = '<p>so <span class="arithmatex">\\(p &lt; \\log q\\)</span></p><div class="arithmatex">\\[x^2\\]</div>'  # noqa: E501
-    text = hook("mathml").on_page_content(page)
+    text = site.on_page_content(page)
     assert "arithmatex" not in text and text.count("<math") == 2 and "<msup>" in text
-    settings = hook("settings")
-    text = settings.on_page_markdown((ROOT / "docs" / "settings.md").read_text())
+    text = site.on_page_markdown((ROOT / "docs" / "settings.md").read_text())
     assert "<!--" not in text
-    for kind in (kind for kinds in settings.SECTIONS.values() for kind in kinds):
+    for kind in (kind for kinds in site.SECTIONS.values() for kind in kinds):
         for field in dataclasses.fields(kind):
             assert f"| `{field.name}` |" in text, (kind, field.name)
     assert "`int, at least 1, at most 100`" in text and "an epoch trains on one" in text

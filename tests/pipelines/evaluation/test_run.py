@@ -17,7 +17,7 @@ from pipelines.evaluation import benchmarks
 from pipelines.evaluation.benchmarks import Benchmark, Score, choose, read_benchmarks
 from pipelines.evaluation.model import TideBD3LM
 from pipelines.evaluation.run import EvalSettings, run_benchmarks
-from pipelines.reports.report import write_report
+from pipelines.experiments.report import write_report
 from shared.system.errors import TideError
 from tests.pipelines.evaluation import hub_rows
 from tests.real_assets import human_eval

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipelines.evaluation.benchmarks import Answers, read_scores
-from pipelines.reports.report import find_runs
+from pipelines.experiments.report import find_runs
 from shared.settings.build import to_plain
 from shared.settings.config import TrainConfig
 from shared.system.errors import TideError

@@ -11,9 +11,16 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from pipelines.evaluation.use_scores import USE
-from pipelines.experiments.demo import demo_grid, verdicts
-from pipelines.reports.paired import compare, interval, paired_differences, paired_table
-from pipelines.reports.report import find_runs, summary_table, write_report
+from pipelines.experiments.ablate import demo_grid, verdicts
+from pipelines.experiments.report import (
+    compare,
+    find_runs,
+    interval,
+    paired_differences,
+    paired_table,
+    summary_table,
+    write_report,
+)
 from shared.system.errors import TideError
 
 NONE: dict[str, Any] = {"type": "none"}

@@ -1,7 +1,10 @@
-"""The page of all settings, made from the dataclasses that hold them, in their own words."""
+"""While the site is built: equations become MathML (no scripts, no network), and the page of all
+settings is made from the dataclasses that hold them, in their own words.
+"""
 
 import ast
 import dataclasses
+import html
 import inspect
 import itertools
 import re
@@ -9,9 +12,12 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+from latex2mathml.converter import convert
+
 from shared.settings import config, data
 from shared.settings.build import field_types, limits
 
+EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 SECTIONS: dict[str, list[type]] = {
     "[cache]": [config.CacheConfig],
     "[cache.data] (a table, or a list of them)": [data.DataConfig],
@@ -65,3 +71,14 @@ def _rows(kind: type) -> Iterator[str]:
         cells = (f"`{field.name}`", f"`{name}`", default, words.get(field.name, ""))
         row = " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells)
         yield f"| {row} |"
+
+
+def on_page_content(text: str, **_: Any) -> str:
+    """Replace what arithmatex marked. mkdocs calls this for every page."""
+
+    def as_mathml(equation: re.Match[str]) -> str:
+        # a name before its argument, as in log p: MathML puts no space there by itself
+        text = re.sub(r"\\(log|exp|cos)\s+(?=[a-z\\])", r"\g<0>\\, ", html.unescape(equation[2]))
+        return convert(text, display="block" if equation[1] == "div" else "inline")
+
+    return EQUATION.sub(as_mathml, text)

@@ -1,10 +1,12 @@
-"""`tide report DIR`: the runs below a folder as one table (polars) and one picture (matplotlib)."""
+"""The runs below a folder as tables (polars) and one picture (matplotlib), and differences between
+two variants, seed by seed: what a spread over seeds hides.
+"""
 
-import dataclasses
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ mpl.use("Agg")
 
 import polars as pl
 from matplotlib import pyplot as plt
+from scipy.stats import t as student_t
 
 from pipelines.evaluation.benchmarks import beside_the_paper, find_scores
 from pipelines.evaluation.use_scores import read_use
 from pipelines.recipes.read import train_command
-from shared.settings.build import build
+from shared.settings.build import build, differences
 from shared.settings.config import TrainConfig
 from shared.system.errors import TideError
 from shared.system.files import read_json, write_bytes
@@ -50,7 +53,6 @@ class Run:
 
     @property
     def cache(self) -> Path:
-        """The folder of its cache."""
         return Path(self.settings["cache"])
 
 
@@ -76,14 +78,10 @@ def find_runs(folder: Path) -> list[Run]:
         except TideError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TideError(
-                f"{place} is no run that can be read: {type(error).__name__}: {error}",
-                expected="run.json and history.json as `tide train` writes them",
-                fix="move the folder elsewhere, or train again",
-            ) from error
+            what = f"{place} is no run that can be read: {type(error).__name__}: {error}"
+            raise TideError(what, fix="move the folder elsewhere, or train again") from error
     if not runs:
-        expected = "folders with run.json and history.json, from `tide train`"
-        raise TideError(f"{folder} holds no finished runs", expected=expected)
+        raise TideError(f"{folder} holds no finished runs", fix="train one: `tide train --out …`")
     # Runs of one name but different settings are told apart by their folder, then by a number.
     for by_folder in (True, False):
         kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -94,7 +92,7 @@ def find_runs(folder: Path) -> list[Run]:
             if len(own := kinds[run.variant]) > 1:
                 numbered = f"{run.variant} #{own.index(run.settings) + 1}"
                 name = f"{run.place.parent.name}/{run.variant}" if by_folder else numbered
-                runs[i] = dataclasses.replace(run, variant=name)
+                runs[i] = replace(run, variant=name)
     return runs
 
 
@@ -188,6 +186,72 @@ def draw_curves(runs: list[Run], path: Path) -> None:
     plt.close(figure)
 
 
+def paired_differences(runs: Sequence[Run], base: str, other: str, score: str) -> list[float]:
+    """How much more of a score `other` has than `base`, for each seed that both have."""
+    scored = {(run.variant, run.seed): run.scores[score] for run in runs if score in run.scores}
+    seeds = sorted(seed for variant, seed in scored if variant == base)
+    pairs = [(scored[base, seed], scored.get((other, seed))) for seed in seeds]
+    return [theirs - ours for ours, theirs in pairs if theirs is not None]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and half the width of its 95 % confidence interval (NaN for one seed): Student's t
+    over the differences, which are taken to be independent from seed to seed.
+    """
+    mean, n = statistics.mean(values), len(values)
+    if n < 2:
+        return mean, math.nan
+    return mean, float(student_t.ppf(0.975, n - 1)) * statistics.stdev(values) / n**0.5
+
+
+def paired_table(runs: Sequence[Run], pairs: Sequence[tuple[str, str]]) -> str:
+    """A Markdown table, one row a pair (base, other): other minus base with its interval."""
+    rows = []
+    for base, other in pairs:
+        row = {"student": other, "minus": base, "seeds": 0}
+        for title, (score, digits) in COLUMNS.items():
+            if not any(score in run.scores for run in runs):
+                continue
+            values = paired_differences(runs, base, other, score)
+            row["seeds"] = max(row["seeds"], len(values))
+            row[title] = "–"
+            if values:
+                mean, half = interval(values)
+                text = f"{mean:+.{digits}f}"
+                if not math.isnan(half):
+                    text += f" ± {half:.{digits}f}"
+                row[title] = f"**{text}**" if abs(mean) > half else text
+        if row["seeds"]:
+            rows.append(row)
+    head = (
+        "Differences, paired by seed, with the 95 % confidence interval of their mean; in bold "
+        "where it leaves out zero. Less is better for NLL and bits per byte alone."
+    )
+    return f"{head}\n\n{to_markdown(pl.DataFrame(rows))}"
+
+
+def compare(one: Path, other: Path) -> str:
+    """Two folders of runs, each of one variant: which settings differ, and the other minus the one.
+    TideError where a folder holds several variants, or no seed is in both.
+    """
+    sides = []
+    for name, folder in (("A", one), ("B", other)):
+        runs = find_runs(folder)
+        if len(variants := sorted({run.variant for run in runs})) > 1:
+            what = f"{folder} holds {len(variants)} variants: {', '.join(variants)}"
+            raise TideError(what, fix="give the folder of one, or of its seeds")
+        sides.append([replace(run, variant=name) for run in runs])
+    a, b = sides
+    seeds = [sorted({run.seed for run in side}) for side in sides]
+    if not set(seeds[0]) & set(seeds[1]):
+        what = f"{one} has the seeds {seeds[0]}, {other} {seeds[1]}"
+        raise TideError(what, expected="a seed that both have")
+    lines = differences(a[0].settings, b[0].settings) or ["nothing but the folder"]
+    settings = "\n".join(f"* {line}" for line in lines)
+    table = paired_table([*a, *b], [("A", "B")])
+    return f"A: {one}\nB: {other}\n\nSettings, A → B:\n\n{settings}\n\n{table}"
+
+
 def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
     """Write `report.md` and `report.png` to `folder`; `head` and `tail` go around the table.
 
@@ -208,22 +272,14 @@ def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
         return target
     runs = find_runs(folder)
     draw_curves(runs, folder / "report.png")
+    tables = [f"{to_markdown(table(runs))}\n" for table in (summary_table, cost_table)]
+    parts = [head or f"# Runs in {folder}\n", *tables, "![loss and held-out NLL](report.png)\n"]
+    parts += [tail] if tail else []
+    parts.append("\nThe command of each row, at its first seed:\n")
     first = {run.variant: run for run in reversed(runs)}
-    commands = [
-        f"* `{variant}`: `{train_command({**run.settings, 'seed': run.seed})}`"
-        for variant, run in sorted(first.items())
-    ]
-    parts = [
-        head or f"# Runs in {folder}\n",
-        to_markdown(summary_table(runs)) + "\n",
-        to_markdown(cost_table(runs)) + "\n",
-        "![loss and held-out NLL](report.png)\n",
-        *([tail] if tail else []),
-        "\nThe command of each row, at its first seed:\n",
-        *commands,
-        "\nTrained on:\n",
-        *(f"* {machine}" for machine in sorted({run.machine for run in runs})),
-        benchmarks,
-    ]
-    write_bytes(target, "\n".join(parts).encode())
+    for variant, run in sorted(first.items()):
+        parts.append(f"* `{variant}`: `{train_command({**run.settings, 'seed': run.seed})}`")
+    parts.append("\nTrained on:\n")
+    parts += [f"* {machine}" for machine in sorted({run.machine for run in runs})]
+    write_bytes(target, "\n".join([*parts, benchmarks]).encode())
     return target
