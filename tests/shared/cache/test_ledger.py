@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -51,7 +52,7 @@ def test_training_reads_one_file_to_begin_with(
     dataset(cache)  # what was never looked at is looked at once
     opened, plain = set(), pq.ParquetFile
 
-    def noted(source: Path, **options: object) -> pq.ParquetFile:
+    def noted(source: Path, **options: Any) -> pq.ParquetFile:
         opened.add(Path(source).name)
         return plain(source, **options)
 
