@@ -23,10 +23,15 @@ from shared.system.errors import Unusable
 Message = dict[str, Any]
 Row = dict[str, Any]
 
-MOST_CHARACTERS = (
-    2**20
-)  # of a row: more is no chat that a student could learn, and slow to tokenise
+MOST_CHARACTERS = 2**20  # of a row: more is no chat to learn from, and slow to tokenise
 _ANSWERS = ("answer", "response", "output", "completion")
+_FORMS = (  # what a row of each has, and one of which it has beside
+    ("messages", "messages", ()),
+    ("sharegpt", "conversations", ()),
+    ("instruction", "instruction", ("output", "response", "instances")),
+    ("prompt_completion", "prompt", ("completion",)),
+    ("question_answer", "question", _ANSWERS),
+)
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 # Other names of the four roles that chat templates know: system, user, assistant and tool.
@@ -73,17 +78,16 @@ def conversation(raw: Raw, config: DataConfig) -> tuple[ChatExample, str] | None
     None where a filter leaves the row out, or its content is of the other split.
     """
     row = decode(raw)
-    if isinstance(row, dict):
-        for rule in config.filters:
-            value: Any = row
-            for name in rule.field.split("."):
-                value = value.get(name) if isinstance(value, dict) else None
-            if rule.contains is None:
-                passes = value == rule.equals
-            else:
-                passes = isinstance(value, str | list | tuple) and rule.contains in value
-            if not passes:
-                return None
+    for rule in config.filters if isinstance(row, dict) else ():
+        value: Any = row
+        for name in rule.field.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if rule.contains is None:
+            passes = value == rule.equals
+        else:
+            passes = isinstance(value, str | list | tuple) and rule.contains in value
+        if not passes:
+            return None
     try:
         example, form = parse(row, config)
     except RecursionError as error:
@@ -145,12 +149,12 @@ def parse(row: Any, config: DataConfig) -> tuple[ChatExample, str]:
         except ValueError as error:
             reason = f"`tools` is a text that is no JSON: {str(error)[:80]}"
             raise Unusable("not in its form", reason) from error
-    tools = tools or None
     # 4. The size, and the row's own name.
     size = sum(len(m["content"]) for m in messages)
     if size > MOST_CHARACTERS:
         reason = f"the conversation has {size:,} characters, more than {MOST_CHARACTERS:,}"
         raise Unusable("too large", reason)
+    tools = tools or None
     name = row.get("id")
     label = str(name)[:80] if isinstance(name, str | int) and not isinstance(name, bool) else ""
     return ChatExample(content_key(messages, tools), tuple(messages), tools, label), form
@@ -165,16 +169,9 @@ def _detect(row: Row, config: DataConfig) -> str:
     if config.messages_field is not None:
         return "messages"
     present = {name for name, value in row.items() if value is not None}
-    if "messages" in present:
-        return "messages"
-    if "conversations" in present:
-        return "sharegpt"
-    if "instruction" in present and present & {"output", "response", "instances"}:
-        return "instruction"
-    if {"prompt", "completion"} <= present:
-        return "prompt_completion"
-    if "question" in present and present & set(_ANSWERS):
-        return "question_answer"
+    for form, needed, one_of in _FORMS:
+        if needed in present and (not one_of or present & set(one_of)):
+            return form
     fields = ", ".join(map(repr, row)) or "(none)"
     raise Unusable(
         "no known form",
@@ -246,56 +243,47 @@ def normal_messages(messages: Sequence[Any]) -> list[Message]:
 
     Unusable where a message has no role, or a content that is no text.
     """
-    return [_normal(number, message) for number, message in enumerate(messages)]
+    normal = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            kind = type(message).__name__
+            raise Unusable("not in its form", f"message {number} is a {kind}, not an object")
+        role = message.get("role", message.get("from"))
+        if not isinstance(role, str) or not role:
+            raise Unusable("no role", f"message {number} has no `role`")
+        content = _content(number, message)
+        clean: Message = {"role": _ROLES.get(role.lower(), role.lower()), "content": content}
+        # What an answer has beside its content.
+        if message.get("tool_calls"):
+            clean["tool_calls"] = message["tool_calls"]
+        thoughts = [t for t in map(message.get, _REASONING) if isinstance(t, str) and t.strip()]
+        if thoughts:
+            clean["reasoning_content"] = thoughts[0]
+        try:
+            "".join([content, *thoughts[:1]]).encode()
+        except UnicodeEncodeError as error:
+            reason = f"message {number} has lone surrogates, which no tokenizer can encode"
+            raise Unusable("lone surrogates", reason) from error
+        for name in ("name", "tool_call_id"):
+            if message.get(name):
+                clean[name] = str(message[name])
+        normal.append(clean)
+    return normal
 
 
-def _normal(number: int, message: Any) -> Message:
-    if not isinstance(message, dict):
-        kind = type(message).__name__
-        raise Unusable("not in its form", f"message {number} is a {kind}, not an object")
-    role = message.get("role", message.get("from"))
-    if not isinstance(role, str) or not role:
-        raise Unusable("no role", f"message {number} has no `role`")
-    # The content: a text, or a list of parts that are texts. Beside tool calls it may be missing.
+def _content(number: int, message: Message) -> str:
+    """A text, or the texts of a list of parts. Beside tool calls it may be missing."""
     content = message.get("content", message.get("value"))
     if content is None and message.get("tool_calls"):
-        content = ""
-    if isinstance(content, list):
-        content = "".join(_text_of_part(number, part) for part in content)
-    if not isinstance(content, str):
-        kind = type(content).__name__
-        raise Unusable("content is no text", f"the content of message {number} is {kind}, not text")
-    clean: Message = {"role": _ROLES.get(role.lower(), role.lower()), "content": content}
-    # What an answer has beside its content.
-    if message.get("tool_calls"):
-        clean["tool_calls"] = message["tool_calls"]
-    for name in _REASONING:
-        if isinstance(message.get(name), str) and message[name].strip():
-            clean["reasoning_content"] = message[name]
-            break
-    try:
-        content.encode()
-        clean.get("reasoning_content", "").encode()
-    except UnicodeEncodeError as error:
-        reason = (
-            f"the content of message {number} has lone surrogates, which no tokenizer can encode"
-        )
-        raise Unusable("lone surrogates", reason) from error
-    for name in ("name", "tool_call_id"):
-        if message.get(name):
-            clean[name] = str(message[name])
-    return clean
-
-
-def _text_of_part(number: int, part: Any) -> str:
-    """The text of one part of a content: a text, or `{"type": "text", "text": …}`."""
-    if isinstance(part, str):
-        return part
-    kind = type(part).__name__
-    if isinstance(part, dict):
-        kind = part.get("type")
-        text = part.get("text", part.get("content"))
-        if part.get("type", "text") in _TEXT_PARTS and isinstance(text, str):
-            return text
-    reason = f"the content of message {number} has a part that is no text ({kind})"
-    raise Unusable("content is no text", reason)
+        return ""
+    text = ""
+    for part in content if isinstance(content, list) else [content]:
+        kind = type(part).__name__
+        if isinstance(content, list) and isinstance(part, dict):  # {"type": "text", "text": …}
+            kind = part.get("type", "text")
+            part = part.get("text", part.get("content")) if kind in _TEXT_PARTS else None
+        if not isinstance(part, str):
+            reason = f"the content of message {number} is or has {kind}, which is no text"
+            raise Unusable("content is no text", reason)
+        text += part
+    return text

@@ -1,7 +1,5 @@
 """From a source to conversations, before any template or tokenizer: filtered, selected, judged."""
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +15,7 @@ from shared.data.conversation import (
     identity,
     normal_messages,
 )
-from shared.data.sources import describe_source, file_rows, source_rows
+from shared.data.sources import file_rows, source_rows
 from shared.settings.config import DataConfig
 from shared.system.errors import TideError, Unusable
 from shared.text.templates import EXTRAS
@@ -31,20 +29,7 @@ class BadRow:
 
     place: str
     reason: str
-    detail: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.place}: {self.detail or self.reason}"
-
-
-@dataclass(frozen=True)
-class DataSummary:
-    """What one pass over a source gave: conversations, a hash of their content, the bad rows."""
-
-    source: str
-    examples: int
-    content_hash: str
-    bad_rows: tuple[BadRow, ...]
+    detail: str
 
 
 def _read(config: DataConfig, extras: bool) -> Iterator[ChatExample | BadRow]:
@@ -53,16 +38,16 @@ def _read(config: DataConfig, extras: bool) -> Iterator[ChatExample | BadRow]:
     for place, raw in source_rows(config.source):
         try:
             read = conversation(raw, config)
-            if read is None:
-                continue
-            example, _ = read
-            if not extras:
-                for name in EXTRAS:
-                    if any(message.get(name) for message in example.messages):
-                        reason = f"an answer has {name}, which only a chat template can write"
-                        raise Unusable("needs a chat template", reason)
         except Unusable as error:
             yield BadRow(place, error.reason, error.what)
+            continue
+        if read is None:
+            continue
+        example, _ = read
+        beside = [name for name in EXTRAS if any(m.get(name) for m in example.messages)]
+        if beside and not extras:
+            detail = f"an answer has {beside[0]}, which only a chat template can write"
+            yield BadRow(place, "needs a chat template", detail)
             continue
         for _ in range(copies(example.id, config)):
             if taken == config.limit:
@@ -81,39 +66,33 @@ def iter_examples(config: DataConfig, extras: bool = False) -> Iterator[ChatExam
     return (item for item in _read(config, extras) if isinstance(item, ChatExample))
 
 
-def scan(config: DataConfig, extras: bool = False) -> DataSummary:
-    """Read a source once: count, hash, and judge every row. `extras` as in `iter_examples`.
+def scan(config: DataConfig, extras: bool = False) -> tuple[list[ChatExample], list[BadRow]]:
+    """All conversations of a source, and the rows that are none. `extras` as in `iter_examples`.
 
-    Raises TideError, with the place of each, when more rows are bad than `allow_bad_rows` allows,
-    and when there is no conversation at all.
+    TideError, with the place of each, where more rows are bad than `allow_bad_rows` allows, and
+    where there is no conversation at all.
     """
-    digest = hashlib.sha256()
-    count = 0
-    bad: list[BadRow] = []
-    for item in _read(config, extras):
-        if isinstance(item, BadRow):
-            bad.append(item)
-            continue
-        count += 1
-        content = [item.id, item.messages, item.tools]
-        digest.update(json.dumps(content, ensure_ascii=False, sort_keys=True).encode())
-    refuse_bad_rows(config, len(bad), count + len(bad), bad)
-    if count == 0:
-        listing = "".join(f"\n    {row}" for row in bad[:_LISTED])
-        raise TideError(
-            f"{config.source} has no examples{listing}",
-            fix="check the file, its filters and data.limit",
-        )
-    return DataSummary(describe_source(config.source), count, digest.hexdigest()[:32], tuple(bad))
+    items = list(_read(config, extras))
+    examples = [item for item in items if isinstance(item, ChatExample)]
+    bad = [item for item in items if isinstance(item, BadRow)]
+    places = [f"{row.place}: {row.detail}" for row in bad]
+    refuse_bad_rows(config, len(bad), len(items), places)
+    if not examples:
+        listing = "".join(f"\n    {place}" for place in places[:_LISTED])
+        what = f"{config.source} has no examples{listing}"
+        raise TideError(what, fix="check the file, its filters and data.limit")
+    return examples, bad
 
 
-def refuse_bad_rows(config: DataConfig, bad: int, rows: int, first: Sequence[BadRow]) -> None:
-    """TideError where more of `rows` rows are bad than `allow_bad_rows` allows."""
+def refuse_bad_rows(config: DataConfig, bad: int, rows: int, places: Sequence[str]) -> None:
+    """TideError where more of `rows` rows are bad than `allow_bad_rows` allows. `places` are the
+    first of them, and why.
+    """
     allowed = config.bad_rows_allowed(rows)
     if bad <= allowed:
         return
-    listing = "".join(f"\n    {row}" for row in first[:_LISTED])
-    more = "\n    …" if bad > len(first[:_LISTED]) else ""
+    listing = "".join(f"\n    {place}" for place in places[:_LISTED])
+    more = "\n    …" if bad > len(places[:_LISTED]) else ""
     raise TideError(
         f"{bad:,} of {rows:,} rows of {config.source} cannot be used, {allowed:,} are allowed:"
         f"{listing}{more}",
@@ -129,31 +108,19 @@ def read_prompts(path: Path) -> list[list[Message]]:
 
     TideError with the place of the first row that has none.
     """
+    expected = '{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
     if not path.is_file():
-        raise TideError(f"there is no file {path}", expected="JSONL with `prompt` or `messages`")
+        raise TideError(f"there is no file {path}", expected=f"rows such as {expected}")
     chats = []
     for place, raw in file_rows(path):
         try:
             chats.append(_prompt(decode(raw)))
         except (Unusable, RecursionError) as error:
-            raise TideError(
-                f"{place} is no prompt: {getattr(error, 'what', error)}",
-                expected='{"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}',
-            ) from error
+            what = f"{place} is no prompt: {getattr(error, 'what', error)}"
+            raise TideError(what, expected=expected) from error
     if not chats:
         raise TideError(f"{path} has no prompts", expected="a row for each")
     return chats
-
-
-def waiting_messages(messages: Sequence[Any]) -> list[Message]:
-    """Messages that wait for an answer. Unusable where there are none, or the last is an answer."""
-    clean = normal_messages(messages)
-    if not clean:
-        raise Unusable("no messages", "there are no messages")
-    if clean[-1]["role"] == "assistant":
-        reason = "the last message is the assistant's; an answer to it is asked for by nobody"
-        raise Unusable("answered", reason)
-    return clean
 
 
 def _prompt(row: Any) -> list[Message]:
@@ -170,3 +137,14 @@ def _prompt(row: Any) -> list[Message]:
         if row.get(name) is not None:
             return normal_messages([{"role": "user", "content": row[name]}])
     raise Unusable("no known form", f"it has the fields {', '.join(map(str, row)) or '(none)'}")
+
+
+def waiting_messages(messages: Sequence[Any]) -> list[Message]:
+    """Messages that wait for an answer. Unusable where there are none, or the last is an answer."""
+    clean = normal_messages(messages)
+    if not clean:
+        raise Unusable("no messages", "there are no messages")
+    if clean[-1]["role"] == "assistant":
+        reason = "the last message is the assistant's; an answer to it is asked for by nobody"
+        raise Unusable("answered", reason)
+    return clean

@@ -18,7 +18,7 @@ from shared.aligned.examples import Preparer
 from shared.cache.manifest import Manifest
 from shared.cache.shards import Unit
 from shared.cache.stores import Store
-from shared.data import iter_examples, scan
+from shared.data import scan
 from shared.data.conversation import content_of
 from shared.diffusion import full, pad, token_draw
 from shared.settings.config import DataConfig, LengthConfig
@@ -42,9 +42,9 @@ def prepare_heldout(
     data: DataConfig, lengths: LengthConfig, tokenizer: Tokenizer, mask_id: int, draws: int
 ) -> HeldOut:
     """Tokenise and mask the held-out examples. t is stratified over each example's `draws`."""
-    scan(data, extras=True)
+    chats, _ = scan(data, extras=True)
     preparer = Preparer(tokenizer, None, lengths, mask_id, turns=data.turns)
-    examples = preparer.usable(list(iter_examples(data, extras=True)))
+    examples = preparer.usable(chats)
     # 1. Every example under every draw, with its masked positions; the short ones first.
     rows = []
     for example in examples:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from shared.aligned.examples import Prepared, Preparer, SharedVocabulary
 from shared.data.conversation import conversation, copies
-from shared.data.reading import BadRow, refuse_bad_rows
+from shared.data.reading import refuse_bad_rows
 from shared.data.sources import Place, Raw, describe_source, source_files, source_rows
 from shared.settings.build import to_plain
 from shared.settings.config import DataConfig, LengthConfig
@@ -37,6 +37,7 @@ from teacher_cache.prepared.folder import (
     PreparedData,
     Record,
     RowReport,
+    describe,
     part_path,
     read_summary,
     write_part,
@@ -75,16 +76,10 @@ class PrepareRequest:
     dedup: bool = False
     workers: int = 0
 
-    @property
-    def processes(self) -> int:
-        """How many prepare at once."""
-        return self.workers or os.cpu_count() or 1
-
     @cached_property
     def settings(self) -> dict[str, Any]:
         """All that an example depends on beside its row."""
-        names = ("skip_first", "positions", "own_text")
-        own = {name: getattr(self, name) for name in names}
+        own = {name: getattr(self, name) for name in ("skip_first", "positions", "own_text")}
         own |= {"version": _VERSION, "date": str(self.date), "lengths": to_plain(self.lengths)}
         return {**self.identity, **own}
 
@@ -115,15 +110,16 @@ def _prepare(request: PrepareRequest, stamps: list[Any]) -> PreparedData:
     names: list[str] = []
     reports: list[RowReport] = []
     context = multiprocessing.get_context("spawn")  # a model's threads do not survive a fork
+    processes = request.workers or os.cpu_count() or 1
     with (
-        ProcessPoolExecutor(request.processes, context, _start_process, (os.getpid(),)) as pool,
+        ProcessPoolExecutor(processes, context, _start_process, (os.getpid(),)) as pool,
         tqdm(unit="row", desc="prepare", dynamic_ncols=True) as bar,
     ):
         for data in request.sources:
             report = RowReport(describe_source(data.source))
             reports.append(report)
             selector.sources.append([])
-            for name, (part, keys) in _parts(request, data, pool):
+            for name, (part, keys) in _parts(request, data, pool, processes):
                 bar.update(part.rows)
                 report.add(part)
                 names.append(name)
@@ -134,27 +130,23 @@ def _prepare(request: PrepareRequest, stamps: list[Any]) -> PreparedData:
             _refuse_bad_rows(data, report)
             report.taken = len(selector.sources[-1])
     entries, content = selector.finish()
+    record = Record(stamps, names, content, selector.duplicates, reports, request.shared)
+    prepared = PreparedData(request.folder, record, entries)
     if not len(entries):
-        listing = ""
-        for report in reports:
-            listing += f"\n    {report.source}: {report.rows:,} rows, {report.filtered:,} filtered"
-            for reason, places in report.places.items():
-                listing += f"\n    {report.dropped[reason]:,} {reason}, as {': '.join(places[0])}"
         raise TideError(
-            f"the data have no examples that fit:{listing}",
+            f"the data have no examples that fit:\n{describe(prepared)}",
             expected="conversations with prompts shorter than lengths.student and lengths.teacher",
             fix="check the file given as --data, raise the lengths, or mend the filters",
         )
-    record = Record(stamps, names, content, selector.duplicates, reports, request.shared)
-    return PreparedData(request.folder, record, entries)
+    return prepared
 
 
 def _refuse_bad_rows(data: DataConfig, report: RowReport) -> None:
-    bad = []
-    for reason, places in report.places.items():
+    places: list[str] = []
+    for reason, some in report.places.items():
         if reason not in NOT_BAD:
-            bad += [BadRow(place, reason, detail) for place, detail in places]
-    refuse_bad_rows(data, report.bad, report.rows, bad)
+            places += map(": ".join, some)
+    refuse_bad_rows(data, report.bad, report.rows, places)
 
 
 @dataclass
@@ -203,7 +195,7 @@ Part = tuple[RowReport, list[str]]  # what became of its rows, and its examples'
 
 
 def _parts(
-    request: PrepareRequest, data: DataConfig, pool: ProcessPoolExecutor
+    request: PrepareRequest, data: DataConfig, pool: ProcessPoolExecutor, processes: int
 ) -> Iterator[tuple[str, Part]]:
     """Every part of a source in order, with its name. Where more than a few are new, the pool
     prepares them.
@@ -229,12 +221,12 @@ def _parts(
         new += not path.exists()
         if path.exists():
             waiting.append((name, partial(read_summary, path)))
-        elif new <= _PARTS_HERE or request.processes == 1:
+        elif new <= _PARTS_HERE or processes == 1:
             waiting.append((name, partial(_prepare_part, request, rows, data, path)))
         else:
             waiting.append((name, pool.submit(_prepare_part, request, rows, data, path).result))
         # 3. In order, some parts ahead.
-        while len(waiting) > (2 * request.processes if new > _PARTS_HERE else 0):
+        while len(waiting) > (2 * processes if new > _PARTS_HERE else 0):
             name, wait = waiting.popleft()
             yield name, wait()
     for name, wait in waiting:
