@@ -233,6 +233,5 @@ def refuse_nonfinite(scores: Scores, example_id: str) -> None:
             f"the teacher returned {int((~finite).sum())} non-finite rows of {finite.size} "
             f"for example {example_id}",
             expected="finite logits",
-            fix="use engine.dtype=bfloat16 or float32 instead of float16, and check the checkpoint;"
-            " finished shards are kept",
+            fix="use engine.dtype=bfloat16 or float32, check the checkpoint; shards are kept",
         )

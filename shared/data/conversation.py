@@ -101,9 +101,7 @@ def decode(raw: Raw) -> Any:
         return raw
     try:
         return json.loads(raw.decode("utf-8", "surrogateescape"))
-    except RecursionError as error:
-        raise Unusable("not JSON", "not JSON that can be read: it is nested too deeply") from error
-    except ValueError as error:  # also integers of more digits than Python converts
+    except (ValueError, RecursionError) as error:  # also nested too deeply, or integers too long
         raise Unusable("not JSON", f"not JSON: {str(error)[:120]}") from error
 
 

@@ -1,9 +1,7 @@
 """Real text that every machine has: the functions of Python's standard library, as chat examples.
 
-Nothing of the library is copied into this project: the sources are parsed where they lie. An
-example asks for a function by name, module and docstring; the answer is its source without the
-docstring. Functions without a docstring count too (the request then has only the names), so that
-the corpus is large enough to train on.
+The sources are parsed where they lie. An example asks for a function by name, module and, where it
+has one, docstring; the answer is its source without the docstring.
 """
 
 import ast

@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from shared.system.errors import TideError
 
@@ -24,23 +25,14 @@ PATTERNS = {
     "llama3": _WORDS + r"|\p{N}{1,3}" + _REST,
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 }
-# Shares of the tokens. Real vocabularies hold some that their own pattern cuts (1,673 of 150,195 in
-# Qwen's), so a few in a hundred may be cut; patterns that differ by less than one in a thousand are
-# as good as each other.
+# Shares of the tokens: real vocabularies hold some that their own pattern cuts (1,673 of 150,195 in
+# Qwen's).
 _MOST_CUT, _AS_GOOD = 0.03, 0.001
 _ROLES = ("bos", "eos", "unk", "pad", "mask", "sep", "cls")
 
 
-def byte_level_alphabet() -> dict[str, int]:
-    """The GPT-2 alphabet: the printable character that stands for each byte in a vocabulary."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): byte for byte in printable}
-    alphabet |= {chr(0x100 + i): byte for i, byte in enumerate(others)}
-    return alphabet
-
-
-_ALPHABET = byte_level_alphabet()
+# GPT-2's: the printable character that stands for each byte in a vocabulary.
+_ALPHABET = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def byte_level_bytes(token: str) -> bytes | None:
@@ -98,10 +90,9 @@ def tokenizer_from_parts(folder: Path) -> PreTrainedTokenizerFast:
         if token is not None:
             roles[f"{role}_token"] = token["content"] if isinstance(token, dict) else token
     fast = PreTrainedTokenizerFast(tokenizer_object=raw, **roles)
-    template = folder / "chat_template.jinja"
-    fast.chat_template = settings.get("chat_template")
-    if template.exists():
-        fast.chat_template = template.read_text(encoding="utf-8")
+    file = folder / "chat_template.jinja"
+    template = file.read_text(encoding="utf-8") if file.exists() else settings.get("chat_template")
+    fast.chat_template = template
     return fast
 
 

@@ -31,17 +31,8 @@ from shared.settings.config import DataConfig, LengthConfig
 from shared.system.errors import TideError, Unusable
 from shared.system.processes import hold, serve_parent
 from shared.text.tokenizers import Tokenizer
-from teacher_cache.prepared.folder import (
-    NOT_BAD,
-    Entries,
-    PreparedData,
-    Record,
-    RowReport,
-    describe,
-    part_path,
-    read_summary,
-    write_part,
-)
+from teacher_cache.prepared import folder
+from teacher_cache.prepared.folder import Entries, PreparedData, Record, RowReport
 
 _VERSION = 3  # of what preparing does, and of the layout: another one prepares anew
 _ROWS_OF_A_PART = 256
@@ -134,7 +125,7 @@ def _prepare(request: PrepareRequest, stamps: list[Any]) -> PreparedData:
     prepared = PreparedData(request.folder, record, entries)
     if not len(entries):
         raise TideError(
-            f"the data have no examples that fit:\n{describe(prepared)}",
+            f"the data have no examples that fit:\n{folder.describe(prepared)}",
             expected="conversations with prompts shorter than lengths.student and lengths.teacher",
             fix="check the file given as --data, raise the lengths, or mend the filters",
         )
@@ -144,7 +135,7 @@ def _prepare(request: PrepareRequest, stamps: list[Any]) -> PreparedData:
 def _refuse_bad_rows(data: DataConfig, report: RowReport) -> None:
     places: list[str] = []
     for reason, some in report.places.items():
-        if reason not in NOT_BAD:
+        if reason not in folder.NOT_BAD:
             places += map(": ".join, some)
     refuse_bad_rows(data, report.bad, report.rows, places)
 
@@ -217,10 +208,10 @@ def _parts(
             content.update(f"{place}\0{len(row)}\0".encode("utf-8", "surrogatepass") + row)
         name = _digest([request.settings, own, content.hexdigest()])[:24]
         # 2. Read, prepared here, or begun in another process.
-        path = part_path(request.folder, name)
+        path = folder.part_path(request.folder, name)
         new += not path.exists()
         if path.exists():
-            waiting.append((name, partial(read_summary, path)))
+            waiting.append((name, partial(folder.read_summary, path)))
         elif new <= _PARTS_HERE or processes == 1:
             waiting.append((name, partial(_prepare_part, request, rows, data, path)))
         else:
@@ -271,18 +262,17 @@ def _prepare_part(request: PrepareRequest, rows: Rows, data: DataConfig, path: P
         counts["turns"] += len(example.spans)
         report.lengths[str(-(-len(ids) // _LENGTH_STEP) * _LENGTH_STEP)] += 1
     report.kept, report.counts = len(kept), counts
-    write_part(path, kept, report)
+    folder.write_part(path, kept, report)
     return report, [example.id for example in kept]
 
 
 @lru_cache(maxsize=1)
 def _preparer(request: PrepareRequest) -> Preparer:
     """What turns conversations into examples: a process loads the tokenizers once."""
-    student = Tokenizer.load(request.student, request.date)
-    teacher = Tokenizer.load(request.teacher, request.date)
+    student, own = (Tokenizer.load(x, request.date) for x in (request.student, request.teacher))
     return Preparer(
         student,
-        SharedVocabulary.between(student, teacher) if request.shared else teacher,
+        SharedVocabulary.between(student, own) if request.shared else own,
         request.lengths,
         request.student_mask_id,
         request.teacher_mask_id,

@@ -14,15 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from shared.aligned.examples import Preparer
 from shared.settings.config import LengthConfig
 from shared.system.errors import TideError
-from shared.text.byte_level import byte_level_alphabet
 from shared.text.tokenizers import Tokenizer
 from tests.shared.aligned.test_examples import STUDENT, TEACHER, chat, check_chunks
 from tests.shared.text.test_templates import PLAIN
-
-
-def test_the_alphabet_is_a_bijection() -> None:
-    assert sorted(byte_level_alphabet().values()) == list(range(256))
-    assert byte_level_alphabet()["\u0120"] == ord(" ")
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
