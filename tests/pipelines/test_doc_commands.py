@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,9 +18,7 @@ NEEDS = {
     r"^(cache|prepare|train|verify|sample|chat|publish) .*(llada|dream|wedlm|sdar|OWNER/NAME --license apache-2.0$)": "weights and tokenizers of the hub",  # noqa: E501
     r"^eval .*--tasks (paper|gsm8k,humaneval|arc_easy|gsm8k --limit|mmlu)": "data sets of the hub",
     r"^lm-eval ": "data sets of the hub",
-    r"^(cache|train|ablate) .*runs/frontier": "an hour: tests/pipelines/experiments run a small "
-    "grid",
-    r"^ablate ": "an hour: tests/pipelines/experiments run a small grid",
+    r"^ablate |^(cache|train) .*runs/frontier": "an hour: tests of ablate run a small grid",
     r"^bench ": "minutes: tests/pipelines/speed runs the tables smaller",
 }
 
@@ -27,28 +26,15 @@ NEEDS = {
 def run(line: str, world: Path) -> None:
     """Run a line; a server until it says that it serves."""
     command = line.replace(".venv/bin/tide", f"{sys.executable} -m pipelines.cli")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = re.sub(r"--port \d+", "--port 0", command)
+    options: dict[str, Any] = {"cwd": world, "text": True, "stderr": subprocess.PIPE}
+    options["env"] = {**os.environ, "PYTHONPATH": str(ROOT)}
     if " serve " not in line:
-        done = subprocess.run(
-            ["bash", "-c", command],
-            cwd=world,
-            input="Write `f`.\n\n",
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
-        )
+        asked = "Write `f`.\n\n"
+        done = subprocess.run(["bash", "-c", command], input=asked, check=False, **options)
         assert done.returncode == 0, (line, done.stderr[-3000:])
         return
-    command = re.sub(r"--port \d+", "--port 0", command)
-    with subprocess.Popen(
-        ["bash", "-c", f"exec {command}"],
-        cwd=world,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as process:
-        assert process.stderr is not None
+    with subprocess.Popen(["bash", "-c", f"exec {command}"], **options) as process:
         said = ""
         while "serving" not in said and (text := process.stderr.readline()):
             said += text

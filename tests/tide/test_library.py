@@ -1,7 +1,10 @@
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,15 +14,13 @@ from shared.settings.config import LengthConfig
 from student_train.using.settings import SampleConfig
 from student_train.using.student import load_for_use
 
+PAGE = Path(__file__).parents[2] / "docs" / "notebook.md"
+
 
 def test_settings_are_those_of_a_recipe(random_teacher: Path, tmp_path: Path) -> None:
-    given = {
-        "model": str(random_teacher),
-        "lengths": {"student": 64, "teacher": 64},
-        "shard_examples": 8,
-        "engine": {"dtype": "float32"},
-        "data": {"source": "stdlib:train", "limit": 8},
-    }
+    given: dict[str, Any] = {"model": str(random_teacher), "engine": {"dtype": "float32"}}
+    given |= {"lengths": {"student": 64, "teacher": 64}, "shard_examples": 8}
+    given |= {"data": {"source": "stdlib:train", "limit": 8}}
     made = tide.cache("tiny-cross", **given, noise={"draws": 1}, out=str(tmp_path / "c"))
     manifest = load_manifest(made.folder)
     assert (made.examples, made.draws) == (8, 1)
@@ -36,31 +37,19 @@ def test_importing_it_is_quick_and_folders_of_the_same_names_beside_it_hide_noth
     for name in ("shared", "pipelines", "tide"):
         (tmp_path / name).mkdir()
     code = (
-        "import sys, tide, shared.data; print(tide.load_student.__name__, [m for m in "
-        "('torch', 'transformers') if m in sys.modules])"
+        "import sys, tide, shared.data; print(tide.load_student.__name__, 'torch' in sys.modules)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == "load_student []\n", done.stderr
+    options: dict[str, Any] = {"cwd": tmp_path, "env": environment, "capture_output": True}
+    done = subprocess.run([sys.executable, "-c", code], text=True, check=False, **options)
+    assert done.stdout == "load_student False\n", done.stderr
 
 
 def test_several_sources(tmp_path: Path) -> None:
-    lines = (
-        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
-    )
-    (tmp_path / "own.jsonl").write_text(lines)
-    data = tide.prepare(
-        "tiny-cross",
-        [str(tmp_path / "own.jsonl"), {"source": "stdlib:train", "limit": 3}],
-        out=str(tmp_path / "c"),
-    )
+    row = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "own.jsonl").write_text(json.dumps({"messages": row}) + "\n")
+    sources = [str(tmp_path / "own.jsonl"), {"source": "stdlib:train", "limit": 3}]
+    data = tide.prepare("tiny-cross", sources, out=str(tmp_path / "c"))
     assert data.examples == 4 and "4 examples are taken" in str(data)
     assert data.folder == tmp_path / "prepared"
 
@@ -92,3 +81,23 @@ def test_what_cannot_be_is_a_tide_error(
     ):
         with pytest.raises(tide.TideError):
             call()
+
+
+@pytest.mark.filterwarnings("ignore")  # a notebook has no filter
+def test_the_cells_of_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/notebook.md as a notebook: its cells, one after the other, in one namespace."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for cell in re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL):
+        exec(compile(cell, str(PAGE), "exec"), names)
+    cache, student = names["cache"], names["student"]
+    assert (cache.teacher, cache.examples, cache.draws) == ("tiny-cross", 48, 2)
+    assert names["distilled"].metrics["eval_heldout_nll"] > 0
+    assert [loss for _, loss in names["curve"]] and (tmp_path / "runs" / "plain" / "model").is_dir()
+    likely = student.log_likelihoods("def close(self):\n    return ", ["True", "banana"])
+    assert likely[0] > likely[1]
+    said = capsys.readouterr().out
+    assert "48 examples are taken" in said and "⟦" in said
+    assert "reverse_calm" in said[said.rindex("runs/distilled") :]  # what would work instead

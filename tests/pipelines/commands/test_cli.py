@@ -15,18 +15,16 @@ from pipelines.cli import app, main
 from shared.cache.shards import finished_units
 from tests.conftest import chats_file, heldout_file
 
-CACHE = [
-    "--set",
-    "shard_examples=8",
-    "--set",
-    "lengths.student=128",
-    "--set",
-    "lengths.teacher=128",
-    "--set",
-    "data.limit=24",
-    "--set",
-    "engine.device=cpu",
-]
+SMALL = ("shard_examples=8", "lengths.student=128", "lengths.teacher=128", "data.limit=24",
+         "engine.device=cpu")  # fmt: skip
+TRAIN = ("max_steps=2", "batch_size=4", "checkpoint_steps=2", "log_steps=1", "device=cpu",
+         "student.layers=1", f"heldout.source={heldout_file()}", "heldout.limit=2")  # fmt: skip
+
+
+def small_cache(model: Path, out: Path, *settings: str) -> list[str]:
+    """The words of `tide cache` for a small cache of the random teacher."""
+    sets = [word for setting in (*SMALL, *settings) for word in ("--set", setting)]
+    return ["cache", "--model", str(model), "--data", str(chats_file()), "--out", str(out), *sets]
 
 
 def tide(*arguments: str) -> str:
@@ -47,37 +45,26 @@ def failed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[object, st
 
 
 def test_cache_then_train_then_report(random_teacher: Path, tmp_path: Path) -> None:
-    places = ["--model", str(random_teacher), "--data", str(chats_file()), "--out"]
-    cache = ["cache", *places, str(tmp_path / "c"), *CACHE]
+    cache = small_cache(random_teacher, tmp_path / "c")
     planned = tide(*cache, "--dry-run")
     assert "measured on the first 24 examples under 3 draws" in planned
     assert not (tmp_path / "c" / "manifest.json").exists()
     assert "3 shards computed, 0 kept" in tide(*cache, "--draws", "1")
     assert "3 shards computed, 3 kept" in tide(*cache, "--draws", "2")
     train = ["train", "--cache", str(tmp_path / "c"), "--out", str(tmp_path / "r"), "--seed", "1"]
-    for setting in (
-        "max_steps=2",
-        "batch_size=4",
-        "checkpoint_steps=2",
-        "log_steps=1",
-        "device=cpu",
-        "student.layers=1",
-        f"heldout.source={heldout_file()}",
-        "heldout.limit=2",
-    ):
-        train += ["--set", setting]
-    assert "eval_heldout_nll" in tide(*train)
+    sets = [word for setting in TRAIN for word in ("--set", setting)]
+    assert "eval_heldout_nll" in tide(*train, *sets)
     assert "reverse_calm, T 5.0" in tide("report", str(tmp_path))
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
 
 REFUSED = [
     ("cache --teacher llada", "llada"),  # one a kind: a teacher that is not known, by a flag,
-    ("cache --config {recipe} --teacher llada", "llada"),  # beside a recipe,
+    ("cache --config recipe.toml --teacher llada", "llada"),  # beside a recipe,
     ("train --teacher mine", "mine"),  # in stage two,
     ("teachers show none", "none"),  # or to be shown
     ("recipes show none", "none"),
-    ("cache --config {wrong}", "learning_rate"),  # a misspelt setting of the other stage
+    ("cache --config wrong.toml", "learning_rate"),  # a misspelt setting of the other stage
     ("cache --set engine.device=cuda:7", "cuda:7"),  # hardware that is not there
     ("cache --set data.source=/nowhere.jsonl", "/nowhere.jsonl"),  # places that are not there
     ("cache --out /proc/x", "/proc/x"),  # or are not to be written
@@ -94,8 +81,7 @@ def test_what_cannot_be_is_one_message_and_exit_code_two(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.toml").write_text('[cache]\nteacher = "tiny-cross"\n')
     (tmp_path / "wrong.toml").write_text("[train]\nlearning_rte = 1e-4\n")
-    places = {"recipe": "recipe.toml", "wrong": "wrong.toml"}
-    code, said = failed(monkeypatch, *command.format(**places).split())
+    code, said = failed(monkeypatch, *command.split())
     assert code == 2 and name in said
     assert "Traceback" not in said and "\x1b" not in said and "\x07" not in said
     assert sum(line.startswith("tide: error") for line in said.splitlines()) <= 1
@@ -131,34 +117,17 @@ def test_what_needs_no_model_imports_no_model_library() -> None:
 
 
 def test_ctrl_c_says_how_to_go_on(random_teacher: Path, tmp_path: Path) -> None:
-    command = [
-        "cache",
-        "--model",
-        str(random_teacher),
-        "--data",
-        str(chats_file()),
-        "--out",
-        str(tmp_path / "c"),
-        "--draws",
-        "40",
-        *CACHE,
-        "--set",
-        "shard_examples=1",
-    ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.cli", *command],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
+    command = small_cache(random_teacher, tmp_path / "c", "shard_examples=1", "noise.draws=40")
+    words = [sys.executable, "-m", "pipelines.cli", *command]
+    out = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    process = subprocess.Popen(words, text=True, **out)
     began = time.monotonic()
     while not finished_units(tmp_path / "c") and time.monotonic() - began < 120:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command goes on from there" in errors
-    assert "Traceback" not in errors
+    assert "the same command goes on from there" in errors and "Traceback" not in errors
     assert not list((tmp_path / "c").rglob(".*.tide-tmp"))
 
 

@@ -60,17 +60,13 @@ def test_bytes_that_are_no_text_are_explained(student: str, caches: dict[str, Pa
     assert done.returncode == 0 and b"chunk_student" in done.stdout and b"?" in done.stdout
 
 
-def test_a_prompt_ends_where_the_answer_begins(student: str) -> None:
-    loaded = load_for_use(student, "cpu")
-    ids = loaded.prompt([{"role": "user", "content": "x"}])
-    assert loaded.tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
-
-
 @pytest.mark.parametrize("show", [True, False])
 def test_a_conversation_remembers_and_ends(
     student: str, monkeypatch: pytest.MonkeyPatch, show: bool
 ) -> None:
     loaded = load_for_use(student, "cpu")
+    ids = loaded.prompt([{"role": "user", "content": "x"}])
+    assert loaded.tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
     seen: list[int] = []
     prompt = LoadedStudent.prompt
 

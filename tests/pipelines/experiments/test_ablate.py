@@ -7,7 +7,6 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.experiments import ablate
-from pipelines.experiments.ablate import run_ablation
 from shared.system.errors import TideError
 from tests.conftest import chats_file, heldout_file
 
@@ -46,21 +45,19 @@ def test_a_grid_trains_reports_and_resumes(
     random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_grid(tmp_path / "grid.toml", random_teacher)
-    text = run_ablation(recipe, tmp_path / "out").read_text()
-    assert "calm, T 2.0, TIDAL training_only, weight 2" in text
-    assert "| calm " in text
-    assert "--set 'weight=2.0'" in text or "--set weight=2.0" in text
+    text = ablate.run_ablation(recipe, tmp_path / "out").read_text()
+    assert "| calm " in text and "calm, T 2.0, TIDAL training_only, weight 2" in text
     assert len(list((tmp_path / "out").glob("*-seed*/history.json"))) == 2
     command = next(line for line in text.splitlines() if line.startswith("* `calm`"))
     again = shlex.split(command.split("`")[3])
     assert CliRunner().invoke(app, [*again[1:], "--out", str(tmp_path / "again")]).exit_code == 0
-    runs = [
-        json.loads((f / "history.json").read_text())
-        for f in (tmp_path / "again", tmp_path / "out" / "calm-seed0")
-    ]
-    assert runs[0]["final"]["eval_heldout_nll"] == runs[1]["final"]["eval_heldout_nll"]
+    once, twice = (
+        json.loads((tmp_path / run / "history.json").read_text())["final"]["eval_heldout_nll"]
+        for run in ("out/calm-seed0", "again")
+    )
+    assert once == twice
     monkeypatch.setattr(ablate, "start_child", lambda *_: pytest.fail("a training began again"))
-    run_ablation(recipe, tmp_path / "out")
+    ablate.run_ablation(recipe, tmp_path / "out")
 
 
 def test_the_whole_recipe_is_checked_first(
@@ -78,4 +75,4 @@ def test_the_whole_recipe_is_checked_first(
         assert old in whole
         recipe.write_text(whole.replace(old, new, 1))
         with pytest.raises(TideError, match=name):
-            run_ablation(recipe, tmp_path / "out")
+            ablate.run_ablation(recipe, tmp_path / "out")

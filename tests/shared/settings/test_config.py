@@ -5,8 +5,7 @@ import pytest
 
 from pipelines.experiments.ablate import Grid
 from pipelines.recipes.read import cache_config, packaged_recipe, train_config
-from shared.cache.manifest import differences
-from shared.settings.build import apply_overrides, build, read_toml, to_plain
+from shared.settings.build import apply_overrides, build, differences, read_toml, to_plain
 from shared.settings.config import KL, CacheConfig, NoDistillation, ReverseCalm, TrainConfig
 from shared.system.errors import TideError
 
@@ -35,21 +34,18 @@ WRONG: list[tuple[type, dict[str, Any], list[str]]] = [
     (CacheConfig, {"noise": {"drws": 3}}, ["noise.drws", "draws?"]),  # a name, and the nearest one
     (CacheConfig, {"data": [{"limt": 3}]}, ["data.0.limt", "limit"]),
     (TrainConfig, {"distillation": {"type": "kl", "temprature": 5}}, ["temperature?"]),
-    (CacheConfig, {"noise": {"draws": 0}}, ["noise.draws is 0, expected at least 1, at most 100"]),  # a bound
-    (CacheConfig, {"noise": {"demo_ratio": float("nan")}}, ["noise.demo_ratio is nan, expected at least 0"]),
-    (TrainConfig, {"learning_rate": float("inf")}, ["learning_rate is inf"]),
-    (CacheConfig, {"targets": {"temperatures": [0.0]}}, ["targets.temperatures.0 is 0.0"]),
-    (TrainConfig, {"heldout": {"limit": 0}}, ["heldout.limit is 0, expected more than 0"]),
+    (
+        CacheConfig,
+        {"noise": {"draws": 0}},
+        ["noise.draws is 0, expected at least 1, at most 100"],
+    ),  # a bound
+    (CacheConfig, {"engine": {"data_parallel": 2, "device_map": "auto"}}, ["device_map"]),
     (CacheConfig, {"noise": {"draws": "x"}}, ["noise.draws is 'x', expected a whole number"]),
     (CacheConfig, {"engine": {"dtype": "int8"}}, ["engine.dtype is 'int8', expected 'auto'"]),
     (CacheConfig, {"noise": 3}, ["noise is 3, expected a table"]),
     (TrainConfig, {"distillation": {"type": "kll"}}, ["distillation.type is 'kll'", "'calm'"]),
     (CacheConfig, {"lengths": {"student": 100}}, ["lengths: student is 100"]),  # two that disagree
-    (
-        CacheConfig,
-        {"engine": {"data_parallel": 2, "device_map": "auto"}},
-        ["engine: device_map"],
-    ),
+    (CacheConfig, {"engine": {"data_parallel": 2, "device_map": "auto"}}, ["engine: device_map"]),
     (Grid, {"caches": {}, "variants": {"a": {}}}, ["variants.a.cache is missing"]),
 ]
 
@@ -65,15 +61,11 @@ def test_a_wrong_setting_is_named_with_what_is_expected() -> None:
         assert not any(word in said for word in ("Input", "valid list", "a list of", "dataclass"))
 
 
-def test_bad_files(tmp_path: Path) -> None:
-    with pytest.raises(TideError):
-        read_toml(tmp_path / "none.toml")
+def test_packaged_recipes_are_valid_and_bad_files_are_not(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("a = ")
-    with pytest.raises(TideError):
-        read_toml(tmp_path / "bad.toml")
-
-
-def test_packaged_recipes_are_valid() -> None:
+    for name in ("none.toml", "bad.toml"):
+        with pytest.raises(TideError):
+            read_toml(tmp_path / name)
     for path in packaged_recipe("x").parent.glob("*.toml"):
         if "variants" in read_toml(path):  # a grid for `tide ablate`
             assert build(Grid, read_toml(path)).seeds

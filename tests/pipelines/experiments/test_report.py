@@ -1,6 +1,10 @@
-"""Tables of runs: mean and spread, differences paired by seed, and runs told apart by settings."""
+"""Tables of runs, differences paired by seed; runs of strangers, which are read and never run."""
 
 import json
+import os
+import pickle
+import sqlite3
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from pipelines.evaluation.benchmarks import Answers, read_scores
 from pipelines.evaluation.use_scores import USE
+from pipelines.experiments import report
 from pipelines.experiments.ablate import demo_grid, verdicts
-from pipelines.experiments.report import (
-    compare,
-    find_runs,
-    interval,
-    paired_differences,
-    paired_table,
-    summary_table,
-    write_report,
-)
+from pipelines.experiments.report import find_runs, summary_table
+from shared.settings.build import to_plain
+from shared.settings.config import TrainConfig
 from shared.system.errors import TideError
+from student_train.training.replay import replay
 
 NONE: dict[str, Any] = {"type": "none"}
 CALM = {"type": "calm", "temperature": 2.0, "tidal": {"axis": "both"}}
+GARBAGE = [b"", b"[]", b'{"config": 3}', b'{"steps": [3], "final": {"x": "y"}}', b"\xff",
+           b'{"config": {"seed": "x"}}', b"[" * 100_000]  # fmt: skip
 
 
 def fake_run(folder: Path, seed: int, cache: str, nll: float, distillation: dict[str, Any]) -> None:
@@ -55,12 +58,10 @@ def test_the_table_has_mean_and_spread_over_seeds(tmp_path: Path) -> None:
     table = summary_table(find_runs(tmp_path))
     assert table.height == 5
     row = table.filter(table["student"] == "TIDE-Cross").to_dicts()[0]
-    assert row["seeds"] == 3
-    assert row["held-out NLL (nats/token)"] == "3.800 ± 0.100"
+    assert (row["seeds"], row["held-out NLL (nats/token)"]) == (3, "3.800 ± 0.100")
     assert row["objective"] == "calm, T 2.0, TIDAL both, weight 4"
     assert "lines exact" not in row  # nobody measured it
-    text = write_report(tmp_path).read_text()
-    assert "| TIDE-Shared" in text
+    assert "| TIDE-Shared" in report.write_report(tmp_path).read_text()
     assert (tmp_path / "report.png").exists()
 
 
@@ -97,7 +98,7 @@ values = st.lists(st.floats(-5, 5).map(lambda x: round(x, 3)), min_size=3, max_s
 
 @given(values.filter(lambda v: np.std(v) > 1e-3))
 def test_the_interval_is_scipy_s_for_one_sample(values: list[float]) -> None:
-    mean, half = interval(values)
+    mean, half = report.interval(values)
     expected = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
     np.testing.assert_allclose([mean - half, mean + half], expected, rtol=1e-9, atol=1e-12)
 
@@ -111,8 +112,8 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
             (run / USE).write_text(json.dumps(use))
     fake_run(tmp_path / "plain-seed9", 9, "c", 1.0, NONE)  # a seed that only one has
     runs = find_runs(tmp_path)
-    assert paired_differences(runs, "plain", "other", "nll") == pytest.approx([-0.1] * 3)
-    table = words(paired_table(runs, [("plain", "other")]))
+    assert report.paired_differences(runs, "plain", "other", "nll") == pytest.approx([-0.1] * 3)
+    table = words(report.paired_table(runs, [("plain", "other")]))
     assert "| other | plain | 3 | **-0.100 ± 0.000** |" in table and "+0.100 ±" in table
     assert summary_table(runs).to_dicts()[0]["tokens a step"] == "2.00 ± 0.00"
 
@@ -122,10 +123,67 @@ def test_two_variants_are_compared_seed_by_seed(tmp_path: Path) -> None:
         other = 3.9 + noise + 0.001 * seed
         fake_run(tmp_path / "a" / f"x-seed{seed}", seed, "tiny-cross", 4.0 + noise, NONE)
         fake_run(tmp_path / "b" / f"y-seed{seed}", seed, "tiny-cross", other, CALM)
-    said = compare(tmp_path / "a", tmp_path / "b")
+    said = report.compare(tmp_path / "a", tmp_path / "b")
     assert 'distillation.type: "none" → "calm"' in said
     assert "| B | A | 3 | **-0.099 ± 0.002** |" in words(said)
     fake_run(tmp_path / "c" / "z-seed9", 9, "tiny-cross", 4.0, NONE)
     for one, two in (("", "a"), ("a", "c")):  # several variants; no seed that both have
         with pytest.raises(TideError):
-            compare(tmp_path / one, tmp_path / two)
+            report.compare(tmp_path / one, tmp_path / two)
+
+
+class Runs:
+    """A pickle that makes a folder when it is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_answers_that_would_run_code_are_not_read(tmp_path: Path) -> None:
+    path, code = tmp_path / ".humaneval-abc_rank0.jsonl", pickle.dumps(Runs(tmp_path / "ran"))
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE unnamed (key TEXT PRIMARY KEY, value BLOB)")
+        database.execute("INSERT INTO unnamed VALUES ('x', ?)", (code,))
+    database.close()
+    assert Answers(path).get("generate_until", ("x",)) is None
+    assert not (tmp_path / "ran").exists()
+    for content in GARBAGE:
+        (tmp_path / "gsm8k.json").write_bytes(content)
+        with suppress(TideError):
+            assert read_scores(tmp_path) == []
+
+
+def test_answers_are_found_again_and_changed_ones_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    first = Answers(path)
+    first.add("generate_until", ("q", {"until": ["\n"]}, 0), "a\u2028b")
+    first.add("loglikelihood", (("c", "d"),), (-1.5, True))
+    again = Answers(path)
+    assert again.get("generate_until", ("q", {"until": ["\n"]}, 0)) == "a\u2028b"
+    assert again.get("generate_until", ("q", {"until": ["\n"]}, 1)) is None
+    assert again.get("loglikelihood", (("c", "d"),)) == [-1.5, True]
+    path.write_text(path.read_text().replace("-1.5", "-0.5")[:-9])  # changed, and cut
+    last = Answers(path)
+    last.add("loglikelihood_rolling", ("t",), -3.0)
+    found = Answers(path)
+    assert found.get("loglikelihood", (("c", "d"),)) is None
+    assert found.get("loglikelihood_rolling", ("t",)) == -3.0
+    assert found.get("generate_until", ("q", {"until": ["\n"]}, 0)) is not None
+
+
+@pytest.mark.parametrize("name", ["run.json", "history.json", "use.json", "nonfinite.json"])
+def test_odd_runs_are_explained(name: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    config = {"config": {**to_plain(TrainConfig()), "cache": "none"}}
+    (run / "run.json").write_text(json.dumps(config))
+    (run / "history.json").write_text('{"steps": [], "final": {}}')
+    (run / "nonfinite.json").write_text('{"step": 1, "batch": 1, "example_ids": []}')
+    for content in GARBAGE:
+        (run / name).write_bytes(content)
+        with pytest.raises(TideError):  # noqa: PT012
+            replay(run) if name == "nonfinite.json" else find_runs(tmp_path)
+            pytest.fail(f"{content[:40]!r} was taken")
