@@ -1,5 +1,4 @@
-"""`tide fidelity`: what a cache loses, as the angle between its gradient and that of the teacher's
-full logits.
+"""`tide fidelity`: what a cache loses, as the angle between its gradient and that of full logits.
 
 Nothing is trained. A sample is scored by the teacher with full logits. For every point of a grid it
 is written as a cache of these settings would be and read back, and the gradient of the objective is
@@ -97,8 +96,8 @@ def measure_fidelity(
     model = student_for(student, checkpoint, run.student, run.manifest)
     class_maps = {}
     for classes in {1, *grid.classes}:
-        own = replace(run, config=with_targets(run.config, classes=classes))
-        class_maps[classes], _ = classes_for(own)
+        own = with_targets(run.config, classes=classes)
+        class_maps[classes], _ = classes_for(replace(run, config=own))
     whole = full_targets(work, logits, class_maps[1], temperatures)
     states = None
 
@@ -189,9 +188,7 @@ def student_states(model: Any, rows: list[CacheRow], manifest: Manifest) -> tupl
 def compare(
     hidden: Tensor, head: Tensor, cached: Targets, whole: TopKTargets, settings: KL
 ) -> tuple[float, float, float, float]:
-    """Cosines of the two gradients on logits, hidden states and head; the ratio of their norms on
-    the hidden states.
-    """
+    """Cosines of the gradients on logits, hidden states and head; ratio of norms on the second."""
     heads = [torch.zeros_like(head) for _ in range(2)]
     products = torch.zeros(2, 3, dtype=torch.float64)  # [logits, hidden], [a·b, a·a, b·b]
     for start in range(0, len(hidden), ROWS):

@@ -90,9 +90,7 @@ AttentionMaskInterface.register(FAKE_ATTENTION, lambda *_, **given: given.get("a
 
 
 class PeakTracker(MemTracker):
-    """The peak of the whole alone: torch's tracker also keeps each module's, which takes a minute a
-    step.
-    """
+    """The peak of the whole alone: torch's tracker keeps each module's too, a minute a step."""
 
     def _update_peak_stats(self, peak_state: Any) -> None:
         for device, held in self._curr_mem_snap.items():
@@ -164,9 +162,7 @@ def teacher_memory(
 
 
 def student_config(train: TrainConfig, cache: CacheConfig) -> dict[str, Any]:
-    """The student's config.json: of the checkpoint's folder, of published sizes, or of the shape
-    that is set.
-    """
+    """The student's config.json: of its folder, of published sizes, or of the shape that is set."""
     settings, checkpoint = train.student, train.student.checkpoint
     if checkpoint is not None:
         local = Path(resolve(checkpoint) if checkpoint.startswith("embedded:") else checkpoint)
@@ -194,9 +190,7 @@ def student_config(train: TrainConfig, cache: CacheConfig) -> dict[str, Any]:
 def student_rows(
     train: TrainConfig, cache: CacheConfig, data: Conversations, vocabulary: int
 ) -> tuple[list[CacheRow], Manifest]:
-    """The rows of one forward pass, every masked token a chunk; as much of a manifest as collating
-    them needs.
-    """
+    """The rows of one forward pass, every masked token a chunk, and a manifest to collate them."""
     random, rows, draws = np.random.default_rng(0), [], train.draws_per_step
     for example in range(train.batch_size // draws):
         ids = random.integers(0, vocabulary, data.tokens, np.int32)
@@ -275,9 +269,8 @@ def student_step(
 def largest_batch(
     more: int, train: TrainConfig, cache: CacheConfig, data: Conversations, card: int, room: float
 ) -> int:
-    """The largest batch_size that takes at most `room` bytes of a `card` of so many, from the
-    `more` bytes of these settings and those of another batch: activations grow evenly with the
-    examples of a pass.
+    """The largest batch_size that takes at most `room` bytes of a `card`, from the `more` bytes of
+    these settings and those of another batch: activations grow evenly with a pass's examples.
     """
     draws = train.draws_per_step
     other = dataclasses.replace(train, batch_size=draws if train.batch_size > draws else 3 * draws)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from pipelines.plan import memory
+from pipelines.plan.memory import Conversations
 from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import meta_model, random_model
@@ -97,11 +98,9 @@ def plan_from_statement(
     given: Assumptions,
     train: TrainConfig | None = None,
 ) -> str:
-    """A plan without checkpoint, tokenizers or data: sizes on record, means as the user states
-    them; of stage two too where `train` is given.
-    """
+    """A plan from sizes on record and stated means; of stage two too where `train` is given."""
     entry = find_teacher(config.teacher, config.teachers_file)
-    data = memory.Conversations(tokens, response)
+    data = Conversations(tokens, response)
     load = costs.assumed_workload(entry, config, examples, tokens, response)
     text = stage_one(config, entry, teacher_config(config, entry), load, data, given)
     if train is not None:
@@ -110,13 +109,11 @@ def plan_from_statement(
 
 
 def plan_from_data(config: CacheConfig, given: Assumptions) -> str:
-    """Stage one from the checkpoint's config, the real tokenizers and the real data. Nothing is
-    written.
-    """
+    """Stage one from the checkpoint's config, real tokenizers and data. Nothing is written."""
     run = open_or_begin(config)
     load = costs.sampled_workload(run)
     response = min(1.0, 2 * load.masked / max(load.student_tokens, 1))
-    data = memory.Conversations(max(4, round(load.student_tokens)), max(response, 0.01))
+    data = Conversations(max(4, round(load.student_tokens)), max(response, 0.01))
     return stage_one(run.config, run.entry, run.checkpoint.config, load, data, given)
 
 
@@ -131,7 +128,7 @@ def stage_one(
     entry: TeacherEntry,
     raw: dict[str, Any],
     load: costs.Workload,
-    data: memory.Conversations,
+    data: Conversations,
     given: Assumptions,
 ) -> str:
     """What the teacher takes: memory, bytes on disk, FLOPs, hours and money."""
@@ -171,11 +168,7 @@ def stage_one(
 
 
 def stage_two(
-    train: TrainConfig,
-    config: CacheConfig,
-    examples: int,
-    data: memory.Conversations,
-    given: Assumptions,
+    train: TrainConfig, config: CacheConfig, examples: int, data: Conversations, given: Assumptions
 ) -> str:
     """What the student takes: memory, the largest batch, FLOPs, hours and money."""
     card = given.card.memory
@@ -229,10 +222,8 @@ def describe_teacher(name: str, teachers_file: Path | None = None) -> str:
 def measure_throughput(
     config: CacheConfig, length: int, requests: int, rounds: int, tflops: float | None
 ) -> str:
-    """Tokens a second, memory and (with the card's peak `tflops`) utilisation, in a few lines.
-
-    Weights are random: speed and memory do not depend on their values, but that a MoE's routing
-    spreads tokens evenly.
+    """Tokens a second, memory and the share of the card's peak `tflops`. Weights are random: speed
+    and memory do not depend on them, but that a MoE's routing spreads tokens evenly.
     """
     if length < 4:
         raise TideError(f"--length is {length}", expected="4 tokens or more")

@@ -25,8 +25,8 @@ def run_bench(only: str | None = None) -> None:
 
 
 def side_by_side(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each job, all jobs in turn in every round, after one round to warm up: a
-    busy machine slows all of them alike.
+    """Median seconds of each job. All run in turn, so that a busy machine slows them alike; the
+    first round is to warm up.
     """
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(rounds + 1):

@@ -1,5 +1,4 @@
-"""A student in use: sampling by steps and thresholds, likelihoods, and requests to a server one by
-one and at once.
+"""A student in use: sampling by steps and thresholds, likelihoods, requests to a server.
 
 All responses are equally long. What fewer steps cost is said by the embedded teacher: its NLL of
 blocks decoded after the true text of held-out functions, at fixed masks, with the share of distinct
@@ -32,8 +31,7 @@ from teacher_cache.method import Request, TargetSpec
 from teacher_cache.teachers.registry import find_teacher
 
 EMBEDDED = "student_train/tiny_students/shared"
-# Of a width at which products and not Python take the time: for speed alone, its weights are
-# random.
+# Of a width at which products and not Python take the time; its weights are random.
 SHAPE = StudentConfig(hidden_size=512, layers=8, heads=8, kv_heads=4, intermediate_size=1536)
 NEW, BLOCK, ROUNDS = 64, 32, 2
 SAMPLING = SampleConfig(new_tokens=NEW, min_new_tokens=NEW, block=BLOCK)  # does not end early

@@ -82,11 +82,8 @@ class TinyConfig:
         return LengthConfig(student=self.length, teacher=self.length, block=self.block)
 
 
-TEACHER = TinyConfig(
-    ModelShape("llama", hidden_size=256, layers=6, heads=4, kv_heads=4, intermediate_size=704),
-    positions=1024,
-    epochs=4,
-)
+LLAMA = ModelShape("llama", 256, layers=6, heads=4, kv_heads=4, intermediate_size=704)
+TEACHER = TinyConfig(LLAMA, positions=1024, epochs=4)
 STUDENT = TinyConfig(StudentConfig(), positions=4096, epochs=2)
 
 
@@ -107,9 +104,9 @@ def train_tokenizers(teacher: Path, student: Path) -> None:
         special = ["<|endoftext|>", *marks, "<|mask|>"]
         raw: Any = RawTokenizer(models.BPE())
         raw.pre_tokenizer, raw.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        learnt, start = size - len(special), pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
-            vocab_size=size - len(special), initial_alphabet=alphabet, show_progress=False
+            vocab_size=learnt, initial_alphabet=start, show_progress=False
         )
         raw.train_from_iterator(texts, trainer)
         raw.add_special_tokens(special)
@@ -121,9 +118,7 @@ def train_tokenizers(teacher: Path, student: Path) -> None:
 
 
 def train_tiny(tokenizer_folder: Path, out: Path, config: TinyConfig) -> None:
-    """Train a teacher (a Llama) or pre-train a student on the corpus, and write it, in bfloat16,
-    with its tokenizer and a card.
-    """
+    """Train a teacher or a student on the corpus, and write it with its tokenizer and a card."""
     refuse_unwritable(out)
     started = time.monotonic()
     precision = choose_precision(config.precision, choose_device("cpu"))
@@ -139,7 +134,7 @@ def train_tiny(tokenizer_folder: Path, out: Path, config: TinyConfig) -> None:
     else:
         predict = heldout.teacher_predictor(model)
         title, kind = "The embedded teacher", "A masked-diffusion"
-        attention = "bidirectional attention,"
+        attention = "bidirectional attention, "
     preparer = Preparer(tokenizer, None, config.lengths, mask_id)
     examples = preparer.usable(list(iter_examples(DataConfig("stdlib:train"))))
     steps = train_on(model, predict, examples, mask_id, config)
@@ -156,9 +151,9 @@ def train_tiny(tokenizer_folder: Path, out: Path, config: TinyConfig) -> None:
     tokens = sum(len(example.student_ids) for example in examples)
     (out / "README.md").write_text(f"""# {title}
 
-{kind} language model of {model.num_parameters() / 1e6:.1f} M parameters ({attention}
-byte-level BPE of {model.config.vocab_size:,} tokens), made by this project so that the whole
-pipeline can be run and tested anywhere; it is no model to build on.
+{kind} language model of {model.num_parameters() / 1e6:.1f} M parameters ({attention}byte-level
+BPE of {model.config.vocab_size:,} tokens), made by this project so that the whole pipeline can
+be run and tested anywhere; it is no model to build on.
 
 * **Trained on** the functions of the {corpus_origin()}: {len(examples):,} functions, {tokens:,}
   tokens in each of {config.epochs} epochs, {steps:,} steps. One function in sixteen (by a hash of
@@ -181,8 +176,8 @@ licence), of which nothing is stored here but what the weights and the vocabular
 def train_on(
     model: Any, predict: heldout.Predict, examples: list[Prepared], mask_id: int, config: TinyConfig
 ) -> int:
-    """All epochs; how many steps. Muon for the matrices of the layers, AdamW for all else: both
-    take steps of one size, and a small model learns faster by both than by AdamW alone.
+    """All epochs; how many steps. Muon for the layers' matrices and AdamW for all else take steps
+    of one size; a small model learns faster by both than by AdamW alone.
     """
     matrices, others = [], []
     for name, parameter in model.named_parameters():
@@ -231,9 +226,7 @@ def train_on(
 def noised_batch(
     members: list[Prepared], epoch: int, mask_id: int, config: TinyConfig
 ) -> dict[str, Tensor]:
-    """Examples with their masks, in the tensors that `Predict` reads; times t are stratified over
-    the batch.
-    """
+    """Examples with masks, as tensors that `Predict` reads; times t are stratified over them."""
     ids = [torch.from_numpy(example.student_ids).long() for example in members]
     clean = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
     lengths, masked = [len(row) for row in ids], []

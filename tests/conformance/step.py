@@ -27,16 +27,8 @@ from shared.cache.manifest import Manifest
 from shared.cache.row import CacheRow, Layout, Vocabulary
 from shared.cache.shards import read_shard, write_shard
 from shared.diffusion import Draw
+from shared.settings import config as options
 from shared.settings.build import build
-from shared.settings.config import (
-    KL,
-    CacheConfig,
-    Calm,
-    Distillation,
-    LengthConfig,
-    ReverseKL,
-    TargetConfig,
-)
 from student_train.batches.collate import Batch, TargetReader, collate, counts_of
 from student_train.losses import divergence
 from student_train.losses.divergence import strength_at, timestep_weight, training_strength
@@ -73,7 +65,7 @@ def check_case(folder: Path, name: str, case: dict[str, Any]) -> Group:
 
     # 1. Stage one: the injected draws, the teacher's passes, the rows of the cache.
     teacher = load(folder / case["teacher"])
-    over_tokens = isinstance(distillation, KL | ReverseKL)
+    over_tokens = isinstance(distillation, options.KL | options.ReverseKL)
     temperatures = tuple(sorted({1.0, distillation.temperature}))  # type: ignore[union-attr]
     size = int(teacher.config.vocab_size)
     spec = TargetSpec(size if over_tokens else 0, 1.0, temperatures)
@@ -91,9 +83,9 @@ def check_case(folder: Path, name: str, case: dict[str, Any]) -> Group:
     prior = np.full((len(temperatures), size), 1 / size, np.float32)
     layout = Layout(temperatures, "float32", Vocabulary(np.zeros_like(ids), ids, prior))
     block, mask_id = case["block"], case["student_mask_id"]
-    config = CacheConfig(
-        lengths=LengthConfig(student=block, block=block),
-        targets=TargetConfig(signals, temperatures=temperatures),
+    config = options.CacheConfig(
+        lengths=options.LengthConfig(student=block, block=block),
+        targets=options.TargetConfig(signals, temperatures=temperatures),
     )
     fingerprint = made_up_fingerprint(config, "teacher_ids" not in tensors, mask_id + 1, mask_id)
     manifest = Manifest(fingerprint, 1, 1, len(rows))
@@ -122,10 +114,8 @@ def injected_draws(tensors: dict[str, Tensor]) -> Iterator[tuple[Prepared, Draw]
         t = float(tensors["t"][i].double() + TIME)
         if "teacher_ids" not in lists:
             none = np.zeros((0, 4), np.int32)
-            yield (
-                Prepared(str(i), ids, spans, None, none, True, zero),
-                Draw(t, masked, zero[:0], in_a),
-            )
+            example = Prepared(str(i), ids, spans, None, none, True, zero)
+            yield example, Draw(t, masked, zero[:0], in_a)
             continue
         theirs = lists["chunk_teacher"][i].reshape(-1, 2)
         own = lists["chunk_student"][i].reshape(-1, 2)
@@ -142,7 +132,7 @@ def check_step(
     folder: Path,
     case: dict[str, Any],
     tensors: dict[str, Tensor],
-    distillation: Distillation,
+    distillation: options.Distillation,
     rows: list[CacheRow],
     manifest: Manifest,
     layout: Layout,
@@ -155,7 +145,7 @@ def check_step(
     progress = case["step"] / case["max_steps"]
     settings = LossSettings(distillation, case["weight"], counts_of(batch["counts"]), progress)
     constant = 0.0
-    if isinstance(distillation, Calm):
+    if isinstance(distillation, options.Calm):
         constant = take_out_clamped(model, batch, distillation, progress)
         if constant:
             group.note = "the reference's clamp is active: put back"
@@ -178,7 +168,7 @@ def check_step(
 
 
 @torch.no_grad()
-def take_out_clamped(model: Any, batch: Batch, settings: Calm, progress: float) -> float:
+def take_out_clamped(model: Any, batch: Batch, settings: options.Calm, progress: float) -> float:
     """Take forward CALM's chunks at the reference's clamp out; the sum of their terms."""
     logp = divergence.token_log_likelihood(model(batch=batch).float(), batch["gold"])
     rows, chunk_of, teacher = batch["chunk_rows"], batch["chunk_of"], batch["chunk_logp"]
