@@ -49,7 +49,7 @@ def choose(names: str, recipe: Path | None, **changes: Any) -> list[Benchmark]:
 
     `paper` or `all` are all of the recipe. `changes` replace each one's settings, unless None.
     """
-    known = read_benchmarks() if recipe is None else read_benchmarks(recipe)
+    known = read_benchmarks(recipe or HERE / "paper.toml")
     chosen: dict[str, Benchmark] = {}
     for name in filter(None, map(str.strip, names.split(","))):
         if name in ("paper", "all"):
@@ -70,8 +70,7 @@ def parse_places(texts: Sequence[str]) -> dict[str, Path]:
         name, _, place = text.partition("=")
         places[name] = Path(place).expanduser().resolve()
         if not name or not place or not places[name].exists():
-            expected = "TASK=PATH of a file or folder that exists, such as gsm8k=rows.jsonl"
-            raise TideError(f"--data {text}", expected=expected)
+            raise TideError(f"--data {text}", expected="TASK=PATH of a file or folder that exists")
     return places
 
 
@@ -100,8 +99,7 @@ def digest(value: Any) -> str:
 class Answers:
     """What was answered so far, kept in `path`: an interrupted evaluation goes on where it was.
 
-    JSON lines, where lm-eval's own cache has pickles, which run code when a stranger's are read.
-    Each line has a checksum; lines that were cut or changed count for nothing.
+    JSON lines with checksums (lm-eval's own cache has pickles); what was cut or changed is skipped.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -218,9 +216,7 @@ def beside_the_paper(measured: dict[str, list[Score]]) -> pl.DataFrame:
     """
     titles = {name: benchmark.title for name, benchmark in read_benchmarks().items()}
     eight = list(titles)
-    rows: list[tuple[str, str, dict[str, float], dict[str, str]]] = []
-    for name, values in paper_scores().items():
-        rows.append(("paper", name, values, {}))
+    rows = [("paper", name, values, {}) for name, values in paper_scores().items()]
     for run, scores in sorted(measured.items()):
         values = {score.name: score.shown for score in scores}
         marks = {score.name: "*" * score.limited + "†" * score.own_rows for score in scores}

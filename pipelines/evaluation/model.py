@@ -20,23 +20,18 @@ from tqdm import tqdm
 from pipelines.evaluation.benchmarks import Answers
 from pipelines.evaluation.likelihoods import score
 from shared.system.errors import TideError
+from student_train.using import student as use
 from student_train.using.elbo import ElboConfig, Question, log_likelihoods
 from student_train.using.settings import SampleConfig
-from student_train.using.student import (
-    LoadedStudent,
-    Stops,
-    choose_block,
-    load_for_use,
-    sample_steps,
-    until_eos,
-)
+from student_train.using.student import LoadedStudent, Stops, choose_block, load_for_use
 
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_completion_tokens", "max_tokens")
+TokenRequest = tuple[tuple[str, str], list[int], list[int]]
 _SAMPLING = ("threshold", "temperature", "top_k", "top_p", "remasking", "guidance", "seed")
 
 
 def register_model() -> None:
-    """Put `tide_bd3lm` into lm-eval's registry, for releases that do not look for entry points."""
+    """For releases of lm-eval that do not look for entry points."""
     import lm_eval.models  # noqa: F401 - fills the registry
     from lm_eval.api.registry import model_registry
 
@@ -45,10 +40,7 @@ def register_model() -> None:
 
 
 def join_processes(device: str | None) -> str:
-    """Meet the other processes, if there are any; the device of this one.
-
-    Among several it is its own GPU; for a GPU that is not there it is the CPU.
-    """
+    """Meet the other processes, if there are any; the device of this one."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if not distributed.is_initialized():
             distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -69,7 +61,7 @@ class TideBD3LM(TemplateLM):
     - `steps`: denoising steps of a whole response; unset, one a token. The paper: 256 in 256.
     - `mc_num`: masks for each block of a likelihood.
     - `answers`: from Python alone, where answers are kept between interruptions.
-    - `sampling`: threshold, temperature, top_k, top_p, remasking, guidance, seed of `tide sample`.
+    - `sampling`: as in `tide sample`.
     """
 
     def __init__(
@@ -124,9 +116,7 @@ class TideBD3LM(TemplateLM):
     def tokenizer_name(self) -> str:
         return self._student.tokenizer.fingerprint
 
-    def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
-    ) -> list[int]:
+    def tok_encode(self, string: str, *_: Any, **options: Any) -> list[int]:
         return self._student.tokenizer.encode([string])[0]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -137,9 +127,8 @@ class TideBD3LM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The chat up to the response, an empty think block included where the template has one.
-
-        Without `add_generation_prompt` the last message begins the response and stays open.
+        """The chat up to the response; without `add_generation_prompt` its last message begins the
+        response and stays open.
         """
         template = self._student.tokenizer.template
         if add_generation_prompt:
@@ -214,22 +203,16 @@ class TideBD3LM(TemplateLM):
         def stop(row: int, tokens: list[int]) -> bool:
             return stops[row].cut(tokens)[1]
 
-        *_, (tokens, _) = sample_steps(student.model, prompts, student.special, config, stop)
-        rows = [until_eos(row, eos) for row in tokens.tolist()]
+        *_, (tokens, _) = use.sample_steps(student.model, prompts, student.special, config, stop)
+        rows = [use.until_eos(row, eos) for row in tokens.tolist()]
         return [end.cut(row)[0] for row, end in zip(rows, stops, strict=True)]
 
     def _loglikelihood_tokens(
-        self,
-        requests: list[tuple[tuple[str, str], list[int], list[int]]],
-        disable_tqdm: bool = False,
-        **kwargs: Any,
+        self, requests: list[TokenRequest], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """ELBO of each continuation (nats), and whether greedy sampling would give it.
-
-        Continuations of one context go together, and several contexts share passes.
-        """
+        """ELBO of each continuation (nats), and whether greedy sampling would give it."""
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        pending = defaultdict(list)  # requests still to be answered, by context
+        pending = defaultdict(list)  # those of one context go together
         for number, (question, context, continuation) in enumerate(requests):
             if (answer := self._answers.get("loglikelihood", (question,))) is not None:
                 results[number] = tuple(answer)
@@ -241,10 +224,9 @@ class TideBD3LM(TemplateLM):
             continuations = [requests[number][2] for number in numbers]
             asked.append((list(context) or [self.eot_token_id], continuations))
             self.truncated += len(asked[-1][0]) > self._max_length - max(map(len, continuations))
-        total = sum(map(len, groups))
-        bar = tqdm(total=total, desc="likelihoods", disable=disable_tqdm or self.rank > 0)
-        scores_of = score(self._student, asked, self._elbo, self._max_length, self._batch)
-        for group, scores in scores_of:
+        bar = tqdm(total=len(requests), desc="likelihoods", disable=disable_tqdm or self.rank > 0)
+        scored = score(self._student, asked, self._elbo, self._max_length, self._batch)
+        for group, scores in scored:
             for number, result in zip(groups[group], scores, strict=True):
                 question = requests[number][0]
                 results[number] = result
@@ -274,7 +256,6 @@ class TideBD3LM(TemplateLM):
         return totals
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensors of all processes, one after the other."""
         if not distributed.is_initialized():
             return tensor
         parts = [torch.empty_like(tensor.reshape(-1)) for _ in range(self.world_size)]
@@ -282,7 +263,6 @@ class TideBD3LM(TemplateLM):
         return torch.cat(parts)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any]:
-        """The objects of all processes, on process `dst`; nothing elsewhere."""
         if not distributed.is_initialized():
             return [obj]
         parts: list[Any] | None = [None] * self.world_size if self.rank == dst else None

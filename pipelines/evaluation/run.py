@@ -18,16 +18,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from pipelines.evaluation.benchmarks import (
-    HERE,
-    Answers,
-    Benchmark,
-    Score,
-    digest,
-    local_rows,
-    read_result,
-    read_scores,
-)
+from pipelines.evaluation import benchmarks as bench
+from pipelines.evaluation.benchmarks import Answers, Benchmark, Score
 from pipelines.evaluation.sandbox import Limits, run_program
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.system.errors import TideError
@@ -41,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """How to ask, for all benchmarks. `sampling` and `mc_num` are arguments of `tide_bd3lm`."""
+    """How to ask, for all benchmarks. `sampling`: arguments of `tide_bd3lm`."""
 
     sampling: dict[str, Any] = field(default_factory=dict)
     batch: int = 8
@@ -60,9 +52,9 @@ def run_benchmarks(
     TideError for whatever is wrong, before the model is loaded.
     """
     check_installed()
-    if unknown := sorted(set(settings.data) - {b.name for b in benchmarks}):
-        names = ", ".join(b.name for b in benchmarks)
-        raise TideError(f"--data names {', '.join(unknown)}", expected=f"one of {names}")
+    names = [benchmark.name for benchmark in benchmarks]
+    if unknown := ", ".join(set(settings.data).difference(names)):
+        raise TideError(f"--data names {unknown}", expected=f"some of {', '.join(names)}")
     # 1. All that a score depends on
     checkpoint = open_checkpoint(resolve(student))
     block = settings.sampling.get("block_size") or checkpoint.config.get("block_size") or 32
@@ -91,8 +83,8 @@ def run_benchmarks(
             if os.environ.get("RANK", "0") == "0":
                 held.enter_context(hold(out / ".lock", f"the evaluation in {out}"))
             _measure(student, tasks, settings, described, out)
-    scores = {score.name: score for score in read_scores(out)}
-    return [scores[b.name] for b in benchmarks if b.name in scores]
+    scores = {score.name: score for score in bench.read_scores(out)}
+    return [scores[name] for name in names if name in scores]
 
 
 def default_output(student: str) -> Path:
@@ -118,14 +110,13 @@ def _finished(out: Path, benchmark: Benchmark, settings: dict[str, Any]) -> bool
     path = out / f"{benchmark.name}.json"
     if not path.exists():
         return False
-    before = read_result(path).get("settings", {})
-    lines = ""
-    for key in sorted(before.keys() | settings.keys()):
-        if before.get(key) != settings.get(key):
-            lines += f"\n    {key}: {before.get(key)!r} there, {settings.get(key)!r} now"
+    there = bench.read_result(path).get("settings", {})
+    keys = sorted(there.keys() | settings.keys())
+    pairs = [(key, there.get(key), settings.get(key)) for key in keys]
+    lines = [f"{key}: {old!r} there, {new!r} now" for key, old, new in pairs if old != new]
     if lines:
-        fix = "give another --output, or delete that file to measure again"
-        raise TideError(f"{path} holds a result with other settings:{lines}", fix=fix)
+        what = "\n    ".join([f"{path} holds a result with other settings:", *lines])
+        raise TideError(what, fix="give another --output, or delete that file to measure again")
     return True
 
 
@@ -134,13 +125,11 @@ def _task_manager() -> Any:
     """lm-eval's tasks and ours. Reading its 14,000 files takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=str(HERE / "tasks"))
+    return TaskManager(include_path=str(bench.HERE / "tasks"))
 
 
 def _load(benchmark: Benchmark, settings: EvalSettings) -> Any:
-    """lm-eval's task, or group, with its rows. TideError where there is none, its rows cannot be
-    read, or it runs code without consent.
-    """
+    """lm-eval's task, or group, with its rows. TideError where it runs code without consent."""
     from lm_eval.tasks._factory import TaskFactory
 
     manager = _task_manager()
@@ -152,7 +141,7 @@ def _load(benchmark: Benchmark, settings: EvalSettings) -> Any:
         members = ",".join(sorted(index[name].tags))
         raise TideError(f"{name} is a tag and has no score of its own", fix=f"--tasks {members}")
     place = settings.data.get(benchmark.name)
-    changes = {**benchmark.overrides, **(local_rows(place) if place else {})}
+    changes = {**benchmark.overrides, **(bench.local_rows(place) if place else {})}
     datasets_log = logging.getLogger("datasets")
     level = datasets_log.level
     datasets_log.setLevel(logging.ERROR)
@@ -165,18 +154,16 @@ def _load(benchmark: Benchmark, settings: EvalSettings) -> Any:
         raise
     except Exception as error:  # whatever datasets, the hub and the task's own code raise
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TideError(
-            f"the rows of {benchmark.name} cannot be read: {first}",
-            expected="network access, a cached copy of the data set, or files of your own",
-            fix=f"give --data {benchmark.name}=PATH: a JSONL or Parquet file, or a folder",
-        ) from error
+        what = f"the rows of {benchmark.name} cannot be read: {first}"
+        fix = f"give --data {benchmark.name}=PATH: a JSONL or Parquet file, or a folder"
+        expected = "network access, a cached copy of the data set, or files of your own"
+        raise TideError(what, expected=expected, fix=fix) from error
     finally:
         datasets_log.setLevel(level)
     unsafe = any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values())
     if unsafe and not settings.run_code:
-        fix = "add --confirm-run-unsafe-code: each program runs in a bubblewrap sandbox, which "
-        fix += "is no virtual machine (docs/benchmarks.md)"
         what = f"{benchmark.name} runs the code that the student writes"
+        fix = "--confirm-run-unsafe-code; it runs in bubblewrap, no virtual machine"
         raise TideError(what, expected="your consent", fix=fix)
     return loaded["groups"].get(name) or loaded["tasks"][name]
 
@@ -197,7 +184,7 @@ def _measure(
     evaluate: Any = lm_eval.simple_evaluate
     for benchmark, task in tasks:
         name, started = benchmark.name, time.monotonic()
-        unfinished = out / f".{name}-{digest(described[name])}_rank{rank}.jsonl"
+        unfinished = out / f".{name}-{bench.digest(described[name])}_rank{rank}.jsonl"
         model = TideBD3LM(
             loaded, answers=Answers(unfinished), batch_size=settings.batch,
             max_new_tokens=benchmark.new_tokens, steps=benchmark.steps, **settings.sampling,
@@ -234,11 +221,9 @@ def _save(out: Path, benchmark: Benchmark, reported: dict[str, Any], about: dict
             metrics.append(key)
     metric = benchmark.metric or next(iter(metrics), None)
     if metric is None or metric not in metrics:
-        raise TideError(
-            f"{benchmark.task} reports no {metric or 'score'}; its answers are kept in {out}",
-            expected=f"one of its metrics, {', '.join(metrics) or 'of which it has none'}",
-            fix=f"name it as `metric` of [{benchmark.name}] in the recipe, or name a group's tasks",
-        )
+        what = f"{benchmark.task} reports no {metric or 'score'}; its answers are kept in {out}"
+        fix = f"name one as `metric` of [{benchmark.name}] in the recipe, or name a group's tasks"
+        raise TideError(what, expected=f"one of its metrics: {', '.join(metrics)}", fix=fix)
     error = measured.get("_stderr,".join(metric.split(",", 1)))
     result = {
         "name": benchmark.name, "title": benchmark.title, "metric": metric,

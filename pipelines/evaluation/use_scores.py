@@ -1,9 +1,5 @@
 """What a person sees of a student, beside its held-out NLL: lines filled in, functions that parse,
-tokens a step.
-
-A mode-seeking objective need not lower the NLL; what it buys may be speed at a confidence
-threshold, or text that holds together. Held-out functions of the standard library, greedy, the same
-ones for every student.
+tokens a step. Held-out functions of the standard library, greedy, the same for every student.
 """
 
 import ast
@@ -17,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,11 +61,9 @@ def score_use(model: str, threshold: float = THRESHOLD) -> UseScores:
             exact += ids == gap.ids[gap.places].tolist()
             tokens, steps = tokens + len(ids), steps + passes
     # The share of short functions, asked for by name, for which a function that parses is sampled
-    short = filter(
-        lambda chat: len(str(chat.messages[-1]["content"])) <= _LONGEST_FUNCTION,
-        heldout_functions(),
-    )
-    chats = [list(chat.messages[:-1]) for chat in itertools.islice(short, _FUNCTIONS)]
+    longest = _LONGEST_FUNCTION
+    short = [c for c in heldout_functions() if len(str(c.messages[-1]["content"])) <= longest]
+    chats = [list(chat.messages[:-1]) for chat in short[:_FUNCTIONS]]
     block = student.block or 32
     config = SampleConfig(new_tokens=3 * block, block=block, threshold=threshold)
     parsed = [is_function(text) for text in student.answer(chats, config, _BATCH)]
@@ -80,12 +75,10 @@ def score_all(runs: Sequence[Path], workers: int = 2) -> None:
     waiting = [run for run in runs if not (run / USE).exists()]
     if not waiting:
         return
-    with (
-        ProcessPoolExecutor(workers, get_context("spawn"), serve_parent, (os.getpid(),)) as pool,
-        tqdm(total=len(waiting), unit="student", desc="score their use", dynamic_ncols=True) as bar,
-    ):
-        for _ in pool.map(_score_run, waiting):
-            bar.update()
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, serve_parent, (os.getpid(),)) as pool:
+        scored = pool.map(_score_run, waiting)
+        list(tqdm(scored, "score their use", len(waiting), unit="student", dynamic_ncols=True))
 
 
 def _score_run(run: Path) -> None:
@@ -100,13 +93,12 @@ def read_use(run: Path) -> UseScores | None:
 
 
 @lru_cache
-def heldout_functions() -> tuple[ChatExample, ...]:
+def heldout_functions() -> list[ChatExample]:
     """The first 400, among which lines and short functions are looked for."""
-    return tuple(itertools.islice(iter_examples(DataConfig("stdlib:heldout")), 400))
+    return list(itertools.islice(iter_examples(DataConfig("stdlib:heldout")), 400))
 
 
-@dataclass(frozen=True)
-class Gap:
+class Gap(NamedTuple):
     """A conversation as in training, and the positions of one line of its answer."""
 
     ids: Int[np.ndarray, " length"]
@@ -122,8 +114,7 @@ def gaps_of(student: LoadedStudent) -> Iterator[Gap]:
         if len(prompt) + len(answer) > _LONGEST:
             continue
         edges = token_boundaries(student.tokenizer.byte_lengths[answer])
-        lines = []
-        start = 0
+        lines, start = [], 0
         for row in text.encode().split(b"\n"):
             end = start + len(row)
             places = np.flatnonzero((edges[:-1] >= start) & (edges[1:] <= end))

@@ -57,8 +57,7 @@ def bind(config: ServeConfig) -> socket.socket:
         return socket.create_server((config.host, config.port), family=family)
     except (OSError, OverflowError, UnicodeError) as error:
         what = f"{config.host}:{config.port} cannot be served on: {error}"
-        fix = "choose another --port (0 takes one that is free) or --host"
-        raise TideError(what, fix=fix) from error
+        raise TideError(what, fix="choose another --port (0: any free one) or --host") from error
 
 
 def serve(student: LoadedStudent, config: ServeConfig, bound: socket.socket) -> None:
@@ -191,9 +190,8 @@ class Routes:
             raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")
 
     def _check_model(self, name: str) -> None:
-        own = self._config.name
-        if name != own:
-            what = f"no model {name!r} here; there is {own!r}"
+        if name != self._config.name:
+            what = f"no model {name!r} here; there is {self._config.name!r}"
             raise ApiError(404, what, "model_not_found", "model")
 
     def _chat_prompt(self, messages: list[Any]) -> list[int]:

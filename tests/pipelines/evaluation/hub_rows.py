@@ -16,29 +16,13 @@ _FUNCTION = {
 }
 _ROWS: dict[str, dict[str, Any]] = {
     "gsm8k": {"question": "What is 3 and 4?", "answer": "3+4=7\n#### 7"},
-    "math": {
-        "problem": "What is $3+4$?",
-        "solution": "It is $\\boxed{7}$.",
-        "level": "1",
-        "type": "x",
-    },
+    "math": {"problem": "What?", "solution": "It is $\\boxed{7}$.", "level": "1", "type": "x"},
     "bbh": {"input": "Is it so?", "target": "True"},
-    "mmlu-pro": {
-        "question": "Which?",
-        "options": _CHOICES,
-        "answer": "B",
-        "answer_index": 1,
-        "cot_content": "",
-    },
+    "mmlu-pro": {"question": "Which?", "options": _CHOICES, "answer": "B", "cot_content": ""},
     "hellaswag": {"activity_label": "Walking", "ctx": "A man", "endings": _CHOICES, "label": "1"},
     "mmlu": {"question": "Which?", "choices": _CHOICES, "answer": 1, "subject": "x"},
     "humaneval": {**_FUNCTION, "canonical_solution": "    return x + 1\n", "task_id": "0"},
-    "mbpp": {
-        "text": "Add one.",
-        "code": "",
-        "task_id": 1,
-        "test_list": ["assert f(2) == 3", "assert f(0) == 1", "f(1)"],
-    },
+    "mbpp": {"text": "Add one.", "test_list": ["assert f(2) == 3", "assert f(0) == 1", "f(1)"]},
 }
 RIGHT = {
     "gsm8k": "So it is 7.",
@@ -71,19 +55,15 @@ def write(folder: Path, name: str) -> Path:
         place, pattern, splits = _SUBSETS[name]
         files = sorted((_TASKS / place).glob(pattern))
         found = [yaml.load(file.read_text(), _Loader).get("dataset_name") for file in files]
-        configs = [
-            _subset(folder, subset, splits, _ROWS[name])
-            for subset in sorted({n for n in found if n})
-        ]
+        subsets = sorted({n for n in found if n})
+        configs = [_subset(folder, subset, splits, _ROWS[name]) for subset in subsets]
         (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
         return folder
     rows = [_ROWS[name]] * 3
     if name == "mmlu-pro":
         subjects = yaml.load((_TASKS / "mmlu_pro" / "_mmlu_pro.yaml").read_text(), _Loader)["task"]
-        rows = [
-            {**_ROWS[name], "category": s.removeprefix("mmlu_pro_").replace("_", " ")}
-            for s in subjects
-        ]
+        categories = [s.removeprefix("mmlu_pro_").replace("_", " ") for s in subjects]
+        rows = [{**_ROWS[name], "category": category} for category in categories]
     _jsonl(folder / "rows.jsonl", rows)
     return folder / "rows.jsonl"
 

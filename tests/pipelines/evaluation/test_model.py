@@ -1,5 +1,6 @@
 import copy
 import importlib.metadata
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,12 +15,7 @@ from student_train.using.elbo import ElboConfig, log_likelihoods
 from student_train.using.settings import SampleConfig
 from student_train.using.student import LoadedStudent, load_for_use, sample
 
-PROMPTS = [
-    "Write `f`.",
-    "And now write `g`, which is a longer prompt than that.",
-    "h",
-    "Sort a list.",
-]
+PROMPTS = ["Write `f`.", "And now write `g`, which is a longer prompt than that.", "h", "Sort it."]
 SMALL: dict[str, Any] = {"block_size": 8, "max_new_tokens": 20, "mc_num": 4}
 
 
@@ -44,9 +40,8 @@ def asks(contexts: list[str], **options: Any) -> list[Instance]:
 def generate(
     loaded: LoadedStudent, contexts: list[str], settings: dict[str, Any], **options: Any
 ) -> list[str]:
-    return TideBD3LM(loaded, **{**SMALL, **settings}).generate_until(
-        asks(contexts, **options), disable_tqdm=True
-    )
+    model = TideBD3LM(loaded, **{**SMALL, **settings})
+    return model.generate_until(asks(contexts, **options), disable_tqdm=True)
 
 
 def chats(loaded: LoadedStudent) -> list[str]:
@@ -54,37 +49,30 @@ def chats(loaded: LoadedStudent) -> list[str]:
     return [model.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_answers_are_those_of_tide_sample(loaded: LoadedStudent, batch: int) -> None:
-    config = SampleConfig(new_tokens=20, block=8)
-    wanted = list(
-        loaded.answer([[{"role": "user", "content": p}] for p in PROMPTS], config, batch=4)
-    )
-    assert generate(loaded, chats(loaded), {"batch_size": batch}) == wanted
+def test_answers_are_those_of_tide_sample(loaded: LoadedStudent) -> None:
+    asked = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    wanted = list(loaded.answer(asked, SampleConfig(new_tokens=20, block=8), batch=4))
+    assert generate(loaded, chats(loaded), {"batch_size": 3}) == wanted
     assert any(wanted)
 
 
 def test_the_chat_template_ends_in_its_empty_think_block(loaded: LoadedStudent) -> None:
-    """As Qwen3's, which writes one before the last answer: a response that was begun comes behind
-    it.
-    """
+    """As Qwen3's; a response that was begun comes behind it."""
     backend = copy.deepcopy(loaded.tokenizer.backend)
     backend.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and "
         "loop.last %}"
         "<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
     )
-    model = TideBD3LM(
-        LoadedStudent(loaded.model, Tokenizer(backend, "think"), loaded.special, None)
-    )
+    thinks = replace(loaded, tokenizer=Tokenizer(backend, "think"), block=None)
+    model = TideBD3LM(thinks)
     shots = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
     asked = [*shots, {"role": "user", "content": "2 + 2?"}]
     text = model.apply_chat_template(asked)
     assert text.endswith("2 + 2?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert text.count("<think>") == 1
-    begun = model.apply_chat_template(
-        [*asked, {"role": "assistant", "content": "It is\n"}], add_generation_prompt=False
-    )
+    said = {"role": "assistant", "content": "It is\n"}
+    begun = model.apply_chat_template([*asked, said], add_generation_prompt=False)
     assert begun == text + "It is\n"
 
 
@@ -109,29 +97,20 @@ def test_tokens_and_noise_come_from_the_task_where_the_model_leaves_them(
     loaded: LoadedStudent,
 ) -> None:
     context = chats(loaded)[:1]
-    free = {"max_new_tokens": None}
-    (short,) = generate(loaded, context, free, max_gen_toks=8)
-    (long,) = generate(loaded, context, free, max_gen_toks=24)
+
+    def ask(copies: int = 1, own: Any = None, **options: Any) -> list[str]:
+        settings = {"max_new_tokens": None, **(own or {})}
+        return generate(loaded, context * copies, settings, **{"max_gen_toks": 8, **options})
+
+    (short,), (long,) = ask(), ask(max_gen_toks=24)
     assert long.startswith(short) and len(long) > len(short)
-    assert generate(loaded, context, free, max_gen_toks=8, temperature=3.0, do_sample=False) == [
-        short
-    ]
-    assert generate(loaded, context, free, max_gen_toks=8, temperature=3.0) != [
-        short
-    ]  # a temperature is enough
-    warm = generate(loaded, context * 3, free, max_gen_toks=8, temperature=3.0, do_sample=True)
+    assert ask(temperature=3.0, do_sample=False) == [short]
+    assert ask(temperature=3.0) != [short]  # a temperature is enough
+    warm = ask(3, temperature=3.0, do_sample=True)
     assert len(set(warm)) == 3  # repeats of one request get noise of their own
-    assert warm == generate(
-        loaded, context * 3, free, max_gen_toks=8, temperature=3.0, do_sample=True
-    )
+    assert warm == ask(3, temperature=3.0, top_k=0, top_p=1.0)
     for least in ({"top_k": 1}, {"top_p": 1e-6}):  # of the likeliest alone: greedy again
-        assert generate(loaded, context, free, max_gen_toks=8, temperature=3.0, **least) == [short]
-        assert generate(loaded, context, {**free, **least}, max_gen_toks=8, temperature=3.0) == [
-            short
-        ]
-    assert warm == generate(
-        loaded, context * 3, free, max_gen_toks=8, temperature=3.0, top_k=0, top_p=1.0
-    )
+        assert ask(temperature=3.0, **least) == ask(own=least, temperature=3.0) == [short]
 
 
 def test_likelihoods_are_elbos_and_greedy_is_what_sampling_gives(loaded: LoadedStudent) -> None:
@@ -139,28 +118,17 @@ def test_likelihoods_are_elbos_and_greedy_is_what_sampling_gives(loaded: LoadedS
     context = chats(loaded)[0]
     ids = model.tok_encode(context)
     (greedy,) = sample(loaded.model, [ids], loaded.special, SampleConfig(new_tokens=8, block=8))
-    readable = [
-        n
-        for n in range(1, 9)
-        if model.tok_encode(loaded.tokenizer.decode(greedy[:n])) == greedy[:n]
-    ]
-    said = loaded.tokenizer.decode(greedy[: readable[-1]])
-    pairs = [
-        (context, said),
-        (context, " no"),
-        ("", "def f(x):\n    return x"),
-        (context, said + " no"),
-    ]
-    found = model.loglikelihood(
-        [Instance("loglikelihood", {}, p, i) for i, p in enumerate(pairs)], disable_tqdm=True
-    )
+    texts = [loaded.tokenizer.decode(greedy[:n]) for n in range(1, 9)]
+    said = [text for n, text in enumerate(texts, 1) if model.tok_encode(text) == greedy[:n]][-1]
+    function = "def f(x):\n    return x"
+    pairs = [(context, said), (context, " no"), ("", function), (context, said + " no")]
+    requests = [Instance("loglikelihood", {}, p, i) for i, p in enumerate(pairs)]
+    found = model.loglikelihood(requests, disable_tqdm=True)
     assert [is_greedy for _, is_greedy in found] == [True, False, False, False]
     config = ElboConfig(draws=4, block=8)
     for (value, _), (text, continuation) in zip(found, pairs, strict=True):
-        start, tokens = (
-            model.tok_encode(text) or [model.eot_token_id],
-            model.tok_encode(continuation),
-        )
+        start = model.tok_encode(text) or [model.eot_token_id]
+        tokens = model.tok_encode(continuation)
         wanted = log_likelihoods(loaded.model, start, [tokens], loaded.special, config)[0]
         assert value == pytest.approx(wanted, abs=1e-4)
 
@@ -180,13 +148,11 @@ def test_a_whole_text_is_scored_in_windows(loaded: LoadedStudent) -> None:
     config = ElboConfig(draws=4, block=8)
     request = [Instance("loglikelihood_rolling", {}, (text,), 0)]
     whole = log_likelihoods(loaded.model, [loaded.special.eos], [tokens], loaded.special, config)[0]
-    assert TideBD3LM(loaded, **SMALL).loglikelihood_rolling(
-        request, disable_tqdm=True
-    ) == pytest.approx([whole])
-    cut = TideBD3LM(loaded, **SMALL, max_length=16 + len(tokens) // 2).loglikelihood_rolling(
-        request, disable_tqdm=True
-    )
-    assert cut[0] != pytest.approx(whole) and cut[0] < 0
+    model = TideBD3LM(loaded, **SMALL)
+    assert model.loglikelihood_rolling(request, disable_tqdm=True) == pytest.approx([whole])
+    short = TideBD3LM(loaded, **SMALL, max_length=16 + len(tokens) // 2)
+    (cut,) = short.loglikelihood_rolling(request, disable_tqdm=True)
+    assert cut != pytest.approx(whole) and cut < 0
 
 
 def test_a_long_prompt_loses_its_beginning(loaded: LoadedStudent) -> None:

@@ -4,13 +4,11 @@ import base64
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import parse_qs
 
 import uvicorn
-from huggingface_hub import HfApi
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -20,17 +18,13 @@ _COMMIT = "0" * 39 + "1"
 
 
 class Hub:
-    """Repositories by name: files by path. `token` is what writing needs; `damage` is done to what
-    is stored.
-    """
+    """Repositories by name: files by path. `token` is what writing needs."""
 
     def __init__(self, token: str) -> None:
         self.token = token
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, bool] = {}
         self.uploads: dict[str, bytes] = {}
-        self.damage = False
-        self.commits: list[str] = []
         self.address = ""
 
     def app(self) -> Starlette:
@@ -41,24 +35,14 @@ class Hub:
                 Route("/api/validate-yaml", self._validate, methods=["POST"]),
                 Route(f"/api/models{repo}/preupload/main", self._preupload, methods=["POST"]),
                 Route(f"/api/models{repo}/commit/main", self._commit, methods=["POST"]),
-                Route(f"/api/models{repo}/paths-info/{{revision}}", self._paths, methods=["POST"]),
                 Route(f"/api/models{repo}/tree/{{revision}}", self._tree),
                 Route(f"/api/models{repo}/revision/{{revision}}", self._info),
                 Route(f"/api/models{repo}", self._info),
                 Route(f"{repo}.git/info/lfs/objects/batch", self._batch, methods=["POST"]),
                 Route("/lfs/{oid}", self._put, methods=["PUT"]),
-                Route(
-                    f"{repo}/resolve/{{revision}}/{{path:path}}",
-                    self._resolve,
-                    methods=["GET", "HEAD"],
-                ),
+                Route(f"{repo}/resolve/{{revision}}/{{path:path}}", self._resolve),
             ]
         )
-
-    @staticmethod
-    def api(endpoint: str, token: str) -> Callable[[], HfApi]:
-        """What takes the place of `HfApi` in this process."""
-        return lambda: HfApi(endpoint, token)
 
     def _may(self, request: Request) -> bool:
         return request.headers.get("authorization") == f"Bearer {self.token}"
@@ -71,11 +55,7 @@ class Hub:
         if not self._may(request):
             return JSONResponse({"error": "Invalid credentials"}, 401)
         asked = await request.json()
-        name = (
-            f"{asked['organization']}/{asked['name']}"
-            if asked.get("organization")
-            else asked["name"]
-        )
+        name = f"{asked['organization']}/{asked['name']}"
         if name in self.repositories:
             return JSONResponse({"error": "exists", "url": f"{self.address}/{name}"}, 409)
         self.repositories[name], self.private[name] = {}, asked.get("visibility") == "private"
@@ -88,17 +68,11 @@ class Hub:
         if not self._may(request):
             return JSONResponse({"error": "Invalid credentials"}, 401)
         files = (await request.json())["files"]
-        mode = {
-            file["path"]: "lfs" if file["path"].endswith(".safetensors") else "regular"
-            for file in files
-        }
-        return JSONResponse(
-            {
-                "files": [
-                    {"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in mode.items()
-                ]
-            }
-        )
+        modes = []
+        for path in (file["path"] for file in files):
+            mode = "lfs" if path.endswith(".safetensors") else "regular"
+            modes.append({"path": path, "uploadMode": mode, "shouldIgnore": False})
+        return JSONResponse({"files": modes})
 
     async def _batch(self, request: Request) -> Response:
         objects = []
@@ -117,68 +91,32 @@ class Hub:
         files = self.repositories[self._name(request)]
         for line in lines:
             value = line["value"]
-            if line["key"] == "header":
-                self.commits.append(value["summary"])
-            elif line["key"] == "file":
+            if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                stored = self.uploads[value["oid"]]
-                files[value["path"]] = (
-                    stored[:-1] + b"\0" + b"!" * self.damage if self.damage else stored
-                )
+                files[value["path"]] = self.uploads[value["oid"]]
         url = f"{self.address}/{self._name(request)}/commit/{_COMMIT}"
         return JSONResponse({"success": True, "commitOid": _COMMIT, "commitUrl": url})
 
-    def _entries(self, name: str) -> list[dict[str, Any]]:
-        found = []
-        for path, content in sorted(self.repositories[name].items()):
-            entry: dict[str, Any] = {
-                "type": "file",
-                "path": path,
-                "size": len(content),
-                "oid": hashlib.sha1(content).hexdigest(),
-            }
-            if path.endswith(".safetensors"):
-                oid = hashlib.sha256(content).hexdigest()
-                entry["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 130}
-            found.append(entry)
-        return found
-
-    async def _paths(self, request: Request) -> Response:
-        asked = parse_qs((await request.body()).decode())["paths"]
-        return JSONResponse(
-            [entry for entry in self._entries(self._name(request)) if entry["path"] in asked]
-        )
-
     async def _tree(self, request: Request) -> Response:
-        return JSONResponse(self._entries(self._name(request)))
+        entries = []
+        for path, content in sorted(self.repositories[self._name(request)].items()):
+            oid = hashlib.sha1(content).hexdigest()
+            entries.append({"type": "file", "path": path, "size": len(content), "oid": oid})
+        return JSONResponse(entries)
 
     async def _info(self, request: Request) -> Response:
         name = self._name(request)
         if name not in self.repositories:
-            return JSONResponse(
-                {"error": "Repository not found"}, 404, {"x-error-code": "RepoNotFound"}
-            )
+            return JSONResponse({"error": "none"}, 404, {"x-error-code": "RepoNotFound"})
         siblings = [{"rfilename": path} for path in sorted(self.repositories[name])]
-        return JSONResponse(
-            {
-                "id": name,
-                "modelId": name,
-                "sha": _COMMIT,
-                "siblings": siblings,
-                "private": False,
-                "tags": [],
-                "downloads": 0,
-                "likes": 0,
-            }
-        )
+        about = {"id": name, "modelId": name, "sha": _COMMIT, "siblings": siblings, "tags": []}
+        return JSONResponse({**about, "private": False, "downloads": 0, "likes": 0})
 
     async def _resolve(self, request: Request) -> Response:
         content = self.repositories[self._name(request)].get(request.path_params["path"])
         if content is None:
-            return JSONResponse(
-                {"error": "Entry not found"}, 404, {"x-error-code": "EntryNotFound"}
-            )
+            return JSONResponse({"error": "none"}, 404, {"x-error-code": "EntryNotFound"})
         etag = hashlib.sha256(content).hexdigest()
         return Response(content, headers={"etag": f'"{etag}"', "x-repo-commit": _COMMIT})
 

@@ -40,12 +40,8 @@ def test_from_the_cache_to_a_stranger(caches: dict[str, Path], tmp_path: Path) -
     with running(hub) as place:
         environment = {**os.environ, **place, "HF_TOKEN": "secret", "HF_HOME": str(tmp_path / "hf")}
         tide = [sys.executable, "-m", "pipelines.cli"]
-        subprocess.run(
-            [*tide, "publish", str(tmp_path / "exported"), "hf://me/small", "--private"],
-            env=environment,
-            check=True,
-            capture_output=True,
-        )
+        publish = [*tide, "publish", str(tmp_path / "exported"), "hf://me/small", "--private"]
+        subprocess.run(publish, env=environment, check=True, capture_output=True)
         command = [*tide, "serve", "me/small", "--port", "0", "--device", "cpu", "--block", "8"]
         with (
             subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -62,19 +62,14 @@ def test_the_card_has_scores_data_and_licence(run: Path) -> None:
 def test_what_goes_wrong_on_the_hub_is_explained(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub, contents = Hub("secret"), gather(run, "me/small", None)
-    with running(hub) as environment:
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        for token, damage in (("wrong", False), ("secret", True)):
-            hub.damage = damage
-            monkeypatch.setattr(
-                "pipelines.publishing.HfApi", hub.api(environment["HF_ENDPOINT"], token)
-            )
+    contents = gather(run, "me/small", None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with running(Hub("secret")) as environment:
+        for place, token in ((environment["HF_ENDPOINT"], "wrong"), ("http://127.0.0.1:9", "x")):
+            api = HfApi(place, token)
+            monkeypatch.setattr("pipelines.publishing.HfApi", lambda api=api: api)
             with pytest.raises(TideError):
                 upload(contents, "me/small", private=False, message="m")
-    monkeypatch.setattr("pipelines.publishing.HfApi", hub.api("http://127.0.0.1:9", "secret"))
-    with pytest.raises(TideError):
-        upload(contents, "me/small", private=False, message="m")
 
 
 def test_targets_and_folders_that_are_none(run: Path, tmp_path: Path) -> None:

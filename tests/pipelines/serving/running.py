@@ -32,14 +32,6 @@ def closed_clients() -> Iterator[None]:
 
 def client(address: str, **options: Any) -> OpenAI:
     """Without retries: an error is seen as it comes."""
-    made = OpenAI(
-        **{
-            "base_url": f"{address}/v1",
-            "api_key": "none",
-            "max_retries": 0,
-            "timeout": 60,
-            **options,
-        }
-    )
-    _OPEN.append(made)
-    return made
+    usual: dict[str, Any] = {"api_key": "none", "max_retries": 0, "timeout": 60}
+    _OPEN.append(OpenAI(base_url=f"{address}/v1", **{**usual, **options}))
+    return _OPEN[-1]

@@ -21,9 +21,8 @@ def tiny() -> LoadedStudent:
     limit=st.integers(1, 60),
     more=st.integers(0, 8),
 )
-@example(
-    text="aba", stops=["b", "aba"], block=1, limit=2, more=0
-)  # a stop within another that begins before it
+# a stop within another that begins before it
+@example(text="aba", stops=["b", "aba"], block=1, limit=2, more=0)
 def test_pieces_are_the_whole(
     tiny: LoadedStudent, text: str, stops: list[str], block: int, limit: int, more: int
 ) -> None:
