@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import pytest
@@ -21,19 +22,16 @@ def test_the_whole_vocabulary_loses_nothing_and_more_of_it_loses_less(
     points = measure_fidelity(config, STUDENT, grid, 8)
     assert not (tmp_path / "c" / "manifest.json").exists()
     assert len(points) == 3 * 2 * 2 * 2 * 2
-    for kind in ("kl", "tidal"):
-        for temperature in (1.0, 2.0):
-            two, some, all_ = (
-                p
-                for p in points
-                if (p.objective, p.temperature, p.classes, p.tail)
-                == (kind, temperature, 1, "student")
-            )
-            assert 0 < two.mass < some.mass < all_.mass == pytest.approx(1, abs=1e-4)
-            assert two.size < some.size < all_.size
-            assert two.logits < some.logits < 0.99999
-            for value in (all_.logits, all_.hidden, all_.head, all_.norm):
-                assert value == pytest.approx(1, abs=1e-5)
+    for kind, temperature in itertools.product(("kl", "tidal"), (1.0, 2.0)):
+        one_class = (kind, temperature, 1, "student")
+        two, some, all_ = (
+            p for p in points if (p.objective, p.temperature, p.classes, p.tail) == one_class
+        )
+        assert 0 < two.mass < some.mass < all_.mass == pytest.approx(1, abs=1e-4)
+        assert two.size < some.size < all_.size
+        assert two.logits < some.logits < 0.99999
+        for value in (all_.logits, all_.hidden, all_.head, all_.norm):
+            assert value == pytest.approx(1, abs=1e-5)
     assert len(table(points)) == 2 + len(points)
 
 
