@@ -24,6 +24,7 @@ from shared.data.reading import waiting_messages
 from shared.settings.config import CacheConfig
 from shared.system.errors import TideError
 from shared.system.files import read_json
+from student_train.using.settings import SampleConfig
 
 if TYPE_CHECKING:
     from shared.text.tokenizers import Tokenizer
@@ -172,7 +173,6 @@ class Student:
         """The answers to several, `batch` at a time. Settings of sampling by the names of
         docs/using.md: `new_tokens`, `threshold`, `steps_per_block`, `temperature`, `seed`, …
         """
-        from student_train.using.settings import SampleConfig
         from student_train.using.student import choose_block
 
         if batch < 1:

@@ -9,15 +9,10 @@ import typer
 from typer import Argument, Option
 
 from pipelines.commands.app import app, command, print_table, require_positive, say
-from pipelines.recipes.read import (
-    about,
-    cache_config,
-    describe_recipe,
-    packaged_recipes,
-    train_config,
-)
-from shared.settings.config import CacheConfig
+from pipelines.recipes import read as recipe_files
+from shared.settings.config import CacheConfig, StudentConfig
 from shared.system.errors import TideError
+from teacher_cache.teachers.registry import all_teachers, find_teacher
 
 STAGE_ONE, STAGE_TWO = "Stage one: the teacher, once", "Stage two: students"
 RecipeFile = Annotated[Path | None, Option("--config", help="TOML: [cache] and [train] tables.")]
@@ -44,7 +39,7 @@ def cache_options(
     """The settings of stage one, to be completed by what a command changes in them."""
     named = {"model": model, "student_tokenizer": student_tokenizer, "prepared": prepared}
     return functools.partial(
-        cache_config, teacher, recipe, sets or [], teachers_file, data=data, **named
+        recipe_files.cache_config, teacher, recipe, sets or [], teachers_file, data=data, **named
     )
 
 
@@ -55,8 +50,6 @@ def teachers(context: typer.Context, teachers_file: TeachersFile = None) -> None
         return
     from rich.markup import escape
     from rich.table import Table
-
-    from teacher_cache.teachers.registry import all_teachers
 
     table = Table("teacher", "model", "architecture", "mask id", "attention", "reads", "length")
     for name, entry in all_teachers(teachers_file).items():
@@ -72,8 +65,6 @@ def show_teacher(
     teachers_file: TeachersFile = None,
 ) -> None:
     """Print one teacher's entry, and what loading it checks."""
-    from teacher_cache.teachers.registry import find_teacher
-
     find_teacher(name, teachers_file)  # a misspelt name is answered before torch is imported
     from pipelines.plan.plan import describe_teacher
 
@@ -85,8 +76,8 @@ def recipes(context: typer.Context) -> None:
     """List the packaged recipes, or show one."""
     if context.invoked_subcommand is not None:
         return
-    for name in packaged_recipes():
-        say(f"{name:<18}{about(name)}")
+    for name in recipe_files.packaged_recipes():
+        say(f"{name:<18}{recipe_files.about(name)}")
 
 
 @recipes_app.command("show")
@@ -95,7 +86,7 @@ def show_recipe(
     against: Annotated[str | None, Option(help="Another (default: the paper's run).")] = None,
 ) -> None:
     """Print one recipe and its distance from the paper's run, setting by setting."""
-    say(describe_recipe(name, against))
+    say(recipe_files.describe_recipe(name, against))
 
 
 @command(STAGE_ONE, configure=cache_options)
@@ -106,15 +97,14 @@ def prepare(
     """Render, tokenise and align the data once, and say what became of it. No weight is read."""
     settings = configure()
     from shared.system.hardware import largest_process
-    from teacher_cache.prepared.folder import describe
-    from teacher_cache.prepared.folder import show as show_examples
+    from teacher_cache.prepared import folder
     from teacher_cache.run.open import open_sides, prepare_data
 
     sides = open_sides(settings, weights=False)
     prepared_data, _ = prepare_data(settings, sides)
-    say(describe(prepared_data))
+    say(folder.describe(prepared_data))
     if show > 0:
-        say("\n" + show_examples(prepared_data.between(0, show), sides.student))
+        say("\n" + folder.show(prepared_data.between(0, show), sides.student))
     say(f"\npeak memory of the largest process: {largest_process() / 2**20:,.0f} MiB")
 
 
@@ -137,7 +127,9 @@ def plan(
     require_positive(response=response, tflops=tflops, mfu=mfu, tokens_per_second=tokens_per_second)
     settings = configure(**{"noise.draws": draws})
     recipe = configure.args[1]
-    training = train_config(settings.teacher, recipe, train or [], settings.teachers_file)
+    training = recipe_files.train_config(
+        settings.teacher, recipe, train or [], settings.teachers_file
+    )
     from pipelines.plan.plan import Assumptions, find_card, plan_from_statement
 
     card = find_card(gpu, tflops)
@@ -181,7 +173,6 @@ def fidelity(
         raise TideError(f"--tail or --objective is {wrong.pop()!r}", expected="see --help")
     settings = configure(out=Path("caches/fidelity"), default="tiny-shared")
     from pipelines.plan.fidelity import Grid, measure_fidelity, table
-    from shared.settings.config import StudentConfig
 
     lists = {"ks": k, "classes": classes, "tails": tail, "temperatures": temperature,
              "objectives": objective}  # fmt: skip
@@ -241,7 +232,7 @@ def train(
     if cache_place is not None and "://" in cache_place:
         folder = Path("caches") / cache_place.rstrip("/").rpartition("/")[2]
         flags |= {"cache": folder, "store": cache_place}
-    settings = train_config(teacher, recipe, sets or [], teachers_file, **flags)
+    settings = recipe_files.train_config(teacher, recipe, sets or [], teachers_file, **flags)
     from student_train.training.trainer import train_student
 
     metrics = train_student(settings)

@@ -16,11 +16,11 @@ from typer import Argument, Option
 
 from pipelines.commands.app import app, command, json_line, printable, require_positive, say
 from shared.system.errors import TideError
+from student_train.using.settings import SampleConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from student_train.using.settings import SampleConfig
     from student_train.using.student import LoadedStudent
 
 STUDENTS = "Use and judge a student"
@@ -48,8 +48,6 @@ def sampling_options(
 
 def sampling_settings(**values: Any) -> SampleConfig:
     """Settings of sampling from options. TideError where one is out of range."""
-    from student_train.using.settings import SampleConfig
-
     return SampleConfig(**{name: value for name, value in values.items() if value is not None})
 
 

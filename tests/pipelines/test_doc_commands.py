@@ -36,6 +36,7 @@ def run(line: str, world: Path) -> None:
         return
     with subprocess.Popen(["bash", "-c", f"exec {command}"], **options) as process:
         said = ""
+        assert process.stderr is not None
         while "serving" not in said and (text := process.stderr.readline()):
             said += text
         process.send_signal(signal.SIGINT)

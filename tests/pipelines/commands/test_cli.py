@@ -119,8 +119,8 @@ def test_what_needs_no_model_imports_no_model_library() -> None:
 def test_ctrl_c_says_how_to_go_on(random_teacher: Path, tmp_path: Path) -> None:
     command = small_cache(random_teacher, tmp_path / "c", "shard_examples=1", "noise.draws=40")
     words = [sys.executable, "-m", "pipelines.cli", *command]
-    out = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
-    process = subprocess.Popen(words, text=True, **out)
+    hidden = subprocess.DEVNULL
+    process = subprocess.Popen(words, text=True, stderr=subprocess.PIPE, stdout=hidden)
     began = time.monotonic()
     while not finished_units(tmp_path / "c") and time.monotonic() - began < 120:
         time.sleep(0.05)
