@@ -19,32 +19,22 @@ from shared.diffusion import (
     full,
     token_draw,
 )
-from tests.plain_masks import block_diffusion
 
 
-@given(st.integers(0, 2**40), st.text(max_size=12), st.integers(0, 99))
-def test_time_is_pure_and_in_range(seed: int, name: str, draw: int) -> None:
-    t = diffusion_time(seed, name, draw)
-    assert TIME_EPSILON <= t < 1
-    assert t == diffusion_time(seed, name, draw)
-
-
-@pytest.mark.parametrize("draws", [1, 8])
-def test_any_power_of_two_prefix_of_draws_is_stratified(draws: int) -> None:
-    """One draw in each of `draws` equal strata of the circle, for every example."""
-    for example in range(50):
-        times = (
-            np.array([diffusion_time(3, f"e{example}", d) for d in range(draws)]) - TIME_EPSILON
-        ) / (1 - TIME_EPSILON)
-        gaps = np.diff(np.sort(times), append=np.sort(times)[0] + 1)
+@given(st.integers(0, 2**40), st.text(max_size=12))
+def test_any_power_of_two_prefix_of_draws_is_stratified(seed: int, example: str) -> None:
+    """One draw in each of 1, 2, 4 … equal strata of the circle, for every example."""
+    for draws in (1, 2, 8):
+        t = np.sort([diffusion_time(seed, example, d) for d in range(draws)])
+        assert t[0] >= TIME_EPSILON and t[-1] < 1
+        gaps = np.diff(t, append=t[0] + 1 - TIME_EPSILON) / (1 - TIME_EPSILON)
         assert np.allclose(gaps, 1 / draws)
 
 
 def test_time_is_uniform_over_examples() -> None:
     times = np.sort([diffusion_time(0, str(i), 1) for i in range(2000)])
-    assert (
-        np.abs(times - (np.arange(2000) + 0.5) / 2000).max() < 0.04
-    )  # Kolmogorov–Smirnov at p ≈ 0.003
+    # Kolmogorov–Smirnov at p ≈ 0.003
+    assert np.abs(times - (np.arange(2000) + 0.5) / 2000).max() < 0.04
 
 
 def test_each_token_is_masked_with_probability_t() -> None:
@@ -53,16 +43,6 @@ def test_each_token_is_masked_with_probability_t() -> None:
     assert abs(np.mean(deviation)) < 4 / np.sqrt(300)
     assert 0.8 < np.std(deviation) < 1.2
     assert all(d.masked.min() >= 10 for d in draws if d.masked.size)
-
-
-def test_draws_differ_between_examples_draws_and_seeds() -> None:
-    base = token_draw(0, "a", 0, np.arange(400), 0.5)
-    for seed, name, draw in ((0, "b", 0), (0, "a", 1), (1, "a", 0)):
-        other = token_draw(seed, name, draw, np.arange(400), 0.5)
-        assert not np.array_equal(base.masked, other.masked)
-    again = token_draw(0, "a", 0, np.arange(400), 0.5)
-    assert np.array_equal(base.masked, again.masked)
-    assert np.array_equal(base.split, again.split)
 
 
 def test_the_bits_are_fixed_forever() -> None:
@@ -85,9 +65,7 @@ def test_chunk_masks_are_whole_chunks(seed: int, lengths: list[int], first: int)
     for i, (start, end) in enumerate(spans.tolist()):
         inside = {p in masked for p in range(start, end)}
         if start >= first:
-            assert inside == {
-                i in draw.chunks.tolist()
-            }  # whole or not at all, and active exactly if masked
+            assert inside == {i in draw.chunks.tolist()}  # whole or not at all, active if masked
         else:
             assert i not in draw.chunks.tolist()  # a chunk with a prompt token is never active
     assert all(p >= first for p in masked)
@@ -110,10 +88,8 @@ def test_reproduces_the_golden_masks(golden: Path) -> None:
         match = re.fullmatch(r"n(\d+)-block(\d+)-(xt_x0|x0_xt)", key)
         assert match is not None
         length, block = int(match[1]), int(match[2])
-        order = "xt_x0" if match[3] == "xt_x0" else "x0_xt"
-        assert torch.equal(block_diffusion(length, block, order), expected.bool())
         noised, clean = torch.arange(length), torch.arange(length, 2 * length)
-        places = torch.cat([noised, clean] if order == "xt_x0" else [clean, noised])[None]
+        places = torch.cat([noised, clean] if match[3] == "xt_x0" else [clean, noised])[None]
         assert torch.equal(block_diffusion_places(places, length, block)[0, 0], expected.bool())
 
 

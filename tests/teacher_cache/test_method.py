@@ -1,7 +1,6 @@
 """What the teacher sees, and what is kept of its logits, against float64."""
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import pytest
@@ -31,11 +30,10 @@ CHUNKS = np.array([[3, 5, 2, 3], [5, 6, 3, 6], [6, 9, 6, 8]], np.int32)
 
 
 def example(cross: bool) -> Prepared:
-    return Prepared(
-        "e", np.arange(10, dtype=np.int32), np.array([[2, 10]], np.int32),
-        np.arange(100, 112, dtype=np.int32) if cross else None, CHUNKS if cross else NO_CHUNKS,
-        shared=not cross, offsets=np.zeros(1, np.int32),
-    )  # fmt: skip
+    ids, spans = np.arange(10, dtype=np.int32), np.array([[2, 10]], np.int32)
+    teacher_ids = np.arange(100, 112, dtype=np.int32) if cross else None
+    chunks = CHUNKS if cross else NO_CHUNKS
+    return Prepared("e", ids, spans, teacher_ids, chunks, not cross, np.zeros(1, np.int32))
 
 
 @given(st.booleans(), st.booleans(), st.integers(0, 300), st.sampled_from([0.0, 0.5, 1.0]))
@@ -70,13 +68,14 @@ def test_every_masked_position_is_read_once_and_masked_when_read(
 def test_nothing_masked_no_pass() -> None:
     for cross in (True, False):
         item = example(cross)
-        none = np.zeros((0, 2), np.int32)
-        empty = dataclasses.replace(
-            item, student_ids=item.student_ids[:2], spans=none, chunks=NO_CHUNKS,
-            offsets=item.offsets[:0],
-        )  # fmt: skip
+        nothing = {"spans": item.spans[:0], "chunks": NO_CHUNKS, "offsets": item.offsets[:0]}
+        empty = dataclasses.replace(item, student_ids=item.student_ids[:2], **nothing)
         view = teacher_view(empty, draw_for(empty, NoiseConfig(), 0))
         assert passes(view, MASK, True) == passes(view, MASK, False) == []
+
+
+def close(value: torch.Tensor, exact: torch.Tensor, rtol: float, atol: float) -> None:
+    torch.testing.assert_close(value.double(), exact, rtol=rtol, atol=atol)
 
 
 @given(st.integers(0, 999), st.integers(1, 20), st.sampled_from([0.5, 0.9, 1.0]), st.integers(0, 3))
@@ -92,24 +91,14 @@ def test_against_float64(seed: int, k: int, mass: float, unshared: int) -> None:
     spec = TargetSpec(k, mass, (1.0, 3.0), 3)
     found = extract(logits, gold, spec, excluded, member_matrix(own, 3))
     exact = logits.double()
-    rows = torch.arange(5)
     # The gold token's likelihood is over all logits, everything else over the shared ones.
-    torch.testing.assert_close(
-        found["gold_logp"].double(), torch.log_softmax(exact, 1)[rows, gold], rtol=1e-5, atol=1e-5
-    )
+    close(found["gold_logp"], torch.log_softmax(exact, 1)[torch.arange(5), gold], 1e-5, 1e-5)
     exact = exact.masked_fill(~allowed, -torch.inf)
-    torch.testing.assert_close(
-        found["logsumexp"].double(), torch.logsumexp(exact, 1), rtol=1e-6, atol=1e-6
-    )
+    close(found["logsumexp"], torch.logsumexp(exact, 1), 1e-6, 1e-6)
     for i in range(5):
         order = torch.argsort(exact[i], descending=True)
         assert torch.equal(exact[i][found["topk_ids"][i]], exact[i][order[:k]])
-        torch.testing.assert_close(
-            found["topk_logp"][i].double(),
-            torch.log_softmax(exact, 1)[i][order[:k]],
-            rtol=1e-5,
-            atol=1e-5,
-        )
+        close(found["topk_logp"][i], torch.log_softmax(exact, 1)[i][order[:k]], 1e-5, 1e-5)
         reached = torch.softmax(exact[i] / 3.0, 0)[order[:k]].cumsum(0)
         n = int(found["topk_sizes"][i])
         assert n == k if mass == 1.0 else n == k or reached[n - 1] >= mass - 1e-6
@@ -120,14 +109,10 @@ def test_against_float64(seed: int, k: int, mass: float, unshared: int) -> None:
             outside[order[:n]] = False
             tail = p[outside].sum()
             odds = (tail.log() - p[~outside].sum().log()).clamp(-LARGEST_ODDS, LARGEST_ODDS)
-            torch.testing.assert_close(
-                found["tail_odds"][i, j].double(), odds, rtol=1e-4, atol=1e-4
-            )
+            close(found["tail_odds"][i, j], odds, 1e-4, 1e-4)
             for c in range(3):
                 expected = p[outside & torch.from_numpy(own == c)].sum()
-                torch.testing.assert_close(
-                    found["class_mass"][i, j, c].exp().double(), expected, rtol=1e-4, atol=1e-9
-                )
+                close(found["class_mass"][i, j, c].exp(), expected, 1e-4, 1e-9)
 
 
 def test_what_is_outside_is_exact_where_nearly_all_is_inside() -> None:
@@ -135,7 +120,7 @@ def test_what_is_outside_is_exact_where_nearly_all_is_inside() -> None:
     logits = torch.tensor([[30.0, 0.0, -1.0, -2.0]])
     found = extract(logits, torch.tensor([0]), TargetSpec(1, 1.0, (1.0,)))
     exact = torch.logsumexp(logits[:, 1:].double(), 1) - 30
-    torch.testing.assert_close(found["tail_odds"][:, 0].double(), exact, rtol=1e-6, atol=1e-6)
+    close(found["tail_odds"][:, 0], exact, 1e-6, 1e-6)
 
 
 def test_a_shorter_list_leaves_the_rest_of_the_top_k_outside() -> None:
@@ -153,29 +138,22 @@ def test_bfloat16_logits_are_widened_before_exp() -> None:
     logits = (torch.randn(3, 4096) * 5).bfloat16()
     found = extract(logits, torch.zeros(3, dtype=torch.long), TargetSpec(4, 1.0, (1.0,)))
     assert found["logsumexp"].dtype == torch.float32
-    exact = torch.logsumexp(logits.double(), 1)
-    torch.testing.assert_close(found["logsumexp"].double(), exact, rtol=1e-6, atol=1e-6)
+    close(found["logsumexp"], torch.logsumexp(logits.double(), 1), 1e-6, 1e-6)
 
 
-def test_non_finite_teachers_are_refused() -> None:
-    shapes = {"gold_logp": (3,), "logsumexp": (3,), "topk_logp": (3, 4), "tail_odds": (3, 2),
-              "class_mass": (3, 2, 5)}  # fmt: skip
-    good: dict[str, Any] = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    good |= {"topk_sizes": np.full(3, 4, np.int32), "topk_ids": np.zeros((3, 4), np.int32)}
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_teacher_that_overflows_is_noticed(bad: float) -> None:
+    logits, gold = torch.zeros(2, 9), torch.zeros(2, dtype=torch.long)
+    spec, members = TargetSpec(3, 1.0, (1.0, 2.0), 2), torch.eye(9)[:, :2]
+    good = {k: v.numpy() for k, v in extract(logits, gold, spec, None, members).items()}
     refuse_nonfinite(Scores(**good), "fine")
-    for name, bad in zip(shapes, (np.nan, np.inf, -np.inf, np.nan, np.inf), strict=True):
-        broken = good[name].copy()
-        broken[1] = bad
+    logits[1, 4] = bad
+    overflown = {k: v.numpy() for k, v in extract(logits, gold, spec).items()}
+    broken = [overflown]
+    for name in ("gold_logp", "logsumexp", "topk_logp", "tail_odds", "class_mass"):
+        broken.append({**good, name: good[name].copy()})
+        broken[-1][name][1] = bad
+    for fields in broken:
         with pytest.raises(TideError) as error:
-            refuse_nonfinite(Scores(**{**good, name: broken}), "e7")
+            refuse_nonfinite(Scores(**fields), "e7")
         assert "e7" in str(error.value)
-
-
-def test_a_teacher_that_overflows_is_noticed() -> None:
-    for bad in (float("nan"), float("inf")):
-        logits = torch.zeros(2, 9)
-        logits[1, 4] = bad
-        gold = torch.zeros(2, dtype=torch.long)
-        fields = extract(logits, gold, TargetSpec(3, 1.0, (1.0, 2.0)))
-        with pytest.raises(TideError):
-            refuse_nonfinite(Scores(**{k: v.numpy() for k, v in fields.items()}), "e")

@@ -24,15 +24,13 @@ from shared.system.errors import TideError
 
 ANSWER = {"role": "assistant", "content": "a"}
 GOOD = {"messages": [{"role": "user", "content": "q"}, ANSWER]}
-ROWS = [{"messages": [{"role": "user", "content": f"q {i} é\r\n"}, ANSWER]} for i in range(5)]
+ROWS = [
+    {"messages": [{"role": "user", "content": f"q {i} é\r\n\u2028\u0085\x0c\x1d"}, ANSWER]}
+    for i in range(5)
+]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
 ZSTD = zstandard.compress
-PACKERS: dict[str, Any] = {
-    "gz": gzip.compress,
-    "zst": ZSTD,
-    "xz": lzma.compress,
-    "bz2": bz2.compress,
-}
+PACKERS: dict[str, Any] = {"gz": gzip, "zst": zstandard, "xz": lzma, "bz2": bz2}
 
 
 def write_lines(path: Path, rows: list[Any]) -> DataConfig:
@@ -61,11 +59,7 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "d.parquet": lambda p: pl.DataFrame(ROWS).write_parquet(p),
     "stream.arrow": lambda p: arrow(p, pa.ipc.new_stream),
     "file.arrow": lambda p: arrow(p, pa.ipc.new_file),
-    "folder": lambda p: (
-        p.mkdir(),
-        write_lines(p / "a.jsonl", []),
-        write_lines(p / "b.jsonl", ROWS),
-    ),
+    "folder": lambda p: (p.mkdir(), write_lines(p / "b.jsonl", ROWS)),
     "saved": lambda p: datasets.Dataset.from_list(ROWS).save_to_disk(str(p)),
 }
 
@@ -91,24 +85,14 @@ def test_csv_with_named_fields(tmp_path: Path) -> None:
         assert [e.messages[1]["content"] for e in iter_examples(config)] == answers
 
 
-def test_a_line_ends_at_a_line_feed_and_nowhere_else(tmp_path: Path) -> None:
-    text = "first\u2028second\u0085third\x0cfourth\x1dfifth"
-    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]}
-    (tmp_path / "d.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    (example,) = iter_examples(DataConfig(str(tmp_path / "d.jsonl")))
-    assert example.messages[1]["content"] == text
-
-
-@pytest.mark.parametrize("kind", PACKERS)
-def test_a_file_that_is_cut_short_is_an_error_whatever_is_allowed(
-    kind: str, tmp_path: Path
-) -> None:
+def test_a_file_that_is_cut_short_is_an_error_whatever_is_allowed(tmp_path: Path) -> None:
     rows = [json.dumps({**GOOD, "x": os.urandom(2000).hex()}).encode() for _ in range(300)]
-    whole = PACKERS[kind](b"\n".join(rows))
-    path = tmp_path / f"d.jsonl.{kind}"
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(TideError):
-        scan(DataConfig(str(path), allow_bad_rows=300.0))
+    for kind, library in PACKERS.items():
+        whole = library.compress(b"\n".join(rows))
+        path = tmp_path / f"d.jsonl.{kind}"
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(TideError):
+            scan(DataConfig(str(path), allow_bad_rows=300.0))
 
 
 def test_a_row_that_is_no_conversation_stops_with_file_and_line(tmp_path: Path) -> None:
@@ -203,11 +187,8 @@ def hub_folder(folder: Path, configs: dict[str, list[dict[str, Any]]]) -> Path:
 
 def test_configurations_and_splits_of_data_sets(tmp_path: Path) -> None:
     hub = f"hf://{hub_folder(tmp_path / 'set', {'one': ROWS[:1], 'two': ROWS})}"
-    parts: Any = {
-        "train": datasets.Dataset.from_list(ROWS[:2]),
-        "test": datasets.Dataset.from_list(ROWS),
-    }
-    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
+    parts = {name: datasets.Dataset.from_list(ROWS[:n]) for name, n in (("train", 2), ("test", 5))}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))  # type: ignore[arg-type]
     for source in (hub, f"{tmp_path}/saved"):
         with pytest.raises(TideError):  # which one?
             scan(DataConfig(source))

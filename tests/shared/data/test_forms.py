@@ -21,11 +21,7 @@ SYSTEM = {"role": "system", "content": "s"}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
 SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "q"}]}, {**ANSWER, "content": ["a"]}]
-NAMED = [
-    {"role": "developer", "content": "s"},
-    {"role": "Human", "content": "q"},
-    {**ANSWER, "role": "model"},
-]
+NAMED = [{**SYSTEM, "role": "developer"}, {**USER, "role": "Human"}, {**ANSWER, "role": "model"}]
 INPUT = {"role": "user", "content": "q\n\nx"}
 Messages = list[dict[str, Any]]
 FORMS: list[tuple[dict[str, Any], Messages]] = [
@@ -96,9 +92,8 @@ def test_who_reads_contents_alone_is_given_no_answer_that_is_more_than_a_text(
     thought = {**ANSWER, "reasoning_content": "Two and two."}
     source = write(tmp_path / "d.jsonl", [{"messages": [USER, a]} for a in (call, thought)])
     strict = DataConfig(source, allow_bad_rows=0.0)
-    for config in (DataConfig(source), strict):
-        with pytest.raises(TideError):
-            scan(config)
+    with pytest.raises(TideError):
+        scan(strict)
     assert [e.messages[-1] for e in scan(strict, extras=True)[0]] == [call, thought]
 
 

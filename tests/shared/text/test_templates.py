@@ -79,18 +79,7 @@ KNOWN = {f: tokenizer(FRAME.replace("CONTENT", f)) for f in FILTERS}
 KNOWN["role tags"] = tokenizer(ROLE_TAGS, folder=TEACHER_TOKENIZER)
 header = "{% if add_generation_prompt %}" + HEADER + "{% endif %}"
 KNOWN["headers"] = tokenizer(HEADERS + header, folder=TEACHER_TOKENIZER)
-AWKWARD = [
-    "\n\nHi there \n",
-    " x",
-    "x ",
-    "assistant",
-    "user\n",
-    "<|im_end|>",
-    "im_end",
-    "a",
-    "d",
-    "",
-]
+AWKWARD = ["\n\nHi there \n", " x", "x ", "assistant", "user\n", "<|im_end|>", "im_end", "d", ""]
 
 
 @given(

@@ -61,15 +61,6 @@ def test_chunks_and_masks_stay_inside_of_the_spans_and_reach_all_of_them() -> No
     assert seen == maskable
 
 
-def test_a_cut_conversation_keeps_the_answers_that_fit() -> None:
-    whole = one()
-    for student, kept in ((32, 1), (64, 3)):
-        short = one(lengths=LengthConfig(student=student, teacher=256, block=32))
-        assert len(short.student_ids) == student
-        assert short.spans.tolist() == np.minimum(whole.spans[:kept], student).tolist()
-        assert short.chunks[:, 3].max() <= student
-
-
 def test_a_teacher_of_the_family_reads_the_positions_of_every_answer(tmp_path: Path) -> None:
     """Prompts between the student's answers hold tokens that the teacher lacks: each answer has its
     own offset.

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -171,9 +172,8 @@ def test_processes_make_the_same_parts(tmp_path: Path) -> None:
     names = sorted(p.name for p in (tmp_path / "1" / "parts").iterdir())
     assert names == sorted(p.name for p in (tmp_path / "2" / "parts").iterdir())
     for name in names:
-        assert (tmp_path / "1/parts" / name).read_bytes() == (
-            tmp_path / "2/parts" / name
-        ).read_bytes()
+        ours, theirs = (tmp_path / folder / "parts" / name for folder in ("1", "2"))
+        assert ours.read_bytes() == theirs.read_bytes()
 
 
 SCRIPT = """
@@ -186,24 +186,18 @@ print(prepare(request(Path(sys.argv[2]), DataConfig(sys.argv[1]))).examples)
 """
 
 
-def start(source: Path, folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", SCRIPT, str(source), str(folder)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path: Path) -> None:
     source = write(tmp_path / "d.jsonl", [row(i) for i in range(6000)])
     expected = prepare(request(tmp_path / "whole", DataConfig(str(source))))
     kills = 0
     for wanted in (2, 9):
-        process = start(source, tmp_path / "killed")
-        began = time.monotonic()
-        while (
-            process.poll() is None
-            and len(parts(tmp_path / "killed")) < wanted
-            and time.monotonic() - began < 60
-        ):
+        command = [sys.executable, "-c", SCRIPT, str(source), str(tmp_path / "killed")]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        end = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < end:
+            if len(parts(tmp_path / "killed")) >= wanted:
+                break
             time.sleep(0.005)
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
@@ -217,27 +211,16 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_many_ranks_prepare_once(tmp_path: Path) -> None:
-    """Six processes, released at one moment: one prepares, the others wait and find the same."""
+    """Six processes at one time: one prepares, the others wait and find the same."""
     source = write(tmp_path / "d.jsonl", [row(i) for i in range(400)])
-    context = multiprocessing.get_context("spawn")
-    barrier, answers = context.Barrier(6), context.SimpleQueue()
-    ranks = [
-        context.Process(target=_rank, args=(barrier, answers, str(source), str(tmp_path / "p")))
-        for _ in range(6)
-    ]
-    for rank in ranks:
-        rank.start()
-    found = {answers.get() for _ in ranks}
-    for rank in ranks:
-        rank.join()
-        assert rank.exitcode == 0
-    assert len(found) == 1 and found.pop()[0] == 400
+    asked = request(tmp_path / "p", DataConfig(str(source)))
+    with ProcessPoolExecutor(6, multiprocessing.get_context("spawn")) as pool:
+        assert set(pool.map(_rank, [asked] * 6)) == {(400, prepare(asked).record.content)}
 
 
-def _rank(barrier: Any, answers: Any, source: str, folder: str) -> None:
-    barrier.wait()
-    data = prepare(request(Path(folder), DataConfig(source)))
-    answers.put((data.examples, data.record.content))
+def _rank(asked: PrepareRequest) -> tuple[int, str]:
+    data = prepare(asked)
+    return data.examples, data.record.content
 
 
 def test_damage_is_named_or_mended(tmp_path: Path) -> None:
