@@ -9,6 +9,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from student_train.using.settings import Special
+
+SPECIAL = Special(mask=49, pad=47, eos=48)
+
 
 def small() -> Any:
     torch.manual_seed(0)
@@ -16,6 +20,16 @@ def small() -> Any:
     heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     config = Qwen3Config(vocab_size=50, **shape, **heads, initializer_range=0.1)
     return Qwen3ForCausalLM(config).eval()
+
+
+def whole_logits(model: Any, ids: list[int], padding: int, block: int) -> Tensor:
+    """By one pass over everything; `padding` on the left is hidden."""
+    index = torch.arange(len(ids)) // block
+    seen = (index[:, None] >= index[None]) & (torch.arange(len(ids)) >= padding)[None]
+    seen |= torch.eye(len(ids), dtype=torch.bool)
+    with torch.no_grad():
+        hidden = model.model(torch.tensor([ids]), attention_mask=seen[None, None], use_cache=False)
+        return model.lm_head(hidden.last_hidden_state)[0].double()
 
 
 def all_places(lengths: Sequence[int]) -> Int[Tensor, "batch rows"]:

@@ -14,24 +14,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit
 from shared.settings import config as objectives
-from shared.settings.config import KL, Calm, Distillation, NoDistillation, ReverseKL, Tidal
+from shared.settings.config import KL, Calm, NoDistillation, ReverseKL, Tidal
 from student_train.batches.collate import TargetReader, collate
 from student_train.losses.divergence import strength_at, training_strength
-from student_train.losses.objective import Counts, LossSettings, fused_loss, objective, total
+from student_train.losses.objective import (
+    Counts,
+    LossSettings,
+    fused_loss,
+    objective,
+    slice_rows,
+    total,
+)
 from student_train.losses.targets import ChunkTargets, Targets, slice_targets
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.open import open_or_begin
 from teacher_cache.run.work import load_engine, prepare_unit
-from tests.conftest import small_cache_config
+from tests.conftest import chats_file, small_cache_config
 from tests.reading import layout_of, rows_in
 from tests.student_train.losses.test_divergence import cached
 
-OBJECTIVES: dict[str, Distillation] = {
-    "ce": NoDistillation(),
-    "kl_tidal": KL(tidal=Tidal()),
-    "reverse_kl": ReverseKL(temperature=1.0),
-    "calm_tidal": Calm(tidal=Tidal()),
-}
+OBJECTIVES = (NoDistillation(), KL(tidal=Tidal()), ReverseKL(temperature=1.0), Calm(tidal=Tidal()))
 
 
 def problem(n: int, vocab: int, width: int, seed: int = 0, k: int = 4) -> tuple[Any, ...]:
@@ -47,13 +49,9 @@ def problem(n: int, vocab: int, width: int, seed: int = 0, k: int = 4) -> tuple[
         owner += [count] * length
         count += length > 0
         place += length + int(torch.randint(0, 2, (1,), generator=g))
-    chunks = ChunkTargets(
-        torch.tensor(rows).long(),
-        torch.tensor(owner).long(),
-        -torch.rand(count, generator=g) * 5,
-        torch.rand(count, generator=g),
-        torch.tensor([rows, owner]).long().numpy(),
-    )
+    both = torch.tensor([rows, owner]).long()
+    logp, rate = -torch.rand(count, generator=g) * 5, torch.rand(count, generator=g)
+    chunks = ChunkTargets(both[0], both[1], logp, rate, both.numpy())
     gold = torch.randint(0, vocab, (n,), generator=g)
     topk = cached(teacher, min(k, vocab), 3, "prior", seed=seed)
     targets = Targets(gold, torch.rand(n, generator=g) * 0.9 + 0.05, topk, chunks)
@@ -116,18 +114,17 @@ def test_each_sum_is_divided_by_its_own_count() -> None:
         torch.testing.assert_close(total(sums, counts, settings, 0.7), expected)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_slices_are_the_plain_loss_never_hold_all_logits_and_never_wait(name: str) -> None:
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_slices_are_the_plain_loss_never_hold_all_logits_and_never_wait(kind: Any) -> None:
     for rows in (1, 7, 1000):
         hidden, head, targets, counts = problem(41, 53, 16)
-        rest = (targets, LossSettings(OBJECTIVES[name], 1.3, counts, 0.4))
+        rest = (targets, LossSettings(kind, 1.3, counts, 0.4))
         expected = gradients(plain, hidden, head, *rest)
         for a, b in zip(gradients(fused_loss, hidden, head, *rest, rows), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(b.abs().max()))
     hidden, head, targets, counts = problem(512, 700, 8)
     with Watch() as seen:
-        settings = LossSettings(OBJECTIVES[name], 1.0, counts, 0.5)
-        gradients(fused_loss, hidden, head, targets, settings, 16)
+        gradients(fused_loss, hidden, head, targets, LossSettings(kind, 1.0, counts, 0.5), 16)
     assert seen.largest == max(head.numel(), 16 * 700)
     assert seen.waits == set()
 
@@ -135,7 +132,9 @@ def test_slices_are_the_plain_loss_never_hold_all_logits_and_never_wait(name: st
 class Watch(TorchDispatchMode):
     """The largest tensor, in numbers, and operations after which the host waits for a device."""
 
-    largest = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest, self.waits = 0, set[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
@@ -146,10 +145,6 @@ class Watch(TorchDispatchMode):
         for tensor in out if isinstance(out, tuple | list) else (out,):
             self.largest = max(self.largest, tensor.numel() if isinstance(tensor, Tensor) else 0)
         return out
-
-    def __enter__(self) -> "Watch":
-        self.waits: set[str] = set()
-        return super().__enter__()
 
 
 @given(n=st.integers(0, 60), size=st.integers(1, 70), seed=st.integers(0, 99))
@@ -170,8 +165,8 @@ def test_slices_cover_every_row_and_chunk_once(n: int, size: int, seed: int) -> 
 
 def test_no_positions_a_frozen_head_and_no_gradients_at_all() -> None:
     hidden, head, targets, counts = problem(0, 11, 4)
-    settings = LossSettings(KL(), 1.0, counts, 0.5)
-    loss, _, grad_head = gradients(fused_loss, hidden, head, targets, settings)
+    none = LossSettings(KL(), 1.0, counts, 0.5)
+    loss, _, grad_head = gradients(fused_loss, hidden, head, targets, none)
     assert loss == 0 and not grad_head.any()
     hidden, head, targets, counts = problem(9, 11, 4)
     settings = LossSettings(KL(), 1.0, counts, 0.5)
@@ -181,6 +176,14 @@ def test_no_positions_a_frozen_head_and_no_gradients_at_all() -> None:
         loss, sums = fused_loss(hidden, head, targets, settings, 2)
     torch.testing.assert_close(loss, plain(hidden, head, targets, settings).detach())
     assert not sums.denoise.requires_grad
+
+
+def test_slices_are_sized_by_memory() -> None:
+    assert slice_rows(151_936) == 220  # of a CPU
+    assert slice_rows(151_936, 80 << 30) == 2048
+    assert slice_rows(10**9, 1 << 30) == 32
+    for memory in (8 << 30, 24 << 30, 141 << 30):  # a sixth of the GPU, at most
+        assert slice_rows(151_936, memory) * 151_936 * 4 * 6 <= 0.16 * memory
 
 
 def test_autocast_keeps_the_head_s_gradient_in_float32() -> None:
@@ -200,9 +203,8 @@ def test_from_chats_through_parquet_the_gradient_is_that_of_full_logits(
     """Of a cache of all 4,096 logits, against the teacher's own at its masked positions."""
     out = tmp_path / "c"
     targets = {"k": 4096, "classes": 1, "pilot": 20, "values": "float32", "signals": ["topk"]}
-    source = small_cache_config("tiny-shared", random_teacher, out).sources[0].source
-    changes = {"targets": targets, "noise": {"draws": 1}, "data": {"source": source, "limit": 3}}
-    config = small_cache_config("tiny-shared", random_teacher, out, **changes)
+    changes = {"noise": {"draws": 1}, "data": {"source": str(chats_file()), "limit": 3}}
+    config = small_cache_config("tiny-shared", random_teacher, out, targets=targets, **changes)
     build_cache(config)
     plan = open_or_begin(config)
     work = prepare_unit(plan, Unit(0, 0), plan.data.between(0, 3))

@@ -2,8 +2,9 @@
 so that a name that is gone is found by the type checker.
 
 `descend SETTINGS OPTIMIZER`: `train_student` with an optimizer by name, and with FSDP on a CPU
-where the settings ask for it. `compiled SETTINGS`: the run with and without torch.compile (the
-checks of shapes that tests put around functions cannot be compiled); prints losses and graphs.
+where the settings ask for it. `train SETTINGS THREADS`: as it is.
+`compiled SETTINGS`: the run with and without torch.compile (the checks of shapes that tests put
+around functions cannot be compiled); prints losses and graphs.
 """
 
 import json
@@ -75,6 +76,9 @@ if __name__ == "__main__":
     if sys.argv[1] == "compiled":
         torch.set_num_threads(2)
         print(json.dumps(compiled_or_not(config)))
+    elif sys.argv[1] == "train":
+        torch.set_num_threads(int(sys.argv[3]))
+        trainer.train_student(config)
     else:
         take_optimizer(sys.argv[3])
         if config.parallel == "fsdp":

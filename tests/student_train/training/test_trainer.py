@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.cache.manifest import load_manifest
-from shared.settings.build import build
+from shared.settings.build import build, to_plain
 from shared.settings.config import KL, Calm, ReverseCalm, Tidal, TrainConfig
 from shared.system import hardware
 from shared.system.errors import TideError
@@ -60,7 +60,6 @@ def logged(out: Path, name: str = "loss") -> dict[int, float]:
         ("tiny-shared", {"type": "reverse_kl"}),
         ("tiny-shared", {"type": "calm", "tidal": {"axis": "training_only"}}),
     ],
-    ids=["none", "reverse_calm", "kl", "reverse_kl", "calm"],
 )
 def test_every_objective_trains_a_student_that_transformers_loads(
     caches: dict[str, Path], tmp_path: Path, teacher: str, objective: dict[str, Any]
@@ -86,17 +85,12 @@ def test_killed_at_random_moments_and_restarted_the_curve_is_the_same(
     """kill -9, again and again, until a run gets through: every float of the history is the same,
     and the weights.
     """
-    how = {"distillation": {"type": "kl", "tidal": {}}, "max_steps": 40}
+    how = {"distillation": {"type": "kl", "tidal": {}}, "max_steps": 24}
     straight, out = tmp_path / "straight", tmp_path / "killed"
     train_student(config(caches["tiny-shared"], straight, **how))
-    script = (
-        "import json, sys, torch; torch.set_num_threads(int(sys.argv[1]))\n"
-        "from tests.student_train.training.test_trainer import config, train_student\n"
-        "train_student(config(sys.argv[2], sys.argv[3], **json.loads(sys.argv[4])))\n"
-    )
-    how["heldout"] = {"source": str(heldout_file()), "limit": 4}
-    arguments = [str(torch.get_num_threads()), str(caches["tiny-shared"]), str(out)]
-    command = [sys.executable, "-c", script, *arguments, json.dumps(how)]
+    command = [sys.executable, "-m", "tests.student_train.training.program", "train"]
+    run = to_plain(config(caches["tiny-shared"], out, **how))
+    command += [json.dumps(run), str(torch.get_num_threads())]
     chance, kills = random.Random(1), 0
     for attempt in range(8):
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -106,7 +100,7 @@ def test_killed_at_random_moments_and_restarted_the_curve_is_the_same(
             done = whole_checkpoints(out / "checkpoints")
             last = done[-1].step if done else 0
             had = last if had < 0 else had
-            if attempt < 3 and last > had:  # it has moved on: kill it some steps later
+            if attempt < 2 and last > had:  # it has moved on: kill it some steps later
                 time.sleep(chance.uniform(0, 0.3))
                 process.send_signal(signal.SIGKILL)
                 break
@@ -124,7 +118,8 @@ def test_killed_at_random_moments_and_restarted_the_curve_is_the_same(
 
 def test_the_logs_epoch_is_the_epoch(caches: dict[str, Path], tmp_path: Path) -> None:
     """Twenty-four examples in batches of 4 are six steps, whatever accumulates or shares a step."""
-    for changes in ({"batch_size": 2, "accumulation": 2}, {"draws_per_step": 2}):
+    adafactor = {"draws_per_step": 2, "optimizer": "adafactor"}
+    for changes in ({"batch_size": 2, "accumulation": 2}, adafactor):
         out = tmp_path / str(len(changes))
         train_student(config(caches["tiny-cross"], out, log_steps=1, heldout=None, **changes))
         epochs = logged(out, "epoch")

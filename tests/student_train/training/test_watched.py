@@ -1,10 +1,12 @@
 """What a run is warned of before it begins; a loss that is not finite stops it, and `replay` shows
-where it broke.
+where it broke; what becomes of damaged checkpoints.
 """
 
 import dataclasses
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +20,12 @@ from shared.settings.config import DataConfig
 from shared.system import hardware
 from shared.system.errors import TideError
 from student_train.training.replay import replay
+from student_train.training.resumable import MARKER, whole_checkpoints
 from student_train.training.trainer import make_trainer, train_student
 from teacher_cache.run.build import build_cache
 from tests.conftest import chats_file, files, small_cache_config, write_chats
 from tests.reading import all_rows
-from tests.student_train.training.test_trainer import config
+from tests.student_train.training.test_trainer import config, curve
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_replayed(
@@ -87,22 +90,21 @@ def test_all_answers_of_conversations_from_chats_to_a_student(
     random_teacher: Path, tmp_path: Path
 ) -> None:
     turns = ["user", "assistant", "user", "assistant", "user"]  # nobody answers the last
-    lines = []
-    for i in range(24):
-        messages = [{"role": role, "content": f"{j} = {i} + {j}"} for j, role in enumerate(turns)]
-        lines.append(json.dumps({"messages": messages}) + "\n")
-    (tmp_path / "d.jsonl").write_text("".join(lines))
+    with (tmp_path / "d.jsonl").open("w") as file:
+        for i in range(24):
+            said = [{"role": role, "content": f"{j} = {i} + {j}"} for j, role in enumerate(turns)]
+            file.write(json.dumps({"messages": said}) + "\n")
     data = {"source": str(tmp_path / "d.jsonl"), "turns": "all"}
     build_cache(small_cache_config("tiny-cross", random_teacher, tmp_path / "c", data=data))
-    masked_in_first = 0
+    in_first = 0
     for row in all_rows(tmp_path / "c"):
         assert len(row.spans) == 2
         inside = {p for a, b in row.spans.tolist() for p in range(a, b)}
         assert set(row.masked.tolist()) <= inside
         assert row.teacher_ids is not None and row.teacher_masked is not None
         assert row.teacher_masked.max(initial=0) < len(row.teacher_ids)
-        masked_in_first += int((row.masked < row.spans[0, 1]).sum())
-    assert masked_in_first > 0
+        in_first += int((row.masked < row.spans[0, 1]).sum())
+    assert in_first > 0
     how = {"distillation": {"type": "reverse_calm"}, "max_steps": 4, "heldout": None}
     train_student(config(tmp_path / "c", tmp_path / "r", **how))
 
@@ -126,3 +128,84 @@ def test_a_cache_keeps_the_precision_that_it_was_begun_with(
     engine = {"device": "cpu", "dtype": "bfloat16"}
     with pytest.raises(TideError, match="dtype"):
         build_cache(small_cache_config("tiny-cross", random_teacher, out, engine=engine))
+
+
+# --- Checkpoints -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(caches: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that ended, with checkpoints 8 and 12."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train_student(config(caches["tiny-shared"], out))
+    return out
+
+
+def copy(finished: Path, out: Path) -> Path:
+    """The run as it was when it had come to its last checkpoint."""
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "model")
+    (out / "history.json").unlink()
+    return out / "checkpoints" / "checkpoint-12"
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_every_damage_to_a_checkpoint_is_seen(finished: Path, tmp_path: Path) -> None:
+    """Also a file put in later, which could be a pickle, and the marker of another step."""
+    damages: list[tuple[str, Callable[[Path], object]]] = [
+        ("optimizer.pt", flip),
+        ("rng_state.pth", Path.unlink),
+        ("model.safetensors", flip),
+        ("trainer_state.json", lambda path: path.write_text(path.read_text().replace("12", "3"))),
+        (MARKER, lambda path: path.write_bytes(b"")),
+        ("pytorch_model.bin", lambda path: path.write_bytes(b"cos\nsystem\n(S'true'\ntR.")),
+    ]
+    for i, (name, damage) in enumerate(damages):
+        last = copy(finished, tmp_path / str(i))
+        damage(last / name)
+        assert [c.step for c in whole_checkpoints(last.parent)] == [8], name
+    last = copy(finished, tmp_path / "run")
+    shutil.copytree(last, last.with_name("checkpoint-99"))
+    assert [c.step for c in whole_checkpoints(last.parent)] == [8, 12]
+
+
+def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(
+    finished: Path, caches: dict[str, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    last = copy(finished, run)
+    flip(last / "scheduler.pt")
+    train_student(config(caches["tiny-shared"], run))
+    assert curve(run) == curve(finished)
+    weights = "model/model.safetensors"
+    assert (run / weights).read_bytes() == (finished / weights).read_bytes()
+    assert last.with_name(f"damaged-{last.name}").is_dir()  # put aside, not lost
+
+
+def test_no_checkpoint_is_lost_and_what_the_user_keeps_beside_them_stays(
+    finished: Path, caches: dict[str, Path], tmp_path: Path
+) -> None:
+    """The clock stepped back: by the dates of the older ones, the newest would be first to go."""
+    last = copy(finished, tmp_path / "run")
+    shutil.rmtree(last)
+    folder = last.parent
+    for older in folder.glob("checkpoint-*"):
+        os.utime(older, (4e9, 4e9))
+    shutil.copytree(folder / "checkpoint-8", folder / "checkpoint-4")
+    (folder / "checkpoint-4" / MARKER).write_text("1.0\n")
+    os.utime(folder / "checkpoint-4", (4.1e9, 4.1e9))
+    mine = ["checkpoint-8-mine", "checkpoint-best", "checkpoint-08", "checkpoint--1"]
+    for name in mine:
+        (folder / name).mkdir()
+        (folder / name / "weights").write_text("mine")
+    (folder / "checkpoint-7").write_text("a file")
+    train_student(config(caches["tiny-shared"], tmp_path / "run"))
+    kept = {path.name for path in folder.glob("checkpoint-*")}
+    assert kept == {"checkpoint-8", "checkpoint-12", "checkpoint-7", *mine}
+    assert all((folder / name / "weights").read_text() == "mine" for name in mine)
+    assert curve(tmp_path / "run") == curve(finished)

@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from student_train.using.decoding import Decoding, Row
-from student_train.using.settings import SampleConfig, Special
+from student_train.using.settings import SampleConfig
 from student_train.using.student import sample, sample_steps
-from tests.student_train.places import small
+from tests.student_train.places import SPECIAL, small, whole_logits
 
-SPECIAL = Special(mask=49, pad=47, eos=48)
 ENDLESS = dataclasses.replace(SPECIAL, eos=-1)
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11, 12, 13, 14], [15], [16, 17, 18, 19]]
 GREEDY = SampleConfig(new_tokens=16, block=4, steps_per_block=4)
@@ -39,18 +38,6 @@ def test_a_batch_of_unequal_prompts_is_each_alone_and_the_seed_decides(model: An
     assert sample(model, PROMPTS, SPECIAL, WARM) != sample(model, PROMPTS, SPECIAL, other)
 
 
-def whole_logits(model: Any, ids: list[int], padding: int, block: int) -> torch.Tensor:
-    """By one pass over everything; `padding` on the left is hidden, no mask token is likely."""
-    index = torch.arange(len(ids)) // block
-    seen = (index[:, None] >= index[None]) & (torch.arange(len(ids)) >= padding)[None]
-    seen |= torch.eye(len(ids), dtype=torch.bool)
-    with torch.no_grad():
-        hidden = model.model(torch.tensor([ids]), attention_mask=seen[None, None], use_cache=False)
-        logits = model.lm_head(hidden.last_hidden_state)[0].double()
-    logits[:, SPECIAL.mask] = -torch.inf
-    return logits
-
-
 def uncached(model: Any, prompt: list[int], config: SampleConfig) -> list[int]:
     """The same by whole passes over everything, in float64, nothing cached."""
     width = -(-len(prompt) // config.block) * config.block
@@ -61,6 +48,7 @@ def uncached(model: Any, prompt: list[int], config: SampleConfig) -> list[int]:
         steps = min(size, config.steps_per_block or size)
         for step in range(steps):
             logits = whole_logits(model, ids, width - len(prompt), config.block)[-size:]
+            logits[:, SPECIAL.mask] = -torch.inf
             confidence, tokens = logits.softmax(-1).max(-1)
             left = [i for i in range(size) if ids[i - size] == SPECIAL.mask]
             count = size // steps + (step < size % steps)
@@ -73,10 +61,7 @@ def uncached(model: Any, prompt: list[int], config: SampleConfig) -> list[int]:
 
 
 @settings(max_examples=15)
-@given(
-    prompt=st.lists(st.integers(0, 46), min_size=1, max_size=13),
-    config=st.sampled_from([GREEDY, RAGGED]),
-)
+@given(st.lists(st.integers(0, 46), min_size=1, max_size=13), st.sampled_from([GREEDY, RAGGED]))
 def test_the_cache_changes_nothing(model: Any, prompt: list[int], config: SampleConfig) -> None:
     assert sample(model, [prompt], SPECIAL, config) == [uncached(model, prompt, config)]
 
@@ -139,9 +124,8 @@ def test_rows_that_have_ended_cost_nothing_more(model: Any) -> None:
 
 def test_a_threshold_settles_at_least_one_a_step_and_saves_passes(model: Any) -> None:
     never = SampleConfig(new_tokens=8, block=8, threshold=0.999)
-    left = []
-    for tokens, _ in sample_steps(model, PROMPTS[:1], ENDLESS, never):
-        left.append(int((tokens == SPECIAL.mask).sum()))
+    steps = sample_steps(model, PROMPTS[:1], ENDLESS, never)
+    left = [int((tokens == SPECIAL.mask).sum()) for tokens, _ in steps]
     assert left == [7, 6, 5, 4, 3, 2, 1, 0, 0]
     always = dataclasses.replace(never, threshold=0.0)
     *_, (_, passes) = sample_steps(model, PROMPTS[:1], SPECIAL, always)
@@ -150,10 +134,7 @@ def test_a_threshold_settles_at_least_one_a_step_and_saves_passes(model: Any) ->
 
 @settings(max_examples=40)
 @given(
-    seed=st.integers(0, 2**20),
-    top_k=st.none() | st.integers(1, 60),
-    top_p=st.floats(0.01, 1.0),
-    warmth=st.floats(0.3, 3.0),
+    st.integers(0, 2**20), st.none() | st.integers(1, 60), st.floats(0.01, 1.0), st.floats(0.3, 3)
 )
 def test_what_is_sampled_lies_in_top_k_and_top_p(
     model: Any, seed: int, top_k: int | None, top_p: float, warmth: float
@@ -164,6 +145,7 @@ def test_what_is_sampled_lies_in_top_k_and_top_p(
     *_, (tokens, _) = sample_steps(model, [PROMPTS[0]], ENDLESS, config)
     ids = [SPECIAL.pad] * 3 + PROMPTS[0] + [SPECIAL.mask] * 8
     logits = whole_logits(model, ids, 3, 8)[-8:]
+    logits[:, SPECIAL.mask] = -torch.inf
     order = logits.argsort(dim=1, descending=True)
     place = (order == tokens[0][:, None]).int().argmax(dim=1)
     kept = (logits / warmth).gather(1, order)[:, :top_k].softmax(dim=1)
@@ -233,7 +215,7 @@ def test_who_joins_costs_one_pass_and_padding_that_nobody_needs_is_given_up(exac
     hooks = [
         embedding.register_forward_hook(lambda _m, a, _o: shapes.append(tuple(a[0].shape))),
         layer.register_forward_pre_hook(
-            lambda _m, _a, named: keys.append(named["attention_mask"].shape[-1]), with_kwargs=True
+            lambda _m, _a, how: keys.append(how["attention_mask"].shape[-1]), with_kwargs=True
         ),
     ]
     decoding = Decoding(exact, ENDLESS, BLOCK)

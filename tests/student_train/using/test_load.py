@@ -93,9 +93,7 @@ def test_the_end_of_turn_ends_an_answer_and_ids_without_a_token_are_never_sample
     padded = Special(49, 47, 48, vocabulary=50)
     (answer,) = sample(Scripted(lambda _: 55), [[1] * 8], padded, config)
     assert max(answer, default=0) < 50
-    assert Tokenizer.load(
-        TEACHER_TOKENIZER
-    ).turn_ends  # of the embedded teacher, a token of its own
+    assert Tokenizer.load(TEACHER_TOKENIZER).turn_ends  # a token of its own
 
 
 def test_prompts_from_a_file(student: str, tmp_path: Path) -> None:
@@ -118,10 +116,9 @@ def tiny() -> LoadedStudent:
 
 def test_the_first_stop_counts_and_nothing_of_it_is_left(tiny: LoadedStudent) -> None:
     ids = tiny.tokenizer.encode(["return one, two"])[0]
-    for stops, left in (
-        (["", "none"], "return one, two"), ("one", "return "), (["two", ","], "return one")
-    ):  # fmt: skip
-        assert Stops.of(tiny, stops).cut(ids) == (left, left != "return one, two")
+    assert Stops.of(tiny, ["", "none"]).cut(ids) == ("return one, two", False)
+    assert Stops.of(tiny, "one").cut(ids) == ("return ", True)
+    assert Stops.of(tiny, ["two", ","]).cut(ids) == ("return one", True)
     # A special token is found among the ids: the text has none.
     start = tiny.tokenizer.special_id("", "<|start_header_id|>")
     ids = [*tiny.tokenizer.encode(["one"])[0], start, *tiny.tokenizer.encode([" two"])[0]]
