@@ -14,11 +14,11 @@ from student_train.using.settings import Special
 SPECIAL = Special(mask=49, pad=47, eos=48)
 
 
-def small() -> Any:
+def small(vocabulary: int = 50) -> Any:
     torch.manual_seed(0)
     shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    config = Qwen3Config(vocab_size=50, **shape, **heads, initializer_range=0.1)
+    config = Qwen3Config(vocab_size=vocabulary, **shape, **heads, initializer_range=0.1)
     return Qwen3ForCausalLM(config).eval()
 
 

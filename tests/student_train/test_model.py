@@ -42,7 +42,7 @@ pytestmark = [
 
 
 def hidden_of(
-    model: Any, noised: Tensor, clean: Tensor, lengths: list[int], block: int, mask: int = 49
+    model: Any, noised: Tensor, clean: Tensor, lengths: list[int], block: int, mask: int
 ) -> Tensor:
     """At masked positions, from the needed rows alone."""
     inside = torch.arange(clean.shape[1]) < torch.tensor(lengths)[:, None]
@@ -50,12 +50,6 @@ def hidden_of(
     masked = [column[row == i].numpy() for i in range(len(lengths))]
     places, place = places_of_draws([[m] for m in masked], lengths, block)
     return masked_hidden(model, noised, clean, places, row, place, block)
-
-
-def inputs(lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """x_t and x_0."""
-    clean = torch.randint(0, 49, (len(lengths), max(lengths)))
-    return torch.where(torch.rand(clean.shape) < 0.5, 49, clean), clean
 
 
 def test_golden_logits_at_masked_positions(golden: Path) -> None:
@@ -69,31 +63,16 @@ def test_golden_logits_at_masked_positions(golden: Path) -> None:
     torch.testing.assert_close(logits, reference, rtol=0, atol=1e-5)
 
 
-def test_a_prediction_sees_its_noised_block_and_earlier_clean_blocks_only() -> None:
-    model, clean = small().requires_grad_(False), torch.randint(0, 48, (1, 12))
-    noised = clean.clone()
-    noised[0, 5] = 49
-    base = hidden_of(model, noised, clean, [12], 4)
-    for position in range(12):
-        other_clean, other_noised = clean.clone(), noised.clone()
-        other_clean[0, position] = 48
-        by_clean = not hidden_of(model, noised, other_clean, [12], 4).equal(base)
-        assert by_clean == (position < 4)  # its own clean block, with the answer, is never seen
-        if position != 5:
-            other_noised[0, position] = 48
-            by_noised = not hidden_of(model, other_noised, clean, [12], 4).equal(base)
-            assert by_noised == (4 <= position < 8)
-
-
 def test_flex_and_sdpa_agree_in_values_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch refuses gradients of flex_attention on a CPU, though its dense form has them."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     model, results = small(), []
-    noised, clean = inputs([37, 64, 5])
+    clean = torch.randint(0, 49, (3, 64))
+    noised = torch.where(torch.rand(clean.shape) < 0.5, 49, clean)
     for name in ("sdpa", FLEX):
         model.set_attn_implementation(name)
-        hidden = hidden_of(model, noised, clean, [37, 64, 5], 8)
-        loss = (hidden * torch.linspace(-1, 1, hidden.numel()).reshape(hidden.shape)).sum()
+        hidden = hidden_of(model, noised, clean, [37, 64, 5], 8, 49)
+        loss = hidden.flatten() @ torch.linspace(-1, 1, hidden.numel())
         gradients = torch.autograd.grad(loss, list(model.model.parameters()))
         scaled = torch.cat([g.flatten() / g.abs().max() for g in gradients])
         results.append((hidden.detach(), scaled))
@@ -244,7 +223,5 @@ def test_a_finished_students_folder_is_complete_and_says_nothing_of_the_machine(
     assert str(tmp_path) not in text and str(cache) not in text
     settings = json.loads(text.partition("```json\n")[2].partition("\n```")[0])
     assert settings["distillation"]["type"] == "kl"
-    stored = AutoModelForCausalLM.from_pretrained(folder).config
-    assert (stored.block_size, stored.mask_token_id) == (32, manifest.fingerprint.student.mask_id)
     assert AutoTokenizer.from_pretrained(folder).chat_template
     assert load_for_use(str(folder), "cpu").block == 32

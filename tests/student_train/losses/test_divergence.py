@@ -207,13 +207,11 @@ def test_calm_and_its_gradients_against_float64(log_p: float, target: float) -> 
 
 
 def test_extreme_students_give_finite_losses_and_gradients() -> None:
-    for log_p in (0.0, -1e-30, -1e-7, -1e4):
-        for term in (d.calm, d.reverse_calm):
-            x = torch.tensor([log_p], requires_grad=True)
-            value = term(x, d.bound_probability(torch.tensor([0.5])))
-            (slope,) = torch.autograd.grad(value.sum(), x)
-            assert torch.isfinite(value).all(), (term, log_p)
-            assert torch.isfinite(slope).all() or log_p > -1e-20, (term, log_p)
+    for term in (d.calm, d.reverse_calm):
+        x = torch.tensor([-1e4, -1e-7, -1e-30, 0.0], requires_grad=True)
+        value = term(x, d.bound_probability(torch.full((4,), 0.5)))
+        (slope,) = torch.autograd.grad(value.sum(), x)
+        assert torch.isfinite(value).all() and torch.isfinite(slope[:2]).all()
 
 
 def test_tidals_schedules_are_the_papers() -> None:

@@ -171,16 +171,12 @@ def test_a_tracker_is_told_all_settings_and_the_cache(
 ) -> None:
     """TensorBoard, in one folder whatever resumes; wandb and trackio log the same dictionary."""
     cache, out, how = caches["tiny-cross"], tmp_path / "my-run", {"type": "reverse_calm"}
-    trainer, _ = make_trainer(config(cache, out, distillation=how, max_steps=4))
-    told = trainer.args.to_dict()["tide"]
-    assert told["distillation"]["type"] == "reverse_calm" and told["seed"] == 0
-    assert told["cache_digest"] == load_manifest(cache).digest and told["teacher"] == "tiny-cross"
-    assert trainer.args.run_name == "my-run"
     for steps in (4, 8):
         train_student(config(cache, out, distillation=how, max_steps=steps))
     events = EventAccumulator(str(out / "tensorboard")).Reload()
     text = events.Tensors("args/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert load_manifest(cache).digest in text and "reverse_calm" in text
+    for told in (load_manifest(cache).digest, "reverse_calm", "tiny-cross", "my-run"):
+        assert told in text
     assert {event.step for event in events.Scalars("train/loss")} == {1, 2, 4, 6, 8}
     assert not list((out / "checkpoints").rglob("events.out*"))
 
@@ -228,12 +224,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     other = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
     shutil.rmtree(other / "student_tokenizer")
     shutil.copytree(caches["tiny-shared"] / "student_tokenizer", other / "student_tokenizer")
+    cross, gpu_only = caches["tiny-cross"], {"optimizer": "adamw_8bit"}
     for named, cache, changes in (
-        ("tokenizer", other, {}),
-        ("wandb", caches["tiny-cross"], {"report_to": ["wandb"]}),
-        ("adamw_8bit", caches["tiny-cross"], {"optimizer": "adamw_8bit"}),  # which needs a GPU
-        ("draws_per_step", caches["tiny-cross"], {"draws_per_step": 4}),
-    ):
+        ("tokenizer", other, {}), ("wandb", cross, {"report_to": ["wandb"]}),
+        ("adamw_8bit", cross, gpu_only), ("draws_per_step", cross, {"draws_per_step": 4}),
+    ):  # fmt: skip
         with pytest.raises(TideError, match=named):
             make_trainer(config(cache, tmp_path / "r", **changes))
     assert not (tmp_path / "r").exists()
