@@ -18,7 +18,6 @@ from teacher_cache.method import (
     draw_for,
     extract,
     member_matrix,
-    outside_mass,
     passes,
     refuse_nonfinite,
     teacher_view,
@@ -121,17 +120,6 @@ def test_what_is_outside_is_exact_where_nearly_all_is_inside() -> None:
     found = extract(logits, torch.tensor([0]), TargetSpec(1, 1.0, (1.0,)))
     exact = torch.logsumexp(logits[:, 1:].double(), 1) - 30
     close(found["tail_odds"][:, 0], exact, 1e-6, 1e-6)
-
-
-def test_a_shorter_list_leaves_the_rest_of_the_top_k_outside() -> None:
-    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
-    _, ids = logits.topk(3, 1)
-    for n in (1, 2, 3):
-        outside, inside = outside_mass(logits, ids, torch.tensor([n]), 1.0)
-        p = torch.softmax(logits, 1)
-        torch.testing.assert_close(outside[0, n:], p[0, n:])
-        assert not outside[0, :n].any()
-        torch.testing.assert_close(inside, p[:, :n].sum(1))
 
 
 def test_bfloat16_logits_are_widened_before_exp() -> None:

@@ -1,6 +1,4 @@
-"""A teacher of the student's tokens, read at the words of the answers: from the settings to the
-shard and the loss.
-"""
+"""A teacher of the student's tokens, read at the words: from settings to shard and loss."""
 
 import dataclasses
 import shutil
@@ -29,12 +27,10 @@ from tests.reading import all_rows, change_column, layout_of, plain_table, same_
 @pytest.fixture(scope="module")
 def other_template(random_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same teacher under another chat template."""
-    folder = tmp_path_factory.mktemp("other") / "teacher"
-    shutil.copytree(random_teacher, folder)
+    folder = Path(shutil.copytree(random_teacher, tmp_path_factory.mktemp("other") / "teacher"))
     backend = Tokenizer.load(folder).backend
-    backend.chat_template = CHATML_TEMPLATE.replace("<|im_start|>", "[").replace(
-        "<|im_end|>", "<|eot_id|>"
-    )
+    other = CHATML_TEMPLATE.replace("<|im_start|>", "[").replace("<|im_end|>", "<|eot_id|>")
+    backend.chat_template = other
     backend.save_pretrained(folder)
     return folder
 
@@ -69,13 +65,10 @@ def test_the_teacher_is_asked_at_masked_words_and_sees_the_rest(config: CacheCon
 
 
 def test_the_same_draws_as_with_all_positions(config: CacheConfig, tmp_path: Path) -> None:
-    """What the teacher is asked changes neither t, nor the masks, nor how CompDemo splits what is
-    asked.
-    """
-    every = dataclasses.replace(
-        config, out=tmp_path / "all", prepared=tmp_path / "p",
-        targets=dataclasses.replace(config.targets, positions="response", teacher_text="student"),
-    )  # fmt: skip
+    """Neither t, nor the masks, nor how CompDemo splits what is asked changes."""
+    own = dataclasses.replace(config.targets, positions="response", teacher_text="student")
+    places = {"out": tmp_path / "all", "prepared": tmp_path / "p"}
+    every = dataclasses.replace(config, targets=own, **places)
     build_cache(every)
     for some, whole in zip(all_rows(config.out), all_rows(every.out), strict=True):
         assert some.t == whole.t and np.array_equal(some.masked, whole.masked)
@@ -135,6 +128,5 @@ def test_the_loss_is_cross_entropy_everywhere_and_distillation_at_the_words(
     for size in (3, 7, 1000):  # slices end before, at and behind the last row that was read
         again, _ = fused_loss(hidden, head, targets, settings, size)
         torch.testing.assert_close(again, loss, rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(
-            torch.autograd.grad(again, hidden)[0], expected, rtol=1e-9, atol=1e-12
-        )
+        (gradient,) = torch.autograd.grad(again, hidden)
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)

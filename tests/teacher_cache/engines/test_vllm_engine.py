@@ -21,7 +21,7 @@ from shared.models.loading import load_model
 from shared.settings.config import EngineConfig
 from shared.system.errors import TideError
 from teacher_cache.engines.transformers_engine import TransformersEngine
-from teacher_cache.engines.vllm_engine import SCORERS, VllmEngine, register
+from teacher_cache.engines.vllm_engine import VllmEngine
 from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.method import Request, Scores, TargetSpec
 from teacher_cache.run.build import build_cache
@@ -123,14 +123,6 @@ def test_bfloat16_deviates_no_more_than_transformers_does(
     exact, theirs, ours = (np.concatenate([s.logsumexp for s in scores]) for scores in values)
     assert 0 < np.abs(ours - exact).mean() < 1.5 * np.abs(theirs - exact).mean()
     assert np.abs(ours - exact).max() < 2 * np.abs(theirs - exact).max()
-
-
-def test_the_plugin_registers_once_and_again() -> None:
-    from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
-
-    register()
-    register()
-    assert set(SCORERS.values()) <= set(ModelRegistry.get_supported_archs())
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_before_vllm_starts(
