@@ -43,30 +43,24 @@ def test_a_key_that_nothing_reads_is_refused_and_one_that_is_off_is_not(
     # a library's own notes and dropouts change nothing
     changed(golden, name, _name_or_path="y", attn_pdrop=0.1, is_llama_config=True)
     for value in (8.0, True, [1], "on"):
-        with pytest.raises(TideError) as error:
+        with pytest.raises(TideError, match="logits_scaling"):
             changed(golden, name, logits_scaling=value)
-        assert "logits_scaling" in str(error.value)
 
 
 REFUSED: list[tuple[str, str, Any]] = [
-    ("llada", "block_type", "sequential"),
-    ("llada", "rope", False),
-    ("llada", "multi_query_attention", True),
-    ("llada_moe", "clip_qkv", 8.0),
-    ("llada_moe", "partial_rotary_factor", 0.5),
-    ("llada2_moe", "score_function", "softmax"),
-    ("dream", "use_sliding_window", True),
+    ("llada", "block_type", "sequential"), ("llada", "rope", False),
+    ("llada", "multi_query_attention", True), ("llada_moe", "clip_qkv", 8.0),
+    ("llada_moe", "partial_rotary_factor", 0.5), ("llada2_moe", "score_function", "softmax"),
+    ("dream", "use_sliding_window", True), ("wedlm", "qk_norm", False),
     ("a2d_qwen3", "layer_types", ["full_attention", "sliding_attention"]),
-    ("wedlm", "qk_norm", False),
     ("a2d_qwen3", "quantization_config", {"bits": 4}),
-]
+]  # fmt: skip
 
 
 def test_what_is_not_built_is_refused_by_name(golden: Path) -> None:
     for name, key, value in REFUSED:
-        with pytest.raises(TideError) as error:
+        with pytest.raises(TideError, match=key):
             changed(golden, name, **{key: value})
-        assert key in str(error.value)
 
 
 def test_every_key_of_a_llama_is_obeyed(golden: Path) -> None:
@@ -77,11 +71,10 @@ def test_every_key_of_a_llama_is_obeyed(golden: Path) -> None:
 
 def test_the_published_moe_calls_itself_llada(golden: Path, tmp_path: Path) -> None:
     """Its config.json says so; repositories that load it tell their users to edit the file."""
-    folder = Path(shutil.copytree(golden / "llada_moe", tmp_path / "m", copy_function=shutil.copy))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").unlink()
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llada"}))
-    check_weights(open_checkpoint(str(folder)), "llada_moe")
+    shutil.copy(golden / "llada_moe" / "model.safetensors", tmp_path)
+    config = json.loads((golden / "llada_moe" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "llada"}))
+    check_weights(open_checkpoint(str(tmp_path)), "llada_moe")
 
 
 @pytest.fixture
@@ -109,16 +102,15 @@ def test_an_index_that_names_what_it_should_not(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_files_that_are_none(name: str, folder: Path) -> None:
     path = folder / name
-    harms = {
-        "fifo": lambda: os.mkfifo(path),
-        "device": lambda: path.symlink_to("/dev/zero"),
-        "link to itself": lambda: path.symlink_to(path.name),
-        "nested": lambda: path.write_text('{"a":' * 200_000),
-    }
-    for what, harm in harms.items():
+    harms: list[tuple[Any, str]] = [(path.symlink_to, "/dev/zero"), (path.symlink_to, path.name)]
+    harms += [(path.write_text, '{"a":' * 200_000)]
+    path.unlink()
+    os.mkfifo(path)
+    refused(folder, "a pipe")
+    for harm, value in harms:
         path.unlink()
-        harm()
-        refused(folder, what)
+        harm(value)
+        refused(folder, value[:20])
 
 
 def test_configs_of_no_model(folder: Path) -> None:
