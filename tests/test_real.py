@@ -30,7 +30,7 @@ from tests.conftest import chats_file
 from tests.reading import all_rows, layout_of, rows_in
 from tests.real_assets import qwen_tokenizer, smollm2
 from tests.shared.aligned.test_examples import TEXTS, chat, check_chunks
-from tests.shared.text.test_tokenizers_in_parts import in_parts
+from tests.shared.text.test_tokenizers import in_parts
 
 pytestmark = pytest.mark.slow
 

@@ -1,5 +1,10 @@
-"""One file that says what every shard is; what a killed process did not note is found again."""
+"""One file that says what every shard is; what a killed process did not note is found again.
 
+Manifests of strangers, each with a checksum that holds: one that cannot be is refused.
+"""
+
+import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,11 +21,10 @@ from shared.cache.ledger import (
     settle_ledger,
     whole_ledger,
 )
-from shared.cache.manifest import load_manifest
+from shared.cache.manifest import checksum_of, load_manifest
 from shared.cache.shards import Unit, finished_units, read_table
 from shared.system.errors import TideError
-from teacher_cache.run.build import build_cache
-from tests.conftest import files, small_cache_config
+from tests.conftest import files
 from tests.reading import all_rows, dataset
 
 
@@ -88,15 +92,16 @@ def test_the_newest_note_counts_and_a_torn_line_does_not(cache: Path) -> None:
     assert load_ledger(cache, load_manifest(cache)) == {Unit(0, 0): second}
 
 
-def test_a_ledger_that_is_damaged_or_of_another_cache(caches: dict[str, Path], cache: Path) -> None:
+def test_a_ledger_or_a_shard_that_is_another_one_is_refused(
+    caches: dict[str, Path], cache: Path
+) -> None:
+    """Also where the ledger is made anew: the shard itself says which part it is."""
+    whole = (cache / LEDGER).read_bytes()
     for content in ((caches["tiny-shared"] / LEDGER).read_bytes(), b"PAR1 no"):
         (cache / LEDGER).write_bytes(content)
         with pytest.raises(TideError, match=LEDGER):
             whole_ledger(cache, load_manifest(cache))
-
-
-def test_a_shard_over_another_parts_name_is_neither_verified_nor_trained_on(cache: Path) -> None:
-    """Also where the ledger is made anew: the shard itself says which part it is."""
+    (cache / LEDGER).write_bytes(whole)
     shutil.copyfile(Unit(0, 0).path(cache), Unit(0, 1).path(cache))
     for _ in range(2):
         with pytest.raises(TideError, match="part-00001"):
@@ -104,8 +109,40 @@ def test_a_shard_over_another_parts_name_is_neither_verified_nor_trained_on(cach
         (cache / LEDGER).unlink(missing_ok=True)
 
 
-def test_a_cache_that_grows_keeps_its_ledger(random_teacher: Path, cache: Path) -> None:
-    before = load_ledger(cache, load_manifest(cache))
-    build_cache(small_cache_config("tiny-cross", random_teacher, cache, noise={"draws": 3}))
-    after = load_ledger(cache, load_manifest(cache))
-    assert len(after) == 9 and {unit: after[unit] for unit in before} == before
+ABSENT = object()
+HOSTILE: list[tuple[str, Any]] = [
+    ("parts", 10**12), ("parts", -1), ("parts", "3"), ("draws", 101), ("draws", True),
+    ("examples", None), ("schema_version", 3), ("fingerprint", []), ("fingerprint.tables", 3),
+    ("fingerprint.targets.k", ABSENT), ("fingerprint.targets.temperatures", [float("nan")]),
+    ("fingerprint.targets.temperatures", [1.0] * 10**5), ("fingerprint.targets.values", "pickle"),
+    ("fingerprint.targets.partial", "yes"), ("fingerprint.lengths.block", 0),
+    ("fingerprint.student.mask_id", 10**12), ("fingerprint.student.tokenizer", "x" * 10**6),
+    ("fingerprint.teacher.attention", "full"), ("fingerprint.noise.demo_ratio", 7.0),
+]  # fmt: skip
+
+
+def test_manifests_that_cannot_be(caches: dict[str, Path], tmp_path: Path) -> None:
+    for place, value in HOSTILE:
+        values = load_manifest(caches["tiny-shared"]).to_json()
+        *sections, name = place.split(".")
+        inner: Any = values
+        for section in sections:
+            inner = inner[section]
+        inner[name] = value
+        if value is ABSENT:
+            del inner[name]
+        text = json.dumps({**values, "checksum": checksum_of(values)})
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(TideError):
+            load_manifest(tmp_path)
+
+
+def test_manifests_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    texts = (b"", b"null", b"[1]", b'{"draws": 1}', b"\xed\xa0\x80", b'{"a":' * 200_000)
+    odd = [os.mkfifo, lambda p: p.symlink_to("/dev/zero"), lambda p: p.symlink_to(p.name)]
+    for make in (*odd, *(lambda p, text=text: p.write_bytes(text) for text in texts)):
+        path.unlink(missing_ok=True)
+        make(path)
+        with pytest.raises(TideError):
+            load_manifest(tmp_path)

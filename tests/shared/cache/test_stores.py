@@ -108,8 +108,11 @@ def test_ranks_without_a_common_disk_share_the_work_through_the_store(
 
 
 def test_files_of_others_are_left_alone_and_names_that_lead_elsewhere_refused(
-    caches: dict[str, Path], tmp_path: Path
+    caches: dict[str, Path], tmp_path: Path, s3: str
 ) -> None:
+    for url in ("nope://x/y", "s3://"):
+        with pytest.raises(TideError):
+            Store.open(url).pull(tmp_path / "c")
     store = Store.open(str(tmp_path / "store"))
     for name in ("notes.txt", "draw=00/part-²²²²².parquet", "tables/run.py", "x/" + SHARD):
         place = Path(store.root) / name
@@ -123,9 +126,3 @@ def test_files_of_others_are_left_alone_and_names_that_lead_elsewhere_refused(
         for use in (store.read, lambda name: store.put(name, b"x")):
             with pytest.raises(TideError):
                 use(name)
-
-
-def test_an_address_that_cannot_be_used_is_explained(tmp_path: Path, s3: str) -> None:
-    for url in ("nope://x/y", "s3://"):
-        with pytest.raises(TideError):
-            Store.open(url).pull(tmp_path / "c")

@@ -55,12 +55,10 @@ def past_the_end(values: np.ndarray, offsets: np.ndarray) -> None:
 DAMAGE: dict[str, tuple[str, str, Edit]] = {
     # what: (teacher, column, edit)
     "a negative token": ("tiny-shared", "student_ids", put(0, -1)),
-    "a token beyond the vocabulary": ("tiny-shared", "student_ids", put(0, 10**6)),
     "masks out of order": ("tiny-shared", "masked", SWAP),
     "a mask twice": ("tiny-shared", "masked", REPEAT),
     "a mask in the prompt": ("tiny-shared", "masked", to_prompt),
     "a mask past the end": ("tiny-shared", "masked", past_the_end),
-    "a mask before the start": ("tiny-shared", "masked", put(0, -3)),
     "a span backwards": ("tiny-shared", "spans", SWAP),
     "a span past the end": ("tiny-shared", "spans", put(1, 9999)),
     "a likelihood above 1": ("tiny-shared", "gold_logp_q", put(4, -600)),
@@ -68,7 +66,6 @@ DAMAGE: dict[str, tuple[str, str, Edit]] = {
     "a list beyond k": ("tiny-shared", "topk_sizes", put(0, 9)),
     "lists that take from each other": ("tiny-shared", "topk_sizes", put([0, 1], [7, 8])),
     "a negative rank": ("tiny-shared", "topk_ranks", put(3, -1)),
-    "a rank beyond the vocabulary": ("tiny-shared", "topk_ranks", put(3, 10**6)),
     "an id twice in a list": ("tiny-shared", "topk_ranks", REPEAT),
     "levels below the lowest": ("tiny-shared", "topk_logp_q", put(3, 300)),
     "more mass than there is": ("tiny-shared", "topk_logp_q", put(ALL, 0)),
@@ -83,7 +80,6 @@ DAMAGE: dict[str, tuple[str, str, Edit]] = {
     "a chunk likelihood that is no number": ("tiny-shared", "chunk_logp", put(0, float("nan"))),
     "a teacher's token beyond its vocabulary": ("tiny-cross", "teacher_ids", put(0, 5000)),
     "a teacher's mask past the end": ("tiny-cross", "teacher_masked", past_the_end),
-    "a teacher's mask twice": ("tiny-cross", "teacher_masked", REPEAT),
     "a teacher's chunk that is not masked": ("tiny-cross", "chunk_teacher", put(0, 0)),
 }  # fmt: skip
 # Rules of the top-k compare columns with each other: either may be named.
@@ -146,13 +142,11 @@ def test_rows_that_no_draw_has(caches: dict[str, Path]) -> None:
     assert problem_in(table.slice(0, 0), layout, manifest) is None
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"mass": 0.01, "k": 30, "values": "float32"},
-        {"k": 1, "temperatures": (1.0, 5.0), "classes": 1},
-    ],
-)
+ADAPTIVE = {"mass": 0.01, "k": 30, "values": "float32"}
+HOT = {"k": 1, "temperatures": (1.0, 5.0), "classes": 1}
+
+
+@pytest.mark.parametrize("changes", [ADAPTIVE, HOT])
 def test_what_stage_one_writes_is_sound(
     random_teacher: Path, tmp_path: Path, changes: dict[str, object]
 ) -> None:

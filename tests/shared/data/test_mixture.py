@@ -69,12 +69,9 @@ def test_every_source_of_the_recipes_is_well_formed() -> None:
     for kind in ("llada-8b", "wedlm-8b"):
         config = cache_config(kind, None, [])
         names = [parse_hub_name(source.source.removeprefix("hf://")) for source in config.sources]
-        assert [name for name, _, _ in names] == [
-            "allenai/tulu-3-sft-mixture",
-            "HuggingFaceTB/smoltalk",
-            "OpenCoder-LLM/opc-sft-stage1",
-            "OpenCoder-LLM/opc-sft-stage2",
-        ]
+        opc_sets = [f"OpenCoder-LLM/opc-sft-stage{n}" for n in (1, 2)]
+        chats = ["allenai/tulu-3-sft-mixture", "HuggingFaceTB/smoltalk"]
+        assert [name for name, _, _ in names] == chats + opc_sets
         assert {split for _, _, split in names} == {"train[:95%]"}
         own = cache_config(kind, None, [], data="chats.jsonl")
         assert [source.source for source in own.sources] == ["chats.jsonl"]

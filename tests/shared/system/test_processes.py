@@ -112,8 +112,8 @@ def test_the_children_of_an_ablation_end_with_it(sign: signal.Signals, tmp_path:
         while processes_with(child) and time.monotonic() < deadline:
             time.sleep(0.2)
         assert processes_with(child) == []
-    with started(*command, until=out / "progress.json"):
-        pass  # nobody holds the folder any more
+    with started(*command, until=out / "progress.json"):  # nobody holds the folder any more
+        pass
 
 
 @pytest.mark.slow

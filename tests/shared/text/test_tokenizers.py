@@ -1,5 +1,9 @@
-"""The bytes of every token, byte-level and SentencePiece; ids of control tokens."""
+"""The bytes of every token, byte-level and SentencePiece; ids of control tokens; tokenizers in
+parts (vocab.json, merges.txt).
+"""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from shared.aligned.examples import Preparer
 from shared.settings.config import LengthConfig
 from shared.system.errors import TideError
 from shared.text.tokenizers import Tokenizer
+from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
 from tests.shared.aligned.test_examples import STUDENT, TEACHER, chat, check_chunks
 from tests.shared.text.test_templates import PLAIN
 
@@ -73,12 +78,10 @@ class SlowTokenizer(PythonBackend):
         return list(self._ids)[index]
 
 
-@given(
-    text=st.text(
-        st.sampled_from("the quickfox=é好\n")
-        | st.characters(exclude_categories=["Cs", "Z"], codec="utf-8")
-    )
-)
+others = st.characters(exclude_categories=["Cs", "Z"], codec="utf-8")
+
+
+@given(text=st.text(st.sampled_from("the quickfox=é好\n") | others))
 def test_a_slow_tokenizer_without_offsets_aligns(text: str) -> None:
     slow = Tokenizer(SlowTokenizer(), "slow")
     assert not slow.backend.is_fast
@@ -98,3 +101,52 @@ def test_special_ids(tmp_path: Path) -> None:
         assert (token or role) in error.value.what
     with pytest.raises(TideError):
         Tokenizer.load(tmp_path)
+
+
+def in_parts(source: Path, target: Path) -> Path:
+    """The same tokenizer without tokenizer.json, and with a class that would be remote code."""
+    target.mkdir()
+    raw = json.loads((source / "tokenizer.json").read_text())
+    (target / "vocab.json").write_text(json.dumps(raw["model"]["vocab"], ensure_ascii=False))
+    merges = (m if isinstance(m, str) else " ".join(m) for m in raw["model"]["merges"])
+    (target / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    added = {token["content"]: token["id"] for token in raw["added_tokens"]}
+    (target / "added_tokens.json").write_text(json.dumps(added))
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    roles = {k: v for k, v in config.items() if k.endswith("_token")}
+    remote = {"AutoTokenizer": ["tokenization_x.XTokenizer", None]}
+    settings = {"auto_map": remote, "tokenizer_class": "XTokenizer", **roles}
+    settings["additional_special_tokens"] = list(added)
+    (target / "tokenizer_config.json").write_text(json.dumps(settings))
+    (target / "tokenization_x.py").write_text("raise SystemExit('remote code was run')\n")
+    shutil.copy(source / "chat_template.jinja", target)
+    return target
+
+
+def test_a_tokenizer_in_parts_is_the_whole_one(tmp_path: Path) -> None:
+    parts = Tokenizer.load(in_parts(TEACHER_TOKENIZER, tmp_path / "t"))
+    texts = [
+        "def f(x):\n    return 1  # naïve 😀<|eot_id|> it's 12",
+        "\n\n  a\t\tb  \r\n",
+        "你好 x1;;  y",
+    ]
+    assert parts.encode(texts) == TEACHER.encode(texts)
+    assert parts.token_bytes == TEACHER.token_bytes
+    for role in ("eos", "pad", "mask"):
+        assert parts.special_id(role) == TEACHER.special_id(role)
+    messages = list(chat("a").messages)
+    assert parts.render(messages) == TEACHER.render(messages)
+
+
+def test_parts_that_no_known_pattern_fits_or_that_are_damaged_are_explained(tmp_path: Path) -> None:
+    folder = in_parts(TEACHER_TOKENIZER, tmp_path / "t")
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    odd = {f"a{i}Ġb{i}": 5000 + i for i in range(600)}
+    for text in (json.dumps({**vocabulary, **odd}), "{"):
+        (folder / "vocab.json").write_text(text)
+        with pytest.raises(TideError):
+            Tokenizer.load(folder)
+    other = in_parts(STUDENT_TOKENIZER, tmp_path / "s")
+    (other / "added_tokens.json").write_text('{"<|x|>": 9000}')
+    with pytest.raises(TideError, match="9000"):
+        Tokenizer.load(other)

@@ -23,10 +23,7 @@ CHAT = ChatExample("e", tuple(chat("first", ANSWERS[0], "second", ANSWERS[1], "t
 
 
 def one(
-    teacher: Any = TEACHER,
-    turns: Any = "all",
-    lengths: LengthConfig = LENGTHS,
-    student: Tokenizer = STUDENT,
+    teacher: Any = TEACHER, turns: Any = "all", lengths: Any = LENGTHS, student: Any = STUDENT
 ) -> Prepared:
     mask = TEACHER.special_id("mask") if isinstance(teacher, Tokenizer) else None
     preparer = Preparer(student, teacher, lengths, student.special_id("mask"), mask, turns)

@@ -37,12 +37,8 @@ def test_a_cache_verifies_against_its_own_engine(
 ) -> None:
     """Other rows share the batches, so values move by rounding and no more."""
     report = verify_cache(small_cache_config(teacher, random_teacher, caches[teacher]), 20)
-    assert report.rows == 20
-    assert report.positions > 200
-    names = {"log p of gold", "logsumexp", "top-k log p", "tail log-odds", "√ class mass"}
-    assert set(report.deviations) == names
-    assert report.largest < 2e-5
-    assert "20 rows" in report.in_words()
+    assert report.rows == 20 and report.positions > 200
+    assert len(report.deviations) == 5 and report.largest < 2e-5
 
 
 def test_a_changed_value_is_found(
@@ -59,14 +55,13 @@ def test_a_changed_value_is_found(
 def test_what_does_not_belong_together_is_refused(
     caches: dict[str, Path], random_teacher: Path
 ) -> None:
-    cache, targets = caches["tiny-shared"], {"k": 4, "classes": 5, "pilot": 200}
-    cases: list[tuple[str, int, Path, Path, dict[str, Any]]] = [
+    cache, other = caches["tiny-shared"], {"targets": {"k": 4, "classes": 5, "pilot": 200}}
+    for words, rows, teacher, folder, changes in (
         ("--rows is 0", 0, random_teacher, cache, {}),
         ("teacher.weights", 5, TEACHER_TOKENIZER, cache, {}),
-        ("targets.k", 5, random_teacher, cache, {"targets": targets}),
+        ("targets.k", 5, random_teacher, cache, other),
         ("is no cache", 5, random_teacher, random_teacher, {}),
-    ]
-    for words, rows, teacher, folder, changes in cases:
+    ):
         with pytest.raises(TideError, match=words):
             verify_cache(small_cache_config("tiny-shared", teacher, folder, **changes), rows)
 
@@ -99,8 +94,7 @@ def test_check_names_what_is_wrong_and_the_next_run_mends_it(
 def test_inspection_adds_up(caches: dict[str, Path]) -> None:
     for teacher, cache in caches.items():
         sums = inspect_cache(cache)
-        assert len(sums.units) == 6
-        assert sums.rows == 48
+        assert (len(sums.units), sums.rows) == (6, 48)
         assert sums.masked == sums.masked_by_t.sum() > 0
         assert sums.chunks == sums.likelihoods.sum() == sums.chunk_tokens.total() > 0
         assert (set(sums.chunk_tokens) == {(1, 1)}) == (teacher == "tiny-shared")
