@@ -66,8 +66,8 @@ def test_hard_texts_between_real_vocabularies(tmp_path: Path) -> None:
         assert (preparer.counts["unaligned_bytes"] > 0) == changed
     rendered = student.render(chat("x = 1").messages)  # the empty think block is prompt
     before, after = (
-        rendered.text[: rendered.turns[-1].start],
-        rendered.text[rendered.turns[-1].start :],
+        rendered.text[: rendered.response_start],
+        rendered.text[rendered.response_start :],
     )
     assert before.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert after == "x = 1<|im_end|>\n"

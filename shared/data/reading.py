@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from shared.data.conversation import (
     ChatExample,
@@ -66,7 +66,19 @@ def iter_examples(config: DataConfig, extras: bool = False) -> Iterator[ChatExam
     return (item for item in _read(config, extras) if isinstance(item, ChatExample))
 
 
-def scan(config: DataConfig, extras: bool = False) -> tuple[list[ChatExample], list[BadRow]]:
+class Scan(NamedTuple):
+    """What a source holds."""
+
+    conversations: list[ChatExample]
+    bad_rows: list[BadRow]
+
+    @property
+    def examples(self) -> int:
+        """How many conversations there are."""
+        return len(self.conversations)
+
+
+def scan(config: DataConfig, extras: bool = False) -> Scan:
     """All conversations of a source, and the rows that are none. `extras` as in `iter_examples`.
 
     TideError, with the place of each, where more rows are bad than `allow_bad_rows` allows, and
@@ -81,7 +93,7 @@ def scan(config: DataConfig, extras: bool = False) -> tuple[list[ChatExample], l
         listing = "".join(f"\n    {place}" for place in places[:_LISTED])
         what = f"{config.source} has no examples{listing}"
         raise TideError(what, fix="check the file, its filters and data.limit")
-    return examples, bad
+    return Scan(examples, bad)
 
 
 def refuse_bad_rows(config: DataConfig, bad: int, rows: int, places: Sequence[str]) -> None:

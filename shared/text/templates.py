@@ -49,6 +49,11 @@ class RenderedChat:
     contents: list[str]
     ignored: tuple[str, ...] = ()
 
+    @property
+    def response_start(self) -> int:
+        """Where the last response begins."""
+        return self.turns[-1].start
+
 
 @dataclass(frozen=True)
 class _Frame:

@@ -31,7 +31,7 @@ from shared.system import processes
 from shared.system.errors import TideError
 from shared.system.files import new_folder, remove_leftovers
 from shared.system.processes import hold
-from teacher_cache.prepared.folder import losses
+from teacher_cache.prepared.folder import losses, totals
 from teacher_cache.run.open import Run, open_or_begin
 from teacher_cache.run.preflight import ray_cluster
 from teacher_cache.run.progress import read_status, write_metrics
@@ -54,7 +54,8 @@ class CacheReport:
     computed: int  # shards
     kept: int
     elsewhere: int  # that other ranks compute, or that only the store has
-    notes: list[str]  # what was left out of the data, cut, or lost its alignment
+    counts: dict[str, int]  # of the data: rows, what was left out by reason, cut, or lost
+    notes: list[str]  # the same in words
 
 
 def build_cache(config: CacheConfig) -> CacheReport:
@@ -107,8 +108,8 @@ def build_cache(config: CacheConfig) -> CacheReport:
         sums[name] = sum(getattr(entry, name) for entry in ledger.values())
     computed = sum(unit in ledger for unit in missing)
     kept, elsewhere = len(ledger) - computed, len(run.manifest.units()) - len(ledger)
-    notes = losses(run.data)
-    return CacheReport(out, computed=computed, kept=kept, elsewhere=elsewhere, notes=notes, **sums)
+    of_data = {"counts": totals(run.data.record.sources), "notes": losses(run.data)}
+    return CacheReport(out, computed=computed, kept=kept, elsewhere=elsewhere, **of_data, **sums)
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def test_a_response_begins_where_the_prompt_of_inference_ends(name: str, content
     assert rendered.text == text
     asked = {"tokenize": False, "add_generation_prompt": True}
     expected = found.backend.apply_chat_template(messages[:-1], **asked)
-    assert text[: rendered.turns[-1].start] == expected == found.template.prompt(messages[:-1]).text
+    assert text[: rendered.response_start] == expected == found.template.prompt(messages[:-1]).text
     assert rendered.plain is not None
     for (start, stop), message in zip(rendered.plain, messages, strict=True):
         assert text[start:stop].strip() == message["content"].strip()
@@ -116,7 +116,7 @@ def test_thinking_in_the_history_and_in_the_answer() -> None:
     rendered = found.render([*past, {"role": "assistant", "content": "d"}])
     assert trained(rendered) == ["d<|im_end|>\n"]
     prompt = found.template.prompt(past).text
-    assert prompt == rendered.text[: rendered.turns[-1].start]
+    assert prompt == rendered.text[: rendered.response_start]
     assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     # A think block that stands as the template writes it is learnt, and another is unusable.
     whole = "<think>\nAdding.\n</think>\n\nThree."
@@ -155,7 +155,7 @@ def test_templates_without_a_generation_prompt_or_that_always_append_one() -> No
     without = tokenizer(PLAIN.partition("{% if")[0])
     rendered = without.render(chat("q", "a"))
     assert trained(rendered) == ["a<|im_end|>\n"]
-    assert without.template.prompt(chat("q")).text == rendered.text[: rendered.turns[-1].start]
+    assert without.template.prompt(chat("q")).text == rendered.text[: rendered.response_start]
     header = "{{ '<|im_start|>assistant\\n' }}"
     always = tokenizer(PLAIN.partition("{% if")[0] + header).render(chat("q", "a"))
     assert trained(always) == ["a<|im_end|>"] and always.text.endswith("\na<|im_end|>")
