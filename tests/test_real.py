@@ -48,8 +48,8 @@ def test_real_tokenizers_reproduce_the_golden_tokens_and_chunks(golden: Path) ->
         t, s = (tokenizer.encode([case["text"]])[0] for tokenizer in (teacher, student))
         assert teacher.backend.convert_ids_to_tokens(t) == case["teacher_tokens"]
         assert student.backend.convert_ids_to_tokens(s) == case["student_tokens"]
-        sides = (token_boundaries(side.byte_lengths[i]) for side, i in ((teacher, t), (student, s)))
-        chunks = align_bytes(*sides, len(case["text"].encode()))
+        edges = token_boundaries(teacher.byte_lengths[t]), token_boundaries(student.byte_lengths[s])
+        chunks = align_bytes(edges[0], edges[1], len(case["text"].encode()))
         assert chunks.tolist() == case["chunks"]
 
 
