@@ -281,8 +281,8 @@ class Preparer:
                 at = stop
             translated += shared.translate(ids[at:], self.student)
             teacher_ids = np.array(translated, np.int32)
-        # 2. Where it is asked: everywhere, or at tokens that hold nothing but an answer's words; and
-        #    what it may read.
+        # 2. Where it is asked (everywhere, or at tokens that hold nothing but an answer's words),
+        #    and what it may read.
         limit, whole = self.lengths.teacher, ids if teacher_ids is None else teacher_ids
         words = maskable
         if self.positions == "content":

@@ -276,12 +276,12 @@ def _content(number: int, message: Message) -> str:
         return ""
     text = ""
     for part in content if isinstance(content, list) else [content]:
-        kind = type(part).__name__
+        kind, words = type(part).__name__, part
         if isinstance(content, list) and isinstance(part, dict):  # {"type": "text", "text": …}
             kind = part.get("type", "text")
-            part = part.get("text", part.get("content")) if kind in _TEXT_PARTS else None
-        if not isinstance(part, str):
+            words = part.get("text", part.get("content")) if kind in _TEXT_PARTS else None
+        if not isinstance(words, str):
             reason = f"the content of message {number} is or has {kind}, which is no text"
             raise Unusable("content is no text", reason)
-        text += part
+        text += words
     return text

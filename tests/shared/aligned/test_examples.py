@@ -191,8 +191,8 @@ def align(
     teacher: Sequence[int], student: Sequence[int], length: int, starts: tuple[int, int] = (0, 0)
 ) -> np.ndarray:
     """Chunks of tokens of these lengths, within `length` bytes."""
-    sides = (token_boundaries(np.array(side, np.int64)) for side in (teacher, student))
-    return align_bytes(*sides, length, *starts)
+    ours, theirs = (token_boundaries(np.array(side, np.int64)) for side in (teacher, student))
+    return align_bytes(ours, theirs, length, *starts)
 
 
 def test_reproduces_the_golden_chunks(golden: Path) -> None:

@@ -213,10 +213,11 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_many_ranks_prepare_once(tmp_path: Path) -> None:
-    """Six processes at one time: one prepares, the others wait and find the same."""
+    """Six processes, released at one moment: one prepares, the others wait and find the same."""
     source = write(tmp_path / "d.jsonl", [row(i) for i in range(400)])
     asked = request(tmp_path / "p", DataConfig(str(source)))
-    with ProcessPoolExecutor(6, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(6, context, initializer=context.Barrier(6).wait) as pool:
         assert set(pool.map(_rank, [asked] * 6)) == {(400, prepare(asked).record.content)}
 
 
