@@ -116,7 +116,7 @@ def new_engine(
     """The transformers engine of these settings, for a model whose weights do not matter."""
     settings, targets = config.engine, config.targets
     spec = TargetSpec(k, targets.mass, targets.stored_temperatures)
-    sizes = {"tokens_per_batch": settings.tokens_per_batch, "head_rows": settings.head_rows}
+    sizes: Any = {"tokens_per_batch": settings.tokens_per_batch, "head_rows": settings.head_rows}
     return TransformersEngine(
         model, entry.attention, spec, shift=entry.shift, compiled=compiled, **sizes
     )

@@ -33,7 +33,7 @@ class Checkpoint:
 
     def special_ids(self, role: str) -> list[int]:
         """The config's ids for `role` (`eos`, `pad`): none, one, or several."""
-        value = self.config.get(f"{role}_token_id")
+        value: Any = self.config.get(f"{role}_token_id")
         several = value if isinstance(value, list) else [value]
         return [] if value is None else [int(i) for i in several]
 

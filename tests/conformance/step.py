@@ -70,7 +70,8 @@ def check_case(folder: Path, name: str, case: dict[str, Any]) -> Group:
     size = int(teacher.config.vocab_size)
     spec = TargetSpec(size if over_tokens else 0, 1.0, temperatures)
     engine = TransformersEngine(teacher, settings.attention, spec)
-    signals, comp_demo = ("topk",) if over_tokens else ("chunks",), case["comp_demo"]
+    signals: Any = ("topk",) if over_tokens else ("chunks",)
+    comp_demo = case["comp_demo"]
     rows = []
     for example, draw in injected_draws(tensors):
         view = teacher_view(example, draw)

@@ -109,7 +109,8 @@ def test_tokens_and_noise_come_from_the_task_where_the_model_leaves_them(
     warm = ask(3, temperature=3.0, do_sample=True)
     assert len(set(warm)) == 3  # repeats of one request get noise of their own
     assert warm == ask(3, temperature=3.0, top_k=0, top_p=1.0)
-    for least in ({"top_k": 1}, {"top_p": 1e-6}):  # of the likeliest alone: greedy again
+    leasts: list[dict[str, Any]] = [{"top_k": 1}, {"top_p": 1e-6}]
+    for least in leasts:  # of the likeliest alone: greedy again
         assert ask(temperature=3.0, **least) == ask(own=least, temperature=3.0) == [short]
 
 

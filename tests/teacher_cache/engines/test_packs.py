@@ -71,7 +71,7 @@ def test_scores_are_those_of_the_plain_model(model: Any, random_teacher: Path) -
 
 def test_sums_of_what_is_outside_are_those_of_full_logits(model: Any) -> None:
     asked, shared = requests(5, seed=4), np.arange(4096) % 7 != 0
-    sizes = {"head_rows": 9, "tokens_per_batch": 64}
+    sizes: Any = {"head_rows": 9, "tokens_per_batch": 64}
     engine = TransformersEngine(model, Full(), SPEC, shared_ids=shared, **sizes)
     sums = engine.outside(asked)
     logits = torch.cat([logits for logits, _ in engine.logits(asked)]).double()

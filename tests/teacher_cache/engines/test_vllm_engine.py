@@ -90,8 +90,9 @@ def test_float32_values_are_those_of_transformers(
     scores = engine.score(requests)
     read = sum(len(request.read) for request in requests)
     assert ScorePooler.rows_run - before == read  # and nowhere else
-    model, more = load_model(checkpoint, architecture, torch.float32), {"shared_ids": shared}
-    reference = TransformersEngine(model, teacher.attention, SPEC, shift=teacher.shift, **more)
+    model = load_model(checkpoint, architecture, torch.float32)
+    more: Any = {"shared_ids": shared, "shift": teacher.shift}
+    reference = TransformersEngine(model, teacher.attention, SPEC, **more)
     assert furthest(scores, reference.score(requests)) < 1e-4
     np.testing.assert_allclose(engine.outside(requests), reference.outside(requests), atol=1e-4)
     classes = (np.arange(160) % 4).astype(np.int32)

@@ -150,8 +150,9 @@ def damaged_copies(whole: bytes, flips: int, cuts: int) -> list[bytes]:
     copies = [whole[: chance.randrange(len(whole))] for _ in range(cuts)]
     for i in range(flips):
         place = chance.randrange(0 if i % 2 else 2 * len(whole) // 3, len(whole))
-        copies.append(bytearray(whole))
-        copies[-1][place] ^= 1 << chance.randrange(8)
+        turned = bytearray(whole)
+        turned[place] ^= 1 << chance.randrange(8)
+        copies.append(bytes(turned))
     return copies
 
 

@@ -99,14 +99,17 @@ def test_auto_takes_vllm_where_it_can(
 def test_caches_that_differ_in_noise_or_targets_share_what_is_prepared(
     random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Repeated rows among it, which have masks of their own."""
+    """Repeated rows among it, which have masks of their own, and one that is left out."""
     source = write_chats(tmp_path / "d.jsonl", [f"x = {i // 2}" for i in range(16)])
+    with Path(source["source"]).open("a") as file:
+        file.write("{")
 
     def config(name: str, **changes: Any) -> CacheConfig:
         changes["data"] = source
         return small_cache_config("tiny-cross", random_teacher, tmp_path / name, **changes)
 
     first = build_cache(config("a"))
+    assert first.counts["not JSON"] == 1 and "not JSON" in first.notes[0]
     assert not check_cache(tmp_path / "a").problems
     rows = rows_in(tmp_path / "a", Unit(0, 0))
     assert len({row.example_id for row in rows}) == len({row.t for row in rows}) == 8

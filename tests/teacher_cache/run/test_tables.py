@@ -111,9 +111,11 @@ def test_what_classes_and_priors_come_from_is_part_of_the_cache(
         return {path: path.read_bytes() for path in out.glob("draw=*/*")}
 
     build_cache(config())
-    for changed in ({"classes": 4}, {"pilot": 201}, {"tail": "student"}, {"values": "float32"},
-                    {"classes_from": "embedded:teacher_cache.teachers/tiny"}):  # fmt: skip
-        with pytest.raises(TideError, match=f"targets.{next(iter(changed))}"):
+    tiny = "embedded:teacher_cache.teachers/tiny"
+    changes = {"classes": 4, "pilot": 201, "tail": "student", "values": "float32"}
+    for name, value in {**changes, "classes_from": tiny}.items():
+        changed: Any = {name: value}
+        with pytest.raises(TideError, match=f"targets.{name}"):
             build_cache(config(**changed))
     (out / "tables" / "vocabulary.parquet").write_bytes(b"PAR1")
     with pytest.raises(TideError, match=r"vocabulary\.parquet"):
