@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from pipelines.plan.costs import Workload, even_layout, made_up_fingerprint, random_rows, size_of
 from shared.cache.manifest import Manifest
 from shared.cache.row import CacheRow
 from shared.diffusion import block_diffusion_places
@@ -31,7 +32,6 @@ from student_train.losses.objective import LossSettings, slice_rows
 from student_train.model import train_on_loss
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method import Request, TargetSpec
-from teacher_cache.run.costs import Workload, even_layout, made_up_fingerprint, random_rows, size_of
 from teacher_cache.teachers.registry import TeacherEntry, find_teacher, published_shape
 
 FAKE_ATTENTION = "tide_fake"

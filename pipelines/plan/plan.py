@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pipelines.plan import memory
+from pipelines.plan import costs, memory
+from pipelines.plan.costs import in_bytes
 from pipelines.plan.memory import Conversations
 from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import open_checkpoint, resolve
@@ -27,8 +28,6 @@ from shared.system.errors import TideError
 from shared.system.hardware import choose_device, choose_precision, torch_dtype
 from student_train.training.preflight import settle_batch
 from teacher_cache.method import Request
-from teacher_cache.run import costs
-from teacher_cache.run.costs import in_bytes
 from teacher_cache.run.open import open_or_begin
 from teacher_cache.run.work import compiles
 from teacher_cache.teachers.registry import TeacherEntry, find_teacher, known_shape

@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 from rich.table import Table
 
+from pipelines.plan.costs import Workload, even_layout, made_up_fingerprint, random_rows
 from pipelines.recipes.read import cache_config, train_config
 from pipelines.speed import added_memory, in_process, side_by_side
 from shared.cache import ledger
@@ -29,7 +30,6 @@ from student_train.losses.targets import Targets
 from student_train.model import load_student, train_on_loss
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.run.build import build_cache
-from teacher_cache.run.costs import Workload, even_layout, made_up_fingerprint, random_rows
 from teacher_cache.run.open import open_or_begin
 from teacher_cache.run.work import examples_of, load_engine, prepare_unit, run_units
 

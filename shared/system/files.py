@@ -200,7 +200,10 @@ def explained(path: Path) -> Iterator[None]:
             kept = "free some space and run the same command again; all finished files are kept"
             what, fix = f"the disk is full: {path} could not be written", kept
         else:
-            what, fix = f"{path} cannot be written: {error.strerror}", "choose another folder"
+            what, fix = (
+                f"{path} cannot be written: {error.strerror or error}",
+                "choose another folder",
+            )
         raise TideError(what, fix=fix) from error
 
 

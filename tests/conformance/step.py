@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipelines.plan.costs import made_up_fingerprint
 from shared.aligned.examples import Prepared
 from shared.cache.manifest import Manifest
 from shared.cache.row import CacheRow, Layout, Vocabulary
@@ -36,7 +37,6 @@ from student_train.losses.objective import LossSettings, parts_of
 from student_train.model import train_on_loss
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method import TargetSpec, passes, teacher_view
-from teacher_cache.run.costs import made_up_fingerprint
 from teacher_cache.run.work import Item, cache_row, merge_passes
 from tests.conformance.parts import Group, Variants, load
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.plan import memory
+from pipelines.plan.costs import even_layout
 from pipelines.plan.plan import Assumptions, find_card, plan_from_statement
 from pipelines.recipes.read import cache_config, train_config
 from shared.models.loading import random_model
@@ -30,7 +31,6 @@ from student_train.batches.collate import TargetReader, collate, counts_of
 from student_train.losses.objective import LossSettings
 from student_train.model import train_on_loss
 from student_train.training.trainer import make_trainer
-from teacher_cache.run.costs import even_layout
 from teacher_cache.teachers.registry import find_teacher
 from tests.student_train.training.test_trainer import config
 

@@ -3,7 +3,6 @@ the hub, asked.
 """
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from student_train.training.trainer import train_student
 from student_train.using.settings import SampleConfig
 from student_train.using.student import load_for_use, sample
 from tests.pipelines.publishing.hub import Hub, running
-from tests.pipelines.serving.running import client, closed_clients
+from tests.pipelines.serving.running import address_said, client, closed_clients
 from tests.student_train.training.test_trainer import config
 
 
@@ -48,11 +47,7 @@ def test_from_the_cache_to_a_stranger(caches: dict[str, Path], tmp_path: Path) -
             closed_clients(),
         ):
             assert server.stderr is not None
-            address = None
-            while address is None and (line := server.stderr.readline()):
-                address = re.search(r"serving me/small on (http://\S+)/v1", line)
-            assert address is not None
-            asked = client(address[1])
+            asked = client(address_said(server, "me/small"))
             got = asked.chat.completions.create(model="me/small", messages=chat, max_tokens=16)  # type: ignore[arg-type]
             server.send_signal(signal.SIGINT)
             server.stderr.read()

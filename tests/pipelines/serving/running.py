@@ -1,5 +1,7 @@
 """A server in this process, and clients of it."""
 
+import re
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +30,15 @@ def closed_clients() -> Iterator[None]:
     finally:
         while _OPEN:
             _OPEN.pop().close()
+
+
+def address_said(process: subprocess.Popen[str], name: str) -> str:
+    """Where `tide serve` says on its standard error that it serves the student `name`."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if said := re.search(rf"serving {re.escape(name)} on (http://127.0.0.1:\d+)/v1", line):
+            return said[1]
+    raise AssertionError("it ended and served nothing")
 
 
 def client(address: str, **options: Any) -> OpenAI:

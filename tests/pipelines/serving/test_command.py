@@ -1,7 +1,6 @@
 """`tide serve` as a program: it says where, answers, and ends at a signal whatever is under way."""
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -16,7 +15,7 @@ from typer.testing import CliRunner
 from pipelines.cli import app
 from pipelines.serving.server import served_name
 from shared.system.errors import TideError
-from tests.pipelines.serving.running import client, closed_clients
+from tests.pipelines.serving.running import address_said, client, closed_clients
 
 
 def test_it_answers_and_ends_at_a_signal(student: str) -> None:
@@ -28,11 +27,7 @@ def test_it_answers_and_ends_at_a_signal(student: str) -> None:
         closed_clients(),
     ):
         assert process.stderr is not None
-        address = None
-        while address is None and (line := process.stderr.readline()):
-            address = re.search(r"serving run on (http://127.0.0.1:\d+)/v1", line)
-        assert address is not None
-        asked = client(address[1], api_key="k")
+        asked = client(address_said(process, "run"), api_key="k")
         chat: Any = [{"role": "user", "content": "Write `f`."}]
         got = asked.chat.completions.create(model="run", messages=chat)
         assert got.usage is not None and got.usage.completion_tokens <= 16
