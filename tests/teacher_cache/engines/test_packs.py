@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch._dynamo.utils import counters
 
 from shared.diffusion import block_causal
 from shared.models.checkpoint import open_checkpoint
@@ -23,7 +23,7 @@ from teacher_cache.teachers.registry import BlockCausal, Full, Native, X0Xt
 from tests.plain_masks import block_diffusion_batch, within_block_causal
 from tests.student_train.places import in_float64
 
-SPEC = TargetSpec(8, 1.0, (1.0, 2.0))
+MASK, SPEC = 4095, TargetSpec(8, 1.0, (1.0, 2.0))
 
 
 def requests(count: int, seed: int = 0) -> list[Request]:
@@ -34,7 +34,7 @@ def requests(count: int, seed: int = 0) -> list[Request]:
         read = np.flatnonzero(rng.random(length) < 0.4).astype(np.int32)
         read = read[read > 0] if (read > 0).any() else np.array([1], np.int32)
         gold = ids[read].copy()
-        ids[read] = 4095
+        ids[read] = MASK
         made.append(Request(ids, read, gold))
     return made
 
@@ -47,9 +47,8 @@ def model(random_teacher: Path) -> Any:
 def test_scores_are_those_of_the_plain_model(model: Any, random_teacher: Path) -> None:
     """Against full-vocabulary logits, one sequence at a time; the head runs at no other row."""
     own = load_model(open_checkpoint(str(random_teacher)), "llama", torch.float32)
-    rows: list[int] = []
+    asked, rows = requests(4, seed=1), []
     own.lm_head.register_forward_hook(lambda _m, inputs, _o: rows.append(inputs[0].shape[0]))
-    asked = requests(4, seed=1)
     for shift in (0, 1):
         rows.clear()
         engine = TransformersEngine(own, Full(), SPEC, shift=bool(shift), head_rows=10)
@@ -103,39 +102,11 @@ def test_block_diffusion_teachers_never_see_the_answer(model: Any) -> None:
             np.testing.assert_array_equal(moved.logsumexp[upto], base.logsumexp[upto])
 
 
-# Without the tests' import hook, which torch.compile would have to trace through.
-COMPILED = """
-import sys
-import numpy as np, torch
-from torch._dynamo.utils import counters
-from shared.models.checkpoint import open_checkpoint
-from shared.models.loading import load_model
-from teacher_cache.engines.transformers_engine import TransformersEngine
-from teacher_cache.method import TargetSpec
-from teacher_cache.teachers.registry import Full, Native
-from tests.teacher_cache.engines.test_packs import requests
-
-worst, graphs, spec = 0.0, [], TargetSpec(8, 1.0, (1.0,))
-for attention in (Full(), Native(8)):
-    values = []
-    for compiled in (False, True):
-        counters.clear()
-        model = load_model(open_checkpoint(sys.argv[1]), "llama", torch.float32)
-        engine = TransformersEngine(model, attention, spec, tokens_per_batch=90, compiled=compiled)
-        scores = []
-        for seed in range(4):
-            scores += engine.score(requests(9, seed))
-            graphs += [counters["stats"]["unique_graphs"]] if compiled and seed in (0, 3) else []
-        values.append(np.concatenate([s.topk_logp.reshape(-1) for s in scores]))
-    worst = max(worst, float(np.abs(values[0] - values[1]).max()))
-print(worst, *graphs)
-"""
-
-
 @pytest.mark.slow
 def test_compiled_layers_give_the_same_and_compile_once(random_teacher: Path) -> None:
     root = Path(__file__).parents[3]
-    command = [sys.executable, "-c", COMPILED, str(random_teacher)]
+    # A process without the tests' import hook, which torch.compile would have to trace through.
+    command = [sys.executable, "-m", __name__, str(random_teacher)]
     path = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(command, cwd=root, env=path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -145,22 +116,13 @@ def test_compiled_layers_give_the_same_and_compile_once(random_teacher: Path) ->
     assert graphs[0] == graphs[1] and graphs[2] == graphs[3]
 
 
-KINDS: dict[str, Any] = {
-    "full": lambda _: Full(), "block_causal": BlockCausal, "x0_xt": X0Xt, "native": Native
-}  # fmt: skip
-MASK = 96
+KINDS = {"full": lambda _: Full(), "block_causal": BlockCausal, "x0_xt": X0Xt, "native": Native}
 
 
 @lru_cache
-def teacher(_user: str) -> Any:
-    """A small Llama in float64, one for each user: an engine changes how its model attends."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, num_hidden_layers=2, initializer_range=0.3, hidden_size=16,
-        intermediate_size=24, num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    config._attn_implementation = "sdpa"
-    return in_float64(LlamaForCausalLM(config)).eval()
+def teacher(_user: str, folder: Path) -> Any:
+    """The teacher in float64, one for each user: an engine changes how its model attends."""
+    return in_float64(load_model(open_checkpoint(str(folder)), "llama", torch.float32))
 
 
 def plain_hidden(model: Any, kind: str, block: int, request: Request) -> tuple[Tensor, Tensor]:
@@ -190,13 +152,13 @@ def plain_hidden(model: Any, kind: str, block: int, request: Request) -> tuple[T
     return hidden[0], read
 
 
-def passes_of(rng: Any, ids: np.ndarray, masked: np.ndarray, mask: int) -> list[Request]:
+def passes_of(rng: Any, ids: np.ndarray, masked: np.ndarray) -> list[Request]:
     """The two CompDemo passes of a draw."""
     part, requests = rng.random(masked.size) < 0.5, []
     for read in (masked[part], masked[~part]):
         if read.size:
             noised = ids.copy()
-            noised[read] = mask
+            noised[read] = MASK
             requests.append(Request(noised, read.astype(np.int32), ids[read]))
     return requests
 
@@ -212,53 +174,48 @@ def examples(draw: Any, shift: int) -> list[Request]:
         prompt = draw(st.integers(shift, length - 1))
         for _ in range(draw(st.integers(1, 4))):
             chosen = (rng.random(length) < rng.random()) & (np.arange(length) >= prompt)
-            requests += passes_of(rng, ids, np.flatnonzero(chosen), MASK)
+            requests += passes_of(rng, ids, np.flatnonzero(chosen))
     return draw(st.permutations(requests))
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 @settings(max_examples=25)
 @given(data=st.data())
-def test_logits_are_those_of_whole_sequences_under_the_explicit_mask(kind: str, data: Any) -> None:
+def test_logits_are_those_under_the_explicit_mask(
+    random_teacher: Path, kind: str, data: Any
+) -> None:
     shift = data.draw(st.integers(0, 1)) if kind in ("full", "block_causal") else 0
     block = data.draw(st.integers(1, 9))
     asked, budget = data.draw(examples(shift)), data.draw(st.sampled_from([1, 40, 10_000]))
-    spec, sizes = TargetSpec(8, 1.0, (1.0,)), {"tokens_per_batch": budget, "head_rows": 7}
-    engine = TransformersEngine(teacher(kind), KINDS[kind](block), spec, shift=shift > 0, **sizes)
-    plain, done = teacher("plain"), []
+    sizes: Any = {"tokens_per_batch": budget, "head_rows": 7}
+    own, plain, done = teacher(kind, random_teacher), teacher("plain", random_teacher), []
+    engine = TransformersEngine(own, KINDS[kind](block), SPEC, shift=shift > 0, **sizes)
     with torch.inference_mode():
         for packs in engine.batches(asked):
             members = [i for pack in packs for i in pack.members]
             logits = plain.lm_head(engine.hidden(engine.batch(packs)))
             parts = logits.split([len(asked[i].read) for i in members])
-            for i, own in zip(members, parts, strict=True):
+            for i, ours in zip(members, parts, strict=True):
                 hidden, read = plain_hidden(plain, kind, block, asked[i])
                 expected = plain.lm_head(hidden[read - shift])
-                torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-9)
+                torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
             done += members
     assert sorted(done) == list(range(len(asked)))
 
 
-def conversations(count: int, draws: int) -> list[Request]:
+def test_four_draws_run_fewer_rows_and_full_attention_pads_nothing(model: Any) -> None:
     """Of 768 tokens, a third of them prompt, t stratified."""
-    rng, requests = np.random.default_rng(0), []
-    for _ in range(count):
+    rng, asked, rows = np.random.default_rng(0), [], 0
+    for _ in range(20):
         ids, offset = rng.integers(0, 1000, 768).astype(np.int32), rng.random()
-        for draw in range(draws):
-            t = (offset + draw / draws) % 1
-            masked = np.flatnonzero((rng.random(768) < t) & (np.arange(768) >= 256))
-            requests += passes_of(rng, ids, masked, 1001)
-    return requests
-
-
-def test_four_draws_run_fewer_rows_and_full_attention_pads_nothing() -> None:
-    asked, rows = conversations(20, 4), 0
+        for draw in range(4):
+            chosen = (rng.random(768) < (offset + draw / 4) % 1) & (np.arange(768) >= 256)
+            asked += passes_of(rng, ids, np.flatnonzero(chosen))
     whole = sum(len(request.ids) for request in asked)
     for attention, most in ((Native(32), 0.8), (X0Xt(32), 0.8), (BlockCausal(32), 0.75)):
         packs = pack_requests(attention, asked, budget=16_384)
         assert sum(pack.width for pack in packs) <= most * whole
-    spec = TargetSpec(8, 1.0, (1.0,))
-    engine = TransformersEngine(teacher("full"), Full(), spec, tokens_per_batch=1600)
+    engine = TransformersEngine(model, Full(), SPEC, tokens_per_batch=1600)
     for batch in engine.batches(asked):
         arguments = engine.batch(batch)[0]
         rows += arguments["input_ids"].numel()
@@ -267,9 +224,8 @@ def test_four_draws_run_fewer_rows_and_full_attention_pads_nothing() -> None:
 
 
 def test_the_row_before_the_first_is_never_asked() -> None:
-    ids, read, gold = (np.array(values, np.int32) for values in ([MASK, 3], [0], [5]))
     with pytest.raises(ValueError):  # noqa: PT011
-        pack_requests(Full(), [Request(ids, read, gold)], shift=1)
+        pack_requests(Full(), [Request(*np.array([[MASK], [0], [5]], np.int32))], shift=1)
 
 
 @given(st.lists(st.integers(1, 100), max_size=40), st.integers(1, 300))
@@ -294,3 +250,21 @@ def test_observed_first_moves_masks_to_the_end_of_their_block_only(seed: int, bl
         assert sorted(part.tolist()) == list(range(start, min(start + block, length)))
         assert not (flags[:-1] & ~flags[1:]).any()
         assert (np.diff(part[flags]) > 0).all() and (np.diff(part[~flags]) > 0).all()
+
+
+if __name__ == "__main__":
+    worst, graphs = 0.0, []
+    for attention in (Full(), Native(8)):
+        values = []
+        for compiled in (False, True):
+            counters.clear()
+            model = load_model(open_checkpoint(sys.argv[1]), "llama", torch.float32)
+            sizes: Any = {"tokens_per_batch": 90, "compiled": compiled}
+            engine = TransformersEngine(model, attention, SPEC, **sizes)
+            scores = []
+            for seed in range(4):
+                scores += engine.score(requests(9, seed))
+                graphs += [counters["stats"]["unique_graphs"]] if compiled and seed % 3 == 0 else []
+            values.append(np.concatenate([s.topk_logp.reshape(-1) for s in scores]))
+        worst = max(worst, float(np.abs(values[0] - values[1]).max()))
+    print(worst, *graphs)
