@@ -25,7 +25,7 @@ from student_train.batches.collate import TargetReader, collate, counts_of
 from student_train.batches.loader import BatchDataset, OpenCache
 from student_train.losses.objective import LossSettings
 from student_train.model import train_on_loss
-from student_train.training.preflight import settle_batch
+from student_train.training.preflight import recorded_run, settle_batch
 from student_train.training.trainer import make_trainer, train_student
 from tests.reading import layout_of, rows_in
 from tests.student_train.places import in_float64, small
@@ -38,12 +38,11 @@ TWO = [("tiny-shared", {"type": "kl", "tidal": {}}), ("tiny-cross", {"type": "re
 
 
 def test_a_step_is_divided_over_processes_and_passes_or_refused() -> None:
-    for changes, processes, expected in (
-        ({"global_batch": 64, "batch_size": 8}, 1, (8, 8)),
-        ({"global_batch": 80, "batch_size": 8}, 8, (5, 2)),
-        ({"global_batch": 64, "batch_size": 8, "draws_per_step": 4}, 2, (8, 4)),
-    ):
-        settled = settle_batch(TrainConfig(**changes), processes)  # type: ignore
+    for whole, draws, processes, expected in (
+        (64, 1, 1, (8, 8)), (80, 1, 8, (5, 2)), (64, 4, 2, (8, 4))
+    ):  # fmt: skip
+        given = TrainConfig(global_batch=whole, batch_size=8, draws_per_step=draws)
+        settled = settle_batch(given, processes)
         assert (settled.batch_size, settled.accumulation) == expected
         assert settle_batch(settled, processes) == settled
     for changes, named in (
@@ -86,7 +85,7 @@ def test_passes_of_a_step_make_the_gradient_of_one(caches: dict[str, Path], tmp_
         out, how = tmp_path / str(most), {"global_batch": 12, "batch_size": most, "max_steps": 3}
         train_student(config(caches["tiny-shared"], out, **how))
         weights.append(load_file(out / "model" / "model.safetensors"))
-        recorded = json.loads((out / "run.json").read_text())["config"]
+        recorded = recorded_run(out)["config"]
         assert recorded["global_batch"] == 12 and "batch_size" not in recorded
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=1e-6)
@@ -128,16 +127,12 @@ def test_loss_and_gradient_of_several_draws_are_those_of_the_rows_one_by_one(
 def test_checkpointing_and_a_process_that_works_ahead_train_the_same_student(
     caches: dict[str, Path], tmp_path: Path
 ) -> None:
-    curves, weights = [], []
-    for name, way in (
-        ("plain", {}),
-        ("other", {"gradient_checkpointing": True, "loader_workers": 1}),
-    ):
+    left: list[Any] = []
+    for name, way in (("a", {}), ("b", {"gradient_checkpointing": True, "loader_workers": 1})):
         run = config(caches["tiny-shared"], tmp_path / name, distillation={"type": "kl"}, **way)
         train_student(run)
-        curves.append(curve(run.out))
-        weights.append((run.out / "model" / "model.safetensors").read_bytes())
-    assert curves[1] == curves[0] and weights[1] == weights[0]
+        left.append((curve(run.out), (run.out / "model" / "model.safetensors").read_bytes()))
+    assert left[1] == left[0]
 
 
 def test_what_a_process_of_the_loader_meets_is_said_without_a_traceback(
