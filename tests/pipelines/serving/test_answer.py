@@ -21,8 +21,8 @@ def tiny() -> LoadedStudent:
     limit=st.integers(1, 60),
     more=st.integers(0, 8),
 )
-# a stop within another that begins before it
-@example(text="aba", stops=["b", "aba"], block=1, limit=2, more=0)
+@example(text="aba", stops=["b", "aba"], block=1, limit=2, more=0)  # one within another
+@example(text="🙂", stops=[], block=1, limit=60, more=0)  # half a character waits
 def test_pieces_are_the_whole(
     tiny: LoadedStudent, text: str, stops: list[str], block: int, limit: int, more: int
 ) -> None:
@@ -43,11 +43,3 @@ def test_pieces_are_the_whole(
     assert sent == wanted
     if len(whole) != limit:  # where the end comes just at the limit, it may not have been seen
         assert piece.reason == ("stop" if stopped or len(whole) < limit else "length")
-
-
-def test_half_a_character_waits(tiny: LoadedStudent) -> None:
-    ids = tiny.tokenizer.encode(["🙂"])[0]
-    assert len(ids) > 1  # else nothing is tested
-    answer = Answer(Stops.of(tiny, None), 100)
-    texts = [answer.read(ids[: i + 1]).text for i in range(len(ids))]
-    assert texts == [""] * (len(ids) - 1) + ["🙂"]

@@ -3,31 +3,34 @@ else asks.
 """
 
 import json
+import socket
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from pipelines.serving.server import ServeConfig
+from pipelines.serving import server
+from pipelines.serving.server import ServeConfig, bind, served_name
+from shared.system.errors import TideError
 from student_train.using.settings import SampleConfig
 from student_train.using.student import LoadedStudent, load_for_use, sample
-from tests.pipelines.serving.running import client, served
 
 BLOCK = 8
-CONFIG = ServeConfig(
-    "small", SampleConfig(new_tokens=24, block=BLOCK), port=0, batch=4, waiting=6, body_bytes=20_000
-)
-PARTS = [{"type": "text", "text": "Write "}, {"type": "text", "text": "`h`."}]
+SAMPLING = SampleConfig(new_tokens=24, block=BLOCK)
+CONFIG = ServeConfig("small", SAMPLING, port=0, batch=4, waiting=6, body_bytes=20_000)
 CHATS: list[Any] = [
     [{"role": "user", "content": "Write `f`."}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Now `g`, longer."}],
-    [{"role": "user", "content": PARTS}],
+    [{"role": "user", "content": "Write `h`."}],
 ]
 
 
@@ -38,7 +41,7 @@ def loaded(student: str) -> LoadedStudent:
 
 @pytest.fixture(scope="module")
 def address(loaded: LoadedStudent) -> Iterator[str]:
-    with served(loaded, CONFIG) as place:
+    with server.served(loaded, CONFIG) as place:
         yield place
 
 
@@ -50,21 +53,28 @@ def sampled(loaded: LoadedStudent, prompt: list[int], limit: int, **changes: Any
     return loaded.text(ids[:limit])
 
 
-def prompt_of(loaded: LoadedStudent, chat: Any) -> list[int]:
-    if chat is CHATS[2]:  # its parts put together
-        chat = [{"role": "user", "content": "Write `h`."}]
-    return loaded.prompt(chat)
+@lru_cache  # kept, or a socket would be left open
+def client(address: str, key: str = "none", timeout: float = 60) -> openai.OpenAI:
+    place = f"{address}/v1"
+    return openai.OpenAI(base_url=place, api_key=key, timeout=timeout, max_retries=0)
 
 
 def create(address: str, **asked: Any) -> Any:
-    asked = {"model": "small", "messages": CHATS[0], "max_tokens": 8, **asked}
-    return client(address).chat.completions.create(**asked)
+    usual: Any = {"model": "small", "messages": CHATS[0], "max_tokens": 8}
+    return client(address).chat.completions.create(**{**usual, **asked})
 
 
 def test_an_answer_is_the_samplers(loaded: LoadedStudent, address: str) -> None:
+    """And what asks for nothing, or is not read, changes nothing."""
+    neutral: Any = {"frequency_penalty": 0.0, "tools": [], "logprobs": False, "stream": None}
+    neutral |= {"top_p": 1, "n": 1, "user": "me", "metadata": {"a": "b"}, "max_tokens": None}
     for limit, chat in zip((1, 8, 13), CHATS, strict=True):
-        prompt = prompt_of(loaded, chat)
-        got = create(address, messages=chat, max_completion_tokens=limit, max_tokens=None)
+        prompt = loaded.prompt(chat)
+        *begin, last = chat
+        words, word = last["content"].split(" ", 1)
+        parts = [{"type": "text", "text": f"{words} "}, {"type": "text", "text": word}]
+        asked = [*begin, {**last, "content": parts}]
+        got = create(address, messages=asked, max_completion_tokens=limit, **neutral)
         assert got.choices[0].message.content == sampled(loaded, prompt, limit)
         assert got.choices[0].finish_reason in ("length", "stop")
         assert got.usage.prompt_tokens == len(prompt)
@@ -72,32 +82,27 @@ def test_an_answer_is_the_samplers(loaded: LoadedStudent, address: str) -> None:
 
 
 def test_settings_of_a_request(loaded: LoadedStudent, address: str) -> None:
-    prompt = prompt_of(loaded, CHATS[0])
-    for given in (
+    prompt = loaded.prompt(CHATS[0])
+    for wanted in (
         {"temperature": 1.5, "seed": 1, "top_p": 0.3, "top_k": 50},
         {"threshold": 0.01},
         {"steps_per_block": 2, "remasking": "random", "seed": 3},
     ):
-        own = {key: given[key] for key in given.keys() - {"temperature", "seed", "top_p"}}
-        others = {key: given[key] for key in given.keys() - own.keys()}
-        got = create(address, max_tokens=16, **others, extra_body=own)
-        assert got.choices[0].message.content == sampled(loaded, prompt, 16, **given)
+        got = create(address, max_tokens=16, extra_body=wanted)
+        assert got.choices[0].message.content == sampled(loaded, prompt, 16, **wanted)
     warm = [create(address, temperature=2.0, max_tokens=24) for _ in range(4)]
     assert len({got.choices[0].message.content for got in warm}) > 1  # seeds of their own
 
 
 def test_several_choices_have_seeds_of_their_own(loaded: LoadedStudent, address: str) -> None:
-    got = client(address).completions.create(
-        model="small", prompt=["def f", "x"], n=2, temperature=1.0, seed=5, max_tokens=8
-    )
-    prompts = [loaded.tokenizer.encode([text])[0] for text in ("def f", "x")]
-    wanted = [sampled(loaded, p, 8, temperature=1.0, seed=5 + i) for p in prompts for i in range(2)]
-    assert [choice.text for choice in got.choices] == wanted
-    assert [choice.index for choice in got.choices] == [0, 1, 2, 3]
-    by_ids = client(address).completions.create(
-        model="small", prompt=prompts, n=2, temperature=1.0, seed=5, max_tokens=8
-    )
-    assert [choice.text for choice in by_ids.choices] == wanted
+    texts = ["def f", "x"]
+    ids = [loaded.tokenizer.encode([text])[0] for text in texts]
+    wanted = [sampled(loaded, p, 8, temperature=1.0, seed=5 + i) for p in ids for i in range(2)]
+    asked: Any = {"model": "small", "n": 2, "temperature": 1.0, "seed": 5, "max_tokens": 8}
+    for prompt in (texts, ids):
+        got = client(address).completions.create(prompt=prompt, **asked)
+        assert [choice.text for choice in got.choices] == wanted
+        assert [choice.index for choice in got.choices] == [0, 1, 2, 3]
 
 
 def test_a_stream_comes_by_block_and_is_the_whole(loaded: LoadedStudent, address: str) -> None:
@@ -117,14 +122,10 @@ def test_a_stream_comes_by_block_and_is_the_whole(loaded: LoadedStudent, address
 
 
 def test_a_stop_text_ends_a_response(loaded: LoadedStudent, address: str) -> None:
-    """Wherever it stands, over the edge of two blocks too, streamed or whole; nothing of it is
-    sent.
-    """
+    """Wherever it stands, over the edge of two blocks too; nothing of it is sent."""
     asked: Any = {"messages": CHATS[1], "max_tokens": 24, "temperature": 1.5, "seed": 11}
     text = create(address, **asked).choices[0].message.content
-    assert text is not None
-    ids = prompt_of(loaded, CHATS[1])
-    first = sampled(loaded, ids, 8, temperature=1.5, seed=11)
+    first = sampled(loaded, loaded.prompt(CHATS[1]), 8, temperature=1.5, seed=11)
     edge = text[len(first) - 2 : len(first) + 2]
     for stop in (edge, [text[3:6], "never there"]):
         wanted = text[: text.index(stop if isinstance(stop, str) else stop[0])]
@@ -135,13 +136,10 @@ def test_a_stop_text_ends_a_response(loaded: LoadedStudent, address: str) -> Non
 
 
 def test_many_at_once_get_what_each_gets_alone(loaded: LoadedStudent, address: str) -> None:
-    """Eight clients, released together, of other lengths, limits and temperatures; and they were
-    decoded together.
-    """
-    together = threading.Barrier(8)
-    passes: list[int] = []
-    embedding = loaded.model.get_input_embeddings()
-    hook = embedding.register_forward_hook(lambda _m, args, _o: passes.append(len(args[0])))
+    """And are decoded together, though their lengths, limits and temperatures are others."""
+    together, rows = threading.Barrier(8), list[int]()
+    embedding: Any = loaded.model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda _m, args, _o: rows.append(len(args[0])))
 
     def ask(i: int) -> str:
         own: Any = {"messages": CHATS[i % 3], "max_tokens": 5 + 2 * i}
@@ -152,33 +150,29 @@ def test_many_at_once_get_what_each_gets_alone(loaded: LoadedStudent, address: s
         answers = list(pool.map(ask, range(8)))
     hook.remove()
     for i, answer in enumerate(answers):
-        prompt = prompt_of(loaded, CHATS[i % 3])
+        prompt = loaded.prompt(CHATS[i % 3])
         assert answer == sampled(loaded, prompt, 5 + 2 * i, temperature=i / 4, seed=i)
-    assert max(passes) > 1
+    assert max(rows) > 1
 
 
 def test_what_cannot_be_answered_is_explained(address: str) -> None:
     cases: list[tuple[dict[str, Any], int, str]] = [
         ({"model": "other"}, 404, "'small'"),
-        ({"messages": []}, 400, ""),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, ""),
         ({"messages": [*CHATS[0], {"role": "assistant", "content": "f"}]}, 400, ""),
         ({"max_tokens": 0}, 400, "`max_tokens`"),
-        ({"max_tokens": 10**9}, 400, ""),
         ({"messages": [{"role": "user", "content": "a b " * 4400}]}, 400, ""),
         ({"messages": [{"role": "user", "content": "a" * 30_000}]}, 413, ""),
         ({"temperature": -1}, 400, "`temperature`"),
-        ({"temperature": 1e39}, 400, "`temperature`"),
         ({"frequency_penalty": 0.5}, 400, "`frequency_penalty`"),
-        ({"logprobs": True}, 400, "`logprobs`"),
         ({"n": 5}, 400, ""),
         ({"extra_body": {"topk": 5}}, 400, "`topk`"),
         ({"extra_body": {"steps_per_block": 9}}, 400, "steps_per_block"),
     ]
-    for given, status, offender in cases:
+    for wrong, status, offender in cases:
         with pytest.raises(openai.APIStatusError) as error:
-            create(address, **given)
-        assert error.value.status_code == status, given
+            create(address, **wrong)
+        assert error.value.status_code == status, wrong
         assert offender in error.value.message
 
 
@@ -191,13 +185,6 @@ def test_a_body_that_is_no_request(address: str) -> None:
         with error.value as answer:
             assert answer.status == 400
             assert json.load(answer)["error"]["type"] == "invalid_request_error"
-
-
-def test_neutral_values_and_what_is_not_read_are_taken(loaded: LoadedStudent, address: str) -> None:
-    neutral: Any = {"frequency_penalty": 0.0, "tools": [], "logprobs": False, "stream": None}
-    neutral |= {"top_p": 1, "n": 1, "response_format": {"type": "text"}}
-    got = create(address, **neutral, user="me", metadata={"a": "b"})
-    assert got.choices[0].message.content == sampled(loaded, prompt_of(loaded, CHATS[0]), 8)
 
 
 def test_models_and_health(address: str) -> None:
@@ -218,69 +205,62 @@ def test_models_and_health(address: str) -> None:
 def test_a_key_where_one_is_asked_for(loaded: LoadedStudent) -> None:
     config = ServeConfig("small", CONFIG.sampling, port=0, api_key="sesame")
     assert "sesame" not in repr(config)
-    with served(loaded, config) as place:
-        assert [model.id for model in client(place, api_key="sesame").models.list()] == ["small"]
+    with server.served(loaded, config) as place:
+        assert [model.id for model in client(place, "sesame").models.list()] == ["small"]
         with pytest.raises(openai.AuthenticationError):
             client(place).models.list()
         with pytest.raises(openai.AuthenticationError):
             create(place)
-        assert load_of(place) == (0, 0)  # whoever asks
+        wait_for(place, 0, 0)  # whoever asks may know
 
 
-def load_of(address: str) -> tuple[int, int]:
-    with urllib.request.urlopen(f"{address}/health", timeout=20) as answer:
-        state = json.load(answer)
-    return state["running"], state["waiting"]
-
-
-def wait_for(address: str, load: tuple[int, int]) -> None:
-    deadline = time.monotonic() + 30
-    while load_of(address) != load:
-        assert time.monotonic() < deadline, load_of(address)
+def wait_for(address: str, *load: int) -> None:
+    """Until so many are under way and so many wait."""
+    deadline, found = time.monotonic() + 30, None
+    while found != load:
+        assert time.monotonic() < deadline, found
         time.sleep(0.02)
+        with urllib.request.urlopen(f"{address}/health", timeout=20) as answer:
+            state = json.load(answer)
+        found = (state["running"], state["waiting"])
 
 
-class Slow:
+@contextmanager
+def slow(model: Any) -> Iterator[threading.Event]:
     """Every pass of the model waits until it may go on."""
-
-    def __init__(self, model: Any) -> None:
-        self.go = threading.Event()
-        self._hook = model.get_input_embeddings().register_forward_pre_hook(
-            lambda *_: self.go.wait(20) and None
-        )
-
-    def __enter__(self) -> "Slow":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.go.set()
-        self._hook.remove()
+    go = threading.Event()
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda *_: go.wait(20) and None)
+    try:
+        yield go
+    finally:
+        go.set()
+        hook.remove()
 
 
 def test_beyond_the_limit_requests_are_turned_away(loaded: LoadedStudent, address: str) -> None:
     """Four under way, six wait, the next gets 503; and all that waited are answered."""
-    with ThreadPoolExecutor(10) as pool, Slow(loaded.model):
+    with ThreadPoolExecutor(10) as pool, slow(loaded.model):
         waiting = []
         for number in range(10):
             waiting.append(pool.submit(create, address))
-            wait_for(address, (1, number))  # the first is being decoded, and the batch is closed
+            wait_for(address, 1, number)  # the first is being decoded, and the batch is closed
         with pytest.raises(openai.InternalServerError):
             create(address)
     answers = {answer.result().choices[0].message.content for answer in waiting}
-    assert answers == {sampled(loaded, prompt_of(loaded, CHATS[0]), 8)}
+    assert answers == {sampled(loaded, loaded.prompt(CHATS[0]), 8)}
 
 
 def test_who_hangs_up_leaves_the_batch(loaded: LoadedStudent, address: str) -> None:
     """Streamed or not."""
-    with Slow(loaded.model) as slow:
+    with slow(loaded.model) as go:
         asked: Any = {"model": "small", "prompt": "x", "max_tokens": 3000}
         stream = client(address).completions.create(**asked, stream=True)
-        wait_for(address, (1, 0))
+        wait_for(address, 1, 0)
         stream.close()
         with pytest.raises(openai.APITimeoutError):
             client(address, timeout=0.3).completions.create(**asked)
-        slow.go.set()
-        wait_for(address, (0, 0))
+        go.set()
+        wait_for(address, 0, 0)
 
 
 def test_a_failure_is_told_and_the_next_request_is_answered(
@@ -296,14 +276,23 @@ def test_a_failure_is_told_and_the_next_request_is_answered(
         list(create(address, stream=True))
     hook.remove()
     got = create(address)
-    assert got.choices[0].message.content == sampled(loaded, prompt_of(loaded, CHATS[0]), 8)
+    assert got.choices[0].message.content == sampled(loaded, loaded.prompt(CHATS[0]), 8)
     assert "out of memory" in caplog.text
 
 
 def test_a_server_that_stops_tells_those_who_wait(loaded: LoadedStudent) -> None:
     with ThreadPoolExecutor(1) as pool:
-        with Slow(loaded.model) as slow, served(loaded, CONFIG) as place:
+        with slow(loaded.model) as go, server.served(loaded, CONFIG) as place:
             answer = pool.submit(create, place, max_tokens=3000)
-            wait_for(place, (1, 0))
-            threading.Timer(0.5, slow.go.set).start()
+            wait_for(place, 1, 0)
+            threading.Timer(0.5, go.set).start()
         assert isinstance(answer.exception(), openai.InternalServerError)
+
+
+def test_the_name_of_a_student_and_a_port_that_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    assert served_name(str(tmp_path / "mine" / "model")) == "mine"
+    assert served_name(str(tmp_path / "mine")) == "mine"
+    assert served_name("owner/name") == "owner/name"
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(TideError):
+        bind(ServeConfig("small", port=taken.getsockname()[1]))
