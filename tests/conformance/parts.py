@@ -72,9 +72,7 @@ def load(folder: Path) -> Any:
 
 
 def loss_groups(folder: Path) -> list[Group]:
-    """A group an objective. The tolerance is 1e-5 relative, plus float32's resolution for sums of
-    order T².
-    """
+    """A group an objective: 1e-5 relative, plus float32's resolution for sums of order T²."""
     if not (folder / "losses.json").exists():
         return []
     tensors = load_file(folder / "losses.safetensors")
@@ -113,9 +111,7 @@ def loss_groups(folder: Path) -> list[Group]:
 
 
 def token_targets(tensors: dict[str, Tensor], temperature: float) -> Targets:
-    """The teacher's whole distribution at every masked position: k = V, nothing is outside the
-    top-k.
-    """
+    """The teacher's whole distribution at every masked position: k = V."""
     masked = tensors["masked"].bool()
     t = tensors["t"][:, None].expand(masked.shape)[masked]
     logp = torch.log_softmax(tensors["teacher_logits"][masked], dim=-1)  # [masked, vocab]
@@ -229,9 +225,7 @@ def differences(
 
 
 def sampler_groups(folder: Path) -> list[Group]:
-    """Greedy block decoding, all prompts as one batch; keys sample/stepsS-blockB-newN. A case is a
-    prompt.
-    """
+    """Greedy block decoding, a batch of all prompts; keys sample/stepsS-blockB-newN."""
     groups = []
     for path in sorted(folder.glob("*/expected.safetensors")):
         expected = load_file(path)

@@ -25,7 +25,7 @@ from torch import Tensor
 from pipelines.plan.costs import made_up_fingerprint
 from shared.aligned.examples import Prepared
 from shared.cache.manifest import Manifest
-from shared.cache.row import CacheRow, Layout, Vocabulary
+from shared.cache.row import Layout, Vocabulary
 from shared.cache.shards import read_shard, write_shard
 from shared.diffusion import Draw
 from shared.settings import config as options
@@ -58,8 +58,8 @@ def step_groups(folder: Path) -> list[Group]:
 def check_case(folder: Path, name: str, case: dict[str, Any]) -> Group:
     """Compare one case of step.json with the product's step."""
     tensors = load_file(folder / f"{name}.safetensors")
-    kind, _, block = case["teacher_attention"].partition(", block ")
-    attention = {"type": kind, "block": int(block)} if block else {"type": kind}
+    kind, _, of_teacher = case["teacher_attention"].partition(", block ")
+    attention = {"type": kind, "block": int(of_teacher)} if of_teacher else {"type": kind}
     settings = build(Variants, {"distillation": case["distillation"], "attention": attention})
     distillation = settings.distillation
 
@@ -93,11 +93,34 @@ def check_case(folder: Path, name: str, case: dict[str, Any]) -> Group:
 
     # 2. Stage two, on the rows as they are and as a shard has them.
     group = Group(name)
+    expected = {k.removeprefix("grad/"): v for k, v in tensors.items() if k.startswith("grad/")}
     with tempfile.TemporaryDirectory(prefix="tide-step-") as scratch:
         shard = Path(scratch) / "part.parquet"
         write_shard(shard, rows, layout, {})
-        for own in (rows, read_shard(shard, layout)):
-            check_step(group, folder, case, tensors, distillation, own, manifest, layout)
+        read = read_shard(shard, layout)
+    for batch in (collate(rows, manifest), collate(read, manifest)):
+        model = load(folder / case["student"])
+        model.requires_grad_(True)
+        train_on_loss(model, block, TargetReader(manifest, layout))
+        progress, constant = case["step"] / case["max_steps"], 0.0
+        own = LossSettings(distillation, case["weight"], counts_of(batch["counts"]), progress)
+        if isinstance(distillation, options.Calm):
+            constant = take_out_clamped(model, batch, distillation, progress)
+            group.note = "the reference's clamp is active: put back" if constant else ""
+        loss, sums = model(batch=batch, settings=own)
+        loss.backward()
+        ce, distilled = (float(x) for x in parts_of(sums, own.counts, distillation))
+        distilled += constant / float(own.counts.chunks.clamp_min(1))
+        loss = ce + case["weight"] * distilled
+        for key, value in (("ce", ce), ("distillation_value", distilled), ("loss", loss)):
+            group.add(abs(value - case[key]) / abs(case[key]), RELATIVE)
+        gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        assert gradients.keys() == expected.keys()
+        ours = torch.cat([gradients[key].double().flatten() for key in expected])
+        theirs = torch.cat([gradient.double().flatten() for gradient in expected.values()])
+        cosine = torch.dot(ours, theirs) / (ours.norm() * theirs.norm())
+        group.add(float((ours.norm() / theirs.norm() - 1).abs()), RELATIVE)
+        group.add(float(1 - cosine), ANGLE)
     return group
 
 
@@ -126,46 +149,6 @@ def injected_draws(tensors: dict[str, Tensor]) -> Iterator[tuple[Prepared, Draw]
         split = in_a[np.searchsorted(places, theirs[:, 0])]
         example = Prepared(str(i), ids, spans, lists["teacher_ids"][i], chunks, False, zero)
         yield example, Draw(t, masked, np.arange(len(own), dtype=np.int32), split)
-
-
-def check_step(
-    group: Group,
-    folder: Path,
-    case: dict[str, Any],
-    tensors: dict[str, Tensor],
-    distillation: options.Distillation,
-    rows: list[CacheRow],
-    manifest: Manifest,
-    layout: Layout,
-) -> None:
-    """One forward and backward of the student, beside the reference's values and gradients."""
-    model = load(folder / case["student"])
-    model.requires_grad_(True)
-    train_on_loss(model, case["block"], TargetReader(manifest, layout))
-    batch = collate(rows, manifest)
-    progress = case["step"] / case["max_steps"]
-    settings = LossSettings(distillation, case["weight"], counts_of(batch["counts"]), progress)
-    constant = 0.0
-    if isinstance(distillation, options.Calm):
-        constant = take_out_clamped(model, batch, distillation, progress)
-        if constant:
-            group.note = "the reference's clamp is active: put back"
-    loss, sums = model(batch=batch, settings=settings)
-    loss.backward()
-    ce, distilled = (float(x) for x in parts_of(sums, settings.counts, distillation))
-    distilled += constant / float(settings.counts.chunks.clamp_min(1))
-    values = {"ce": ce, "distillation_value": distilled, "loss": ce + case["weight"] * distilled}
-    for name, value in values.items():
-        group.add(abs(value - case[name]) / abs(case[name]), RELATIVE)
-
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    expected = {k.removeprefix("grad/"): v for k, v in tensors.items() if k.startswith("grad/")}
-    assert gradients.keys() == expected.keys()
-    ours = torch.cat([gradients[name].double().flatten() for name in expected])
-    theirs = torch.cat([gradient.double().flatten() for gradient in expected.values()])
-    cosine = torch.dot(ours, theirs) / (ours.norm() * theirs.norm())
-    group.add(float((ours.norm() / theirs.norm() - 1).abs()), RELATIVE)
-    group.add(float(1 - cosine), ANGLE)
 
 
 @torch.no_grad()

@@ -1,18 +1,31 @@
-"""The command: the whole way through it, and what it answers where it refuses."""
+"""The command: the whole way through it, what it answers where it refuses, help that hides
+nothing, and text of others on the terminal, which is shown and never obeyed.
+"""
 
 import io
-import os
+import json
+import re
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from pipelines.cli import app, main
+from pipelines.cli import INSTALLATION, app, main
+from pipelines.commands.app import json_line, printable
+from pipelines.commands.caches import CACHES
+from pipelines.commands.stages import STAGE_ONE, STAGE_TWO
+from pipelines.commands.students import STUDENTS
 from shared.cache.shards import finished_units
+from teacher_cache.teachers.registry import all_teachers
 from tests.conftest import chats_file, heldout_file
 
 SMALL = ("shard_examples=8", "lengths.student=128", "lengths.teacher=128", "data.limit=24",
@@ -27,21 +40,12 @@ def small_cache(model: Path, out: Path, *settings: str) -> list[str]:
     return ["cache", "--model", str(model), "--data", str(chats_file()), "--out", str(out), *sets]
 
 
-def tide(*arguments: str) -> str:
-    """What the command prints."""
-    done = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+def tide(*arguments: str, columns: int = 200) -> str:
+    """What the command prints, less its frames."""
+    env = {"COLUMNS": str(columns), "TERM": "dumb"}
+    done = CliRunner().invoke(app, list(arguments), catch_exceptions=False, env=env)
     assert done.exit_code == 0, done.output
-    return done.stdout
-
-
-def failed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[object, str]:
-    """Exit code and stderr."""
-    stderr = io.StringIO()
-    monkeypatch.setattr(sys, "argv", ["tide", *arguments])
-    monkeypatch.setattr(sys, "stderr", stderr)
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return stop.value.code, stderr.getvalue()
+    return re.sub(r"[│╭╮╰╯─\s]+", " ", done.stdout)
 
 
 def test_cache_then_train_then_report(random_teacher: Path, tmp_path: Path) -> None:
@@ -70,6 +74,7 @@ REFUSED = [
     ("cache --out /proc/x", "/proc/x"),  # or are not to be written
     ("plan --teacher llada-8b --response nan", "--response"),  # a number that cannot be
     ("plan --no-such-option", "--no-such-option"),  # Typer's own
+    ("cache --data-parallel 4", "CUDA_VISIBLE_DEVICES=0,1"),  # copies beyond the visible GPUs
     ("report /nowhere\x1b]0;evil\x07", "/nowhere"),  # text that would obey itself
 ]
 
@@ -81,19 +86,15 @@ def test_what_cannot_be_is_one_message_and_exit_code_two(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.toml").write_text('[cache]\nteacher = "tiny-cross"\n')
     (tmp_path / "wrong.toml").write_text("[train]\nlearning_rte = 1e-4\n")
-    code, said = failed(monkeypatch, *command.split())
-    assert code == 2 and name in said
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(sys, "argv", ["tide", *command.split()])
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with pytest.raises(SystemExit) as stop:
+        main()
+    said = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert stop.value.code == 2 and name in said
     assert "Traceback" not in said and "\x1b" not in said and "\x07" not in said
     assert sum(line.startswith("tide: error") for line in said.splitlines()) <= 1
-
-
-def test_copies_beyond_the_visible_gpus_do_not_run_on_the_cpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "0,1")
-    words = ["cache", "--out", str(tmp_path / "c"), "--data-parallel", "4"]
-    code, said = failed(monkeypatch, *words)
-    assert code == 2 and "CUDA_VISIBLE_DEVICES=0,1" in said
 
 
 QUICK = """
@@ -133,11 +134,70 @@ def test_ctrl_c_says_how_to_go_on(random_teacher: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_plans_and_throughput(random_teacher: Path) -> None:
-    assert "8.02 B parameters" in tide("plan", "--teacher", "llada-8b")
     # 1000 examples × 2 draws × 2 passes × 100 tokens
     stated = "plan --teacher llada2-mini --examples 1000 --tokens 100 --draws 2"
     hours = tide(*stated.split(), "--tokens-per-second", "1000")
-    assert "GPU hours 0.1 at 1,000 tokens/s" in " ".join(hours.split())
+    assert "GPU hours 0.1 at 1,000 tokens/s" in hours
     small = "throughput --length 32 --requests 4 --tflops 1 --model"
     speed = tide(*small.split(), str(random_teacher))
     assert "4 passes of 32 tokens" in speed and "of 1 TFLOP/s" in speed
+
+
+def test_the_help_has_every_command_in_its_panel_and_no_word_is_lost() -> None:
+    root: Any = typer.main.get_command(app)
+    text = tide("--help")
+    panels = [STAGE_ONE, STAGE_TWO, CACHES, STUDENTS, INSTALLATION]
+    places = [text.index(panel) for panel in panels]
+    assert places == sorted(places) and "--install-completion" in text
+    for name, command in root.commands.items():
+        assert f" {name} " in text and command.rich_help_panel in panels
+        if name == "lm-eval":
+            continue
+        own = tide(name, "--help")
+        for parameter in command.params:
+            for word in (parameter.help or "").replace("`", "").split():
+                assert word in own, f"{name} {parameter.name}: {word}"
+    expected = f"tide-distill {version('tide-distill')}, Python {sys.version.split()[0]}"
+    assert tide("--version").startswith(expected)
+
+
+def test_teachers_are_never_shortened_and_a_name_in_brackets_is_no_markup(tmp_path: Path) -> None:
+    entry = 'model = "models/[bold]x"\narchitecture = "llama"\nmask_id = 5\nstudent_tokens = true\n'
+    (tmp_path / "t.toml").write_text(f'["mine[1]"]\n{entry}length = 64\nstudent = "s"\n')
+    text = tide("teachers", "--teachers", str(tmp_path / "t.toml"), columns=20)
+    for name, teacher in all_teachers(tmp_path / "t.toml").items():
+        assert f" {name} " in text and f" {teacher.model} " in text
+    assert "…" not in text and "models/[bold]x" in text
+
+
+SEQUENCES = [
+    "\x1b]0;evil\x07", "\x1b]2;evil\x1b\\",  # a title
+    "\x1b]52;c;ZXZpbA==\x07", "\x1b]8;;http://evil\x1b\\",  # the clipboard, a link
+    "\x1b[2J", "\x1b[31m", "\x1bc",  # clear, colour, reset
+    "\x9b2J", "\x9d0;evil\x9c",  # CSI and OSC in one byte
+    "\x1bPevil\x1b\\", "\x1b_evil\x1b\\", "\x1b(0",  # device, application, character set
+    "\x07", "\x08\x08", "\r", "\x7f", "\x1b",  # bell, backspaces, return, delete, alone
+    "\x1b]0;evil", "\x1b[31",  # unfinished
+    "\u202e", "\u2066",  # another direction
+]  # fmt: skip
+
+
+def test_sequences_are_not_printed_and_ordinary_text_is() -> None:
+    for sequence in SEQUENCES:
+        assert printable(f"a{sequence}") == "a", repr(sequence)
+    text = "naïve 中文 العربية 👩‍💻\n\tx = [1; 2] ]0; \\e[31m ✓\u200f"
+    assert printable(text) == text
+
+
+@given(st.text(alphabet=st.characters(max_codepoint=0x2FFF)))
+def test_nothing_that_controls_is_left(text: str) -> None:
+    left = printable(text)
+    assert not any((c < " " and c not in "\n\t") or "\x7f" <= c <= "\x9f" for c in left)
+    assert printable(left) == left
+
+
+@given(st.text())
+def test_json_says_the_same_without_them(text: str) -> None:
+    line = json_line(json.dumps({"x": text}, ensure_ascii=False))
+    assert json.loads(line) == {"x": text}
+    assert printable(line) == line

@@ -24,9 +24,6 @@ noise = {{ draws = 1 }}
 [train]
 max_steps = 2
 batch_size = 4
-checkpoint_steps = 2
-log_steps = 1
-eval_steps = 2
 device = "cpu"
 precision = "float32"
 student = {{ hidden_size = 32, layers = 1, heads = 2, kv_heads = 1, intermediate_size = 32 }}
@@ -67,11 +64,12 @@ def test_the_whole_recipe_is_checked_first(
     recipe = write_grid(tmp_path / "grid.toml", random_teacher)
     whole = recipe.read_text()
     first = 'cache = "{}"\ntrain = {{ distillation = {{ type = "none"'
-    for old, new, name in [
-        ("weight = 2.0", "wieght = 2.0", "wieght"),
-        (first.format("a"), first.format("b"), "'b'"),
-        ('type = "calm"', 'type = "clam"', "variant calm"),
-    ]:
+    changes = {
+        "wieght": ("weight = 2.0", "wieght = 2.0"),
+        "'b'": (first.format("a"), first.format("b")),
+        "variant calm": ('type = "calm"', 'type = "clam"'),
+    }
+    for name, (old, new) in changes.items():
         assert old in whole
         recipe.write_text(whole.replace(old, new, 1))
         with pytest.raises(TideError, match=name):

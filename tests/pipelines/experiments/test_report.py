@@ -1,8 +1,6 @@
 """Tables of runs, differences paired by seed; runs of strangers, which are read and never run."""
 
 import json
-import os
-import pickle
 import sqlite3
 from contextlib import suppress
 from pathlib import Path
@@ -67,11 +65,8 @@ def test_the_table_has_mean_and_spread_over_seeds(tmp_path: Path) -> None:
 
 def test_the_verdict_follows_the_numbers(tmp_path: Path) -> None:
     grid = demo_grid(2)
-    assert grid.pairs() == [
-        ("undistilled-cross", "TIDE-Cross"),
-        ("undistilled-shared", "TIDE-Shared"),
-        ("undistilled-shared", "best-shared"),
-    ]
+    wanted = [("cross", "TIDE-Cross"), ("shared", "TIDE-Shared"), ("shared", "best-shared")]
+    assert grid.pairs() == [(f"undistilled-{kind}", variant) for kind, variant in wanted]
     cases = {"helped: ": [0.1, 0.2], "some seeds": [0.1, -0.2], "did not help": [-0.1, -0.2]}
     for said, gains in cases.items():
         fill(tmp_path / said, gains)
@@ -104,46 +99,32 @@ def test_the_interval_is_scipy_s_for_one_sample(values: list[float]) -> None:
 
 
 def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
-    for seed, level in enumerate((4.0, 5.0, 6.0)):
-        for name, more in (("plain", 0.0), ("other", -0.1)):
-            run = tmp_path / f"{name}-seed{seed}"
-            fake_run(run, seed, "c", level + more, NONE)
-            use = {"lines": 0.1 - more * seed, "parse": 0.5, "tokens_per_step": 2, "threshold": 0.9}
-            (run / USE).write_text(json.dumps(use))
-    fake_run(tmp_path / "plain-seed9", 9, "c", 1.0, NONE)  # a seed that only one has
-    runs = find_runs(tmp_path)
-    assert report.paired_differences(runs, "plain", "other", "nll") == pytest.approx([-0.1] * 3)
-    table = words(report.paired_table(runs, [("plain", "other")]))
-    assert "| other | plain | 3 | **-0.100 ± 0.000** |" in table and "+0.100 ±" in table
-    assert summary_table(runs).to_dicts()[0]["tokens a step"] == "2.00 ± 0.00"
-
-
-def test_two_variants_are_compared_seed_by_seed(tmp_path: Path) -> None:
     for seed, noise in enumerate((0.0, 0.5, -0.5)):
-        other = 3.9 + noise + 0.001 * seed
-        fake_run(tmp_path / "a" / f"x-seed{seed}", seed, "tiny-cross", 4.0 + noise, NONE)
-        fake_run(tmp_path / "b" / f"y-seed{seed}", seed, "tiny-cross", other, CALM)
+        for folder, nll, kind in (("a", 4.0, NONE), ("b", 3.9 + 0.001 * seed, CALM)):
+            run = tmp_path / folder / f"{folder}-seed{seed}"
+            fake_run(run, seed, "c", nll + noise, kind)
+            lines = 0.1 * (1 + (kind is CALM) * seed)
+            use = {"lines": lines, "parse": 0.5, "tokens_per_step": 2, "threshold": 0.9}
+            (run / USE).write_text(json.dumps(use))
+    fake_run(tmp_path / "a" / "a-seed9", 9, "c", 1.0, NONE)  # a seed that only one has
+    runs = find_runs(tmp_path)
+    differences = report.paired_differences(runs, "a/a", "b/b", "nll")
+    assert differences == pytest.approx([-0.1, -0.099, -0.098])
+    table = words(report.paired_table(runs, [("a/a", "b/b")]))
+    assert "| b/b | a/a | 3 | **-0.099 ± 0.002** |" in table and "+0.100 ±" in table
+    assert summary_table(runs).to_dicts()[0]["tokens a step"] == "2.00 ± 0.00"
     said = report.compare(tmp_path / "a", tmp_path / "b")
     assert 'distillation.type: "none" → "calm"' in said
     assert "| B | A | 3 | **-0.099 ± 0.002** |" in words(said)
-    fake_run(tmp_path / "c" / "z-seed9", 9, "tiny-cross", 4.0, NONE)
+    fake_run(tmp_path / "c" / "z-seed7", 7, "tiny-cross", 4.0, NONE)
     for one, two in (("", "a"), ("a", "c")):  # several variants; no seed that both have
         with pytest.raises(TideError):
             report.compare(tmp_path / one, tmp_path / two)
 
 
-class Runs:
-    """A pickle that makes a folder when it is read."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.folder),)
-
-
 def test_answers_that_would_run_code_are_not_read(tmp_path: Path) -> None:
-    path, code = tmp_path / ".humaneval-abc_rank0.jsonl", pickle.dumps(Runs(tmp_path / "ran"))
+    path = tmp_path / ".humaneval-abc_rank0.jsonl"
+    code = f"cos\nmkdir\n(V{tmp_path / 'ran'}\ntR.".encode()  # a pickle that makes a folder
     with sqlite3.connect(path) as database:
         database.execute("CREATE TABLE unnamed (key TEXT PRIMARY KEY, value BLOB)")
         database.execute("INSERT INTO unnamed VALUES ('x', ?)", (code,))
@@ -158,20 +139,20 @@ def test_answers_that_would_run_code_are_not_read(tmp_path: Path) -> None:
 
 def test_answers_are_found_again_and_changed_ones_are_not(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
+    question, pair = ("q", {"until": ["\n"]}, 0), (("c", "d"),)
     first = Answers(path)
-    first.add("generate_until", ("q", {"until": ["\n"]}, 0), "a\u2028b")
-    first.add("loglikelihood", (("c", "d"),), (-1.5, True))
+    first.add("generate_until", question, "a\u2028b")
+    first.add("loglikelihood", pair, (-1.5, True))
     again = Answers(path)
-    assert again.get("generate_until", ("q", {"until": ["\n"]}, 0)) == "a\u2028b"
-    assert again.get("generate_until", ("q", {"until": ["\n"]}, 1)) is None
-    assert again.get("loglikelihood", (("c", "d"),)) == [-1.5, True]
+    assert again.get("generate_until", question) == "a\u2028b"
+    assert again.get("generate_until", (*question[:2], 1)) is None
+    assert again.get("loglikelihood", pair) == [-1.5, True]
     path.write_text(path.read_text().replace("-1.5", "-0.5")[:-9])  # changed, and cut
-    last = Answers(path)
-    last.add("loglikelihood_rolling", ("t",), -3.0)
+    Answers(path).add("loglikelihood_rolling", ("t",), -3.0)
     found = Answers(path)
-    assert found.get("loglikelihood", (("c", "d"),)) is None
+    assert found.get("loglikelihood", pair) is None
     assert found.get("loglikelihood_rolling", ("t",)) == -3.0
-    assert found.get("generate_until", ("q", {"until": ["\n"]}, 0)) is not None
+    assert found.get("generate_until", question) is not None
 
 
 @pytest.mark.parametrize("name", ["run.json", "history.json", "use.json", "nonfinite.json"])
