@@ -98,28 +98,20 @@ def heldout_file() -> Path:
 
 def write_chats(path: Path, responses: list[str]) -> dict[str, str]:
     """Chats with these responses as a JSONL file; the settings of a source that reads it."""
-    chats = [
-        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": r}]}
-        for r in responses
-    ]
-    path.write_text("".join(json.dumps(c) + "\n" for c in chats))
+    asked = {"role": "user", "content": "q"}
+    chats = [[asked, {"role": "assistant", "content": response}] for response in responses]
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     return {"source": str(path)}
 
 
 def small_cache_config(teacher: str, model: Path, out: Path, **changes: object) -> CacheConfig:
     """Settings of a cache of 24 standard-library functions in three shards and two draws."""
-    values = {
-        "teacher": teacher,
-        "model": str(model),
-        "out": out,
-        "shard_examples": 8,
-        "data": {"source": str(chats_file()), "limit": 24},
-        "lengths": {"student": 128, "teacher": 128, "block": 32},
-        "targets": {"k": 8, "classes": 5, "pilot": 200},
-        "engine": {"dtype": "float32", "device": "cpu"},
-        **changes,
-    }
-    return build(CacheConfig, values)
+    values: dict[str, object] = {"teacher": teacher, "model": str(model), "out": out}
+    values |= {"shard_examples": 8, "data": {"source": str(chats_file()), "limit": 24}}
+    values |= {"lengths": {"student": 128, "teacher": 128, "block": 32}}
+    values |= {"targets": {"k": 8, "classes": 5, "pilot": 200}}
+    values |= {"engine": {"dtype": "float32", "device": "cpu"}}
+    return build(CacheConfig, values | changes)
 
 
 def files(cache: Path) -> dict[str, bytes]:
@@ -133,9 +125,10 @@ def files(cache: Path) -> dict[str, bytes]:
 def caches(random_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Finished small caches by teacher name. Read only: copy one before changing it."""
     folder = tmp_path_factory.mktemp("caches")
-    for teacher in ("tiny-cross", "tiny-shared"):
-        build_cache(small_cache_config(teacher, random_teacher, folder / teacher))
-    return {teacher: folder / teacher for teacher in ("tiny-cross", "tiny-shared")}
+    made = {teacher: folder / teacher for teacher in ("tiny-cross", "tiny-shared")}
+    for teacher, out in made.items():
+        build_cache(small_cache_config(teacher, random_teacher, out))
+    return made
 
 
 @pytest.fixture(scope="session")

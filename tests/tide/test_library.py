@@ -29,38 +29,32 @@ def test_settings_are_those_of_a_recipe(random_teacher: Path, tmp_path: Path) ->
     grown = tide.cache("tiny-cross", **given, noise={"draws": 2}, out=str(tmp_path / "c"))
     assert grown.draws == 2 and load_manifest(grown.folder).digest == manifest.digest
     assert tide.Cache.open(tmp_path / "c") == grown
-
-
-def test_importing_it_is_quick_and_folders_of_the_same_names_beside_it_hide_nothing(
-    tmp_path: Path,
-) -> None:
-    for name in ("shared", "pipelines", "tide"):
-        (tmp_path / name).mkdir()
-    code = (
-        "import sys, tide, shared.data; print(tide.load_student.__name__, 'torch' in sys.modules)"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    options: dict[str, Any] = {"cwd": tmp_path, "env": environment, "capture_output": True}
-    done = subprocess.run([sys.executable, "-c", code], text=True, check=False, **options)
-    assert done.stdout == "load_student False\n", done.stderr
-
-
-def test_several_sources(tmp_path: Path) -> None:
     row = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     (tmp_path / "own.jsonl").write_text(json.dumps({"messages": row}) + "\n")
     sources = [str(tmp_path / "own.jsonl"), {"source": "stdlib:train", "limit": 3}]
-    data = tide.prepare("tiny-cross", sources, out=str(tmp_path / "c"))
+    data = tide.prepare("tiny-cross", sources, out=str(tmp_path / "d"))
     assert data.examples == 4 and "4 examples are taken" in str(data)
     assert data.folder == tmp_path / "prepared"
+
+
+def test_importing_it_is_quick_and_folders_of_the_same_names_hide_nothing(tmp_path: Path) -> None:
+    for name in ("shared", "pipelines", "tide"):
+        (tmp_path / name).mkdir()
+    code = "import sys, tide, shared.data; print(tide.load_student, 'torch' in sys.modules)"
+    options: dict[str, Any] = {"cwd": tmp_path, "capture_output": True, "text": True}
+    options["env"] = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], check=False, **options)
+    assert done.stdout.startswith("<function") and done.stdout.endswith("False\n"), done.stderr
 
 
 def test_a_student_answers_as_on_the_command_line(student: str) -> None:
     loaded = load_for_use(student, "cpu")
     ours = tide.load_student(student, "cpu")
     chats = [[{"role": "user", "content": "Write `f`."}], [{"role": "user", "content": "g"}]]
-    wanted = list(loaded.answer(chats, SampleConfig(new_tokens=16, block=8, threshold=0.01), 2))
-    assert ours.answers(["Write `f`.", chats[1]], new_tokens=16, block=8, threshold=0.01) == wanted
-    assert ours.answer("Write `f`.", new_tokens=16, block=8, threshold=0.01) == wanted[0]
+    given: dict[str, Any] = {"new_tokens": 16, "block": 8, "threshold": 0.01}
+    wanted = list(loaded.answer(chats, SampleConfig(**given), 2))
+    assert ours.answers(["Write `f`.", chats[1]], **given) == wanted
+    assert ours.answer("Write `f`.", **given) == wanted[0]
     assert "model" in repr(ours) and "Qwen" not in repr(ours)
 
 

@@ -1,9 +1,10 @@
 """The command: the whole way through it, what it answers where it refuses, help that hides
-nothing, and text of others on the terminal, which is shown and never obeyed.
+nothing, text of others on the terminal, which is shown and never obeyed, and a student's answers.
 """
 
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -17,14 +18,18 @@ import pytest
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from typer.testing import CliRunner
 
 from pipelines.cli import INSTALLATION, app, main
 from pipelines.commands.app import json_line, printable
 from pipelines.commands.caches import CACHES
 from pipelines.commands.stages import STAGE_ONE, STAGE_TWO
-from pipelines.commands.students import STUDENTS
+from pipelines.commands.students import STUDENTS, talk
 from shared.cache.shards import finished_units
+from shared.system.errors import TideError
+from student_train.using.settings import SampleConfig
+from student_train.using.student import LoadedStudent, load_for_use
 from teacher_cache.teachers.registry import all_teachers
 from tests.conftest import chats_file, heldout_file
 
@@ -132,17 +137,6 @@ def test_ctrl_c_says_how_to_go_on(random_teacher: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "c").rglob(".*.tide-tmp"))
 
 
-@pytest.mark.slow
-def test_plans_and_throughput(random_teacher: Path) -> None:
-    # 1000 examples × 2 draws × 2 passes × 100 tokens
-    stated = "plan --teacher llada2-mini --examples 1000 --tokens 100 --draws 2"
-    hours = tide(*stated.split(), "--tokens-per-second", "1000")
-    assert "GPU hours 0.1 at 1,000 tokens/s" in hours
-    small = "throughput --length 32 --requests 4 --tflops 1 --model"
-    speed = tide(*small.split(), str(random_teacher))
-    assert "4 passes of 32 tokens" in speed and "of 1 TFLOP/s" in speed
-
-
 def test_the_help_has_every_command_in_its_panel_and_no_word_is_lost() -> None:
     root: Any = typer.main.get_command(app)
     text = tide("--help")
@@ -171,14 +165,11 @@ def test_teachers_are_never_shortened_and_a_name_in_brackets_is_no_markup(tmp_pa
 
 
 SEQUENCES = [
-    "\x1b]0;evil\x07", "\x1b]2;evil\x1b\\",  # a title
+    "\x1b]0;evil\x07", "\x1b]2;evil\x1b\\", "\x9d0;evil\x9c",  # a title, also in one byte
     "\x1b]52;c;ZXZpbA==\x07", "\x1b]8;;http://evil\x1b\\",  # the clipboard, a link
-    "\x1b[2J", "\x1b[31m", "\x1bc",  # clear, colour, reset
-    "\x9b2J", "\x9d0;evil\x9c",  # CSI and OSC in one byte
-    "\x1bPevil\x1b\\", "\x1b_evil\x1b\\", "\x1b(0",  # device, application, character set
-    "\x07", "\x08\x08", "\r", "\x7f", "\x1b",  # bell, backspaces, return, delete, alone
-    "\x1b]0;evil", "\x1b[31",  # unfinished
-    "\u202e", "\u2066",  # another direction
+    "\x1b[2J", "\x9b2J", "\x1b[31m", "\x1bc", "\x1b(0",  # clear, colour, reset, characters
+    "\x1bPevil\x1b\\", "\x1b_evil\x1b\\", "\x1b]0;evil", "\x1b[31",  # device; unfinished
+    "\x07", "\x08\x08", "\r", "\x7f", "\x1b", "\u202e", "\u2066",  # alone; another direction
 ]  # fmt: skip
 
 
@@ -201,3 +192,65 @@ def test_json_says_the_same_without_them(text: str) -> None:
     line = json_line(json.dumps({"x": text}, ensure_ascii=False))
     assert json.loads(line) == {"x": text}
     assert printable(line) == line
+
+
+SHORT = ["--new-tokens", "16", "--block", "8", "--device", "cpu"]
+
+
+def run(*arguments: str, text: str | None = None) -> str:
+    done = CliRunner().invoke(app, list(arguments), input=text, catch_exceptions=False)
+    assert done.exit_code == 0
+    return done.stdout
+
+
+def test_prompts_from_arguments_standard_input_and_files_agree(
+    student: str, tmp_path: Path
+) -> None:
+    longer = "And now `g`, which is longer."
+    answers = run("sample", student, "Write `f`.", longer, *SHORT)
+    assert answers.startswith(run("sample", student, *SHORT, text="\ufeffWrite `f`.\r\n"))
+    asked = [{"role": "user", "content": longer}]
+    answered = [*asked, {"role": "assistant", "content": "def g(): ..."}]  # no part of the prompt
+    rows = [{"prompt": "Write `f`."}, {"messages": asked}, {"messages": answered}]
+    file = tmp_path / "p.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    lines = run("sample", student, "--file", str(file), *SHORT).splitlines()
+    assert lines[1] == lines[2] and json.loads(lines[2])["messages"] == asked
+    assert answers == "".join(json.loads(line)["response"] + "\n" for line in lines[:2])
+    file.write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    for arguments in (["--file", str(file)], ["x", "--threshold", "2"], ["x", "--device", "gpu"]):
+        with pytest.raises(TideError):
+            run("sample", student, *arguments)
+
+
+def test_bytes_that_are_no_text_are_explained(student: str, caches: dict[str, Path]) -> None:
+    """In arguments and on standard input; a terminal that lacks a character prints another."""
+    tide = [sys.executable, "-m", "pipelines.cli"]
+    out = ["cache", "--out", b"caches/\xe9"]
+    for words, text in ((out, b""), (["sample", student, *SHORT], b"Write \xff")):
+        done = subprocess.run([*tide, *words], input=text, capture_output=True, check=False)
+        assert done.returncode == 2
+        assert b"UTF-8" in done.stderr and b"Traceback" not in done.stderr
+    old, cache = {**os.environ, "PYTHONIOENCODING": "latin-1"}, str(caches["tiny-cross"])
+    done = subprocess.run([*tide, "inspect", cache], env=old, capture_output=True, check=False)
+    assert done.returncode == 0 and b"chunk_student" in done.stdout and b"?" in done.stdout
+
+
+@pytest.mark.parametrize("show", [True, False])
+def test_a_conversation_remembers_and_ends(
+    student: str, monkeypatch: pytest.MonkeyPatch, show: bool
+) -> None:
+    loaded = load_for_use(student, "cpu")
+    ids = loaded.prompt([{"role": "user", "content": "x"}])
+    assert loaded.tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
+    seen: list[int] = []
+    monkeypatch.setattr(
+        LoadedStudent, "prompt", lambda _self, messages: seen.append(len(messages)) or ids
+    )
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=80)
+    questions = iter(["one", "two", ""])
+    monkeypatch.setattr(console, "input", lambda _prompt: next(questions))
+    talk(loaded, SampleConfig(new_tokens=16, block=8), show, console)
+    assert seen == [1, 3]
+    assert ("░" in file.getvalue()) == show

@@ -1,6 +1,7 @@
-"""Tables of runs, differences paired by seed; runs of strangers, which are read and never run."""
+"""Grids; tables of runs, differences paired by seed; runs of strangers, read and never run."""
 
 import json
+import shlex
 import sqlite3
 from contextlib import suppress
 from pathlib import Path
@@ -11,16 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from typer.testing import CliRunner
 
+from pipelines.cli import app
 from pipelines.evaluation.benchmarks import Answers, read_scores
 from pipelines.evaluation.use_scores import USE
-from pipelines.experiments import report
-from pipelines.experiments.ablate import demo_grid, verdicts
+from pipelines.experiments import ablate, report
 from pipelines.experiments.report import find_runs, summary_table
 from shared.settings.build import to_plain
 from shared.settings.config import TrainConfig
 from shared.system.errors import TideError
 from student_train.training.replay import replay
+from tests.conftest import chats_file, heldout_file
 
 NONE: dict[str, Any] = {"type": "none"}
 CALM = {"type": "calm", "temperature": 2.0, "tidal": {"axis": "both"}}
@@ -40,7 +43,7 @@ def fake_run(folder: Path, seed: int, cache: str, nll: float, distillation: dict
 
 def fill(folder: Path, gains: list[float]) -> None:
     """Runs of the demo in which distillation gains so much, by seed."""
-    for name, variant in demo_grid(1).variants.items():
+    for name, variant in ablate.demo_grid(1).variants.items():
         alone = variant.train["distillation"] == NONE
         for seed, gain in enumerate(gains):
             run, nll = folder / f"{name}-seed{seed}", 4.0 if alone else 4.0 - gain
@@ -64,13 +67,13 @@ def test_the_table_has_mean_and_spread_over_seeds(tmp_path: Path) -> None:
 
 
 def test_the_verdict_follows_the_numbers(tmp_path: Path) -> None:
-    grid = demo_grid(2)
+    grid = ablate.demo_grid(2)
     wanted = [("cross", "TIDE-Cross"), ("shared", "TIDE-Shared"), ("shared", "best-shared")]
     assert grid.pairs() == [(f"undistilled-{kind}", variant) for kind, variant in wanted]
     cases = {"helped: ": [0.1, 0.2], "some seeds": [0.1, -0.2], "did not help": [-0.1, -0.2]}
     for said, gains in cases.items():
         fill(tmp_path / said, gains)
-        assert verdicts(find_runs(tmp_path / said), grid).count(said) == 3
+        assert ablate.verdicts(find_runs(tmp_path / said), grid).count(said) == 3
     with pytest.raises(TideError):
         find_runs(tmp_path / "none")
 
@@ -108,10 +111,10 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
             (run / USE).write_text(json.dumps(use))
     fake_run(tmp_path / "a" / "a-seed9", 9, "c", 1.0, NONE)  # a seed that only one has
     runs = find_runs(tmp_path)
-    differences = report.paired_differences(runs, "a/a", "b/b", "nll")
+    differences = report.paired_differences(runs, "a", "b", "nll")
     assert differences == pytest.approx([-0.1, -0.099, -0.098])
-    table = words(report.paired_table(runs, [("a/a", "b/b")]))
-    assert "| b/b | a/a | 3 | **-0.099 ± 0.002** |" in table and "+0.100 ±" in table
+    table = words(report.paired_table(runs, [("a", "b")]))
+    assert "| b | a | 3 | **-0.099 ± 0.002** |" in table and "+0.100 ±" in table
     assert summary_table(runs).to_dicts()[0]["tokens a step"] == "2.00 ± 0.00"
     said = report.compare(tmp_path / "a", tmp_path / "b")
     assert 'distillation.type: "none" → "calm"' in said
@@ -168,3 +171,68 @@ def test_odd_runs_are_explained(name: str, tmp_path: Path) -> None:
         with pytest.raises(TideError):  # noqa: PT012
             replay(run) if name == "nonfinite.json" else find_runs(tmp_path)
             pytest.fail(f"{content[:40]!r} was taken")
+
+
+def write_grid(path: Path, model: Path) -> Path:
+    path.write_text(f"""
+seeds = [0]
+[caches.a]
+teacher = "tiny-cross"
+model = "{model}"
+shard_examples = 8
+data = {{ source = "{chats_file()}", limit = 24 }}
+lengths = {{ student = 128, teacher = 128 }}
+noise = {{ draws = 1 }}
+[train]
+max_steps = 2
+batch_size = 4
+device = "cpu"
+precision = "float32"
+student = {{ hidden_size = 32, layers = 1, heads = 2, kv_heads = 1, intermediate_size = 32 }}
+heldout = {{ source = "{heldout_file()}", limit = 4 }}
+[variants.plain]
+cache = "a"
+train = {{ distillation = {{ type = "none" }} }}
+[variants.calm]
+cache = "a"
+train = {{ distillation = {{ type = "calm", tidal = {{ axis = "training_only" }} }}, weight = 2.0 }}
+""")
+    return path
+
+
+def test_a_grid_trains_reports_and_resumes(
+    random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_grid(tmp_path / "grid.toml", random_teacher)
+    text = ablate.run_ablation(recipe, tmp_path / "out").read_text()
+    assert "| calm " in text and "calm, T 2.0, TIDAL training_only, weight 2" in text
+    assert len(list((tmp_path / "out").glob("*-seed*/history.json"))) == 2
+    command = next(line for line in text.splitlines() if line.startswith("* `calm`"))
+    again = shlex.split(command.split("`")[3])
+    assert CliRunner().invoke(app, [*again[1:], "--out", str(tmp_path / "again")]).exit_code == 0
+    once, twice = (
+        json.loads((tmp_path / run / "history.json").read_text())["final"]["eval_heldout_nll"]
+        for run in ("out/calm-seed0", "again")
+    )
+    assert once == twice
+    monkeypatch.setattr(ablate, "start_child", lambda *_: pytest.fail("a training began again"))
+    ablate.run_ablation(recipe, tmp_path / "out")
+
+
+def test_the_whole_recipe_is_checked_first(
+    random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablate, "build_cache", lambda _config: pytest.fail("a cache was begun"))
+    recipe = write_grid(tmp_path / "grid.toml", random_teacher)
+    whole = recipe.read_text()
+    first = 'cache = "{}"\ntrain = {{ distillation = {{ type = "none"'
+    changes = {
+        "wieght": ("weight = 2.0", "wieght = 2.0"),
+        "'b'": (first.format("a"), first.format("b")),
+        "variant calm": ('type = "calm"', 'type = "clam"'),
+    }
+    for name, (old, new) in changes.items():
+        assert old in whole
+        recipe.write_text(whole.replace(old, new, 1))
+        with pytest.raises(TideError, match=name):
+            ablate.run_ablation(recipe, tmp_path / "out")

@@ -8,13 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pipelines.recipes.read import (
-    cache_config,
-    packaged_recipe,
-    packaged_recipes,
-    read_recipe,
-    train_config,
-)
+from pipelines.recipes import read
 from pipelines.tools.tiny_models import STUDENT, TOKENIZERS, noised_batch, train_on
 from shared.aligned.examples import Preparer
 from shared.models.checkpoint import open_checkpoint, resolve
@@ -41,16 +35,16 @@ def test_a_students_training_is_cross_entropy_under_the_block_mask_and_learns() 
     predict = student_predictor(student, config.block)
     batch = noised_batch(examples, 0, mask, config)
     n, length = batch["clean"].shape
-    logits = student(
-        input_ids=torch.cat([batch["noised"], batch["clean"]], 1),
-        attention_mask=block_diffusion_batch(batch["valid"], config.block),
-        position_ids=repeat_positions(length, n),
-    ).logits[:, :length]
+    both = torch.cat([batch["noised"], batch["clean"]], 1)
+    seen, positions = (
+        block_diffusion_batch(batch["valid"], config.block),
+        repeat_positions(length, n),
+    )
+    out = student(input_ids=both, attention_mask=seen, position_ids=positions)
     hidden = batch["noised"] == mask
     before = F.cross_entropy(predict(batch), batch["gold"])
-    torch.testing.assert_close(
-        before, F.cross_entropy(logits[hidden], batch["clean"][hidden]), rtol=1e-5, atol=1e-6
-    )
+    expected = F.cross_entropy(out.logits[:, :length][hidden], batch["clean"][hidden])
+    torch.testing.assert_close(before, expected, rtol=1e-5, atol=1e-6)
     assert train_on(student, predict, examples, mask, config) == 60
     with torch.no_grad():
         assert F.cross_entropy(predict(batch), batch["gold"]) < before / 1.5
@@ -64,9 +58,11 @@ def test_the_students_that_ship_are_what_the_recipes_start_from(kind: str) -> No
     assert checkpoint.config["block_size"] == 32
     assert checkpoint.config["mask_token_id"] == tokenizer.special_id("mask")
     assert (folder / "model.safetensors").stat().st_size < 4e6
-    for recipe in (r for r in packaged_recipes() if r.startswith(f"tiny-{kind}")):
-        start = train_config(None, packaged_recipe(recipe), []).student.checkpoint
+    for recipe in (r for r in read.packaged_recipes() if r.startswith(f"tiny-{kind}")):
+        start = read.train_config(None, read.packaged_recipe(recipe), []).student.checkpoint
         assert start == f"embedded:student_train/tiny_students/{kind}"
-        assert cache_config(None, packaged_recipe(recipe), []).teacher == f"tiny-{kind}"
-        own, first = (read_recipe(packaged_recipe(name)) for name in (recipe, f"tiny-{kind}"))
+        assert read.cache_config(None, read.packaged_recipe(recipe), []).teacher == f"tiny-{kind}"
+        own, first = (
+            read.read_recipe(read.packaged_recipe(name)) for name in (recipe, f"tiny-{kind}")
+        )
         assert own["cache"] == first["cache"]
