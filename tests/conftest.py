@@ -85,15 +85,13 @@ def chats_file() -> Path:
     chats = iter_examples(DataConfig("stdlib:heldout", limit=36))
     rows = [json.dumps({"messages": list(chat.messages)}) + "\n" for chat in chats]
     (folder / "chats.jsonl").write_text("".join(rows))
+    (folder / "heldout.jsonl").write_text("".join(rows[24:]))
     return folder / "chats.jsonl"
 
 
-@lru_cache
 def heldout_file() -> Path:
     """The functions of `chats_file` that no cache of the tests holds."""
-    path = chats_file().with_name("heldout.jsonl")
-    path.write_text("".join(line + "\n" for line in chats_file().read_text().splitlines()[24:]))
-    return path
+    return chats_file().with_name("heldout.jsonl")
 
 
 def write_chats(path: Path, responses: list[str]) -> dict[str, str]:

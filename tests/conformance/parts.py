@@ -1,6 +1,4 @@
-"""Losses and gradients, masks, alignments, logits and samples: one function a part, one group a
-kind of case.
-"""
+"""Losses and gradients, masks, alignments, logits, samples: a function a part, a group a kind."""
 
 import json
 import math
@@ -73,8 +71,6 @@ def load(folder: Path) -> Any:
 
 def loss_groups(folder: Path) -> list[Group]:
     """A group an objective: 1e-5 relative, plus float32's resolution for sums of order T²."""
-    if not (folder / "losses.json").exists():
-        return []
     tensors = load_file(folder / "losses.safetensors")
     document = json.loads((folder / "losses.json").read_text())
     groups: dict[str, Group] = {}
@@ -138,9 +134,8 @@ def chunk_targets(tensors: dict[str, Tensor], spans: list[list[list[int]]]) -> T
 
 def mask_groups(folder: Path) -> list[Group]:
     """Block-diffusion masks in both orders; keys nLENGTH-blockSIZE-ORDER."""
-    path = folder / "bd3lm_masks.safetensors"
     groups: dict[str, Group] = {}
-    for key, expected in (load_file(path) if path.exists() else {}).items():
+    for key, expected in load_file(folder / "bd3lm_masks.safetensors").items():
         size, block, order = re.fullmatch(r"n(\d+)-block(\d+)-(\w+)", key).groups()  # type: ignore[union-attr]
         length = int(size)
         places = torch.arange(2 * length)  # of [x_t ; x_0]
@@ -153,20 +148,15 @@ def mask_groups(folder: Path) -> list[Group]:
 
 def alignment_groups(folder: Path) -> list[Group]:
     """Chunks of real texts between two tokenizers, whose tokens are given in byte-level form."""
-    path = folder / "alignment.json"
-    if not path.exists():
-        return []
-    document = json.loads(path.read_text(encoding="utf-8"))
+    document = json.loads((folder / "alignment.json").read_text(encoding="utf-8"))
     group = Group(f"{document.get('teacher')} → {document.get('student')}")
     for case in document["cases"]:
         lengths = []
         for side in ("teacher_tokens", "student_tokens"):
             pieces = [byte_level_bytes(token) or token.encode() for token in case[side]]
             lengths.append(np.array([len(piece) for piece in pieces]))
-        teacher, student = lengths
-        length = int(min(teacher.sum(), student.sum()))
-        sides = token_boundaries(teacher), token_boundaries(student)
-        chunks = align_bytes(*sides, length).tolist()
+        length, edges = min(int(own.sum()) for own in lengths), map(token_boundaries, lengths)
+        chunks = align_bytes(next(edges), next(edges), length).tolist()
         group.add(float(chunks != case["chunks"]), 0.0)
     return [group]
 
@@ -175,8 +165,7 @@ def model_groups(folder: Path) -> list[Group]:
     """Logits of tiny checkpoints in the hub's own layouts, a group a checkpoint and attention mode.
 
     A key names its mode: `logits` and `logits_full_attention`, `logits_block_causal_N`,
-    `logits_x0_xt_block_N`, `logits_native_block_N`, and `logits_bd3lm_block_N`, the student under
-    the training mask.
+    `logits_x0_xt_block_N`, `logits_native_block_N`, `logits_bd3lm_block_N` (a student's training).
     """
     groups = []
     for path in sorted(folder.glob("*/expected.safetensors")):

@@ -1,5 +1,4 @@
-"""Whole training steps: step/step.json, and for each case its rows, masks and all gradients of the
-student.
+"""Whole training steps: step/step.json; of each case rows, masks and the student's gradients.
 
 The product's own objects do the work: teacher passes by the transformers engine, targets at k = V,
 collation, the student's forward, LM head and loss in slices. Then once more with the targets
@@ -45,14 +44,9 @@ TIME = 1e-6  # what the reference adds to t in its weight
 
 
 def step_groups(folder: Path) -> list[Group]:
-    """A group a case: CE, distillation and loss, norm and angle of the gradient; in memory and
-    through a shard.
-    """
-    path = folder / "step" / "step.json"
-    if not path.exists():
-        return []
-    cases = json.loads(path.read_text())
-    return [check_case(path.parent, name, case) for name, case in cases.items()]
+    """A group a case: CE, distillation, loss, norm and angle of the gradient."""
+    cases = json.loads((folder / "step" / "step.json").read_text())
+    return [check_case(folder / "step", name, case) for name, case in cases.items()]
 
 
 def check_case(folder: Path, name: str, case: dict[str, Any]) -> Group:

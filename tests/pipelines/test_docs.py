@@ -1,9 +1,9 @@
 """The documentation says what is: links, commands, facts about teachers, settings; what ships."""
 
 import dataclasses
-import importlib.util
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -83,16 +83,13 @@ def test_facts_about_teachers_and_benchmarks_are_the_programs() -> None:
 
 
 def test_the_site_s_equations_and_its_page_of_settings() -> None:
-    spec = importlib.util.spec_from_file_location("site", ROOT / "docs" / "_hooks" / "site.py")
-    assert spec is not None and spec.loader is not None
-    site: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(site)
+    site = runpy.run_path(str(ROOT / "docs" / "_hooks" / "site.py"))
     page = '<p>so <span class="arithmatex">\\(p &lt; \\log q\\)</span></p><div class="arithmatex">\\[x^2\\]</div>'  # noqa: E501
-    text = site.on_page_content(page)
+    text = site["on_page_content"](page)
     assert "arithmatex" not in text and text.count("<math") == 2 and "<msup>" in text
-    text = site.on_page_markdown((ROOT / "docs" / "settings.md").read_text())
+    text = site["on_page_markdown"]((ROOT / "docs" / "settings.md").read_text())
     assert "<!--" not in text
-    for kind in (kind for kinds in site.SECTIONS.values() for kind in kinds):
+    for kind in (kind for kinds in site["SECTIONS"].values() for kind in kinds):
         for field in dataclasses.fields(kind):
             assert f"| `{field.name}` |" in text, (kind, field.name)
     assert "`int, at least 1, at most 100`" in text and "an epoch trains on one" in text
@@ -101,12 +98,9 @@ def test_the_site_s_equations_and_its_page_of_settings() -> None:
 def test_every_package_is_in_the_wheel() -> None:
     """Packages are listed one by one; one that is forgotten is missing once installed."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    packages = {
-        ".".join(path.parent.relative_to(ROOT).parts)
-        for room in ("shared", "teacher_cache", "student_train", "pipelines", "tide")
-        for path in (ROOT / room).rglob("__init__.py")
-    }
-    assert set(listed) == packages
+    rooms = ("shared", "teacher_cache", "student_train", "pipelines", "tide")
+    packages = [path.parent for room in rooms for path in (ROOT / room).rglob("__init__.py")]
+    assert set(listed) == {".".join(path.relative_to(ROOT).parts) for path in packages}
 
 
 # Commands that are not run, and why.

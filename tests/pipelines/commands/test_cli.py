@@ -124,8 +124,7 @@ def test_what_needs_no_model_imports_no_model_library() -> None:
 
 def test_ctrl_c_says_how_to_go_on(random_teacher: Path, tmp_path: Path) -> None:
     command = small_cache(random_teacher, tmp_path / "c", "shard_examples=1", "noise.draws=40")
-    words = [sys.executable, "-m", "pipelines.cli", *command]
-    hidden = subprocess.DEVNULL
+    words, hidden = [sys.executable, "-m", "pipelines.cli", *command], subprocess.DEVNULL
     process = subprocess.Popen(words, text=True, stderr=subprocess.PIPE, stdout=hidden)
     began = time.monotonic()
     while not finished_units(tmp_path / "c") and time.monotonic() - began < 120:
@@ -203,9 +202,7 @@ def run(*arguments: str, text: str | None = None) -> str:
     return done.stdout
 
 
-def test_prompts_from_arguments_standard_input_and_files_agree(
-    student: str, tmp_path: Path
-) -> None:
+def test_prompts_from_arguments_input_and_files_agree(student: str, tmp_path: Path) -> None:
     longer = "And now `g`, which is longer."
     answers = run("sample", student, "Write `f`.", longer, *SHORT)
     assert answers.startswith(run("sample", student, *SHORT, text="\ufeffWrite `f`.\r\n"))
@@ -225,32 +222,27 @@ def test_prompts_from_arguments_standard_input_and_files_agree(
 
 def test_bytes_that_are_no_text_are_explained(student: str, caches: dict[str, Path]) -> None:
     """In arguments and on standard input; a terminal that lacks a character prints another."""
-    tide = [sys.executable, "-m", "pipelines.cli"]
-    out = ["cache", "--out", b"caches/\xe9"]
+    program, out = [sys.executable, "-m", "pipelines.cli"], ["cache", "--out", b"caches/\xe9"]
     for words, text in ((out, b""), (["sample", student, *SHORT], b"Write \xff")):
-        done = subprocess.run([*tide, *words], input=text, capture_output=True, check=False)
+        done = subprocess.run([*program, *words], input=text, capture_output=True, check=False)
         assert done.returncode == 2
         assert b"UTF-8" in done.stderr and b"Traceback" not in done.stderr
     old, cache = {**os.environ, "PYTHONIOENCODING": "latin-1"}, str(caches["tiny-cross"])
-    done = subprocess.run([*tide, "inspect", cache], env=old, capture_output=True, check=False)
+    done = subprocess.run([*program, "inspect", cache], env=old, capture_output=True, check=False)
     assert done.returncode == 0 and b"chunk_student" in done.stdout and b"?" in done.stdout
 
 
-@pytest.mark.parametrize("show", [True, False])
-def test_a_conversation_remembers_and_ends(
-    student: str, monkeypatch: pytest.MonkeyPatch, show: bool
-) -> None:
+def test_a_conversation_remembers_and_ends(student: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_for_use(student, "cpu")
     ids = loaded.prompt([{"role": "user", "content": "x"}])
     assert loaded.tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
     seen: list[int] = []
-    monkeypatch.setattr(
-        LoadedStudent, "prompt", lambda _self, messages: seen.append(len(messages)) or ids
-    )
-    file = io.StringIO()
-    console = Console(file=file, force_terminal=True, width=80)
-    questions = iter(["one", "two", ""])
-    monkeypatch.setattr(console, "input", lambda _prompt: next(questions))
-    talk(loaded, SampleConfig(new_tokens=16, block=8), show, console)
-    assert seen == [1, 3]
-    assert ("░" in file.getvalue()) == show
+    counted = "prompt", lambda _self, messages: seen.append(len(messages)) or ids
+    monkeypatch.setattr(LoadedStudent, *counted)
+    for show in (True, False):
+        file, questions = io.StringIO(), iter(["one", "two", ""])
+        console = Console(file=file, force_terminal=True, width=80)
+        monkeypatch.setattr(console, "input", lambda _prompt, own=questions: next(own))
+        talk(loaded, SampleConfig(new_tokens=16, block=8), show, console)
+        assert ("░" in file.getvalue()) == show
+    assert seen == [1, 3, 1, 3]
