@@ -24,10 +24,10 @@ _WIDER: dict[str, dict[str, Any]] = {
 ARCHITECTURE_OF = {name: name for name in _WIDER} | {"wedlm": "qwen3"}
 
 
-def wide_checkpoint(golden: Path, name: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
+def wide_checkpoint(golden: Path, name: str, folder: Path, seed: int = 0) -> Path:
     """A checkpoint laid out as `golden/name` with heads of 32 numbers, for vLLM's CPU kernels."""
     architecture = ARCHITECTURE_OF[name]
-    raw = {**json.loads((golden / name / "config.json").read_text()), **_WIDER[name], **changes}
+    raw = {**json.loads((golden / name / "config.json").read_text()), **_WIDER[name]}
     kind, model = ARCHITECTURES[architecture], meta_model(architecture, raw)
     shapes = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
     generator = torch.Generator().manual_seed(seed)

@@ -6,10 +6,8 @@ import io
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ from pipelines.commands.app import json_line, printable
 from pipelines.commands.caches import CACHES
 from pipelines.commands.stages import STAGE_ONE, STAGE_TWO
 from pipelines.commands.students import STUDENTS, talk
-from shared.cache.shards import finished_units
 from shared.system.errors import TideError
 from student_train.using.settings import SampleConfig
 from student_train.using.student import LoadedStudent, load_for_use
@@ -39,12 +36,6 @@ TRAIN = ("max_steps=2", "batch_size=4", "checkpoint_steps=2", "log_steps=1", "de
          "student.layers=1", f"heldout.source={heldout_file()}", "heldout.limit=2")  # fmt: skip
 
 
-def small_cache(model: Path, out: Path, *settings: str) -> list[str]:
-    """The words of `tide cache` for a small cache of the random teacher."""
-    sets = [word for setting in (*SMALL, *settings) for word in ("--set", setting)]
-    return ["cache", "--model", str(model), "--data", str(chats_file()), "--out", str(out), *sets]
-
-
 def tide(*arguments: str, columns: int = 200) -> str:
     """What the command prints, less its frames."""
     env = {"COLUMNS": str(columns), "TERM": "dumb"}
@@ -54,15 +45,15 @@ def tide(*arguments: str, columns: int = 200) -> str:
 
 
 def test_cache_then_train_then_report(random_teacher: Path, tmp_path: Path) -> None:
-    cache = small_cache(random_teacher, tmp_path / "c")
+    cache = ["cache", "--model", str(random_teacher), "--data", str(chats_file())]
+    cache += ["--out", str(tmp_path / "c"), *(word for one in SMALL for word in ("--set", one))]
     planned = tide(*cache, "--dry-run")
     assert "measured on the first 24 examples under 3 draws" in planned
     assert not (tmp_path / "c" / "manifest.json").exists()
     assert "3 shards computed, 0 kept" in tide(*cache, "--draws", "1")
     assert "3 shards computed, 3 kept" in tide(*cache, "--draws", "2")
     train = ["train", "--cache", str(tmp_path / "c"), "--out", str(tmp_path / "r"), "--seed", "1"]
-    sets = [word for setting in TRAIN for word in ("--set", setting)]
-    assert "eval_heldout_nll" in tide(*train, *sets)
+    assert "eval_heldout_nll" in tide(*train, *(word for one in TRAIN for word in ("--set", one)))
     assert "reverse_calm, T 5.0" in tide("report", str(tmp_path))
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
@@ -120,20 +111,6 @@ print([name for name in ("torch", "transformers", "sklearn", "pandas") if name i
 def test_what_needs_no_model_imports_no_model_library() -> None:
     done = subprocess.run([sys.executable, "-c", QUICK], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
-
-
-def test_ctrl_c_says_how_to_go_on(random_teacher: Path, tmp_path: Path) -> None:
-    command = small_cache(random_teacher, tmp_path / "c", "shard_examples=1", "noise.draws=40")
-    words, hidden = [sys.executable, "-m", "pipelines.cli", *command], subprocess.DEVNULL
-    process = subprocess.Popen(words, text=True, stderr=subprocess.PIPE, stdout=hidden)
-    began = time.monotonic()
-    while not finished_units(tmp_path / "c") and time.monotonic() - began < 120:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "the same command goes on from there" in errors and "Traceback" not in errors
-    assert not list((tmp_path / "c").rglob(".*.tide-tmp"))
 
 
 def test_the_help_has_every_command_in_its_panel_and_no_word_is_lost() -> None:

@@ -210,10 +210,8 @@ def test_a_grid_trains_reports_and_resumes(
     command = next(line for line in text.splitlines() if line.startswith("* `calm`"))
     again = shlex.split(command.split("`")[3])
     assert CliRunner().invoke(app, [*again[1:], "--out", str(tmp_path / "again")]).exit_code == 0
-    once, twice = (
-        json.loads((tmp_path / run / "history.json").read_text())["final"]["eval_heldout_nll"]
-        for run in ("out/calm-seed0", "again")
-    )
+    files = [tmp_path / run / "history.json" for run in ("out/calm-seed0", "again")]
+    once, twice = (json.loads(file.read_text())["final"]["eval_heldout_nll"] for file in files)
     assert once == twice
     monkeypatch.setattr(ablate, "start_child", lambda *_: pytest.fail("a training began again"))
     ablate.run_ablation(recipe, tmp_path / "out")
@@ -225,13 +223,9 @@ def test_the_whole_recipe_is_checked_first(
     monkeypatch.setattr(ablate, "build_cache", lambda _config: pytest.fail("a cache was begun"))
     recipe = write_grid(tmp_path / "grid.toml", random_teacher)
     whole = recipe.read_text()
-    first = 'cache = "{}"\ntrain = {{ distillation = {{ type = "none"'
-    changes = {
-        "wieght": ("weight = 2.0", "wieght = 2.0"),
-        "'b'": (first.format("a"), first.format("b")),
-        "variant calm": ('type = "calm"', 'type = "clam"'),
-    }
-    for name, (old, new) in changes.items():
+    changes = [("weight = 2.0", "wieght = 2.0", "wieght"), ('cache = "a"', 'cache = "b"', "'b'"),
+               ('type = "calm"', 'type = "clam"', "variant calm")]  # fmt: skip
+    for old, new, name in changes:
         assert old in whole
         recipe.write_text(whole.replace(old, new, 1))
         with pytest.raises(TideError, match=name):

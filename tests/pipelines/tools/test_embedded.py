@@ -24,9 +24,8 @@ def test_a_students_training_is_cross_entropy_under_the_block_mask_and_learns() 
     tokenizer = Tokenizer.load(TOKENIZERS["cross"])
     mask = tokenizer.special_id("mask")
     shape = StudentConfig(hidden_size=16, layers=2, intermediate_size=32)
-    config = dataclasses.replace(
-        STUDENT, shape=shape, length=64, epochs=60, warmup=5, smallest_time=0.5, precision="float32"
-    )
+    sizes: dict[str, Any] = {"shape": shape, "length": 64, "epochs": 60, "warmup": 5}
+    config = dataclasses.replace(STUDENT, **sizes, smallest_time=0.5, precision="float32")
     texts = ["x = 1", "def f(x):\n    return x + 1", "y = [i for i in range(10)]"]
     preparer = Preparer(tokenizer, None, config.lengths, mask)
     examples = preparer.usable([chat(text) for text in texts])
@@ -35,11 +34,8 @@ def test_a_students_training_is_cross_entropy_under_the_block_mask_and_learns() 
     predict = student_predictor(student, config.block)
     batch = noised_batch(examples, 0, mask, config)
     n, length = batch["clean"].shape
-    both = torch.cat([batch["noised"], batch["clean"]], 1)
-    seen, positions = (
-        block_diffusion_batch(batch["valid"], config.block),
-        repeat_positions(length, n),
-    )
+    both, positions = torch.cat([batch["noised"], batch["clean"]], 1), repeat_positions(length, n)
+    seen = block_diffusion_batch(batch["valid"], config.block)
     out = student(input_ids=both, attention_mask=seen, position_ids=positions)
     hidden = batch["noised"] == mask
     before = F.cross_entropy(predict(batch), batch["gold"])
@@ -58,11 +54,10 @@ def test_the_students_that_ship_are_what_the_recipes_start_from(kind: str) -> No
     assert checkpoint.config["block_size"] == 32
     assert checkpoint.config["mask_token_id"] == tokenizer.special_id("mask")
     assert (folder / "model.safetensors").stat().st_size < 4e6
-    for recipe in (r for r in read.packaged_recipes() if r.startswith(f"tiny-{kind}")):
-        start = read.train_config(None, read.packaged_recipe(recipe), []).student.checkpoint
+    caching = read.read_recipe(read.packaged_recipe(f"tiny-{kind}"))["cache"]
+    for name in (name for name in read.packaged_recipes() if name.startswith(f"tiny-{kind}")):
+        recipe = read.packaged_recipe(name)
+        start = read.train_config(None, recipe, []).student.checkpoint
         assert start == f"embedded:student_train/tiny_students/{kind}"
-        assert read.cache_config(None, read.packaged_recipe(recipe), []).teacher == f"tiny-{kind}"
-        own, first = (
-            read.read_recipe(read.packaged_recipe(name)) for name in (recipe, f"tiny-{kind}")
-        )
-        assert own["cache"] == first["cache"]
+        assert read.cache_config(None, recipe, []).teacher == f"tiny-{kind}"
+        assert read.read_recipe(recipe)["cache"] == caching
