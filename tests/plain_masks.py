@@ -3,7 +3,7 @@
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 
@@ -47,8 +47,3 @@ def hide_padding(
     """A mask over two copies of the sequence, padded keys hidden; every position sees itself."""
     seen = mask[None] & valid.repeat(1, 2)[:, None, :]
     return (seen | torch.eye(mask.shape[0], dtype=torch.bool))[:, None]
-
-
-def repeat_positions(length: int, batch: int) -> Int[Tensor, "batch double"]:
-    """Position ids of [x_t ; x_0]: 0 … length−1, twice."""
-    return torch.arange(length).repeat(2).expand(batch, -1)

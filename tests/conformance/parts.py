@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from student_train.using.student import sample_steps
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method import Request, TargetSpec
 from teacher_cache.teachers.registry import Attention, Full
-from tests.plain_masks import block_diffusion_batch, repeat_positions
+from tests.plain_masks import block_diffusion_batch
 
 RELATIVE = 1e-5
 FLOAT32 = torch.finfo(torch.float32).eps
@@ -180,9 +179,7 @@ def model_groups(folder: Path) -> list[Group]:
 
 
 @torch.inference_mode()
-def differences(
-    model: Any, mode: str, expected: dict[str, Tensor], target: Tensor
-) -> Iterator[float]:
+def differences(model: Any, mode: str, expected: dict[str, Tensor], target: Tensor) -> list[float]:
     """The largest difference in each sequence's logits [length, vocab], where the mode reads."""
     clean = expected["clean_ids"] if "clean_ids" in expected else expected["input_ids"]
     ids = expected.get("noised_ids", clean)
@@ -191,26 +188,25 @@ def differences(
     clean, ids = clean.view(-1, clean.shape[-1]), ids.view(-1, ids.shape[-1])
     target = target.view(*ids.shape, -1)
     batch, length = ids.shape
-    kind, block = "full", ""
-    if match := re.fullmatch(r"(\w+?)(?:_block)?_(\d+)", mode):
-        kind, block = match.groups()
+    match = re.fullmatch(r"(\w+?)(?:_block)?_(\d+)", mode)
+    kind, block = (match[1], int(match[2])) if match else ("full", 0)
     if kind == "bd3lm":
-        mask = block_diffusion_batch(torch.ones_like(ids, dtype=torch.bool), int(block))
+        mask = block_diffusion_batch(torch.ones_like(ids, dtype=torch.bool), block)
         both = torch.cat([ids, clean], dim=1)  # [x_t ; x_0]
-        positions = repeat_positions(length, batch)
+        positions = torch.arange(length).repeat(batch, 2)
         logits = model(input_ids=both, attention_mask=mask, position_ids=positions).logits
-        yield from (logits[:, :length] - target).abs().flatten(1).amax(1).tolist()
-        return
-    settings = {"type": kind, "block": int(block)} if block else {"type": kind}
-    attention = build(Variants, {"attention": settings}).attention
-    engine = TransformersEngine(model, attention, TargetSpec(0, 1.0, (1.0,)))
+        return (logits[:, :length] - target).abs().flatten(1).amax(1).tolist()
+    attention = build(Variants, {"attention": {"type": kind} | ({"block": block} if match else {})})
+    engine = TransformersEngine(model, attention.attention, TargetSpec(0, 1.0, (1.0,)))
+    worst = []
     for noised, gold, logits in zip(ids, clean, target, strict=True):
         # Two copies of the sequence are read at the masked positions alone, one at all positions.
         two_copies = kind in ("x0_xt", "native")
         read = (noised != gold).nonzero()[:, 0] if two_copies else torch.arange(length)
         own = (gold if two_copies else noised)[read]
         request = Request(noised.int().numpy(), read.int().numpy(), own.int().numpy())
-        yield float((engine.logits([request])[0][0] - logits[read]).abs().max())
+        worst.append(float((engine.logits([request])[0][0] - logits[read]).abs().max()))
+    return worst
 
 
 def sampler_groups(folder: Path) -> list[Group]:

@@ -16,7 +16,7 @@ from shared.models.loading import new_model
 from shared.settings.config import StudentConfig
 from shared.text.tokenizers import Tokenizer
 from student_train.training.heldout import student_predictor
-from tests.plain_masks import block_diffusion_batch, repeat_positions
+from tests.plain_masks import block_diffusion_batch
 from tests.shared.aligned.test_examples import chat
 
 
@@ -34,9 +34,9 @@ def test_a_students_training_is_cross_entropy_under_the_block_mask_and_learns() 
     predict = student_predictor(student, config.block)
     batch = noised_batch(examples, 0, mask, config)
     n, length = batch["clean"].shape
-    both, positions = torch.cat([batch["noised"], batch["clean"]], 1), repeat_positions(length, n)
-    seen = block_diffusion_batch(batch["valid"], config.block)
-    out = student(input_ids=both, attention_mask=seen, position_ids=positions)
+    both = torch.cat([batch["noised"], batch["clean"]], 1)
+    places, seen = torch.arange(length), block_diffusion_batch(batch["valid"], config.block)
+    out = student(input_ids=both, attention_mask=seen, position_ids=places.repeat(n, 2))
     hidden = batch["noised"] == mask
     before = F.cross_entropy(predict(batch), batch["gold"])
     expected = F.cross_entropy(out.logits[:, :length][hidden], batch["clean"][hidden])
