@@ -258,9 +258,9 @@ if __name__ == "__main__":
         values = []
         for compiled in (False, True):
             counters.clear()
-            model = load_model(open_checkpoint(sys.argv[1]), "llama", torch.float32)
+            llama = load_model(open_checkpoint(sys.argv[1]), "llama", torch.float32)
             sizes: Any = {"tokens_per_batch": 90, "compiled": compiled}
-            engine = TransformersEngine(model, attention, SPEC, **sizes)
+            engine = TransformersEngine(llama, attention, SPEC, **sizes)
             scores = []
             for seed in range(4):
                 scores += engine.score(requests(9, seed))

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from shared.cache.shards import finished_units
-from shared.models.checkpoint import open_checkpoint, resolve
+from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
 from shared.settings.config import EngineConfig
 from shared.system.errors import TideError
@@ -26,14 +26,13 @@ from teacher_cache.maintenance.verify import verify_cache
 from teacher_cache.method import Request, Scores, TargetSpec
 from teacher_cache.run.build import build_cache
 from teacher_cache.teachers.registry import TeacherEntry
-from tests.conftest import small_cache_config
+from tests.conftest import TEACHER_TOKENIZER, small_cache_config
 from tests.hub_layouts import ARCHITECTURE_OF, wide_checkpoint
 
 pytest.importorskip("vllm", reason="`make test-vllm` installs vLLM's CPU build and runs this file")
 pytestmark = pytest.mark.filterwarnings("default")  # vLLM's own warnings
 
 SPEC = TargetSpec(8, 1.0, (1.0, 2.0))
-TINY = Path(resolve("embedded:teacher_cache.teachers/tiny"))
 
 
 @pytest.fixture
@@ -73,9 +72,8 @@ def furthest(a: list[Scores], b: list[Scores]) -> float:
 
 
 @pytest.mark.parametrize("name", list(ARCHITECTURE_OF))
-def test_float32_values_are_those_of_transformers(
-    golden: Path, tmp_path: Path, in_process: None, name: str
-) -> None:
+@pytest.mark.usefixtures("in_process")
+def test_float32_values_are_those_of_transformers(golden: Path, tmp_path: Path, name: str) -> None:
     from teacher_cache.engines.vllm_engine_models import ScorePooler
 
     architecture, requests = ARCHITECTURE_OF[name], mixed_requests()
@@ -95,9 +93,7 @@ def test_float32_values_are_those_of_transformers(
     reference = TransformersEngine(model, teacher.attention, SPEC, **more)
     assert furthest(scores, reference.score(requests)) < 1e-4
     np.testing.assert_allclose(engine.outside(requests), reference.outside(requests), atol=1e-4)
-    classes = (np.arange(160) % 4).astype(np.int32)
-    if shared is not None:
-        classes[~shared] = -1
+    classes = np.where(shared is None or shared, np.arange(160) % 4, -1).astype(np.int32)
     for one in (engine, reference):
         one.use_classes(classes)
     scores = engine.score(requests)
@@ -110,9 +106,8 @@ def test_float32_values_are_those_of_transformers(
         engine.score([Request(np.zeros(600, np.int32), np.ones(1, np.int32), np.ones(1, np.int32))])
 
 
-def test_bfloat16_deviates_no_more_than_transformers_does(
-    golden: Path, tmp_path: Path, in_process: None
-) -> None:
+@pytest.mark.usefixtures("in_process")
+def test_bfloat16_deviates_no_more_than_transformers_does(golden: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(wide_checkpoint(golden, "llada", tmp_path / "llada", seed=2)))
     teacher, requests = entry("llada"), mixed_requests()
     values = []
@@ -126,9 +121,7 @@ def test_bfloat16_deviates_no_more_than_transformers_does(
     assert np.abs(ours - exact).max() < 2 * np.abs(theirs - exact).max()
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused_before_vllm_starts(
-    golden: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_that_does_not_fit_is_refused(golden: Path, tmp_path: Path) -> None:
     folder = wide_checkpoint(golden, "llada", tmp_path / "llada")
     path = folder / "config.json"
     path.write_text(path.read_text().replace('"n_layers": 3', '"n_layers": 2'))
@@ -137,16 +130,15 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_vllm_starts(
         VllmEngine(open_checkpoint(str(folder)), entry("llada"), SPEC, settings, 64)
 
 
-def test_killed_in_the_middle_resumed_and_verified(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_then_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's core process is killed; two workers finish; transformers agrees."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     out = tmp_path / "vllm"
 
     def config(**engine: Any) -> Any:
-        settings = {"dtype": "float32", "device": "cpu", "tokens_per_batch": 1024, **engine}
-        return small_cache_config("tiny-cross", TINY, out, shard_examples=4, engine=settings)
+        engine |= {"dtype": "float32", "device": "cpu", "tokens_per_batch": 1024}
+        own: Any = {"shard_examples": 4, "engine": engine}
+        return small_cache_config("tiny-cross", TEACHER_TOKENIZER, out, **own)
 
     def kill_core() -> None:
         while not finished_units(out):
@@ -165,8 +157,7 @@ def test_killed_in_the_middle_resumed_and_verified(
     report = build_cache(config(type="vllm", data_parallel=2))
     assert (report.kept, report.computed) == (kept, 12 - kept)
     verified = verify_cache(config(type="transformers"), 200)
-    assert verified.rows == 48
-    assert 0 < verified.largest < 1e-4
+    assert verified.rows == 48 and 0 < verified.largest < 1e-4
 
 
 def test_tensor_parallel(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

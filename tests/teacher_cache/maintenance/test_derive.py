@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shared.cache.manifest import load_manifest
 from shared.cache.row import CacheRow
 from shared.cache.shards import Unit, finished_units, load_vocabulary
 from shared.system.errors import TideError
@@ -17,13 +16,12 @@ from teacher_cache.run.build import build_cache
 from tests.conftest import chats_file, files, small_cache_config
 from tests.reading import all_rows, dataset
 
-TARGETS = {"k": 8, "classes": 5, "pilot": 200}
-
 
 def build(model: Path, out: Path, draws: int = 1, data: Any = None, **targets: object) -> Path:
     """A cache of the teacher of the student's tokens; its folder."""
-    changes = {"noise": {"draws": draws}, "targets": {**TARGETS, **targets}}
-    changes |= {} if data is None else {"data": data}
+    changes: dict[str, object] = {} if data is None else {"data": data}
+    changes["targets"] = {"k": 8, "classes": 5, "pilot": 200, **targets}
+    changes["noise"] = {"draws": draws}
     build_cache(small_cache_config("tiny-shared", model, out, **changes))
     return out
 
@@ -36,14 +34,12 @@ def assert_alike(ours: CacheRow, theirs: CacheRow) -> None:
     np.testing.assert_allclose(ours.tail_odds, theirs.tail_odds, atol=0.06)
 
 
-def test_a_pruned_cache_is_the_one_that_would_have_been_built_up_to_rounding(
-    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
-) -> None:
+def test_pruned_is_as_built(caches: dict[str, Path], random_teacher: Path, tmp_path: Path) -> None:
+    """Up to rounding; fewer draws alone change no byte."""
     source, pruned = caches["tiny-shared"], tmp_path / "pruned"
     direct = build(random_teacher, tmp_path / "direct", k=3)
     shutil.copytree(source / "student_tokenizer", pruned / "student_tokenizer")  # killed there
-    prune_cache(source, pruned, k=3, draws=1)
-    assert load_manifest(pruned).fingerprint.targets.k == 3
+    assert prune_cache(source, pruned, k=3, draws=1).fingerprint.targets.k == 3
     ours, theirs = load_vocabulary(pruned), load_vocabulary(direct)
     assert np.array_equal(ours.class_of, theirs.class_of)
     assert np.array_equal(ours.rank_of, theirs.rank_of)
@@ -62,28 +58,19 @@ def test_a_pruned_cache_is_the_one_that_would_have_been_built_up_to_rounding(
             prune_cache(source, tmp_path / "more", **asked)
     with pytest.raises(TideError, match=r"targets.k: 3 → 2"):
         prune_cache(source, pruned, k=2, draws=1)
-
-
-def test_fewer_draws_alone_change_no_byte(
-    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
-) -> None:
-    prune_cache(caches["tiny-shared"], tmp_path / "pruned", draws=1)
-    direct = build(random_teacher, tmp_path / "direct")
-    assert files(tmp_path / "pruned") == files(direct)
-    both = [Unit(0, 0).path(cache) for cache in (tmp_path / "pruned", caches["tiny-shared"])]
-    assert both[0].samefile(both[1])  # a link
+    prune_cache(source, tmp_path / "one", draws=1)
+    assert files(tmp_path / "one") == files(build(random_teacher, tmp_path / "direct-one"))
+    unit = Unit(0, 0)
+    assert unit.path(tmp_path / "one").samefile(unit.path(source))  # a link
 
 
 @pytest.mark.parametrize("values", ["levels", "float32"])
-def test_fewer_classes_hold_the_same_mass(
-    random_teacher: Path, tmp_path: Path, values: str
-) -> None:
+def test_fewer_classes_hold_as_much(random_teacher: Path, tmp_path: Path, values: str) -> None:
     source = build(random_teacher, tmp_path / "a", k=4, classes=9, values=values, signals=["topk"])
     for classes in (3, 1):
         pruned = tmp_path / f"c{classes}"
         made = prune_cache(source, pruned, classes=classes)
-        assert made.fingerprint.targets.classes == classes
-        assert not check_cache(pruned).problems
+        assert made.fingerprint.targets.classes == classes and not check_cache(pruned).problems
         for a, b in zip(all_rows(source), all_rows(pruned), strict=True):
             assert a.tail_odds is not None and b.tail_odds is not None
             np.testing.assert_allclose(a.tail_odds, b.tail_odds, atol=0.01)

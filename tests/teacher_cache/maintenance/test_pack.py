@@ -1,5 +1,6 @@
 """Archives: the cache comes back whole, or nothing is left of an archive that is odd."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -20,9 +21,7 @@ from tests.conftest import files
 SHARD = "draw=00/part-00000.parquet"
 
 
-def archive_of(
-    path: Path, note: Any, name: str, data: bytes, kind: bytes = tarfile.REGTYPE
-) -> None:
+def archive_of(path: Path, note: Any, name: str, data: bytes, kind: bytes) -> None:
     """An archive with any note and any member."""
     content = note if isinstance(note, bytes) else json.dumps(note).encode()
     plain = io.BytesIO()
@@ -104,15 +103,13 @@ def test_small_archives_that_grow(what: str, tmp_path: Path) -> None:
     refused(path, tmp_path / "cache")
 
 
-def test_targets_that_are_taken_and_archives_that_are_no_files(
-    caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_taken_targets_and_odd_archives(caches: dict[str, Path], tmp_path: Path) -> None:
     archive = tmp_path / "a.tar.zst"
     pack_cache(caches["tiny-cross"], archive)
-    for folder in ("full", "empty"):
-        (tmp_path / folder).mkdir()
-    for file in ("file", "full/x"):
-        (tmp_path / file).write_text("mine")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/x").touch()
+    (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "device").symlink_to("/dev/zero")
@@ -120,8 +117,7 @@ def test_targets_that_are_taken_and_archives_that_are_no_files(
         refused(archive, tmp_path / target)
     for source in ("fifo", "device", "full", "none"):
         refused(tmp_path / source, tmp_path / "cache")
-    monkeypatch.chdir(tmp_path / "empty")
-    refused(archive, Path("."))
-    monkeypatch.undo()
+    with contextlib.chdir(tmp_path / "empty"):
+        refused(archive, Path("."))
     assert (tmp_path / "file").read_text() == "mine"
     assert unpack_cache(archive, tmp_path / "empty") > 6

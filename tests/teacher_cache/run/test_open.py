@@ -23,13 +23,8 @@ from tests.conftest import STUDENT_TOKENIZER, chats_file, files, small_cache_con
 from tests.reading import rows_in
 
 
-def edited(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def test_what_changed_between_two_runs_is_named_and_nothing_is_touched(
-    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
-) -> None:
+def test_what_changed(caches: dict[str, Path], random_teacher: Path, tmp_path: Path) -> None:
+    """Between two runs: it is named, and nothing is touched."""
     cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "cache"))
     text, other = chats_file().read_text().splitlines(), tmp_path / "other.jsonl"
     other.write_text("\n".join([text[1], *text[1:]]) + "\n")
@@ -38,62 +33,55 @@ def test_what_changed_between_two_runs_is_named_and_nothing_is_touched(
     template.write_text("{# new #}" + template.read_text())
     tensors = {name: value + 1e-3 for name, value in load_file(weights).items()}
     save_file(tensors, weights, {"format": "pt"})
-    cases: list[tuple[str, Path, dict[str, Any]]] = [
+    for named, model, changes in (
         ("data.content", random_teacher, {"data": {"source": str(other), "limit": 24}}),
         ("teacher.template", reworded, {}),
         ("teacher.weights", moved, {}),
         ("targets.k", random_teacher, {"targets": {"k": 4, "classes": 5, "pilot": 200}}),
-    ]
-    for named, model, changes in cases:
+    ):
         with pytest.raises(TideError, match=named):
             build_cache(small_cache_config("tiny-cross", model, cache, **changes))
         assert files(cache) == files(caches["tiny-cross"])
 
 
-def test_bad_input_is_refused_before_the_teacher_is_loaded(
-    random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_input(random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused before the teacher is loaded."""
     never = "teacher_cache.run.build.load_engine"
     monkeypatch.setattr(never, lambda _run: pytest.fail("the teacher was loaded"))
-    (tmp_path / "empty.jsonl").write_text("\n")
-    model = Path(shutil.copytree(random_teacher, tmp_path / "m"))
-    other_mask = Path(shutil.copytree(random_teacher, tmp_path / "mask"))
-    edited(other_mask / "config.json", mask_token_id=7)
-    small = Path(shutil.copytree(random_teacher, tmp_path / "small"))
-    edited(small / "config.json", vocab_size=4090)
-    cases: list[tuple[str, str, Path, dict[str, Any]]] = [
-        ("'tiny'", "tiny", model, {}),
-        ("4097", "tiny-shared", model, {"targets": {"k": 4097}}),
-        ("empty.jsonl", "tiny-shared", model, {"data": {"source": str(tmp_path / "empty.jsonl")}}),
-        ("tokens", "tiny-shared", model, {"student_tokenizer": str(STUDENT_TOKENIZER)}),
-        ("512", "tiny-shared", model, {"lengths": {"student": 640, "teacher": 640}}),
-        ("mask_token_id 7", "tiny-shared", other_mask, {}),
-        ("4090", "tiny-shared", small, {}),
-    ]
-    for named, teacher, checkpoint, changes in cases:
+    source = tmp_path / "empty.jsonl"
+    source.write_text("\n")
+    for named, teacher, changes in (
+        ("'tiny'", "tiny", {}),
+        ("4097", "tiny-shared", {"targets": {"k": 4097}}),
+        ("empty.jsonl", "tiny-shared", {"data": {"source": str(source)}}),
+        ("tokens", "tiny-shared", {"student_tokenizer": str(STUDENT_TOKENIZER)}),
+        ("512", "tiny-shared", {"lengths": {"student": 640, "teacher": 640}}),
+    ):
         with pytest.raises(TideError, match=named):
-            build_cache(small_cache_config(teacher, checkpoint, tmp_path / "c", **changes))
+            build_cache(small_cache_config(teacher, random_teacher, tmp_path / "c", **changes))
+    for name, value in (("mask_token_id", 7), ("vocab_size", 4090)):
+        model = Path(shutil.copytree(random_teacher, tmp_path / name))
+        values = {**json.loads((model / "config.json").read_text()), name: value}
+        (model / "config.json").write_text(json.dumps(values))
+        with pytest.raises(TideError, match=str(value)):
+            build_cache(small_cache_config("tiny-shared", model, tmp_path / "c"))
 
 
-@pytest.mark.parametrize(
-    ("teacher", "with_vllm"), [("llada2-mini", "vllm"), ("wedlm-8b", "transformers")]
-)
-def test_auto_takes_vllm_where_it_can(
-    teacher: str, with_vllm: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def settle(*settings: str) -> str:
+def test_auto_takes_vllm_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    def settle(teacher: str, *settings: str) -> str:
         return settle_engine(cache_config(teacher, None, [*settings])).engine.type
 
+    fits, not_there = "llada2-mini", "wedlm-8b"
     monkeypatch.setattr(vllm_engine, "installed", lambda: True)
-    assert settle("engine.type=auto") == with_vllm
-    if with_vllm == "transformers":
-        with pytest.raises(TideError):
-            settle("engine.type=vllm")
+    assert settle(fits, "engine.type=auto") == "vllm"
+    assert settle(not_there, "engine.type=auto") == "transformers"
+    with pytest.raises(TideError):
+        settle(not_there, "engine.type=vllm")
     monkeypatch.setattr(vllm_engine, "installed", lambda: False)
-    assert settle("engine.type=auto") == settle() == "transformers"
+    assert settle(fits, "engine.type=auto") == settle(fits) == "transformers"
     for refused in ("engine.type=vllm", "engine.tensor_parallel=2"):
         with pytest.raises(TideError):
-            settle(refused)
+            settle(fits, refused)
 
 
 def test_caches_that_differ_in_noise_or_targets_share_what_is_prepared(
