@@ -1,6 +1,5 @@
 """Draws are pure and well spread; masks are those of the reference."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from shared.diffusion import (
-    TIME_EPSILON,
-    block_causal,
-    block_diffusion_places,
-    chunk_draw,
-    diffusion_time,
-    full,
-    token_draw,
-)
+from shared import diffusion
+from shared.diffusion import chunk_draw, diffusion_time, token_draw
 
 
 @given(st.integers(0, 2**40), st.text(max_size=12))
@@ -26,8 +18,8 @@ def test_any_power_of_two_prefix_of_draws_is_stratified(seed: int, example: str)
     """One draw in each of 1, 2, 4 … equal strata of the circle, for every example."""
     for draws in (1, 2, 8):
         t = np.sort([diffusion_time(seed, example, d) for d in range(draws)])
-        assert t[0] >= TIME_EPSILON and t[-1] < 1
-        gaps = np.diff(t, append=t[0] + 1 - TIME_EPSILON) / (1 - TIME_EPSILON)
+        assert t[0] >= diffusion.TIME_EPSILON and t[-1] < 1
+        gaps = np.diff(t, append=t[0] + 1 - diffusion.TIME_EPSILON) / (1 - diffusion.TIME_EPSILON)
         assert np.allclose(gaps, 1 / draws)
 
 
@@ -53,9 +45,10 @@ def test_the_bits_are_fixed_forever() -> None:
     assert draw.split[:12].tolist() == [True] * 3 + [False] * 4 + [True] * 4 + [False]
 
 
-@given(
-    st.integers(0, 10_000), st.lists(st.integers(1, 5), min_size=1, max_size=30), st.integers(0, 6)
-)
+sizes = st.lists(st.integers(1, 5), min_size=1, max_size=30)
+
+
+@given(st.integers(0, 10_000), sizes, st.integers(0, 6))
 def test_chunk_masks_are_whole_chunks(seed: int, lengths: list[int], first: int) -> None:
     edges = np.cumsum([0, *lengths]) + 3  # tokens 0 … 2 and the last two stand outside all chunks
     spans = np.stack([edges[:-1], edges[1:]], axis=1)
@@ -63,11 +56,11 @@ def test_chunk_masks_are_whole_chunks(seed: int, lengths: list[int], first: int)
     draw = chunk_draw(seed, "x", 0, np.arange(first, length), length, spans, 0.5)
     masked = set(draw.masked.tolist())
     for i, (start, end) in enumerate(spans.tolist()):
-        inside = {p in masked for p in range(start, end)}
+        active = i in draw.chunks.tolist()
         if start >= first:
-            assert inside == {i in draw.chunks.tolist()}  # whole or not at all, active if masked
+            assert {p in masked for p in range(start, end)} == {active}  # whole or not at all
         else:
-            assert i not in draw.chunks.tolist()  # a chunk with a prompt token is never active
+            assert not active  # a chunk with a prompt token
     assert all(p >= first for p in masked)
     assert masked >= set(token_draw(seed, "x", 0, np.arange(first, length), 0.5).masked.tolist())
     assert draw.split.size == draw.chunks.size
@@ -85,27 +78,23 @@ def test_reproduces_the_golden_masks(golden: Path) -> None:
     cases = load_file(golden / "bd3lm_masks.safetensors")
     assert cases
     for key, expected in cases.items():
-        match = re.fullmatch(r"n(\d+)-block(\d+)-(xt_x0|x0_xt)", key)
-        assert match is not None
-        length, block = int(match[1]), int(match[2])
+        name, width, order = key.split("-")
+        length, block = int(name.removeprefix("n")), int(width.removeprefix("block"))
         noised, clean = torch.arange(length), torch.arange(length, 2 * length)
-        places = torch.cat([noised, clean] if match[3] == "xt_x0" else [clean, noised])[None]
-        assert torch.equal(block_diffusion_places(places, length, block)[0, 0], expected.bool())
+        places = torch.cat({"xt_x0": [noised, clean], "x0_xt": [clean, noised]}[order])[None]
+        mask = diffusion.block_diffusion_places(places, length, block)[0, 0]
+        assert torch.equal(mask, expected.bool())
 
 
 @given(st.integers(1, 20), st.integers(1, 8))
 def test_who_sees_whom(length: int, block: int) -> None:
     """Position by position, from the definition."""
-    mask = block_diffusion_places(torch.arange(2 * length)[None], length, block)[0, 0]
-    for q in range(2 * length):
-        for k in range(2 * length):
-            q_clean, k_clean = q >= length, k >= length
-            q_block, k_block = q % length // block, k % length // block
-            if q_clean:
-                expected = k_clean and k_block <= q_block
-            else:
-                expected = k_block < q_block if k_clean else k_block == q_block
-            assert bool(mask[q, k]) == expected
+    mask = diffusion.block_diffusion_places(torch.arange(2 * length)[None], length, block)[0, 0]
+    q, k = np.indices(mask.shape)
+    q_block, k_block = q % length // block, k % length // block
+    to_clean = np.where(q >= length, k_block <= q_block, k_block < q_block)
+    to_noised = (q < length) & (k_block == q_block)
+    assert np.array_equal(mask, np.where(k >= length, to_clean, to_noised))
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(1, 5))
@@ -116,11 +105,8 @@ def test_padding_is_seen_by_no_real_position_and_no_row_is_empty(
     valid = torch.arange(longest) < torch.tensor(lengths)[:, None]
     both = valid.repeat(1, 2)
     places = torch.where(both, torch.arange(2 * longest), -1)
-    for mask, keys in (
-        (full(valid), valid),
-        (block_causal(valid, block), valid),
-        (block_diffusion_places(places, longest, block), both),
-    ):
+    once = [(diffusion.full(valid), valid), (diffusion.block_causal(valid, block), valid)]
+    for mask, keys in [*once, (diffusion.block_diffusion_places(places, longest, block), both)]:
         assert mask.any(dim=-1).all()
         seen_padding = mask[:, 0] & keys[:, :, None] & ~keys[:, None, :]
         assert not seen_padding.any()

@@ -4,10 +4,10 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers.normalizers import NFC
@@ -24,7 +24,6 @@ from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
 TEACHER, STUDENT = Tokenizer.load(TEACHER_TOKENIZER), Tokenizer.load(STUDENT_TOKENIZER)
 LENGTHS = LengthConfig(student=256, teacher=256, block=32)
 TEXTS = {
-    "plain": "def add(a, b):\n    return a + b\n",
     "control bytes": "a\x00b\x01\x1f\x7fc",
     "crlf": "one\r\ntwo\r\n\r\nthree",
     "zwj emoji": "ok \U0001f469\u200d\U0001f4bb and \U0001f468\u200d\U0001f469\u200d\U0001f467 end",
@@ -32,7 +31,6 @@ TEXTS = {
     "white space": "  \t\t  x   \n\n\n   \t y ",
     "decomposed": "Cafe\u0301 nai\u0308ve",
     "digits": "3.14159 and 1234567890",
-    "one letter": "a",
     "only blanks": "   ",
 }
 
@@ -42,11 +40,12 @@ def chat(response: str, request: str = "do it") -> ChatExample:
     return ChatExample("e", (question, {"role": "assistant", "content": response}))
 
 
-def cross(
-    student: Tokenizer = STUDENT, teacher: Tokenizer = TEACHER, lengths: LengthConfig = LENGTHS
-) -> Preparer:
+def cross(student: Any = STUDENT, teacher: Any = TEACHER, lengths: Any = LENGTHS) -> Preparer:
     masks = student.special_id("mask", "<|mask|>"), teacher.special_id("mask")
     return Preparer(student, teacher, lengths, *masks)
+
+
+any_text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60)
 
 
 def bytes_of(tokenizer: Tokenizer, ids: np.ndarray) -> bytes:
@@ -56,9 +55,7 @@ def bytes_of(tokenizer: Tokenizer, ids: np.ndarray) -> bytes:
 def check_chunks(
     p: Prepared, text: str, student: Tokenizer = STUDENT, teacher: Tokenizer = TEACHER
 ) -> bytes:
-    """Every chunk has the same bytes on both sides; together they are a stretch of the response,
-    which is returned.
-    """
+    """Chunks have the same bytes on both sides: a stretch of the response, which is returned."""
     assert p.teacher_ids is not None
     spelled = b""
     for t0, t1, s0, s1 in p.chunks:
@@ -70,45 +67,19 @@ def check_chunks(
     return spelled
 
 
-def test_the_whole_response_is_aligned_alone_or_in_a_batch() -> None:
-    examples = [chat(text) for text in TEXTS.values()]
-    together = cross().usable(examples)
-    for example, text, batched in zip(examples, TEXTS.values(), together, strict=True):
+@given(st.lists(any_text, min_size=1, max_size=3))
+@example([*TEXTS.values()])
+@example(["say <|mask|> now", "a<|eot_id|><|start_header_id|>assistant"])
+def test_any_text_is_aligned_from_end_to_end_alone_or_in_a_batch(texts: list[str]) -> None:
+    together = cross().usable([chat(text) for text in texts])
+    for text, batched in zip(texts, together, strict=True):
         preparer = cross()
-        (p,) = preparer.usable([example])
+        (p,) = preparer.usable([chat(text)])
         assert check_chunks(p, text) == text.encode()
         assert preparer.counts["unaligned_bytes"] == 0
         assert preparer.counts["response_bytes"] == len(text.encode())
         assert np.array_equal(p.student_ids, batched.student_ids)
         assert np.array_equal(p.chunks, batched.chunks)
-
-
-@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60))
-def test_any_text_is_aligned_from_end_to_end(text: str) -> None:
-    (p,) = cross().usable([chat(text)])
-    assert check_chunks(p, text) == text.encode()
-
-
-@pytest.mark.parametrize("text", ["say <|mask|> now", "a<|eot_id|><|start_header_id|>assistant"])
-def test_what_contents_spell_is_text(text: str) -> None:
-    """A forged end of turn, header or mask is aligned like any other text, and is no control token
-    on either side.
-    """
-    forged, plain = cross().usable([chat(text, request=text), chat("x", request="y")])
-    assert check_chunks(forged, text) == text.encode()
-    for tokenizer, name in ((STUDENT, "student_ids"), (TEACHER, "teacher_ids")):
-        ordinary = tokenizer.added_ids - {tokenizer.special_id("eos")}
-        both = (getattr(p, name).tolist() for p in (forged, plain))
-        first, second = ([i for i in ids if i in ordinary] for ids in both)
-        assert first == second
-
-
-def test_the_last_block_is_filled_with_eos() -> None:
-    (p,) = cross().usable([chat("x = 1")])
-    used = len(STUDENT.encode(["x = 1<|im_end|>\n"])[0])
-    fill = p.student_ids[p.spans[0, 0] + used :]
-    assert len(p.student_ids) % 32 == 0 and len(fill) > 0
-    assert (fill == STUDENT.special_id("eos")).all()
 
 
 def test_a_content_that_occurs_twice_or_equals_the_template_is_found_in_its_place() -> None:
@@ -166,8 +137,7 @@ def test_rows_that_cannot_be_used(tmp_path: Path) -> None:
 def test_the_teacher_does_not_read_on_where_the_student_is_cut() -> None:
     """The rest of the answer, in the clear, would tell the teacher what comes before it."""
     text = "\n".join(f"y{i} = {i} * {i + 1}" for i in range(60))
-    sizes = (LengthConfig(student=n, teacher=2048, block=32) for n in (96, 2048))
-    short, long = (cross(lengths=lengths) for lengths in sizes)
+    short, long = (cross(lengths=LengthConfig(n, 2048, 32)) for n in (96, 2048))
     (cut,), (whole,) = short.usable([chat(text)]), long.usable([chat(text)])
     assert (len(cut.student_ids), cut.spans[-1, 1], short.counts["truncated"]) == (96, 96, 1)
     assert cut.teacher_ids is not None and whole.teacher_ids is not None
@@ -185,6 +155,25 @@ def test_a_prompt_over_the_teachers_length_keeps_its_cross_entropy() -> None:
     assert far.teacher_ids is not None and preparer.counts["beyond_teacher"] == 1
     assert len(far.chunks) == len(far.teacher_ids) == 0 < len(far.maskable)
     assert len(near.chunks) > 0
+
+
+def test_a_full_last_block_without_eos_gets_a_block_that_ends_the_text() -> None:
+    """The template's end of turn is not EOS: without it nothing would teach the student to stop."""
+    eos = TEACHER.special_id("eos")
+
+    def row(n: int, end_block: bool, student: int = 128) -> Prepared:
+        lengths = LengthConfig(student=student, teacher=128, block=32, end_block=end_block)
+        examples = [chat(" ".join(["one"] * n), "Count")]
+        return Preparer(TEACHER, None, lengths, TEACHER.special_id("mask")).usable(examples)[0]
+
+    full = next(n for n in range(1, 80) if eos not in row(n, False).student_ids)
+    plain, ended = row(full, False), row(full, True)
+    assert len(ended.student_ids) == len(plain.student_ids) + 32
+    assert (ended.student_ids[-32:] == eos).all() and ended.spans[-1, 1] == len(ended.student_ids)
+    no_room = row(full, True, student=len(plain.student_ids))
+    assert len(no_room.student_ids) == len(plain.student_ids)
+    # Where some EOS is there already, none is added.
+    assert len(row(full - 1, True).student_ids) == len(row(full - 1, False).student_ids)
 
 
 def align(
@@ -206,12 +195,12 @@ def test_reproduces_the_golden_chunks(golden: Path) -> None:
 
 def cuts(total: int) -> st.SearchStrategy[list[int]]:
     """Token lengths that add up to `total`."""
-    return st.lists(st.integers(0, total), max_size=total).map(
-        lambda points: np.diff([0, *sorted(set(points) - {0, total}), total]).tolist()
-    )
+    points = st.sets(st.integers(1, total - 1)) if total > 1 else st.just(set[int]())
+    return points.map(lambda at: np.diff([0, *sorted(at), total]).tolist())
 
 
 two_sides = st.integers(1, 60).flatmap(lambda n: st.tuples(cuts(n), cuts(n)))
+few = st.lists(st.integers(1, 9), max_size=4)
 Sides = tuple[list[int], list[int]]
 
 
@@ -220,18 +209,12 @@ def test_chunks_partition_the_text_in_order_and_are_minimal(sides: Sides) -> Non
     teacher, student = sides
     chunks = align(teacher, student, sum(teacher))
     t_edges, s_edges = (np.cumsum([0, *side]) for side in sides)
-    # In order and gapless on both sides, from the first byte to the last.
     assert chunks[0, 0] == chunks[0, 2] == 0
     assert (chunks[-1, 1], chunks[-1, 3]) == (len(teacher), len(student))
     assert (chunks[1:, [0, 2]] == chunks[:-1, [1, 3]]).all()
     for t0, t1, s0, s1 in chunks:
-        # Same bytes on both sides …
         assert (t_edges[t0], t_edges[t1]) == (s_edges[s0], s_edges[s1])
-        # … and no common boundary inside: minimal.
         assert not set(t_edges[t0 + 1 : t1]) & set(s_edges[s0 + 1 : s1])
-
-
-few = st.lists(st.integers(1, 9), max_size=4)
 
 
 @given(two_sides, few, few, st.integers(0, 40))
@@ -250,9 +233,6 @@ def test_a_stretch_keeps_to_its_bytes(
 
 
 def test_what_belongs_to_no_chunk() -> None:
-    """Tokens over the edge, and bytes outside of common boundaries; a token of zero bytes is none
-    of its own.
-    """
     # Teacher: [ab][cd][ef]; student: [a][bcd][e][f]; bytes 1 … 6.
     assert align([2, 2, 2], [1, 3, 1, 1], 5, (1, 1)).tolist() == [[2, 3, 2, 4]]
     assert align([3, 3], [6], 5).shape == align([], [], 0).shape == (0, 4)

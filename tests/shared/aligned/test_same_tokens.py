@@ -1,8 +1,9 @@
 """What a teacher of the student's tokenizer reads, and where it is asked: the words, or all of the
-response.
+response. Several trained answers in one row: spans, masks and teacher positions hold for all.
 """
 
 import dataclasses
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from hypothesis import strategies as st
 from pipelines.tools.tiny_models import CHATML_TEMPLATE
 from shared.aligned.examples import Prepared, Preparer, SharedVocabulary
 from shared.cache.shards import Unit
+from shared.data import ChatExample
+from shared.diffusion import chunk_draw
 from shared.settings.config import LengthConfig
 from shared.system.errors import Unusable
 from shared.text.tokenizers import Tokenizer
 from teacher_cache.run.build import build_cache
 from tests.conftest import TEACHER_TOKENIZER, small_cache_config, write_chats
 from tests.reading import rows_in
-from tests.shared.aligned.test_examples import LENGTHS, chat
+from tests.shared.aligned.test_examples import LENGTHS, chat, check_chunks
+from tests.shared.aligned.test_examples import STUDENT as CHATML
 
 STUDENT = Tokenizer.load(TEACHER_TOKENIZER)
 EOS, EOT = STUDENT.special_id("eos"), STUDENT.special_id("x", "<|eot_id|>")
@@ -31,12 +35,10 @@ BRACKETS = CHATML_TEMPLATE.replace("<|im_start|>", "[").replace("<|im_end|>", "<
 OTHER.backend.chat_template = BRACKETS
 
 
-def prepared(
-    text: str, teacher: Tokenizer = STUDENT, lengths: LengthConfig = LENGTHS, **settings: Any
-) -> Prepared:
+def prepared(text: str, teacher: Any = STUDENT, lengths: Any = LENGTHS, **more: Any) -> Prepared:
     shared = SharedVocabulary.between(STUDENT, teacher)
     mask = STUDENT.special_id("mask")
-    (p,) = Preparer(STUDENT, shared, lengths, mask, mask, **settings).usable([chat(text)])
+    (p,) = Preparer(STUDENT, shared, lengths, mask, mask, **more).usable([chat(text)])
     return p
 
 
@@ -179,3 +181,53 @@ def test_ids_that_mean_something_else_never_enter_the_top_k(
         assert row.topk_ids is not None
         assert changed not in row.topk_ids.tolist()
         assert len(set(row.topk_ids[:4095].tolist())) == 4095
+
+
+SHORT = LengthConfig(student=128, teacher=256, block=32)
+ANSWERS = ["x = 1 + 2", "def f():\n    return 3", "done"]
+TURNS = [chat(a, q).messages for a, q in zip(ANSWERS, ("first", "second", "third"), strict=True)]
+CHAT = ChatExample("e", tuple(itertools.chain(*TURNS)))
+
+
+def one(teacher: Any = STUDENT, turns: Any = "all", student: Any = CHATML) -> Prepared:
+    masks = student.special_id("mask"), STUDENT.special_id("mask")
+    (p,) = Preparer(student, teacher, SHORT, *masks, turns).usable([CHAT])
+    return p
+
+
+def test_spans_hold_the_answers_with_their_ends_and_the_fill() -> None:
+    p, last = one(), one(turns="last")
+    texts = [CHATML.decode(p.student_ids[a:b].tolist()) for a, b in p.spans.tolist()]
+    assert texts[:2] == [f"{ANSWERS[0]}<|im_end|>\n", f"{ANSWERS[1]}<|im_end|>\n"]
+    assert texts[2].replace("<|im_end|>", "") == "done\n"
+    assert p.spans[-1, 1] == len(p.student_ids) == 64
+    assert p.student_ids[-1] == CHATML.special_id("eos")
+    # The same row, only less of it is trained.
+    assert np.array_equal(last.student_ids, p.student_ids)
+    assert last.spans.tolist() == p.spans[-1:].tolist()
+
+
+def test_chunks_and_masks_stay_inside_of_the_spans_and_reach_all_of_them() -> None:
+    p = one()
+    maskable, seen = set(p.maskable.tolist()), set()
+    assert check_chunks(p, "".join(ANSWERS)) == "".join(ANSWERS).encode()
+    assert {i for _, _, s0, s1 in p.chunks.tolist() for i in range(s0, s1)} <= maskable
+    for seed in range(40):
+        draw = chunk_draw(seed, p.id, 0, p.maskable, len(p.student_ids), p.chunks[:, 2:], 0.5)
+        seen |= set(draw.masked.tolist())
+    assert seen == maskable
+
+
+def test_a_teacher_of_the_family_reads_the_positions_of_every_answer(tmp_path: Path) -> None:
+    """Prompts between hold tokens that the teacher lacks: each answer has its own offset."""
+    backend = Tokenizer.load(TEACHER_TOKENIZER).backend
+    backend.add_tokens(["<note>"])
+    content = "{{ message['content'] }}"
+    note = content + "{% if message['role'] == 'user' %}<note>{% endif %}"
+    backend.chat_template = STUDENT.backend.chat_template.replace(content, note)
+    backend.save_pretrained(tmp_path / "s")
+    student = Tokenizer.load(tmp_path / "s")
+    p = one(SharedVocabulary.between(student, STUDENT), student=student)
+    assert p.teacher_ids is not None and len(set(p.offsets.tolist())) == 3
+    assert np.array_equal(p.teacher_ids[p.asked(p.maskable)[1]], p.student_ids[p.maskable])
+    assert STUDENT.decode(p.teacher_ids.tolist()) == student.decode(p.student_ids.tolist())

@@ -1,7 +1,4 @@
-"""One file that says what every shard is; what a killed process did not note is found again.
-
-Manifests of strangers, each with a checksum that holds: one that cannot be is refused.
-"""
+"""One file says what every shard is; what a killed process did not note is found again."""
 
 import json
 import os
@@ -12,15 +9,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from shared.cache.ledger import (
-    LEDGER,
-    Entry,
-    load_ledger,
-    note,
-    save_ledger,
-    settle_ledger,
-    whole_ledger,
-)
+from shared.cache import ledger as ledgers
+from shared.cache.ledger import LEDGER, Entry, load_ledger, settle_ledger, whole_ledger
 from shared.cache.manifest import checksum_of, load_manifest
 from shared.cache.shards import Unit, finished_units, read_table
 from shared.system.errors import TideError
@@ -30,7 +20,6 @@ from tests.reading import all_rows, dataset
 
 @pytest.fixture
 def cache(caches: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy to change."""
     return Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
 
 
@@ -69,7 +58,7 @@ def test_a_shard_that_nobody_noted_is_read(caches: dict[str, Path], cache: Path)
     """Killed between the shard's rename and the note."""
     manifest = load_manifest(cache)
     whole = load_ledger(cache, manifest)
-    save_ledger(cache, manifest, {unit: whole[unit] for unit in list(whole)[:4]})
+    ledgers.save_ledger(cache, manifest, {unit: whole[unit] for unit in list(whole)[:4]})
     assert settle_ledger(cache, manifest) == whole
     assert files(cache) == files(caches["tiny-cross"])
     (cache / LEDGER).unlink()
@@ -85,7 +74,7 @@ def test_the_newest_note_counts_and_a_torn_line_does_not(cache: Path) -> None:
     (cache / LEDGER).unlink()
     first, second = (Entry(text * 64, 1, 2, 3, 4, 5) for text in "ab")
     for entry in (first, second):
-        note(cache, Unit(0, 0), entry)
+        ledgers.note(cache, Unit(0, 0), entry)
     (notes,) = (cache / "ledger").glob("*.jsonl")
     with notes.open("a") as handle:
         handle.write('{"draw": 0, "part": 1, "at": 9e9, "sha')
@@ -122,6 +111,7 @@ HOSTILE: list[tuple[str, Any]] = [
 
 
 def test_manifests_that_cannot_be(caches: dict[str, Path], tmp_path: Path) -> None:
+    """Each with a checksum that holds."""
     for place, value in HOSTILE:
         values = load_manifest(caches["tiny-shared"]).to_json()
         *sections, name = place.split(".")
@@ -139,8 +129,8 @@ def test_manifests_that_cannot_be(caches: dict[str, Path], tmp_path: Path) -> No
 
 def test_manifests_that_are_none(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
-    texts = (b"", b"null", b"[1]", b'{"draws": 1}', b"\xed\xa0\x80", b'{"a":' * 200_000)
     odd = [os.mkfifo, lambda p: p.symlink_to("/dev/zero"), lambda p: p.symlink_to(p.name)]
+    texts = (b"", b"null", b"[1]", b'{"draws": 1}', b"\xed\xa0\x80", b'{"a":' * 200_000)
     for make in (*odd, *(lambda p, text=text: p.write_bytes(text) for text in texts)):
         path.unlink(missing_ok=True)
         make(path)

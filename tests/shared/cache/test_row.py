@@ -10,28 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from shared.cache import levels
 from shared.cache.ledger import Entry
-from shared.cache.levels import (
-    CLASS_LEVELS,
-    GOLD_STEPS,
-    LOGIT_STEPS,
-    ODDS_STEPS,
-    class_log_mass,
-    from_table,
-    half_steps,
-    level_table,
-    to_class_levels,
-    to_levels,
-    to_table,
-)
 from shared.cache.row import CacheRow, Layout, Vocabulary
 from shared.cache.shards import Unit, finished_units, read_shard, read_table, write_shard
 from shared.system.errors import TideError
 
 T = (1.0, 2.0)
 CLASSES = 3
-
-
 RNG = np.random.default_rng(CLASSES)
 CLASS_OF, RANK_OF = (np.arange(99) % CLASSES).astype(np.int32), RNG.permutation(99).astype(np.int32)
 VOCABULARY = Vocabulary(CLASS_OF, RANK_OF, RNG.random((2, 99)).astype(np.float32))
@@ -44,24 +30,20 @@ def make_row(seed: int, cross: bool, topk: bool, chunks: bool, masked: int) -> C
     logp = [np.sort(np.log(rng.dirichlet(np.ones(n + 1))[:n]))[::-1] for n in sizes]
     floats = rng.standard_normal
     values: dict[str, Any] = {
-        "example_id": f"é{seed}",
-        "label": f"row {seed}",
-        "draw": seed % 3,
+        "example_id": f"é{seed}", "label": f"row {seed}", "draw": seed % 3,
         "t": float(np.float32(rng.random())),
         "student_ids": rng.integers(0, 99, 8).astype(np.int32),
         "spans": np.array([[1, 3], [5, 8]], np.int32),
-        "masked": np.arange(masked, dtype=np.int32),
-        "split": rng.random(masked) < 0.5,
+        "masked": np.arange(masked, dtype=np.int32), "split": rng.random(masked) < 0.5,
         "gold_logp": -rng.exponential(3, masked).astype(np.float32),
         "logsumexp": floats(masked).astype(np.float32),
-    }
+    }  # fmt: skip
     if cross:
         values["teacher_ids"] = np.arange(5, dtype=np.int32)
         values["teacher_masked"] = np.arange(masked, dtype=np.int32)
     if topk:
-        mass = rng.random((masked, 2, CLASSES))
-        values["topk_sizes"] = sizes
-        values["topk_ids"] = rng.integers(0, 99, int(sizes.sum())).astype(np.int32)
+        mass, ids = rng.random((masked, 2, CLASSES)), rng.integers(0, 99, int(sizes.sum()))
+        values |= {"topk_sizes": sizes, "topk_ids": ids.astype(np.int32)}
         values["topk_logp"] = np.concatenate([*logp, np.zeros(0)]).astype(np.float32)
         values["tail_odds"] = floats((masked, 2)).astype(np.float32)
         values["class_mass"] = np.log(mass).astype(np.float32)
@@ -72,22 +54,25 @@ def make_row(seed: int, cross: bool, topk: bool, chunks: bool, masked: int) -> C
     return CacheRow(**{**dict.fromkeys(CacheRow.__dataclass_fields__), **values})
 
 
-STEPS = {"gold_logp": GOLD_STEPS, "logsumexp": LOGIT_STEPS, "tail_odds": ODDS_STEPS}
+STEPS = {
+    "gold_logp": levels.GOLD_STEPS,
+    "logsumexp": levels.LOGIT_STEPS,
+    "tail_odds": levels.ODDS_STEPS,
+}
 
 
 def assert_same(a: CacheRow, b: CacheRow, exact: bool) -> None:
     for name in CacheRow.__dataclass_fields__:
-        x: Any = getattr(a, name)
-        y: Any = getattr(b, name)
+        x, y = getattr(a, name), getattr(b, name)
         if not isinstance(x, np.ndarray):
             assert x == y, name
         elif exact or name not in (*STEPS, "topk_logp", "class_mass"):
             assert x.dtype == y.dtype
             assert np.array_equal(x, y), name
         elif name == "class_mass":
-            assert np.array_equal(y, to_class_levels(x))
+            assert np.array_equal(y, levels.to_class_levels(x))
         else:
-            bound = half_steps(x, T) if name == "topk_logp" else 0.5 / STEPS[name]
+            bound = levels.half_steps(x, T) if name == "topk_logp" else 0.5 / STEPS[name]
             assert (np.abs(x - y) <= bound + 1e-5).all(), name
 
 
@@ -100,11 +85,13 @@ one_row = st.builds(make_row, st.integers(0, 999), flag, flag, flag, st.integers
 def test_a_table_gives_back_its_rows(layout: Layout, rows: list[CacheRow]) -> None:
     with_topk = [row for row in rows if row.topk_ids is not None]
     rows = with_topk or rows  # a cache has it or has not
-    again = from_table(to_table(rows, layout), layout)
+    again = levels.from_table(levels.to_table(rows, layout), layout)
     assert len(again) == len(rows)
     for a, b in zip(rows, again, strict=True):
         assert_same(a, b, layout.values == "float32")
-    assert to_table(again, layout).equals(to_table(rows, layout))  # rounded once is rounded
+    assert levels.to_table(again, layout).equals(
+        levels.to_table(rows, layout)
+    )  # rounded once is rounded
 
 
 def test_a_shard_gives_back_its_rows_and_plain_polars_reads_it(tmp_path: Path) -> None:
@@ -134,7 +121,7 @@ def test_a_damaged_shard_is_an_explained_error_wherever_it_is_damaged(tmp_path: 
         with pytest.raises(TideError):
             read_shard(path, LEVELS)
     noticed = 0
-    for place in range(4, len(whole) - 8, max(len(whole) // 40, 1)):
+    for place in range(4, len(whole) - 8, len(whole) // 40):
         damaged = whole[:place] + bytes([whole[place] ^ 0x40]) + whole[place + 1 :]
         with pytest.raises(TideError):
             entry.check(path, damaged)
@@ -161,12 +148,14 @@ def test_other_columns_and_another_name_are_refused(tmp_path: Path) -> None:
 def test_levels_are_bounded_finest_near_certainty_and_taken_once(
     temperatures: tuple[float, ...], logp: np.ndarray
 ) -> None:
-    levels = to_levels(logp, temperatures)
-    back = level_table(temperatures)[levels]
+    stored = levels.to_levels(logp, temperatures)
+    back = levels.level_table(temperatures)[stored]
     inside = logp > -16  # below lies the lowest level of the coarsest of these
-    assert (np.abs(back - logp)[inside] <= half_steps(logp, temperatures)[inside] + 1e-4).all()
-    assert np.array_equal(to_levels(back, temperatures), levels)
-    assert np.all(np.diff(to_levels(np.sort(logp), temperatures)) >= 0)
+    assert (
+        np.abs(back - logp)[inside] <= levels.half_steps(logp, temperatures)[inside] + 1e-4
+    ).all()
+    assert np.array_equal(levels.to_levels(back, temperatures), stored)
+    assert np.all(np.diff(levels.to_levels(np.sort(logp), temperatures)) >= 0)
 
 
 @given(arrays(np.float64, (6,), elements=st.floats(1e-9, 1)), st.floats(-8, 8))
@@ -175,12 +164,19 @@ def test_class_masses_add_up_to_the_tail_and_lie_near_the_truth(
 ) -> None:
     shares = shares / shares.sum()
     tail = 1 / (1 + np.exp(-odds))
-    levels = to_class_levels(np.log(tail * shares).astype(np.float32))
+    stored = levels.to_class_levels(np.log(tail * shares).astype(np.float32))
     prior = torch.full((6,), 1 / 6)
     tails = torch.tensor([odds], dtype=torch.float32)
-    mass = class_log_mass(torch.from_numpy(levels)[None], tails, prior)[0].double().exp().numpy()
+    mass = (
+        levels.class_log_mass(torch.from_numpy(stored)[None], tails, prior)[0]
+        .double()
+        .exp()
+        .numpy()
+    )
     assert mass.sum() == pytest.approx(tail, rel=1e-5)
-    if levels.any():  # a root of mass is within half a level, before all are scaled to the tail
-        scale = np.sqrt(tail / max(1e-30, (np.maximum(levels, 0.5) ** 2).sum() / CLASS_LEVELS**2))
+    if stored.any():  # a root of mass is within half a level, before all are scaled to the tail
+        scale = np.sqrt(
+            tail / max(1e-30, (np.maximum(stored, 0.5) ** 2).sum() / levels.CLASS_LEVELS**2)
+        )
         apart = np.abs(np.sqrt(mass) - np.sqrt(tail * shares))
-        assert apart.max() < (1 / CLASS_LEVELS) * max(1.0, scale) + 0.05
+        assert apart.max() < (1 / levels.CLASS_LEVELS) * max(1.0, scale) + 0.05

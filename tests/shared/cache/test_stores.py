@@ -37,11 +37,9 @@ def s3() -> Iterator[str]:
 
 
 @pytest.fixture(params=["folder", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+def store(request: pytest.FixtureRequest, tmp_path: Path, s3: str) -> Store:
     """A place in which nothing is yet."""
-    if request.param == "folder":
-        return Store.open(str(tmp_path / "store"))
-    return Store.open(f"{request.getfixturevalue('s3')}/{tmp_path.name}")
+    return Store.open(str(tmp_path / "s") if request.param == "folder" else f"{s3}/{tmp_path.name}")
 
 
 def push(store: Store, cache: Path) -> int:
@@ -92,8 +90,8 @@ def test_ranks_without_a_common_disk_share_the_work_through_the_store(
 ) -> None:
     def build(name: str, teacher: str = "tiny-cross", **changes: object) -> tuple[int, int, int]:
         changes["store"] = store.url
-        config = small_cache_config(teacher, random_teacher, tmp_path / name, **changes)
-        report = build_cache(config)
+        out = tmp_path / name
+        report = build_cache(small_cache_config(teacher, random_teacher, out, **changes))
         return report.computed, report.kept, report.elsewhere
 
     for rank in (0, 1):

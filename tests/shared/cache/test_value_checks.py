@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,29 +24,15 @@ from tests.student_train.training.test_trainer import config
 Edit = Callable[[np.ndarray, np.ndarray], None]  # of a column's values, given its offsets
 
 
-def put(place: slice | int | list[int], value: float | list[float]) -> Edit:
-    """Other values at places of the column."""
-
-    def edit(values: np.ndarray, _offsets: np.ndarray) -> None:
-        values[place] = value
-
-    return edit
+def put(place: Any, value: Any) -> Edit:
+    return lambda values, _: values.__setitem__(place, value)
 
 
 def move(places: list[int], sources: list[int]) -> Edit:
-    """Values of other places of the column."""
-
-    def edit(values: np.ndarray, _offsets: np.ndarray) -> None:
-        values[places] = values[sources]
-
-    return edit
+    return lambda values, _: values.__setitem__(places, values[sources])
 
 
 SWAP, REPEAT, ALL = move([0, 1], [1, 0]), move([1], [0]), slice(None)
-
-
-def to_prompt(values: np.ndarray, offsets: np.ndarray) -> None:
-    values[offsets[0]] = 0
 
 
 def past_the_end(values: np.ndarray, offsets: np.ndarray) -> None:
@@ -57,7 +44,7 @@ DAMAGE: dict[str, tuple[str, str, Edit]] = {
     "a negative token": ("tiny-shared", "student_ids", put(0, -1)),
     "masks out of order": ("tiny-shared", "masked", SWAP),
     "a mask twice": ("tiny-shared", "masked", REPEAT),
-    "a mask in the prompt": ("tiny-shared", "masked", to_prompt),
+    "a mask in the prompt": ("tiny-shared", "masked", lambda v, at: v.__setitem__(at[0], 0)),
     "a mask past the end": ("tiny-shared", "masked", past_the_end),
     "a span backwards": ("tiny-shared", "spans", SWAP),
     "a span past the end": ("tiny-shared", "spans", put(1, 9999)),
@@ -87,7 +74,6 @@ TOGETHER = {"topk_sizes": "topk_ranks", "topk_logp": "tail_odds"}
 
 
 def changed(table: pa.Table, name: str, edit: Edit) -> pa.Array:
-    """The column after the edit."""
     column = table.column(name).combine_chunks()
     values = np.asarray(column.values).copy()
     edit(values, column.offsets.to_numpy())
@@ -114,7 +100,7 @@ def test_every_kind_of_damage_is_found(caches: dict[str, Path]) -> None:
 
 
 def test_verify_and_training_refuse_it(caches: dict[str, Path], tmp_path: Path) -> None:
-    """Checksums, counts and the ledger are made anew, so nothing but the values can tell."""
+    """Checksums, counts and the ledger are made anew."""
     teacher, name, edit = DAMAGE["a teacher's chunk that is not masked"]
     cache = Path(shutil.copytree(caches[teacher], tmp_path / "c"))
     unit = Unit(0, 0)

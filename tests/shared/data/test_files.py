@@ -17,20 +17,23 @@ import pyarrow as pa
 import pytest
 import zstandard
 
+from pipelines.recipes.read import cache_config, packaged_recipe
 from shared.data import content_key, iter_examples, scan
+from shared.data.sources import parse_hub_name
 from shared.data.stdlib_corpus import iter_stdlib_functions
 from shared.settings.config import DataConfig
 from shared.system.errors import TideError
+from teacher_cache.prepared.folder import describe
+from teacher_cache.run.build import build_cache
+from teacher_cache.run.open import open_sides, prepare_data
+from tests.reading import all_rows
 
 ANSWER = {"role": "assistant", "content": "a"}
 GOOD = {"messages": [{"role": "user", "content": "q"}, ANSWER]}
-ROWS = [
-    {"messages": [{"role": "user", "content": f"q {i} é\r\n\u2028\u0085\x0c\x1d"}, ANSWER]}
-    for i in range(5)
-]
+QUESTIONS = [{"role": "user", "content": f"q {i} é\r\n\u2028\u0085\x0c\x1d"} for i in range(5)]
+ROWS = [{"messages": [question, ANSWER]} for question in QUESTIONS]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
 ZSTD = zstandard.compress
-PACKERS: dict[str, Any] = {"gz": gzip, "zst": zstandard, "xz": lzma, "bz2": bz2}
 
 
 def write_lines(path: Path, rows: list[Any]) -> DataConfig:
@@ -87,7 +90,8 @@ def test_csv_with_named_fields(tmp_path: Path) -> None:
 
 def test_a_file_that_is_cut_short_is_an_error_whatever_is_allowed(tmp_path: Path) -> None:
     rows = [json.dumps({**GOOD, "x": os.urandom(2000).hex()}).encode() for _ in range(300)]
-    for kind, library in PACKERS.items():
+    packers: dict[str, Any] = {"gz": gzip, "zst": zstandard, "xz": lzma, "bz2": bz2}
+    for kind, library in packers.items():
         whole = library.compress(b"\n".join(rows))
         path = tmp_path / f"d.jsonl.{kind}"
         path.write_bytes(whole[: len(whole) // 2])
@@ -96,31 +100,27 @@ def test_a_file_that_is_cut_short_is_an_error_whatever_is_allowed(tmp_path: Path
 
 
 def test_a_row_that_is_no_conversation_stops_with_file_and_line(tmp_path: Path) -> None:
+    contents = (3, None, [{"type": "image"}])
+    history = {"instruction": "q", "output": "a", "history": 3}
     bad: dict[str, list[Any]] = {
         "not JSON": ["{", f'{{"messages": {"[" * 100_000}', f'{{"n": {"7" * 5000}}}'],
         "no known form": [[1], {"text": "x"}],
-        "not in its form": [{"messages": []}, {"messages": [ANSWER], "tools": "{"}],
+        "not in its form": [{"messages": []}, {"messages": [ANSWER], "tools": "{"}, history],
         "no role": [{"messages": [{"content": "x"}]}],
-        "content is no text": [
-            {"messages": [{"role": "assistant", "content": content}]}
-            for content in (3, None, [{"type": "image"}])
-        ],
+        "content is no text": [{"messages": [{**ANSWER, "content": c}]} for c in contents],
         "no answer": [{"messages": [{"role": "user", "content": "x"}]}],
         "lone surrogates": ['{"messages": [{"role": "assistant", "content": "\\ud800"}]}'],
         "too large": [{"messages": [{"role": "user", "content": "x" * 2_000_000}, ANSWER]}],
     }
-    bad["not in its form"].append({"instruction": "q", "output": "a", "history": 3})
     rows = [(reason, row) for reason, kinds in bad.items() for row in kinds]
     config = write_lines(tmp_path / "d.jsonl", [GOOD, *(row for _, row in rows), GOOD])
     with pytest.raises(TideError) as error:
         scan(config)
     examples, bad_rows = scan(DataConfig(config.source, allow_bad_rows=99.0))
     assert len(examples) == 2
-    places = [f"{tmp_path}/d.jsonl:{2 + i}" for i in range(len(rows))]
-    assert [(b.reason, b.place) for b in bad_rows] == [
-        (reason, place) for (reason, _), place in zip(rows, places, strict=True)
-    ]
-    assert all(place in str(error.value) for place in places)
+    places = [(reason, f"{tmp_path}/d.jsonl:{i}") for i, (reason, _) in enumerate(rows, 2)]
+    assert [(b.reason, b.place) for b in bad_rows] == places
+    assert all(place in str(error.value) for _, place in places)
 
 
 def test_how_many_bad_rows_are_allowed(tmp_path: Path) -> None:
@@ -137,15 +137,10 @@ def test_how_many_bad_rows_are_allowed(tmp_path: Path) -> None:
 
 def test_unreadable_and_missing_sources(tmp_path: Path) -> None:
     contents = {
-        "d.jsonl": b"",
-        "d.parquet": b"PAR1 broken",
-        "d.arrow": b"broken",
-        "d.jsonl.zst": b"not zstandard",
-        "d.jsonl.gz": b"not gzip",
-        "d.txt": b"a,b",
-        "object.json": b'{"version": 1,\n "data": []}',
-        "open.json": b'[{"messages": 1},\n',
-    }
+        "d.jsonl": b"", "d.parquet": b"PAR1 broken", "d.arrow": b"broken", "d.txt": b"a,b",
+        "d.jsonl.zst": b"not zstandard", "d.jsonl.gz": b"not gzip",
+        "object.json": b'{"version": 1,\n "data": []}', "open.json": b'[{"messages": 1},\n',
+    }  # fmt: skip
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "empty").mkdir()
@@ -179,7 +174,7 @@ def hub_folder(folder: Path, configs: dict[str, list[dict[str, Any]]]) -> Path:
     lines = ["---", "configs:"]
     for name, rows in configs.items():
         (folder / name).mkdir(parents=True)
-        (folder / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(folder / name / "train.jsonl", rows)
         lines += [f"- config_name: {name}", f"  data_files: {name}/train.jsonl"]
     (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
     return folder
@@ -192,13 +187,53 @@ def test_configurations_and_splits_of_data_sets(tmp_path: Path) -> None:
     for source in (hub, f"{tmp_path}/saved"):
         with pytest.raises(TideError):  # which one?
             scan(DataConfig(source))
-    sizes = {
-        f"{hub}:one": 1,
-        f"{hub}:two:train": 5,
-        f"{hub}:two#train[:80%]": 4,
-        f"{hub}:two#train[2:3]": 1,
-        f"{hub}:*": 6,
-        f"{tmp_path}/saved#train": 2,
-    }
+    sizes = {":one": 1, ":two:train": 5, ":two#train[:80%]": 4, ":two#train[2:3]": 1, ":*": 6}
+    sizes = {hub + part: size for part, size in sizes.items()} | {f"{tmp_path}/saved#train": 2}
     for source, examples in sizes.items():
         assert len(scan(DataConfig(source))[0]) == examples, source
+
+
+def test_the_recipe_from_four_layouts_to_a_cache(random_teacher: Path, tmp_path: Path) -> None:
+    """The paper's four sources, in their own layouts; rows made up."""
+    turn = ["user", "assistant"]
+
+    def chats(name: str, roles: list[str]) -> list[dict[str, Any]]:
+        texts = ([{"role": r, "content": f"{name} {i} {r}"} for r in roles] for i in range(40))
+        return [{"id": f"{name}_{i}", "messages": text} for i, text in enumerate(texts)]
+
+    smol = {"all": chats("smoltalk", ["system", *turn, *turn]), "other": chats("no", turn)}
+    sets = [("tulu", {"default": chats("tulu", turn)}, ""), ("smoltalk", smol, ":all")]
+    for name in ("one", "two"):
+        code = (f"```{('rust', 'python')[i % 2]}\nx = {i}\n```" for i in range(40))
+        rows = [
+            {"instruction": f"{name} {i}", "output": c, "code": "x"} for i, c in enumerate(code)
+        ]
+        sets.append((name, {"a": rows[:20], "b": rows[20:]}, ":*"))
+    sources = [f"hf://{hub_folder(tmp_path / n, rows)}{c}#train[:95%]" for n, rows, c in sets]
+    changes = [f"data.{i}.source={json.dumps(source)}" for i, source in enumerate(sources)]
+    changes += ["lengths={student=128, teacher=128}", "noise.draws=1", "targets.k=8"]
+    changes += ['engine={dtype="float32", device="cpu"}', "shard_examples=16"]
+    changes += ['targets.signals=["topk","chunks"]']
+    flags = {"model": str(random_teacher), "out": tmp_path / "cache"}
+    config = cache_config("tiny-cross", packaged_recipe("cross"), changes, **flags)
+    assert [source.source for source in config.sources] == sources
+    data, _ = prepare_data(config, open_sides(config))
+    taken = [(source.rows, source.filtered, source.taken) for source in data.record.sources]
+    assert taken == [(38, 0, 38), (38, 0, 38), (38, 20, 18), (38, 20, 18)]
+    assert "smoltalk:all#train[:95%]" in describe(data)
+    assert build_cache(config).rows == data.examples == 112
+    labels = [row.label for row in all_rows(config.out)]
+    assert {label for label in labels if "tulu" in label} == {f"tulu_{i}" for i in range(38)}
+    assert 8 <= sum("tulu" in label for label in labels[:30]) <= 12  # interleaved: a third
+
+
+def test_every_source_of_the_recipes_is_well_formed() -> None:
+    for kind in ("llada-8b", "wedlm-8b"):
+        sources = [source.source for source in cache_config(kind, None, []).sources]
+        names = [parse_hub_name(source.removeprefix("hf://")) for source in sources]
+        opc_sets = [f"OpenCoder-LLM/opc-sft-stage{n}" for n in (1, 2)]
+        chats = ["allenai/tulu-3-sft-mixture", "HuggingFaceTB/smoltalk"]
+        assert [name for name, _, _ in names] == chats + opc_sets
+        assert {split for _, _, split in names} == {"train[:95%]"}
+        own = cache_config(kind, None, [], data="chats.jsonl")
+        assert [source.source for source in own.sources] == ["chats.jsonl"]

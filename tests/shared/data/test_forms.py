@@ -1,9 +1,6 @@
-"""Every form that people have becomes the same conversation; what an answer has beside its text is
-kept.
-"""
+"""Every form that people have becomes the same conversation; all that an answer has is kept."""
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from shared.data import iter_examples, scan
 from shared.data.conversation import copies, in_split, parse
 from shared.settings.data import DataConfig, RowFilter
 from shared.system.errors import TideError, Unusable
+from tests.shared.data.test_files import write_lines
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}
@@ -44,11 +42,6 @@ FORMS: list[tuple[dict[str, Any], Messages]] = [
 
 def said(row: dict[str, Any], **settings: Any) -> Messages:
     return list(parse(row, DataConfig("d", **settings))[0].messages)
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def test_every_form_becomes_messages() -> None:
@@ -85,13 +78,10 @@ def test_what_an_answer_has_beside_its_text_is_kept() -> None:
         assert thought == {**ANSWER, "reasoning_content": "hm"}
 
 
-def test_who_reads_contents_alone_is_given_no_answer_that_is_more_than_a_text(
-    tmp_path: Path,
-) -> None:
+def test_who_reads_contents_alone_is_given_no_answer_that_is_more(tmp_path: Path) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     thought = {**ANSWER, "reasoning_content": "Two and two."}
-    source = write(tmp_path / "d.jsonl", [{"messages": [USER, a]} for a in (call, thought)])
-    strict = DataConfig(source, allow_bad_rows=0.0)
+    strict = write_lines(tmp_path / "d.jsonl", [{"messages": [USER, a]} for a in (call, thought)])
     with pytest.raises(TideError):
         scan(strict)
     assert [e.messages[-1] for e in scan(strict, extras=True)[0]] == [call, thought]
@@ -99,11 +89,10 @@ def test_who_reads_contents_alone_is_given_no_answer_that_is_more_than_a_text(
 
 NAMES = ["messages", "role", "content", "from", "value", "instruction", "output", "prompt"]
 NAMES += ["completion", "conversations", "tools", "history", "instances"]
+names = st.sampled_from(NAMES)
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=4),
 )
 
 
@@ -117,7 +106,7 @@ def test_any_row_is_a_conversation_or_unusable(row: Any) -> None:
 def test_filters(tmp_path: Path) -> None:
     languages = enumerate(["py", "c", "py", "python"])
     rows = [{"question": str(i), "answer": "a", "meta": {"lang": name}} for i, name in languages]
-    source = write(tmp_path / "d.jsonl", rows)
+    source = write_lines(tmp_path / "d.jsonl", rows).source
 
     def asked(*rules: RowFilter) -> list[str]:
         return [e.messages[0]["content"] for e in iter_examples(DataConfig(source, filter=rules))]
@@ -134,9 +123,9 @@ def test_a_held_out_content_is_never_trained_on_however_often_it_stands_there(
     texts: list[str], share: float
 ) -> None:
     keys = [parse({"question": "q", "answer": f"{t}."}, DataConfig("d"))[0].id for t in texts]
-    train = DataConfig("d", split="train", heldout_share=share)
-    heldout = DataConfig("d", split="heldout", heldout_share=share)
-    assert all(in_split(key, train) != in_split(key, heldout) for key in keys)
+    parts: Any = ("train", "heldout")
+    sides = [DataConfig("d", split=part, heldout_share=share) for part in parts]
+    assert all(in_split(key, sides[0]) != in_split(key, sides[1]) for key in keys)
 
 
 def test_shares_and_weights_are_about_right() -> None:

@@ -1,6 +1,7 @@
-"""Checkpoints are loaded whole or not at all: every tensor used once, nothing pickled."""
+"""Checkpoints are loaded whole or not at all; what strangers wrote is obeyed or refused."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,12 @@ import pytest
 import torch
 from accelerate import utils as accelerate_utils
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3ForCausalLM
 
 from shared.models.checkpoint import open_checkpoint
-from shared.models.loading import check_weights, load_model
+from shared.models.loading import check_weights, load_model, meta_model
 from shared.system.errors import TideError
-from teacher_cache.teachers.registry import all_teachers, find_teacher
+from shared.text.tokenizers import Tokenizer
 
 
 @pytest.fixture
@@ -29,11 +30,10 @@ def edit_config(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def new_llama(width: int, layers: int = 1, vocabulary: int = 4096) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=4 * width,
-        num_hidden_layers=layers, num_attention_heads=4, tie_word_embeddings=False,
-    )  # fmt: skip
+def new_llama(width: int, kind: Any = LlamaConfig, **changes: Any) -> Any:
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 2}
+    sizes |= {"vocab_size": 4096, "num_attention_heads": 4}
+    return kind(tie_word_embeddings=False, **{**sizes, **changes})
 
 
 def load(folder: Path, architecture: str = "llama", **more: Any) -> Any:
@@ -41,7 +41,7 @@ def load(folder: Path, architecture: str = "llama", **more: Any) -> Any:
 
 
 def refused(folder: Path, architecture: str = "llama") -> str:
-    """What both the loader and the account from the headers alone say."""
+    """What both the loader and the account of the headers alone say."""
     with pytest.raises(TideError) as error:
         check_weights(open_checkpoint(str(folder)), architecture)
     with pytest.raises(TideError):
@@ -50,7 +50,6 @@ def refused(folder: Path, architecture: str = "llama") -> str:
 
 
 def test_the_weights_arrive_as_they_are_and_nothing_beside_them_plays_a_part(copy: Path) -> None:
-    """Adapters, generation settings and code of strangers lie there."""
     (copy / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
     (copy / "generation_config.json").write_text("{")
     (copy / "custom_generate").mkdir()
@@ -77,15 +76,12 @@ def test_shards_are_read_through_their_index_and_a_missing_one_is_named(copy: Pa
 
 
 def test_what_does_not_fit_is_named(copy: Path) -> None:
-    path = copy / "model.safetensors"
+    path, norm = copy / "model.safetensors", "model.norm.weight"
     content, tensors = path.read_bytes(), load_file(path)
-    less = {k: v for k, v in tensors.items() if k != "model.norm.weight"}
-    for named, changed in (
-        ("extra.weight", {**tensors, "extra.weight": torch.zeros(1)}),
-        ("model.norm.weight", less),
-        ("(31,)", {**tensors, "model.norm.weight": torch.zeros(31)}),
-    ):
-        save_file(changed, path, {"format": "pt"})
+    less = {k: v for k, v in tensors.items() if k != norm}
+    extra, other = {**tensors, "a.weight": torch.zeros(1)}, {**tensors, norm: torch.zeros(31)}
+    for named, tensors in (("a.weight", extra), (norm, less), ("(31,)", other)):
+        save_file(tensors, path, {"format": "pt"})
         assert named in refused(copy)
     path.write_bytes(content[:-100])
     assert path.name in refused(copy)
@@ -95,38 +91,31 @@ def test_what_does_not_fit_is_named(copy: Path) -> None:
     assert "gpt2" in refused(copy)
 
 
-def weights_of(checkpoint: Path, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A copy of a golden checkpoint without its weights: where they belong, and they."""
-    shutil.copytree(checkpoint, folder, copy_function=shutil.copy)
-    path = folder / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    path.unlink()
-    return path, tensors
-
-
-def test_one_expert_of_a_stack_is_missed(golden: Path, tmp_path: Path) -> None:
-    path, tensors = weights_of(golden / "llada_moe", tmp_path / "m")
-    name = max(key for key in tensors if "experts" in key and "down_proj" in key)
-    tensor = tensors.pop(name)
-    for change in ({}, {name: tensor[:-1].contiguous()}):
-        save_file({**tensors, **change}, path, {"format": "pt"})
-        assert refused(path.parent, "llada_moe")
-
-
-def test_tied_weights_that_disagree_are_refused(golden: Path, tmp_path: Path) -> None:
-    model = load(golden / "a2d_qwen3", "qwen3")
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    path, tensors = weights_of(golden / "a2d_qwen3", tmp_path / "m")
-    tensors["lm_head.weight"] += 1
-    save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(TideError):
-        load(path.parent, "qwen3")
+def test_a_missed_expert_of_a_stack_and_tied_weights_that_disagree_are_refused(
+    golden: Path, tmp_path: Path
+) -> None:
+    tied = load(golden / "a2d_qwen3", "qwen3")
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    both = (("llada_moe", "llada_moe", "down_proj"), ("a2d_qwen3", "qwen3", "lm_head"))
+    for name, architecture, part in both:
+        shutil.copytree(golden / name, tmp_path / name, copy_function=shutil.copy)
+        path = tmp_path / name / "model.safetensors"
+        tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
+        path.unlink()
+        key = max(key for key in tensors if part in key)
+        tensor = tensors.pop(key)
+        less = [{}, {key: tensor[:-1].contiguous()}]
+        for change in less if part == "down_proj" else [{key: tensor + 1}]:
+            save_file({**tensors, **change}, path, {"format": "pt"})
+            with pytest.raises(TideError):
+                load(path.parent, architecture)
+            assert part == "lm_head" or refused(path.parent, architecture)
 
 
 def test_a_teacher_saved_again_is_loaded_again(golden: Path, tmp_path: Path) -> None:
-    """The renames of one layout are not those of another class: a new Llama has a Llama's names."""
+    """The renames of one layout are not those of another class."""
     load(golden / "llada", "llada")
-    LlamaForCausalLM(new_llama(8, vocabulary=8)).save_pretrained(tmp_path)
+    LlamaForCausalLM(new_llama(8, vocab_size=8)).save_pretrained(tmp_path)
     assert load(tmp_path).config.hidden_size == 8
 
 
@@ -140,25 +129,11 @@ def test_the_fingerprint_follows_config_and_weights(copy: Path) -> None:
     assert len({first, second, open_checkpoint(str(copy)).fingerprint()}) == 3
 
 
-def test_the_registry_takes_a_users_teacher_and_explains_mistakes(tmp_path: Path) -> None:
-    file = tmp_path / "mine.toml"
-    fields = 'model = "/m"\narchitecture = "llama"\nmask_id = 5\nstudent_tokens = false\nlength = 9\nstudent = "/s"\n'  # noqa: E501
-    file.write_text(f'[mine]\n{fields}attention = {{ type = "block_causal", block = 4 }}\n')
-    assert find_teacher("mine", file).mask_id == 5
-    assert "llada-8b" in all_teachers(file)
-    with pytest.raises(TideError, match="llada-8b"):
-        find_teacher("llada-8")
-    for text, name in ((f"[mine]\n{fields}maskid = 3\n", "maskid"), ("mine = 3\n", "mine")):
-        file.write_text(text)
-        with pytest.raises(TideError, match=name):
-            find_teacher("mine", file)
-
-
 @pytest.mark.parametrize(("kind", "limit"), [("int8", 0.02), ("int4", 0.2)])
 def test_quantised_linear_layers(golden: Path, tmp_path: Path, kind: Any, limit: float) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     torch.manual_seed(0)
-    LlamaForCausalLM(new_llama(64, 2)).save_pretrained(tmp_path)
+    LlamaForCausalLM(new_llama(64)).save_pretrained(tmp_path)
     exact, packed = load(tmp_path), load(tmp_path, quantization=kind)
     types = {p.dtype for n, p in packed.named_parameters() if "proj" in n}
     assert types == {torch.int8 if kind == "int8" else torch.uint8}
@@ -204,14 +179,10 @@ print(1024 * (peaks[1] - peaks[0]))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory accounts")
 def test_loading_takes_the_memory_of_one_copy_in_the_target_dtype(tmp_path: Path) -> None:
-    """Resident memory at its peak, in a process of its own; the mapped files count as well."""
+    """In a process of its own; the mapped files count as well."""
     small, large = str(tmp_path / "small"), str(tmp_path / "large")
     LlamaForCausalLM(new_llama(8)).save_pretrained(small)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = LlamaForCausalLM(new_llama(1024, 2))
-    finally:
-        torch.set_default_dtype(torch.float32)
+    model = LlamaForCausalLM(new_llama(1024)).bfloat16()
     model.save_pretrained(large, max_shard_size="30MB")
     command = [sys.executable, "-c", PEAK, small, large]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -224,22 +195,106 @@ def test_loading_takes_the_memory_of_one_copy_in_the_target_dtype(tmp_path: Path
 def test_rope_is_what_transformers_makes_of_the_same_folder(
     architecture: str, tmp_path: Path
 ) -> None:
-    """Of configs that transformers 4 wrote; `type` is the old name of the key."""
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-    qwen, llama = (Qwen3Config, Qwen3ForCausalLM), (LlamaConfig, LlamaForCausalLM)
-    config_class, model_class = qwen if architecture == "qwen3" else llama
+    model_class: Any = Qwen3ForCausalLM if architecture == "qwen3" else LlamaForCausalLM
     torch.manual_seed(0)
-    config: Any = config_class(
-        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.3,
-        max_position_embeddings=256,
-    )  # fmt: skip
+    more = {"num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3, "vocab_size": 60}
+    config = new_llama(32, model_class.config_class, max_position_embeddings=256, **more)
     model_class(config).save_pretrained(tmp_path)
     edit_config(tmp_path, rope_parameters=None, rope_theta=5000.0)
-    for scaling in (None, {"type": "linear", "factor": 4.0}, yarn):
+    for scaling in (None, {"type": "linear", "factor": 4.0}, yarn):  # of transformers 4
         edit_config(tmp_path, rope_scaling=scaling)
-        expected: Any = model_class.from_pretrained(tmp_path).eval()
+        expected = model_class.from_pretrained(tmp_path).eval()
         ids = torch.arange(40)[None]
         with torch.no_grad():
             ours, theirs = load(tmp_path, architecture)(ids).logits, expected(ids).logits
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+ARCHITECTURE_OF = {
+    "a2d_qwen3": "qwen3", "llada": "llada", "dream": "dream", "wedlm": "qwen3",
+    "llada_moe": "llada_moe", "llada2_moe": "llada2_moe", "step/teacher_cross": "llama",
+}  # fmt: skip
+
+
+def test_published_configs_are_taken() -> None:
+    published = json.loads(Path(__file__).with_name("published.json").read_text())
+    for entry in published.values():
+        meta_model(entry["architecture"], entry["config"])
+
+
+def changed(golden: Path, name: str, **changes: Any) -> Any:
+    config = json.loads((golden / name / "config.json").read_text())
+    return meta_model(ARCHITECTURE_OF[name], {**config, **changes})
+
+
+REFUSED: list[tuple[str, str, Any]] = [
+    ("llada", "block_type", "sequential"), ("llada", "rope", False),
+    ("llada", "multi_query_attention", True), ("llada_moe", "clip_qkv", 8.0),
+    ("llada_moe", "partial_rotary_factor", 0.5), ("llada2_moe", "score_function", "softmax"),
+    ("dream", "use_sliding_window", True), ("wedlm", "qk_norm", False),
+    ("a2d_qwen3", "layer_types", ["full_attention", "sliding_attention"]),
+    ("a2d_qwen3", "quantization_config", {"bits": 4}),
+]  # fmt: skip
+
+
+def test_what_is_not_built_or_read_by_nothing_is_refused_by_name(golden: Path) -> None:
+    unknown = ((name, value) for name in ARCHITECTURE_OF for value in (8.0, True, [1], "on"))
+    unread = [(name, "logits_scaling", value) for name, value in unknown]
+    for name, key, value in [*REFUSED, *unread]:
+        with pytest.raises(TideError, match=key):
+            changed(golden, name, **{key: value})
+    # What is off, a library's own notes and dropouts change nothing.
+    off = {"logits_scaling": None, "embedding_multiplier": 0, "attn_logit_softcap": False}
+    for name in ARCHITECTURE_OF:
+        changed(golden, name, _name_or_path="y", attn_pdrop=0.1, is_llama_config=True, **off)
+    # Transformers' own key is obeyed: with this one the model has biases.
+    model = changed(golden, "step/teacher_cross", mlp_bias=True)
+    assert any(name.endswith("up_proj.bias") for name, _ in model.named_parameters())
+
+
+def test_the_published_moe_calls_itself_llada(golden: Path, tmp_path: Path) -> None:
+    shutil.copy(golden / "llada_moe" / "model.safetensors", tmp_path)
+    config = json.loads((golden / "llada_moe" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "llada"}))
+    check_weights(open_checkpoint(str(tmp_path)), "llada_moe")
+
+
+def test_an_index_that_names_what_it_should_not(copy: Path) -> None:
+    names: list[Any] = ["../model.safetensors", "/dev/zero", "model.bin", "", 3]
+    for index in (*({"a": name} for name in names), {}, [], None):
+        text = json.dumps({"weight_map": index})
+        (copy / "model.safetensors.index.json").write_text(text)
+        refused(copy)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_files_that_are_none(name: str, copy: Path) -> None:
+    path = copy / name
+    harms: list[Any] = [
+        os.mkfifo,
+        lambda p: p.symlink_to("/dev/zero"),
+        lambda p: p.symlink_to(name),
+    ]
+    for harm in (*harms, lambda p: p.write_text('{"a":' * 200_000)):
+        path.unlink()
+        harm(path)
+        with pytest.raises(TideError):
+            load(copy) if name != "tokenizer.json" else Tokenizer.load(copy)
+
+
+def test_configs_of_no_model(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    for changes in (
+        {"num_hidden_layers": 10**9}, {"num_hidden_layers": 0}, {"hidden_size": 10**30},
+        {"vocab_size": "many"}, {"num_attention_heads": 1.5}, {"intermediate_size": [2]},
+        {"hidden_act": "os.system"}, {"rope_parameters": 3}, {"num_key_value_heads": -1},
+    ):  # fmt: skip
+        edit_config(copy, **{**config, **changes})
+        refused(copy)
+
+
+def test_places_that_hold_no_checkpoint(tmp_path: Path) -> None:
+    for place in (str(tmp_path / "none"), str(tmp_path), "nobody/nothing", "a\0b", "a/\0b"):
+        with pytest.raises(TideError):
+            open_checkpoint(place)

@@ -20,14 +20,12 @@ FRAME = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PLAIN = FRAME.replace("CONTENT", "m.content")
-# In the way of Qwen3's: reasoning of earlier answers is dropped; the last answer's think block is
-# written anew.
+# As Qwen3's: reasoning of earlier answers is dropped, the last answer's think block written anew.
 THINKING = """{%- for m in messages -%}
 {%- if m.role == 'assistant' -%}
 {%- set body = m.content -%}{%- set thought = m.reasoning_content or '' -%}
 {%- if '</think>' in m.content -%}
-{%- set thought = m.content.split('</think>')[0].rstrip('\\n').split('<think>')[-1] -%}
-{%- set thought = thought.lstrip('\\n') -%}
+{%- set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\\n') -%}
 {%- set body = m.content.split('</think>')[-1].lstrip('\\n') -%}
 {%- endif -%}
 {%- if loop.last -%}
@@ -44,11 +42,8 @@ THINKING = """{%- for m in messages -%}
 {%- if enable_thinking is defined and enable_thinking is false -%}
 {{- '<think>\\n\\n</think>\\n\\n' -}}
 {%- endif -%}{%- endif -%}"""
-HEADERS = (
-    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
-    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
-)
-HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+HEADER = "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+HEADERS = "{% for m in messages %}" + HEADER + "{{ m.content | trim }}<|eot_id|>{% endfor %}"
 ROLE_TAGS = (
     "{% for m in messages %}<role>{{ {'user': 'HUMAN'}.get(m.role, 'ASSISTANT') }}</role>"
     "{{ m.content }}<|role_end|>{% endfor %}"
@@ -56,9 +51,7 @@ ROLE_TAGS = (
 )
 
 
-def tokenizer(
-    template: str, date: datetime.date | None = None, folder: Path = STUDENT_TOKENIZER
-) -> Tokenizer:
+def tokenizer(template: str, date: Any = None, folder: Path = STUDENT_TOKENIZER) -> Tokenizer:
     found = Tokenizer.load(folder, date)
     found.backend.chat_template = template
     return found
@@ -73,19 +66,18 @@ def trained(rendered: RenderedChat) -> list[str]:
     return [rendered.text[turn.start : turn.end] for turn in rendered.turns]
 
 
-STRIPS = ["m.content", "m.content | trim", "m.content.lstrip('\\n')", "m.content.rstrip()"]
-FILTERS = [*STRIPS, "m.content.strip('\\n')"]
+FILTERS = ["m.content", "m.content | trim", "m.content.lstrip('\\n')", "m.content.rstrip()"]
 KNOWN = {f: tokenizer(FRAME.replace("CONTENT", f)) for f in FILTERS}
 KNOWN["role tags"] = tokenizer(ROLE_TAGS, folder=TEACHER_TOKENIZER)
-header = "{% if add_generation_prompt %}" + HEADER + "{% endif %}"
-KNOWN["headers"] = tokenizer(HEADERS + header, folder=TEACHER_TOKENIZER)
-AWKWARD = ["\n\nHi there \n", " x", "x ", "assistant", "user\n", "<|im_end|>", "im_end", "d", ""]
-
-
-@given(
-    st.sampled_from(list(KNOWN)),
-    st.sampled_from(AWKWARD) | st.text("ab \n<|_im>d", min_size=1, max_size=12),
+asked = (
+    "{% if add_generation_prompt %}" + HEADER.replace("{{ m.role }}", "assistant") + "{% endif %}"
 )
+KNOWN["headers"] = tokenizer(HEADERS + asked, folder=TEACHER_TOKENIZER)
+AWKWARD = ["\n\nHi there \n", " x", "x ", "assistant", "user\n", "<|im_end|>", "im_end", "d", ""]
+contents = st.sampled_from(AWKWARD) | st.text("ab \n<|_im>d", min_size=1, max_size=12)
+
+
+@given(st.sampled_from(list(KNOWN)), contents)
 def test_a_response_begins_where_the_prompt_of_inference_ends(name: str, content: str) -> None:
     found = KNOWN[name]
     messages = chat("a", content, content, content)
@@ -169,10 +161,10 @@ def test_what_a_template_refuses_or_drops_is_unusable() -> None:
     refuses = tokenizer("{{ raise_exception('roles must alternate') }}")
     drops = tokenizer("{{ messages[-1].content }}")
     turns_round = tokenizer("{% for m in messages | reverse %}{{ m.content }}{% endfor %}")
-    dropped = [(found, "drops a message") for found in (drops, turns_round)]
-    for found, reason in [(refuses, "refuses the roles"), *dropped]:
+    for found in (refuses, drops, turns_round):
         with pytest.raises(Unusable) as error:
             found.render(chat("q", "a"))
+        reason = "refuses the roles" if found is refuses else "drops a message"
         assert error.value.reason == f"template {reason}"
 
 
@@ -183,29 +175,24 @@ def test_the_day_is_frozen() -> None:
     assert found.template.knows_today and not tokenizer(PLAIN).template.knows_today
 
 
-controls = st.sampled_from(["<|im_end|>", "<|im_start|>assistant\n", "<|mask|>", "<|im_end", "|>"])
-pieces = controls | st.sampled_from(["<|endoftext|>", "x", " ", "\n"])
+PIECES = ["<|im_end|>", "<|im_start|>assistant\n", "<|mask|>", "<|im_end", "|>", "<|endoftext|>"]
+PIECES += ["<|eot_id|>", "<|start_header_id|>assistant<|end_header_id|>", "<role>", "x", " ", "\n"]
+spelled = st.lists(st.sampled_from(PIECES), min_size=1, max_size=5).map("".join)
 
 
-@given(
-    st.lists(st.lists(pieces, min_size=1, max_size=5).map("".join), min_size=2, max_size=4),
-    st.sampled_from(FILTERS),
-)
-def test_what_contents_spell_never_becomes_a_control_token(
-    contents: list[str], filter_: str
-) -> None:
-    """As many control tokens as the template writes, and the text comes back byte for byte."""
-    found = KNOWN[filter_]
-    messages = chat(*contents) if len(contents) % 2 == 0 else chat(*contents, "end")
+@given(st.lists(spelled, min_size=2, max_size=4), st.sampled_from(list(KNOWN)))
+def test_what_contents_spell_never_becomes_a_control_token(texts: list[str], name: str) -> None:
+    """No more than the template writes, and the text comes back byte for byte."""
+    found = KNOWN[name]
+    messages = chat(*texts) if len(texts) % 2 == 0 else chat(*texts, "end")
     if not messages[-1]["content"].strip():
         return
-    rendered = found.render(messages, "all")
-    (parts,) = found.encode_chats([rendered])
-    assert not isinstance(parts, Unusable)
-    ids = [i for part in parts for i in part]
-    assert b"".join(found.token_bytes[i] for i in ids) == rendered.text.encode()
-    special = {int(i) for i, t in found.backend.added_tokens_decoder.items() if t.special}
-    assert sum(i in special for i in ids) == 2 * len(messages)
+    chats = [found.render(some, "all") for some in (messages, chat(*"x" * len(messages)))]
+    encoded: Any = found.encode_chats(chats)
+    forged, plain = (list(itertools.chain(*parts)) for parts in encoded)
+    assert b"".join(found.token_bytes[i] for i in forged) == chats[0].text.encode()
+    controls = ([i for i in ids if i in found.added_ids] for ids in (forged, plain))
+    assert next(controls) == next(controls)
 
 
 def test_a_forged_turn_is_text_or_unusable_where_contents_cannot_be_told_apart() -> None:

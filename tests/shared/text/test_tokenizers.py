@@ -1,6 +1,4 @@
-"""The bytes of every token, byte-level and SentencePiece; ids of control tokens; tokenizers in
-parts (vocab.json, merges.txt).
-"""
+"""The bytes of every token, byte-level and SentencePiece; control tokens; tokenizers in parts."""
 
 import json
 import shutil
@@ -10,8 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import models, pre_tokenizers
+from tokenizers import Tokenizer as Raw
+from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizer as PythonBackend
 from transformers import PreTrainedTokenizerFast
 
@@ -20,7 +18,8 @@ from shared.settings.config import LengthConfig
 from shared.system.errors import TideError
 from shared.text.tokenizers import Tokenizer
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
-from tests.shared.aligned.test_examples import STUDENT, TEACHER, chat, check_chunks
+from tests.shared.aligned.test_examples import STUDENT, TEACHER, bytes_of, chat, check_chunks
+from tests.shared.aligned.test_same_tokens import ANSWERS, CHAT, SHORT
 from tests.shared.text.test_templates import PLAIN
 
 
@@ -29,14 +28,6 @@ def test_token_bytes_add_up_to_the_text(text: str) -> None:
     for tokenizer in (TEACHER, STUDENT):
         ids = tokenizer.encode([text])[0]
         assert b"".join(tokenizer.token_bytes[i] for i in ids) == text.encode()
-
-
-def test_sentencepiece_style_bytes() -> None:
-    vocabulary = {"\u2581hello": 0, "<0xE4>": 1, "<0x0A>": 2, "w": 3, "\u2581": 4, "好": 5}
-    raw = RawTokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[attr-defined]
-    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=raw), "spm")
-    assert tokenizer.token_bytes == [b" hello", b"\xe4", b"\n", b"w", b" ", "好".encode()]
 
 
 def test_the_fingerprint_tells_tokenizers_apart_and_survives_use() -> None:
@@ -93,6 +84,35 @@ def test_a_slow_tokenizer_without_offsets_aligns(text: str) -> None:
     assert preparer.counts["unaligned_bytes"] == 0
 
 
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_a_sentencepiece_student_shares_chunks_with_a_byte_level_teacher(scheme: Any) -> None:
+    """Of Llama 2's kind: a space in front of every text, bytes for what is no word."""
+    raw: Any = Raw(models.BPE(unk_token="<unk>", byte_fallback=True))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    raw.decoder = decoders.Sequence(steps)
+    special: Any = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False)
+    raw.train_from_iterator([*ANSWERS, "first second third"] * 20, trainer)
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, **roles)
+    fast.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} "
+        "[/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    student, mask = Tokenizer(fast, scheme), TEACHER.special_id("mask")
+    preparer = Preparer(student, TEACHER, SHORT, len(student), mask, "all")
+    (p,) = preparer.usable([CHAT])
+    assert p.teacher_ids is not None and preparer.counts["unaligned_bytes"] == 0
+    spelled = b""
+    for t0, t1, s0, s1 in p.chunks.tolist():
+        theirs = bytes_of(TEACHER, p.teacher_ids[t0:t1])
+        # The space in front of a text has no bytes of its own.
+        assert bytes_of(student, p.student_ids[s0:s1]) in (theirs, b" " + theirs)
+        spelled += theirs
+    assert spelled == "".join(ANSWERS).encode()
+
+
 def test_special_ids(tmp_path: Path) -> None:
     assert STUDENT.special_id("mask") == STUDENT.special_id("mask", "<|mask|>") == 2047
     for role, token in (("mask", "<|nope|>"), ("cls", None)):
@@ -127,15 +147,14 @@ def test_a_tokenizer_in_parts_is_the_whole_one(tmp_path: Path) -> None:
     parts = Tokenizer.load(in_parts(TEACHER_TOKENIZER, tmp_path / "t"))
     texts = [
         "def f(x):\n    return 1  # naïve 😀<|eot_id|> it's 12",
-        "\n\n  a\t\tb  \r\n",
-        "你好 x1;;  y",
+        "\n\n a\t\tb  \r\n",
+        "你好 x1;; y",
     ]
     assert parts.encode(texts) == TEACHER.encode(texts)
     assert parts.token_bytes == TEACHER.token_bytes
     for role in ("eos", "pad", "mask"):
         assert parts.special_id(role) == TEACHER.special_id(role)
-    messages = list(chat("a").messages)
-    assert parts.render(messages) == TEACHER.render(messages)
+    assert parts.render(chat("a").messages) == TEACHER.render(chat("a").messages)
 
 
 def test_parts_that_no_known_pattern_fits_or_that_are_damaged_are_explained(tmp_path: Path) -> None:
