@@ -13,8 +13,7 @@ from typer import Option
 
 from pipelines.commands import caches, stages, students  # noqa: F401 - declared by being imported
 from pipelines.commands.app import app, command, printable, say
-from shared.system.errors import TideError
-from shared.system.files import disk_is_full
+from shared.system.files import TideError, disk_is_full
 from shared.system.processes import end_with_parent, leave_in_order, stop_in_order
 
 _INTERRUPTED = 130

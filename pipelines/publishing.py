@@ -12,8 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from pipelines.evaluation.benchmarks import read_scores, score_table
-from shared.system.errors import TideError
-from shared.system.files import refuse_odd
+from shared.system.files import TideError, refuse_odd
 from student_train.export import CARD, OWN_FOLDER
 from student_train.using.student import load_for_use
 

@@ -20,8 +20,7 @@ from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import architecture_of, load_model
 from shared.settings.build import to_plain
 from shared.settings.config import TrainConfig
-from shared.system.errors import TideError
-from shared.system.files import new_folder, write_bytes
+from shared.system.files import TideError, new_folder, write_bytes
 from shared.text.tokenizers import Tokenizer
 from student_train.model import STUDENTS
 

@@ -19,7 +19,7 @@ from shared.diffusion import block_diffusion_places
 from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve, stated_mask
 from shared.models.loading import architecture_of, load_model, new_model
 from shared.settings.config import StudentConfig
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from shared.text.tokenizers import Tokenizer
 from student_train.batches.collate import Batch, TargetReader
 from student_train.losses.objective import LossSettings, fused_loss

@@ -17,7 +17,7 @@ from shared.aligned.examples import Prepared
 from shared.cache.levels import EMPTY, LARGEST_ODDS
 from shared.diffusion import Draw, chunk_draw, token_draw
 from shared.settings.config import NoiseConfig
-from shared.system.errors import TideError
+from shared.system.files import TideError
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.recipes.read import cache_config, train_config
 from shared.data.reading import waiting_messages
 from shared.settings.config import CacheConfig
-from shared.system.errors import TideError
-from shared.system.files import read_json
+from shared.system.files import TideError, read_json
 from student_train.using.settings import SampleConfig
 
 if TYPE_CHECKING:
@@ -173,13 +172,11 @@ class Student:
         """The answers to several, `batch` at a time. Settings of sampling by the names of
         docs/using.md: `new_tokens`, `threshold`, `steps_per_block`, `temperature`, `seed`, …
         """
-        from student_train.using.student import choose_block
-
         if batch < 1:
             raise TideError(f"batch is {batch}", expected="at least 1")
         ask = [[{"role": "user", "content": c}] if isinstance(c, str) else c for c in chats]
         messages = [waiting_messages(chat) for chat in ask]
-        block = choose_block(sampling.get("block"), self.loaded)
+        block = self.loaded.choose_block(sampling.get("block"))
         try:
             config = SampleConfig(**{**sampling, "block": block})
         except (TypeError, ValueError) as error:
@@ -191,11 +188,10 @@ class Student:
     ) -> list[float]:
         """Lower bounds of log p(continuation | context) in nats: the ELBO over `draws` masks."""
         from student_train.using.elbo import ElboConfig, log_likelihoods
-        from student_train.using.student import choose_block
 
         encode = self.loaded.tokenizer.encode
         try:
-            config = ElboConfig(draws=draws, block=choose_block(None, self.loaded))
+            config = ElboConfig(draws=draws, block=self.loaded.choose_block(None))
             ids = encode([context])[0], encode(list(continuations))
             return log_likelihoods(self.loaded.model, *ids, self.loaded.special, config)
         except ValueError as error:

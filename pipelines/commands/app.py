@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shared.system.errors import TideError
+from shared.system.files import TideError
 
 if TYPE_CHECKING:
     from rich.table import Table

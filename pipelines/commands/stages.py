@@ -11,7 +11,7 @@ from typer import Argument, Option
 from pipelines.commands.app import app, command, print_table, require_positive, say
 from pipelines.recipes import read as recipe_files
 from shared.settings.config import CacheConfig, StudentConfig
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from teacher_cache.teachers.registry import all_teachers, find_teacher
 
 STAGE_ONE, STAGE_TWO = "Stage one: the teacher, once", "Stage two: students"

@@ -15,7 +15,7 @@ import typer
 from typer import Argument, Option
 
 from pipelines.commands.app import app, command, json_line, printable, require_positive, say
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from student_train.using.settings import SampleConfig
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ def sampling_settings(**values: Any) -> SampleConfig:
 def load(student: str, device: str, **options: Any) -> tuple[LoadedStudent, SampleConfig]:
     """The student, and its settings of sampling; what is out of range is said before it loads."""
     config = sampling_settings(**options)
-    from student_train.using.student import choose_block, load_for_use
+    from student_train.using.student import load_for_use
 
     loaded = load_for_use(student, device)
-    return loaded, replace(config, block=choose_block(options["block"], loaded))
+    return loaded, replace(config, block=loaded.choose_block(options["block"]))
 
 
 @command(STUDENTS, sampling=sampling_options)

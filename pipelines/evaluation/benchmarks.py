@@ -13,8 +13,7 @@ from typing import Any
 import polars as pl
 
 from shared.settings.build import build, read_toml, strict
-from shared.system.errors import TideError
-from shared.system.files import explained, read_json, refuse_odd
+from shared.system.files import TideError, explained, read_json, refuse_odd
 
 HERE = Path(__file__).parent
 _LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}

@@ -14,16 +14,14 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import distributed
 from tqdm import tqdm
 
 from pipelines.evaluation.benchmarks import Answers
-from pipelines.evaluation.likelihoods import score
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from student_train.using import student as use
-from student_train.using.elbo import ElboConfig, Question, log_likelihoods
+from student_train.using.elbo import ElboConfig, Question, log_likelihoods, score_questions
 from student_train.using.settings import SampleConfig
-from student_train.using.student import LoadedStudent, Stops, choose_block, load_for_use
+from student_train.using.student import LoadedStudent, Stops, load_for_use
 
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_completion_tokens", "max_tokens")
 TokenRequest = tuple[tuple[str, str], list[int], list[int]]
@@ -42,8 +40,8 @@ def register_model() -> None:
 def join_processes(device: str | None) -> str:
     """Meet the other processes, if there are any; the device of this one."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if not distributed.is_initialized():
-            distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         if torch.cuda.is_available():
             place = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
             torch.cuda.set_device(place)
@@ -88,11 +86,14 @@ class TideBD3LM(TemplateLM):
         self._student, self._answers = pretrained, answers or Answers(None)
         self.tokenizer = pretrained.tokenizer.backend
         self._device = pretrained.model.get_input_embeddings().weight.device
-        if distributed.is_initialized():
-            self._rank, self._world_size = distributed.get_rank(), distributed.get_world_size()
+        if torch.distributed.is_initialized():
+            self._rank, self._world_size = (
+                torch.distributed.get_rank(),
+                torch.distributed.get_world_size(),
+            )
         self._batch = 8 if batch_size in (None, "auto") else int(batch_size)
         self._max_new_tokens, self._steps = max_new_tokens, steps
-        block = choose_block(block_size, pretrained)
+        block = pretrained.choose_block(block_size)
         positions = getattr(pretrained.model.config, "max_position_embeddings", 2048)
         self._max_length = max_length or int(positions)
         self._longest_answer = self._max_length - block  # at least a block is the prompt's
@@ -225,7 +226,7 @@ class TideBD3LM(TemplateLM):
             asked.append((list(context) or [self.eot_token_id], continuations))
             self.truncated += len(asked[-1][0]) > self._max_length - max(map(len, continuations))
         bar = tqdm(total=len(requests), desc="likelihoods", disable=disable_tqdm or self.rank > 0)
-        scored = score(self._student, asked, self._elbo, self._max_length, self._batch)
+        scored = score_questions(self._student, asked, self._elbo, self._max_length, self._batch)
         for group, scores in scored:
             for number, result in zip(groups[group], scores, strict=True):
                 question = requests[number][0]
@@ -256,19 +257,19 @@ class TideBD3LM(TemplateLM):
         return totals
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not distributed.is_initialized():
+        if not torch.distributed.is_initialized():
             return tensor
         parts = [torch.empty_like(tensor.reshape(-1)) for _ in range(self.world_size)]
-        distributed.all_gather(parts, tensor.reshape(-1).contiguous())
+        torch.distributed.all_gather(parts, tensor.reshape(-1).contiguous())
         return torch.cat(parts)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any]:
-        if not distributed.is_initialized():
+        if not torch.distributed.is_initialized():
             return [obj]
         parts: list[Any] | None = [None] * self.world_size if self.rank == dst else None
-        distributed.gather_object(obj, parts, dst=dst)
+        torch.distributed.gather_object(obj, parts, dst=dst)
         return parts or []
 
     def barrier(self) -> None:
-        if distributed.is_initialized():
-            distributed.barrier()
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()

@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,8 +21,7 @@ from pipelines.evaluation import benchmarks as bench
 from pipelines.evaluation.benchmarks import Answers, Benchmark, Score
 from pipelines.evaluation.sandbox import Limits, run_program
 from shared.models.checkpoint import open_checkpoint, resolve
-from shared.system.errors import TideError
-from shared.system.files import explained, write_bytes
+from shared.system.files import TideError, explained, write_bytes
 from shared.system.hardware import choose_device, shut_down_process_group
 from shared.system.processes import hold
 from student_train.using.student import load_for_use
@@ -78,7 +76,7 @@ def run_benchmarks(
         out.mkdir(parents=True, exist_ok=True)
     open_ones = [b for b in benchmarks if not _finished(out, b, described[b.name])]
     if open_ones:
-        with ExitStack() as held, code_eval_with_limits(settings.limits):
+        with contextlib.ExitStack() as held, code_eval_with_limits(settings.limits):
             tasks = [(b, _load(b, settings)) for b in open_ones]
             if os.environ.get("RANK", "0") == "0":
                 held.enter_context(hold(out / ".lock", f"the evaluation in {out}"))

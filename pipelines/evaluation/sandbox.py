@@ -94,7 +94,7 @@ def _running(role: str, link: socket.socket, limits: Limits, folder: str) -> Ite
 @functools.cache
 def find_bubblewrap() -> str:
     """A bubblewrap that works here, the system's or the package's. TideError where none does."""
-    from shared.system.errors import TideError
+    from shared.system.files import TideError
 
     candidates = [shutil.which("bwrap")]
     with contextlib.suppress(ImportError, RuntimeError):

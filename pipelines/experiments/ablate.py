@@ -27,8 +27,7 @@ from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import load_model
 from shared.settings.build import build, read_toml, require, strict
 from shared.settings.config import CacheConfig, TrainConfig
-from shared.system.errors import TideError
-from shared.system.files import read_json
+from shared.system.files import TideError, read_json
 from shared.system.hardware import describe_hardware
 from shared.system.processes import end_children, hold, start_child
 from student_train.training import heldout as held

@@ -23,8 +23,7 @@ from pipelines.evaluation.use_scores import read_use
 from pipelines.recipes.read import train_command
 from shared.settings.build import build, differences
 from shared.settings.config import TrainConfig
-from shared.system.errors import TideError
-from shared.system.files import read_json, write_bytes
+from shared.system.files import TideError, read_json, write_bytes
 from teacher_cache.run.progress import read_status
 
 # columns of the tables: the score, and the digits that it is given in

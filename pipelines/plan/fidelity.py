@@ -22,7 +22,7 @@ from shared.cache.row import CacheRow, Vocabulary
 from shared.cache.shards import Unit, column_bytes, table_bytes
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.settings.config import KL, CacheConfig, StudentConfig, Tidal
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from student_train.batches.collate import TargetReader, collate
 from student_train.losses.objective import objective
 from student_train.losses.targets import Classes, Targets, TopKTargets, rows_of

@@ -5,8 +5,7 @@ Only attention is replaced: the kernels of a GPU (flash, flex) do not run here, 
 known what they keep for the backward pass.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,7 @@ from shared.diffusion import block_diffusion_places
 from shared.models.checkpoint import resolve
 from shared.models.loading import random_model
 from shared.settings.config import CacheConfig, TrainConfig
-from shared.system.errors import TideError
-from shared.system.files import read_json
+from shared.system.files import TideError, read_json
 from shared.system.hardware import torch_dtype
 from student_train.batches.collate import TargetReader, collate, counts_of
 from student_train.losses.objective import LossSettings, slice_rows
@@ -201,7 +199,7 @@ def student_rows(
             own = {"example_id": f"{example:016x}", "student_ids": ids, "masked": masked}
             if row.chunk_student is not None:
                 own["chunk_student"] = np.stack([masked, masked + 1], axis=1)
-            rows.append(dataclasses.replace(row, t=(draw + 0.5) / draws, **own))
+            rows.append(replace(row, t=(draw + 0.5) / draws, **own))
     teacher = find_teacher(cache.teacher, cache.teachers_file)
     fingerprint = made_up_fingerprint(cache, teacher.student_tokens, vocabulary, vocabulary - 1)
     return rows, Manifest(fingerprint, cache.noise.draws, 1, 1)
@@ -273,7 +271,7 @@ def largest_batch(
     these settings and those of another batch: activations grow evenly with a pass's examples.
     """
     draws = train.draws_per_step
-    other = dataclasses.replace(train, batch_size=draws if train.batch_size > draws else 3 * draws)
+    other = replace(train, batch_size=draws if train.batch_size > draws else 3 * draws)
     less = sum(student_step(other, cache, data, card)[0].values())
     each = (more - less) / (train.batch_size - other.batch_size) * draws
     return max(0, other.batch_size // draws + int((room - less) // each)) * draws

@@ -6,11 +6,10 @@ rows; hours follow from FLOPs at a utilisation that you state, or from tokens a 
 measured.
 """
 
-import dataclasses
 import math
 import time
 import timeit
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import meta_model, random_model
 from shared.settings.config import CacheConfig, TrainConfig
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from shared.system.hardware import choose_device, choose_precision, torch_dtype
 from student_train.training.preflight import settle_batch
 from teacher_cache.method import Request
@@ -197,7 +196,7 @@ def listed(title: str, rows: dict[str, Any], width: int = 16) -> str:
 def describe_teacher(name: str, teachers_file: Path | None = None) -> str:
     """The entry of a teacher, and what loading it checks; TideError where it is unknown."""
     entry = find_teacher(name, teachers_file)
-    rows = dataclasses.asdict(entry)
+    rows = asdict(entry)
     about, kinds = rows.pop("about"), "known"
     if (architecture := ARCHITECTURES.get(entry.architecture)) is not None:
         kinds = " or ".join(architecture.model_types)

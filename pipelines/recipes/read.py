@@ -15,7 +15,7 @@ from typing import Any
 
 from shared.settings.build import advice, apply_overrides, build, differences, read_toml, to_plain
 from shared.settings.config import CacheConfig, TrainConfig
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from teacher_cache.teachers.registry import find_teacher
 
 DEFAULT_TEACHER = "tiny-cross"

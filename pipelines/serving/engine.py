@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from student_train.using.decoding import Decoding, Row
 from student_train.using.settings import SampleConfig
 from student_train.using.student import LoadedStudent, Stops, until_eos

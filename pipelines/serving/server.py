@@ -16,7 +16,7 @@ from typing import Any
 
 from pipelines.serving.engine import Answer, Engine, Full, Job, Piece, ServeConfig
 from shared.data.reading import waiting_messages
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from student_train.using.decoding import Row
 from student_train.using.settings import SampleConfig
 from student_train.using.student import LoadedStudent, Stops

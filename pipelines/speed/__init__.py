@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from pipelines.commands.app import print_table
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from shared.system.hardware import high_water
 
 

@@ -12,11 +12,10 @@ it; the other student's (2,048 tokens, ChatML, single digits) cuts the same text
 Qwen's does LLaDA's.
 """
 
-import dataclasses
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ import numpy as np
 import torch
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -122,7 +120,7 @@ def train_tiny(tokenizer_folder: Path, out: Path, config: TinyConfig) -> None:
     refuse_unwritable(out)
     started = time.monotonic()
     precision = choose_precision(config.precision, choose_device("cpu"))
-    config = dataclasses.replace(config, precision=precision)
+    config = replace(config, precision=precision)
     tokenizer = Tokenizer.load(tokenizer_folder)
     mask_id = tokenizer.special_id("mask")
     torch.manual_seed(config.seed)
@@ -146,7 +144,7 @@ def train_tiny(tokenizer_folder: Path, out: Path, config: TinyConfig) -> None:
     source = DataConfig("stdlib:heldout")
     unseen = heldout.prepare_heldout(source, config.lengths, tokenizer, mask_id, 4)
     scores = heldout.masked_nll(model, unseen, predict)
-    values = dataclasses.asdict(config) | dataclasses.asdict(config.shape)
+    values = asdict(config) | asdict(config.shape)
     rows = "\n".join(f"| {key} | {value} |" for key, value in values.items() if key != "shape")
     tokens = sum(len(example.student_ids) for example in examples)
     (out / "README.md").write_text(f"""# {title}
@@ -225,7 +223,7 @@ def train_on(
 
 def noised_batch(
     members: list[Prepared], epoch: int, mask_id: int, config: TinyConfig
-) -> dict[str, Tensor]:
+) -> dict[str, torch.Tensor]:
     """Examples with masks, as tensors that `Predict` reads; times t are stratified over them."""
     ids = [torch.from_numpy(example.student_ids).long() for example in members]
     clean = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int
 from shared.aligned.alignment import Chunks, Side, align_responses
 from shared.data.conversation import ChatExample
 from shared.settings.config import LengthConfig
-from shared.system.errors import Unusable
+from shared.system.files import Unusable
 from shared.text.templates import RenderedChat, Turns
 from shared.text.tokenizers import Tokenizer
 

@@ -26,8 +26,7 @@ from shared.cache.manifest import Manifest, refuse_unfinished
 from shared.cache.row import Layout
 from shared.cache.shards import Unit, finished_units, read_parquet, read_table, write_parquet
 from shared.cache.value_checks import VERSION, problem_in
-from shared.system.errors import TideError
-from shared.system.files import this_process, write_bytes
+from shared.system.files import TideError, this_process, write_bytes
 from shared.system.processes import serve_parent
 
 Content = bytes  # of a file: `Entry` has a field of the other name

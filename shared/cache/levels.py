@@ -21,7 +21,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from jaxtyping import Float, Int, Integer, UInt8
-from torch import Tensor
 
 from shared.cache.row import CacheRow, Layout
 
@@ -204,8 +203,10 @@ def to_class_levels(log_mass: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, 
 
 
 def class_log_mass(
-    levels: UInt8[Tensor, "*n classes"], odds: Float[Tensor, "*n"], prior: Float[Tensor, " classes"]
-) -> Float[Tensor, "*n classes"]:
+    levels: UInt8[torch.Tensor, "*n classes"],
+    odds: Float[torch.Tensor, "*n"],
+    prior: Float[torch.Tensor, " classes"],
+) -> Float[torch.Tensor, "*n classes"]:
     """Log-masses of classes from their levels; they add up to the tail, whose log-odds are `odds`.
 
     `prior`: each class's share of the mean tail.

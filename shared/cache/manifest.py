@@ -18,8 +18,7 @@ from shared.cache.shards import Unit, finished_units, load_vocabulary
 from shared.settings.build import build, differences, require, strict, to_plain
 from shared.settings.config import CacheConfig
 from shared.settings.data import MOST_CLASSES, LengthConfig
-from shared.system.errors import TideError
-from shared.system.files import read_json, write_bytes
+from shared.system.files import TideError, read_json, write_bytes
 
 MANIFEST = "manifest.json"
 _MOST_UNITS = 1_000_000

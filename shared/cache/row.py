@@ -6,9 +6,8 @@ package. Beside the rows a cache holds a table of the teacher's vocabulary, made
 first shard, and the pilot sample that it comes from.
 """
 
-import dataclasses
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -165,4 +164,4 @@ def without_masks(row: CacheRow) -> CacheRow:
     for name, value in vars(row).items():
         if isinstance(value, np.ndarray) and name not in ("student_ids", "teacher_ids"):
             empty[name] = value[:0]
-    return dataclasses.replace(row, **empty)
+    return replace(row, **empty)

@@ -18,8 +18,7 @@ from jaxtyping import Float
 
 from shared.cache.levels import from_table, schema_for, to_table
 from shared.cache.row import CacheRow, Layout, Pilot, Vocabulary
-from shared.system.errors import TideError
-from shared.system.files import atomic_file, write_bytes
+from shared.system.files import TideError, atomic_file, write_bytes
 
 CACHE = "cache"
 """Among a shard's counts: the digest of the manifest that it belongs to."""

@@ -18,8 +18,7 @@ from tqdm import tqdm
 from shared.cache.ledger import LEDGER, Ledger, entry_of, load_ledger, save_ledger
 from shared.cache.manifest import MANIFEST, Manifest, check_fingerprint, load_manifest
 from shared.cache.shards import TABLES, Unit, finished_units, has_tables
-from shared.system.errors import TideError
-from shared.system.files import write_bytes
+from shared.system.files import TideError, write_bytes
 
 _ERRORS = (OSError, ValueError, pa.ArrowException, ImportError)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from shared.data.sources import Raw
 from shared.settings.config import DataConfig
-from shared.system.errors import Unusable
+from shared.system.files import Unusable
 
 Message = dict[str, Any]
 Row = dict[str, Any]

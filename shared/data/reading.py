@@ -17,7 +17,7 @@ from shared.data.conversation import (
 )
 from shared.data.sources import file_rows, source_rows
 from shared.settings.config import DataConfig
-from shared.system.errors import TideError, Unusable
+from shared.system.files import TideError, Unusable
 from shared.text.templates import EXTRAS
 
 _LISTED = 20  # bad rows in an error message

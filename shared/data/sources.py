@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shared.data.stdlib_corpus import corpus_origin, iter_stdlib_functions
-from shared.system.errors import TideError
+from shared.system.files import TideError
 
 Place = str
 Raw = bytes | dict[str, Any]  # a line of JSON still to be read, or a row

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import core_model_loading as core
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
@@ -101,8 +100,8 @@ class Architecture:
     """
 
     model_types: tuple[str, ...]
-    model_class: type[PreTrainedModel]
-    config: Callable[[RawConfig], PreTrainedConfig]
+    model_class: type[transformers.PreTrainedModel]
+    config: Callable[[RawConfig], transformers.PreTrainedConfig]
     renames: Mapping[str, str] = field(default_factory=dict)
     fixed: Fixed = field(default_factory=dict)
 
@@ -128,13 +127,13 @@ def _common(raw: RawConfig) -> dict[str, Any]:
     return {**{name: raw.get(name) for name in special}, "rope_parameters": rope}
 
 
-def _llama(raw: RawConfig) -> PreTrainedConfig:
+def _llama(raw: RawConfig) -> transformers.PreTrainedConfig:
     names = {field.name for field in fields(transformers.LlamaConfig)} - {"architectures"}
     values = {name: raw[name] for name in raw if name in names}
     return transformers.LlamaConfig(**{**values, **_common(raw)})
 
 
-def _llada(raw: RawConfig) -> PreTrainedConfig:
+def _llada(raw: RawConfig) -> transformers.PreTrainedConfig:
     return transformers.LlamaConfig(
         vocab_size=raw.get("embedding_size") or raw["vocab_size"],
         hidden_size=raw["d_model"],
@@ -164,12 +163,12 @@ def _head_dim(raw: RawConfig) -> dict[str, Any]:
     return {"head_dim": raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]}
 
 
-def _qwen2(raw: RawConfig) -> PreTrainedConfig:
+def _qwen2(raw: RawConfig) -> transformers.PreTrainedConfig:
     values = _qwen(raw, "intermediate_size")
     return transformers.Qwen2Config(**values, use_sliding_window=False)
 
 
-def _qwen3(raw: RawConfig) -> PreTrainedConfig:
+def _qwen3(raw: RawConfig) -> transformers.PreTrainedConfig:
     return transformers.Qwen3Config(
         **_qwen(raw, "intermediate_size"),
         **_head_dim(raw),
@@ -177,7 +176,7 @@ def _qwen3(raw: RawConfig) -> PreTrainedConfig:
     )
 
 
-def _llada_moe(raw: RawConfig) -> PreTrainedConfig:
+def _llada_moe(raw: RawConfig) -> transformers.PreTrainedConfig:
     return transformers.Qwen3MoeConfig(
         **_qwen(raw, "num_experts", "num_experts_per_tok"),
         **_head_dim(raw),
@@ -190,7 +189,7 @@ def _llada_moe(raw: RawConfig) -> PreTrainedConfig:
     )
 
 
-def _llada2_moe(raw: RawConfig) -> PreTrainedConfig:
+def _llada2_moe(raw: RawConfig) -> transformers.PreTrainedConfig:
     values = _qwen(
         raw, "intermediate_size", "moe_intermediate_size", "num_experts_per_tok", "n_group",
         "topk_group", "first_k_dense_replace", "routed_scaling_factor",

@@ -8,8 +8,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from shared.system.errors import TideError
-from shared.system.files import read_json, refuse_odd
+from shared.system.files import TideError, read_json, refuse_odd
 from shared.text.tokenizers import Tokenizer
 
 AGAIN = "download the checkpoint again, from a place that you trust"

@@ -16,14 +16,12 @@ import transformers
 from accelerate import init_empty_weights
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from shared.models.architectures import ARCHITECTURES, FIXED, HARMLESS, Fixed
 from shared.models.checkpoint import Checkpoint
 from shared.settings.config import ModelShape
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from shared.text.tokenizers import Tokenizer
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -37,7 +35,7 @@ def load_model(
     *,
     device_map: str | None = None,
     quantization: Literal["int8", "int4"] | None = None,
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     """The model on `device` in `dtype`, in evaluation mode, under SDPA attention.
 
     `device_map`: over the GPUs `auto`, `balanced` (evenly) or `sequential`; what fits none stays in
@@ -110,7 +108,7 @@ def check_weights(checkpoint: Checkpoint, architecture: str) -> None:
     load_model(checkpoint, architecture, torch.float32, "meta")
 
 
-def head_rows(checkpoint: Checkpoint, architecture: str) -> Float[Tensor, "vocab width"]:
+def head_rows(checkpoint: Checkpoint, architecture: str) -> Float[torch.Tensor, "vocab width"]:
     """The LM head's rows in float32; the embedding's where the two are tied."""
     kind = ARCHITECTURES[architecture_of(checkpoint, [architecture])]
     with ExitStack() as files:
@@ -234,7 +232,7 @@ def _refuse_unread(config: _Read, own: Fixed, source: str) -> None:
 
 def random_model(
     architecture: str, config: dict[str, Any], dtype: torch.dtype, device: Any = "cpu"
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     """The model with random weights, to measure speed and memory with."""
     empty = meta_model(architecture, config)
     with torch.device(device):
@@ -244,7 +242,7 @@ def random_model(
 
 def new_model(
     shape: ModelShape, tokenizer: Tokenizer, mask_id: int, positions: int
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     """A student of `shape` for `tokenizer`, embedding and head tied; seed torch first."""
     model_class: Any = ARCHITECTURES[shape.architecture].model_class
     config = model_class.config_class(

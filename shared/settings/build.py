@@ -20,7 +20,7 @@ from typing import Annotated, Any, TypeVar, dataclass_transform
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
-from shared.system.errors import TideError
+from shared.system.files import TideError
 
 T = TypeVar("T")
 Count = Annotated[int, Field(gt=0)]

@@ -1,9 +1,8 @@
-"""Files that came from elsewhere, and files and folders of ours, which exist whole or not at all.
+"""The error that reaches a user; files from elsewhere; files of ours, whole or not there at all.
 
 What is written goes to a temporary name first, to the disk (fsync), and then to its place (rename).
 """
 
-import contextlib
 import errno
 import itertools
 import json
@@ -14,11 +13,9 @@ import socket
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
-
-from shared.system.errors import TideError
 
 _NUMBER = itertools.count()
 _HOST = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())
@@ -26,6 +23,34 @@ _TEMPORARY = re.compile(r"\..+\.(?P<host>[^.]*)-(?P<pid>\d+)-\d+\.tide-tmp")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What libraries say that write files themselves; torch names the place in its own source alone.
 _FULL_IN_WORDS = ("No space left", "inline_container.cc", "quota exceeded", "File too large")
+
+
+class TideError(ValueError):
+    """What came, what was expected, how to mend it.
+
+    The command line prints it without a traceback and exits with 2.
+    """
+
+    def __init__(self, what: str, *, expected: str | None = None, fix: str | None = None) -> None:
+        self.what, self.expected, self.fix = what, expected, fix
+        parts = [what]
+        if expected is not None:
+            parts.append(f"expected: {expected}")
+        if fix is not None:
+            parts.append(f"fix: {fix}")
+        super().__init__("\n  ".join(parts))
+
+
+class Unusable(TideError):
+    """A row of data that cannot be used.
+
+    It is left out and counted under `reason`; it never stops a run by itself.
+    """
+
+    def __init__(self, reason: str, what: str | None = None) -> None:
+        self.reason = reason
+        fix = "mend the data, or choose a model whose chat template takes it as it is"
+        super().__init__(what or reason, fix=fix)
 
 
 def refuse_odd(path: Path) -> None:
@@ -92,7 +117,7 @@ def atomic_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
             if durable:
                 sync_folder(path.parent)
     except BaseException:  # Ctrl-C too leaves nothing half written behind
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
 

@@ -13,9 +13,8 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import distributed
 
-from shared.system.errors import TideError
+from shared.system.files import TideError
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -122,6 +121,6 @@ def first_here() -> bool:
 
 def shut_down_process_group() -> None:
     """Wait for every rank, then destroy the group: a rank that leaves early makes others abort."""
-    if distributed.is_initialized():
-        distributed.barrier()
-        distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -1,6 +1,5 @@
 """Processes: locks on folders that they share, how they stop, and children that end with them."""
 
-import contextlib
 import ctypes
 import errno
 import logging
@@ -11,15 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from shared.system.errors import TideError
-from shared.system.files import explained
+from shared.system.files import TideError, explained
 
 logger = logging.getLogger(__name__)
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
@@ -58,7 +56,7 @@ def hold(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
 
 def _sign(lock: BaseFileLock, path: Path, holder: str) -> None:
     if isinstance(lock, FileLock):  # a soft lock's file is the library's
-        with contextlib.suppress(OSError):  # a full disk keeps nobody from locking
+        with suppress(OSError):  # a full disk keeps nobody from locking
             path.write_text(holder)
 
 

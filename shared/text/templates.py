@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from shared.system.errors import TideError, Unusable
+from shared.system.files import TideError, Unusable
 
 Message = Mapping[str, Any]
 Messages = Sequence[Message]

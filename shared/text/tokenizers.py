@@ -19,8 +19,7 @@ import numpy as np
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from shared.system.errors import TideError, Unusable
-from shared.system.files import refuse_odd_in
+from shared.system.files import TideError, Unusable, refuse_odd_in
 from shared.text.byte_level import byte_level_bytes, is_in_parts, tokenizer_from_parts
 from shared.text.templates import ChatTemplate, Message, RenderedChat, Span, Turns
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor
 
 from shared.cache.levels import EMPTY, class_log_mass
 from shared.cache.manifest import Manifest
@@ -85,7 +84,7 @@ def collate(rows: Sequence[CacheRow], manifest: Manifest) -> Batch:
 
 def places_of_draws(
     masked: Sequence[Sequence[Int[np.ndarray, " _"]]], lengths: Sequence[int], block: int
-) -> tuple[Int[Tensor, "batch rows"], Int[Tensor, " n"]]:
+) -> tuple[Int[torch.Tensor, "batch rows"], Int[torch.Tensor, " n"]]:
     """Which places of [x_t1 ; … ; x_tm ; x_0] must be run, and where among them each masked
     position stands. What is left out changes no value that the loss reads.
 
@@ -209,11 +208,11 @@ class TargetReader:
             chunks = ChunkTargets(*(batch[name] for name in names))
         return Targets(batch["gold"], batch["t"], topk, chunks)
 
-    def mass_in_topk(self, batch: Batch, temperature: float) -> Tensor:
+    def mass_in_topk(self, batch: Batch, temperature: float) -> torch.Tensor:
         """The teacher's probability inside its cached top-k, one value per position read."""
         return torch.sigmoid(-batch["tail_odds"][:, self.temperatures.index(temperature)])
 
 
-def counts_of(counts: Tensor) -> Counts:
+def counts_of(counts: torch.Tensor) -> Counts:
     """The three denominators from their summed vector."""
     return Counts(*counts.float().unbind())

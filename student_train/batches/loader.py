@@ -28,8 +28,7 @@ from shared.cache.stores import Store
 from shared.cache.value_checks import problem_in
 from shared.diffusion import generator
 from shared.settings.config import TrainConfig
-from shared.system.errors import TideError
-from shared.system.files import write_bytes
+from shared.system.files import TideError, write_bytes
 from shared.system.hardware import first_here
 from student_train.batches.collate import Batch, collate
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -22,7 +21,7 @@ from shared.data import scan
 from shared.data.conversation import content_of
 from shared.diffusion import full, pad, token_draw
 from shared.settings.config import DataConfig, LengthConfig
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from shared.text.tokenizers import Tokenizer
 from student_train.batches.collate import places_of_draws
 from student_train.model import batch_hidden
@@ -33,7 +32,7 @@ _TOKENS_PER_BATCH = 8192
 
 @dataclass(frozen=True)
 class HeldOut:
-    batches: list[dict[str, Tensor]]  # with the bytes of each masked token, 0 of special ones
+    batches: list[dict[str, torch.Tensor]]  # with the bytes of each masked token, 0 of special ones
     ids: tuple[str, ...]  # of the examples
     masked: int  # tokens
 
@@ -100,14 +99,14 @@ def warn_of_overlap(
         warnings.warn(text, stacklevel=2)
 
 
-Predict = Callable[[dict[str, Tensor]], Tensor]
+Predict = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 """Logits at a batch's masked positions, [masked, vocabulary]."""
 
 
 def teacher_predictor(model: Any) -> Predict:
     """A teacher under full attention, on the same masks."""
 
-    def predict(batch: dict[str, Tensor]) -> Tensor:
+    def predict(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         mask = full(batch["valid"])
         states = model.model(input_ids=batch["noised"], attention_mask=mask, use_cache=False)
         return model.lm_head(states.last_hidden_state[batch["row"], batch["column"]])

@@ -17,8 +17,7 @@ import torch
 from shared.cache.manifest import Manifest, differences
 from shared.settings.build import to_plain
 from shared.settings.config import Distillation, NoDistillation, TokenObjective, TrainConfig
-from shared.system.errors import TideError
-from shared.system.files import read_json, write_bytes
+from shared.system.files import TideError, read_json, write_bytes
 from shared.system.hardware import choose_device, choose_precision, explain_precision
 from student_train.batches.loader import OpenCache
 

@@ -13,8 +13,7 @@ import torch
 
 from shared.settings.build import build
 from shared.settings.config import TrainConfig
-from shared.system.errors import TideError
-from shared.system.files import read_json
+from shared.system.files import TideError, read_json
 from student_train.batches.collate import Batch
 from student_train.losses.objective import LossSettings, objective
 from student_train.training.preflight import recorded_run

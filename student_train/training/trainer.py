@@ -11,15 +11,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
 from transformers import set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from shared.cache.manifest import Manifest
 from shared.models.loading import compile_layers
 from shared.settings.config import TokenObjective, TrainConfig
-from shared.system.errors import TideError
-from shared.system.files import write_bytes
+from shared.system.files import TideError, write_bytes
 from shared.system.hardware import hardware_line, shut_down_process_group
 from shared.system.processes import hold
 from shared.text.tokenizers import Tokenizer
@@ -153,7 +151,7 @@ class StudentTrainer(ResumableTrainer):
         inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
-    ) -> Tensor:
+    ) -> torch.Tensor:
         """This process's share of the step's loss. Gradients over processes and accumulated batches
         add up to those of one batch: counts are global, and DDP's mean over processes is undone.
         """
@@ -227,7 +225,9 @@ class StudentTrainer(ResumableTrainer):
         number = item // self.accelerator.num_processes
         step, out = number // self.config.accumulation, self.config.out
         ids = [row.example_id for row in dataset.rows(item)]
-        tensors = {k: v.contiguous() for k, v in dataset[item].items() if isinstance(v, Tensor)}
+        tensors = {
+            k: v.contiguous() for k, v in dataset[item].items() if isinstance(v, torch.Tensor)
+        }
         write_bytes(out / f"{NONFINITE}.safetensors", save(tensors))
         note = {"step": step, "batch": number, "example_ids": ids}
         write_bytes(out / f"{NONFINITE}.json", (json.dumps(note, indent=1) + "\n").encode())

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
 
 from shared.models.checkpoint import open_checkpoint, resolve, stated_mask
 from shared.models.loading import architecture_of, load_model
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from shared.system.hardware import choose_device, choose_precision, torch_dtype
 from shared.text.templates import Message
 from shared.text.tokenizers import Tokenizer
@@ -31,6 +30,17 @@ class LoadedStudent:
     tokenizer: Tokenizer
     special: Special
     block: int | None  # of its training; None where its config does not say
+
+    def choose_block(self, asked: int | None) -> int:
+        """The block to sample with: the one asked for, else that of the training, else 32."""
+        if asked is None:
+            return self.block or 32
+        if self.block is not None and asked != self.block:
+            said = (
+                f"the student was trained with blocks of {self.block} and is sampled with {asked}"
+            )
+            print(said, file=sys.stderr)
+        return asked
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a chat up to where the response begins, as in training."""
@@ -73,16 +83,6 @@ def load_for_use(place: str, device: str = "auto") -> LoadedStudent:
     return LoadedStudent(model.to(where).eval(), tokenizer, special, block)
 
 
-def choose_block(asked: int | None, student: LoadedStudent) -> int:
-    """The block to sample with: the one asked for, else the student's own, else 32."""
-    if asked is None:
-        return student.block or 32
-    if student.block is not None and asked != student.block:
-        said = f"the student was trained with blocks of {student.block} and is sampled with {asked}"
-        print(said, file=sys.stderr)
-    return asked
-
-
 def sample(
     model: Any, prompts: Sequence[Sequence[int]], special: Special, config: SampleConfig
 ) -> list[list[int]]:
@@ -105,7 +105,7 @@ def sample_steps(
     special: Special,
     config: SampleConfig,
     stop: Callable[[int, list[int]], bool] | None = None,
-) -> Iterator[tuple[Int[Tensor, "batch new"], int]]:
+) -> Iterator[tuple[Int[torch.Tensor, "batch new"], int]]:
     """The new tokens after each step (those still masked are the mask's id), and the passes so far.
 
     A row leaves the batch with an EOS in a finished block, or where `stop` says so, given the row's

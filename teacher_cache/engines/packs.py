@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor
 
 from shared.diffusion import pad
 from teacher_cache.method import Request
@@ -21,7 +20,7 @@ from teacher_cache.teachers.registry import Attention, BlockCausal, Full, Native
 
 Row = Int[np.ndarray, " _"]
 # What a forward pass takes, and the row and column of every position that is read, pack by pack.
-Batch = tuple[dict[str, Any], Int[Tensor, " read"], Int[Tensor, " read"]]
+Batch = tuple[dict[str, Any], Int[torch.Tensor, " read"], Int[torch.Tensor, " read"]]
 
 
 @dataclass(frozen=True)
@@ -203,6 +202,6 @@ def side_by_side(packs: Sequence[Pack], device: torch.device) -> Batch:
     return arguments, row, _longs([c for pack in packs for c in pack.columns], device)
 
 
-def _longs(parts: Sequence[np.ndarray], device: torch.device) -> Int[Tensor, " n"]:
+def _longs(parts: Sequence[np.ndarray], device: torch.device) -> Int[torch.Tensor, " n"]:
     """All parts as one tensor on `device`."""
     return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device, non_blocking=True)

@@ -26,7 +26,7 @@ from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import Checkpoint
 from shared.models.loading import check_weights
 from shared.settings.config import EngineConfig
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from shared.system.hardware import choose_device
 from teacher_cache.method import Request, Scores, TargetSpec, excluded_ids
 from teacher_cache.teachers.registry import Full, TeacherEntry

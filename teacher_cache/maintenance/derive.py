@@ -23,8 +23,7 @@ from shared.cache.levels import EMPTY, LARGEST_ODDS, class_log_mass
 from shared.cache.manifest import Manifest, check_fingerprint, load_manifest, refuse_unfinished
 from shared.cache.row import CacheRow, Layout, Pilot, Vocabulary, ranks
 from shared.cache.shards import CACHE, TABLES, Unit, finished_units
-from shared.system.errors import TideError
-from shared.system.files import link, refuse_unwritable, write_bytes
+from shared.system.files import TideError, link, refuse_unwritable, write_bytes
 from teacher_cache.run.tables import cluster
 
 # What a killed run may have left before it came to the manifest.

@@ -14,8 +14,7 @@ from shared.cache.ledger import in_processes
 from shared.cache.manifest import Manifest, load_manifest
 from shared.cache.row import CacheRow, Layout
 from shared.cache.shards import Unit, column_bytes, finished_units, read_shard
-from shared.system.errors import TideError
-from shared.system.files import write_bytes
+from shared.system.files import TideError, write_bytes
 from shared.text.tokenizers import Tokenizer
 
 T_EDGES = np.linspace(0.0, 1.0, 6)

@@ -22,8 +22,7 @@ from shared.cache.manifest import MANIFEST, load_manifest, refuse_unfinished
 from shared.cache.shards import TABLES
 from shared.cache.stores import belongs_to_cache
 from shared.settings.build import strict
-from shared.system.errors import TideError
-from shared.system.files import atomic_file, new_folder, refuse_odd, remove_leftovers
+from shared.system.files import TideError, atomic_file, new_folder, refuse_odd, remove_leftovers
 
 CHECKSUMS = "checksums.json"
 _LEVEL = 3  # shards are compressed already

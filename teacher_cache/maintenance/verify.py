@@ -13,7 +13,7 @@ from shared.cache.manifest import load_manifest
 from shared.cache.row import CacheRow
 from shared.cache.shards import finished_units, read_shard
 from shared.settings.config import CacheConfig
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from teacher_cache.method import TeacherView, passes
 from teacher_cache.run.open import open_or_begin
 from teacher_cache.run.work import load_engine, merge_passes

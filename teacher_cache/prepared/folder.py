@@ -22,7 +22,7 @@ from jaxtyping import Int
 from shared.aligned.examples import Prepared
 from shared.cache.shards import write_parquet
 from shared.data.conversation import identity
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from shared.text.tokenizers import Tokenizer
 
 NOT_BAD = ("prompt too long", "token that the teacher writes otherwise")

@@ -28,7 +28,7 @@ from shared.data.reading import refuse_bad_rows
 from shared.data.sources import Place, Raw, describe_source, source_files, source_rows
 from shared.settings.build import to_plain
 from shared.settings.config import DataConfig, LengthConfig
-from shared.system.errors import TideError, Unusable
+from shared.system.files import TideError, Unusable
 from shared.system.processes import hold, serve_parent
 from shared.text.tokenizers import Tokenizer
 from teacher_cache.prepared import folder

@@ -28,8 +28,7 @@ from shared.cache.stores import Store
 from shared.settings.build import build, to_plain
 from shared.settings.config import CacheConfig
 from shared.system import processes
-from shared.system.errors import TideError
-from shared.system.files import new_folder, remove_leftovers
+from shared.system.files import TideError, new_folder, remove_leftovers
 from shared.system.processes import hold
 from teacher_cache.prepared.folder import losses, totals
 from teacher_cache.run.open import Run, open_or_begin

@@ -19,7 +19,7 @@ from shared.data.sources import public_name
 from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve, student_mask
 from shared.settings.build import to_plain
 from shared.settings.config import CacheConfig
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from shared.text.tokenizers import Tokenizer
 from teacher_cache.method import TargetSpec
 from teacher_cache.prepared.folder import PreparedData

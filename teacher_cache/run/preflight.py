@@ -13,8 +13,7 @@ from shared.cache.manifest import CachedEngine
 from shared.cache.stores import Store
 from shared.models.checkpoint import Checkpoint, refuse_as_mask, stated_mask
 from shared.settings.config import CacheConfig
-from shared.system.errors import TideError
-from shared.system.files import refuse_unwritable
+from shared.system.files import TideError, refuse_unwritable
 from shared.system.hardware import choose_device, choose_precision, explain_precision
 from shared.text.tokenizers import Tokenizer
 from teacher_cache.engines.vllm_engine import why_not

@@ -14,8 +14,7 @@ from tqdm import tqdm
 
 from shared.cache.shards import Unit
 from shared.cache.stores import Store
-from shared.system.errors import TideError
-from shared.system.files import write_bytes
+from shared.system.files import TideError, write_bytes
 from teacher_cache.run.open import Run
 
 STATUS = "status.json"

@@ -25,7 +25,7 @@ from shared.cache.stores import Store
 from shared.diffusion import generator
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import architecture_of, head_rows
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from shared.system.processes import hold
 from teacher_cache.method import Request, excluded_ids, refuse_nonfinite
 from teacher_cache.run.open import Run

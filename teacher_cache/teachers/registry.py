@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from shared.settings.build import BY_TYPE, Count, build, read_toml, strict
-from shared.system.errors import TideError
+from shared.system.files import TideError
 
 
 @strict

@@ -32,7 +32,7 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.publishing import gather, parse_target, upload
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from student_train.export import Format, export_student
 from student_train.using.settings import SampleConfig
 from student_train.using.student import load_for_use, sample

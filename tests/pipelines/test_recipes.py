@@ -17,7 +17,7 @@ from pipelines.recipes.read import (
     train_config,
 )
 from shared.settings.config import KL, ReverseCalm, Tidal
-from shared.system.errors import TideError
+from shared.system.files import TideError
 
 TEXT = st.text(st.characters(codec="ascii", categories=["L", "P", "N"]))
 KEYS = st.from_regex(r"[a-z]{1,5}", fullmatch=True)

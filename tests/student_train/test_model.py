@@ -24,7 +24,7 @@ from shared.diffusion import block_diffusion_places
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
 from shared.settings.config import StudentConfig
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from student_train.batches.collate import places_of_draws
 from student_train.export import export_student
 from student_train.model import FLEX, flex_mask, load_student, masked_hidden

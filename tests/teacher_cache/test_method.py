@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shared.aligned.examples import Prepared
 from shared.cache.levels import LARGEST_ODDS
 from shared.settings.config import NoiseConfig
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from teacher_cache.method import (
     Scores,
     TargetSpec,

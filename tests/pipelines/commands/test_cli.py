@@ -24,7 +24,7 @@ from pipelines.commands.app import json_line, printable
 from pipelines.commands.caches import CACHES
 from pipelines.commands.stages import STAGE_ONE, STAGE_TWO
 from pipelines.commands.students import STUDENTS, talk
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from student_train.using.settings import SampleConfig
 from student_train.using.student import LoadedStudent, load_for_use
 from teacher_cache.teachers.registry import all_teachers

@@ -7,9 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 
-from pipelines.evaluation.likelihoods import pieces, score
 from pipelines.evaluation.model import TideBD3LM
-from student_train.using.elbo import ElboConfig, log_likelihoods, log_likelihoods_together
+from student_train.using.elbo import (
+    ElboConfig,
+    log_likelihoods,
+    log_likelihoods_together,
+    pieces,
+    score_questions,
+)
 from student_train.using.settings import Special
 from student_train.using.student import LoadedStudent, load_for_use
 from tests.student_train.places import small
@@ -79,7 +84,7 @@ def test_an_over_long_answer_is_scored_and_ends_no_benchmark(loaded: LoadedStude
     elbo = ElboConfig(draws=2, block=8)
     context, long = loaded.tokenizer.encode(["def f(x):\n", "    return x\n" * 30])
     questions = [(context, [long, long[:5]]), (context, [long[:5]])]
-    scores = dict(score(loaded, questions, elbo, 32, 2))
+    scores = dict(score_questions(loaded, questions, elbo, 32, 2))
     parts = [(c, [t]) for c, t in pieces(context, long, 32, 8)]
     assert len(parts) > 1
     wanted = sum(log_likelihoods(loaded.model, c, t, loaded.special, elbo)[0] for c, t in parts)

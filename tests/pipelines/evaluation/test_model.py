@@ -9,7 +9,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import Registry, get_model
 
 from pipelines.evaluation.model import TideBD3LM, register_model
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from shared.text.tokenizers import Tokenizer
 from student_train.using.elbo import ElboConfig, log_likelihoods
 from student_train.using.settings import SampleConfig

@@ -17,7 +17,7 @@ from pipelines.evaluation.benchmarks import Benchmark, Score, choose, read_bench
 from pipelines.evaluation.model import TideBD3LM
 from pipelines.evaluation.run import EvalSettings, run_benchmarks
 from pipelines.experiments.report import write_report
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from tests.pipelines.evaluation import hub_rows
 from tests.real_assets import human_eval
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from pipelines.evaluation import sandbox
 from pipelines.evaluation.run import CodeEval, code_eval_with_limits, pass_at_k
 from pipelines.evaluation.sandbox import Limits, find_bubblewrap, run_program
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from shared.system.hardware import largest_process
 
 QUICK = Limits(seconds=3.0, memory=1 << 30, file_size=1 << 20)

@@ -21,7 +21,7 @@ from pipelines.experiments import ablate, report
 from pipelines.experiments.report import find_runs, summary_table
 from shared.settings.build import to_plain
 from shared.settings.config import TrainConfig
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from student_train.training.replay import replay
 from tests.conftest import chats_file, heldout_file
 

@@ -24,7 +24,7 @@ from shared.models.loading import load_model, meta_model, random_model
 from shared.settings import config as settings
 from shared.settings.build import build
 from shared.settings.config import CacheConfig, StudentConfig, TrainConfig
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from student_train.batches.collate import TargetReader, collate, counts_of
 from student_train.losses.objective import LossSettings
 from student_train.model import train_on_loss

@@ -20,7 +20,7 @@ import pytest
 
 from pipelines.serving import server
 from pipelines.serving.server import ServeConfig, bind, served_name
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from student_train.using.settings import SampleConfig
 from student_train.using.student import LoadedStudent, load_for_use, sample
 

@@ -16,7 +16,7 @@ from shared.aligned.alignment import align_bytes, common_prefix, token_boundarie
 from shared.aligned.examples import Prepared, Preparer
 from shared.data import ChatExample
 from shared.settings.config import LengthConfig
-from shared.system.errors import Unusable
+from shared.system.files import Unusable
 from shared.text.byte_level import byte_level_bytes
 from shared.text.tokenizers import Tokenizer
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER

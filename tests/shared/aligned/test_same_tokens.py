@@ -19,7 +19,7 @@ from shared.cache.shards import Unit
 from shared.data import ChatExample
 from shared.diffusion import chunk_draw
 from shared.settings.config import LengthConfig
-from shared.system.errors import Unusable
+from shared.system.files import Unusable
 from shared.text.tokenizers import Tokenizer
 from teacher_cache.run.build import build_cache
 from tests.conftest import TEACHER_TOKENIZER, small_cache_config, write_chats

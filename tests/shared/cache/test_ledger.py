@@ -13,7 +13,7 @@ from shared.cache import ledger as ledgers
 from shared.cache.ledger import LEDGER, Entry, load_ledger, settle_ledger, whole_ledger
 from shared.cache.manifest import checksum_of, load_manifest
 from shared.cache.shards import Unit, finished_units, read_table
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from tests.conftest import files
 from tests.reading import all_rows, dataset
 

@@ -14,7 +14,7 @@ from shared.cache import levels
 from shared.cache.ledger import Entry
 from shared.cache.row import CacheRow, Layout, Vocabulary
 from shared.cache.shards import Unit, finished_units, read_shard, read_table, write_shard
-from shared.system.errors import TideError
+from shared.system.files import TideError
 
 T = (1.0, 2.0)
 CLASSES = 3

@@ -10,7 +10,7 @@ from shared.cache.ledger import settle_ledger
 from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit, finished_units
 from shared.cache.stores import Store
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from teacher_cache.run.build import build_cache
 from tests.conftest import files, small_cache_config
 

@@ -13,7 +13,7 @@ from shared.cache.ledger import CHECKED, LEDGER, refuse_unsound, settle_ledger, 
 from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit, read_table
 from shared.cache.value_checks import problem_in
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from student_train.training.trainer import train_student
 from teacher_cache.maintenance.verify import check_cache
 from teacher_cache.run.build import build_cache

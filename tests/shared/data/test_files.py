@@ -22,7 +22,7 @@ from shared.data import content_key, iter_examples, scan
 from shared.data.sources import parse_hub_name
 from shared.data.stdlib_corpus import iter_stdlib_functions
 from shared.settings.config import DataConfig
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from teacher_cache.prepared.folder import describe
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.open import open_sides, prepare_data

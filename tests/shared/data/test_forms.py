@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shared.data import iter_examples, scan
 from shared.data.conversation import copies, in_split, parse
 from shared.settings.data import DataConfig, RowFilter
-from shared.system.errors import TideError, Unusable
+from shared.system.files import TideError, Unusable
 from tests.shared.data.test_files import write_lines
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

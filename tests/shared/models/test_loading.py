@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3ForCausalLM
 
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import check_weights, load_model, meta_model
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from shared.text.tokenizers import Tokenizer
 
 

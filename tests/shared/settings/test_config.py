@@ -7,7 +7,7 @@ from pipelines.experiments.ablate import Grid
 from pipelines.recipes.read import cache_config, packaged_recipe, train_config
 from shared.settings.build import apply_overrides, build, differences, read_toml, to_plain
 from shared.settings.config import KL, CacheConfig, ReverseCalm, TrainConfig
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from teacher_cache.teachers.registry import find_teacher
 
 

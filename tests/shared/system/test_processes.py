@@ -22,8 +22,13 @@ import torch
 from filelock import FileLock
 
 from shared.system import hardware
-from shared.system.errors import TideError
-from shared.system.files import atomic_file, remove_leftovers, temporary_path, write_bytes
+from shared.system.files import (
+    TideError,
+    atomic_file,
+    remove_leftovers,
+    temporary_path,
+    write_bytes,
+)
 from shared.system.hardware import choose_device, choose_precision
 from shared.system.processes import hold
 from tests.conftest import chats_file

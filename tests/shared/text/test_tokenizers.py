@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from shared.aligned.examples import Preparer
 from shared.settings.config import LengthConfig
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from shared.text.tokenizers import Tokenizer
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
 from tests.shared.aligned.test_examples import STUDENT, TEACHER, bytes_of, chat, check_chunks

@@ -18,7 +18,7 @@ from shared.cache.manifest import load_manifest
 from shared.cache.shards import Shard, Unit, finished_units
 from shared.cache.stores import Store
 from shared.settings.config import TrainConfig
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from student_train.batches.collate import TargetReader, collate, counts_of, places_of_draws
 from student_train.batches.loader import BatchDataset, OpenCache
 from student_train.model import masked_hidden

@@ -20,7 +20,7 @@ from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit
 from shared.settings.build import to_plain
 from shared.settings.config import KL, Calm, NoDistillation, ReverseCalm, Tidal, TrainConfig
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from student_train.batches.collate import TargetReader, collate, counts_of
 from student_train.batches.loader import BatchDataset, OpenCache
 from student_train.losses.objective import LossSettings

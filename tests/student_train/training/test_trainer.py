@@ -22,7 +22,7 @@ from shared.cache.manifest import load_manifest
 from shared.settings.build import build, to_plain
 from shared.settings.config import KL, Calm, ReverseCalm, Tidal, TrainConfig
 from shared.system import hardware
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from student_train.training.preflight import check_objective, recorded_run
 from student_train.training.resumable import whole_checkpoints
 from student_train.training.trainer import make_trainer, train_student

@@ -17,7 +17,7 @@ from shared.cache.shards import Shard
 from shared.data import iter_examples
 from shared.settings.config import DataConfig
 from shared.system import hardware
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from student_train.training.replay import replay
 from student_train.training.resumable import MARKER, whole_checkpoints
 from student_train.training.trainer import make_trainer, train_student

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 from shared.models.checkpoint import open_checkpoint, stated_mask, student_mask
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from shared.text.tokenizers import Tokenizer
 from student_train.using.settings import SampleConfig, Special
-from student_train.using.student import LoadedStudent, Stops, choose_block, load_for_use, sample
+from student_train.using.student import LoadedStudent, Stops, load_for_use, sample
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
 
 
@@ -33,7 +33,7 @@ def test_mask_and_block_of_training_are_used_and_two_masks_are_an_error(
     loaded = load_for_use(student, "cpu")
     assert (loaded.block, loaded.special.mask) == (32, 2047)
     assert loaded.special.ends == ()  # ChatML: the end of turn is EOS itself
-    assert (choose_block(None, loaded), choose_block(8, loaded)) == (32, 8)
+    assert (loaded.choose_block(None), loaded.choose_block(8)) == (32, 8)
     null = edited(student, tmp_path / "null", mask_token_id=None)
     assert load_for_use(str(null), "cpu").special.mask == 2047
     with pytest.raises(TideError, match=r"100.*2047"):

@@ -19,7 +19,7 @@ from shared.cache.shards import finished_units
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
 from shared.settings.config import EngineConfig
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.engines.vllm_engine import VllmEngine
 from teacher_cache.maintenance.verify import verify_cache

@@ -9,7 +9,7 @@ import pytest
 
 from shared.cache.row import CacheRow
 from shared.cache.shards import Unit, finished_units, load_vocabulary
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from teacher_cache.maintenance.derive import merge_caches, prune_cache
 from teacher_cache.maintenance.verify import check_cache
 from teacher_cache.run.build import build_cache

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from shared.system.hardware import largest_process
 from teacher_cache.maintenance.pack import CHECKSUMS, pack_cache, unpack_cache
 from tests.conftest import files

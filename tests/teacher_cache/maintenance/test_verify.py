@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from pipelines.cli import app
 from shared.cache.ledger import LEDGER
 from shared.cache.shards import Unit, finished_units
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from teacher_cache.maintenance.inspect import describe, inspect_cache
 from teacher_cache.maintenance.verify import check_cache, delete_damaged, verify_cache
 from teacher_cache.run.build import build_cache

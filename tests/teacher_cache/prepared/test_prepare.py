@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from shared.aligned.examples import Preparer
 from shared.data import iter_examples
 from shared.settings.config import DataConfig, LengthConfig
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from shared.text.tokenizers import Tokenizer
 from teacher_cache.prepared.folder import PreparedData, describe, losses, show
 from teacher_cache.prepared.prepare import PrepareRequest, Selector, prepare

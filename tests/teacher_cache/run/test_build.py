@@ -19,7 +19,7 @@ from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit, finished_units
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from shared.text.tokenizers import Tokenizer
 from teacher_cache.run.build import build_cache
 from tests.conftest import chats_file, files, small_cache_config, write_chats

@@ -28,7 +28,7 @@ from shared.cache.shards import Unit, read_shard
 from shared.settings.build import build, to_plain
 from shared.settings.config import CacheConfig
 from shared.system import files as system_files
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from student_train.training.trainer import train_student
 from teacher_cache.run.build import build_cache
 from tests.conftest import files, small_cache_config

@@ -14,7 +14,7 @@ from pipelines.recipes.read import cache_config
 from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit
 from shared.settings.config import CacheConfig
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from teacher_cache.engines import vllm_engine
 from teacher_cache.maintenance.verify import check_cache
 from teacher_cache.run.build import build_cache

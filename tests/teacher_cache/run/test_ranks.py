@@ -16,7 +16,7 @@ from shared.cache.stores import Store
 from shared.settings.build import build
 from shared.settings.config import CacheConfig
 from shared.system import processes
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from teacher_cache.run import work
 from teacher_cache.run.build import build_cache, only_writer
 from teacher_cache.run.open import Run, open_or_begin

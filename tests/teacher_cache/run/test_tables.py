@@ -12,7 +12,7 @@ from shared.cache.manifest import load_manifest
 from shared.cache.row import ranks
 from shared.cache.shards import load_centroids, load_pilot, load_vocabulary
 from shared.settings.config import CacheConfig
-from shared.system.errors import TideError
+from shared.system.files import TideError
 from teacher_cache.maintenance.derive import smaller
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.open import open_or_begin
