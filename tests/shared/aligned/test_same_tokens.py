@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pipelines.tools.tiny_models import CHATML_TEMPLATE
 from shared.aligned.examples import Prepared, Preparer, SharedVocabulary
+from shared.cache.row import CacheRow
 from shared.cache.shards import Unit
 from shared.data import ChatExample
 from shared.diffusion import chunk_draw
@@ -104,85 +105,6 @@ def test_lengths_teacher_takes_effect(own_text: bool, positions: str) -> None:
     assert np.array_equal(p.student_ids[p.pairs[:, 0]], p.teacher_ids[p.pairs[:, 1]])
 
 
-# Teachers of the student's family: the same ordinary tokens, other added ones.
-TEMPLATE = """
-{%- for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>
-{% if message['role'] == 'assistant' %}<think>
-
-</think>
-
-{% endif %}{{ message['content'] }}<|eot_id|>{% endfor %}"""
-
-
-@pytest.fixture(scope="module")
-def thinking(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The teacher's tokenizer with two tokens of the student's own, one of them in the prompt."""
-    folder = tmp_path_factory.mktemp("thinking") / "t"
-    backend = Tokenizer.load(TEACHER_TOKENIZER).backend
-    backend.add_tokens(["<think>", "</think>"])  # tokens, but no control tokens, as Qwen has them
-    backend.chat_template = TEMPLATE
-    backend.save_pretrained(folder)
-    return folder
-
-
-def preparer(student: Tokenizer) -> Preparer:
-    same = SharedVocabulary.between(student, STUDENT)
-    return Preparer(student, same, LENGTHS, student.special_id("mask"))
-
-
-def test_a_token_of_the_students_own_is_written_out_in_a_prompt_and_refused_in_an_answer(
-    thinking: Path,
-) -> None:
-    student, teacher = Tokenizer.load(thinking), STUDENT
-    p, left_out = preparer(student)([chat("x = 1"), chat("a <think> b")])
-    assert isinstance(p, Prepared) and p.teacher_ids is not None and p.shared
-    assert (p.offsets > 0).all()
-    assert 4096 in p.student_ids[: p.spans[0, 0]]
-    assert p.teacher_ids.max() < 4096
-    assert teacher.decode(p.teacher_ids.tolist()) == student.decode(p.student_ids.tolist())
-    places = p.asked(p.maskable)[1]
-    assert np.array_equal(p.teacher_ids[places], p.student_ids[p.maskable])
-    assert isinstance(left_out, Unusable)
-    (same,) = preparer(teacher).usable([chat("x")])  # the same ids need no second sequence
-    assert same.shared and same.teacher_ids is None
-
-
-def test_the_cache_reads_the_right_positions(
-    thinking: Path, random_teacher: Path, tmp_path: Path
-) -> None:
-    data = write_chats(tmp_path / "d.jsonl", ["x = 1 + 2 + 3", "def f():\n    return 1"])
-    changes = {"data": data, "student_tokenizer": str(thinking)}
-    build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "c", **changes))
-    for row in rows_in(tmp_path / "c", Unit(0, 0)):
-        assert row.teacher_ids is not None and row.teacher_masked is not None
-        assert np.array_equal(row.teacher_ids[row.teacher_masked], row.student_ids[row.masked])
-        assert row.topk_ids is not None
-        assert row.topk_ids.max(initial=0) < 4096
-
-
-def test_ids_that_mean_something_else_never_enter_the_top_k(
-    random_teacher: Path, tmp_path: Path
-) -> None:
-    """A student whose added tokens carry other names: the teacher's logits there are tail."""
-    folder = Path(shutil.copytree(TEACHER_TOKENIZER, tmp_path / "s"))
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        path = folder / name
-        path.write_text(path.read_text().replace("<|start_header_id|>", "<|other|>"))
-    student = Tokenizer.load(folder)
-    same = SharedVocabulary.between(student, STUDENT).same
-    changed = student.special_id("x", "<|other|>")
-    assert np.flatnonzero(~same).tolist() == [changed]
-    data = write_chats(tmp_path / "d.jsonl", ["x = 1 + 2 + 3"] * 3)
-    changes = {"data": data, "student_tokenizer": str(folder), "targets": {"k": 4095}}
-    build_cache(small_cache_config("tiny-shared", random_teacher, tmp_path / "c", **changes))
-    rows = [r for r in rows_in(tmp_path / "c", Unit(0, 0)) if r.masked.size]
-    assert rows
-    for row in rows:
-        assert row.topk_ids is not None
-        assert changed not in row.topk_ids.tolist()
-        assert len(set(row.topk_ids[:4095].tolist())) == 4095
-
-
 SHORT = LengthConfig(student=128, teacher=256, block=32)
 ANSWERS = ["x = 1 + 2", "def f():\n    return 3", "done"]
 TURNS = [chat(a, q).messages for a, q in zip(ANSWERS, ("first", "second", "third"), strict=True)]
@@ -218,16 +140,72 @@ def test_chunks_and_masks_stay_inside_of_the_spans_and_reach_all_of_them() -> No
     assert seen == maskable
 
 
-def test_a_teacher_of_the_family_reads_the_positions_of_every_answer(tmp_path: Path) -> None:
-    """Prompts between hold tokens that the teacher lacks: each answer has its own offset."""
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The teacher's tokenizer with two tokens of the student's own, as Qwen has, in prompts."""
     backend = Tokenizer.load(TEACHER_TOKENIZER).backend
-    backend.add_tokens(["<note>"])
+    backend.add_tokens(["<think>", "</think>"])  # no control tokens
     content = "{{ message['content'] }}"
-    note = content + "{% if message['role'] == 'user' %}<note>{% endif %}"
-    backend.chat_template = STUDENT.backend.chat_template.replace(content, note)
-    backend.save_pretrained(tmp_path / "s")
-    student = Tokenizer.load(tmp_path / "s")
-    p = one(SharedVocabulary.between(student, STUDENT), student=student)
-    assert p.teacher_ids is not None and len(set(p.offsets.tolist())) == 3
-    assert np.array_equal(p.teacher_ids[p.asked(p.maskable)[1]], p.student_ids[p.maskable])
-    assert STUDENT.decode(p.teacher_ids.tolist()) == student.decode(p.student_ids.tolist())
+    think = "{% if message['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}" + content
+    backend.chat_template = STUDENT.backend.chat_template.replace(content, think)
+    folder = tmp_path_factory.mktemp("thinking")
+    backend.save_pretrained(folder)
+    return folder
+
+
+def test_a_token_of_the_students_own_is_written_out_in_a_prompt_and_refused_in_an_answer(
+    thinking: Path,
+) -> None:
+    student = Tokenizer.load(thinking)
+    same = SharedVocabulary.between(student, STUDENT)
+    preparer = Preparer(student, same, LENGTHS, student.special_id("mask"))
+    p, left_out = preparer([chat("x = 1"), chat("a <think> b")])
+    assert isinstance(left_out, Unusable) and isinstance(p, Prepared) and p.shared
+    turns = one(same, student=student)
+    assert len(set(turns.offsets.tolist())) == 3  # each answer has its own
+    for row in (p, turns):
+        assert row.teacher_ids is not None and row.teacher_ids.max() < 4096
+        assert 4096 in row.student_ids[: row.spans[0, 0]] and (row.offsets > 0).all()
+        assert STUDENT.decode(row.teacher_ids.tolist()) == student.decode(row.student_ids.tolist())
+        places = row.asked(row.maskable)[1]
+        assert np.array_equal(row.teacher_ids[places], row.student_ids[row.maskable])
+
+
+def rows_of(student: Path, teacher: Path, texts: list[str], out: Path, k: int) -> list[CacheRow]:
+    """Of a cache of these responses."""
+    data = write_chats(out.with_suffix(".jsonl"), texts)
+    changes = {"data": data, "student_tokenizer": str(student), "targets": {"k": k}}
+    build_cache(small_cache_config("tiny-shared", teacher, out, **changes))
+    return [row for row in rows_in(out, Unit(0, 0)) if row.masked.size]
+
+
+def test_the_cache_reads_the_right_positions(
+    thinking: Path, random_teacher: Path, tmp_path: Path
+) -> None:
+    texts = ["x = 1 + 2 + 3", "def f():\n    return 1"]
+    rows = rows_of(thinking, random_teacher, texts, tmp_path / "c", 8)
+    assert rows
+    for row in rows:
+        assert row.teacher_ids is not None and row.teacher_masked is not None
+        assert np.array_equal(row.teacher_ids[row.teacher_masked], row.student_ids[row.masked])
+        assert row.topk_ids is not None and row.topk_ids.max() < 4096
+
+
+def test_ids_that_mean_something_else_never_enter_the_top_k(
+    random_teacher: Path, tmp_path: Path
+) -> None:
+    """A student whose added tokens carry other names: the teacher's logits there are tail."""
+    folder = Path(shutil.copytree(TEACHER_TOKENIZER, tmp_path / "s"))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        path = folder / name
+        path.write_text(path.read_text().replace("<|start_header_id|>", "<|other|>"))
+    student = Tokenizer.load(folder)
+    same = SharedVocabulary.between(student, STUDENT).same
+    changed = student.special_id("x", "<|other|>")
+    assert np.flatnonzero(~same).tolist() == [changed]
+    rows = rows_of(folder, random_teacher, ["x = 1 + 2 + 3"] * 3, tmp_path / "c", 4095)
+    assert rows
+    for row in rows:
+        assert row.topk_ids is not None
+        assert changed not in row.topk_ids.tolist()
+        assert len(set(row.topk_ids[:4095].tolist())) == 4095

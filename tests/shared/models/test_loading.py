@@ -254,29 +254,23 @@ def test_what_is_not_built_or_read_by_nothing_is_refused_by_name(golden: Path) -
 
 
 def test_the_published_moe_calls_itself_llada(golden: Path, tmp_path: Path) -> None:
-    shutil.copy(golden / "llada_moe" / "model.safetensors", tmp_path)
-    config = json.loads((golden / "llada_moe" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "llada"}))
-    check_weights(open_checkpoint(str(tmp_path)), "llada_moe")
+    folder = shutil.copytree(golden / "llada_moe", tmp_path / "m", copy_function=shutil.copy)
+    edit_config(folder, model_type="llada")
+    check_weights(open_checkpoint(str(folder)), "llada_moe")
 
 
 def test_an_index_that_names_what_it_should_not(copy: Path) -> None:
     names: list[Any] = ["../model.safetensors", "/dev/zero", "model.bin", "", 3]
     for index in (*({"a": name} for name in names), {}, [], None):
-        text = json.dumps({"weight_map": index})
-        (copy / "model.safetensors.index.json").write_text(text)
+        (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
         refused(copy)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_files_that_are_none(name: str, copy: Path) -> None:
     path = copy / name
-    harms: list[Any] = [
-        os.mkfifo,
-        lambda p: p.symlink_to("/dev/zero"),
-        lambda p: p.symlink_to(name),
-    ]
-    for harm in (*harms, lambda p: p.write_text('{"a":' * 200_000)):
+    links: list[Any] = [lambda p: p.symlink_to("/dev/zero"), lambda p: p.symlink_to(name)]
+    for harm in (os.mkfifo, *links, lambda p: p.write_text('{"a":' * 200_000)):
         path.unlink()
         harm(path)
         with pytest.raises(TideError):

@@ -116,8 +116,8 @@ def test_a_lock_is_held_by_one_and_free_once_that_was_killed(
 def test_the_children_of_an_ablation_end_with_it(sign: signal.Signals, tmp_path: Path) -> None:
     recipe, out = tmp_path / "grid.toml", tmp_path / "grid"
     recipe.write_text(GRID.format(data=chats_file()))
-    command, child = ["ablate", str(recipe), "--out", str(out)], str(out / "plain-seed0")
-    with started(*command, until=out / "progress.json") as process:
+    child = str(out / "plain-seed0")
+    with started("ablate", str(recipe), "--out", str(out), until=out / "progress.json") as process:
         assert processes_with(child)
         os.kill(process.pid, sign)
         _, said = process.communicate(timeout=SECONDS)
@@ -127,8 +127,6 @@ def test_the_children_of_an_ablation_end_with_it(sign: signal.Signals, tmp_path:
         while processes_with(child) and time.monotonic() < deadline:
             time.sleep(0.2)
         assert processes_with(child) == []
-    with started(*command, until=out / "progress.json"):  # nobody holds the folder any more
-        pass
 
 
 @pytest.mark.slow
@@ -140,9 +138,8 @@ def test_a_second_trainer_is_refused_and_the_first_stops_in_order(
     command += ["--out", str(out), *settings("max_steps=4000 epochs=400 batch_size=4 device=cpu")]
     command += settings("checkpoint_steps=5 log_steps=5 student.layers=1 student.hidden_size=32")
     with started(*command, until=out / "checkpoints" / "COMPLETE") as first:
-        second = subprocess.run(
-            [*TIDE, *command], capture_output=True, text=True, timeout=SECONDS, check=False
-        )
+        again: Any = {"capture_output": True, "text": True, "timeout": SECONDS}
+        second = subprocess.run([*TIDE, *command], check=False, **again)
         assert second.returncode == 2
         assert f"process {first.pid} of" in second.stderr
         first.terminate()

@@ -42,8 +42,11 @@ THINKING = """{%- for m in messages -%}
 {%- if enable_thinking is defined and enable_thinking is false -%}
 {{- '<think>\\n\\n</think>\\n\\n' -}}
 {%- endif -%}{%- endif -%}"""
-HEADER = "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
-HEADERS = "{% for m in messages %}" + HEADER + "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+HEADERS = (
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
 ROLE_TAGS = (
     "{% for m in messages %}<role>{{ {'user': 'HUMAN'}.get(m.role, 'ASSISTANT') }}</role>"
     "{{ m.content }}<|role_end|>{% endfor %}"
@@ -69,10 +72,7 @@ def trained(rendered: RenderedChat) -> list[str]:
 FILTERS = ["m.content", "m.content | trim", "m.content.lstrip('\\n')", "m.content.rstrip()"]
 KNOWN = {f: tokenizer(FRAME.replace("CONTENT", f)) for f in FILTERS}
 KNOWN["role tags"] = tokenizer(ROLE_TAGS, folder=TEACHER_TOKENIZER)
-asked = (
-    "{% if add_generation_prompt %}" + HEADER.replace("{{ m.role }}", "assistant") + "{% endif %}"
-)
-KNOWN["headers"] = tokenizer(HEADERS + asked, folder=TEACHER_TOKENIZER)
+KNOWN["headers"] = tokenizer(HEADERS, folder=TEACHER_TOKENIZER)
 AWKWARD = ["\n\nHi there \n", " x", "x ", "assistant", "user\n", "<|im_end|>", "im_end", "d", ""]
 contents = st.sampled_from(AWKWARD) | st.text("ab \n<|_im>d", min_size=1, max_size=12)
 
