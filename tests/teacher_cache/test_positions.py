@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,24 +25,17 @@ from tests.conftest import small_cache_config
 from tests.reading import all_rows, change_column, layout_of, plain_table, same_values
 
 
-@pytest.fixture(scope="module")
-def other_template(random_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same teacher under another chat template."""
-    folder = Path(shutil.copytree(random_teacher, tmp_path_factory.mktemp("other") / "teacher"))
-    backend = Tokenizer.load(folder).backend
+@pytest.fixture(scope="module", params=["student", "own"])
+def config(request: Any, random_teacher: Path, tmp_path_factory: Any) -> CacheConfig:
+    """A cache of the teacher under another chat template."""
+    folder = tmp_path_factory.mktemp("positions")
+    teacher = Path(shutil.copytree(random_teacher, folder / "teacher"))
+    backend = Tokenizer.load(teacher).backend
     other = CHATML_TEMPLATE.replace("<|im_start|>", "[").replace("<|im_end|>", "<|eot_id|>")
     backend.chat_template = other
-    backend.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module", params=["student", "own"])
-def config(
-    request: pytest.FixtureRequest, other_template: Path, tmp_path_factory: pytest.TempPathFactory
-) -> CacheConfig:
-    out = tmp_path_factory.mktemp("positions") / request.param
+    backend.save_pretrained(teacher)
     targets = {"positions": "content", "teacher_text": request.param, "values": "float32"}
-    made = small_cache_config("tiny-shared", other_template, out, targets=targets)
+    made = small_cache_config("tiny-shared", teacher, folder / "c", targets=targets)
     build_cache(made)
     return made
 
@@ -76,9 +70,7 @@ def test_the_same_draws_as_with_all_positions(config: CacheConfig, tmp_path: Pat
         assert np.array_equal(some.split, whole.split[np.searchsorted(whole.masked, some.read)])
 
 
-def test_verify_scores_the_same_again_and_damage_is_seen(
-    config: CacheConfig, tmp_path: Path
-) -> None:
+def test_verify_scores_the_same_and_sees_damage(config: CacheConfig, tmp_path: Path) -> None:
     assert verify_cache(config, 8).largest < 1e-4
     manifest, layout = load_manifest(config.out), layout_of(config.out)
     for unit in finished_units(config.out):
@@ -95,12 +87,9 @@ def test_verify_scores_the_same_again_and_damage_is_seen(
 OBJECTIVES = [KL(), KL(tidal=Tidal(timestep_weight="midrange")), ReverseCalm()]
 
 
-@pytest.mark.parametrize(
-    "distillation", OBJECTIVES, ids=lambda d: f"{d.type}{'-tidal' * bool(d.tidal)}"
-)
-def test_the_loss_is_cross_entropy_everywhere_and_distillation_at_the_words(
-    config: CacheConfig, distillation: Distillation
-) -> None:
+@pytest.mark.parametrize("distillation", OBJECTIVES)
+def test_the_loss_distils_at_the_words(config: CacheConfig, distillation: Distillation) -> None:
+    """And is cross-entropy everywhere."""
     rows, manifest = all_rows(config.out)[:6], load_manifest(config.out)
     batch = collate(rows, manifest)
     targets = TargetReader(manifest, layout_of(config.out))(batch)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,8 @@ from tests.conftest import files, small_cache_config
 CPU = {"dtype": "float32", "device": "cpu"}
 
 
-def test_ranks_share_the_units_on_one_disk(
-    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
-) -> None:
+def test_on_one_disk(caches: dict[str, Path], random_teacher: Path, tmp_path: Path) -> None:
+    """Ranks share the units."""
     out = tmp_path / "c"
     for rank in range(3):
         own = {"rank": rank, "world": 3}
@@ -42,9 +42,7 @@ def test_ranks_share_the_units_on_one_disk(
         build(CacheConfig, {"rank": 2, "world": 2})
 
 
-def test_ranks_lock_out_a_plain_run_and_their_own_twins(
-    random_teacher: Path, tmp_path: Path
-) -> None:
+def test_ranks_lock_out_plain_runs_and_twins(random_teacher: Path, tmp_path: Path) -> None:
     def config(**changes: Any) -> CacheConfig:
         return small_cache_config("tiny-shared", random_teacher, tmp_path / "c", **changes)
 
@@ -57,16 +55,15 @@ def test_ranks_lock_out_a_plain_run_and_their_own_twins(
         build_cache(config())
 
 
-def test_ranks_without_a_common_disk_wait_for_the_tables_of_rank_0(
-    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
-) -> None:
+def test_over_a_store(caches: dict[str, Path], random_teacher: Path, tmp_path: Path) -> None:
+    """Ranks without a common disk wait for the tables of rank 0."""
     store, reports = str(tmp_path / "store"), []
 
     def run(rank: int) -> None:
-        changes = {"rank": rank, "world": 2, "store": store}
-        out = tmp_path / f"host-{rank}"
-        config = small_cache_config("tiny-shared", random_teacher, out, **changes)
-        reports.append(build_cache(config))
+        changes, out = {"rank": rank, "world": 2, "store": store}, tmp_path / f"host-{rank}"
+        reports.append(
+            build_cache(small_cache_config("tiny-shared", random_teacher, out, **changes))
+        )
 
     late = threading.Thread(target=run, args=(1,))
     late.start()
@@ -89,10 +86,8 @@ def in_child(settings: dict[str, Any], barrier: Any, results: Any) -> None:
 
 
 @pytest.mark.slow
-def test_six_ranks_released_at_one_moment_make_one_table(
-    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
-) -> None:
-    """Twenty times over, as a Slurm array begins: no rank dies of another's files."""
+def test_six_at_once(caches: dict[str, Path], random_teacher: Path, tmp_path: Path) -> None:
+    """Released at one moment, as a Slurm array begins: no rank dies of another's files."""
     context = multiprocessing.get_context("fork")
     for trial in range(10):
         out = tmp_path / f"c{trial}"
@@ -121,8 +116,8 @@ def test_data_parallel_makes_the_same_cache_and_goes_on_where_a_rank_was_killed(
             os.kill(child.pid, signal.SIGKILL)
         return child
 
-    out = tmp_path / "c"
-    changes = {"engine": {**CPU, "data_parallel": 2}, "metrics_file": tmp_path / "tide.prom"}
+    out, metrics = tmp_path / "c", tmp_path / "tide.prom"
+    changes = {"engine": {**CPU, "data_parallel": 2}, "metrics_file": metrics}
     config = small_cache_config("tiny-shared", random_teacher, out, **changes)
     monkeypatch.setattr(processes, "start_child", watched)
     with pytest.raises(TideError, match="rank 0 of 2"):
@@ -131,31 +126,27 @@ def test_data_parallel_makes_the_same_cache_and_goes_on_where_a_rank_was_killed(
     report = build_cache(config)
     assert (report.computed, report.kept) == (3, 3)
     assert files(out) == files(caches["tiny-shared"])
-    assert "tide_cache_rows_done" in (tmp_path / "tide.prom").read_text()
+    assert "tide_cache_rows_done" in metrics.read_text()
 
 
 def test_what_a_rank_finds_wrong_reaches_the_user(
     random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = Path(shutil.copytree(random_teacher, tmp_path / "m"))
-    start = processes.start_child
+    model, start = Path(shutil.copytree(random_teacher, tmp_path / "m")), processes.start_child
 
     def without_weights(*arguments: Any) -> Any:
         (model / "model.safetensors").unlink(missing_ok=True)
         return start(*arguments)
 
     monkeypatch.setattr(processes, "start_child", without_weights)
-    changes = {"engine": {**CPU, "data_parallel": 2}}
-    config = small_cache_config("tiny-cross", model, tmp_path / "c", **changes)
+    engine = {**CPU, "data_parallel": 2}
     with pytest.raises(TideError, match=str(model)):
-        build_cache(config)
+        build_cache(small_cache_config("tiny-cross", model, tmp_path / "c", engine=engine))
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Ray's own
-def test_a_ray_cluster_of_two_nodes_loses_one(
-    caches: dict[str, Path], random_teacher: Path, tmp_path: Path
-) -> None:
+def test_ray_loses_a_node(caches: dict[str, Path], random_teacher: Path, tmp_path: Path) -> None:
     """Ranks run on both nodes; one node goes while units are computed; Ray runs its ranks again."""
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
@@ -186,31 +177,26 @@ def test_a_ray_cluster_of_two_nodes_loses_one(
 
 @pytest.fixture
 def run(random_teacher: Path, tmp_path: Path) -> Run:
-    changes = {"targets": {"signals": ["chunks"]}}
-    out = tmp_path / "cache"
-    return open_or_begin(small_cache_config("tiny-cross", random_teacher, out, **changes))
+    out, targets = tmp_path / "cache", {"signals": ["chunks"]}
+    return open_or_begin(small_cache_config("tiny-cross", random_teacher, out, targets=targets))
 
 
 def spied(run: Run, before: Any) -> Any:
     """The run's engine, which calls `before` with the number of the call."""
     engine: Any = load_engine(run)
-    score, calls = engine.score, [0]
+    score, numbers = engine.score, count(1)
 
     def counted(requests: Any) -> Any:
-        calls[0] += 1
-        before(calls[0])
+        before(next(numbers))
         return score(requests)
 
     engine.score = counted
     return engine
 
 
-def test_the_next_unit_is_prepared_and_the_last_one_written_while_the_engine_works(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_work_beside_the_engine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scoring waits for the next unit's preparation, writing for the next scoring: no deadlock."""
-    every = run.missing
-    prepared, calls, scoring = [0], [0], threading.Condition()
+    every, prepared, calls, scoring = run.missing, [0], [0], threading.Condition()
     prepare, write = work.prepare_unit, work.write_shard
 
     def note_prepared(*args: Any) -> Any:
@@ -258,11 +244,9 @@ def test_the_status_file_tells_of_a_run_and_adds_up_what_the_cache_cost(
         changes = {"noise": {"draws": draws}, "metrics_file": metrics}
         return small_cache_config("tiny-shared", random_teacher, out, **changes)
 
-    report = build_cache(config(1))
-    first = read_status(out)
-    assert first["state"] == "finished"
+    report, first = build_cache(config(1)), read_status(out)
+    assert (first["state"], first["bytes_written"]) == ("finished", report.bytes)
     assert first["rows_done"] == first["rows_to_do"] == report.rows
-    assert first["bytes_written"] == report.bytes
     assert 0 < first["engine_busy_share"] <= 1
     assert f'tide_cache_rows_done{{teacher="tiny-shared"}} {report.rows}\n' in metrics.read_text()
     build_cache(config(2))
