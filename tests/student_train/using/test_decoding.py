@@ -2,7 +2,9 @@
 that join others under way.
 """
 
-import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from student_train.using.decoding import Decoding, Row
+from student_train.using.elbo import ElboConfig, log_likelihoods
 from student_train.using.settings import SampleConfig
 from student_train.using.student import sample, sample_steps
 from tests.student_train.places import SPECIAL, small, whole_logits
 
-ENDLESS = dataclasses.replace(SPECIAL, eos=-1)
+ENDLESS = replace(SPECIAL, eos=-1)
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11, 12, 13, 14], [15], [16, 17, 18, 19]]
 GREEDY = SampleConfig(new_tokens=16, block=4, steps_per_block=4)
 RAGGED = SampleConfig(new_tokens=11, block=8, steps_per_block=3)
@@ -34,7 +37,7 @@ def test_a_batch_of_unequal_prompts_is_each_alone_and_the_seed_decides(model: An
     for config in CONFIGS:
         together = sample(model, PROMPTS, SPECIAL, config)
         assert together == [sample(model, [prompt], SPECIAL, config)[0] for prompt in PROMPTS]
-    other = dataclasses.replace(WARM, seed=4)
+    other = replace(WARM, seed=4)
     assert sample(model, PROMPTS, SPECIAL, WARM) != sample(model, PROMPTS, SPECIAL, other)
 
 
@@ -66,24 +69,40 @@ def test_the_cache_changes_nothing(model: Any, prompt: list[int], config: Sample
     assert sample(model, [prompt], SPECIAL, config) == [uncached(model, prompt, config)]
 
 
+@contextmanager
+def calls(module: Any, note: Callable[[Any, Any], Any]) -> Iterator[list[Any]]:
+    """What `note` says of the arguments of each call of the module."""
+    seen: list[Any] = []
+    hook = module.register_forward_pre_hook(
+        lambda _module, args, named: seen.append(note(args, named)), with_kwargs=True
+    )
+    yield seen
+    hook.remove()
+
+
 def test_each_pass_reads_the_block_at_hand_and_the_head_its_masked_positions(model: Any) -> None:
     """The prompt goes through once, and each finished block; the head reads multiples of 32."""
-    widths: list[int] = []
-    heads: list[int] = []
-    embedding, head = model.get_input_embeddings(), model.lm_head
-    hooks = [
-        embedding.register_forward_hook(lambda _m, args, _o: widths.append(args[0].shape[1])),
-        head.register_forward_hook(lambda _m, args, _o: heads.append(len(args[0]))),
-    ]
-    *_, (_, passes) = sample_steps(model, [[1] * 9], ENDLESS, GREEDY)
+    with calls(model.get_input_embeddings(), lambda args, _: args[0].shape[1]) as widths:
+        *_, (_, passes) = sample_steps(model, [[1] * 9], ENDLESS, GREEDY)
     assert passes == len(widths) == 16
     assert sum(widths) == 12 + 12 + passes * GREEDY.block  # the prompt, and three blocks behind it
-    heads.clear()
     config = SampleConfig(new_tokens=64, block=64, steps_per_block=4)
-    list(sample_steps(model, PROMPTS[:2], ENDLESS, config))
-    for hook in hooks:
-        hook.remove()
+    with calls(model.lm_head, lambda args, _: len(args[0])) as heads:
+        list(sample_steps(model, PROMPTS[:2], ENDLESS, config))
     assert heads == [128, 96, 64, 32]
+
+
+def test_the_end_of_turn_ends_an_answer_and_ids_without_a_token_are_never_sampled(
+    model: Any,
+) -> None:
+    (whole,) = sample(model, [[1] * 8], ENDLESS, GREEDY)
+    end = whole[5]
+    ending = replace(ENDLESS, ends=(end,))
+    assert sample(model, [[1] * 8], ending, GREEDY) == [whole[: whole.index(end)]]
+    (longer,) = sample(model, [[1] * 8], ending, replace(GREEDY, min_new_tokens=9))
+    assert end not in longer and len(longer) >= 9
+    (answer,) = sample(model, [[1] * 8], replace(ENDLESS, vocabulary=max(whole)), GREEDY)
+    assert max(answer) < max(whole)
 
 
 def test_the_mask_is_never_emitted_and_an_end_not_before_its_time() -> None:
@@ -100,7 +119,7 @@ def test_the_mask_is_never_emitted_and_an_end_not_before_its_time() -> None:
             assert all(token == SPECIAL.eos for token in row[first:])
     free = SampleConfig(new_tokens=16, block=4)
     assert any(len(row) < 6 for row in sample(liking, PROMPTS, SPECIAL, free))
-    held = sample(liking, PROMPTS, SPECIAL, dataclasses.replace(free, min_new_tokens=6))
+    held = sample(liking, PROMPTS, SPECIAL, replace(free, min_new_tokens=6))
     assert all(len(row) >= 6 for row in held) and any(len(row) < 16 for row in held)
 
 
@@ -108,15 +127,12 @@ def test_rows_that_have_ended_cost_nothing_more(model: Any) -> None:
     """What the others get is the same."""
     config = SampleConfig(new_tokens=12, block=4, guidance=0.5)
     alone = sample(model, PROMPTS[1:2], ENDLESS, config)
-    sizes: list[int] = []
-    embedding = model.get_input_embeddings()
-    hook = embedding.register_forward_hook(lambda _m, args, _o: sizes.append(len(args[0])))
 
     def stop(row: int, tokens: list[int]) -> bool:
         return row in (0, 2) or (row == 3 and len(tokens) == 8)
 
-    *_, (tokens, _) = sample_steps(model, PROMPTS, ENDLESS, config, stop)
-    hook.remove()
+    with calls(model.get_input_embeddings(), lambda args, _: len(args[0])) as sizes:
+        *_, (tokens, _) = sample_steps(model, PROMPTS, ENDLESS, config, stop)
     assert sizes == [8] * 4 + [4] * 4 + [2] * 4
     assert tokens[1].tolist() == alone[0]
     assert (tokens[0, 4:] == -1).all() and (tokens[3, 8:] == -1).all()
@@ -127,7 +143,7 @@ def test_a_threshold_settles_at_least_one_a_step_and_saves_passes(model: Any) ->
     steps = sample_steps(model, PROMPTS[:1], ENDLESS, never)
     left = [int((tokens == SPECIAL.mask).sum()) for tokens, _ in steps]
     assert left == [7, 6, 5, 4, 3, 2, 1, 0, 0]
-    always = dataclasses.replace(never, threshold=0.0)
+    always = replace(never, threshold=0.0)
     *_, (_, passes) = sample_steps(model, PROMPTS[:1], SPECIAL, always)
     assert passes == 1
 
@@ -158,8 +174,13 @@ def test_what_cannot_work_is_refused(model: Any) -> None:
     for changes in ({"new_tokens": 8, "min_new_tokens": 9}, {"steps_per_block": 33}, {"top_k": 0}):
         with pytest.raises(ValueError, match=next(reversed(changes))):
             SampleConfig(**changes)  # type: ignore[arg-type]
-    with pytest.raises(ValueError):  # noqa: PT011
-        sample(model, [[1], []], SPECIAL, GREEDY)
+    for call in (
+        lambda: sample(model, [[1], []], SPECIAL, GREEDY),
+        lambda: log_likelihoods(model, [], [[1]], SPECIAL, ElboConfig()),
+        lambda: log_likelihoods(model, [1], [[1], []], SPECIAL, ElboConfig()),
+    ):
+        with pytest.raises(ValueError):  # noqa: PT011
+            call()
 
 
 BLOCK = 4
@@ -181,6 +202,11 @@ def exact() -> Any:
     return small().double()
 
 
+def advance(decoding: Decoding) -> None:
+    list(decoding.next_block(BLOCK))
+    decoding.keep([len(row.made) < row.config.new_tokens for row in decoding.rows])
+
+
 @settings(max_examples=40)
 @given(arrivals=st.lists(REQUESTS, min_size=1, max_size=4), guidance=st.sampled_from([0.0, 0.8]))
 def test_a_row_that_joins_gives_what_it_gives_alone(
@@ -189,19 +215,15 @@ def test_a_row_that_joins_gives_what_it_gives_alone(
     """Every block some come, with settings and lengths of their own; those that are done leave."""
     decoding = Decoding(exact, ENDLESS, BLOCK, guidance)
     every: list[Row] = []
-    rounds = 0
-    while rounds < len(arrivals) or decoding.rows:
-        rows = []
-        for prompt, way, blocks in arrivals[rounds] if rounds < len(arrivals) else []:
-            rows.append(Row(prompt, SampleConfig(BLOCK * blocks, block=BLOCK, **way)))
+    for coming in [*arrivals, *[[]] * 4]:  # none takes more than four blocks
+        rows = [Row(p, SampleConfig(BLOCK * n, block=BLOCK, **way)) for p, way, n in coming]
         every += rows
         if rows:
             decoding.join(rows)
-        list(decoding.next_block(BLOCK))
-        decoding.keep([len(row.made) < row.config.new_tokens for row in decoding.rows])
-        rounds += 1
+        advance(decoding)
+    assert not decoding.rows
     for row in every:
-        config = dataclasses.replace(row.config, guidance=guidance)
+        config = replace(row.config, guidance=guidance)
         *_, (tokens, _) = sample_steps(exact, [row.prompt], ENDLESS, config)
         assert row.made == tokens[0].tolist()
 
@@ -209,29 +231,18 @@ def test_a_row_that_joins_gives_what_it_gives_alone(
 def test_who_joins_costs_one_pass_and_padding_that_nobody_needs_is_given_up(exact: Any) -> None:
     """One pass over a prompt but for its last block, which goes through with the first new one."""
     config = SampleConfig(new_tokens=12, block=BLOCK, steps_per_block=1)
-    shapes: list[tuple[int, ...]] = []
-    keys: list[int] = []
-    embedding, layer = exact.get_input_embeddings(), exact.model.layers[0]
-    hooks = [
-        embedding.register_forward_hook(lambda _m, a, _o: shapes.append(tuple(a[0].shape))),
-        layer.register_forward_pre_hook(
-            lambda _m, _a, how: keys.append(how["attention_mask"].shape[-1]), with_kwargs=True
-        ),
-    ]
     decoding = Decoding(exact, ENDLESS, BLOCK)
-    decoding.join([Row([1] * 5, config)])
-    list(decoding.next_block(BLOCK))
-    decoding.join([Row([2] * 11, config), Row([3], config)])
-    list(decoding.next_block(BLOCK))
-    decoding.join([Row([4] * 3, config)])
+    with calls(exact.get_input_embeddings(), lambda args, _: tuple(args[0].shape)) as shapes:
+        decoding.join([Row([1] * 5, config)])
+        advance(decoding)
+        decoding.join([Row([2] * 11, config), Row([3], config)])
+        advance(decoding)
+        decoding.join([Row([4] * 3, config)])
     assert shapes == [(1, 8 + BLOCK), (2, 8), (3, BLOCK + BLOCK)]
     assert decoding.passes == 3
     decoding = Decoding(exact, ENDLESS, BLOCK)  # of a server that always has work
-    keys.clear()
-    for _ in range(12):
-        decoding.join([Row([1, 2, 3], config)])
-        list(decoding.next_block(BLOCK))
-        decoding.keep([len(row.made) < row.config.new_tokens for row in decoding.rows])
-    for hook in hooks:
-        hook.remove()
+    with calls(exact.model.layers[0], lambda _, how: how["attention_mask"].shape[-1]) as keys:
+        for _ in range(12):
+            decoding.join([Row([1, 2, 3], config)])
+            advance(decoding)
     assert len(keys) >= 12 and max(keys) <= 5 * BLOCK

@@ -1,23 +1,26 @@
 """A student from a folder: mask, block and ends by one rule, or an error that says what disagrees;
-the stops of its answers.
+the stops of its answers; its log-likelihoods against the mean over all orders of revealing.
 """
 
+import itertools
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pipelines.cli import app
 from shared.models.checkpoint import open_checkpoint, stated_mask, student_mask
 from shared.system.files import TideError
 from shared.text.tokenizers import Tokenizer
-from student_train.using.settings import SampleConfig, Special
-from student_train.using.student import LoadedStudent, Stops, load_for_use, sample
-from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
+from student_train.using.elbo import ElboConfig, log_likelihoods, masks
+from student_train.using.student import LoadedStudent, Stops, load_for_use
+from tests.conftest import STUDENT_TOKENIZER
+from tests.student_train.places import SPECIAL, small, whole_logits
 
 
 def edited(source: Path | str, target: Path, file: str = "config.json", **changes: Any) -> Path:
@@ -60,55 +63,6 @@ def test_an_end_of_text_or_an_ordinary_word_is_no_mask(student: str, tmp_path: P
             student_mask(one, word)
 
 
-class Scripted(torch.nn.Module):
-    """A model whose head says what `says` tells for each position."""
-
-    def __init__(self, says: Any) -> None:
-        super().__init__()
-        self.says, self.embedding, self.model = says, torch.nn.Embedding(60, 1), self
-
-    def get_input_embeddings(self) -> torch.nn.Embedding:
-        return self.embedding
-
-    def forward(self, input_ids: Any, past_key_values: Any, position_ids: Any, **_: Any) -> Any:
-        keys = torch.zeros(1, 1, input_ids.shape[1], 1)
-        past_key_values.update(keys, keys, 0)
-        return type("Output", (), {"last_hidden_state": position_ids[0, :, None][None].float()})
-
-    def lm_head(self, rows: torch.Tensor) -> torch.Tensor:
-        logits = torch.zeros(len(rows), 60)
-        for i, position in enumerate(rows[:, 0].long().tolist()):
-            logits[i, self.says(position)] = 9.0
-        return logits
-
-
-def test_the_end_of_turn_ends_an_answer_and_ids_without_a_token_are_never_sampled() -> None:
-    model = Scripted(lambda p: 41 if p == 13 else 7)
-    special = Special(mask=49, pad=47, eos=48, ends=(41,))
-    config = SampleConfig(new_tokens=24, block=8)
-    assert sample(model, [[1] * 8], special, config) == [[7] * 5]
-    later = SampleConfig(new_tokens=24, block=8, min_new_tokens=6)
-    (longer,) = sample(model, [[1] * 8], special, later)
-    assert 41 not in longer and len(longer) > 5
-    padded = Special(49, 47, 48, vocabulary=50)
-    (answer,) = sample(Scripted(lambda _: 55), [[1] * 8], padded, config)
-    assert max(answer, default=0) < 50
-    assert Tokenizer.load(TEACHER_TOKENIZER).turn_ends  # a token of its own
-
-
-def test_prompts_from_a_file(student: str, tmp_path: Path) -> None:
-    parts = [{"type": "text", "text": "hi"}]
-    rows = [{"prompt": "first\u2028second"}, {"messages": [{"role": "user", "content": parts}]}]
-    path = tmp_path / "p.jsonl"
-    arguments = ["sample", student, "--file", str(path), "--new-tokens", "32", "--device", "cpu"]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert done.exit_code == 0 and len(done.stdout.split("\n")) == 3
-    path.write_text(json.dumps({"question_": "b"}) + "\n")
-    with pytest.raises(TideError, match=r"p\.jsonl:1"):
-        CliRunner().invoke(app, arguments, catch_exceptions=False)
-
-
 @pytest.fixture(scope="module")
 def tiny() -> LoadedStudent:
     return load_for_use("student_train/tiny_students/shared", "cpu")
@@ -125,10 +79,88 @@ def test_the_first_stop_counts_and_nothing_of_it_is_left(tiny: LoadedStudent) ->
     assert tiny.text(ids) == "one two"
     assert Stops.of(tiny, ["<|start_header_id|>"]).cut(ids) == ("one", True)
     assert Stops.of(tiny, ["<|start_header_id|>", "ne"]).cut(ids) == ("o", True)
-
-
-def test_what_may_begin_a_stop(tiny: LoadedStudent) -> None:
+    # What may begin a stop is held back.
     stops = Stops.of(tiny, ["\n\ndef", "STOP"])
     for text, held in (("x\n\nde", 4), ("x\n\ndx", 0), ("xST", 2), ("", 0), ("STOX", 0)):
         assert stops.may_begin(text) == held
     assert Stops.of(tiny, None).may_begin("x") == 0
+
+
+# --- The bound on log-likelihoods, by whole passes ------------------------------------------------
+
+CONTEXT = [1, 2, 3, 4, 5]
+TOKENS = st.lists(st.integers(0, 46), min_size=1, max_size=11)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return small()
+
+
+def exact_bound(model: Any, context: list[int], tokens: list[int], size: int) -> float:
+    """The mean over all orders of revealing each block, one whole pass a token: over the padded
+    context, the finished blocks, and the block with masks.
+    """
+    total, width = 0.0, -(-len(context) // size) * size
+    padding = width - len(context)
+    for start in range(0, len(tokens), size):
+        block = tokens[start : start + size]
+        orders = list(itertools.permutations(range(len(block))))
+        for order in orders:
+            known = [SPECIAL.mask] * size
+            for at in order:
+                ids = [SPECIAL.pad] * padding + context + tokens[:start] + known
+                logits = whole_logits(model, ids, padding, size)[width + start + at]
+                total += float(logits.log_softmax(-1)[block[at]]) / len(orders)
+                known[at] = block[at]
+    return total
+
+
+def test_a_block_of_one_is_the_chain_rule(model: Any) -> None:
+    tokens, config = [[7, 8, 9], [6]], ElboConfig(draws=1, block=1)
+    expected = [exact_bound(model, CONTEXT, t, 1) for t in tokens]
+    scores = log_likelihoods(model, CONTEXT, tokens, SPECIAL, config)
+    assert scores == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_mean_over_seeds_is_the_bound(model: Any) -> None:
+    """Unbiased: the mean over many seeds is within three standard errors of it."""
+    tokens, scores = [7, 8, 9, 10, 11], []
+    for seed in range(400):
+        config = ElboConfig(draws=16, block=4, seed=seed)
+        scores += log_likelihoods(model, CONTEXT, [tokens], SPECIAL, config)
+    error = float(torch.tensor(scores).std()) / math.sqrt(len(scores))
+    mean = sum(scores) / len(scores)
+    assert abs(mean - exact_bound(model, CONTEXT, tokens, 4)) < 3 * error < 0.09
+
+
+@settings(max_examples=20)
+@given(TOKENS, st.lists(TOKENS, min_size=1, max_size=4))
+def test_answers_scored_together_and_in_several_passes_score_as_alone(
+    model: Any, context: list[int], tokens: list[list[int]]
+) -> None:
+    config = ElboConfig(draws=3, block=4)
+    together = log_likelihoods(model, context, tokens, SPECIAL, config)
+    alone = [log_likelihoods(model, context, [t], SPECIAL, config)[0] for t in tokens]
+    assert together == pytest.approx(alone, abs=2e-5)
+    assert all(value < 0 for value in together)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("student_train.using.elbo._TOKENS_PER_PASS", 8)
+        passes = log_likelihoods(model, context, tokens, SPECIAL, config)
+    assert passes == pytest.approx(alone, abs=2e-5)
+
+
+@settings(max_examples=50)
+@given(length=st.integers(1, 32), draws=st.integers(1, 64), seed=st.integers(0, 99))
+def test_masks_are_fixed_and_weigh_each_count_alike(length: int, draws: int, seed: int) -> None:
+    config, index = ElboConfig(draws=draws, seed=seed), seed % 10
+    sets = masks(length, index, config)
+    for (a, v), (b, w) in zip(sets, masks(length, index, config), strict=True):
+        assert torch.equal(a, b) and v == w
+    assert len(sets) == (1 if length == 1 else draws)
+    counts = [int(mask.sum()) for mask, _ in sets]
+    assert all(1 <= count <= length for count in counts)
+    weighted = sum(weight * int(mask.sum()) for mask, weight in sets)
+    assert weighted == pytest.approx(length)
+    if length > 1 and draws % length == 0:  # stratified: each count equally often, to one
+        assert all(abs(counts.count(n) - draws // length) <= 1 for n in range(1, length + 1))
