@@ -16,15 +16,9 @@ from shared.cache.shards import Unit
 from shared.settings import config as objectives
 from shared.settings.config import KL, Calm, NoDistillation, ReverseKL, Tidal
 from student_train.batches.collate import TargetReader, collate
+from student_train.losses import objective as losses
 from student_train.losses.divergence import strength_at, training_strength
-from student_train.losses.objective import (
-    Counts,
-    LossSettings,
-    fused_loss,
-    objective,
-    slice_rows,
-    total,
-)
+from student_train.losses.objective import Counts, LossSettings, fused_loss, objective, total
 from student_train.losses.targets import ChunkTargets, Targets, slice_targets
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.open import open_or_begin
@@ -32,6 +26,7 @@ from teacher_cache.run.work import load_engine, prepare_unit
 from tests.conftest import chats_file, small_cache_config
 from tests.reading import layout_of, rows_in
 from tests.student_train.losses.test_divergence import cached
+from tests.student_train.losses.test_divergence import expected as divergence_of
 
 OBJECTIVES = (NoDistillation(), KL(tidal=Tidal()), ReverseKL(temperature=1.0), Calm(tidal=Tidal()))
 
@@ -87,12 +82,9 @@ def test_against_the_definition_in_float64(kind: str, tidal: Tidal | None) -> No
     torch.testing.assert_close(sums.denoise.double(), (-gold_logp / t).sum(), rtol=1e-6, atol=1e-6)
     train = 0.1 + 0.8 * (1 - torch.cos(torch.tensor(0.35 * torch.pi).double())) / 2
     if isinstance(settings, KL | ReverseKL):
-        q, p = torch.log_softmax(x / temperature, 1), torch.log_softmax(z / temperature, 1)
-        if settings.tidal:
-            lam = (train * (1 - t))[:, None]
-            p = torch.log_softmax((1 - lam) * x / temperature + lam * z / temperature, 1)
-        a, b = (p, q) if isinstance(settings, KL) else (q, p)
-        expected = temperature**2 * (a.exp() * (a - b)).sum()
+        p, part = torch.log_softmax(z / temperature, 1), train * (1 - t) if tidal else None
+        rest = (torch.ones(12, dtype=torch.bool), temperature, part, kind == "ReverseKL")
+        expected = temperature**2 * divergence_of(x, p, *rest)[0]
     else:
         chunk = torch.stack([gold_logp[0] + gold_logp[1], gold_logp[3], gold_logp[4]]) / temperature
         m, ps = (chunks.teacher_logp.double() / temperature).exp(), chunk.exp()
@@ -179,11 +171,9 @@ def test_no_positions_a_frozen_head_and_no_gradients_at_all() -> None:
 
 
 def test_slices_are_sized_by_memory() -> None:
-    assert slice_rows(151_936) == 220  # of a CPU
-    assert slice_rows(151_936, 80 << 30) == 2048
-    assert slice_rows(10**9, 1 << 30) == 32
+    assert (losses.slice_rows(151_936), losses.slice_rows(10**9, 1 << 30)) == (220, 32)
     for memory in (8 << 30, 24 << 30, 141 << 30):  # a sixth of the GPU, at most
-        assert slice_rows(151_936, memory) * 151_936 * 4 * 6 <= 0.16 * memory
+        assert losses.slice_rows(151_936, memory) * 151_936 * 4 * 6 <= 0.16 * memory
 
 
 def test_autocast_keeps_the_head_s_gradient_in_float32() -> None:
@@ -220,17 +210,14 @@ def test_from_chats_through_parquet_the_gradient_is_that_of_full_logits(
     read = TargetReader(manifest, layout_of(out))(batch)
     torch.manual_seed(0)
     x = torch.randn(len(z), 4096, requires_grad=True)
+    p, everything = torch.log_softmax(z / 2, 1), torch.ones(4096, dtype=torch.bool)
     for settings in (KL(2.0, Tidal()), ReverseKL(2.0)):
         value = objective(x, read, settings, 0.5).distillation
         (slope,) = torch.autograd.grad(value, x)
-        y, t = x.detach().double().requires_grad_(), settings.temperature
-        q, p = torch.log_softmax(y / t, 1), torch.log_softmax(z / t, 1)
-        if settings.tidal is not None:
-            train = training_strength(settings.tidal, 0.5)
-            part = strength_at(settings.tidal, train, read.t).double()[:, None]
-            p = torch.log_softmax((1 - part) * q.detach() + part * p, 1)
-        a, b = (p, q) if isinstance(settings, KL) else (q, p)
-        expected = t**2 * (a.exp() * (a - b)).sum()
-        (gradient,) = torch.autograd.grad(expected, y)
-        assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
-        assert float((slope - gradient).norm() / gradient.norm()) < 1e-5
+        tidal, part = settings.tidal, None
+        if tidal is not None:
+            part = strength_at(tidal, training_strength(tidal, 0.5), read.t)
+        reverse = isinstance(settings, ReverseKL)
+        expected, gradient = divergence_of(x, p, everything, 2.0, part, reverse)
+        assert float(value.detach()) == pytest.approx(4 * float(expected), rel=1e-5)
+        assert float((slope / 4 - gradient).norm() / gradient.norm()) < 1e-5

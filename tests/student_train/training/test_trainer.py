@@ -67,6 +67,9 @@ def test_every_objective_trains_a_student_that_transformers_loads(
         assert entry["loss"] == pytest.approx(entry["denoise"] + entry["distillation"], rel=1e-4)
         assert 0 < entry.get("teacher_mass_in_topk", 1) <= 1
     assert 0 < metrics["eval_heldout_nll"] < 12
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert load_manifest(caches[teacher]).digest in card and f'"type": "{kind}"' in card
+    assert str(tmp_path) not in card and str(caches[teacher]) not in card
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert model.config.mask_token_id == tokenizer.mask_token_id
