@@ -37,11 +37,7 @@ def test_an_epoch_sees_every_row_of_its_draw_once_in_whole_batches(caches: dict[
             assert {row.draw for rows in items for row in rows} == {epoch % 2}
             seen = Counter(row.example_id for rows in items for row in rows)
             assert set(seen.values()) == {1} and seen.total() == 24
-
-
-def test_every_draw_of_every_example_comes_once_and_epochs_count_draws(
-    caches: dict[str, Path],
-) -> None:
+    # Several draws a step: epochs count draws.
     data = dataset(caches["tiny-cross"], 2, draws_per_step=2, batch_size=4, epochs=2.0, window=2)
     assert data.batches_in(0) * 2 == len(data)  # one pass over two draws: two epochs
     rows = [row for i in range(len(data)) for row in data.rows(i)]
@@ -49,9 +45,7 @@ def test_every_draw_of_every_example_comes_once_and_epochs_count_draws(
     assert len({(row.example_id, row.draw) for row in rows}) == 48
 
 
-def test_the_order_is_the_seeds_and_rows_of_like_length_come_together(
-    caches: dict[str, Path],
-) -> None:
+def test_the_order_is_the_seeds_and_like_lengths_come_together(caches: dict[str, Path]) -> None:
     def order(seed: int, first: int = 0) -> list[list[str]]:
         data = dataset(caches["tiny-cross"], seed=seed, window=2)
         return [[row.example_id for row in data.rows(i)] for i in range(first, len(data))]
@@ -97,43 +91,39 @@ def test_draws_of_other_examples_and_a_cut_shard_are_refused(
 
 
 @pytest.fixture
-def store(caches: dict[str, Path], tmp_path: Path) -> str:
-    """A store with a finished cache, under an address that is a path."""
-    cache, there = caches["tiny-shared"], tmp_path / "store"
-    manifest = load_manifest(cache)
-    Store.open(str(there)).push(cache, manifest, settle_ledger(cache, manifest))
-    return str(there)
+def store(
+    caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, list[str]]:
+    """A store with a finished cache, under an address that is a path; the shards read from it."""
+    cache, there, read = caches["tiny-shared"], str(tmp_path / "store"), Store.read
+    manifest, fetched = load_manifest(cache), []
+    Store.open(there).push(cache, manifest, settle_ledger(cache, manifest))
+
+    def noted(self: Store, name: str) -> bytes:
+        fetched.extend([name] if name.endswith(".parquet") and "part-" in name else [])
+        return read(self, name)
+
+    monkeypatch.setattr(Store, "read", noted)
+    return there, fetched
 
 
 def opened(store: str, folder: Path, size: float = 1.0) -> OpenCache:
     return OpenCache(TrainConfig(cache=folder, store=store, store_cache_gb=size))
 
 
-@pytest.fixture
-def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The shards that came from the store."""
-    names, read = [], Store.read
-
-    def noted(self: Store, name: str) -> bytes:
-        names.extend([name] if name.endswith(".parquet") and "part-" in name else [])
-        return read(self, name)
-
-    monkeypatch.setattr(Store, "read", noted)
-    return names
-
-
 def test_rows_and_their_order_are_those_of_the_folder(
-    caches: dict[str, Path], store: str, tmp_path: Path, fetched: list[str]
+    caches: dict[str, Path], store: tuple[str, list[str]], tmp_path: Path
 ) -> None:
+    there, fetched = store
     local, how = tmp_path / "local", TrainConfig(batch_size=5, seed=3, epochs=4.0, window=2)
-    data = BatchDataset(opened(store, local), how)
+    data = BatchDataset(opened(there, local), how)
     assert finished_units(local) == []  # nothing is pulled before it is needed
     expected = dataset(caches["tiny-shared"], window=2)
     assert len(data) == len(expected)
     for i in range(len(data)):
         assert [r.example_id for r in data.rows(i)] == [r.example_id for r in expected.rows(i)]
     assert len(fetched) == 6  # each once, in four epochs
-    bounded = BatchDataset(opened(store, tmp_path / "small", 1e-6), how)
+    bounded = BatchDataset(opened(there, tmp_path / "small", 1e-6), how)
     fetched.clear()
     for i in range(len(bounded)):
         assert bounded.rows(i)
@@ -142,13 +132,13 @@ def test_rows_and_their_order_are_those_of_the_folder(
 
 
 def test_what_is_there_is_not_fetched_and_what_is_damaged_is_or_is_refused(
-    store: str, tmp_path: Path, fetched: list[str]
+    store: tuple[str, list[str]], tmp_path: Path
 ) -> None:
-    local, there = tmp_path / "local", Path(store)
-    cache = opened(store, local)
+    (place, fetched), local = store, tmp_path / "local"
+    there, cache = Path(place), opened(place, local)
     for part in range(3):
         cache.shard(Unit(0, part))
-    again = pickle.loads(pickle.dumps(opened(store, local)))  # to a loader's process
+    again = pickle.loads(pickle.dumps(opened(place, local)))  # to a loader's process
     path = Unit(0, 1).path(local)
     path.write_bytes(path.read_bytes()[:-3])
     fetched.clear()
@@ -164,7 +154,7 @@ def test_what_is_there_is_not_fetched_and_what_is_damaged_is_or_is_refused(
             again.shard(unit)
     (there / LEDGER).unlink()
     with pytest.raises(TideError, match=LEDGER):
-        opened(store, tmp_path / "other")
+        opened(place, tmp_path / "other")
 
 
 # --- Rows as tensors ------------------------------------------------------------------------------
@@ -172,11 +162,9 @@ def test_what_is_there_is_not_fetched_and_what_is_damaged_is_or_is_refused(
 
 @pytest.mark.parametrize("teacher", ["tiny-cross", "tiny-shared"])
 def test_a_batch_says_what_its_rows_say(caches: dict[str, Path], teacher: str) -> None:
-    cache = caches[teacher]
-    manifest = load_manifest(cache)
-    rows = rows_in(cache, Unit(0, 0))
+    cache, manifest, n = caches[teacher], load_manifest(caches[teacher]), 0
+    rows: list[Any] = rows_in(cache, Unit(0, 0))
     batch = collate(rows, manifest)
-    n = 0
     for i, row in enumerate(rows):
         length, part = len(row.student_ids), slice(n, n + row.masked.size)
         noised = row.student_ids.copy()
@@ -190,32 +178,28 @@ def test_a_batch_says_what_its_rows_say(caches: dict[str, Path], teacher: str) -
         n += row.masked.size
     counts = counts_of(batch["counts"])
     assert (int(counts.read), int(counts.maskable)) == (n, sum(r.maskable for r in rows))
-    targets = TargetReader(manifest, layout_of(cache))(batch)
+    targets: Any = TargetReader(manifest, layout_of(cache))(batch)
     # Every chunk token is found at its own masked row, with its own gold id.
     gold, chunk_logp = [], []
     for row in rows:
-        assert row.chunk_student is not None and row.chunk_logp is not None
         chunk_logp += row.chunk_logp.tolist()
         for start, end in row.chunk_student:
             gold += row.student_ids[start:end].tolist()
-    assert targets.chunks is not None
     assert batch["gold"][targets.chunks.rows].tolist() == gold
     assert targets.chunks.teacher_logp.tolist() == chunk_logp
     assert (targets.topk is None) == (teacher == "tiny-cross")
     if targets.topk is not None:
-        ids = np.concatenate([r.topk_ids for r in rows if r.topk_ids is not None])
+        ids = np.concatenate([r.topk_ids for r in rows])
         assert targets.topk.ids[targets.topk.kept].tolist() == ids.tolist()
-        odds = np.concatenate([r.tail_odds for r in rows if r.tail_odds is not None])
+        odds = np.concatenate([r.tail_odds for r in rows])
         assert targets.topk.odds[2.0].tolist() == odds[:, 1].tolist()
-        assert targets.topk.class_mass is not None
         tail = torch.sigmoid(targets.topk.odds[2.0])
         torch.testing.assert_close(targets.topk.class_mass[2.0].exp().sum(1), tail)
 
 
 def test_lists_of_different_lengths_are_padded_with_a_repeated_id(caches: dict[str, Path]) -> None:
     cache = caches["tiny-shared"]
-    row = next(r for r in rows_in(cache, Unit(0, 0)) if r.masked.size >= 3)
-    assert row.topk_ids is not None and row.topk_logp is not None
+    row: Any = next(r for r in rows_in(cache, Unit(0, 0)) if r.masked.size >= 3)
     ids, logp = row.topk_ids.reshape(-1, 8), row.topk_logp.reshape(-1, 8)
     sizes = np.full(row.masked.size, 8, np.int32)
     sizes[1] = 2
@@ -240,9 +224,7 @@ def batches(draw: Any) -> tuple[list[int], list[list[np.ndarray]], int]:
 
 @settings(max_examples=25)
 @given(batches(), st.integers(0, 2**31))
-def test_states_and_gradients_are_those_of_each_draw_alone_over_all_rows(
-    batch: Any, seed: int
-) -> None:
+def test_states_and_gradients_are_those_of_each_draw_alone(batch: Any, seed: int) -> None:
     lengths, masked, block = batch
     generator = torch.Generator().manual_seed(seed)
     clean = torch.randint(0, 49, (len(lengths), max(lengths)), generator=generator)

@@ -187,9 +187,7 @@ def test_autocast_keeps_the_head_s_gradient_in_float32() -> None:
         assert float((a - b).norm() / b.norm()) < 0.02
 
 
-def test_from_chats_through_parquet_the_gradient_is_that_of_full_logits(
-    random_teacher: Path, tmp_path: Path
-) -> None:
+def test_from_chats_to_the_gradient_of_full_logits(random_teacher: Path, tmp_path: Path) -> None:
     """Of a cache of all 4,096 logits, against the teacher's own at its masked positions."""
     out = tmp_path / "c"
     targets = {"k": 4096, "classes": 1, "pilot": 20, "values": "float32", "signals": ["topk"]}

@@ -1,10 +1,9 @@
 """Runs of stage two as a program of its own, which tests start. It is a module, not text in a test,
 so that a name that is gone is found by the type checker.
 
-`descend SETTINGS OPTIMIZER`: `train_student` with an optimizer by name, and with FSDP on a CPU
-where the settings ask for it. `train SETTINGS THREADS`: as it is.
-`compiled SETTINGS`: the run with and without torch.compile (the checks of shapes that tests put
-around functions cannot be compiled); prints losses and graphs.
+`SETTINGS [OPTIMIZER]`: `train_student`, perhaps with an optimizer by name, and with FSDP on a CPU
+where the settings ask for it. `SETTINGS compiled`: the run with and without torch.compile (the
+checks of shapes that tests put around functions cannot be compiled); prints losses and graphs.
 """
 
 import json
@@ -72,15 +71,12 @@ def compiled_or_not(config: TrainConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    config = build(TrainConfig, json.loads(sys.argv[2]))
-    if sys.argv[1] == "compiled":
-        torch.set_num_threads(2)
+    config, what = build(TrainConfig, json.loads(sys.argv[1])), sys.argv[2:]
+    if what == ["compiled"]:
         print(json.dumps(compiled_or_not(config)))
-    elif sys.argv[1] == "train":
-        torch.set_num_threads(int(sys.argv[3]))
-        trainer.train_student(config)
     else:
-        take_optimizer(sys.argv[3])
+        if what:
+            take_optimizer(what[0])
         if config.parallel == "fsdp":
             shard_on_cpus()
         trainer.train_student(config)

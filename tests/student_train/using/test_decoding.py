@@ -92,9 +92,7 @@ def test_each_pass_reads_the_block_at_hand_and_the_head_its_masked_positions(mod
     assert heads == [128, 96, 64, 32]
 
 
-def test_the_end_of_turn_ends_an_answer_and_ids_without_a_token_are_never_sampled(
-    model: Any,
-) -> None:
+def test_the_end_of_turn_ends_an_answer_and_padding_is_never_sampled(model: Any) -> None:
     (whole,) = sample(model, [[1] * 8], ENDLESS, GREEDY)
     end = whole[5]
     ending = replace(ENDLESS, ends=(end,))

@@ -30,9 +30,7 @@ def edited(source: Path | str, target: Path, file: str = "config.json", **change
     return folder
 
 
-def test_mask_and_block_of_training_are_used_and_two_masks_are_an_error(
-    student: str, tmp_path: Path
-) -> None:
+def test_mask_and_block_are_those_of_training(student: str, tmp_path: Path) -> None:
     loaded = load_for_use(student, "cpu")
     assert (loaded.block, loaded.special.mask) == (32, 2047)
     assert loaded.special.ends == ()  # ChatML: the end of turn is EOS itself
@@ -136,9 +134,7 @@ def test_the_mean_over_seeds_is_the_bound(model: Any) -> None:
 
 @settings(max_examples=20)
 @given(TOKENS, st.lists(TOKENS, min_size=1, max_size=4))
-def test_answers_scored_together_and_in_several_passes_score_as_alone(
-    model: Any, context: list[int], tokens: list[list[int]]
-) -> None:
+def test_answers_score_as_alone(model: Any, context: list[int], tokens: list[list[int]]) -> None:
     config = ElboConfig(draws=3, block=4)
     together = log_likelihoods(model, context, tokens, SPECIAL, config)
     alone = [log_likelihoods(model, context, [t], SPECIAL, config)[0] for t in tokens]
