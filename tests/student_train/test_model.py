@@ -77,9 +77,7 @@ def test_flex_and_sdpa_agree_in_values_and_gradients(monkeypatch: pytest.MonkeyP
 
 @settings(max_examples=20)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=3), st.integers(1, 9), st.randoms())
-def test_masks_of_chosen_places_are_those_of_block_diffusion(
-    lengths: list[int], block: int, random: Any
-) -> None:
+def test_masks_of_places_are_block_diffusions(lengths: list[int], block: int, random: Any) -> None:
     width, places = max(lengths), all_places(lengths)
     kept = sorted(random.sample(range(2 * width), random.randint(1, 2 * width)))
     for chosen in (places, places[:, kept]):
@@ -115,20 +113,18 @@ def test_new_lengths_compile_nothing_anew() -> None:
     assert graphs_after([[200, 33, 5], [128] * 4, [160, 7, 9, 1, 3], [32] * 3, [256, 9]]) == few
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
-def test_a_new_student_is_loaded_again(
-    caches: dict[str, Path], tmp_path: Path, architecture: Any
-) -> None:
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_a_new_student_is_loaded_again(caches: dict[str, Path], tmp_path: Path, kind: Any) -> None:
     cache, manifest = caches["tiny-cross"], load_manifest(caches["tiny-cross"])
     shape: dict[str, Any] = {"hidden_size": 32, "layers": 1, "heads": 2, "intermediate_size": 32}
-    model, tokenizer = load_student(StudentConfig(architecture, **shape), cache, manifest)
+    model, tokenizer = load_student(StudentConfig(kind, **shape), cache, manifest)
     assert model.get_input_embeddings().weight.shape == (2048, 32)
     model.save_pretrained(tmp_path / "a")
     tokenizer.backend.save_pretrained(tmp_path / "a")
     again, _ = load_student(StudentConfig(checkpoint=str(tmp_path / "a")), cache, manifest)
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b) and b.requires_grad
-    if architecture == "llama":  # of which the reference has no student
+    if kind == "llama":  # of which the reference has no student
         with pytest.raises(TideError):
             export_student(tmp_path / "a", tmp_path / "a2d", "a2d")
 
@@ -147,9 +143,7 @@ def test_checkpoints_that_do_not_fit(caches: dict[str, Path], golden: Path, tmp_
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_embedding_without_a_row_for_the_mask_grows_only_when_told_to(
-    caches: dict[str, Path], tmp_path: Path, tied: bool
-) -> None:
+def test_an_embedding_grows_when_told(caches: dict[str, Path], tmp_path: Path, tied: bool) -> None:
     shape: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     config = LlamaConfig(vocab_size=2000, **shape, num_attention_heads=2, tie_word_embeddings=tied)
     before: Any = LlamaForCausalLM(config)

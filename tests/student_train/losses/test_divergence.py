@@ -88,9 +88,7 @@ def expected(
 
 
 @given(data=st.data(), seed=st.integers(0, 999), reverse=st.booleans(), mixed=st.booleans())
-def test_value_and_gradient_against_the_definition(
-    data: Any, seed: int, reverse: bool, mixed: bool
-) -> None:
+def test_value_and_gradient_in_float64(data: Any, seed: int, reverse: bool, mixed: bool) -> None:
     """With k = V it is the full loss."""
     k, classes = data.draw(st.integers(1, 30)), data.draw(st.sampled_from([1, 3, 7]))
     shape, t = data.draw(st.sampled_from(SHAPES)), data.draw(st.sampled_from([1.0, 2.0, 5.0]))

@@ -37,14 +37,8 @@ def problem(n: int, vocab: int, width: int, seed: int = 0, k: int = 4) -> tuple[
     hidden = torch.randn(n, width, generator=g)
     head = torch.randn(vocab, width, generator=g) / width**0.5 * 3
     teacher = torch.randn(n, vocab, generator=g) * 2
-    rows, owner, place, count = [], [], 0, 0
-    while place < n:
-        length = min(n - place, int(torch.randint(0, 5, (1,), generator=g)))
-        rows += range(place, place + length)
-        owner += [count] * length
-        count += length > 0
-        place += length + int(torch.randint(0, 2, (1,), generator=g))
-    both = torch.tensor([rows, owner]).long()
+    rows = [row for row in range(n) if row % 4 <= row // 4 % 4]
+    both, count = torch.tensor([rows, [row // 4 for row in rows]]).long(), -(-n // 4)
     logp, rate = -torch.rand(count, generator=g) * 5, torch.rand(count, generator=g)
     chunks = ChunkTargets(both[0], both[1], logp, rate, both.numpy())
     gold = torch.randint(0, vocab, (n,), generator=g)

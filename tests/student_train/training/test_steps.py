@@ -155,8 +155,7 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one(
 ) -> None:
     """And compiles nothing anew over batches of other lengths."""
     shape = {"hidden_size": 64, "layers": 3, "heads": 4, "kv_heads": 2, "intermediate_size": 96}
-    how = {"student": shape, "distillation": objective, "heldout": None, "report_to": []}
-    how |= {"log_steps": 1, "checkpoint_steps": 100}
+    how = {"student": shape, "distillation": objective, "heldout": None, "log_steps": 1}
     run = config(caches[teacher], tmp_path / "r", **how)
     said = program(
         run, "compiled", OMP_NUM_THREADS="2", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor")

@@ -4,7 +4,6 @@ continued with other settings, goes on float for float.
 
 import json
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -52,9 +51,7 @@ def logged(out: Path, name: str = "loss") -> dict[int, float]:
 
 
 @pytest.mark.parametrize("kind", ["none", "reverse_calm", "kl", "reverse_kl", "calm"])
-def test_every_objective_trains_a_student_that_transformers_loads(
-    caches: dict[str, Path], tmp_path: Path, kind: str
-) -> None:
+def test_every_objective_learns(caches: dict[str, Path], tmp_path: Path, kind: str) -> None:
     teacher = "tiny-cross" if kind in ("none", "reverse_calm") else "tiny-shared"
     tidal = {"kl": {"tidal": {}}, "calm": {"tidal": {"axis": "training_only"}}}.get(kind, {})
     run = config(caches[teacher], tmp_path, distillation={"type": kind, **tidal})
@@ -196,14 +193,10 @@ def test_objectives_that_the_cache_cannot_serve_are_refused(caches: dict[str, Pa
 
 
 def test_what_does_not_fit_is_refused_at_once(caches: dict[str, Path], tmp_path: Path) -> None:
-    other = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "c"))
-    shutil.rmtree(other / "student_tokenizer")
-    shutil.copytree(caches["tiny-shared"] / "student_tokenizer", other / "student_tokenizer")
-    cross, gpu_only = caches["tiny-cross"], {"optimizer": "adamw_8bit"}
-    for named, cache, changes in (
-        ("tokenizer", other, {}), ("wandb", cross, {"report_to": ["wandb"]}),
-        ("adamw_8bit", cross, gpu_only), ("draws_per_step", cross, {"draws_per_step": 4}),
+    for named, changes in (
+        ("wandb", {"report_to": ["wandb"]}), ("adamw_8bit", {"optimizer": "adamw_8bit"}),
+        ("draws_per_step", {"draws_per_step": 4}),
     ):  # fmt: skip
         with pytest.raises(TideError, match=named):
-            make_trainer(config(cache, tmp_path / "r", **changes))
+            make_trainer(config(caches["tiny-cross"], tmp_path / "r", **changes))
     assert not (tmp_path / "r").exists()

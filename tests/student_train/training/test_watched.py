@@ -146,9 +146,7 @@ def test_every_damage_to_a_checkpoint_is_seen(finished: Path, tmp_path: Path) ->
     assert [c.step for c in whole_checkpoints(last.parent)] == [8, 12]
 
 
-def test_training_goes_on_from_the_checkpoint_before_a_damaged_one_and_loses_nothing(
-    finished: Path, caches: dict[str, Path], tmp_path: Path
-) -> None:
+def test_damage_is_put_aside(finished: Path, caches: dict[str, Path], tmp_path: Path) -> None:
     """The clock stepped back: by the dates of the older ones, the newest would be first to go."""
     run = tmp_path / "run"
     last = copy(finished, run)

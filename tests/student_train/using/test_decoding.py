@@ -147,9 +147,7 @@ def test_a_threshold_settles_at_least_one_a_step_and_saves_passes(model: Any) ->
 
 
 @settings(max_examples=40)
-@given(
-    st.integers(0, 2**20), st.none() | st.integers(1, 60), st.floats(0.01, 1.0), st.floats(0.3, 3)
-)
+@given(st.integers(0, 2**20), st.none() | st.integers(1, 60), st.floats(0.01, 1), st.floats(0.3, 3))
 def test_what_is_sampled_lies_in_top_k_and_top_p(
     model: Any, seed: int, top_k: int | None, top_p: float, warmth: float
 ) -> None:
@@ -207,9 +205,7 @@ def advance(decoding: Decoding) -> None:
 
 @settings(max_examples=40)
 @given(arrivals=st.lists(REQUESTS, min_size=1, max_size=4), guidance=st.sampled_from([0.0, 0.8]))
-def test_a_row_that_joins_gives_what_it_gives_alone(
-    exact: Any, arrivals: list[Any], guidance: float
-) -> None:
+def test_a_row_that_joins_is_as_alone(exact: Any, arrivals: list[Any], guidance: float) -> None:
     """Every block some come, with settings and lengths of their own; those that are done leave."""
     decoding = Decoding(exact, ENDLESS, BLOCK, guidance)
     every: list[Row] = []
