@@ -94,8 +94,9 @@ def real_config(folder: Path, *changes: str, student: Path | None = None) -> Cac
 
 
 def test_a_real_model_through_both_stages(tmp_path: Path) -> None:
-    signals, cache = 'targets.signals=["topk","chunks"]', tmp_path / "cache"
-    assert build_cache(real_config(tmp_path, "targets.k=64", signals)).rows >= 30
+    changes = ["targets.k=64", "targets.pilot=1500", 'targets.signals=["topk","chunks"]']
+    cache = tmp_path / "cache"
+    assert build_cache(real_config(tmp_path, *changes)).rows >= 30
     # `<|mask|>` is added at the end of Qwen's vocabulary.
     assert load_manifest(cache).fingerprint.student.mask_id == 151_646
     likelihoods = np.concatenate([row.chunk_logp for row in all_rows(cache)])  # type: ignore
