@@ -3,9 +3,10 @@
 The masked units are split into A and B. Pass 1 masks B, reveals A and reads B; pass 2 the reverse.
 So the teacher answers with half of the answer at hand, while the student sees all of it masked.
 Without CompDemo there is one pass, with everything masked. Of the logits at a row that is read, the
-gold token, the top-k and the mass of the tail are kept.
+gold token and the top-k are kept; of what is outside, a few coefficients and its mass.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from shared.aligned.examples import Prepared
-from shared.cache.levels import EMPTY, LARGEST_ODDS
+from shared.cache.levels import EMPTY, LARGEST_CODE, LARGEST_LEVEL
+from shared.cache.row import Tables
+from shared.cache.tail import LinearTail
 from shared.diffusion import Draw, chunk_draw, token_draw
 from shared.settings.config import NoiseConfig
 from shared.system.files import TideError
@@ -90,129 +93,114 @@ def passes(
     return result
 
 
-@dataclass(frozen=True)
-class Scores:
-    """The teacher at the read positions of one request, float32 (see `CacheRow`).
-
-    All but the first two are None where no top-k is asked for, `class_mass` also where the tail has
-    no classes.
-    """
-
-    gold_logp: Float[np.ndarray, " read"]
-    logsumexp: Float[np.ndarray, " read"]
-    topk_sizes: Int[np.ndarray, " read"] | None = None
-    topk_ids: Int[np.ndarray, "read k"] | None = None
-    topk_logp: Float[np.ndarray, "read k"] | None = None
-    tail_odds: Float[np.ndarray, "read temperatures"] | None = None
-    class_mass: Float[np.ndarray, "read temperatures classes"] | None = None
+Scores = dict[str, np.ndarray]
+"""What is kept at the read positions of one request, float32: `gold_logp`, `logsumexp` and, where a
+top-k is asked for, `topk_sizes`, `topk_ids`, `topk_logp` (of k entries each), and, where there are
+tables, `tail_code`, `tail_level`. They are the fields of `CacheRow`."""
 
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """Which numbers to take: `k` 0: no top-k is cached; `classes` 1: its tail is kept whole."""
+    """Which numbers to take: `k` 0: no top-k is cached; `rank` 0: there are no tables yet."""
 
     k: int
     mass: float
     temperatures: tuple[float, ...]
-    classes: int = 1
+    rank: int = 0
+
+
+class TailEncoder:
+    """The tables at work: coefficients of hidden states, and levels of what is outside a top-k."""
+
+    def __init__(self, tables: Tables, temperatures: tuple[float, ...]) -> None:
+        self.tail, self.step = LinearTail.of(tables, temperatures), tables.step
+        self.encoder, self.center = map(torch.tensor, (tables.encoder, tables.center))
+
+    def code(self, hidden: Float[Tensor, "read width"]) -> Float[Tensor, "read rank"]:
+        """Coefficients as they are kept: whole numbers of steps, or exact ones where step is 0."""
+        device = hidden.device
+        self.tail = self.tail.to(device)
+        self.encoder, self.center = self.encoder.to(device), self.center.to(device)
+        code = (hidden.float() - self.center) @ self.encoder.T
+        if not self.step:
+            return code
+        return (code / self.step).round().clamp(-LARGEST_CODE, LARGEST_CODE)
+
+    def levels(
+        self,
+        code: Float[Tensor, "read rank"],
+        listed: Int[Tensor, "read k"],
+        tails: Float[Tensor, "read temperatures"],
+    ) -> Float[Tensor, "read temperatures"]:
+        """`LinearTail.levels` of coefficients as they are kept."""
+        found = self.tail.levels(code * (self.step or 1.0), listed, tails)
+        return found.clamp(-LARGEST_LEVEL, LARGEST_LEVEL)
 
 
 def extract(
     logits: Float[Tensor, "read vocab"],
+    hidden: Float[Tensor, "read width"],
     gold: Int[Tensor, " read"],
     spec: TargetSpec,
     excluded: Int[Tensor, " excluded"] | None = None,
-    members: Float[Tensor, "vocab classes"] | None = None,
+    encoder: TailEncoder | None = None,
 ) -> dict[str, Tensor]:
-    """The fields of `Scores` that `spec` asks for, on the logits' device; float32 before any exp.
+    """The `Scores` that `spec` asks for, on the logits' device; float32 before any exp.
 
     Ids in `excluded` (those that mean something else to the student) have no part in anything but
-    `gold_logp`. `members`: 1 where a token belongs to a class.
+    `gold_logp`. `hidden`: the states of which the head made the logits.
     """
     # 1. The gold token's log-likelihood, over all logits.
     logits = logits.float()
     gold_logp = logits.gather(1, gold[:, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
 
     # 2. The top-k of the ids that are shared.
-    logits = _shared_alone(logits, excluded)
+    if excluded is not None and excluded.numel():
+        logits = logits.index_fill(1, excluded, EMPTY)
     logsumexp = torch.logsumexp(logits, dim=1)
     fields = {"gold_logp": gold_logp, "logsumexp": logsumexp}
     if not spec.k:
         return fields
-    values, ids, sizes = _topk(logits, spec)
-    topk_logp = values - logsumexp[:, None]
-    fields |= {"topk_sizes": sizes.int(), "topk_ids": ids.int(), "topk_logp": topk_logp}
+    logp = logits - logsumexp[:, None]
+    values, ids, sizes = topk_of(logp, spec)
+    fields |= {"topk_sizes": sizes.int(), "topk_ids": ids.int(), "topk_logp": values}
 
-    # 3. What is outside of it: at each temperature its odds, and the mass of each class. Masses are
-    #    summed by a product, which gives the same every time.
-    odds, masses = [], []
-    for temperature in spec.temperatures:
-        outside, inside = outside_mass(logits, ids, sizes, temperature)
-        odds.append(outside.sum(dim=1).log() - inside.log())
-        if members is not None:
-            masses.append(outside @ members)
-    fields["tail_odds"] = torch.stack(odds, dim=1).clamp(-LARGEST_ODDS, LARGEST_ODDS)
-    if members is not None:
-        fields["class_mass"] = torch.stack(masses, dim=1).log().clamp_min(EMPTY)
+    # 3. What is outside of it: the code, and at each temperature the level of Σ p^(1/T).
+    if encoder is not None:
+        listed, tails = outside_of(logp, ids, sizes, spec.temperatures)
+        fields["tail_code"] = encoder.code(hidden)
+        fields["tail_level"] = encoder.levels(fields["tail_code"], listed, tails)
     return fields
 
 
-def outside_sums(
-    logits: Float[Tensor, "read vocab"],
-    spec: TargetSpec,
-    excluded: Int[Tensor, " excluded"] | None = None,
-) -> Float[Tensor, "temperatures vocab"]:
-    """Sums over rows of each token's probability outside of the top-k that `extract` takes."""
-    logits = _shared_alone(logits.float(), excluded)
-    _, ids, sizes = _topk(logits, spec)
-    sums = [outside_mass(logits, ids, sizes, t)[0].sum(dim=0) for t in spec.temperatures]
-    return torch.stack(sums)
-
-
-def _shared_alone(logits: Tensor, excluded: Tensor | None) -> Tensor:
-    if excluded is None or not excluded.numel():
-        return logits
-    return logits.index_fill(1, excluded, -torch.inf)
-
-
-def _topk(
-    logits: Float[Tensor, "read vocab"], spec: TargetSpec
+def topk_of(
+    logp: Float[Tensor, "read vocab"], spec: TargetSpec
 ) -> tuple[Float[Tensor, "read k"], Int[Tensor, "read k"], Int[Tensor, " read"]]:
     """Values and ids of the k largest, and how many of them are kept.
 
     Those are the shortest prefix whose mass at the largest temperature reaches `spec.mass`.
     """
-    values, ids = torch.topk(logits, spec.k, dim=1)
+    values, ids = torch.topk(logp, spec.k, dim=1)
     if spec.mass == 1.0:
         return values, ids, torch.full((len(values),), spec.k, device=values.device)
     hottest = spec.temperatures[-1]
-    logp = values / hottest - torch.logsumexp(logits / hottest, dim=1, keepdim=True)
-    short = (logp.exp().cumsum(dim=1) < spec.mass).sum(dim=1)
+    hot = values / hottest - torch.logsumexp(logp / hottest, dim=1, keepdim=True)
+    short = (hot.exp().cumsum(dim=1) < spec.mass).sum(dim=1)
     return values, ids, (short + 1).clamp_max(spec.k)
 
 
-def outside_mass(
-    logits: Float[Tensor, "read vocab"],
+def outside_of(
+    logp: Float[Tensor, "read vocab"],
     ids: Int[Tensor, "read k"],
     sizes: Int[Tensor, " read"],
-    temperature: float,
-) -> tuple[Float[Tensor, "read vocab"], Float[Tensor, " read"]]:
-    """Probabilities at `temperature` with those of each row's kept ids set to 0, and their sum."""
-    p = torch.softmax(logits / temperature, dim=1)
+    temperatures: Sequence[float],
+) -> tuple[Int[Tensor, "read k"], Float[Tensor, "read temperatures"]]:
+    """The ids that are kept, where `logp` is EMPTY from now on, and log Σ p^(1/T) of all others."""
+    # An id beyond the kept ones is outside: the row's first, always kept, stands in its place.
     kept = torch.arange(ids.shape[1], device=ids.device) < sizes[:, None]
-    inside = (p.gather(1, ids) * kept).sum(dim=1)
-    # An id beyond the kept ones keeps its probability: the row's first, always kept, stands for it.
-    return p.scatter(1, torch.where(kept, ids, ids[:, :1]), 0.0), inside
-
-
-def member_matrix(
-    class_of: Int[np.ndarray, " vocab"], classes: int
-) -> Float[Tensor, "vocab classes"]:
-    """1 where a token belongs to a class; rows of ids that are in none (−1) are 0."""
-    members = torch.zeros(class_of.size, classes)
-    tokens = np.flatnonzero(class_of >= 0)
-    members[torch.from_numpy(tokens), torch.from_numpy(class_of[tokens].astype(np.int64))] = 1.0
-    return members
+    listed = torch.where(kept, ids, ids[:, :1])
+    logp.scatter_(1, listed, EMPTY)
+    return listed, torch.stack([torch.logsumexp(logp / t, dim=1) for t in temperatures], dim=1)
 
 
 def excluded_ids(shared: Bool[np.ndarray, " ids"], vocabulary: int) -> Int[np.ndarray, " excluded"]:
@@ -224,10 +212,9 @@ def excluded_ids(shared: Bool[np.ndarray, " ids"], vocabulary: int) -> Int[np.nd
 
 def refuse_nonfinite(scores: Scores, example_id: str) -> None:
     """Raise TideError where the teacher returned NaN or infinity for an example."""
-    finite = np.isfinite(scores.gold_logp) & np.isfinite(scores.logsumexp)
-    for values in (scores.topk_logp, scores.tail_odds, scores.class_mass):
-        if values is not None:
-            finite &= np.isfinite(values).reshape(len(finite), -1).all(axis=1)
+    finite = np.ones(len(scores["gold_logp"]), bool)
+    for values in scores.values():
+        finite &= np.isfinite(values).reshape(len(finite), -1).all(axis=1)
     if not finite.all():
         raise TideError(
             f"the teacher returned {int((~finite).sum())} non-finite rows of {finite.size} "

@@ -68,15 +68,14 @@ def prune(
     folder: Cache,
     out: Out,
     k: Annotated[int | None, Option(help="Logits a position, at most.")] = None,
-    classes: Annotated[int | None, Option(help="Classes of the tail.")] = None,
+    rank: Annotated[int | None, Option(help="Coefficients of the tail, at most.")] = None,
     draws: Annotated[int | None, Option(help="Draws of every example.")] = None,
 ) -> None:
     """A smaller cache from a larger; no teacher is loaded."""
     from teacher_cache.maintenance.derive import prune_cache
 
-    made = prune_cache(folder, out, k, draws, classes)
-    sizes = f"k {made.fingerprint.targets.k}, {made.fingerprint.targets.classes} classes"
-    say(f"{out}: {made.draws} draws of {made.examples:,} examples, {sizes}")
+    made = prune_cache(folder, out, k, draws, rank)
+    say(f"{out}: {made.draws} draws of {made.examples:,} examples, k {made.fingerprint.targets.k}")
 
 
 @command(CACHES)

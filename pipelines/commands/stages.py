@@ -157,24 +157,24 @@ def throughput(
 def fidelity(
     configure: Configure,
     student: Annotated[str | None, Option(help="A checkpoint; default: random weights.")] = None,
-    k: Annotated[list[int] | None, Option(min=1, help="Default 16, 32, 64.")] = None,
-    classes: Annotated[list[int] | None, Option(min=1, help="Default 1 and 64.")] = None,
-    tail: Annotated[list[str] | None, Option(help="student or prior; default both.")] = None,
+    k: Annotated[list[int] | None, Option(min=1, help="Default 8.")] = None,
+    rank: Annotated[list[int] | None, Option(min=1, help="Default 32, 64, 96.")] = None,
+    step: Annotated[list[float] | None, Option(help="Default 0.04.")] = None,
     temperature: Annotated[list[float] | None, Option(help="Default 1 and 2.")] = None,
     objective: Annotated[list[str] | None, Option(help="kl or tidal; default tidal.")] = None,
-    examples: Annotated[int, Option(min=1, help="Half of them give the priors.")] = 32,
+    examples: Annotated[int, Option(min=1, help="Half of them give the tables.")] = 32,
 ) -> None:
-    """The angle between a cache's gradient and that of full logits, by k, classes, tail and T.
-    Lists are repeated options.
-    """
+    """How far a cache is from full logits, by k, rank, step and T. Lists are repeated options."""
     for value in temperature or ():
         require_positive(temperature=value)
-    if wrong := {*(tail or ()), *(objective or ())} - {"student", "prior", "kl", "tidal"}:
-        raise TideError(f"--tail or --objective is {wrong.pop()!r}", expected="see --help")
+    for value in step or ():
+        require_positive(step=value)
+    if wrong := set(objective or ()) - {"kl", "tidal"}:
+        raise TideError(f"--objective is {wrong.pop()!r}", expected="kl or tidal")
     settings = configure(out=Path("caches/fidelity"), default="tiny-shared")
     from pipelines.plan.fidelity import Grid, measure_fidelity, table
 
-    lists = {"ks": k, "classes": classes, "tails": tail, "temperatures": temperature,
+    lists = {"ks": k, "ranks": rank, "steps": step, "temperatures": temperature,
              "objectives": objective}  # fmt: skip
     grid = Grid(**{name: values for name, values in lists.items() if values})
     points = measure_fidelity(settings, StudentConfig(checkpoint=student), grid, examples)

@@ -11,7 +11,7 @@ import numpy as np
 
 from shared.cache.levels import to_table
 from shared.cache.manifest import CachedData, CachedStudent, CachedTeacher, Fingerprint
-from shared.cache.row import CacheRow, Layout, Vocabulary
+from shared.cache.row import CacheRow, Layout, Tables
 from shared.cache.shards import Unit, table_bytes
 from shared.settings.config import CacheConfig, TargetConfig
 from teacher_cache.engines.packs import pack_requests
@@ -21,6 +21,7 @@ from teacher_cache.teachers.registry import BlockCausal, Full, TeacherEntry
 
 _SAMPLE = 256  # examples
 _WEIGHED = 64  # rows
+_RANK = 128  # taken for an automatic one
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,22 @@ def bytes_per_draw(load: Workload, config: CacheConfig, vocabulary: int, own_tok
     return len(table_bytes(to_table(rows, layout), layout, {})) / len(rows)
 
 
-def even_layout(targets: TargetConfig, vocabulary: int) -> Layout:
-    """A layout before there is a pilot sample: equal classes, every id as likely as another."""
+def even_layout(targets: TargetConfig, vocabulary: int, width: int = 1) -> Layout:
+    """A layout before there is a pilot sample: every id as likely as another."""
     tables, temperatures = None, targets.stored_temperatures
     if "topk" in targets.signals:
-        class_of = (np.arange(vocabulary) % targets.classes).astype(np.int32)
-        prior = np.full((len(temperatures), vocabulary), 1 / vocabulary, np.float32)
-        tables = Vocabulary(class_of, np.arange(vocabulary, dtype=np.int32), prior)
+        rank, random = targets.rank or _RANK, np.random.default_rng(0)
+        tables = Tables(
+            rank_of=np.arange(vocabulary, dtype=np.int32),
+            shared=np.ones(vocabulary, bool),
+            mean=random.normal(0, 2, vocabulary).astype(np.float32),
+            calibration=np.zeros((len(temperatures), vocabulary), np.float32),
+            directions=random.integers(-127, 128, (vocabulary, rank), np.int8),
+            scales=np.full(rank, 0.01, np.float32),
+            encoder=np.zeros((rank, width), np.float32),
+            center=np.zeros(width, np.float32),
+            step=targets.step if targets.values == "levels" else 0.0,
+        )
     return Layout(temperatures, targets.values, tables)
 
 
@@ -146,7 +156,8 @@ def random_rows(
     """Rows of this size with random values such as a cache holds."""
     targets, n = config.targets, max(1, round(load.masked))
     length, chunks = max(1, n, round(load.student_tokens)), max(1, round(load.chunks))
-    k, temperatures = targets.k, len(targets.stored_temperatures)
+    k, rank = targets.k, targets.rank or _RANK
+    spread = 20 / np.sqrt(np.arange(1, rank + 1))  # steps; the first coefficients vary most
     rows = []
     for i in range(count):
         random = np.random.default_rng(i)
@@ -165,12 +176,11 @@ def random_rows(
             logits = -np.sort(-random.normal(0, 2, (n, k)).astype(np.float32), axis=1)
             logp = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)) - 0.2
             frequent = np.exp(random.uniform(0, np.log(vocabulary), n * k)) - 1  # have small ids
-            shares = random.dirichlet(np.full(targets.classes, 0.3), (n, temperatures))
             values["topk_sizes"] = np.full(n, k, np.int32)
             values["topk_ids"], values["topk_logp"] = frequent.astype(np.int32), logp.reshape(-1)
-            values["tail_odds"] = random.normal(0, 1, (n, temperatures)).astype(np.float32)
-            if targets.classes > 1:
-                values["class_mass"] = np.log(0.3 * shares + 1e-12).astype(np.float32)
+            values["tail_code"] = random.normal(0, spread, (n, rank)).round().clip(-127, 127)
+            level = random.normal(0, 1, (n, len(targets.stored_temperatures)))
+            values["tail_level"] = level.astype(np.float32)
         if "chunks" in targets.signals:
             starts = np.sort(random.choice(length, chunks, replace=chunks > length))
             spans = np.stack([starts, starts + 1], axis=1).astype(np.int32)

@@ -1,9 +1,10 @@
-"""`tide fidelity`: what a cache loses, as the angle between its gradient and that of full logits.
+"""`tide fidelity`: what a cache loses, beside the full logits of the same teacher.
 
-Nothing is trained. A sample is scored by the teacher with full logits. For every point of a grid it
-is written as a cache of these settings would be and read back, and the gradient of the objective is
-set beside the one with all of the vocabulary. The priors come from one half of the examples, the
-angles from the other.
+Nothing is trained. Of a sample the teacher's hidden states are taken; for every point of a grid it
+is written as a cache of these settings would be and read back. Its distance from the teacher is set
+beside the student's, which foretells the share of distillation's gain that is lost, and the
+gradient of the objective beside the one with all of the vocabulary. The tables come from one half
+of the examples, the numbers from the other.
 """
 
 import itertools
@@ -16,35 +17,36 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from shared.cache.levels import LARGEST_ODDS, from_table, to_table
+from shared.cache.levels import EMPTY, LARGEST_LEVEL, from_table, to_table
 from shared.cache.manifest import Manifest
-from shared.cache.row import CacheRow, Vocabulary
+from shared.cache.row import CacheRow
 from shared.cache.shards import Unit, column_bytes, table_bytes
+from shared.cache.tail import LinearTail
 from shared.models.checkpoint import open_checkpoint, resolve
+from shared.models.loading import head_rows
 from shared.settings.config import KL, CacheConfig, StudentConfig, Tidal
 from shared.system.files import TideError
 from student_train.batches.collate import TargetReader, collate
+from student_train.losses.divergence import token_divergence
 from student_train.losses.objective import objective
-from student_train.losses.targets import Classes, Targets, TopKTargets, rows_of
+from student_train.losses.targets import Targets, TopKTargets, rows_of, teacher_log_weights
 from student_train.model import batch_hidden, student_for
-from teacher_cache.method import Scores, extract, member_matrix, outside_sums
+from teacher_cache.method import TailEncoder, extract
 from teacher_cache.run.open import Run, open_or_begin
-from teacher_cache.run.tables import classes_for
+from teacher_cache.run.tables import Sample, allowed_ids, fit_tables
 from teacher_cache.run.work import UnitWork, finish_unit, load_engine, prepare_unit
 
 PROGRESS = 0.5  # halfway through training, where TIDAL mixes
-TARGET_COLUMNS = ("topk_sizes", "topk_ranks", "topk_logp", "tail_odds", "class_mass")
 ROWS = 128  # whose gradients on the logits exist at a time
-Logits = list[tuple[Tensor, Tensor]]  # of each request: [read, vocab], and gold ids [read]
 
 
 @dataclass(frozen=True)
 class Grid:
     """What is varied."""
 
-    ks: Sequence[int] = (16, 32, 64)
-    classes: Sequence[int] = (1, 64)
-    tails: Sequence[str] = ("student", "prior")
+    ks: Sequence[int] = (8,)
+    ranks: Sequence[int] = (32, 64, 96)
+    steps: Sequence[float] = (0.04,)
     temperatures: Sequence[float] = (1.0, 2.0)
     objectives: Sequence[str] = ("tidal",)
 
@@ -54,12 +56,13 @@ class Fidelity:
     """One point of the grid."""
 
     k: int
-    classes: int
-    tail: str
+    rank: int
+    step: float
     objective: str
     temperature: float
-    size: float  # bytes a position on disk
-    mass: float  # the teacher's probability in the top-k
+    size: float  # bytes a position on disk, of all columns
+    apart: float  # KL(teacher ‖ cache), nats
+    share: float  # of KL(teacher ‖ student)
     logits: float  # cosines of the cached and the full gradient: on the logits,
     hidden: float  # on the hidden states,
     head: float  # and on the LM head
@@ -70,7 +73,7 @@ def measure_fidelity(
     config: CacheConfig, student: StudentConfig, grid: Grid, examples: int
 ) -> list[Fidelity]:
     """The grid. TideError where teacher and student share no tokenizer."""
-    # 1. Two halves of a sample under its first draw: the priors' and the angles'.
+    # 1. Two halves of a sample under its first draw: the tables' and the numbers'.
     temperatures = tuple(sorted({1.0, *grid.temperatures}))
     run = open_or_begin(with_targets(config, signals=("topk",), temperatures=temperatures))
     if run.shared is None:
@@ -79,9 +82,6 @@ def measure_fidelity(
             expected="a teacher that shares the student's tokenizer",
             fix="use such a teacher, as tiny-shared; chunk likelihoods are cached whole",
         )
-    if run.config.engine.type != "transformers":
-        what = "full logits come from the transformers engine alone"
-        raise TideError(what, fix="use --set engine.type=transformers")
     if max(grid.ks) > (most := run.checkpoint.embedding_rows):
         raise TideError(f"k is {max(grid.ks)}", expected=f"1 to {most}, all of the vocabulary")
     chosen = run.data.between(0, min(examples, run.data.examples))
@@ -89,40 +89,34 @@ def measure_fidelity(
     if not (fit.requests and work.requests):
         raise TideError("no example of the data has a masked token", fix="take more examples")
 
-    # 2. The teacher's full logits of both; the student, and the classes that it may have.
-    engine: Any = load_engine(run)
-    fit_logits, logits = engine.logits(fit.requests), engine.logits(work.requests)
+    # 2. The teacher's states of both, its head; the student.
+    engine = load_engine(run)
+    states, hidden = (engine.hidden_states(each.requests) for each in (fit, work))
+    head, allowed = head_rows(run.checkpoint, run.entry.architecture), allowed_ids(run)
     checkpoint = open_checkpoint(resolve(student.checkpoint)) if student.checkpoint else None
     model = student_for(student, checkpoint, run.student, run.manifest)
-    class_maps = {}
-    for classes in {1, *grid.classes}:
-        own = with_targets(run.config, classes=classes)
-        class_maps[classes], _ = classes_for(replace(run, config=own))
-    whole = full_targets(work, logits, class_maps[1], temperatures)
-    states = None
+    whole = full_targets(work, hidden @ head.T, allowed, temperatures, model.config.vocab_size)
+    learner = None
 
     # 3. Every cache of the grid, written and read, and every way to learn from it.
     points = []
-    pairs = list(itertools.product(grid.ks, grid.classes))
-    for k, classes in tqdm(pairs, unit="cache", desc="fidelity"):
-        own = replace(run, config=with_targets(run.config, k=k, classes=classes, mass=1.0))
-        own, rows = cached_rows(own, class_maps[classes], fit_logits, work, logits)
-        layout = own.layout
-        columns = to_table(rows, layout)
-        sizes = column_bytes(table_bytes(columns, layout, {}))
-        positions = max(1, sum(row.masked.size for row in rows))
-        size = sum(sizes[name] for name in TARGET_COLUMNS) / positions
-        rows = from_table(columns, layout)
-        states = states or student_states(model, rows, run.manifest)
-        read = TargetReader(run.manifest, layout)(collate(rows, run.manifest))
-        assert read.topk is not None
-        ways = itertools.product(grid.tails, grid.objectives, grid.temperatures)
-        for tail, kind, temperature in ways:
+    caches = list(itertools.product(grid.ks, grid.ranks, grid.steps))
+    for k, rank, step in tqdm(caches, unit="cache", desc="fidelity"):
+        own = replace(run, config=with_targets(run.config, k=k, rank=rank, step=step, mass=1.0))
+        tables = fit_tables(Sample(states, head, allowed, own.target_spec()), rank, step)
+        own = replace(own, tables=tables)
+        rows = cached_rows(own, work, hidden, head)
+        columns = to_table(rows, own.layout)
+        sizes = column_bytes(table_bytes(columns, own.layout, {}))
+        size = sizes.total() / max(1, sum(row.masked.size for row in rows))
+        rows = from_table(columns, own.layout)
+        learner = learner or student_states(model, rows, run.manifest)
+        read = TargetReader(own.layout, model.config.vocab_size)(collate(rows, run.manifest))
+        ways = itertools.product(grid.objectives, grid.temperatures)
+        for kind, temperature in ways:
             settings = KL(temperature=temperature, tidal=Tidal() if kind == "tidal" else None)
-            topk = replace(read.topk, student_shaped=tail == "student")
-            mass = float(torch.sigmoid(-topk.odds[temperature]).mean())
-            angles = compare(*states, replace(read, topk=topk), whole, settings)
-            points.append(Fidelity(k, classes, tail, kind, temperature, size, mass, *angles))
+            numbers = compare(*learner, read, whole, settings)
+            points.append(Fidelity(k, rank, step, kind, temperature, size, *numbers))
     return points
 
 
@@ -131,34 +125,21 @@ def with_targets(config: CacheConfig, **changes: Any) -> CacheConfig:
     return replace(config, targets=replace(config.targets, **changes))
 
 
-def cached_rows(
-    run: Run, class_of: np.ndarray, fit_logits: Logits, work: UnitWork, logits: Logits
-) -> tuple[Run, list[CacheRow]]:
-    """The rows of a cache with the run's k and these classes, and the run with its tables."""
-    excluded = torch.from_numpy(np.flatnonzero(class_of < 0))
-
-    # 1. Priors and ranks, from the half that is not looked at.
-    spec = run.target_spec()
-    outside, ids, positions = np.zeros((len(spec.temperatures), class_of.size)), [], 0
-    for part, gold in fit_logits:
-        ids.append(extract(part, gold, spec, excluded)["topk_ids"].numpy().reshape(-1))
-        outside += outside_sums(part, spec, excluded).double().numpy()
-        positions += len(gold)
-    vocabulary = Vocabulary.of(class_of, outside, positions, np.concatenate(ids))
-    run = replace(run, vocabulary=vocabulary)
-
-    # 2. Scores of the other half, as an engine gives them; then rows.
-    spec = run.target_spec()
-    members = member_matrix(class_of, spec.classes) if spec.classes > 1 else None
-    scores = []
-    for part, gold in logits:
-        fields = extract(part, gold, spec, excluded, members)
-        scores.append(Scores(**{name: cells.numpy() for name, cells in fields.items()}))
-    return run, finish_unit(run, work, scores)[0]
+def cached_rows(run: Run, work: UnitWork, hidden: Tensor, head: Tensor) -> list[CacheRow]:
+    """The rows of a cache of the run's tables, from the teacher's states, request by request."""
+    assert run.tables is not None
+    spec, excluded = run.target_spec(), torch.from_numpy(np.flatnonzero(~run.tables.shared))
+    encoder, scores = TailEncoder(run.tables, spec.temperatures), []
+    parts = hidden.split([len(request.read) for request in work.requests])
+    for request, states in zip(work.requests, parts, strict=True):
+        gold = torch.from_numpy(request.gold.astype(np.int64))
+        fields = extract(states @ head.T, states, gold, spec, excluded, encoder)
+        scores.append({name: cells.numpy() for name, cells in fields.items()})
+    return finish_unit(run, work, scores)[0]
 
 
 def full_targets(
-    work: UnitWork, logits: Logits, class_of: np.ndarray, temperatures: Sequence[float]
+    work: UnitWork, logits: Tensor, allowed: np.ndarray, temperatures: Sequence[float], width: int
 ) -> TopKTargets:
     """The teacher's full logits as targets: all shared ids are in the list, nothing is outside."""
     # 1. From the order of the requests to that of the rows' positions.
@@ -166,31 +147,39 @@ def full_targets(
     for item in work.items:
         places += [start + rows for rows in item.rows]
         start += item.view.positions.size
-    ordered = torch.cat([part for part, _ in logits])[np.argsort(np.concatenate(places))]
+    ordered = logits[np.argsort(np.concatenate(places))]
 
     # 2. All shared ids of every row [positions, shared].
-    ids = torch.from_numpy(np.flatnonzero(class_of >= 0)).expand(start, -1)
-    logp = torch.log_softmax(ordered.gather(1, ids), dim=1)
-    empty = torch.full((start,), -LARGEST_ODDS)
+    shared = np.flatnonzero(allowed)
+    ids = torch.from_numpy(shared).expand(start, -1)
+    unshared = torch.ones(width, dtype=torch.bool)
+    unshared[shared] = False
+    empty = torch.full((width,), EMPTY)
+    tail = LinearTail(torch.zeros(width, 0), dict.fromkeys(temperatures, empty), unshared)
+    level = dict.fromkeys(temperatures, torch.full((start,), -LARGEST_LEVEL))
     kept = torch.ones((), dtype=torch.bool).expand_as(ids)
-    classes = Classes(torch.from_numpy(class_of).long(), 1, {})
-    return TopKTargets(ids, logp, kept, dict.fromkeys(temperatures, empty), classes)
+    logp = torch.log_softmax(ordered.gather(1, ids), dim=1)
+    return TopKTargets(ids, logp, kept, torch.zeros(start, 0), level, tail)
 
 
 @torch.no_grad()
 def student_states(model: Any, rows: list[CacheRow], manifest: Manifest) -> tuple[Tensor, Tensor]:
-    """The student's hidden states at masked positions [n, width], and its head [vocab, width]."""
-    block = manifest.fingerprint.lengths.block
-    parts = [batch_hidden(model, collate([row], manifest), block) for row in rows]
+    """The student's states where the teacher was read [n, width], and its head [vocab, width]."""
+    block, parts = manifest.fingerprint.lengths.block, []
+    for row in rows:  # what was not read comes last
+        parts.append(batch_hidden(model, collate([row], manifest), block)[: row.asked.size])
     return torch.cat(parts).float(), model.lm_head.weight.detach().float()
 
 
 def compare(
     hidden: Tensor, head: Tensor, cached: Targets, whole: TopKTargets, settings: KL
-) -> tuple[float, float, float, float]:
-    """Cosines of the gradients on logits, hidden states and head; ratio of norms on the second."""
+) -> list[float]:
+    """KL of the cache from the teacher in nats, and as a share of the student's; cosines of the
+    gradients on logits, hidden states and head; ratio of norms on the second.
+    """
     heads = [torch.zeros_like(head) for _ in range(2)]
     products = torch.zeros(2, 3, dtype=torch.float64)  # [logits, hidden], [a·b, a·a, b·b]
+    apart, lacking, temperature = 0.0, 0.0, settings.temperature  # KL of the cache, of the student
     for start in range(0, len(hidden), ROWS):
         part = slice(start, min(len(hidden), start + ROWS))
         gradients = []
@@ -202,12 +191,19 @@ def compare(
             (gradient,) = torch.autograd.grad(loss, logits)
             heads[i] += gradient.T @ hidden[part]
             gradients.append((gradient, gradient @ head))
+        assert cached.topk is not None
+        own, logits = rows_of(whole, part), hidden[part] @ head.T
+        given = teacher_log_weights(rows_of(cached.topk, part), temperature) * temperature
+        for_cache, for_student = (
+            float(token_divergence(each, own, temperature, None, False).sum())
+            for each in (given, logits)
+        )
+        apart, lacking = apart + for_cache, lacking + for_student
         for j, (a, b) in enumerate(zip(*gradients, strict=True)):
             products[j] += dot_products(a, b)
-    on_logits, on_hidden, on_head = (
-        float(ab / (aa * bb).sqrt()) for ab, aa, bb in (*products, dot_products(*heads))
-    )
-    return on_logits, on_hidden, on_head, float((products[1, 1] / products[1, 2]).sqrt())
+    angles = [float(ab / (aa * bb).sqrt()) for ab, aa, bb in (*products, dot_products(*heads))]
+    norm = float((products[1, 1] / products[1, 2]).sqrt())
+    return [apart / len(hidden), apart / lacking, *angles, norm]
 
 
 def dot_products(a: Tensor, b: Tensor) -> Tensor:
@@ -219,15 +215,14 @@ def dot_products(a: Tensor, b: Tensor) -> Tensor:
 def table(points: Sequence[Fidelity]) -> list[str]:
     """The grid in lines of Markdown."""
     lines = [
-        "| objective | T | k | classes | tail | bytes a position | mass in top-k "
-        "| cosine: logits | hidden | head | norm |",
-        "|---|" + "---|" * 10,
+        "| objective | T | k | rank | step | bytes a position | KL(teacher ‖ cache) "
+        "| ÷ KL(teacher ‖ student) | cosine: logits | hidden | head | norm |",
+        "|---|" + "---|" * 11,
     ]
-    order = sorted(
-        points, key=lambda p: (p.objective, p.temperature, p.k, p.classes, p.tail == "prior")
-    )
+    order = sorted(points, key=lambda p: (p.objective, p.temperature, p.k, p.rank, -p.step))
     return lines + [
-        f"| {p.objective} | {p.temperature:g} | {p.k} | {p.classes} | {p.tail} | {p.size:.0f} "
-        f"| {p.mass:.3f} | {p.logits:.4f} | {p.hidden:.4f} | {p.head:.4f} | {p.norm:.3f} |"
+        f"| {p.objective} | {p.temperature:g} | {p.k} | {p.rank} | {p.step:g} | {p.size:.0f} "
+        f"| {p.apart:.4f} | {p.share:.4f} | {p.logits:.4f} | {p.hidden:.4f} | {p.head:.4f} "
+        f"| {p.norm:.3f} |"
         for p in order
     ]

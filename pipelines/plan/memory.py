@@ -135,8 +135,9 @@ def teacher_memory(
         vocabulary = model.config.vocab_size
         engine = new_engine(model, config, entry, k)
         model.set_attn_implementation(FAKE_ATTENTION)
-        if k and targets.classes > 1:
-            engine.use_classes((np.arange(vocabulary) % targets.classes).astype(np.int32))
+        tables = even_layout(targets, vocabulary, model.config.hidden_size).tables
+        if tables is not None:
+            engine.use_tables(tables)
 
         # 2. The passes of some examples under all draws: more than one batch of them.
         for _ in range(max(1, -(-2 * settings.tokens_per_batch // data.tokens))):
@@ -229,7 +230,7 @@ def student_step(
         architecture = str(raw["model_type"]).removeprefix("a2d-")
         model: Any = random_model(architecture, raw, torch.float32).train().requires_grad_(True)
         model.set_attn_implementation(FAKE_ATTENTION)
-        read = TargetReader(manifest, even_layout(cache.targets, vocabulary))
+        read = TargetReader(even_layout(cache.targets, vocabulary), vocabulary)
         train_on_loss(model, block, read, rows_per_slice=slice_rows(vocabulary, gpu_memory))
         if train.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

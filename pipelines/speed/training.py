@@ -8,7 +8,6 @@ import timeit
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import torch
 from rich.table import Table
@@ -18,7 +17,6 @@ from pipelines.recipes.read import cache_config, train_config
 from pipelines.speed import added_memory, in_process, side_by_side
 from shared.cache import ledger
 from shared.cache.manifest import Manifest
-from shared.cache.row import Pilot
 from shared.cache.shards import TABLES, Unit, read_shard, save_tables, write_shard
 from shared.settings.config import KL, CacheConfig, ReverseCalm, Tidal, TrainConfig
 from shared.settings.data import TargetConfig
@@ -65,7 +63,7 @@ def bench_stages(examples: int = 96) -> Table:
         opened = OpenCache(train)
         torch.manual_seed(0)
         model, _ = load_student(train.student, cache, opened.manifest)
-        read = TargetReader(opened.manifest, opened.layout)
+        read = TargetReader(opened.layout, model.config.vocab_size)
         train_on_loss(model, run.config.lengths.block, read)
         data = BatchDataset(opened, train)
 
@@ -166,12 +164,12 @@ def head_job(
 
 
 def made_up_targets(rows: int, vocabulary: int) -> Targets:
-    """Of random values: a top-k with classes, every token a chunk."""
-    config = CacheConfig(targets=TargetConfig(signals=("topk", "chunks"), k=32))
+    """Of random values: a top-k with its tail, every token a chunk."""
+    config = CacheConfig(targets=TargetConfig(signals=("topk", "chunks")))
     load = Workload(1, 1, rows, rows, rows, rows, "")
     manifest = Manifest(made_up_fingerprint(config, True, vocabulary, 0), 1, 1, 1)
     batch = collate(random_rows(load, config, vocabulary, 1), manifest)
-    return TargetReader(manifest, even_layout(config.targets, vocabulary))(batch)
+    return TargetReader(even_layout(config.targets, vocabulary), vocabulary)(batch)
 
 
 def bench_loader(sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)) -> Table:
@@ -179,7 +177,7 @@ def bench_loader(sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)) -> Table
     and what of it grows. A row a size.
     """
     targets = CONFIG.targets
-    kept = f"k {targets.k}, {targets.classes} classes, {VOCABULARY:,} tokens, {DRAWS} draws"
+    kept = f"k {targets.k}, {VOCABULARY:,} tokens, {DRAWS} draws"
     columns = ("rows", "shards", "start of training s", "of it ledger s", "memory of it MB",
                "first batch of epoch 9 s", "read positions/s", "to targets", "checked")  # fmt: skip
     table = Table(*columns, title=f"A made-up cache, {kept}; one thread")
@@ -195,14 +193,11 @@ def make_cache(cache: Path, rows: int) -> int:
     """Write a cache of full size but for its shards: one a draw is written, every part is a link to
     it. How many shards there are.
     """
-    layout, none = even_layout(CONFIG.targets, VOCABULARY), np.zeros(0, np.int32)
-    tables = layout.vocabulary
-    assert tables is not None
-    pilot = Pilot(none, none, none.astype(np.float32), np.zeros((0, 2), np.float32))
-    centroids = np.zeros((tables.classes, 1), np.float32)
-    save_tables(cache / TABLES, tables, pilot, centroids)
+    layout = even_layout(CONFIG.targets, VOCABULARY)
+    assert layout.tables is not None
+    save_tables(cache / TABLES, layout.tables)
     fingerprint = made_up_fingerprint(CONFIG, True, VOCABULARY, 0)
-    fingerprint = dataclasses.replace(fingerprint, tables=tables.digest)
+    fingerprint = dataclasses.replace(fingerprint, tables=layout.tables.digest)
     manifest = Manifest(fingerprint, DRAWS, -(-rows // SHARD), rows)
     manifest.save(cache)
     entries = {}
@@ -238,7 +233,7 @@ def measure_cache(cache: Path) -> list[str]:
 
     path, job = unit.path(cache), (unit, opened.ledger[unit])
     content, rows = path.read_bytes(), read_shard(path, layout)
-    read, part = TargetReader(manifest, layout), rows[:32]
+    read, part = TargetReader(layout, VOCABULARY), rows[:32]
     for count, work in (
         (SHARD, lambda: read_shard(path, layout, content)),
         (len(part), lambda: read(collate(part, manifest))),

@@ -9,25 +9,23 @@ teacher's probability of a token and KL the divergence of what is stored from th
 log p costs p·h²/24. So
 * a top-k probability is kept as round(N · p^a), a = 1/(2·T), for the hottest cached T: steps grow
   as p falls, and cost the same at every rank when the distribution is heated to T;
-* a class's mass M outside of the top-k as round(32 · √M), for each temperature: the same rule at
-  the temperature at which it is used. Classes that round to 0 are taken to be as the prior says,
-  and at most half a level;
-* the tail's mass as a whole as its log-odds, on a grid of 1/256 nat: exact from either side.
+* coefficients of the tail are measured in its Fisher metric, averaged over the cached T, and have
+  one step: an error h costs h²/2;
+* the tail's level, by which its mass is what it was, on a grid of 1/256 nat.
 """
 
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
-from jaxtyping import Float, Int, Integer, UInt8
+from jaxtyping import Float, Int, Integer
 
 from shared.cache.row import CacheRow, Layout
 
-# Levels a nat of the tail's log-odds, the gold token's log p, and logsumexp.
-ODDS_STEPS, GOLD_STEPS, LOGIT_STEPS = 256, 512, 32
-LARGEST_ODDS = 64.0  # nats: a tail of e⁻⁶⁴ is empty, and the same for a top-k
-CLASS_LEVELS = 32
+# Levels a nat of the tail's level, the gold token's log p, and logsumexp.
+TAIL_STEPS, GOLD_STEPS, LOGIT_STEPS = 256, 512, 32
+LARGEST_LEVEL = 120.0  # nats, of the tail's level, up or down: below it holds nothing
+LARGEST_CODE = 127  # steps of a coefficient, up or down
 EMPTY = -1e30
 """Log-mass of what holds nothing. Finite: 0 · (EMPTY − EMPTY) is 0 where 0 · (−∞ + ∞) is NaN."""
 
@@ -40,16 +38,16 @@ _COLUMNS = {
     "teacher_masked": (_INTS, None), "split": (pa.list_(pa.bool_()), None),
     "gold_logp": (_FLOATS, pa.list_(pa.int32())), "logsumexp": (_FLOATS, pa.list_(pa.int32())),
     "topk_sizes": (_INTS, None), "topk_ranks": (_INTS, None),
-    "topk_logp": (_FLOATS, pa.list_(pa.uint16())), "tail_odds": (_FLOATS, pa.list_(pa.int16())),
-    "class_mass": (_FLOATS, pa.list_(pa.uint8())),
+    "topk_logp": (_FLOATS, pa.list_(pa.uint16())), "tail_code": (_FLOATS, pa.list_(pa.binary(1))),
+    "tail_level": (_FLOATS, pa.list_(pa.int16())),
     "chunk_student": (_INTS, None), "chunk_teacher": (_INTS, None), "chunk_logp": (_FLOATS, None),
 }  # fmt: skip
-_OPTIONAL = ("read", "teacher", "topk", "tail", "class", "chunk")  # how their names begin
+_OPTIONAL = ("read", "teacher", "topk", "tail", "chunk")  # how their names begin
 # Quantities on a uniform grid: steps a nat, and the largest that is kept.
 _GRIDS = {
     "gold_logp": (-GOLD_STEPS, 1e6),
     "logsumexp": (LOGIT_STEPS, 1e6),
-    "tail_odds": (ODDS_STEPS, LARGEST_ODDS),
+    "tail_level": (TAIL_STEPS, LARGEST_LEVEL),
 }
 
 
@@ -67,6 +65,8 @@ def schema_for(layout: Layout) -> pa.Schema:
             continue
         column = column_name(name, layout)
         kind = exact if column == name else levels
+        if column == "tail_code_q" and layout.rank:  # a byte a coefficient
+            kind = pa.list_(pa.binary(layout.rank))
         fields.append(pa.field(column, kind, nullable=name.startswith(_OPTIONAL)))
     return pa.schema(fields)
 
@@ -87,35 +87,47 @@ def to_table(rows: list[CacheRow], layout: Layout) -> pa.Table:
         present = [v.reshape(-1) for v in values if v is not None]
         flat = np.concatenate(present) if present else np.zeros(0, np.int32)
         ends = np.cumsum([0, *(0 if v is None else v.size for v in values)])
+        content = None
         # 2. as they are stored
         rounded = field.name != name and len(present) > 0
-        if name == "topk_ranks" and layout.vocabulary is not None:
-            flat = layout.vocabulary.rank_of[flat]
+        if name == "topk_ranks" and layout.tables is not None:
+            flat = layout.tables.rank_of[flat]
         elif rounded and name in _GRIDS:
             steps, largest = _GRIDS[name]
             flat = np.rint(np.clip(flat, -largest, largest) * steps).astype(np.int32)
         elif rounded and name == "topk_logp":
             levels = to_levels(flat, layout.temperatures)
             flat = _falls_of(levels, topk_sizes, layout.temperatures)
-        elif rounded and name == "class_mass" and flat.dtype != np.uint8:
-            flat = to_class_levels(flat)
+        elif field.name == "tail_code_q":
+            ends //= max(1, layout.rank)
+            bytes_of = pa.py_buffer(flat.astype(np.int8).tobytes())
+            content = pa.Array.from_buffers(field.type.value_type, ends[-1], [None, bytes_of])
         # 3. an Arrow list a row, null where the row has none
         missing = pa.array([v is None for v in values], pa.bool_())
-        content = pa.array(flat).cast(field.type.value_type)
+        if content is None:
+            content = pa.array(flat).cast(field.type.value_type)
         offsets = pa.array(ends.astype(np.int32))
         columns.append(pa.ListArray.from_arrays(offsets, content, type=field.type, mask=missing))
     return pa.Table.from_arrays(columns, schema=schema)
 
 
+def numbers_of(values: pa.Array) -> np.ndarray:
+    """Arrow's numbers as numpy's; bytes of a fixed number as a row of int8 each."""
+    if not pa.types.is_fixed_size_binary(values.type):
+        return values.to_numpy(zero_copy_only=False)
+    width = values.type.byte_width
+    every = np.frombuffer(values.buffers()[1] or b"", np.int8)
+    return every[values.offset * width : (values.offset + len(values)) * width].reshape(-1, width)
+
+
 def from_table(table: pa.Table, layout: Layout) -> list[CacheRow]:
-    """The inverse of `to_table`, but for what is rounded; `class_mass` comes as it is stored."""
+    """The inverse of `to_table`, but for what is rounded; `tail_code` comes as it is stored."""
     topk = table.column("topk_sizes").combine_chunks()
     topk_sizes = topk.values.to_numpy() if len(topk) else np.zeros(0, np.int32)  # of all rows
-    temperatures = len(layout.temperatures)
     shapes = {
         **dict.fromkeys(("spans", "chunk_student", "chunk_teacher"), (-1, 2)),
-        "tail_odds": (-1, temperatures),
-        "class_mass": (-1, temperatures, layout.classes),
+        "tail_level": (-1, len(layout.temperatures)),
+        "tail_code": (-1, layout.rank),
     }
     cells: dict[str, list[Any]] = {}  # the rows' values, by the field of `CacheRow`
     for field in schema_for(layout):
@@ -129,9 +141,9 @@ def from_table(table: pa.Table, layout: Layout) -> list[CacheRow]:
             cells[target] = [None] * len(column)
             continue
         # 1. the numbers of all rows, from what is stored
-        flat = column.values.to_numpy(zero_copy_only=False)
-        if name == "topk_ranks" and layout.vocabulary is not None:
-            flat = layout.vocabulary.ids_by_rank.take(flat)
+        flat = numbers_of(column.values)
+        if name == "topk_ranks" and layout.tables is not None:
+            flat = layout.tables.ids_by_rank.take(flat)
         elif field.name != name and name in _GRIDS:
             flat = flat.astype(np.float32) * np.float32(1 / _GRIDS[name][0])
         elif field.name != name and name == "topk_logp":
@@ -195,28 +207,3 @@ def levels_of(
     before = np.concatenate([[0], below])[starts].astype(np.int32)
     below -= np.repeat(before, sizes)
     return np.subtract(_scale(temperatures)[0], below, out=below)
-
-
-def to_class_levels(log_mass: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-    """Levels of classes' log-masses: round(32 · √M)."""
-    return np.rint(CLASS_LEVELS * np.exp(0.5 * log_mass)).astype(np.uint8)
-
-
-def class_log_mass(
-    levels: UInt8[torch.Tensor, "*n classes"],
-    odds: Float[torch.Tensor, "*n"],
-    prior: Float[torch.Tensor, " classes"],
-) -> Float[torch.Tensor, "*n classes"]:
-    """Log-masses of classes from their levels; they add up to the tail, whose log-odds are `odds`.
-
-    `prior`: each class's share of the mean tail.
-    """
-    # 1. M = (level / 32)²; at level 0 what the prior says, and at most half a level
-    tail = torch.sigmoid(odds)[..., None]
-    mass = (levels.to(tail.dtype) / CLASS_LEVELS).square()
-    small = torch.minimum(tail * prior, torch.full_like(tail, (0.5 / CLASS_LEVELS) ** 2))
-    mass = torch.where(levels > 0, mass, small)
-    # 2. scaled to the tail, which is known exactly
-    whole = mass.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
-    log_tail = torch.nn.functional.logsigmoid(odds)[..., None]
-    return (mass.log() - whole.log() + log_tail).clamp_min(EMPTY)

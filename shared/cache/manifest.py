@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints
 
 from shared.cache.row import SCHEMA_VERSION, Layout
-from shared.cache.shards import Unit, finished_units, load_vocabulary
+from shared.cache.shards import Unit, finished_units, load_tables
 from shared.settings.build import build, differences, require, strict, to_plain
 from shared.settings.config import CacheConfig
-from shared.settings.data import MOST_CLASSES, LengthConfig
+from shared.settings.data import LengthConfig
 from shared.system.files import TideError, read_json, write_bytes
 
 MANIFEST = "manifest.json"
@@ -88,10 +88,10 @@ class CachedTargets(_Part):
     k: Annotated[int, Field(ge=0, lt=1 << 26)]
     mass: Annotated[float, Field(gt=0, le=1)]
     temperatures: Annotated[tuple[Temperature, ...], Field(min_length=1, max_length=64)]
-    tail: Literal["prior", "student"]
-    classes: Annotated[int, Field(ge=1, le=MOST_CLASSES)]
-    classes_from: Name | None
-    pilot: Annotated[int, Field(ge=0)]
+    rank: Annotated[int, Field(ge=0, lt=1 << 15)] | None
+    """Coefficients of the tail; None: as many as the pilot asks for."""
+    step: Annotated[float, Field(ge=0, le=100)]
+    pilot: Annotated[int, Field(ge=0)] | None
     values: Literal["levels", "float32"]
     positions: Literal["content", "response"] = "response"
     teacher_text: Literal["student", "own"] = "student"
@@ -119,28 +119,20 @@ class Fingerprint(_Part):
     noise: CachedNoise
     targets: CachedTargets
     tables: Name | None
-    """Digest of the vocabulary's tables; None without top-k, or before they are made."""
+    """Digest of the tables; None without top-k, or before they are made."""
     engine: CachedEngine
     pruned_from: dict[str, int] | None = None
 
     @classmethod
     def of(
-        cls,
-        config: CacheConfig,
-        teacher: CachedTeacher,
-        student: CachedStudent,
-        data: CachedData,
-        classes_from: str | None = None,
+        cls, config: CacheConfig, teacher: CachedTeacher, student: CachedStudent, data: CachedData
     ) -> "Fingerprint":
-        """From settings whose `auto`s are decided, and what was opened. The tables are made later.
-
-        `classes_from`: the digest of the checkpoint that `targets.classes_from` names.
-        """
+        """From settings whose `auto`s are decided, and what was opened. Tables are made later."""
         noise, targets, engine = config.noise, config.targets, config.engine
         # What says nothing without a top-k, and what a teacher of other tokens has not.
-        topk: dict[str, Any] = {"k": 0, "mass": 1.0, "tail": "student", "classes": 1, "pilot": 0}
+        topk: dict[str, Any] = {"k": 0, "mass": 1.0, "rank": 0, "step": 0.0, "pilot": 0}
         if "topk" in targets.signals:
-            topk = {name: getattr(targets, name) for name in topk} | {"classes_from": classes_from}
+            topk = {name: getattr(targets, name) for name in topk}
         same_tokens: dict[str, Any] = {}
         if teacher.student_tokens:
             same_tokens = {"positions": targets.positions, "teacher_text": targets.teacher_text}
@@ -151,7 +143,8 @@ class Fingerprint(_Part):
             signals=targets.signals,
             temperatures=targets.stored_temperatures,
             values=targets.values,
-            **{"classes_from": None, **topk, **same_tokens},
+            **topk,
+            **same_tokens,
         )
         demo = CachedNoise(noise.seed, noise.comp_demo, noise.demo_ratio)
         made_by = CachedEngine(engine.type, engine.dtype, engine.quantization)
@@ -205,8 +198,8 @@ class Manifest:
     def layout(self, cache: Path) -> Layout:
         """How the shards in `cache` are read. TideError where its tables are others."""
         digest, targets = self.fingerprint.tables, self.fingerprint.targets
-        vocabulary = None if digest is None else load_vocabulary(cache, digest)
-        return Layout(targets.temperatures, targets.values, vocabulary, targets.partial)
+        tables = None if digest is None else load_tables(cache, digest)
+        return Layout(targets.temperatures, targets.values, tables, targets.partial)
 
     def to_json(self) -> dict[str, Any]:
         """As nested dicts, defaults and all."""

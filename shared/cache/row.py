@@ -2,92 +2,61 @@
 
 On its way to disk and back: a row's arrays (here) → columns of many rows, in small integers
 (`levels`) → a file (`shards`). docs/cache-format.md says how to read that file without this
-package. Beside the rows a cache holds a table of the teacher's vocabulary, made once before the
-first shard, and the pilot sample that it comes from.
+package. Beside the rows a cache holds tables of the teacher as a whole, made once before the first
+shard.
 """
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Int8
 
-SCHEMA_VERSION = 4
-_SMALLEST_PRIOR = 1e-30
+SCHEMA_VERSION = 5
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """What is known of each of the teacher's token ids."""
+class Tables:
+    """What is known of the teacher as a whole: how the logits outside of a top-k follow from a few
+    coefficients of its last hidden state h (docs/method.md).
 
-    class_of: Int[np.ndarray, " vocab"]  # in the tail; −1 where student and teacher do not share it
-    rank_of: Int[np.ndarray, " vocab"]  # by how often it is in a top-k
-    prior: Float[np.ndarray, "temperatures vocab"]  # mean probability outside of the top-k
+    code = encoder · (h − center), kept in steps of `step` (0: exactly). With b the calibration,
+    logit(v) / T = (mean_v + Σ_j code_j · scales_j · directions_vj) / T + b_T(v) + a level.
+    """
 
-    @classmethod
-    def of(
-        cls,
-        class_of: Int[np.ndarray, " vocab"],
-        outside: Float[np.ndarray, "temperatures vocab"],
-        positions: int,
-        listed: Int[np.ndarray, " kept"],
-    ) -> "Vocabulary":
-        """From a sample: its sums of probabilities outside the top-k, and the ids in its lists."""
-        mean = (outside / max(1, positions)).astype(np.float32)
-        prior = np.where(class_of >= 0, np.maximum(mean, _SMALLEST_PRIOR), 0).astype(np.float32)
-        return cls(class_of, ranks(listed, prior[0]), prior)
+    rank_of: Int[np.ndarray, " vocab"]  # by how often a token is in a top-k
+    shared: Bool[np.ndarray, " vocab"]  # ids that mean the same to both sides
+    mean: Float[np.ndarray, " vocab"]
+    calibration: Float[np.ndarray, "temperatures vocab"]
+    directions: Int8[np.ndarray, "vocab rank"]
+    scales: Float[np.ndarray, " rank"]
+    encoder: Float[np.ndarray, "rank width"]
+    center: Float[np.ndarray, " width"]
+    step: float
 
     @property
-    def shared(self) -> Bool[np.ndarray, " vocab"]:
-        """Ids that mean the same to both sides."""
-        return self.class_of >= 0
-
-    @property
-    def classes(self) -> int:
-        return int(self.class_of.max()) + 1
+    def rank(self) -> int:
+        return self.scales.size
 
     @cached_property
     def ids_by_rank(self) -> Int[np.ndarray, " vocab"]:
         """The inverse of `rank_of`."""
         return np.argsort(self.rank_of).astype(self.rank_of.dtype)
 
-    @cached_property
-    def class_prior(self) -> Float[np.ndarray, "temperatures classes"]:
-        """Each class's share of the mean tail, by temperature."""
-        shares = []
-        for prior in self.prior:
-            mass = np.bincount(self.class_of[self.shared], prior[self.shared], self.classes)
-            shares.append(mass / max(mass.sum(), _SMALLEST_PRIOR))
-        return np.stack(shares).astype(np.float32)
-
     @property
     def digest(self) -> str:
-        """A hash over the whole table."""
-        digest = hashlib.sha256()
-        for part, kind in ((self.class_of, "<i4"), (self.rank_of, "<i4"), (self.prior, "<f4")):
-            digest.update(np.ascontiguousarray(part, kind).tobytes())
+        """A hash over all of it."""
+        digest = hashlib.sha256(np.float64(self.step).tobytes())
+        for field in fields(self)[:-1]:
+            digest.update(np.ascontiguousarray(getattr(self, field.name)).tobytes())
         return digest.hexdigest()[:32]
 
-
-def ranks(
-    ids: Int[np.ndarray, " kept"], prior: Float[np.ndarray, " vocab"]
-) -> Int[np.ndarray, " vocab"]:
-    """Ids by how often they are in the pilot's lists, then by prior, then by number."""
-    count = np.bincount(ids, minlength=prior.size)
-    order = np.lexsort((np.arange(prior.size), -prior.astype(np.float64), -count))
-    return np.argsort(order).astype(np.int32)
-
-
-@dataclass(frozen=True)
-class Pilot:
-    """What the teacher said at some thousand positions. Lists are flat, `sizes[i]` entries each."""
-
-    sizes: Int[np.ndarray, " n"]
-    ids: Int[np.ndarray, " kept"]
-    logp: Float[np.ndarray, " kept"]  # nats, at T = 1
-    odds: Float[np.ndarray, "n temperatures"]  # log-odds of the tail's mass
+    def cut(self, rank: int) -> "Tables":
+        """With the first `rank` coefficients, which matter most."""
+        parts = {"directions": self.directions[:, :rank], "scales": self.scales[:rank]}
+        return replace(self, encoder=self.encoder[:rank], **parts)
 
 
 @dataclass(frozen=True)
@@ -96,14 +65,14 @@ class Layout:
 
     temperatures: tuple[float, ...]
     values: Literal["levels", "float32"] = "levels"
-    vocabulary: Vocabulary | None = None  # None where no top-k is cached
+    tables: Tables | None = None  # None where no top-k is cached
     partial: bool = False
     """The teacher, of the student's tokenizer, may be read at fewer positions than are masked."""
 
     @property
-    def classes(self) -> int:
-        """Classes of the tail; 1 where it is stored as a whole."""
-        return 1 if self.vocabulary is None else self.vocabulary.classes
+    def rank(self) -> int:
+        """Coefficients of the tail; 0 where no top-k is cached."""
+        return 0 if self.tables is None else self.tables.rank
 
 
 @dataclass(frozen=True)
@@ -128,17 +97,17 @@ class CacheRow:
     # over the logits of shared ids: logit = log p + logsumexp
     logsumexp: Float[np.ndarray, " read"]
     # The top-k, over shared ids: a list a position, one after the other, the likeliest first.
-    topk_sizes: Int[np.ndarray, " read"] | None
-    topk_ids: Int[np.ndarray, " kept"] | None
-    topk_logp: Float[np.ndarray, " kept"] | None
-    # The tail: log-odds of the mass outside the top-k, and each class's part of it, as log-mass or
-    # as it lies in a cache of levels, uint8 (`levels.class_log_mass`); None for one class.
-    tail_odds: Float[np.ndarray, "read temperatures"] | None
-    class_mass: Shaped[np.ndarray, "read temperatures classes"] | None
+    topk_sizes: Int[np.ndarray, " read"] | None = None
+    topk_ids: Int[np.ndarray, " kept"] | None = None
+    topk_logp: Float[np.ndarray, " kept"] | None = None
+    # The tail: its coefficients, or their number of steps where they are kept in steps, and at each
+    # temperature its level, on the scale of log p / T (`Tables`).
+    tail_code: Float[np.ndarray, "read rank"] | Int8[np.ndarray, "read rank"] | None = None
+    tail_level: Float[np.ndarray, "read temperatures"] | None = None
     # Active chunks: start and end in tokens of each side, and log p(c).
-    chunk_student: Int[np.ndarray, "chunks 2"] | None
-    chunk_teacher: Int[np.ndarray, "chunks 2"] | None
-    chunk_logp: Float[np.ndarray, " chunks"] | None
+    chunk_student: Int[np.ndarray, "chunks 2"] | None = None
+    chunk_teacher: Int[np.ndarray, "chunks 2"] | None = None
+    chunk_logp: Float[np.ndarray, " chunks"] | None = None
     # those of `masked` at which a teacher of the same tokenizer was read; None: all of them
     read: Int[np.ndarray, " read"] | None = None
 

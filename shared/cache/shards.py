@@ -1,6 +1,6 @@
 """A cache's files in Parquet, whole or absent, for any Parquet library.
 
-Shards (`draw=00/part-00000.parquet`) hold rows; `tables/` what is known of the vocabulary.
+Shards (`draw=00/part-00000.parquet`) hold rows; `tables/` what is known of the teacher as a whole.
 """
 
 import json
@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float
 
-from shared.cache.levels import from_table, schema_for, to_table
-from shared.cache.row import CacheRow, Layout, Pilot, Vocabulary
+from shared.cache.levels import from_table, numbers_of, schema_for, to_table
+from shared.cache.row import CacheRow, Layout, Tables
 from shared.system.files import TideError, atomic_file, write_bytes
 
 CACHE = "cache"
@@ -25,7 +24,7 @@ CACHE = "cache"
 TABLES = "tables"
 _COUNTS_KEY = b"tide.counts"
 _UNIT = re.compile(r"draw=([0-9]{2,9})/part-([0-9]{5,9})\.parquet")
-_VOCABULARY, _PILOT, _CENTROIDS = "vocabulary.parquet", "pilot.parquet", "centroids.parquet"
+_VOCABULARY, _ENCODER = "vocabulary.parquet", "encoder.parquet"
 _MEND = "delete this file and run the same `tide cache` again: it computes the missing shard only"
 _MEND_TABLES = "delete the folder `tables` and run the same `tide cache` again: it makes it anew"
 # Few, so that the dictionary of a group's token ids stays small and its indices short.
@@ -36,7 +35,7 @@ _ENCODINGS = {
     **dict.fromkeys(("spans", "masked", "read", "teacher_masked"), "DELTA_BINARY_PACKED"),
     **dict.fromkeys(("topk_sizes", "chunk_student", "chunk_teacher"), "DELTA_BINARY_PACKED"),
     **dict.fromkeys(("gold_logp", "logsumexp", "topk_ranks", "topk_logp"), "BYTE_STREAM_SPLIT"),
-    **dict.fromkeys(("tail_odds", "class_mass", "chunk_logp"), "BYTE_STREAM_SPLIT"),
+    **dict.fromkeys(("tail_code", "tail_level", "chunk_logp"), "BYTE_STREAM_SPLIT"),
 }
 
 
@@ -196,31 +195,20 @@ def column_bytes(content: bytes) -> Counter[str]:
     return sizes
 
 
-def save_tables(
-    folder: Path,
-    vocabulary: Vocabulary,
-    pilot: Pilot,
-    centroids: Float[np.ndarray, "classes width"],
-) -> None:
-    """Write what is known of the vocabulary, last the file that says that the rest is there."""
+def save_tables(folder: Path, tables: Tables) -> None:
+    """Write the tables; `vocabulary.parquet` comes last, and says that the rest is there."""
 
-    def lists(sizes: np.ndarray, values: np.ndarray) -> pa.ListArray:
-        ends = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    def lists(values: np.ndarray) -> pa.ListArray:
+        ends = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
         return pa.ListArray.from_arrays(pa.array(ends), pa.array(values.reshape(-1)))
 
-    def rows(values: np.ndarray) -> pa.ListArray:
-        return lists(np.full(len(values), values.shape[1]), values)
-
-    sample = {
-        "topk_ids": lists(pilot.sizes, pilot.ids),
-        "topk_logp": lists(pilot.sizes, pilot.logp),
-        "tail_odds": rows(pilot.odds),
-    }
-    write_parquet(folder / _PILOT, pa.table(sample))
-    write_parquet(folder / _CENTROIDS, pa.table({"centroid": rows(centroids.astype(np.float32))}))
-    columns = {"class": vocabulary.class_of, "rank": vocabulary.rank_of}
-    columns |= {f"prior_{i}": prior for i, prior in enumerate(vocabulary.prior)}
-    write_parquet(folder / _VOCABULARY, pa.table({n: pa.array(v) for n, v in columns.items()}))
+    encoder: dict[str, Any] = {"scale": tables.scales, "encoder": lists(tables.encoder)}
+    note = {"step": str(float(tables.step)), "center": json.dumps(tables.center.tolist())}
+    write_parquet(folder / _ENCODER, pa.table(encoder).replace_schema_metadata(note))
+    columns = {"rank": tables.rank_of, "shared": tables.shared, "mean": tables.mean}
+    columns |= {f"calibration_{i}": each for i, each in enumerate(tables.calibration)}
+    columns["directions"] = lists(tables.directions)
+    write_parquet(folder / _VOCABULARY, pa.table(columns))
 
 
 def has_tables(cache: Path) -> bool:
@@ -228,39 +216,38 @@ def has_tables(cache: Path) -> bool:
     return (cache / TABLES / _VOCABULARY).exists()
 
 
-def load_vocabulary(cache: Path, digest: str | None = None) -> Vocabulary:
-    """The table of the cache. TideError where it is damaged, or not the one of `digest`."""
-    path = cache / TABLES / _VOCABULARY
-    table = read_parquet(path, _MEND_TABLES)
+def load_tables(cache: Path, digest: str | None = None) -> Tables:
+    """The tables of a cache. TideError where they are damaged, or not those of `digest`."""
+    folder = cache / TABLES
+    words = read_parquet(folder / _VOCABULARY, _MEND_TABLES)
+    encoder = read_parquet(folder / _ENCODER, _MEND_TABLES)
     try:
-        names = [name for name in table.column_names if name.startswith("prior_")]
-        prior = np.stack([table.column(name).to_numpy() for name in names])
-        class_of = table.column("class").to_numpy().astype(np.int32)
-        rank_of = table.column("rank").to_numpy().astype(np.int32)
-    except (KeyError, ValueError) as error:
-        raise TideError(f"{path} has other columns: {error}", fix=_MEND_TABLES) from error
-    vocabulary = Vocabulary(class_of, rank_of, prior)
-    if digest is not None and vocabulary.digest != digest:
-        raise TideError(
-            f"{path} is not the table that the shards were written with ({vocabulary.digest})",
-            expected=f"the table that the manifest names ({digest})",
-            fix=f"copy {path.parent} again from where the cache came from, or build it again",
+        flat = {name: numbers_of(words.column(name).combine_chunks()) for name in words.column_names
+                if name != "directions"}  # fmt: skip
+        names = [name for name in flat if name.startswith("calibration_")]
+        rank, note = encoder.num_rows, encoder.schema.metadata
+        center = np.array(json.loads(note[b"center"]), np.float32)
+        matrix = encoder.column("encoder").combine_chunks().values.to_numpy()
+        tables = Tables(
+            rank_of=flat["rank"].astype(np.int32),
+            shared=flat["shared"],
+            mean=flat["mean"],
+            calibration=np.stack([flat[name] for name in names]),
+            directions=words.column("directions")
+            .combine_chunks()
+            .values.to_numpy()
+            .reshape(-1, rank),
+            scales=encoder.column("scale").to_numpy(),
+            encoder=matrix.reshape(rank, center.size),
+            center=center,
+            step=float(note[b"step"]),
         )
-    return vocabulary
-
-
-def load_pilot(cache: Path) -> Pilot:
-    """The pilot sample. TideError where it is damaged."""
-    table = read_parquet(cache / TABLES / _PILOT, _MEND_TABLES)
-    names = ("topk_ids", "topk_logp", "tail_odds")
-    ids, logp, odds = (table.column(name).combine_chunks() for name in names)
-    sizes = np.diff(ids.offsets.to_numpy()).astype(np.int32)
-    tail = odds.values.to_numpy().reshape(len(sizes), -1)
-    return Pilot(sizes, ids.values.to_numpy(), logp.values.to_numpy(), tail)
-
-
-def load_centroids(cache: Path) -> Float[np.ndarray, "classes width"]:
-    """The classes' centres. TideError where they are damaged."""
-    table = read_parquet(cache / TABLES / _CENTROIDS, _MEND_TABLES)
-    column = table.column("centroid").combine_chunks()
-    return column.values.to_numpy().reshape(len(column), -1)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TideError(f"{folder} has other columns: {error}", fix=_MEND_TABLES) from error
+    if digest is not None and tables.digest != digest:
+        raise TideError(
+            f"{folder} has not the tables that the shards were written with ({tables.digest})",
+            expected=f"the tables that the manifest names ({digest})",
+            fix=f"copy {folder} again from where the cache came from, or build it again",
+        )
+    return tables

@@ -17,12 +17,12 @@ from shared.cache.manifest import Manifest
 from shared.cache.row import Layout
 from shared.diffusion import TIME_EPSILON
 
-VERSION = 3
+VERSION = 4
 """Raised when a rule is added: caches that passed before are looked at again."""
 Rule = tuple[str, bool | np.bool_, str]
 _NEAR_ZERO = 1e-3  # nats by which rounding may lift a log-probability above 0
 _MASS_SLACK = 0.03  # by how much rounding may move a top-k's mass
-_TOPK = ("topk_sizes", "topk_ranks", "topk_logp", "tail_odds")
+_TOPK = ("topk_sizes", "topk_ranks", "topk_logp", "tail_code", "tail_level")
 _CHUNKS = ("chunk_student", "chunk_teacher", "chunk_logp")
 _NO_SPANS = "are not spans in order, apart, inside of the tokens"
 _NO_POSITIONS = "are not rising positions inside of the tokens"
@@ -33,7 +33,7 @@ class Column:
 
     def __init__(self, column: pa.ListArray) -> None:
         offsets = column.offsets.to_numpy().astype(np.int64)
-        self.values = column.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
+        self.values = levels.numbers_of(column.values)[offsets[0] : offsets[-1]]
         self.sizes = np.diff(offsets)
         self.owner = np.repeat(np.arange(self.sizes.size), self.sizes)
 
@@ -141,7 +141,7 @@ def _rules(table: pa.Table, layout: Layout, manifest: Manifest) -> Iterator[Rule
 def _row_rules(table: pa.Table, layout: Layout, manifest: Manifest) -> Iterator[Rule]:
     """Optional columns are there where the manifest says so, and each row is one that may be."""
     signals, rows = manifest.signals, table.num_rows
-    wanted = {"read": layout.partial, "class_mass": "topk" in signals and layout.classes > 1}
+    wanted = {"read": layout.partial}
     wanted |= dict.fromkeys(_TOPK, "topk" in signals) | dict.fromkeys(_CHUNKS, "chunks" in signals)
     unlike = "is missing, or there, unlike the manifest says"
     for name, there in wanted.items():
@@ -158,9 +158,8 @@ def _row_rules(table: pa.Table, layout: Layout, manifest: Manifest) -> Iterator[
 
 
 def _topk_rules(column: Callable[[str], Column], layout: Layout, k: int) -> Iterator[Rule]:
-    """Lists of shared ids, each once, that fall, and have the mass that their tail leaves."""
-    exact, vocabulary = layout.values == "float32", layout.vocabulary
-    temperatures, hot = layout.temperatures, len(layout.temperatures)
+    """Lists of shared ids, each once, that fall, and a tail for each."""
+    exact, tables, temperatures = layout.values == "float32", layout.tables, layout.temperatures
     lists, ranks = column("topk_sizes"), column("topk_ranks").values
     sizes = lists.values
     # 1. as many entries as are said, of shared ids
@@ -171,8 +170,8 @@ def _topk_rules(column: Callable[[str], Column], layout: Layout, k: int) -> Iter
         as_many = (of_row == column(name).sizes).all()
         yield name, as_many, "does not have as many entries as topk_sizes says"
     smallest, largest, shared = ranks.min(initial=0), ranks.max(initial=0), False
-    if vocabulary is not None and 0 <= smallest <= largest < vocabulary.rank_of.size:
-        shared = vocabulary.shared[vocabulary.ids_by_rank[ranks]].all()
+    if tables is not None and 0 <= smallest <= largest < tables.rank_of.size:
+        shared = tables.shared[tables.ids_by_rank[ranks]].all()
     yield "topk_ranks", shared, "holds an id that student and teacher do not share"
     # A rectangle, a list a row; what a list lacks is filled with numbers that are all different.
     width = sizes.max(initial=1)
@@ -190,37 +189,16 @@ def _topk_rules(column: Callable[[str], Column], layout: Layout, k: int) -> Iter
     falls = np.isfinite(logp).all() and (np.diff(logp)[np.diff(owner) == 0] <= 0).all()
     falls = falls and logp.max(initial=0) <= _NEAR_ZERO
     yield "topk_logp", falls, "does not fall from at most 0 along a list, or is not finite"
-    # 3. the tail: (positions, temperatures)
-    stored = column("tail_odds")
-    each = (stored.sizes == lists.sizes * hot).all()
-    yield "tail_odds", each, "does not have one value a position and temperature"
-    odds = stored.values.reshape(-1, hot).astype(np.float64) / (1 if exact else levels.ODDS_STEPS)
-    yield (
-        "tail_odds",
-        (np.abs(odds) <= levels.LARGEST_ODDS).all(),
-        f"lies outside of ±{levels.LARGEST_ODDS:g}",
-    )
-    tail = 1 / (1 + np.exp(-odds))
-    mass = np.bincount(owner, np.exp(logp), sizes.size) + tail[:, temperatures.index(1.0)]
-    adds_up = (np.abs(mass - 1) <= _MASS_SLACK).all()
-    yield "tail_odds", adds_up, "and the list's mass at T = 1 do not add up to 1"
-    hotter = (np.diff(odds, axis=1) >= -0.02).all()
-    yield "tail_odds", hotter, "has less mass at a hotter temperature"
-    # 4. its classes: (positions, temperatures, classes)
-    if layout.classes == 1:
-        return
-    stored = column("class_mass")
-    each = (stored.sizes == lists.sizes * hot * layout.classes).all()
-    yield "class_mass", each, "does not have one value a position, temperature and class"
-    masses = stored.values.reshape(*odds.shape, layout.classes)
-    if exact:
-        apart, slack = np.exp(np.minimum(masses, 1.0)).sum(axis=2) - tail, 1e-3
-    else:
-        # Rounding moves a root of mass by half a level; by Cauchy-Schwarz the root of the sum by
-        # the root of the number of classes times that.
-        root = np.sqrt((masses.astype(np.float32) ** 2).sum(axis=2)) / levels.CLASS_LEVELS
-        apart, slack = (
-            root - np.sqrt(tail),
-            np.sqrt(layout.classes) * 0.5 / levels.CLASS_LEVELS + 1e-3,
-        )
-    yield "class_mass", (np.abs(apart) <= slack).all(), "does not add up to the tail"
+    mass = np.bincount(owner, np.exp(logp), sizes.size)
+    yield "topk_logp", mass.max(initial=0) <= 1 + _MASS_SLACK, "has a list of more mass than 1"
+    # 3. the tail: (positions, rank), (positions, temperatures)
+    code, level = column("tail_code"), column("tail_level")
+    each = code.values.size == lists.values.size * layout.rank
+    each = each and (code.sizes == lists.sizes * (layout.rank if exact else 1)).all()
+    yield "tail_code", each, "does not have one row of coefficients a position"
+    yield "tail_code", np.isfinite(code.values).all(), "has values that are not finite"
+    each = (level.sizes == lists.sizes * len(temperatures)).all()
+    yield "tail_level", each, "does not have one value a position and temperature"
+    largest = levels.LARGEST_LEVEL * (1 if exact else levels.TAIL_STEPS)
+    inside = (np.abs(level.values.astype(np.float64)) <= largest).all()
+    yield "tail_level", inside, f"lies outside of ±{levels.LARGEST_LEVEL:g}"

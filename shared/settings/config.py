@@ -155,20 +155,14 @@ class _Tempered:
 
 
 @strict
-class _OverTokens(_Tempered):
-    tail: Literal["cache", "prior", "student"] = "cache"
-    """What stands for the teacher outside its top-k: as the cache says, or another to compare."""
-
-
-@strict
-class KL(_OverTokens):
+class KL(_Tempered):
     """KL(teacher ‖ student) over token logits; with `tidal`, the teacher is TIDAL's mixture."""
 
     type: Literal["kl"] = "kl"
 
 
 @strict
-class ReverseKL(_OverTokens):
+class ReverseKL(_Tempered):
     """KL(student ‖ teacher) over token logits."""
 
     type: Literal["reverse_kl"] = "reverse_kl"

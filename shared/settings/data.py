@@ -7,7 +7,6 @@ from pydantic import Discriminator, Field, Tag
 
 from shared.settings.build import Count, NotNegative, Positive, Share, require, strict
 
-MOST_CLASSES = 4096
 Signals = Annotated[tuple[Literal["topk", "chunks"], ...], Field(min_length=1)]
 Form = Literal["auto", "messages", "sharegpt", "instruction", "prompt_completion",
                "question_answer"]  # fmt: skip
@@ -113,22 +112,20 @@ class TargetConfig:
     """What is written of the teacher's knowledge."""
 
     signals: Signals = ("topk", "chunks")
-    k: Count = 32
+    k: Count = 8
     """Logits kept per position, at most."""
     mass: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Keep logits until their mass at the largest temperature reaches this (1.0: always k)."""
     temperatures: tuple[Positive, ...] = (1.0, 2.0)
-    """Temperatures that training can use: the tail's mass is stored at each, and always at 1.0."""
-    tail: Literal["prior", "student"] = "prior"
-    """The teacher outside its top-k, within a class: its mean over a pilot, or the student."""
-    classes: Annotated[int, Field(ge=1, le=MOST_CLASSES)] = 64
-    """Classes of the vocabulary whose mass outside the top-k is stored (1: the tail as a whole)."""
-    classes_from: str | None = None
-    """Path or hub id of the student whose LM head is clustered (default: the teacher's own)."""
-    pilot: Count = 4096
-    """Positions of the pilot sample, which gives priors and the order of ids."""
+    """Temperatures of training, at which the tail's mass is stored exactly; so it is at 1.0."""
+    rank: Count | None = None
+    """Coefficients of the tail, at most; none given: as many as the pilot sample asks for."""
+    step: Positive = 0.04
+    """By which they are rounded: h costs h²/2 nats."""
+    pilot: Count | None = None
+    """Positions of the pilot sample; none given: eight times the width of the teacher."""
     tables_from: Path | None = None
-    """A cache whose classes and priors to take: caches of other data can be merged then."""
+    """A cache whose tables to take: caches of other data can be merged then."""
     values: Literal["levels", "float32"] = "levels"
     """How numbers are kept: rounded to levels (docs/cache-format.md), or exactly."""
     positions: Literal["content", "response"] = "response"

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from shared.cache.levels import EMPTY, class_log_mass
 from shared.cache.manifest import Manifest
 from shared.cache.row import CacheRow, Layout
+from shared.cache.tail import LinearTail
 from shared.diffusion import pad
 from student_train.losses.objective import Counts
-from student_train.losses.targets import ChunkTargets, Classes, Targets, TopKTargets
+from student_train.losses.targets import ChunkTargets, Targets, TopKTargets
 
 Batch = dict[str, Any]
 """Tensors by name, and `chunk_host`, an array that stays in host memory wherever the tensors go."""
@@ -117,8 +117,8 @@ def places_of_draws(
 def _topk(rows: Sequence[CacheRow]) -> Batch:
     """The kept ids of each position that was read, padded to the longest list."""
     # 1. A row's lists lie one after the other, and so do the rows'.
-    columns = ("topk_sizes", "topk_ids", "topk_logp", "tail_odds")
-    sizes, ids, logp, odds = (
+    columns = ("topk_sizes", "topk_ids", "topk_logp", "tail_code", "tail_level")
+    sizes, ids, logp, code, level = (
         np.concatenate([getattr(row, name) for row in rows]) for name in columns
     )
     starts = np.cumsum(sizes, dtype=np.int64) - sizes
@@ -126,16 +126,13 @@ def _topk(rows: Sequence[CacheRow]) -> Batch:
     entry = np.arange(int(sizes.max(initial=1)))
     kept = entry < sizes[:, None]
     flat = starts[:, None] + np.where(kept, entry, 0)
-    batch = {
+    return {
         "topk_ids": torch.from_numpy(ids.astype(np.int64)[flat]),
         "topk_logp": torch.from_numpy(logp.astype(np.float32, copy=False)[flat]),
         "topk_kept": torch.from_numpy(kept),
-        "tail_odds": torch.from_numpy(odds),
+        "tail_code": torch.from_numpy(code),
+        "tail_level": torch.from_numpy(level),
     }
-    masses = [row.class_mass for row in rows if row.class_mass is not None]
-    if masses:
-        batch["class_mass"] = torch.from_numpy(np.concatenate(masses))
-    return batch
 
 
 def _chunks(rows: Sequence[CacheRow], order: Int[np.ndarray, " n"]) -> Batch:
@@ -170,47 +167,28 @@ def _chunks(rows: Sequence[CacheRow], order: Int[np.ndarray, " n"]) -> Batch:
 
 
 class TargetReader:
-    """From batches to `Targets`. Holds the vocabulary's tables on the device of the batches."""
+    """From batches to `Targets` for a student of `width` ids. Holds the tables on its device."""
 
-    def __init__(self, manifest: Manifest, layout: Layout) -> None:
-        self.temperatures, self._vocabulary = layout.temperatures, layout.vocabulary
-        self._student_shaped = manifest.fingerprint.targets.tail == "student"
-        if self._vocabulary is not None:
-            # Class of each token (vocab), log-prior (temperatures, vocab), and each class's share
-            # of the mean tail (temperatures, classes).
-            class_of = torch.from_numpy(self._vocabulary.class_of.astype(np.int64))
-            log_prior = torch.from_numpy(self._vocabulary.prior.copy()).log().clamp_min(EMPTY)
-            shares = torch.from_numpy(self._vocabulary.class_prior)
-            self._tables = [class_of, log_prior, shares]
+    def __init__(self, layout: Layout, width: int) -> None:
+        self._temperatures, self._tail, self._step = layout.temperatures, None, 1.0
+        if layout.tables is not None:
+            self._tail = LinearTail.of(layout.tables, layout.temperatures, width)
+            self._step = layout.tables.step or 1.0
 
     def __call__(self, batch: Batch) -> Targets:
         """The targets of a batch."""
         topk = chunks = None
         if "topk_ids" in batch:
-            assert self._vocabulary is not None
-            self._tables = [table.to(batch["topk_ids"].device) for table in self._tables]
-            class_of, log_prior, shares = self._tables
-            priors, odds, masses = {}, {}, {}
-            for i, temperature in enumerate(self.temperatures):
-                priors[temperature] = log_prior[i]
-                odds[temperature] = batch["tail_odds"][:, i]
-                if "class_mass" in batch:  # log-masses or their levels   (n, temperatures, classes)
-                    mass = batch["class_mass"][:, i]
-                    if mass.dtype == torch.uint8:
-                        mass = class_log_mass(mass, odds[temperature], shares[i])
-                    masses[temperature] = mass
+            assert self._tail is not None
             ids, logp, kept = batch["topk_ids"], batch["topk_logp"], batch["topk_kept"]
-            classes = Classes(class_of, self._vocabulary.classes, priors)
-            shaped = self._student_shaped
-            topk = TopKTargets(ids, logp, kept, odds, classes, masses or None, shaped)
+            self._tail = self._tail.to(ids.device)
+            level = dict(zip(self._temperatures, batch["tail_level"].unbind(dim=1), strict=True))
+            code = batch["tail_code"].float() * self._step
+            topk = TopKTargets(ids, logp, kept, code, level, self._tail)
         if "chunk_rows" in batch:
             names = ("chunk_rows", "chunk_of", "chunk_logp", "chunk_t", "chunk_host")
             chunks = ChunkTargets(*(batch[name] for name in names))
         return Targets(batch["gold"], batch["t"], topk, chunks)
-
-    def mass_in_topk(self, batch: Batch, temperature: float) -> torch.Tensor:
-        """The teacher's probability inside its cached top-k, one value per position read."""
-        return torch.sigmoid(-batch["tail_odds"][:, self.temperatures.index(temperature)])
 
 
 def counts_of(counts: torch.Tensor) -> Counts:

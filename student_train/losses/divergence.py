@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from shared.cache.levels import EMPTY
 from shared.settings.config import Tidal, TimestepWeight
-from student_train.losses.targets import TopKTargets, log_student, teacher_log_probabilities
+from student_train.losses.targets import TopKTargets, log_student, teacher_log_weights
 
 TEACHER_BOUND = 1e-7
 
@@ -67,9 +67,9 @@ def divergence_and_gradient(
     reverse: bool,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n vocab"]]:
     """The divergence of each row, and its derivative by that row's logits. float32 or wider."""
-    # 1. log q, the student, and log p, the teacher, at T.                              (n, vocab)
+    # 1. log q, the student, and log p, the teacher but for a constant, at T.           (n, vocab)
     student = log_student(logits, topk, temperature)
-    target = teacher_log_probabilities(topk, student, temperature)
+    target = teacher_log_weights(topk, temperature).to(student.dtype)
     # 2. TIDAL's target: (1 − λ)·log q + λ·log p, which is (1 − λ)·s/T + λ·z/T but for a constant.
     if strength is not None:
         part = strength.to(student.dtype)[:, None]

@@ -85,7 +85,7 @@ def make_trainer(
             held.enter_context(hold(config.out / ".lock", f"the run {config.out}"))
         begin_or_go_on(config, manifest, processes, steps)
     # 4. The model's forward becomes the loss, and the loop is made.
-    read_targets = TargetReader(manifest, opened.layout)
+    read_targets = TargetReader(opened.layout, model.config.vocab_size)
     compiled = config.compile == "on" or (config.compile == "auto" and on_gpu(config))
     if compiled:
         compile_layers(model)
@@ -170,7 +170,8 @@ class StudentTrainer(ResumableTrainer):
             ce, distillation = parts_of(sums, counts, config.distillation)
             mass = loss.new_zeros(0)
             if isinstance(config.distillation, TokenObjective):
-                mass = self.read_targets.mass_in_topk(inputs, config.distillation.temperature)
+                p = inputs["topk_logp"].exp()  # of the teacher at T = 1
+                mass = p.masked_fill(~inputs["topk_kept"], 0.0).sum(dim=1)
             tokens, masked, chunks = inputs["tokens"], inputs["gold"].numel(), inputs["counts"][2]
             values = (ce, distillation, 1, tokens, masked, chunks, mass.sum(), mass.numel())
             zero = self._sums.new_zeros(())

@@ -6,23 +6,23 @@ the sequences of a batch lie one behind the other, without padding and mask.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
+from shared.cache.row import Tables
 from shared.models.loading import compile_layers
 from teacher_cache import method
 from teacher_cache.engines import packs as layout
 from teacher_cache.engines.packs import Batch, Pack
-from teacher_cache.method import Request, Scores, TargetSpec
+from teacher_cache.method import Request, Scores, TailEncoder, TargetSpec
 from teacher_cache.teachers.registry import Attention, Full
 
 PACKED_ATTENTION = "tide_packed"
@@ -59,13 +59,11 @@ class TransformersEngine:
         if shared_ids is not None:
             excluded = method.excluded_ids(shared_ids, model.config.vocab_size)
             self._excluded = torch.from_numpy(excluded)
-        self._members: Tensor | None = None
+        self._encoder: TailEncoder | None = None
 
-    def use_classes(self, class_of: Int[np.ndarray, " vocab"]) -> None:
-        """From now on scores hold the masses of these classes (−1: in none); one class: none."""
-        classes = int(class_of.max()) + 1
-        self._spec = replace(self._spec, classes=classes)
-        self._members = method.member_matrix(class_of, classes) if classes > 1 else None
+    def use_tables(self, tables: Tables) -> None:
+        """From now on scores hold what these tables say of the tail."""
+        self._encoder = TailEncoder(tables, self._spec.temperatures)
 
     @torch.inference_mode()
     def score(self, requests: Sequence[Request]) -> list[Scores]:
@@ -82,28 +80,19 @@ class TransformersEngine:
                 whole = torch.cat([part[name] for part in parts]).cpu().numpy()
                 fields[name] = np.split(whole, ends)
             for n, i in enumerate(members):
-                scores[i] = Scores(**{name: cells[n] for name, cells in fields.items()})
+                scores[i] = {name: cells[n] for name, cells in fields.items()}
         return [scores[i] for i in range(len(requests))]
 
     @torch.inference_mode()
-    def outside(self, requests: Sequence[Request]) -> Float[np.ndarray, "temperatures vocab"]:
-        """Each token's probability outside of the top-k, summed over all read rows (float64)."""
-        total = np.zeros((len(self._spec.temperatures), self._model.config.vocab_size))
+    def hidden_states(self, requests: Sequence[Request]) -> Float[Tensor, "positions width"]:
+        """Last hidden states at all read positions, request by request, in float32 on the CPU."""
+        states: dict[int, Tensor] = {}
         for packs in self.batches(requests):
-            for logits, _ in self._logits(packs, requests):
-                sums = method.outside_sums(logits, self._spec, self._excluded)
-                total += sums.double().cpu().numpy()
-        return total
-
-    @torch.inference_mode()
-    def logits(self, requests: Sequence[Request]) -> list[tuple[Tensor, Tensor]]:
-        """Full logits in float32 and gold ids at the read positions of each request, on the CPU."""
-        results = []
-        for request in requests:
-            (packs,) = self.batches([request])
-            logits, gold = zip(*self._logits(packs, [request]), strict=True)
-            results.append((torch.cat(logits).float().cpu(), torch.cat(gold).cpu()))
-        return results
+            members = [i for pack in packs for i in pack.members]
+            sizes = [len(requests[i].read) for i in members]
+            parts = self.hidden(self.batch(packs)).float().cpu().split(sizes)
+            states |= dict(zip(members, parts, strict=True))
+        return torch.cat([states[i] for i in range(len(requests))])
 
     def close(self) -> None:
         """Nothing to give back: the model goes with the engine."""
@@ -128,29 +117,23 @@ class TransformersEngine:
         # Under a device map it lies on the last layer's device.
         return last[row.to(last.device), column.to(last.device)]
 
-    def _logits(
-        self, packs: Sequence[Pack], requests: Sequence[Request]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits and gold ids at the read positions of one batch, some rows at a time."""
-        hidden = self.hidden(self.batch(packs))
-        gold = np.concatenate([requests[i].gold for pack in packs for i in pack.members])
-        answers = torch.from_numpy(gold.astype(np.int64)).to(hidden.device)
-        for start in range(0, len(gold), self._head_rows):
-            rows = slice(start, start + self._head_rows)
-            logits = self._model.lm_head(hidden[rows])
-            if self._excluded is not None:  # moved once, to where the head is
-                self._excluded = self._excluded.to(logits.device)
-            if self._members is not None:
-                self._members = self._members.to(logits.device)
-            yield logits, answers[rows].to(logits.device)
-
     def readings(
         self, packs: Sequence[Pack], requests: Sequence[Request]
     ) -> list[dict[str, Tensor]]:
         """What is kept of one batch's logits (see `extract`), some rows at a time."""
-        parts = []
-        for logits, gold in self._logits(packs, requests):
-            parts.append(method.extract(logits, gold, self._spec, self._excluded, self._members))
+        hidden = self.hidden(self.batch(packs))
+        gold = np.concatenate([requests[i].gold for pack in packs for i in pack.members])
+        answers, parts = torch.from_numpy(gold.astype(np.int64)).to(hidden.device), []
+        for start in range(0, len(gold), self._head_rows):
+            rows = slice(start, start + self._head_rows)
+            logits = self._model.lm_head(hidden[rows])
+            device = logits.device
+            if self._excluded is not None:  # moved once, to where the head is
+                self._excluded = self._excluded.to(device)
+            read, right = hidden[rows].to(device), answers[rows].to(device)
+            parts.append(
+                method.extract(logits, read, right, self._spec, self._excluded, self._encoder)
+            )
         return parts
 
 

@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from shared.cache.row import Tables
+from shared.cache.shards import TABLES, save_tables
 from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import Checkpoint
 from shared.models.loading import check_weights
@@ -87,7 +90,7 @@ class VllmEngine:
             raise problem
         check_weights(checkpoint, entry.architecture)
         self._spec, self._longest = spec, longest
-        self._classes: dict[str, str] = {}
+        self._tables: dict[str, str] = {}
 
         # 1. A config of the stock architecture, with what the scorer must know under `tide`.
         self._folder = tempfile.TemporaryDirectory(prefix="tide-vllm-")
@@ -144,20 +147,17 @@ class VllmEngine:
                 f"a sequence of {longest} tokens came to a vLLM engine made for {self._longest}",
                 fix="raise lengths.student: the teacher's prompts have added tokens spelled out",
             )
-        return [unpack(data, self._spec) for data in self._ask(requests, self._classes)]
+        return [unpack(data, self._spec) for data in self._ask(requests, self._tables)]
 
-    def outside(self, requests: Sequence[Request]) -> Float[np.ndarray, "temperatures vocab"]:
+    def hidden_states(self, requests: Sequence[Request]) -> Float[Tensor, "positions width"]:
         read = [request for request in requests if len(request.read)]
-        sums = [data.double().numpy() for data in self._ask(read, {"outside": True})]
-        return np.sum(sums, axis=0)
+        return torch.cat(self._ask(read, {"hidden": True}))
 
-    def use_classes(self, class_of: Int[np.ndarray, " vocab"]) -> None:
-        classes = int(class_of.max()) + 1
-        self._spec, self._classes = replace(self._spec, classes=classes), {}
-        if classes > 1:
-            path = Path(self._folder.name) / "classes.npy"  # vLLM's processes read it
-            np.save(path, class_of)
-            self._classes = {"classes": str(path)}
+    def use_tables(self, tables: Tables) -> None:
+        self._spec = replace(self._spec, rank=tables.rank)
+        folder = Path(self._folder.name)  # vLLM's processes read them there
+        save_tables(folder / TABLES, tables)
+        self._tables = {"tables": str(folder)}
 
     def close(self) -> None:
         """End vLLM's processes."""
@@ -212,7 +212,7 @@ def register() -> None:
 
 
 def field_shapes(spec: TargetSpec) -> dict[str, tuple[tuple[int, ...], type]]:
-    """Shape at one position, and type, of each field of `Scores` that `spec` asks for.
+    """Shape at one position, and type, of each of the `Scores` that `spec` asks for.
 
     An answer is one float32 tensor a request, field beside field: a vLLM pooler can send back
     nothing else. Ids and sizes stay below 2²⁴ and are exact in float32.
@@ -221,9 +221,9 @@ def field_shapes(spec: TargetSpec) -> dict[str, tuple[tuple[int, ...], type]]:
     if spec.k:
         shapes |= {"topk_sizes": ((), np.int32), "topk_ids": ((spec.k,), np.int32)}
         shapes["topk_logp"] = ((spec.k,), np.float32)
-        shapes["tail_odds"] = ((len(spec.temperatures),), np.float32)
-        if spec.classes > 1:
-            shapes["class_mass"] = ((len(spec.temperatures), spec.classes), np.float32)
+        if spec.rank:
+            shapes["tail_code"] = ((spec.rank,), np.float32)
+            shapes["tail_level"] = ((len(spec.temperatures),), np.float32)
     return shapes
 
 
@@ -235,7 +235,7 @@ def columns_of(spec: TargetSpec) -> list[int]:
 def unpack(packed: Float[Tensor, "read columns"], spec: TargetSpec) -> Scores:
     """An answer as arrays of their own."""
     cells = np.split(packed.float().numpy(), np.cumsum(columns_of(spec))[:-1], axis=1)
-    fields = {}
+    fields: Scores = {}
     for (name, (shape, dtype)), cell in zip(field_shapes(spec).items(), cells, strict=True):
         fields[name] = cell.reshape(len(packed), *shape).astype(dtype)
-    return Scores(**fields)
+    return fields

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Set
+from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
@@ -23,9 +23,10 @@ from vllm.model_executor.models.interfaces_base import attn_type
 from vllm.tasks import PoolingTask
 from vllm.v1.pool.metadata import PoolingMetadata
 
+from shared.cache.shards import load_tables
 from shared.models.architectures import ARCHITECTURES, FUSED_QKV, SPLIT_QKV, split_qkv
 from teacher_cache.engines.vllm_engine import columns_of
-from teacher_cache.method import TargetSpec, extract, member_matrix, outside_sums
+from teacher_cache.method import TailEncoder, TargetSpec, extract
 
 TASK: PoolingTask = "token_classify"
 
@@ -105,9 +106,8 @@ class TideGlm4MoeScorer(_Scorer, glm4_moe.Glm4MoeForCausalLM):
 class ScorePooler(Pooler):
     """Runs the LM head at the rows that requests name in `extra_kwargs`, and at no other.
 
-    `positions` are rows of the request's own sequence, `gold` the token ids there, `classes` (where
-    named) a file with every token's class. A request with `outside` gets sums of probabilities
-    outside of the top-k instead.
+    `positions` are rows of the request's own sequence, `gold` the token ids there, `tables` (where
+    named) a folder that holds them. A request with `hidden` gets the hidden states there instead.
     """
 
     # Rows for which the LM head ran in this process, for the benchmark and the tests.
@@ -123,8 +123,7 @@ class ScorePooler(Pooler):
         self._shift = int(settings["shift"])
         self._head_rows = int(settings["head_rows"])
         self._excluded = torch.tensor(settings["excluded"], dtype=torch.long, device="cpu")
-        self._classes: str | None = None
-        self._members: Tensor | None = None
+        self._encoder: TailEncoder | None = None
 
     def get_supported_tasks(self) -> Set[PoolingTask]:
         return {TASK}
@@ -136,22 +135,22 @@ class ScorePooler(Pooler):
         # 1. The rows that the requests of this step ask for, in the step's hidden states.
         cursor = pooling_metadata.get_pooling_cursor()
         starts = [0, *cursor.num_scheduled_tokens_cpu.cumsum(0).tolist()]
-        rows, gold, sizes, outside = [], [], [], []
+        rows, gold, sizes, hidden = [], [], [], False
         for start, params in zip(starts, pooling_metadata.pooling_params, strict=False):
             # vLLM's own warm-up asks for nothing.
             asked: dict[str, Any] = params.extra_kwargs or {"positions": [], "gold": []}
-            self._use_classes(asked.get("classes"))
+            self._use_tables(asked.get("tables"))
             rows += [start + position - self._shift for position in asked["positions"]]
             gold += asked["gold"]
             sizes.append(len(asked["positions"]))
-            outside.append(bool(asked.get("outside")))
+            hidden |= bool(asked.get("hidden"))
         device = hidden_states.device
         index = torch.tensor(rows, dtype=torch.long).to(device, non_blocking=True)
         answers = torch.tensor(gold, dtype=torch.long).to(device, non_blocking=True)
 
         # 2. The head, over the rows of all requests together, some at a time.
-        if any(outside):
-            return [self._outside(hidden_states[i]) for i in index.split(sizes)]
+        if hidden:
+            return list(hidden_states[index].float().split(sizes))
         parts = []
         for i in range(0, len(rows), self._head_rows):
             some = slice(i, i + self._head_rows)
@@ -159,35 +158,21 @@ class ScorePooler(Pooler):
         nothing = torch.zeros(0, sum(columns_of(self._spec)), device=device)
         return list(torch.cat(parts or [nothing]).split(sizes))
 
-    def _use_classes(self, path: str | None) -> None:
-        """The classes of a file, which is read when it is first named."""
-        if path is None or path == self._classes:
-            return
-        class_of = np.load(path, allow_pickle=False)
-        self._classes = path
-        self._spec = dataclasses.replace(self._spec, classes=int(class_of.max()) + 1)
-        self._members = member_matrix(class_of, self._spec.classes)
-
-    def _logits(self, hidden: Tensor) -> Tensor | None:
-        """None on a tensor-parallel rank that holds no gathered logits: nobody reads its answer."""
-        ScorePooler.rows_run += len(hidden)
-        logits = self._compute_logits(hidden)
-        if logits is not None:
-            self._excluded = self._excluded.to(logits.device)
-            self._members = None if self._members is None else self._members.to(logits.device)
-        return logits
+    def _use_tables(self, folder: str | None) -> None:
+        """The tables in a folder, which are read when they are first named."""
+        if folder is not None and self._encoder is None:
+            tables = load_tables(Path(folder))
+            self._spec = dataclasses.replace(self._spec, rank=tables.rank)
+            self._encoder = TailEncoder(tables, self._spec.temperatures)
 
     def _score(self, hidden: Tensor, gold: Tensor) -> Tensor:
         """What `extract` keeps, field beside field: [rows, columns]."""
-        logits = self._logits(hidden)
-        if logits is None:
+        ScorePooler.rows_run += len(hidden)
+        logits = self._compute_logits(hidden)
+        if (
+            logits is None
+        ):  # a tensor-parallel rank without gathered logits: nobody reads its answer
             return torch.zeros(len(gold), sum(columns_of(self._spec)), device=hidden.device)
-        fields = extract(logits, gold, self._spec, self._excluded, self._members)
+        self._excluded = self._excluded.to(logits.device)
+        fields = extract(logits, hidden, gold, self._spec, self._excluded, self._encoder)
         return torch.cat([cell.float().reshape(len(gold), -1) for cell in fields.values()], dim=1)
-
-    def _outside(self, hidden: Tensor) -> Tensor:
-        """Sums over rows of probabilities outside of the top-k, a row a temperature."""
-        logits = self._logits(hidden)
-        if logits is None or not len(hidden):
-            return torch.zeros(len(self._spec.temperatures), 1, device=hidden.device)
-        return outside_sums(logits, self._spec, self._excluded)

@@ -28,8 +28,9 @@ class Inspection:
     """Sums over the rows that were read. Masses are probabilities, likelihoods nats."""
 
     manifest: Manifest
+    rank: int
     units: list[Unit]
-    mass: np.ndarray  # in the top-k, by temperature
+    mass: float = 0.0  # in the top-k
     rows: int = 0
     masked: int = 0
     chunks: int = 0
@@ -47,10 +48,10 @@ def inspect_cache(folder: Path) -> Inspection:
     """Sums over every finished shard, in several processes. TideError where it is no cache."""
     manifest = load_manifest(folder)
     layout, units = manifest.layout(folder), finished_units(folder)
-    total = Inspection(manifest, [], np.zeros(len(manifest.temperatures)))
+    total = Inspection(manifest, layout.rank, [])
     for part in in_processes(partial(_inspect_shard, folder, manifest, layout), units, "inspect"):
         for name, value in vars(part).items():
-            if name != "manifest":
+            if name not in ("manifest", "rank"):
                 setattr(total, name, getattr(total, name) + value)
     return total
 
@@ -59,17 +60,17 @@ def _inspect_shard(folder: Path, manifest: Manifest, layout: Layout, unit: Unit)
     """The sums over one shard."""
     path = unit.path(folder)
     content = path.read_bytes()
-    sums = Inspection(manifest, [unit], np.zeros(len(manifest.temperatures)))
+    sums = Inspection(manifest, layout.rank, [unit])
     sums.bytes_by_column = column_bytes(content)
     for row in read_shard(path, layout, content):
         band = min(4, int(row.t * 5))
         sums.rows += 1
         sums.masked += row.masked.size
         sums.masked_by_t[band] += row.masked.size
-        if row.topk_sizes is not None and row.tail_odds is not None:
+        if row.topk_sizes is not None and row.topk_logp is not None:
             sums.kept += int(row.topk_sizes.sum())
             sums.positions += row.topk_sizes.size
-            sums.mass += (1 / (1 + np.exp(row.tail_odds.astype(np.float64)))).sum(axis=0)
+            sums.mass += float(np.exp(row.topk_logp).sum())
         if row.chunk_logp is None or row.chunk_student is None or row.chunk_teacher is None:
             continue
         sums.chunks += row.chunk_logp.size
@@ -94,12 +95,10 @@ def describe(sums: Inspection) -> str:
         f"{sums.rows:,} rows, {sums.masked:,} masked positions, {sums.chunks:,} chunks",
     ]
     if sums.positions:
-        masses = zip((sums.mass / sums.positions).tolist(), manifest.temperatures, strict=True)
-        shown = ", ".join(f"{mass:.3f} at T = {t:g}" for mass, t in masses)
-        each = sums.kept / sums.positions
-        lines.append(f"top-k: {each:.1f} logits a position, teacher mass {shown}")
-        tail = f"{targets.classes} classes" if targets.classes > 1 else "one class"
-        lines.append(f"tail: {tail}, shaped by the {targets.tail}; values as {targets.values}")
+        each, mass = sums.kept / sums.positions, sums.mass / sums.positions
+        lines.append(f"top-k: {each:.1f} logits a position, teacher mass {mass:.3f} at T = 1")
+        tail = f"{sums.rank} coefficients in steps of {targets.step:g}"
+        lines.append(f"tail: {tail}; values as {targets.values}")
     if sums.chunks:
         common = sums.chunk_tokens.most_common(6)
         shown = ", ".join(f"{t}:{s} {n / sums.chunks:.1%}" for (t, s), n in common)
@@ -194,19 +193,17 @@ def describe_row(cache: Path, row: CacheRow) -> str:
         "",
         "position  part  p(gold)  token, and what the teacher expects",
     ]
-    temperatures, start = load_manifest(cache).temperatures, 0  # of the position's list
+    start = 0  # of the position's list
     for i, place in enumerate(places.tolist()):
         p, token, expects = np.exp(row.gold_logp[i]), _text(teacher, ids[place]), ""
         if row.topk_sizes is not None:
             assert row.topk_ids is not None and row.topk_logp is not None
-            assert row.tail_odds is not None
             size = int(row.topk_sizes[i])
             shown = range(start, start + min(_TOP, size))
             words = [_text(teacher, row.topk_ids[j]) for j in shown]
             top = [f"{words[j - start]} {np.exp(row.topk_logp[j]):.3f}" for j in shown]
-            masses = 1 / (1 + np.exp(-row.tail_odds[i].astype(np.float64)))
-            tail = [f"{m:.3f} at T = {t:g}" for m, t in zip(masses, temperatures, strict=True)]
-            expects = f": {', '.join(top)}; outside of the {size}: {', '.join(tail)}"
+            outside = 1 - float(np.exp(row.topk_logp[start : start + size]).sum())
+            expects = f": {', '.join(top)}; outside of the {size}: {outside:.3f}"
             start += size
         lines.append(f"{place:>8}  {parts[place]:>4}  {p:>7.4f}  {token}{expects}")
     if row.chunk_student is not None and row.teacher_ids is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from shared.cache.ledger import CHECKED, LEDGER, check_shards, load_ledger, remember, settle_ledger
-from shared.cache.levels import CLASS_LEVELS, GOLD_STEPS, LOGIT_STEPS, ODDS_STEPS, half_steps
+from shared.cache.levels import GOLD_STEPS, LOGIT_STEPS, TAIL_STEPS, half_steps
 from shared.cache.manifest import load_manifest
 from shared.cache.row import CacheRow
 from shared.cache.shards import finished_units, read_shard
@@ -115,9 +115,9 @@ def verify_cache(config: CacheConfig, rows: int) -> VerifyReport:
     """Compare `rows` rows of the cache at `config.out` with what `config.engine` says now.
 
     The sample, spread evenly over the shards, is the same for every engine. Top-k log-probabilities
-    are compared rank by rank (ids may change places where two are nearly equal), roots of the
-    classes' masses as they are; what counts is the deviation beyond that of rounding. TideError
-    where the cache, the teacher or the settings do not belong together.
+    are compared rank by rank (ids may change places where two are nearly equal); what counts is the
+    deviation beyond that of rounding. TideError where the cache, the teacher or the settings do not
+    belong together.
     """
     if rows < 1:
         raise TideError(f"--rows is {rows}", expected="1 or more")
@@ -154,18 +154,18 @@ def verify_cache(config: CacheConfig, rows: int) -> VerifyReport:
 
     for row, (size, indices) in zip(sample, views, strict=True):
         again = merge_passes(run.target_spec(), size, [next(scores) for _ in indices], indices)
-        add("log p of gold", row.gold_logp, again.gold_logp, 0.5 / GOLD_STEPS)
-        add("logsumexp", row.logsumexp, again.logsumexp, 0.5 / LOGIT_STEPS)
-        if row.topk_sizes is not None and row.topk_logp is not None and again.topk_logp is not None:
-            kept = np.arange(again.topk_logp.shape[1]) < row.topk_sizes[:, None]
-            steps = half_steps(row.topk_logp, run.layout.temperatures)
-            add("top-k log p", row.topk_logp, again.topk_logp[kept], steps)
-        if row.tail_odds is not None and again.tail_odds is not None:
-            add("tail log-odds", row.tail_odds, again.tail_odds, 0.5 / ODDS_STEPS)
-        if row.class_mass is not None and again.class_mass is not None:
-            levels = row.class_mass.dtype == np.uint8
-            root = row.class_mass / CLASS_LEVELS if levels else np.exp(0.5 * row.class_mass)
-            add("√ class mass", root, np.exp(0.5 * again.class_mass), 0.5 / CLASS_LEVELS)
+        add("log p of gold", row.gold_logp, again["gold_logp"], 0.5 / GOLD_STEPS)
+        add("logsumexp", row.logsumexp, again["logsumexp"], 0.5 / LOGIT_STEPS)
+        if row.topk_sizes is None or row.topk_logp is None:
+            continue
+        assert row.tail_code is not None and row.tail_level is not None
+        kept = np.arange(again["topk_logp"].shape[1]) < row.topk_sizes[:, None]
+        steps = half_steps(row.topk_logp, run.layout.temperatures)
+        add("top-k log p", row.topk_logp, again["topk_logp"][kept], steps)
+        # Both are rounded. In steps, and so in the unit in which an error h costs h²/2 nats.
+        step = run.config.targets.step if rounded else 1.0
+        add("tail code", step * row.tail_code, step * again["tail_code"], step)
+        add("tail level", row.tail_level, again["tail_level"], 0.5 / TAIL_STEPS)
     deviations = {name: np.concatenate(parts) for name, parts in apart.items()}
     positions = sum(size for size, _ in views)
     return VerifyReport(run.config.engine.type, len(sample), positions, deviations)

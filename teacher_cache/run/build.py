@@ -94,8 +94,8 @@ def build_cache(config: CacheConfig) -> CacheReport:
         left = run.missing
         remove_leftovers([out] if config.world == 1 else [unit.path(out) for unit in left])
         if left:
-            if run.vocabulary is not None:  # one that scored the pilot sample did not have them
-                engine().use_classes(run.vocabulary.class_of)
+            if run.tables is not None:  # one that scored the pilot sample did not have them
+                engine().use_tables(run.tables)
             run_units(run, engine(), left)
 
         # 4. What there is now.

@@ -13,8 +13,8 @@ from jaxtyping import Bool
 from shared.aligned.examples import SharedVocabulary
 from shared.cache import manifest as cached
 from shared.cache.manifest import Manifest
-from shared.cache.row import Layout, Vocabulary
-from shared.cache.shards import Unit, finished_units, has_tables, load_vocabulary, read_table
+from shared.cache.row import Layout, Tables
+from shared.cache.shards import Unit, finished_units, has_tables, load_tables, read_table
 from shared.data.sources import public_name
 from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve, student_mask
 from shared.settings.build import to_plain
@@ -124,24 +124,24 @@ class Run(Sides):
     data: PreparedData
     manifest: Manifest
     """Complete once the tables are there (`tables.settle_tables`)."""
-    vocabulary: Vocabulary | None = None
+    tables: Tables | None = None
     stored: frozenset[Unit] = frozenset()
     """Units that the store already has."""
 
     @property
     def wants_tables(self) -> bool:
-        """Whether the shards need what is known of the whole vocabulary."""
+        """Whether the shards need what is known of the teacher as a whole."""
         return "topk" in self.config.targets.signals
 
     @property
     def layout(self) -> Layout:
         targets = self.manifest.fingerprint.targets
-        return Layout(targets.temperatures, targets.values, self.vocabulary, targets.partial)
+        return Layout(targets.temperatures, targets.values, self.tables, targets.partial)
 
     def target_spec(self) -> TargetSpec:
         targets = self.config.targets
         k = targets.k if self.wants_tables else 0
-        return TargetSpec(k, targets.mass, targets.stored_temperatures, self.layout.classes)
+        return TargetSpec(k, targets.mass, targets.stored_temperatures, self.layout.rank)
 
     @property
     def missing(self) -> list[Unit]:
@@ -200,17 +200,14 @@ def open_or_begin(config: CacheConfig, any_engine: bool = False) -> Run:
     turns = tuple(sorted({source.turns for source in config.sources}))
     date, size = None if day is None else str(day), config.shard_examples
     examples = cached.CachedData(data.record.content, data.examples, size, turns, date)
-    classes_from = config.targets.classes_from
-    if classes_from is not None:
-        classes_from = open_checkpoint(resolve(classes_from)).fingerprint()
-    fingerprint = cached.Fingerprint.of(config, teacher, learner, examples, classes_from)
+    fingerprint = cached.Fingerprint.of(config, teacher, learner, examples)
 
     # 4. The tables, where they are made already.
-    tables, vocabulary = begun and begun.fingerprint.tables, None
+    digest, tables = begun and begun.fingerprint.tables, None
     if "topk" in config.targets.signals and has_tables(out):
-        vocabulary = load_vocabulary(out, tables)
-        tables = vocabulary.digest
-    fingerprint = replace(fingerprint, tables=tables)
+        tables = load_tables(out, digest)
+        digest = tables.digest
+    fingerprint = replace(fingerprint, tables=digest)
 
     # 5. Begin, or go on.
     draws, parts = config.noise.draws, -(-data.examples // size)
@@ -226,4 +223,4 @@ def open_or_begin(config: CacheConfig, any_engine: bool = False) -> Run:
             read_table(unit.path(out), cache=fingerprint.digest)
         draws = max(draws, units[-1].draw + 1)
     manifest = Manifest(fingerprint, draws, parts, data.examples, sources=names)
-    return Run(**vars(sides), config=config, data=data, manifest=manifest, vocabulary=vocabulary)
+    return Run(**vars(sides), config=config, data=data, manifest=manifest, tables=tables)

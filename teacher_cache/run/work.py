@@ -34,7 +34,7 @@ _AHEAD = 2  # groups of units in memory before the engine asks for them
 
 
 def load_engine(run: Run) -> Engine:
-    """The run's engine, with the teacher, and the classes of the run's tables where it has them."""
+    """The run's engine, with the teacher, and the run's tables where it has them."""
     settings, entry, shared = run.config.engine, run.entry, run.shared_ids()
     spec = run.target_spec()
     if settings.type == "vllm":
@@ -54,8 +54,8 @@ def load_engine(run: Run) -> Engine:
             shared_ids=shared,
             compiled=compiles(settings, device),
         )
-    if run.vocabulary is not None:
-        engine.use_classes(run.vocabulary.class_of)
+    if run.tables is not None:
+        engine.use_tables(run.tables)
     return engine
 
 
@@ -130,12 +130,11 @@ def merge_passes(
     spec: TargetSpec, n: int, parts: Sequence[Scores], rows_of: Sequence[np.ndarray]
 ) -> Scores:
     """The rows of several passes in the order of the `n` positions; pass i read `rows_of[i]`."""
-    fields = {}
-    for name, (shape, dtype) in field_shapes(spec).items():
-        fields[name] = np.zeros((n, *shape), dtype)
-        for scores, rows in zip(parts, rows_of, strict=True):
-            fields[name][rows] = getattr(scores, name)
-    return Scores(**fields)
+    merged = {name: np.zeros((n, *s), kind) for name, (s, kind) in field_shapes(spec).items()}
+    for scores, rows in zip(parts, rows_of, strict=True):
+        for name, values in merged.items():
+            values[rows] = scores[name]
+    return merged
 
 
 def cache_row(
@@ -146,7 +145,7 @@ def cache_row(
     `comp`: under CompDemo. `partial`: the teacher may be read at fewer positions than are masked.
     """
     example, draw, view = item.example, item.draw, item.view
-    chunk_student = chunk_teacher = chunk_logp = ids = top = None
+    chunk_student = chunk_teacher = chunk_logp = None
     if "chunks" in signals:
         if view.student is not None:  # every masked token that the teacher reads is a chunk
             chunk_student = np.stack([view.student, view.student + 1], axis=1)
@@ -155,12 +154,12 @@ def cache_row(
             chunk_teacher = example.chunks[draw.chunks, :2]
             chunk_student = example.chunks[draw.chunks, 2:]
         # log p(c) = Σ over the chunk's tokens of log p(gold)
-        sums = np.bincount(view.chunk_of, scores.gold_logp, minlength=len(chunk_student))
+        sums = np.bincount(view.chunk_of, scores["gold_logp"], minlength=len(chunk_student))
         chunk_logp = sums.astype(np.float32)
-    if scores.topk_sizes is not None:
-        assert scores.topk_ids is not None and scores.topk_logp is not None
-        keep = np.arange(scores.topk_ids.shape[1]) < scores.topk_sizes[:, None]
-        ids, top = scores.topk_ids[keep], scores.topk_logp[keep]
+    kept = dict(scores)
+    if "topk_sizes" in kept:  # lists of their own lengths, end to end
+        own = np.arange(kept["topk_ids"].shape[1]) < kept["topk_sizes"][:, None]
+        kept |= {name: kept[name][own] for name in ("topk_ids", "topk_logp")}
     return CacheRow(
         example_id=example.id,
         label=example.label,
@@ -173,16 +172,10 @@ def cache_row(
         teacher_ids=example.teacher_ids,
         teacher_masked=None if example.teacher_ids is None else view.positions,
         split=view.in_a if comp else np.zeros_like(view.in_a),
-        gold_logp=scores.gold_logp,
-        logsumexp=scores.logsumexp,
-        topk_sizes=scores.topk_sizes,
-        topk_ids=ids,
-        topk_logp=top,
-        tail_odds=scores.tail_odds,
-        class_mass=scores.class_mass,
         chunk_student=chunk_student,
         chunk_teacher=chunk_teacher,
         chunk_logp=chunk_logp,
+        **kept,
     )
 
 
