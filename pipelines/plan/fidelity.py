@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from shared.cache.levels import EMPTY, LARGEST_LEVEL, from_table, to_table
+from shared.cache.levels import from_table, to_table
 from shared.cache.manifest import Manifest
 from shared.cache.row import CacheRow
 from shared.cache.shards import Unit, column_bytes, table_bytes
-from shared.cache.tail import LinearTail
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import head_rows
 from shared.settings.config import KL, CacheConfig, StudentConfig, Tidal
@@ -95,7 +94,7 @@ def measure_fidelity(
     head, allowed = head_rows(run.checkpoint, run.entry.architecture), allowed_ids(run)
     checkpoint = open_checkpoint(resolve(student.checkpoint)) if student.checkpoint else None
     model = student_for(student, checkpoint, run.student, run.manifest)
-    whole = full_targets(work, hidden @ head.T, allowed, temperatures, model.config.vocab_size)
+    whole = full_targets(work, hidden @ head.T, allowed, model.config.vocab_size)
     learner = None
 
     # 3. Every cache of the grid, written and read, and every way to learn from it.
@@ -138,28 +137,17 @@ def cached_rows(run: Run, work: UnitWork, hidden: Tensor, head: Tensor) -> list[
     return finish_unit(run, work, scores)[0]
 
 
-def full_targets(
-    work: UnitWork, logits: Tensor, allowed: np.ndarray, temperatures: Sequence[float], width: int
-) -> TopKTargets:
-    """The teacher's full logits as targets: all shared ids are in the list, nothing is outside."""
-    # 1. From the order of the requests to that of the rows' positions.
+def full_targets(work: UnitWork, logits: Tensor, allowed: np.ndarray, width: int) -> TopKTargets:
+    """The teacher's full logits as targets of a student of `width` ids."""
+    # From the order of the requests to that of the rows' positions.
     places, start = [], 0
     for item in work.items:
         places += [start + rows for rows in item.rows]
         start += item.view.positions.size
     ordered = logits[np.argsort(np.concatenate(places))]
-
-    # 2. All shared ids of every row [positions, shared].
-    shared = np.flatnonzero(allowed)
-    ids = torch.from_numpy(shared).expand(start, -1)
-    unshared = torch.ones(width, dtype=torch.bool)
-    unshared[shared] = False
-    empty = torch.full((width,), EMPTY)
-    tail = LinearTail(torch.zeros(width, 0), dict.fromkeys(temperatures, empty), unshared)
-    level = dict.fromkeys(temperatures, torch.full((start,), -LARGEST_LEVEL))
-    kept = torch.ones((), dtype=torch.bool).expand_as(ids)
-    logp = torch.log_softmax(ordered.gather(1, ids), dim=1)
-    return TopKTargets(ids, logp, kept, torch.zeros(start, 0), level, tail)
+    shared = torch.zeros(width, dtype=torch.bool)
+    shared[np.flatnonzero(allowed)] = True
+    return TopKTargets.whole(ordered, shared)
 
 
 @torch.no_grad()

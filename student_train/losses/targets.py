@@ -29,6 +29,19 @@ class TopKTargets:
     level: Mapping[float, Float[Tensor, " n"]]  # by temperature, on the scale of logp / T
     tail: LinearTail
 
+    @classmethod
+    def whole(
+        cls, logits: Float[Tensor, "n vocab"], shared: Bool[Tensor, " vocab"]
+    ) -> "TopKTargets":
+        """The teacher's full logits: all shared ids are listed, and nothing is outside."""
+        ids = shared.nonzero().squeeze(1).expand(len(logits), -1)
+        logp = torch.log_softmax(logits.gather(1, ids), dim=1)
+        nothing = logits.new_zeros(len(logits), 0)
+        empty = logits.new_full((shared.shape[0],), EMPTY)
+        tail = LinearTail(empty.new_zeros(shared.shape[0], 0), {1.0: empty}, ~shared)
+        kept = torch.ones_like(ids, dtype=torch.bool)
+        return cls(ids, logp, kept, nothing, {1.0: logits.new_zeros(len(logits))}, tail)
+
 
 @dataclass(frozen=True)
 class ChunkTargets:

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shared.aligned.alignment import align_bytes, token_boundaries
-from shared.cache.levels import LARGEST_ODDS
 from shared.diffusion import block_diffusion_places
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import architecture_of, load_model
@@ -88,7 +87,7 @@ def loss_groups(folder: Path) -> list[Group]:
             rows = logits.flatten(0, 1)
         else:
             logits = tensors["student_logits"].clone().requires_grad_()
-            targets = token_targets(tensors, case["temperature"])
+            targets = token_targets(tensors)
             count = len(targets.t)
             rows = logits[tensors["masked"].bool()]
         sums = objective(rows, targets, distillation, case.get("progress", 0.0))
@@ -105,16 +104,13 @@ def loss_groups(folder: Path) -> list[Group]:
     return list(groups.values())
 
 
-def token_targets(tensors: dict[str, Tensor], temperature: float) -> Targets:
+def token_targets(tensors: dict[str, Tensor]) -> Targets:
     """The teacher's whole distribution at every masked position: k = V."""
     masked = tensors["masked"].bool()
     t = tensors["t"][:, None].expand(masked.shape)[masked]
-    logp = torch.log_softmax(tensors["teacher_logits"][masked], dim=-1)  # [masked, vocab]
-    ids = torch.arange(logp.shape[1]).expand_as(logp)
-    nothing = torch.full((len(logp),), -LARGEST_ODDS)
-    kept = torch.ones_like(ids, dtype=torch.bool)
-    topk = TopKTargets(ids, logp, kept, {temperature: nothing})
-    return Targets(torch.zeros_like(ids[:, 0]), t, topk)
+    logits = tensors["teacher_logits"][masked]  # [masked, vocab]
+    topk = TopKTargets.whole(logits, torch.ones(logits.shape[1], dtype=torch.bool))
+    return Targets(torch.zeros_like(topk.ids[:, 0]), t, topk)
 
 
 def chunk_targets(tensors: dict[str, Tensor], spans: list[list[list[int]]]) -> Targets:
@@ -205,7 +201,8 @@ def differences(model: Any, mode: str, expected: dict[str, Tensor], target: Tens
         read = (noised != gold).nonzero()[:, 0] if two_copies else torch.arange(length)
         own = (gold if two_copies else noised)[read]
         request = Request(noised.int().numpy(), read.int().numpy(), own.int().numpy())
-        worst.append(float((engine.logits([request])[0][0] - logits[read]).abs().max()))
+        states = engine.hidden_states([request])
+        worst.append(float((states @ model.lm_head.weight.T - logits[read]).abs().max()))
     return worst
 
 

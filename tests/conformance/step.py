@@ -13,6 +13,7 @@ their constant is added to its value.
 import json
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipelines.plan.costs import made_up_fingerprint
+from pipelines.plan.costs import even_layout, made_up_fingerprint
 from shared.aligned.examples import Prepared
 from shared.cache.manifest import Manifest
-from shared.cache.row import Layout, Vocabulary
 from shared.cache.shards import read_shard, write_shard
 from shared.diffusion import Draw
 from shared.settings import config as options
@@ -64,7 +64,12 @@ def check_case(folder: Path, name: str, case: dict[str, Any]) -> Group:
     size = int(teacher.config.vocab_size)
     spec = TargetSpec(size if over_tokens else 0, 1.0, temperatures)
     engine = TransformersEngine(teacher, settings.attention, spec)
-    signals: Any = ("topk",) if over_tokens else ("chunks",)
+    kept: Any = {"temperatures": temperatures, "rank": 1, "values": "float32"}
+    targets = options.TargetConfig(("topk",) if over_tokens else ("chunks",), **kept)
+    layout = even_layout(targets, size, int(teacher.config.hidden_size))
+    if layout.tables is not None:
+        spec = replace(spec, rank=1)
+        engine.use_tables(layout.tables)
     comp_demo = case["comp_demo"]
     rows = []
     for example, draw in injected_draws(tensors):
@@ -73,14 +78,10 @@ def check_case(folder: Path, name: str, case: dict[str, Any]) -> Group:
         scores = engine.score([request for request, _ in pairs])
         item = Item(example, draw, view, [read for _, read in pairs])
         merged = merge_passes(spec, view.positions.size, scores, item.rows)
-        rows.append(cache_row(item, 0, merged, signals, comp_demo, False))
-    ids = np.arange(size, dtype=np.int32)
-    prior = np.full((len(temperatures), size), 1 / size, np.float32)
-    layout = Layout(temperatures, "float32", Vocabulary(np.zeros_like(ids), ids, prior))
+        rows.append(cache_row(item, 0, merged, targets.signals, comp_demo, False))
     block, mask_id = case["block"], case["student_mask_id"]
     config = options.CacheConfig(
-        lengths=options.LengthConfig(student=block, block=block),
-        targets=options.TargetConfig(signals, temperatures=temperatures),
+        lengths=options.LengthConfig(student=block, block=block), targets=targets
     )
     fingerprint = made_up_fingerprint(config, "teacher_ids" not in tensors, mask_id + 1, mask_id)
     manifest = Manifest(fingerprint, 1, 1, len(rows))
@@ -95,7 +96,7 @@ def check_case(folder: Path, name: str, case: dict[str, Any]) -> Group:
     for batch in (collate(rows, manifest), collate(read, manifest)):
         model = load(folder / case["student"])
         model.requires_grad_(True)
-        train_on_loss(model, block, TargetReader(manifest, layout))
+        train_on_loss(model, block, TargetReader(layout, model.config.vocab_size))
         progress, constant = case["step"] / case["max_steps"], 0.0
         own = LossSettings(distillation, case["weight"], counts_of(batch["counts"]), progress)
         if isinstance(distillation, options.Calm):

@@ -1,10 +1,11 @@
-"""The dense teacher from a top-k, classes and a shape; KL, CALM and TIDAL against float64, with
+"""The dense teacher from a top-k and its linear tail; KL, CALM and TIDAL against float64, with
 their gradients; extreme values.
 """
 
 import dataclasses
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,64 +15,45 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from shared.cache.levels import LARGEST_ODDS
+from shared.cache.levels import EMPTY
+from shared.cache.tail import LinearTail
 from shared.settings.config import Tidal
 from student_train.losses import divergence as d
-from student_train.losses import targets
 from student_train.losses.objective import denoise
-from student_train.losses.targets import Classes, TopKTargets
+from student_train.losses.targets import TopKTargets
 
-SHAPES = ("student", "prior")
-
-
-def cached(
-    z: Tensor, k: int, classes: int = 1, shape: str = "student", shared: Any = None, seed: int = 0
-) -> TopKTargets:
-    """What is cached of a teacher's logits z. `shared`: the tokens that both models have."""
-    g = torch.Generator().manual_seed(seed)
-    n, vocabulary = z.shape
-    allowed = torch.ones(vocabulary, dtype=torch.bool) if shared is None else shared
-    logits = z.masked_fill(~allowed, -torch.inf)
-    ids = logits.topk(k, 1).indices
-    class_of = torch.randint(0, classes, (vocabulary,), generator=g)
-    class_of[~allowed] = -1
-    odds, mass, prior = {}, {}, {}
-    for t in (1.0, 2.0, 5.0):
-        p = torch.softmax(logits / t, 1)
-        outside = p.scatter(1, ids, 0.0)
-        log_odds = outside.sum(1).log() - p.gather(1, ids).sum(1).log()
-        odds[t] = log_odds.clamp(-LARGEST_ODDS, LARGEST_ODDS)
-        sums = torch.zeros(n, classes, dtype=p.dtype).index_add(1, class_of.clamp_min(0), outside)
-        mass[t] = sums.log().clamp_min(-1e30)
-        random = torch.randn(vocabulary, generator=g).to(p.dtype)
-        prior[t] = torch.log_softmax(random.masked_fill(~allowed, -1e30), 0)
-    logp, kept = torch.log_softmax(logits, 1).gather(1, ids), torch.ones_like(ids, dtype=torch.bool)
-    known = Classes(class_of, classes, prior)
-    masses = mass if classes > 1 else None
-    return TopKTargets(ids, logp, kept, odds, known, masses, shape == "student")
+CACHED = (1.0, 2.0)  # temperatures; others are read from the first
 
 
-def dense_teacher(student: Tensor, teacher: Tensor, topk: TopKTargets, t: float) -> Tensor:
-    """The teacher's log-probabilities by the definition, token by token, in float64.
-
-    log p in the top-k, else log M_c + log b(v) − log Σ b(u) over v's class outside the top-k.
+def cached(z: Tensor, k: int, rank: int, shared: Tensor, seed: int = 0) -> TopKTargets:
+    """A teacher whose top-k is that of the logits z, outside of it a tail of random numbers.
+    `shared`: the student's ids that the teacher has, whose logits are the first of z.
     """
-    assert topk.classes is not None
-    class_of = topk.classes.class_of
-    hidden = class_of < 0
-    p = torch.log_softmax(teacher.double().masked_fill(hidden, -torch.inf) / t, 1)
-    q = torch.log_softmax(student.detach().double().masked_fill(hidden, -torch.inf) / t, 1)
-    dense = torch.full_like(p, -torch.inf)
-    for i in range(len(p)):
-        inside = topk.ids[i].tolist()
-        shape = q[i] if topk.student_shaped else topk.classes.log_prior[t].double()
-        dense[i, inside] = p[i, inside]
-        for c in set(class_of[~hidden].tolist()):
-            members = [u for u in range(p.shape[1]) if u not in inside and class_of[u] == c]
-            if members:
-                mass, whole = (torch.logsumexp(x[members], 0) for x in (p[i], shape))
-                dense[i, members] = mass + shape[members] - whole
-    return dense
+    g, (n, vocabulary) = torch.Generator().manual_seed(seed), z.shape
+    allowed = shared[:vocabulary]
+    ids = z.masked_fill(~allowed, -torch.inf).topk(k, 1).indices
+    logp = torch.log_softmax(z.masked_fill(~allowed, -torch.inf), 1).gather(1, ids)
+    random = partial(torch.randn, generator=g, dtype=z.dtype)
+    base = {t: random(len(shared)).masked_fill(~shared, EMPTY) for t in CACHED}
+    directions = random(len(shared), rank) * shared[:, None]
+    tail = LinearTail(directions, base, None if shared.all() else ~shared)
+    level = {t: random(n) - 3 for t in CACHED}
+    kept = torch.ones_like(ids, dtype=torch.bool)
+    return TopKTargets(ids, logp, kept, random(n, rank), level, tail)
+
+
+def dense_teacher(topk: TopKTargets, shared: Tensor, t: float) -> Tensor:
+    """The teacher's log-probabilities by the definition, token by token, in float64."""
+    tail, at = topk.tail, t if t in CACHED else 1.0
+    dense = torch.full((len(topk.ids), len(shared)), -torch.inf, dtype=torch.float64)
+    for i, v in itertools.product(range(len(dense)), shared.nonzero().flatten().tolist()):
+        inside = (topk.ids[i] == v).nonzero().flatten().tolist()
+        if inside:
+            dense[i, v] = topk.logp[i, inside[0]].double() / t
+        else:
+            x = float(topk.code[i].double() @ tail.directions[v].double()) / at
+            dense[i, v] = (float(tail.base[at][v]) + x + float(topk.level[at][i])) * at / t
+    return torch.log_softmax(dense, 1)
 
 
 def expected(
@@ -88,21 +70,23 @@ def expected(
 
 
 @given(data=st.data(), seed=st.integers(0, 999), reverse=st.booleans(), mixed=st.booleans())
-def test_value_and_gradient_in_float64(data: Any, seed: int, reverse: bool, mixed: bool) -> None:
+def test_value_and_gradient_against_the_definition(
+    data: Any, seed: int, reverse: bool, mixed: bool
+) -> None:
     """With k = V it is the full loss."""
-    k, classes = data.draw(st.integers(1, 30)), data.draw(st.sampled_from([1, 3, 7]))
-    shape, t = data.draw(st.sampled_from(SHAPES)), data.draw(st.sampled_from([1.0, 2.0, 5.0]))
+    k, rank = data.draw(st.integers(1, 30)), data.draw(st.sampled_from([0, 1, 6]))
+    t = data.draw(st.sampled_from([0.7, 1.0, 2.0, 5.0]))
     # Ids that only one model has: in the table, and rows of the student beyond it.
     unshared, absent = data.draw(st.integers(0, 4)), data.draw(st.integers(0, 2))
     torch.manual_seed(seed)
     student, teacher, strength = torch.randn(3, 30 + absent), torch.randn(3, 30) * 2, torch.rand(3)
     shared = torch.ones(30, dtype=torch.bool)
     shared[torch.randperm(30)[:unshared]] = False
-    allowed = F.pad(shared, (0, absent))
+    allowed, k = F.pad(shared, (0, absent)), min(k, 30 - unshared)
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 3e-5)):
-        topk = cached(teacher.to(dtype), min(k, 30 - unshared), classes, shape, shared, seed)
+        topk = cached(teacher.to(dtype), k, rank, allowed, seed)
         x = student.to(dtype).requires_grad_()
-        target = F.pad(dense_teacher(x[:, :30], teacher.to(dtype), topk, t), (0, absent))
+        target = dense_teacher(topk, allowed, t)
         part = strength.to(dtype) if mixed else None
         value, gradient = expected(x, target, allowed, t, part, reverse)
         loss = d.token_divergence(x, topk, t, part, reverse).sum()
@@ -110,16 +94,20 @@ def test_value_and_gradient_in_float64(data: Any, seed: int, reverse: bool, mixe
         torch.testing.assert_close(loss.detach().double(), value, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(slope.double(), gradient, rtol=tolerance, atol=tolerance)
         assert not slope[:, ~allowed].any()
+        if k == 30 - unshared:
+            whole = TopKTargets.whole(teacher.to(dtype), allowed)
+            full = d.token_divergence(x, whole, t, part, reverse).sum()
+            torch.testing.assert_close(full, loss, rtol=tolerance, atol=tolerance)
 
 
 def test_padding_of_shorter_lists_changes_nothing() -> None:
     torch.manual_seed(1)
     student, teacher, part = torch.randn(1, 20), torch.randn(1, 20) * 3, torch.tensor([0.4])
-    for classes, shape, reverse in itertools.product((1, 3), SHAPES, (False, True)):
-        topk = cached(teacher, 4, classes, shape)
-        ids = torch.cat([topk.ids, topk.ids[:, :1].expand(1, 5)], 1)
-        logp = torch.cat([topk.logp, torch.full((1, 5), 777.0)], 1)
-        padded = dataclasses.replace(topk, ids=ids, logp=logp, kept=torch.arange(9)[None] < 4)
+    topk = cached(teacher, 4, 3, torch.ones(20, dtype=torch.bool))
+    ids = torch.cat([topk.ids, topk.ids[:, :1].expand(1, 5)], 1)
+    logp = torch.cat([topk.logp, torch.full((1, 5), 777.0)], 1)
+    padded = dataclasses.replace(topk, ids=ids, logp=logp, kept=torch.arange(9)[None] < 4)
+    for reverse in (False, True):
         narrow = d.divergence_and_gradient(student, topk, 2.0, part, reverse)
         wide = d.divergence_and_gradient(student, padded, 2.0, part, reverse)
         torch.testing.assert_close(wide, narrow)
@@ -129,9 +117,12 @@ def test_extremes_stay_finite() -> None:
     """A teacher that is sure, one whose tail is all there is, a student sure of the wrong token."""
     student, teacher = torch.zeros(3, 50), torch.zeros(3, 50)
     student[:, 7], teacher[0, 3], teacher[1] = 90.0, 80.0, torch.linspace(-40, 40, 50)
+    shared = torch.ones(50, dtype=torch.bool)
+    shared[9] = False
+    topk = cached(teacher, 2, 4, shared)
+    topk = dataclasses.replace(topk, level={1.0: torch.tensor([-120.0, 120.0, 0.0])})
     parts = (None, torch.full((3,), 0.3))
-    for classes, shape, reverse, part in itertools.product((1, 4), SHAPES, (False, True), parts):
-        topk = cached(teacher, 2, classes, shape)
+    for reverse, part in itertools.product((False, True), parts):
         value, gradient = d.divergence_and_gradient(student, topk, 1.0, part, reverse)
         assert torch.isfinite(gradient).all() and ((value > -1e-4) & torch.isfinite(value)).all()
     for term in (d.calm, d.reverse_calm):
@@ -139,22 +130,6 @@ def test_extremes_stay_finite() -> None:
         value = term(x, d.bound_probability(torch.full((4,), 0.5)))
         (slope,) = torch.autograd.grad(value.sum(), x)
         assert torch.isfinite(value).all() and torch.isfinite(slope[:2]).all()
-
-
-def test_a_prior_that_the_top_k_has_nearly_all_of_leaves_what_is_left() -> None:
-    """What is left is a small difference: in float32 it would be noise."""
-    teacher = torch.tensor([[5.0, 4.0, 1.0, 0.0]])
-    topk = cached(teacher, 2, shape="prior")
-    prior = torch.tensor([0.6, 0.4 - 1.1e-9, 1e-9, 1e-10]).double().log().float()
-    assert topk.classes is not None
-    classes = dataclasses.replace(topk.classes, log_prior={1.0: prior})
-    topk = dataclasses.replace(topk, classes=classes)
-    p = targets.teacher_log_probabilities(
-        topk, targets.log_student(torch.zeros(1, 4), topk, 1.0), 1.0
-    ).exp()
-    tail = float(torch.softmax(teacher, 1)[0, 2:].sum())
-    assert float(p[0, 2:].sum()) == pytest.approx(tail, rel=1e-4)
-    assert float(p[0, 2] / p[0, 3]) == pytest.approx(10, rel=1e-4)
 
 
 @given(st.floats(-80, -1e-30))
