@@ -107,7 +107,7 @@ def small_cache_config(teacher: str, model: Path, out: Path, **changes: object) 
     values: dict[str, object] = {"teacher": teacher, "model": str(model), "out": out}
     values |= {"shard_examples": 8, "data": {"source": str(chats_file()), "limit": 24}}
     values |= {"lengths": {"student": 128, "teacher": 128, "block": 32}}
-    values |= {"targets": {"k": 8, "classes": 5, "pilot": 200}}
+    values |= {"targets": {"k": 8, "rank": 6, "pilot": 200}}
     values |= {"engine": {"dtype": "float32", "device": "cpu"}}
     return build(CacheConfig, values | changes)
 

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shared.cache.manifest import load_manifest
-from shared.cache.row import CacheRow, Layout
+from shared.cache.row import CacheRow, Layout, Tables
 from shared.cache.shards import Unit, finished_units, read_shard, read_table, write_table
 from shared.settings.config import TrainConfig
 from student_train.batches.loader import BatchDataset, OpenCache
@@ -53,3 +54,22 @@ def same_values(column: pa.Array, values: pa.Array) -> pa.Array:
 def plain_table(path: Path) -> pa.Table:
     """A shard as Parquet gives it."""
     return pq.ParquetFile(path).read()
+
+
+def random_tables(
+    vocabulary: int, width: int, rank: int, step: float = 0.05, temperatures: int = 2
+) -> Tables:
+    """Tables of a teacher that there is not, in which every id is shared."""
+    rng = np.random.default_rng(rank)
+    floats = rng.standard_normal
+    return Tables(
+        rank_of=rng.permutation(vocabulary).astype(np.int32),
+        shared=np.ones(vocabulary, bool),
+        mean=floats(vocabulary).astype(np.float32),
+        calibration=floats((temperatures, vocabulary)).astype(np.float32),
+        directions=rng.integers(-127, 128, (vocabulary, rank), np.int8),
+        scales=rng.random(rank).astype(np.float32) / 50,
+        encoder=floats((rank, width)).astype(np.float32),
+        center=floats(width).astype(np.float32),
+        step=step,
+    )

@@ -10,19 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.aligned.examples import Prepared
-from shared.cache.levels import LARGEST_ODDS
 from shared.settings.config import NoiseConfig
 from shared.system.files import TideError
 from teacher_cache.method import (
     Scores,
+    TailEncoder,
     TargetSpec,
     draw_for,
     extract,
-    member_matrix,
+    outside_of,
     passes,
     refuse_nonfinite,
     teacher_view,
 )
+from tests.reading import random_tables
 
 MASK = 999
 
@@ -85,10 +86,16 @@ def test_against_float64(seed: int, k: int, mass: float, unshared: int) -> None:
     allowed[excluded] = False
     k = min(k, 20 - unshared)
     gold = torch.arange(20)[allowed][torch.randint(0, 20 - unshared, (5,))]
-    own = np.where(allowed.numpy(), np.arange(20) % 3, -1).astype(np.int32)
-    spec = TargetSpec(k, mass, (1.0, 3.0), 3)
-    found = extract(logits, gold, spec, excluded, member_matrix(own, 3))
-    exact = logits.double()
+    hidden, spec = torch.randn(5, 6), TargetSpec(k, mass, (1.0, 3.0), 4)
+    tables = dataclasses.replace(random_tables(20, 6, 4), shared=allowed.numpy())
+    encoder = TailEncoder(tables, spec.temperatures)
+    found = extract(logits, hidden, gold, spec, excluded, encoder)
+    exact, whole = logits.double(), torch.from_numpy(tables.encoder).double()
+    coefficients = (hidden.double() - torch.from_numpy(tables.center)) @ whole.T
+    code = (coefficients / tables.step).clamp(-127, 127)
+    assert (found["tail_code"] - code).abs().max() <= 0.5 + 1e-4
+    directions = torch.from_numpy(tables.directions * tables.scales.astype(np.float64))
+    x = torch.from_numpy(tables.mean) + found["tail_code"].double() * tables.step @ directions.T
     # The gold token's likelihood is over all logits, everything else over the shared ones.
     close(found["gold_logp"], torch.log_softmax(exact, 1)[torch.arange(5), gold], 1e-5, 1e-5)
     exact = exact.masked_fill(~allowed, -torch.inf)
@@ -102,28 +109,27 @@ def test_against_float64(seed: int, k: int, mass: float, unshared: int) -> None:
         assert n == k if mass == 1.0 else n == k or reached[n - 1] >= mass - 1e-6
         assert mass == 1.0 or n == 1 or reached[n - 2] < mass + 1e-6
         for j, temperature in enumerate(spec.temperatures):
-            p = torch.softmax(exact[i] / temperature, 0)
-            outside = torch.ones(20, dtype=torch.bool)
+            outside = allowed.clone()
             outside[order[:n]] = False
-            tail = p[outside].sum()
-            odds = (tail.log() - p[~outside].sum().log()).clamp(-LARGEST_ODDS, LARGEST_ODDS)
-            close(found["tail_odds"][i, j], odds, 1e-4, 1e-4)
-            for c in range(3):
-                expected = p[outside & torch.from_numpy(own == c)].sum()
-                close(found["class_mass"][i, j, c].exp(), expected, 1e-4, 1e-9)
+            if outside.any():  # exp(x_T + level) sums to what the teacher has there
+                own = x[i] / temperature + torch.from_numpy(tables.calibration[j])
+                sums = (torch.logsumexp(v[outside], 0) for v in (exact[i] / temperature, own))
+                tail, linear = sums
+                level = tail - torch.logsumexp(exact[i], 0) / temperature - linear
+                close(found["tail_level"][i, j], level, 1e-4, 1e-4)
 
 
 def test_what_is_outside_is_exact_where_nearly_all_is_inside() -> None:
     """1 − Σp of rounded values has no digit left here; the sum of what is outside has them all."""
-    logits = torch.tensor([[30.0, 0.0, -1.0, -2.0]])
-    found = extract(logits, torch.tensor([0]), TargetSpec(1, 1.0, (1.0,)))
-    exact = torch.logsumexp(logits[:, 1:].double(), 1) - 30
-    close(found["tail_odds"][:, 0], exact, 1e-6, 1e-6)
+    logp = torch.log_softmax(torch.tensor([[30.0, 0.0, -1.0, -2.0]]), 1)
+    exact = torch.logsumexp(logp[:, 1:].double(), 1)
+    _, tails = outside_of(logp, torch.tensor([[0]]), torch.tensor([1]), [1.0])
+    close(tails[:, 0], exact, 1e-6, 1e-6)
 
 
 def test_bfloat16_logits_are_widened_before_exp() -> None:
     logits = (torch.randn(3, 4096) * 5).bfloat16()
-    found = extract(logits, torch.zeros(3, dtype=torch.long), TargetSpec(4, 1.0, (1.0,)))
+    found = extract(logits, logits, torch.zeros(3, dtype=torch.long), TargetSpec(4, 1.0, (1.0,)))
     assert found["logsumexp"].dtype == torch.float32
     close(found["logsumexp"], torch.logsumexp(logits.double(), 1), 1e-6, 1e-6)
 
@@ -131,14 +137,20 @@ def test_bfloat16_logits_are_widened_before_exp() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_teacher_that_overflows_is_noticed(bad: float) -> None:
     logits, gold = torch.zeros(2, 9), torch.zeros(2, dtype=torch.long)
-    spec, members = TargetSpec(3, 1.0, (1.0, 2.0), 2), torch.eye(9)[:, :2]
-    good = {k: v.numpy() for k, v in extract(logits, gold, spec, None, members).items()}
-    refuse_nonfinite(Scores(**good), "fine")
+    spec, encoder = TargetSpec(3, 1.0, (1.0, 2.0), 2), TailEncoder(random_tables(9, 4, 2), (1, 2))
+
+    def scores() -> Scores:
+        found = extract(logits, torch.zeros(2, 4), gold, spec, None, encoder)
+        return {name: values.numpy() for name, values in found.items()}
+
+    good = scores()
+    refuse_nonfinite(good, "fine")
     logits[1, 4] = bad
-    broken = [{k: v.numpy() for k, v in extract(logits, gold, spec).items()}]
-    for name in ("gold_logp", "logsumexp", "topk_logp", "tail_odds", "class_mass"):
-        broken.append({**good, name: good[name].copy()})
-        broken[-1][name][1] = bad
-    for fields in broken:
+    broken = [scores()]
+    for name, values in good.items():
+        if name not in ("topk_sizes", "topk_ids"):
+            broken.append({**good, name: values.copy()})
+            broken[-1][name][1] = bad
+    for one in broken:
         with pytest.raises(TideError, match="e7"):
-            refuse_nonfinite(Scores(**fields), "e7")
+            refuse_nonfinite(one, "e7")

@@ -5,23 +5,21 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from shared.cache import levels
 from shared.cache.ledger import Entry
-from shared.cache.row import CacheRow, Layout, Vocabulary
+from shared.cache.row import CacheRow, Layout
 from shared.cache.shards import Unit, finished_units, read_shard, read_table, write_shard
 from shared.system.files import TideError
+from tests.reading import random_tables
 
 T = (1.0, 2.0)
-CLASSES = 3
-RNG = np.random.default_rng(CLASSES)
-CLASS_OF, RANK_OF = (np.arange(99) % CLASSES).astype(np.int32), RNG.permutation(99).astype(np.int32)
-VOCABULARY = Vocabulary(CLASS_OF, RANK_OF, RNG.random((2, 99)).astype(np.float32))
-LEVELS, EXACT = Layout(T, "levels", VOCABULARY), Layout(T, "float32", VOCABULARY)
+RANK = 3
+TABLES = random_tables(99, 4, RANK, temperatures=2)
+LEVELS, EXACT = Layout(T, "levels", TABLES), Layout(T, "float32", TABLES)
 
 
 def make_row(seed: int, cross: bool, topk: bool, chunks: bool, masked: int) -> CacheRow:
@@ -42,20 +40,20 @@ def make_row(seed: int, cross: bool, topk: bool, chunks: bool, masked: int) -> C
         values["teacher_ids"] = np.arange(5, dtype=np.int32)
         values["teacher_masked"] = np.arange(masked, dtype=np.int32)
     if topk:
-        mass, ids = rng.random((masked, 2, CLASSES)), rng.integers(0, 99, int(sizes.sum()))
-        values |= {"topk_sizes": sizes, "topk_ids": ids.astype(np.int32)}
+        ids = rng.integers(0, 99, int(sizes.sum())).astype(np.int32)
+        values |= {"topk_sizes": sizes, "topk_ids": ids}
         values["topk_logp"] = np.concatenate([*logp, np.zeros(0)]).astype(np.float32)
-        values["tail_odds"] = floats((masked, 2)).astype(np.float32)
-        values["class_mass"] = np.log(mass).astype(np.float32)
+        values["tail_level"] = floats((masked, 2)).astype(np.float32)
+        values["tail_code"] = rng.integers(-127, 128, (masked, RANK)).astype(np.float32)
     if chunks:
         for name in ("chunk_student", "chunk_teacher"):
             values[name] = rng.integers(0, 8, (2, 2)).astype(np.int32)
         values["chunk_logp"] = floats(2).astype(np.float32)
-    return CacheRow(**{**dict.fromkeys(CacheRow.__dataclass_fields__), **values})
+    return CacheRow(**{"teacher_ids": None, "teacher_masked": None, **values})
 
 
 STEPS = {"gold_logp": levels.GOLD_STEPS, "logsumexp": levels.LOGIT_STEPS}
-STEPS["tail_odds"] = levels.ODDS_STEPS
+STEPS["tail_level"] = levels.TAIL_STEPS
 
 
 def assert_same(a: CacheRow, b: CacheRow, exact: bool) -> None:
@@ -63,11 +61,9 @@ def assert_same(a: CacheRow, b: CacheRow, exact: bool) -> None:
         x, y = getattr(a, name), getattr(b, name)
         if not isinstance(x, np.ndarray):
             assert x == y, name
-        elif exact or name not in (*STEPS, "topk_logp", "class_mass"):
-            assert x.dtype == y.dtype
+        elif exact or name not in (*STEPS, "topk_logp"):
+            assert x.dtype == y.dtype or name == "tail_code"  # a byte each
             assert np.array_equal(x, y), name
-        elif name == "class_mass":
-            assert np.array_equal(y, levels.to_class_levels(x))
         else:
             bound = levels.half_steps(x, T) if name == "topk_logp" else 0.5 / STEPS[name]
             assert (np.abs(x - y) <= bound + 1e-5).all(), name
@@ -105,7 +101,7 @@ def test_a_shard_gives_back_its_rows_and_plain_polars_reads_it(tmp_path: Path) -
     again = {"part": 14, "draw": 3, "examples": 600}
     assert write_shard(tmp_path / "same.parquet", rows, LEVELS, again) == content
     assert finished_units(tmp_path) == [Unit(3, 14)]
-    assert pl.read_parquet(path)["masked"][3].to_list() == rows[3].masked.tolist()
+    assert pl.read_parquet(path, columns=["masked"])["masked"][3].to_list() == rows[3].masked.tolist()
 
 
 def test_other_columns_and_another_name_are_refused(tmp_path: Path) -> None:
@@ -131,27 +127,3 @@ def test_levels_are_bounded_finest_near_certainty_and_taken_once(
     ).all()
     assert np.array_equal(levels.to_levels(back, temperatures), stored)
     assert np.all(np.diff(levels.to_levels(np.sort(logp), temperatures)) >= 0)
-
-
-@given(arrays(np.float64, (6,), elements=st.floats(1e-9, 1)), st.floats(-8, 8))
-def test_class_masses_add_up_to_the_tail_and_lie_near_the_truth(
-    shares: np.ndarray, odds: float
-) -> None:
-    shares = shares / shares.sum()
-    tail = 1 / (1 + np.exp(-odds))
-    stored = levels.to_class_levels(np.log(tail * shares).astype(np.float32))
-    prior = torch.full((6,), 1 / 6)
-    tails = torch.tensor([odds], dtype=torch.float32)
-    mass = (
-        levels.class_log_mass(torch.from_numpy(stored)[None], tails, prior)[0]
-        .double()
-        .exp()
-        .numpy()
-    )
-    assert mass.sum() == pytest.approx(tail, rel=1e-5)
-    if stored.any():  # a root of mass is within half a level, before all are scaled to the tail
-        scale = np.sqrt(
-            tail / max(1e-30, (np.maximum(stored, 0.5) ** 2).sum() / levels.CLASS_LEVELS**2)
-        )
-        apart = np.abs(np.sqrt(mass) - np.sqrt(tail * shares))
-        assert apart.max() < (1 / levels.CLASS_LEVELS) * max(1.0, scale) + 0.05

@@ -56,11 +56,7 @@ DAMAGE: dict[str, tuple[str, str, Edit]] = {
     "an id twice in a list": ("tiny-shared", "topk_ranks", REPEAT),
     "levels below the lowest": ("tiny-shared", "topk_logp_q", put(3, 300)),
     "more mass than there is": ("tiny-shared", "topk_logp_q", put(ALL, 0)),
-    "a tail that is not what the list leaves": ("tiny-shared", "tail_odds_q", put(ALL, 0)),
-    "an odds beyond the grid": ("tiny-shared", "tail_odds_q", put(1, 17000)),
-    "a cooler tail when heated": ("tiny-shared", "tail_odds_q", put(1, -3000)),
-    "classes beyond the tail": ("tiny-shared", "class_mass_q", put(ALL, 32)),
-    "classes that hold nothing": ("tiny-shared", "class_mass_q", put(ALL, 0)),
+    "a level beyond the grid": ("tiny-shared", "tail_level_q", put(1, 31000)),
     "a chunk that is not masked": ("tiny-shared", "chunk_student", put(0, 0)),
     "chunks out of order": ("tiny-shared", "chunk_student", move([0, 1, 2, 3], [2, 3, 0, 1])),
     "a chunk likelihood above 1": ("tiny-shared", "chunk_logp", put(0, 0.5)),
@@ -70,7 +66,7 @@ DAMAGE: dict[str, tuple[str, str, Edit]] = {
     "a teacher's chunk that is not masked": ("tiny-cross", "chunk_teacher", put(0, 0)),
 }  # fmt: skip
 # Rules of the top-k compare columns with each other: either may be named.
-TOGETHER = {"topk_sizes": "topk_ranks", "topk_logp": "tail_odds"}
+TOGETHER = {"topk_sizes": "topk_ranks"}
 
 
 def changed(table: pa.Table, name: str, edit: Edit) -> pa.Array:
@@ -125,19 +121,23 @@ def test_rows_that_no_draw_has(caches: dict[str, Path]) -> None:
     assert str(problem_in(twice, layout, manifest)).startswith("example_id")
     gone = pa.nulls(table.num_rows, table.schema.field("topk_ranks").type)
     assert str(problem(cache, "topk_ranks", gone)).startswith("topk_ranks")
+    codes = table.column("tail_code_q").to_pylist()
+    codes[0].pop()
+    kind = table.schema.field("tail_code_q").type
+    assert str(problem(cache, "tail_code_q", pa.array(codes, kind))).startswith("tail_code")
     assert problem_in(table.slice(0, 0), layout, manifest) is None
 
 
 ADAPTIVE = {"mass": 0.01, "k": 30, "values": "float32"}
-HOT = {"k": 1, "temperatures": (1.0, 5.0), "classes": 1}
+HOT = {"k": 1, "temperatures": (1.0, 5.0), "rank": 1}
 
 
 @pytest.mark.parametrize("changes", [ADAPTIVE, HOT])
 def test_what_stage_one_writes_is_sound(
     random_teacher: Path, tmp_path: Path, changes: dict[str, object]
 ) -> None:
-    """Also adaptive lists, one class, hot temperatures and exact values."""
-    cache, targets = tmp_path / "c", {"k": 8, "classes": 5, "pilot": 100, **changes}
+    """Also adaptive lists, one coefficient, hot temperatures and exact values."""
+    cache, targets = tmp_path / "c", {"k": 8, "rank": 5, "pilot": 100, **changes}
     settings = {"targets": targets, "noise": {"draws": 1}}
     build_cache(small_cache_config("tiny-shared", random_teacher, cache, **settings))
     report = check_cache(cache)
@@ -145,7 +145,7 @@ def test_what_stage_one_writes_is_sound(
     if "values" not in changes:
         return
     exact = {"topk_logp": SWAP, "gold_logp": put(0, float("nan"))}
-    exact |= {"class_mass": put(ALL, -1.0), "tail_odds": put(0, float("inf"))}
+    exact |= {"tail_code": put(0, float("nan")), "tail_level": put(0, float("inf"))}
     for name, edit in exact.items():
         column = changed(plain_table(Unit(0, 0).path(cache)), name, edit)
         assert str(problem(cache, name, column)).startswith(name)

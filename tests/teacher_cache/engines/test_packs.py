@@ -60,32 +60,31 @@ def test_scores_are_those_of_the_plain_model(model: Any, random_teacher: Path) -
                 mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
                 logits = model(input_ids=ids, attention_mask=mask).logits[0].double()
             read = logits[torch.from_numpy(request.read).long() - shift]
-            np.testing.assert_allclose(scores.logsumexp, torch.logsumexp(read, 1), rtol=1e-5)
-            assert scores.topk_logp is not None
+            np.testing.assert_allclose(scores["logsumexp"], torch.logsumexp(read, 1), rtol=1e-5)
+            assert scores["topk_logp"] is not None
             logp = torch.log_softmax(read, 1)
-            np.testing.assert_allclose(scores.topk_logp, logp.topk(8).values, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(
+                scores["topk_logp"], logp.topk(8).values, rtol=1e-4, atol=1e-5
+            )
             gold = logp.gather(1, torch.from_numpy(request.gold).long()[:, None])[:, 0]
-            np.testing.assert_allclose(scores.gold_logp, gold, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(scores["gold_logp"], gold, rtol=1e-4, atol=1e-5)
 
 
-def test_sums_of_what_is_outside_are_those_of_full_logits(model: Any) -> None:
+def test_tails_are_those_of_one_head_over_all_states(model: Any) -> None:
     asked, shared = requests(5, seed=4), np.arange(4096) % 7 != 0
     sizes: Any = {"head_rows": 9, "tokens_per_batch": 64}
     engine = TransformersEngine(model, Full(), SPEC, shared_ids=shared, **sizes)
-    sums = engine.outside(asked)
-    logits = torch.cat([logits for logits, _ in engine.logits(asked)]).double()
-    logits[:, ~torch.from_numpy(shared)] = -torch.inf
-    for i, t in enumerate(SPEC.temperatures):
-        p = torch.softmax(logits / t, 1)
-        expected = p.scatter(1, logits.topk(8, 1).indices, 0.0).sum(0)
-        np.testing.assert_allclose(sums[i], expected, rtol=1e-4, atol=1e-7)
-    classes = (np.arange(4096) % 3).astype(np.int32)
-    classes[~shared] = -1
-    engine.use_classes(classes)
-    masses = [np.exp(scores.class_mass.astype(np.float64)) for scores in engine.score(asked)]  # type: ignore[union-attr]
-    for c in range(3):
-        mass = sum(one[:, 1, c].sum() for one in masses)
-        assert mass == pytest.approx(sums[1][classes == c].sum(), rel=1e-4)
+    hidden, head = engine.hidden_states(asked), model.lm_head.weight.detach().float()
+    tables = replace(random_tables(4096, hidden.shape[1], 3, step=0.0), shared=shared)
+    engine.use_tables(tables)
+    gold = torch.from_numpy(np.concatenate([request.gold for request in asked])).long()
+    encoder = TailEncoder(tables, SPEC.temperatures)
+    excluded = torch.from_numpy(np.flatnonzero(~shared))
+    whole = extract(hidden @ head.T, hidden, gold, SPEC, excluded, encoder)
+    scores = engine.score(asked)
+    for name in ("tail_code", "tail_level"):
+        found = np.concatenate([one[name] for one in scores])
+        np.testing.assert_allclose(found, whole[name], rtol=1e-4, atol=1e-3)
 
 
 def test_block_diffusion_teachers_never_see_the_answer(model: Any) -> None:

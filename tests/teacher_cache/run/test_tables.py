@@ -1,4 +1,4 @@
-"""Classes, priors and ranks: made once before the first shard, the same for all."""
+"""The linear tail: found once before the first shard, the same for all; it gives the teacher."""
 
 import shutil
 from pathlib import Path
@@ -8,95 +8,99 @@ import numpy as np
 import pytest
 import torch
 
+from shared.cache.levels import EMPTY
 from shared.cache.manifest import load_manifest
-from shared.cache.row import ranks
-from shared.cache.shards import load_centroids, load_pilot, load_vocabulary
+from shared.cache.shards import load_tables
+from shared.cache.tail import LinearTail
+from shared.models.loading import head_rows
 from shared.settings.config import CacheConfig
 from shared.system.files import TideError
-from teacher_cache.maintenance.derive import smaller
+from student_train.losses.targets import TopKTargets, teacher_log_weights
+from teacher_cache.method import TailEncoder, TargetSpec, extract
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.open import open_or_begin
-from teacher_cache.run.tables import classes_for, cluster, pilot_requests
+from teacher_cache.run.tables import Sample, fit_tables, pilot_requests
 from teacher_cache.run.work import load_engine
-from tests.conftest import GOLDEN, chats_file, small_cache_config
+from tests.conftest import chats_file, small_cache_config
 from tests.reading import all_rows
 
+TEMPERATURES = (1.0, 2.0)
 
-def test_the_prior_is_the_mean_of_what_is_outside(
+
+def test_the_tables_against_their_definition_in_float64(
     caches: dict[str, Path], random_teacher: Path
 ) -> None:
-    """Recomputed in float64 from full logits, one request at a time."""
-    plan = open_or_begin(small_cache_config("tiny-shared", random_teacher, caches["tiny-shared"]))
-    engine: Any = load_engine(plan)
-    requests = pilot_requests(plan)
-    assert [r.ids.tolist() for r in requests] == [r.ids.tolist() for r in pilot_requests(plan)]
-    assert 200 <= sum(len(request.read) for request in requests) < 400
-    logits = torch.cat([logits for logits, _ in engine.logits(requests)]).double()
-    tables = load_vocabulary(caches["tiny-shared"])
-    for i, temperature in enumerate((1.0, 2.0)):
-        p = torch.softmax(logits / temperature, 1).scatter(1, logits.topk(8, 1).indices, 0.0)
-        np.testing.assert_allclose(tables.prior[i], p.mean(0), rtol=2e-3, atol=1e-9)
-    count = torch.bincount(logits.topk(8, 1).indices.flatten(), minlength=4096).numpy()
-    assert (np.diff(count[tables.ids_by_rank]) <= 0).all()
-    assert tables.shared.all() and tables.classes == 5
-    pilot = load_pilot(caches["tiny-shared"])
-    assert pilot.sizes.size == len(logits) and (pilot.sizes == 8).all()
+    run = open_or_begin(small_cache_config("tiny-shared", random_teacher, caches["tiny-shared"]))
+    requests = pilot_requests(run, 200)
+    again = pilot_requests(run, 200)
+    assert [r.ids.tolist() for r in requests] == [r.ids.tolist() for r in again]
+    hidden = load_engine(run).hidden_states(requests).double()
+    assert 200 <= len(hidden) < 400
+    head, n = head_rows(run.checkpoint, "llama").double(), len(hidden)
+    logits = hidden @ head.T
+    listed = logits.topk(8, 1).indices
+    fisher, outside = torch.zeros(head.shape[1], head.shape[1]).double(), []
+    for t in TEMPERATURES:
+        p = torch.softmax(logits / t, 1).scatter(1, listed, 0.0)
+        outside.append(p)
+        for row in p:
+            mean = row @ head
+            information = (head * row[:, None]).T @ head - torch.outer(mean, mean) / row.sum()
+            fisher += information / n / t**2 / 2
+    center = hidden.mean(0)
+    spread = (hidden - center).T @ (hidden - center) / n
+    # The leading r eigenvalues of F·S are those of the code's covariance in the metric F.
+    tables = load_tables(caches["tiny-shared"])
+    variances = torch.linalg.eigvals(fisher @ spread).real.sort(descending=True).values[:6]
+    encoder = torch.from_numpy(tables.encoder).double()
+    covariance = encoder @ spread @ encoder.T
+    torch.testing.assert_close(covariance.diagonal(), variances, rtol=1e-3, atol=1e-9)
+    assert (covariance - covariance.diag().diag()).abs().max() < 1e-3 * variances[0]
+    np.testing.assert_allclose(tables.center, center, atol=1e-5)
+    np.testing.assert_allclose(tables.mean, head @ center, atol=1e-4)
+    count = torch.bincount(listed.flatten(), minlength=4096).numpy()
+    assert (np.diff(count[tables.ids_by_rank]) <= 0).all() and tables.shared.all()
+    # With the calibration each token has the mass outside that the teacher gives it.
+    tail, calibrated = TailEncoder(tables, TEMPERATURES), []
+    code = tail.code(hidden.float()) * tables.step
+    for p, t, b in zip(outside, TEMPERATURES, torch.from_numpy(tables.calibration), strict=True):
+        x = (tail.tail.at(code, t) - b).scatter(1, listed, EMPTY).double()
+        given = (torch.softmax(x, 1) * p.sum(1, keepdim=True)).sum(0)
+        calibrated.append(given.log() + b)
+        torch.testing.assert_close(calibrated[-1], p.sum(0).log(), rtol=1e-3, atol=1e-3)
 
 
-def test_a_smaller_k_follows_from_the_pilot(random_teacher: Path, tmp_path: Path) -> None:
-    for k in (8, 3):
-        changes = {"targets": {"k": k, "classes": 5, "pilot": 300}, "noise": {"draws": 1}}
-        config = small_cache_config("tiny-shared", random_teacher, tmp_path / f"k{k}", **changes)
-        build_cache(config)
-    whole, classes = load_vocabulary(tmp_path / "k8"), np.arange(5, dtype=np.int32)
-    cut, pilot = smaller(whole, load_pilot(tmp_path / "k8"), (1.0, 2.0), 3, classes)
-    direct = load_vocabulary(tmp_path / "k3")
-    np.testing.assert_allclose(cut.prior, direct.prior, rtol=1e-3, atol=1e-10)
-    assert np.array_equal(cut.rank_of, direct.rank_of)
-    np.testing.assert_allclose(pilot.odds, load_pilot(tmp_path / "k3").odds, atol=1e-3)
-    assert load_centroids(tmp_path / "k8").shape == (5, 32)
-
-
-def test_classes_hold_tokens_of_like_direction() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+def test_all_directions_give_the_whole_teacher(temperature: float) -> None:
+    """Also at a temperature that is not cached. Fewer directions give less of it."""
     torch.manual_seed(0)
-    centres = torch.randn(4, 16) * 3
-    own = torch.arange(200) % 4
-    lengths = torch.rand(200, 1) * 9 + 0.5  # which say nothing
-    rows = (centres[own] + torch.randn(200, 16) * 0.1) * lengths
-    allowed = np.arange(220) < 200
-    class_of, means = cluster(torch.cat([rows, torch.randn(20, 16)]), allowed, 4)
-    assert (class_of[200:] == -1).all() and means.shape == (4, 16)
-    for c in range(4):
-        assert len(set(class_of[:200][own.numpy() == c].tolist())) == 1
-    assert len(set(class_of[:200].tolist())) == 4
-    with pytest.raises(TideError):
-        cluster(rows, np.ones(200, bool), 300)
+    hidden, head = torch.randn(400, 12) * torch.arange(1, 13) / 6, torch.randn(80, 12)
+    shared = np.arange(80) != 7
+    spec, gold = TargetSpec(5, 1.0, TEMPERATURES), torch.zeros(400, dtype=torch.long)
+    logits, apart = (hidden @ head.T), []
+    exact = torch.log_softmax(logits.double()[:, shared] / temperature, 1)
+    for rank in (2, 6, 12, None):
+        tables = fit_tables(Sample(hidden, head, shared, spec), rank, 0.0)
+        encoder = TailEncoder(tables, TEMPERATURES)
+        found: Any = extract(logits, hidden, gold, spec, torch.tensor([7]), encoder)
+        kept = torch.ones_like(found["topk_ids"], dtype=torch.bool)
+        level = dict(zip(TEMPERATURES, found["tail_level"].unbind(1), strict=True))
+        tail = LinearTail.of(tables, TEMPERATURES)
+        ids = found["topk_ids"].long()
+        topk = TopKTargets(ids, found["topk_logp"], kept, found["tail_code"], level, tail)
+        p = torch.log_softmax(teacher_log_weights(topk, temperature).double()[:, shared], 1)
+        apart.append(float((exact.exp() * (exact - p)).sum(1).mean()))
+        if rank == 12:  # but for the table in int8
+            torch.testing.assert_close(p, exact, rtol=0, atol=0.2)
+    assert apart[0] > apart[1] > 10 * apart[2] and apart[2] < 1e-4
+    assert apart[3] < apart[1]
 
 
-def test_classes_of_the_students_head_and_of_the_teachers(
-    random_teacher: Path, tmp_path: Path
-) -> None:
-    def classes(**targets: Any) -> np.ndarray:
-        changes = {"targets": {"k": 8, "classes": 5, **targets}}
-        config = small_cache_config("tiny-shared", random_teacher, tmp_path / "c", **changes)
-        return classes_for(open_or_begin(config))[0]
-
-    own = classes()
-    embedded = "embedded:teacher_cache.teachers/tiny"
-    assert not np.array_equal(own, classes(classes_from=embedded))
-    assert np.array_equal(own, classes(classes_from=str(random_teacher)))
-    assert (classes(classes=1) == 0).all()
-    with pytest.raises(TideError):  # too few rows
-        classes(classes_from=str(GOLDEN / "a2d_qwen3"))
-
-
-def test_what_classes_and_priors_come_from_is_part_of_the_cache(
-    random_teacher: Path, tmp_path: Path
-) -> None:
+def test_what_tables_come_from_is_part_of_the_cache(random_teacher: Path, tmp_path: Path) -> None:
     out = tmp_path / "c"
 
     def config(name: str = "c", seed: int = 0, **changed: Any) -> CacheConfig:
-        targets = {"k": 8, "classes": 5, "pilot": 200, **changed}
+        targets = {"k": 8, "rank": 6, "pilot": 200, **changed}
         changes = {"targets": targets, "noise": {"draws": 1, "seed": seed}}
         return small_cache_config("tiny-shared", random_teacher, tmp_path / name, **changes)
 
@@ -104,9 +108,8 @@ def test_what_classes_and_priors_come_from_is_part_of_the_cache(
         return {path: path.read_bytes() for path in out.glob("draw=*/*")}
 
     build_cache(config())
-    tiny = "embedded:teacher_cache.teachers/tiny"
-    changes = {"classes": 4, "pilot": 201, "tail": "student", "values": "float32"}
-    for name, value in {**changes, "classes_from": tiny}.items():
+    changes = {"rank": 4, "pilot": 201, "step": 0.05, "values": "float32"}
+    for name, value in changes.items():
         changed: Any = {name: value}
         with pytest.raises(TideError, match=f"targets.{name}"):
             build_cache(config(**changed))
@@ -129,7 +132,7 @@ def test_tables_of_another_cache_must_fit(
     other = caches["tiny-shared"]
 
     def config(k: int) -> CacheConfig:
-        targets = {"k": k, "classes": 5, "pilot": 200, "tables_from": other}
+        targets = {"k": k, "rank": 6, "pilot": 200, "tables_from": other}
         changes = {"targets": targets, "data": {"source": str(chats_file()), "limit": 8}}
         return small_cache_config("tiny-shared", random_teacher, tmp_path / f"k{k}", **changes)
 
@@ -138,8 +141,3 @@ def test_tables_of_another_cache_must_fit(
     assert tables[0] == tables[1]
     with pytest.raises(TideError):
         build_cache(config(7))
-
-
-def test_ranks_are_an_order_of_all_ids() -> None:
-    order = ranks(np.array([3, 3, 1], np.int32), np.array([0.1, 0.0, 0.3, 0.0, 0.3], np.float32))
-    assert order.tolist() == [4, 1, 2, 0, 3]
