@@ -137,7 +137,10 @@ def test_bfloat16_logits_are_widened_before_exp() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_teacher_that_overflows_is_noticed(bad: float) -> None:
     logits, gold = torch.zeros(2, 9), torch.zeros(2, dtype=torch.long)
-    spec, encoder = TargetSpec(3, 1.0, (1.0, 2.0), 2), TailEncoder(random_tables(9, 4, 2), (1, 2))
+    spec, encoder = (
+        TargetSpec(3, 1.0, (1.0, 2.0), 2),
+        TailEncoder(random_tables(9, 4, 2), (1.0, 2.0)),
+    )
 
     def scores() -> Scores:
         found = extract(logits, torch.zeros(2, 4), gold, spec, None, encoder)

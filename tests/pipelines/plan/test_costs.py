@@ -97,20 +97,22 @@ def test_the_whole_vocabulary_loses_nothing_and_more_of_it_loses_less(
     targets = {"values": "float32", "pilot": 200}
     config = small_cache_config("tiny-shared", random_teacher, tmp_path / "c", targets=targets)
     torch.manual_seed(0)
-    grid = Grid(ks=[2, 64, 4096], classes=[1, 8], objectives=["kl", "tidal"])
+    grid = Grid(ks=[2, 64, 4096], ranks=[1, 8], objectives=["kl", "tidal"])
     points = measure_fidelity(config, NARROW, grid, 8)
     assert not (tmp_path / "c" / "manifest.json").exists()
-    assert len(points) == 3 * 2 * 2 * 2 * 2
+    assert len(points) == 3 * 2 * 2 * 2
     for kind, temperature in itertools.product(("kl", "tidal"), (1.0, 2.0)):
         here = [p for p in points if (p.objective, p.temperature) == (kind, temperature)]
-        two, some, all_ = (p for p in here if (p.classes, p.tail) == (1, "student"))
-        assert 0 < two.mass < some.mass < all_.mass == pytest.approx(1, abs=1e-4)
+        two, some, all_ = (p for p in here if p.rank == 1)
+        better = next(p for p in here if (p.k, p.rank) == (2, 8))
+        assert two.apart > some.apart > all_.apart == pytest.approx(0, abs=1e-5)
+        assert two.apart > better.apart and two.size < better.size
         assert two.size < some.size < all_.size
         assert two.logits < some.logits < 0.99999
         for value in (all_.logits, all_.hidden, all_.head, all_.norm):
             assert value == pytest.approx(1, abs=1e-5)
     assert len(table(points)) == 2 + len(points)
-    few, more = Grid(ks=[8], classes=[1], temperatures=[1.0]), Grid(ks=[5000], classes=[1])
+    few, more = Grid(ranks=[1], temperatures=[1.0]), Grid(ks=[5000], ranks=[1])
     for teacher, wrong in (("tiny-cross", few), ("tiny-shared", more)):
         config = small_cache_config(teacher, random_teacher, tmp_path / "c")
         with pytest.raises(TideError):
@@ -146,7 +148,7 @@ def real_step(train: TrainConfig, device: str) -> Any:
     model: Any = random_model("qwen3", raw, torch.float32, device).train()
     model.requires_grad_(True)
     layout = costs.even_layout(CACHE.targets, raw["vocab_size"])
-    train_on_loss(model, CACHE.lengths.block, TargetReader(manifest, layout))
+    train_on_loss(model, CACHE.lengths.block, TargetReader(layout, model.config.vocab_size))
     batch = collate(rows, manifest)
     counts = counts_of(batch["counts"])
     batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}

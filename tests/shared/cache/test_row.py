@@ -101,7 +101,9 @@ def test_a_shard_gives_back_its_rows_and_plain_polars_reads_it(tmp_path: Path) -
     again = {"part": 14, "draw": 3, "examples": 600}
     assert write_shard(tmp_path / "same.parquet", rows, LEVELS, again) == content
     assert finished_units(tmp_path) == [Unit(3, 14)]
-    assert pl.read_parquet(path, columns=["masked"])["masked"][3].to_list() == rows[3].masked.tolist()
+    assert (
+        pl.read_parquet(path, columns=["masked"])["masked"][3].to_list() == rows[3].masked.tolist()
+    )
 
 
 def test_other_columns_and_another_name_are_refused(tmp_path: Path) -> None:

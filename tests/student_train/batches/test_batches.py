@@ -152,13 +152,15 @@ def test_a_batch_says_what_its_rows_say(caches: dict[str, Path]) -> None:
         n += row.masked.size
     counts = counts_of(batch["counts"])
     assert (int(counts.read), int(counts.maskable)) == (n, sum(r.maskable for r in rows))
-    targets: Any = TargetReader(manifest, layout_of(cache))(batch)
+    targets: Any = TargetReader(layout_of(cache), 4100)(batch)
     ids = np.concatenate([r.topk_ids for r in rows])
     assert targets.topk.ids[targets.topk.kept].tolist() == ids.tolist()
-    odds = np.concatenate([r.tail_odds for r in rows])
-    assert targets.topk.odds[2.0].tolist() == odds[:, 1].tolist()
-    tail = torch.sigmoid(targets.topk.odds[2.0])
-    torch.testing.assert_close(targets.topk.class_mass[2.0].exp().sum(1), tail)
+    level = np.concatenate([r.tail_level for r in rows])
+    assert targets.topk.level[2.0].tolist() == level[:, 1].tolist()
+    code = np.concatenate([r.tail_code for r in rows]).astype(np.float32) * np.float32(0.04)
+    assert targets.topk.code.tolist() == code.tolist()
+    # A student of more rows than the teacher has ids shares none of the others.
+    assert targets.topk.tail.unshared.nonzero().flatten().tolist() == [4096, 4097, 4098, 4099]
 
 
 def test_lists_of_different_lengths_are_padded_with_a_repeated_id(caches: dict[str, Path]) -> None:

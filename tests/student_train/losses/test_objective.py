@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit
+from shared.models.loading import head_rows
 from shared.settings import config as objectives
 from shared.settings.config import KL, Calm, NoDistillation, ReverseKL, Tidal
 from student_train.batches.collate import TargetReader, collate
@@ -184,22 +185,28 @@ def test_autocast_keeps_the_head_s_gradient_in_float32() -> None:
 def test_from_chats_to_the_gradient_of_full_logits(random_teacher: Path, tmp_path: Path) -> None:
     """Of a cache of all 4,096 logits, against the teacher's own at its masked positions."""
     out = tmp_path / "c"
-    targets = {"k": 4096, "classes": 1, "pilot": 20, "values": "float32", "signals": ["topk"]}
+    targets = {"k": 4096, "rank": 1, "pilot": 20, "values": "float32", "signals": ["topk"]}
     changes = {"noise": {"draws": 1}, "data": {"source": str(chats_file()), "limit": 3}}
     config = small_cache_config("tiny-shared", random_teacher, out, targets=targets, **changes)
     build_cache(config)
     plan = open_or_begin(config)
     work = prepare_unit(plan, Unit(0, 0), plan.data.between(0, 3))
     engine: Any = load_engine(plan)
-    logits, teacher = iter(engine.logits(work.requests)), []
+    hidden = engine.hidden_states(work.requests)
+    logits = iter(
+        (hidden @ head_rows(plan.checkpoint, "llama").T).split(
+            [len(request.read) for request in work.requests]
+        )
+    )
+    teacher = []
     for item in work.items:
         whole = torch.zeros(item.view.positions.size, 4096)
         for rows in item.rows:
-            whole[torch.from_numpy(rows)] = next(logits)[0]
+            whole[torch.from_numpy(rows)] = next(logits)
         teacher.append(whole)
     z, manifest = torch.cat(teacher).double(), load_manifest(out)
     batch = collate(rows_in(out, Unit(0, 0)), manifest)
-    read = TargetReader(manifest, layout_of(out))(batch)
+    read = TargetReader(layout_of(out), 4096)(batch)
     torch.manual_seed(0)
     x = torch.randn(len(z), 4096, requires_grad=True)
     p, everything = torch.log_softmax(z / 2, 1), torch.ones(4096, dtype=torch.bool)

@@ -90,7 +90,7 @@ def test_several_draws_give_the_gradient_of_each_alone(caches: dict[str, Path], 
     rows = [draws[draw][i] for i in examples for draw in data.draw(st.permutations((0, 1)))]
     model = in_float64(small(manifest.fingerprint.student.vocabulary))
     block = manifest.fingerprint.lengths.block
-    train_on_loss(model, block, TargetReader(manifest, layout_of(cache)))
+    train_on_loss(model, block, TargetReader(layout_of(cache), model.config.vocab_size))
     whole = collate(rows, manifest)
     counts = counts_of(whole["counts"])
     assert len(whole["clean"]) == len(examples)

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
 from teacher_cache.engines.packs import clean_ids, fill, observed_first, pack_requests
 from teacher_cache.engines.transformers_engine import TransformersEngine
-from teacher_cache.method import Request, TargetSpec
+from teacher_cache.method import Request, TailEncoder, TargetSpec, extract
 from teacher_cache.teachers.registry import BlockCausal, Full, Native, X0Xt
 from tests.plain_masks import block_diffusion_batch, within_block_causal
+from tests.reading import random_tables
 from tests.student_train.places import in_float64
 
 MASK, SPEC = 4095, TargetSpec(8, 1.0, (1.0, 2.0))
@@ -98,7 +100,7 @@ def test_block_diffusion_teachers_never_see_the_answer(model: Any) -> None:
             gold[i] = (gold[i] + 1) % 4090
             (moved,) = engine.score([Request(request.ids, request.read, gold)])
             upto = request.read // 8 <= position // 8
-            np.testing.assert_array_equal(moved.logsumexp[upto], base.logsumexp[upto])
+            np.testing.assert_array_equal(moved["logsumexp"][upto], base["logsumexp"][upto])
 
 
 @pytest.mark.slow
@@ -264,6 +266,6 @@ if __name__ == "__main__":
             for seed in range(4):
                 scores += engine.score(requests(9, seed))
                 graphs += [counters["stats"]["unique_graphs"]] if compiled and seed % 3 == 0 else []
-            values.append(np.concatenate([s.topk_logp.reshape(-1) for s in scores]))
+            values.append(np.concatenate([s["topk_logp"].reshape(-1) for s in scores]))
         worst = max(worst, float(np.abs(values[0] - values[1]).max()))
     print(worst, *graphs)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from teacher_cache.run.build import build_cache
 from teacher_cache.teachers.registry import TeacherEntry
 from tests.conftest import TEACHER_TOKENIZER, small_cache_config
 from tests.hub_layouts import ARCHITECTURE_OF, wide_checkpoint
+from tests.reading import random_tables
 
 pytest.importorskip("vllm", reason="`make test-vllm` installs vLLM's CPU build and runs this file")
 pytestmark = pytest.mark.filterwarnings("default")  # vLLM's own warnings
@@ -92,7 +94,7 @@ def test_float32_values_are_those_of_transformers(golden: Path, tmp_path: Path, 
     states = [one.hidden_states(requests) for one in (engine, reference)]
     torch.testing.assert_close(*states, rtol=1e-4, atol=1e-4)
     tables = random_tables(160, states[0].shape[1], 4, step=0.0)
-    tables = dataclasses.replace(tables, shared=tables.shared if shared is None else shared)
+    tables = replace(tables, shared=tables.shared if shared is None else shared)
     for one in (engine, reference):
         one.use_tables(tables)
     scores = engine.score(requests)
@@ -115,7 +117,7 @@ def test_bfloat16_deviates_no_more_than_transformers_does(golden: Path, tmp_path
         values.append(TransformersEngine(model, teacher.attention, SPEC).score(requests))
     settings = EngineConfig(type="vllm", device="cpu", dtype="bfloat16")
     values.append(VllmEngine(checkpoint, teacher, SPEC, settings, 512).score(requests))
-    exact, theirs, ours = (np.concatenate([s.logsumexp for s in scores]) for scores in values)
+    exact, theirs, ours = (np.concatenate([s["logsumexp"] for s in scores]) for scores in values)
     assert 0 < np.abs(ours - exact).mean() < 1.5 * np.abs(theirs - exact).mean()
     assert np.abs(ours - exact).max() < 2 * np.abs(theirs - exact).max()
 

@@ -6,32 +6,41 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from shared.cache.row import CacheRow
-from shared.cache.shards import Unit, finished_units, load_vocabulary
+from shared.cache.shards import Unit, finished_units
+from shared.cache.tail import LinearTail
 from shared.system.files import TideError
 from teacher_cache.maintenance.derive import merge_caches, prune_cache
 from teacher_cache.maintenance.verify import check_cache
 from teacher_cache.run.build import build_cache
 from tests.conftest import chats_file, files, small_cache_config
-from tests.reading import all_rows, dataset
+from tests.reading import all_rows, dataset, layout_of
 
 
 def build(model: Path, out: Path, draws: int = 1, data: Any = None, **targets: object) -> Path:
     """A cache of the teacher of the student's tokens; its folder."""
     changes: dict[str, object] = {} if data is None else {"data": data}
-    changes["targets"] = {"k": 8, "classes": 5, "pilot": 200, **targets}
+    changes["targets"] = {"k": 8, "rank": 6, "pilot": 200, **targets}
     changes["noise"] = {"draws": draws}
     build_cache(small_cache_config("tiny-shared", model, out, **changes))
     return out
 
 
-def assert_alike(ours: CacheRow, theirs: CacheRow) -> None:
-    """The same lists, and the same tail up to half a step of the smallest p."""
+def assert_same_lists(ours: CacheRow, theirs: CacheRow) -> None:
     for name in ("topk_sizes", "topk_ids", "topk_logp"):
         assert np.array_equal(getattr(ours, name), getattr(theirs, name))
-    assert ours.tail_odds is not None and theirs.tail_odds is not None
-    np.testing.assert_allclose(ours.tail_odds, theirs.tail_odds, atol=0.06)
+
+
+def weights_outside(cache: Path, row: Any, listed: Tensor, temperature: float) -> Tensor:
+    """log Σ exp(x_T + L_T) over the ids that are not listed, in float64."""
+    layout: Any = layout_of(cache)
+    tail = LinearTail.of(layout.tables, (1.0, 2.0))
+    code = torch.tensor(row.tail_code.astype(np.float32)) * (layout.tables.step or 1.0)
+    x = tail.at(code, temperature).double().scatter(1, listed, -torch.inf)
+    return torch.logsumexp(x, 1) + torch.tensor(row.tail_level[:, round(temperature) - 1])
 
 
 def test_pruned_is_as_built(caches: dict[str, Path], random_teacher: Path, tmp_path: Path) -> None:
@@ -40,20 +49,14 @@ def test_pruned_is_as_built(caches: dict[str, Path], random_teacher: Path, tmp_p
     direct = build(random_teacher, tmp_path / "direct", k=3)
     shutil.copytree(source / "student_tokenizer", pruned / "student_tokenizer")  # killed there
     assert prune_cache(source, pruned, k=3, draws=1).fingerprint.targets.k == 3
-    ours, theirs = load_vocabulary(pruned), load_vocabulary(direct)
-    assert np.array_equal(ours.class_of, theirs.class_of)
-    assert np.array_equal(ours.rank_of, theirs.rank_of)
-    np.testing.assert_allclose(ours.prior, theirs.prior, rtol=1e-3, atol=1e-12)
     for a, b in zip(all_rows(pruned), all_rows(direct), strict=True):
-        assert_alike(a, b)
-        assert a.class_mass is not None and b.class_mass is not None
-        assert np.abs(a.class_mass.astype(int) - b.class_mass.astype(int)).max(initial=0) <= 1
+        assert_same_lists(a, b)
     assert not check_cache(pruned).problems
     before = files(pruned)
     Unit(0, 1).path(pruned).unlink()  # interrupted
     prune_cache(source, pruned, k=3, draws=1)
     assert files(pruned) == before
-    for asked in ({"k": 9}, {"k": 0}, {"draws": 3}, {"classes": 6}):
+    for asked in ({"k": 9}, {"k": 0}, {"draws": 3}, {"rank": 7}):
         with pytest.raises(TideError):
             prune_cache(source, tmp_path / "more", **asked)
     with pytest.raises(TideError, match=r"targets.k: 3 → 2"):
@@ -65,26 +68,33 @@ def test_pruned_is_as_built(caches: dict[str, Path], random_teacher: Path, tmp_p
 
 
 @pytest.mark.parametrize("values", ["levels", "float32"])
-def test_fewer_classes_hold_as_much(random_teacher: Path, tmp_path: Path, values: str) -> None:
-    source = build(random_teacher, tmp_path / "a", k=4, classes=9, values=values, signals=["topk"])
-    for classes in (3, 1):
-        pruned = tmp_path / f"c{classes}"
-        made = prune_cache(source, pruned, classes=classes)
-        assert made.fingerprint.targets.classes == classes and not check_cache(pruned).problems
-        for a, b in zip(all_rows(source), all_rows(pruned), strict=True):
-            assert a.tail_odds is not None and b.tail_odds is not None
-            np.testing.assert_allclose(a.tail_odds, b.tail_odds, atol=0.01)
-            assert (b.class_mass is None) == (classes == 1)
+def test_what_leaves_joins_the_tail(random_teacher: Path, tmp_path: Path, values: str) -> None:
+    """The tail's weight in the pruned cache is the old one and that of the entries that left."""
+    source = build(random_teacher, tmp_path / "a", k=4, rank=9, values=values, signals=["topk"])
+    for k, rank in ((4, 3), (1, 9), (2, 1)):
+        pruned = tmp_path / f"k{k}-r{rank}"
+        prune_cache(source, pruned, k=k, rank=rank)
+        assert not check_cache(pruned).problems and layout_of(pruned).rank == rank
+        rows: Any = zip(all_rows(source), all_rows(pruned), strict=True)
+        for a, b in rows:
+            ids = torch.tensor(a.topk_ids.reshape(-1, 4)).long()
+            logp = torch.tensor(a.topk_logp.reshape(-1, 4)).double()
+            assert np.array_equal(b.tail_code, a.tail_code[:, :rank])
+            for t in (1.0, 2.0):
+                before = weights_outside(source, a, ids, t)
+                left = torch.logsumexp(logp[:, k:] / t, 1)
+                after = weights_outside(pruned, b, ids[:, :k], t)
+                torch.testing.assert_close(after, before.logaddexp(left), rtol=0, atol=5e-3)
 
 
 def test_adaptive_lists_are_pruned_to_what_fits(random_teacher: Path, tmp_path: Path) -> None:
-    targets = {"mass": 0.004, "signals": ["topk"], "classes": 1}
+    targets = {"mass": 0.004, "signals": ["topk"], "rank": 1}
     source = build(random_teacher, tmp_path / "a", **targets, k=40)
     direct = build(random_teacher, tmp_path / "b", **targets, k=12)
     prune_cache(source, tmp_path / "c", k=12)
     sizes = []
     for a, b in zip(all_rows(tmp_path / "c"), all_rows(direct), strict=True):
-        assert_alike(a, b)
+        assert_same_lists(a, b)
         assert a.topk_sizes is not None
         sizes += a.topk_sizes.tolist()
     assert min(sizes) < 12

@@ -17,24 +17,29 @@ from shared.cache.ledger import LEDGER
 from shared.cache.levels import half_steps
 from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit, finished_units
+from shared.cache.tail import LinearTail
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
 from shared.system.files import TideError
 from shared.text.tokenizers import Tokenizer
 from teacher_cache.run.build import build_cache
 from tests.conftest import chats_file, files, small_cache_config, write_chats
-from tests.reading import rows_in
+from tests.reading import layout_of, rows_in
 
 
 @pytest.mark.parametrize("teacher", ["tiny-cross", "tiny-shared"])
 def test_rows(caches: dict[str, Path], random_teacher: Path, teacher: str) -> None:
     """Chunk likelihoods and logits of a shard, recomputed pass by pass from the rows alone."""
     model = load_model(open_checkpoint(str(random_teacher)), "llama", torch.float32)
-    checked = 0
+    checked, layout = 0, layout_of(caches[teacher])
+    assert layout.tables is not None
+    tail = LinearTail.of(layout.tables, (1.0, 2.0))
     for row in rows_in(caches[teacher], Unit(1, 0)):
         ids = row.student_ids if row.teacher_ids is None else row.teacher_ids
         positions = row.masked if row.teacher_masked is None else row.teacher_masked
-        assert row.topk_logp is not None and row.tail_odds is not None
+        assert (
+            row.topk_logp is not None and row.tail_level is not None and row.tail_code is not None
+        )
         assert row.chunk_teacher is not None and row.chunk_logp is not None
         logp = np.zeros(len(ids))
         for part in (False, True):
@@ -50,10 +55,16 @@ def test_rows(caches: dict[str, Path], random_teacher: Path, teacher: str) -> No
             truth = torch.log_softmax(logits[read], 1).topk(8).values.numpy().astype(np.float32)
             apart = np.abs(row.topk_logp.reshape(-1, 8)[where] - truth)
             assert (apart <= half_steps(truth, (1.0, 2.0)) + 1e-4).all()
+            # What is outside has, by its code and level, the mass that it has in the logits.
+            outside = torch.log_softmax(logits[read], 1)
+            listed = outside.topk(8).indices
+            outside.scatter_(1, listed, -torch.inf)
+            code = torch.tensor(row.tail_code[where].astype(np.float32)) * layout.tables.step
             for i, t in enumerate((1.0, 2.0)):
-                p = torch.softmax(logits[read] / t, 1).topk(8).values.sum(1)
-                odds = torch.log((1 - p) / p)
-                np.testing.assert_allclose(row.tail_odds[where, i], odds, atol=0.5 / 256 + 1e-4)
+                x = tail.at(code, t).scatter(1, listed, -torch.inf)
+                level = torch.logsumexp(outside / t, 1) - torch.logsumexp(x, 1)
+                apart = np.abs(row.tail_level[where, i] - level.numpy())
+                assert apart.max(initial=0) <= 0.5 / 256 + 1e-3
             logp[read] = torch.log_softmax(logits, 1)[read, ids[read]].numpy()
         expected = [logp[a:b].sum() for a, b in row.chunk_teacher]
         np.testing.assert_allclose(row.chunk_logp, expected, rtol=1e-4, atol=1e-5)
@@ -98,7 +109,7 @@ def test_kill_minus_9(caches: dict[str, Path], random_teacher: Path, tmp_path: P
     command = [sys.executable, "-m", "pipelines.cli", "cache", "--teacher", "tiny-shared"]
     command += ["--config", str(packaged_recipe("empty")), "--model", str(random_teacher)]
     settings = f"shard_examples=8 data.source={chats_file()} data.limit=24 lengths.student=128"
-    settings += " lengths.teacher=128 targets.k=8 targets.classes=5 targets.pilot=200"
+    settings += " lengths.teacher=128 targets.k=8 targets.rank=6 targets.pilot=200"
     settings += " engine.device=cpu engine.dtype=float32"
     command += [part for s in settings.split() for part in ("--set", s)] + ["--out", str(out)]
     chance, kills = random.Random(0), 0
@@ -154,7 +165,7 @@ def test_a_lost_manifest(caches: dict[str, Path], random_teacher: Path, tmp_path
         build_cache(config())
     (cache / "manifest.json").unlink()
     with pytest.raises(TideError, match=r"part-00000\.parquet"):
-        build_cache(config(targets={"k": 9, "classes": 5, "pilot": 200}))
+        build_cache(config(targets={"k": 9, "rank": 6, "pilot": 200}))
     report = build_cache(config(noise={"draws": 1}))
     assert (report.computed, report.kept) == (0, 6)
     assert load_manifest(cache) == load_manifest(caches["tiny-shared"])

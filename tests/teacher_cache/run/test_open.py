@@ -37,7 +37,7 @@ def test_what_changed(caches: dict[str, Path], random_teacher: Path, tmp_path: P
         ("data.content", random_teacher, {"data": {"source": str(other), "limit": 24}}),
         ("teacher.template", reworded, {}),
         ("teacher.weights", moved, {}),
-        ("targets.k", random_teacher, {"targets": {"k": 4, "classes": 5, "pilot": 200}}),
+        ("targets.k", random_teacher, {"targets": {"k": 4, "rank": 6, "pilot": 200}}),
     ):
         with pytest.raises(TideError, match=named):
             build_cache(small_cache_config("tiny-cross", model, cache, **changes))

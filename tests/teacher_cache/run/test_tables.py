@@ -52,7 +52,7 @@ def test_the_tables_against_their_definition_in_float64(
     # The leading r eigenvalues of F·S are those of the code's covariance in the metric F.
     tables = load_tables(caches["tiny-shared"])
     variances = torch.linalg.eigvals(fisher @ spread).real.sort(descending=True).values[:6]
-    encoder = torch.from_numpy(tables.encoder).double()
+    encoder = torch.tensor(tables.encoder).double()
     covariance = encoder @ spread @ encoder.T
     torch.testing.assert_close(covariance.diagonal(), variances, rtol=1e-3, atol=1e-9)
     assert (covariance - covariance.diag().diag()).abs().max() < 1e-3 * variances[0]
@@ -63,7 +63,7 @@ def test_the_tables_against_their_definition_in_float64(
     # With the calibration each token has the mass outside that the teacher gives it.
     tail, calibrated = TailEncoder(tables, TEMPERATURES), []
     code = tail.code(hidden.float()) * tables.step
-    for p, t, b in zip(outside, TEMPERATURES, torch.from_numpy(tables.calibration), strict=True):
+    for p, t, b in zip(outside, TEMPERATURES, torch.tensor(tables.calibration), strict=True):
         x = (tail.tail.at(code, t) - b).scatter(1, listed, EMPTY).double()
         given = (torch.softmax(x, 1) * p.sum(1, keepdim=True)).sum(0)
         calibrated.append(given.log() + b)
