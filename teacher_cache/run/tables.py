@@ -121,6 +121,8 @@ def _make_tables(run: Run, engine: Engine) -> Tables:
             fix="use engine.dtype=bfloat16 or float32, and check the checkpoint",
         )
     device = choose_device(run.config.engine.device)
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 4 * head.nbytes:
+        device = torch.device("cpu")  # the engine has taken the GPU
     sample = Sample(hidden.to(device), head.to(device), allowed_ids(run), run.target_spec())
     step = targets.step if targets.values == "levels" else 0.0
     return fit_tables(sample, targets.rank, step)
