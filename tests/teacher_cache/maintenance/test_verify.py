@@ -5,20 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from pipelines.cli import app
 from shared.cache.ledger import LEDGER
+from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit, finished_units
 from shared.system.files import TideError
+from student_train.batches.collate import TargetReader, collate
+from student_train.losses.targets import teacher_log_weights
 from teacher_cache.maintenance.inspect import describe, inspect_cache
 from teacher_cache.maintenance.verify import check_cache, delete_damaged, verify_cache
 from teacher_cache.run.build import build_cache
 from tests.conftest import TEACHER_TOKENIZER, files, small_cache_config
-from tests.reading import change_column, plain_table, rows_in, same_values
+from tests.reading import change_column, layout_of, plain_table, rows_in, same_values
 
 GOLD = "gold_logp_q"
 
@@ -115,15 +118,17 @@ def test_the_commands(caches: dict[str, Path], tmp_path: Path, teacher: str) -> 
     assert files(tmp_path / "z") == files(tmp_path / "small")
 
 
-def test_ten_lines_of_polars_read_a_cache(caches: dict[str, Path]) -> None:
-    """The example of docs/cache-format.md, as it stands there."""
+def test_the_pages_example_reads_a_cache(caches: dict[str, Path]) -> None:
+    """The example of docs/cache-format.md, as it stands there, gives the teacher of training."""
     cache = caches["tiny-shared"]
     text = (Path(__file__).parents[3] / "docs" / "cache-format.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]
     names: dict[str, Any] = {}
     exec(code.replace("caches/tiny-shared", str(cache)), names)
-    frame: pl.DataFrame = names["top"]
-    rows = rows_in(cache, finished_units(cache)[0])
-    expected = np.concatenate([r.topk_ids for r in rows if r.topk_ids is not None])
-    assert frame["id"].to_list() == expected.tolist()
-    assert frame["logp"].cast(pl.Float64).le(0).all()
+    row = rows_in(cache, finished_units(cache)[0])[0]
+    targets = TargetReader(layout_of(cache), 4096)(collate([row], load_manifest(cache)))
+    assert targets.topk is not None and targets.topk.ids.shape[0]
+    for which, temperature in enumerate((1.0, 2.0)):
+        expected = torch.log_softmax(teacher_log_weights(targets.topk, temperature), 1)
+        for i, logp in enumerate(expected):
+            np.testing.assert_allclose(names["teacher"](i, which), logp, atol=1e-4)
