@@ -153,9 +153,9 @@ def full_targets(work: UnitWork, logits: Tensor, allowed: np.ndarray, width: int
 @torch.no_grad()
 def student_states(model: Any, rows: list[CacheRow], manifest: Manifest) -> tuple[Tensor, Tensor]:
     """The student's states where the teacher was read [n, width], and its head [vocab, width]."""
-    block, parts = manifest.fingerprint.lengths.block, []
-    for row in rows:  # what was not read comes last
-        parts.append(batch_hidden(model, collate([row], manifest), block)[: row.asked.size])
+    block = manifest.fingerprint.lengths.block
+    # What was not read comes last.
+    parts = [batch_hidden(model, collate([r], manifest), block)[: r.asked.size] for r in rows]
     return torch.cat(parts).float(), model.lm_head.weight.detach().float()
 
 

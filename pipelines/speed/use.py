@@ -126,7 +126,7 @@ def judge(student: LoadedStudent, blocks: list[tuple[list[int], list[int]]]) -> 
             noised = ids.copy()
             noised[read] = student.special.mask
             requests.append(Request(noised, read, ids[read]))
-    nll = np.mean([-scores.gold_logp.mean() for scores in engine.score(requests)])
+    nll = np.mean([-scores["gold_logp"].mean() for scores in engine.score(requests)])
     return float(nll), float(np.mean([len(set(block)) / len(block) for _, block in blocks]))
 
 

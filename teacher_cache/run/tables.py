@@ -111,10 +111,9 @@ def _make_tables(run: Run, engine: Engine) -> Tables:
     """Take the pilot sample's hidden states, and find the tail in them."""
     targets, head = run.config.targets, head_rows(run.checkpoint, run.entry.architecture)
     requests = pilot_requests(run, targets.pilot or 8 * head.shape[1])
-    states = [torch.zeros(0, head.shape[1])]
-    for start in tqdm(range(0, len(requests), _AT_ONCE), unit="batch", desc="pilot sample"):
-        states.append(engine.hidden_states(requests[start : start + _AT_ONCE]))
-    hidden = torch.cat(states)
+    starts = tqdm(range(0, len(requests), _AT_ONCE), unit="batch", desc="pilot sample")
+    states = [engine.hidden_states(requests[start : start + _AT_ONCE]) for start in starts]
+    hidden = torch.cat([torch.zeros(0, head.shape[1]), *states])
     if not hidden.isfinite().all():
         raise TideError(
             f"{run.config.teacher} returned hidden states that are not finite",

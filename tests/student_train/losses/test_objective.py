@@ -43,7 +43,7 @@ def problem(n: int, vocab: int, width: int, seed: int = 0, k: int = 4) -> tuple[
     logp, rate = -torch.rand(count, generator=g) * 5, torch.rand(count, generator=g)
     chunks = ChunkTargets(both[0], both[1], logp, rate, both.numpy())
     gold = torch.randint(0, vocab, (n,), generator=g)
-    topk = cached(teacher, min(k, vocab), 3, "prior", seed=seed)
+    topk = cached(teacher, min(k, vocab), 3, torch.ones(vocab, dtype=torch.bool), seed)
     targets = Targets(gold, torch.rand(n, generator=g) * 0.9 + 0.05, topk, chunks)
     counts = torch.tensor([3.0 * n + 1, max(n, 1), max(count, 1)])
     return hidden, head, targets, Counts(*counts)
@@ -70,7 +70,8 @@ def test_against_the_definition_in_float64(kind: str, tidal: Tidal | None) -> No
     logits, teacher = torch.randn(6, 12) * 2, torch.randn(6, 12) * 2
     logp, rate = torch.tensor([-1.0, -0.2, -9.0]), torch.tensor([0.1, 0.5, 0.9])
     chunks = ChunkTargets(torch.tensor([0, 1, 3, 4]), torch.tensor([0, 0, 1, 2]), logp, rate)
-    targets = Targets(torch.arange(6), torch.linspace(0.1, 0.9, 6), cached(teacher, 12), chunks)
+    whole = TopKTargets.whole(teacher, torch.ones(12, dtype=torch.bool))
+    targets = Targets(torch.arange(6), torch.linspace(0.1, 0.9, 6), whole, chunks)
     sums = objective(logits, targets, settings, 0.35)
     x, z, t, temperature = logits.double(), teacher.double(), targets.t.double(), 2.0
     gold_logp = torch.log_softmax(x, 1)[torch.arange(6), targets.gold]
