@@ -20,7 +20,7 @@ from student_train.batches.collate import TargetReader, collate
 from student_train.losses import objective as losses
 from student_train.losses.divergence import strength_at, training_strength
 from student_train.losses.objective import Counts, LossSettings, fused_loss, objective, total
-from student_train.losses.targets import ChunkTargets, Targets, slice_targets
+from student_train.losses.targets import ChunkTargets, Targets, TopKTargets, slice_targets
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.open import open_or_begin
 from teacher_cache.run.work import load_engine, prepare_unit
