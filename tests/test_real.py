@@ -157,9 +157,9 @@ def test_what_a_cache_of_a_real_model_keeps_of_its_gradient(
     student = without_layers(smollm2(), tmp_path / "student", slice(12, 18))
     changes = ["noise.comp_demo=false", f'student_mask_token="{MASK}"', "data.limit=160"]
     settings = real_config(tmp_path, *changes, student=student)
-    grid = fidelity.Grid(ranks=(96, 192, 256), steps=(0.07,), temperatures=(1.0, 2.0))
+    grid = fidelity.Grid(ranks=(96, 256), steps=(0.07,), temperatures=(2.0,))
     points = fidelity.measure_fidelity(settings, StudentConfig(checkpoint=str(student)), grid, 160)
     print("\n".join(fidelity.table(points)))
-    few, more, most = (p for p in points if p.temperature == 2.0)
-    assert few.apart > more.apart > most.apart
+    few, more = points
+    assert few.apart > more.apart
     assert more.size <= 75 and more.hidden >= 0.99
