@@ -157,7 +157,7 @@ def random_rows(
     targets, n = config.targets, max(1, round(load.masked))
     length, chunks = max(1, n, round(load.student_tokens)), max(1, round(load.chunks))
     k, rank = targets.k, targets.rank or _RANK
-    spread = 20 / np.sqrt(np.arange(1, rank + 1))  # steps; the first coefficients vary most
+    spread = 10 / np.sqrt(np.arange(1, rank + 1))  # steps, as of the embedded teacher
     rows = []
     for i in range(count):
         random = np.random.default_rng(i)

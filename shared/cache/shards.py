@@ -1,4 +1,4 @@
-"""A cache's files in Parquet, whole or absent, for any Parquet library.
+"""A cache's files in plain Parquet, whole or absent.
 
 Shards (`draw=00/part-00000.parquet`) hold rows; `tables/` what is known of the teacher as a whole.
 """

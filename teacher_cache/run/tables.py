@@ -39,7 +39,7 @@ from teacher_cache.run.work import Engine, prepare_unit
 logger = logging.getLogger(__name__)
 _AT_ONCE = 32  # requests of the pilot sample
 _ROWS = 256  # of logits at a time
-_LEFT = 0.1  # share of the tail's variance that an automatic rank leaves out
+_LEFT = 0.03  # share of the tail's variance that an automatic rank leaves out
 _RIDGE = 1e-6  # of the mean of F's diagonal
 _TINY = 1e-30
 _LOOK_SECONDS = 1.0
