@@ -9,6 +9,7 @@ of the examples, the numbers from the other.
 
 import itertools
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,8 +90,8 @@ def measure_fidelity(
         raise TideError("no example of the data has a masked token", fix="take more examples")
 
     # 2. The teacher's states of both, its head; the student.
-    engine = load_engine(run)
-    states, hidden = (engine.hidden_states(each.requests) for each in (fit, work))
+    with closing(load_engine(run)) as engine:
+        states, hidden = (engine.hidden_states(each.requests) for each in (fit, work))
     head, allowed = head_rows(run.checkpoint, run.entry.architecture), allowed_ids(run)
     checkpoint = open_checkpoint(resolve(student.checkpoint)) if student.checkpoint else None
     model = student_for(student, checkpoint, run.student, run.manifest)
