@@ -58,8 +58,11 @@ class LinearTail:
         return LinearTail(self.directions.to(device), base, unshared)
 
     def at(self, code: Float[Tensor, "n rank"], temperature: float) -> Float[Tensor, "n vocab"]:
-        """x_T of every token at a cached temperature; about EMPTY at unshared ids."""
-        return torch.addmm(self.base[temperature], code / temperature, self.directions.T)
+        """x_T of every token at a cached temperature, in the code's precision; about EMPTY at
+        unshared ids.
+        """
+        base, directions = self.base[temperature].to(code), self.directions.to(code)
+        return torch.addmm(base, code / temperature, directions.T)
 
     def levels(
         self,

@@ -69,7 +69,7 @@ def divergence_and_gradient(
     """The divergence of each row, and its derivative by that row's logits. float32 or wider."""
     # 1. log q, the student, and log p, the teacher but for a constant, at T.           (n, vocab)
     student = log_student(logits, topk, temperature)
-    target = teacher_log_weights(topk, temperature).to(student.dtype)
+    target = teacher_log_weights(topk, temperature, student.dtype)
     # 2. TIDAL's target: (1 − λ)·log q + λ·log p, which is (1 − λ)·s/T + λ·z/T but for a constant.
     if strength is not None:
         part = strength.to(student.dtype)[:, None]

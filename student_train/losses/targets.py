@@ -132,7 +132,9 @@ def log_student(
     return scaled.sub_(torch.logsumexp(scaled, dim=1, keepdim=True))
 
 
-def teacher_log_weights(topk: TopKTargets, temperature: float) -> Float[Tensor, "n vocab"]:
+def teacher_log_weights(
+    topk: TopKTargets, temperature: float, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "n vocab"]:
     """The dense teacher log p̂ at `temperature` up to a constant of each row, in nats:
 
     log p(v) / T        v in the top-k
@@ -140,7 +142,7 @@ def teacher_log_weights(topk: TopKTargets, temperature: float) -> Float[Tensor, 
     """
     # 1. x_T + L_T, the tail. At a temperature that was not cached: (x_1 + L_1) / T.      (n, vocab)
     at = temperature if temperature in topk.level else 1.0
-    dense = topk.tail.at(topk.code, at).add_(topk.level[at][:, None])
+    dense = topk.tail.at(topk.code.to(dtype), at).add_(topk.level[at][:, None])
     if at != temperature:
         dense.div_(temperature)
     # 2. The top-k in its places. Padding repeats the row's first id, and writes its value.   (n, k)

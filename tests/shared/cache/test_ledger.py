@@ -38,7 +38,7 @@ def test_the_ledger_says_what_the_shards_hold(caches: dict[str, Path]) -> None:
     assert not list((cache / "ledger").glob("*"))
 
 
-def test_training_reads_one_file_to_begin_with(
+def test_training_begins_with_the_ledger_and_the_tables_alone(
     caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = caches["tiny-cross"]
@@ -51,7 +51,7 @@ def test_training_reads_one_file_to_begin_with(
 
     monkeypatch.setattr(pq, "ParquetFile", noted)
     assert len(dataset(cache, batch_size=24, epochs=2.0)) == 2
-    assert opened == {"vocabulary.parquet", "ledger.parquet"}
+    assert opened == {"vocabulary.parquet", "encoder.parquet", "ledger.parquet"}
 
 
 def test_a_shard_that_nobody_noted_is_read(caches: dict[str, Path], cache: Path) -> None:
