@@ -107,8 +107,9 @@ def token_distillation(
 ) -> Float[Tensor, ""]:
     """T² · Σ weight(t) · KL over the positions at which the teacher was read."""
     topk, temperature = targets.topk, settings.temperature
-    if topk is None:
-        raise ValueError("the batch has no top-k targets")
+    # (The look-up makes T a constant of a compiled loss.)
+    if topk is None or not (temperature in topk.level or 1.0 in topk.level):
+        raise ValueError(f"the batch has no top-k targets at temperature {temperature} or 1")
     # 1. The rows at which the teacher was read come first.                              (n → read)
     read = topk.ids.shape[0]
     if not read:
