@@ -103,7 +103,7 @@ NEEDS = {
     r"^(cache|prepare|train|verify|sample|chat|publish) .*(llada|dream|wedlm|sdar|OWNER/NAME --license apache-2.0$)": "weights and tokenizers of the hub",  # noqa: E501
     r"^eval .*--tasks (paper|gsm8k,humaneval|arc_easy|gsm8k --limit|mmlu)": "data sets of the hub",
     r"^lm-eval ": "data sets of the hub",
-    r"^ablate |^(cache|train) .*runs/frontier": "an hour: tests of ablate run a small grid",
+    r"^ablate |^(cache|train|fidelity) .*runs/frontier": "an hour: tests run small grids",
     r"^bench ": "minutes: tests/pipelines/speed runs the tables smaller",
     r"^serve ": "until it is stopped: tests of publishing serve a student",
 }
