@@ -114,6 +114,7 @@ class TailEncoder:
 
     def __init__(self, tables: Tables, temperatures: tuple[float, ...]) -> None:
         self.tail, self.step = LinearTail.of(tables, temperatures), tables.step
+        self.unit = tables.unit
         self.encoder, self.center = map(torch.tensor, (tables.encoder, tables.center))
 
     def code(self, hidden: Float[Tensor, "read width"]) -> Float[Tensor, "read rank"]:
@@ -133,7 +134,7 @@ class TailEncoder:
         tails: Float[Tensor, "read temperatures"],
     ) -> Float[Tensor, "read temperatures"]:
         """`LinearTail.levels` of coefficients as they are kept."""
-        found = self.tail.levels(code * (self.step or 1.0), listed, tails)
+        found = self.tail.levels(code * self.unit, listed, tails)
         return found.clamp(-LARGEST_LEVEL, LARGEST_LEVEL)
 
 

@@ -87,10 +87,8 @@ class TideBD3LM(TemplateLM):
         self.tokenizer = pretrained.tokenizer.backend
         self._device = pretrained.model.get_input_embeddings().weight.device
         if torch.distributed.is_initialized():
-            self._rank, self._world_size = (
-                torch.distributed.get_rank(),
-                torch.distributed.get_world_size(),
-            )
+            self._rank = torch.distributed.get_rank()
+            self._world_size = torch.distributed.get_world_size()
         self._batch = 8 if batch_size in (None, "auto") else int(batch_size)
         self._max_new_tokens, self._steps = max_new_tokens, steps
         block = pretrained.choose_block(block_size)

@@ -40,6 +40,11 @@ class Tables:
     def rank(self) -> int:
         return self.scales.size
 
+    @property
+    def unit(self) -> float:
+        """What 1 in a code as it is kept stands for: a step, or 1 where codes are exact."""
+        return self.step or 1.0
+
     @cached_property
     def ids_by_rank(self) -> Int[np.ndarray, " vocab"]:
         """The inverse of `rank_of`."""

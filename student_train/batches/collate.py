@@ -170,10 +170,10 @@ class TargetReader:
     """From batches to `Targets` for a student of `width` ids. Holds the tables on its device."""
 
     def __init__(self, layout: Layout, width: int) -> None:
-        self._temperatures, self._tail, self._step = layout.temperatures, None, 1.0
+        self._temperatures, self._tail, self._unit = layout.temperatures, None, 1.0
         if layout.tables is not None:
             self._tail = LinearTail.of(layout.tables, layout.temperatures, width)
-            self._step = layout.tables.step or 1.0
+            self._unit = layout.tables.unit
 
     def __call__(self, batch: Batch) -> Targets:
         """The targets of a batch."""
@@ -183,7 +183,7 @@ class TargetReader:
             ids, logp, kept = batch["topk_ids"], batch["topk_logp"], batch["topk_kept"]
             self._tail = self._tail.to(ids.device)
             level = dict(zip(self._temperatures, batch["tail_level"].unbind(dim=1), strict=True))
-            code = batch["tail_code"].float() * self._step
+            code = batch["tail_code"].float() * self._unit
             topk = TopKTargets(ids, logp, kept, code, level, self._tail)
         if "chunk_rows" in batch:
             names = ("chunk_rows", "chunk_of", "chunk_logp", "chunk_t", "chunk_host")

@@ -167,7 +167,7 @@ def prune_cache(
     for unit in tqdm(units, unit="shard", desc="prune"):
         path = unit.path(source)
         shard = shards.read_table(path, layout)
-        rows = [cut(row, old, fewer, layout.tables.step, k) for row in shard.rows(path, layout)]
+        rows = [cut(row, old, fewer, layout.tables.unit, k) for row in shard.rows(path, layout)]
         counts = {**shard.counts, CACHE: made.digest}
         written = shards.write_shard(unit.path(target), rows, new, counts)
         note(target, unit, Entry.of(written, counts))
@@ -175,7 +175,7 @@ def prune_cache(
     return made
 
 
-def cut(row: CacheRow, old: LinearTail, new: LinearTail, step: float, k: int) -> CacheRow:
+def cut(row: CacheRow, old: LinearTail, new: LinearTail, unit: float, k: int) -> CacheRow:
     """The first `k` entries of every list, and the coefficients of `new`, the tables cut. What
     leaves a list joins the tail with its own weight.
     """
@@ -190,7 +190,7 @@ def cut(row: CacheRow, old: LinearTail, new: LinearTail, step: float, k: int) ->
     ids = np.where(there, ids, ids[:, :1])
     stays = there & (place < k)
     # 2. The tail's weight at each temperature, with those that leave.           (n, temperatures)
-    code = torch.from_numpy(row.tail_code.astype(np.float32) * np.float32(step or 1.0))
+    code = torch.from_numpy(row.tail_code.astype(np.float32) * np.float32(unit))
     listed, gone = torch.from_numpy(ids), torch.from_numpy(np.where(there & ~stays, logp, EMPTY))
     before = old.levels(code, listed, torch.zeros(n, len(old.base)))  # −log Σ exp x_T
     tails = torch.from_numpy(row.tail_level.copy()) - before

@@ -217,7 +217,7 @@ def fit_tables(sample: Sample, rank: int | None, step: float) -> Tables:
     for states, listed, probabilities in sample.tails():
         code = encoder.code(states)
         for i, p in enumerate(probabilities):
-            logits = encoder.tail.at(code * (step or 1.0), temperatures[i])
+            logits = encoder.tail.at(code * encoder.unit, temperatures[i])
             logits.scatter_(1, listed, EMPTY)
             given[i] += (torch.softmax(logits, dim=1) * p.sum(dim=1, keepdim=True)).sum(dim=0)
     calibration = outside.clamp_min(_TINY).log() - given.clamp_min(_TINY).log()
