@@ -158,13 +158,13 @@ def verify_cache(config: CacheConfig, rows: int) -> VerifyReport:
         add("logsumexp", row.logsumexp, again["logsumexp"], 0.5 / LOGIT_STEPS)
         if row.topk_sizes is None or row.topk_logp is None:
             continue
-        assert row.tail_code is not None and row.tail_level is not None
+        assert row.tail_code is not None and row.tail_level is not None and run.tables is not None
         kept = np.arange(again["topk_logp"].shape[1]) < row.topk_sizes[:, None]
         steps = half_steps(row.topk_logp, run.layout.temperatures)
         add("top-k log p", row.topk_logp, again["topk_logp"][kept], steps)
         # Both are rounded. In steps, and so in the unit in which an error h costs h²/2 nats.
-        step = run.config.targets.step if rounded else 1.0
-        add("tail code", step * row.tail_code, step * again["tail_code"], step)
+        unit = run.tables.unit
+        add("tail code", unit * row.tail_code, unit * again["tail_code"], unit)
         add("tail level", row.tail_level, again["tail_level"], 0.5 / TAIL_STEPS)
     deviations = {name: np.concatenate(parts) for name, parts in apart.items()}
     positions = sum(size for size, _ in views)
