@@ -65,6 +65,7 @@ class TinyConfig:
     shape: ModelShape
     positions: int
     epochs: int
+    source: str = "stdlib:train"
     length: int = 256
     block: int = 32
     tokens_per_batch: int = 4096
@@ -82,7 +83,15 @@ class TinyConfig:
 
 LLAMA = ModelShape("llama", 256, layers=6, heads=4, kv_heads=4, intermediate_size=704)
 TEACHER = TinyConfig(LLAMA, positions=1024, epochs=4)
-STUDENT = TinyConfig(StudentConfig(), positions=4096, epochs=2)
+# Half of the library's modules: distillation is for a teacher who knows more than its student.
+STUDENT = TinyConfig(
+    StudentConfig(),
+    positions=4096,
+    epochs=2,
+    source="stdlib:half-a",
+    length=128,
+    tokens_per_batch=2048,
+)
 
 
 def train_tokenizers(teacher: Path, student: Path) -> None:
@@ -134,7 +143,7 @@ def train_tiny(tokenizer_folder: Path, out: Path, config: TinyConfig) -> None:
         title, kind = "The embedded teacher", "A masked-diffusion"
         attention = "bidirectional attention, "
     preparer = Preparer(tokenizer, None, config.lengths, mask_id)
-    examples = preparer.usable(list(iter_examples(DataConfig("stdlib:train"))))
+    examples = preparer.usable(list(iter_examples(DataConfig(config.source))))
     steps = train_on(model, predict, examples, mask_id, config)
     minutes = (time.monotonic() - started) / 60
 

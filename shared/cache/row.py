@@ -18,6 +18,21 @@ SCHEMA_VERSION = 5
 
 
 @dataclass(frozen=True)
+class TokenMap:
+    """What a teacher's tokens read in the student's (docs/method.md): entry i says that of the
+    student tokens which begin `offset` bytes behind a teacher token `token` and are mostly inside
+    of it, `share` are the token `student`.
+    """
+
+    token: Int[np.ndarray, " entries"]
+    offset: Int[np.ndarray, " entries"]
+    student: Int[np.ndarray, " entries"]
+    share: Float[np.ndarray, " entries"]
+    teacher_bytes: Int[np.ndarray, " teacher_vocab"]  # lengths of all tokens
+    student_bytes: Int[np.ndarray, " student_vocab"]
+
+
+@dataclass(frozen=True)
 class Tables:
     """What is known of the teacher as a whole: how the logits outside of a top-k follow from a few
     coefficients of its last hidden state h (docs/method.md).
@@ -35,6 +50,7 @@ class Tables:
     encoder: Float[np.ndarray, "rank width"]
     center: Float[np.ndarray, " width"]
     step: float
+    token_map: TokenMap | None = None  # where the teacher has a tokenizer of its own
 
     @property
     def rank(self) -> int:
@@ -54,8 +70,10 @@ class Tables:
     def digest(self) -> str:
         """A hash over all of it."""
         digest = hashlib.sha256(np.float64(self.step).tobytes())
-        for field in fields(self)[:-1]:
-            digest.update(np.ascontiguousarray(getattr(self, field.name)).tobytes())
+        for part in filter(None, (self, self.token_map)):
+            for field in fields(part):
+                if isinstance(value := getattr(part, field.name), np.ndarray):
+                    digest.update(np.ascontiguousarray(value).tobytes())
         return digest.hexdigest()[:32]
 
     def cut(self, rank: int) -> "Tables":
@@ -125,6 +143,13 @@ class CacheRow:
     def asked(self) -> Int[np.ndarray, " read"]:
         """The student's positions at which a teacher of the same tokenizer was read."""
         return self.masked if self.read is None else self.read
+
+    @property
+    def chunks(self) -> Int[np.ndarray, "chunks 4"] | None:
+        """The active chunks: start and end, the teacher's, then the student's."""
+        if self.chunk_teacher is None or self.chunk_student is None:
+            return None
+        return np.concatenate([self.chunk_teacher, self.chunk_student], axis=1)
 
     @property
     def maskable(self) -> int:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shared.cache.levels import from_table, numbers_of, schema_for, to_table
-from shared.cache.row import CacheRow, Layout, Tables
+from shared.cache.row import CacheRow, Layout, Tables, TokenMap
 from shared.system.files import TideError, atomic_file, write_bytes
 
 CACHE = "cache"
@@ -25,6 +25,8 @@ TABLES = "tables"
 _COUNTS_KEY = b"tide.counts"
 _UNIT = re.compile(r"draw=([0-9]{2,9})/part-([0-9]{5,9})\.parquet")
 _VOCABULARY, _ENCODER = "vocabulary.parquet", "encoder.parquet"
+_MAP, _BYTES = "map.parquet", "bytes.parquet"  # of a teacher with a tokenizer of its own
+_ENTRY = ("token", "offset", "student", "share")
 _MEND = "delete this file and run the same `tide cache` again: it computes the missing shard only"
 _MEND_TABLES = "delete the folder `tables` and run the same `tide cache` again: it makes it anew"
 # Few, so that the dictionary of a group's token ids stays small and its indices short.
@@ -205,6 +207,13 @@ def save_tables(folder: Path, tables: Tables) -> None:
     encoder: dict[str, Any] = {"scale": tables.scales, "encoder": lists(tables.encoder)}
     note = {"step": str(float(tables.step)), "center": json.dumps(tables.center.tolist())}
     write_parquet(folder / _ENCODER, pa.table(encoder).replace_schema_metadata(note))
+    if (words := tables.token_map) is not None:
+        entries = {name: getattr(words, name) for name in _ENTRY}
+        write_parquet(folder / _MAP, pa.table(entries))
+        sides = words.teacher_bytes, words.student_bytes
+        ids = np.arange(max(map(len, sides)))
+        padded = [pa.array(np.resize(x, ids.shape), mask=ids >= len(x)) for x in sides]
+        write_parquet(folder / _BYTES, pa.table(padded, ["teacher", "student"]))
     columns = {"rank": tables.rank_of, "shared": tables.shared, "mean": tables.mean}
     columns |= {f"calibration_{i}": each for i, each in enumerate(tables.calibration)}
     columns["directions"] = lists(tables.directions)
@@ -221,7 +230,17 @@ def load_tables(cache: Path, digest: str | None = None) -> Tables:
     folder = cache / TABLES
     words = read_parquet(folder / _VOCABULARY, _MEND_TABLES)
     encoder = read_parquet(folder / _ENCODER, _MEND_TABLES)
+    token_map = None
     try:
+        if (folder / _MAP).exists():
+            entries = read_parquet(folder / _MAP, _MEND_TABLES)
+            lengths = read_parquet(folder / _BYTES, _MEND_TABLES)
+            columns = [entries.column(name).to_numpy() for name in _ENTRY]
+            columns += [column.drop_null().to_numpy() for column in lengths.columns]
+            token_map = TokenMap(*columns)
+            for name, size in (("token", words.num_rows), ("student", len(columns[-1]))):
+                if not (columns[_ENTRY.index(name)] < size).all():
+                    raise ValueError(f"its map names a {name} that is not there")
         flat = {name: numbers_of(words.column(name).combine_chunks()) for name in words.column_names
                 if name != "directions"}  # fmt: skip
         names = [name for name in flat if name.startswith("calibration_")]
@@ -241,6 +260,7 @@ def load_tables(cache: Path, digest: str | None = None) -> Tables:
             encoder=matrix.reshape(rank, center.size),
             center=center,
             step=float(note[b"step"]),
+            token_map=token_map,
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise TideError(f"{folder} has other columns: {error}", fix=_MEND_TABLES) from error

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.data.stdlib_corpus import corpus_origin, iter_stdlib_functions
+from shared.data.stdlib_corpus import SPLITS, corpus_origin, iter_stdlib_functions
 from shared.system.files import TideError
 
 Place = str
@@ -43,8 +43,8 @@ def source_rows(source: str) -> Iterator[tuple[Place, Raw]]:
     kind, _, rest = source.partition(":")
     path, split = _split_of(source)
     if kind == "stdlib":
-        if rest not in ("train", "heldout", "all"):
-            expected = "stdlib:train, stdlib:heldout or stdlib:all"
+        if rest.partition("#")[0] not in SPLITS:
+            expected = f"stdlib: and one of {', '.join(SPLITS)}"
             raise TideError(f"unknown split in {source!r}", expected=expected)
         for name, messages in iter_stdlib_functions(rest):
             yield f"{source}:{name}", {"messages": messages}

@@ -31,7 +31,7 @@ class DataConfig:
 
     source: str = "stdlib:train"
     """A file, folder or glob (JSONL, JSON, CSV, Parquet, Arrow; compressed or not; `save_to_disk`),
-    hf://OWNER/NAME[:CONFIG][:SPLIT] or hf://OWNER/NAME#SPLIT, or stdlib:train|heldout|all."""
+    hf://OWNER/NAME[:CONFIG][:SPLIT] or hf://OWNER/NAME#SPLIT, or stdlib:train (and others)."""
     form: Form = "auto"
     """How a row holds its conversation; `auto`: by the fields that it has."""
     messages_field: str | None = None

@@ -12,19 +12,24 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
+from shared.aligned.token_map import owners
 from shared.cache.manifest import Manifest
-from shared.cache.row import CacheRow, Layout
+from shared.cache.row import CacheRow, Layout, TokenMap
 from shared.cache.tail import LinearTail
 from shared.diffusion import pad
 from student_train.losses.objective import Counts
-from student_train.losses.targets import ChunkTargets, Targets, TopKTargets
+from student_train.losses.targets import ChunkTargets, StudentTokens, Targets, TopKTargets
 
 Batch = dict[str, Any]
-"""Tensors by name, and `chunk_host`, an array that stays in host memory wherever the tensors go."""
+"""Tensors by name, and `chunk_host` and `topk_offset`, arrays that stay in host memory."""
 
 
-def collate(rows: Sequence[CacheRow], manifest: Manifest) -> Batch:
-    """One batch, padded to its longest row."""
+def collate(
+    rows: Sequence[CacheRow], manifest: Manifest, token_map: TokenMap | None = None
+) -> Batch:
+    """One batch, padded to its longest row. `token_map`: where it is to have a top-k of a teacher
+    with a tokenizer of its own.
+    """
     # 1. Draws of one example stand together: they share x_0.                      (batch, length)
     examples: list[list[CacheRow]] = []
     for row in rows:
@@ -36,7 +41,10 @@ def collate(rows: Sequence[CacheRow], manifest: Manifest) -> Batch:
             examples.append([row])
     clean, valid = pad([draws[0].student_ids for draws in examples])
 
-    # 2. Of every masked position its example, which x_t of that example, its column, t.       (n)
+    # 2. Of every masked position its example, which x_t of that example, its column, t; and those
+    # at which the teacher says something: of a tokenizer of its own, the tokens of chunks.      (n)
+    owned = [] if token_map is None else [_owned(row, token_map) for row in rows]
+    asked = iter([at for at, _, _ in owned] or [row.asked for row in rows])
     example, copy, column, t, read = [], [], [], [], []
     for i, draws in enumerate(examples):
         for j, row in enumerate(draws):
@@ -44,7 +52,7 @@ def collate(rows: Sequence[CacheRow], manifest: Manifest) -> Batch:
             copy.append(np.full(row.masked.size, j))
             column.append(row.masked.astype(np.int64))
             t.append(np.full(row.masked.size, row.t, np.float32))
-            read.append(np.isin(row.masked, row.asked))
+            read.append(np.isin(row.masked, next(asked)))
     order = np.argsort(~np.concatenate(read), kind="stable")  # unread positions last
     example, copy, column, t = (
         torch.from_numpy(np.concatenate(values)[order]) for values in (example, copy, column, t)
@@ -60,7 +68,7 @@ def collate(rows: Sequence[CacheRow], manifest: Manifest) -> Batch:
 
     # 4. The denominators: maskable tokens, positions read, active chunks.
     maskable = sum(row.maskable for row in rows)
-    asked = sum(row.asked.size for row in rows)
+    counted = sum(row.asked.size for row in rows)  # all masked ones, of another tokenizer
     chunks = sum(row.chunk_logp.size for row in rows if row.chunk_logp is not None)
     batch: Batch = {
         "clean": clean,
@@ -73,10 +81,10 @@ def collate(rows: Sequence[CacheRow], manifest: Manifest) -> Batch:
         "gold": clean[example, column],
         "t": t,
         "tokens": torch.tensor(sum(len(row.student_ids) for row in rows)),
-        "counts": torch.tensor([maskable, asked, chunks], dtype=torch.float64),
+        "counts": torch.tensor([maskable, counted, chunks], dtype=torch.float64),
     }
-    if "topk" in manifest.signals and manifest.shared_tokenizer:
-        batch |= _topk(rows)
+    if token_map is not None or ("topk" in manifest.signals and manifest.shared_tokenizer):
+        batch |= _topk(rows, owned)
     if "chunks" in manifest.signals:
         batch |= _chunks(rows, order)
     return batch
@@ -114,19 +122,42 @@ def places_of_draws(
     return torch.from_numpy(places), torch.from_numpy(np.concatenate(columns).astype(np.int64))
 
 
-def _topk(rows: Sequence[CacheRow]) -> Batch:
-    """The kept ids of each position that was read, padded to the longest list."""
+Owned = tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"], Int[np.ndarray, " _"]]
+
+
+def _owned(row: CacheRow, token_map: TokenMap) -> Owned:
+    """Of each student token of a row's chunks its position, which of the positions that the teacher
+    was read at is its owner's, and how far behind that one it begins.
+    """
+    chunks, teacher = row.chunks, row.teacher_ids
+    assert chunks is not None and teacher is not None and row.teacher_masked is not None
+    lengths = token_map.teacher_bytes[teacher], token_map.student_bytes[row.student_ids]
+    position, owner, offset = owners(chunks, *lengths)
+    return position, np.searchsorted(row.teacher_masked, owner), offset
+
+
+def _topk(rows: Sequence[CacheRow], owned: Sequence[Owned]) -> Batch:
+    """The kept ids of each position that was read, padded to the longest list; of a teacher with a
+    tokenizer of its own, those of the owner of each student token.
+    """
     # 1. A row's lists lie one after the other, and so do the rows'.
     columns = ("topk_sizes", "topk_ids", "topk_logp", "tail_code", "tail_level")
     sizes, ids, logp, code, level = (
         np.concatenate([getattr(row, name) for row in rows]) for name in columns
     )
     starts = np.cumsum(sizes, dtype=np.int64) - sizes
+    offsets = {}
+    if owned:
+        read = np.array([row.split.size for row in rows])
+        each = zip(np.cumsum(read) - read, owned, strict=True)
+        at = np.concatenate([first + own for first, (_, own, _) in each])
+        sizes, starts, code, level = (values[at] for values in (sizes, starts, code, level))
+        offsets["topk_offset"] = np.concatenate([offset for _, _, offset in owned])
     # 2. Entry j of list i, or its first entry at padding: a repeated id changes nothing.    (n, k)
     entry = np.arange(int(sizes.max(initial=1)))
     kept = entry < sizes[:, None]
     flat = starts[:, None] + np.where(kept, entry, 0)
-    return {
+    return offsets | {
         "topk_ids": torch.from_numpy(ids.astype(np.int64)[flat]),
         "topk_logp": torch.from_numpy(logp.astype(np.float32, copy=False)[flat]),
         "topk_kept": torch.from_numpy(kept),
@@ -171,9 +202,13 @@ class TargetReader:
 
     def __init__(self, layout: Layout, width: int) -> None:
         self._temperatures, self._tail, self._unit = layout.temperatures, None, 1.0
-        if layout.tables is not None:
-            self._tail = LinearTail.of(layout.tables, layout.temperatures, width)
-            self._unit = layout.tables.unit
+        self._words = None
+        if (tables := layout.tables) is not None:
+            self._unit, words = tables.unit, tables.token_map
+            own = width if words is None else None
+            self._tail = LinearTail.of(tables, layout.temperatures, own)
+            if words is not None:
+                self._words = StudentTokens.of(words, tables.rank_of.size, width)
 
     def __call__(self, batch: Batch) -> Targets:
         """The targets of a batch."""
@@ -182,9 +217,12 @@ class TargetReader:
             assert self._tail is not None
             ids, logp, kept = batch["topk_ids"], batch["topk_logp"], batch["topk_kept"]
             self._tail = self._tail.to(ids.device)
+            if self._words is not None:
+                self._words = self._words.to(ids.device)
             level = dict(zip(self._temperatures, batch["tail_level"].unbind(dim=1), strict=True))
             code = batch["tail_code"].float() * self._unit
-            topk = TopKTargets(ids, logp, kept, code, level, self._tail)
+            offset = batch.get("topk_offset")
+            topk = TopKTargets(ids, logp, kept, code, level, self._tail, offset, self._words)
         if "chunk_rows" in batch:
             names = ("chunk_rows", "chunk_of", "chunk_logp", "chunk_t", "chunk_host")
             chunks = ChunkTargets(*(batch[name] for name in names))

@@ -18,7 +18,12 @@ from torch.nn import functional as F
 
 from shared.cache.levels import EMPTY
 from shared.settings.config import Tidal, TimestepWeight
-from student_train.losses.targets import TopKTargets, log_student, teacher_log_weights
+from student_train.losses.targets import (
+    MappedTargets,
+    TopKTargets,
+    log_student,
+    teacher_log_weights,
+)
 
 TEACHER_BOUND = 1e-7
 
@@ -30,7 +35,7 @@ def at_least_float32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 def token_divergence(
     logits: Float[Tensor, "n vocab"],
-    topk: TopKTargets,
+    topk: TopKTargets | MappedTargets,
     temperature: float,
     strength: Float[Tensor, " n"] | None,
     reverse: bool,
@@ -61,7 +66,7 @@ class _Divergence(torch.autograd.Function):
 
 def divergence_and_gradient(
     logits: Float[Tensor, "n vocab"],
-    topk: TopKTargets,
+    topk: TopKTargets | MappedTargets,
     temperature: float,
     strength: Float[Tensor, " n"] | None,
     reverse: bool,
@@ -69,7 +74,12 @@ def divergence_and_gradient(
     """The divergence of each row, and its derivative by that row's logits. float32 or wider."""
     # 1. log q, the student, and log p, the teacher but for a constant, at T.           (n, vocab)
     student = log_student(logits, topk, temperature)
-    target = teacher_log_weights(topk, temperature, student.dtype)
+    if isinstance(topk, MappedTargets):
+        # r = A + rest · q: what maps nowhere stays in the student's own shape.
+        target = student.exp().mul_(topk.rest[:, None]).add_(topk.mass)
+        target = target.clamp_min_(torch.finfo(target.dtype).tiny).log_()
+    else:
+        target = teacher_log_weights(topk, temperature, student.dtype)
     # 2. TIDAL's target: (1 − λ)·log q + λ·log p, which is (1 − λ)·s/T + λ·z/T but for a constant.
     if strength is not None:
         part = strength.to(student.dtype)[:, None]

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from shared.settings.config import Calm, ChunkObjective, Distillation, ReverseKL, TokenObjective
 from student_train.losses import divergence
-from student_train.losses.targets import Targets, slice_targets
+from student_train.losses.targets import MappedTargets, Targets, in_student_tokens, slice_targets
 
 # Numbers in one slice's logits on a CPU: 128 MiB in float32. Measured at a vocabulary of 151,936:
 # slices of 220 rows take two thirds of the time of 110, which add to the head's gradient twice as
@@ -72,7 +72,17 @@ def objective(
     """The two sums for student `logits`, a row per masked position. `progress` is τ. ValueError
     where the batch lacks what the objective needs.
     """
+    targets = for_objective(targets, distillation, divergence.at_least_float32(logits).dtype)
     return objective_at(logits, targets, distillation, lambda_train(distillation, progress))
+
+
+def for_objective(targets: Targets, distillation: Distillation, dtype: torch.dtype) -> Targets:
+    """What `objective_at` reads. Another tokenizer's tokens are mapped outside of it, since sparse
+    products do not compile.
+    """
+    if isinstance(distillation, TokenObjective):
+        return in_student_tokens(targets, distillation.temperature, dtype)
+    return targets
 
 
 def lambda_train(distillation: Distillation, progress: float) -> float:
@@ -105,25 +115,36 @@ def token_distillation(
     settings: TokenObjective,
     train: float | Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
-    """T² · Σ weight(t) · KL over the positions at which the teacher was read."""
+    """T² · Σ weight(t) · KL over the positions at which the teacher was read.
+
+    Of a teacher with a tokenizer of its own, the gold tokens stand for it where no chunk covers
+    what is masked (the end of a turn, the fill): else the teacher's pull would be paid there.
+    """
     topk, temperature = targets.topk, settings.temperature
+    mapped = isinstance(topk, MappedTargets)
     # (The look-up makes T a constant of a compiled loss.)
-    if topk is None or not (temperature in topk.level or 1.0 in topk.level):
+    if topk is None or not (mapped or temperature in topk.level or 1.0 in topk.level):
         raise ValueError(f"the batch has no top-k targets at temperature {temperature} or 1")
-    # 1. The rows at which the teacher was read come first.                              (n → read)
-    read = topk.ids.shape[0]
-    if not read:
-        return logits.sum() * 0.0
-    logits, t = logits[:read], targets.t[:read]
-    # 2. TIDAL: λ and the timestep weight of each position.                                  (read)
+    # 1. TIDAL: λ and the timestep weight of each position.                                     (n)
+    t = targets.t
     weight, strength = torch.ones_like(t), None
     if settings.tidal is not None:
         strength = divergence.strength_at(settings.tidal, train, t)
         weight = divergence.timestep_weight(settings.tidal.timestep_weight, t)
-    # 3. The divergence. T² keeps the gradient's size as T rises.
-    reverse = isinstance(settings, ReverseKL)
-    values = divergence.token_divergence(logits, topk, temperature, strength, reverse)
-    return temperature**2 * (weight * values).sum()
+    # 2. The divergence at the rows that were read, which come first. T² keeps the gradient's size
+    # as T rises.
+    read, parts = len(topk.mass if mapped else topk.ids), []
+    if read:
+        own = None if strength is None else strength[:read]
+        reverse = isinstance(settings, ReverseKL)
+        values = divergence.token_divergence(logits[:read], topk, temperature, own, reverse)
+        parts.append(temperature**2 * (weight[:read] * values).sum())
+    # 3. The others: KL(r ‖ p_s) of r = (1 − λ)·p_s + λ·gold, of which λ·CE has the gradient.
+    if mapped and read < len(t):
+        gold = F.cross_entropy(logits[read:], targets.gold[read:], reduction="none")
+        pull = weight if strength is None else weight * strength
+        parts.append((pull[read:] * gold).sum())
+    return torch.stack(parts).sum() if parts else logits.sum() * 0.0
 
 
 def chunk_distillation(
@@ -216,8 +237,9 @@ class _Fused(torch.autograd.Function):
         measure = _compiled_objective() if compiled else objective_at
         train = sums.new_full((), lambda_train(distillation, settings.progress))
         with torch.autocast(kind, enabled=False):
-            for part, own in slice_targets(targets, rows_per_slice):
+            for part, cached in slice_targets(targets, rows_per_slice):
                 # 2. Logits of the slice and its share of the loss.                  (slice, vocab)
+                own = for_objective(cached, distillation, exact)
                 logits = (rows[part] @ weights.T).to(exact)
                 logits.requires_grad_(wants_hidden or wants_head)
                 with torch.enable_grad():

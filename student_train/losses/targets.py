@@ -15,7 +15,40 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from shared.cache.levels import EMPTY
+from shared.cache.row import TokenMap
 from shared.cache.tail import LinearTail
+
+
+@dataclass(frozen=True)
+class StudentTokens:
+    """The counted map E on a device, for a teacher with a tokenizer of its own: by offset d a
+    sparse matrix of E[t, d](s), and of each t the share 1 − Σ_s E[t, d](s) that leads nowhere.
+    """
+
+    shares: Mapping[int, Float[Tensor, "student_vocab teacher_vocab"]]
+    lost: Mapping[int, Float[Tensor, " teacher_vocab"]]
+
+    @classmethod
+    def of(cls, token_map: TokenMap, teacher_vocab: int, student_vocab: int) -> "StudentTokens":
+        """On the CPU."""
+        shares, lost = {}, {}
+        for offset in np.unique(token_map.offset).tolist():
+            here = token_map.offset == offset
+            columns = (token_map.student[here], token_map.token[here], token_map.share[here])
+            student, teacher, share = map(torch.from_numpy, columns)
+            places = torch.stack([student, teacher]).long()
+            size = (student_vocab, teacher_vocab)
+            shares[offset] = torch.sparse_coo_tensor(places, share, size, check_invariants=True)
+            shares[offset] = shares[offset].coalesce()
+            mapped = torch.zeros(teacher_vocab, dtype=torch.float64)
+            mapped.index_add_(0, teacher.long(), share.double())
+            lost[offset] = (1 - mapped).clamp_min(0)
+        return cls(shares, lost)
+
+    def to(self, device: torch.device) -> "StudentTokens":
+        """On another device."""
+        both = [{d: x.to(device) for d, x in each.items()} for each in (self.shares, self.lost)]
+        return StudentTokens(*both)
 
 
 @dataclass(frozen=True)
@@ -28,6 +61,10 @@ class TopKTargets:
     code: Float[Tensor, "n rank"]  # coefficients of the tail
     level: Mapping[float, Float[Tensor, " n"]]  # by temperature, on the scale of logp / T
     tail: LinearTail
+    # Where the teacher has a tokenizer of its own: how far behind its owner, at which the teacher
+    # was read, each of these positions begins; in host memory.
+    offset: Int[np.ndarray, " n"] | None = None
+    words: StudentTokens | None = None
 
     @classmethod
     def whole(
@@ -41,6 +78,14 @@ class TopKTargets:
         tail = LinearTail(empty.new_zeros(shared.shape[0], 0), {1.0: empty}, ~shared)
         kept = torch.ones_like(ids, dtype=torch.bool)
         return cls(ids, logp, kept, nothing, {1.0: logits.new_zeros(len(logits))}, tail)
+
+
+@dataclass(frozen=True)
+class MappedTargets:
+    """The teacher in the student's tokens: A(s) = Σ_t p_T(t)·E[t, d](s), and what maps nowhere."""
+
+    mass: Float[Tensor, "n vocab"]
+    rest: Float[Tensor, " n"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +109,7 @@ class Targets:
 
     gold: Int[Tensor, " n"]
     t: Float[Tensor, " n"]
-    topk: TopKTargets | None = None
+    topk: TopKTargets | MappedTargets | None = None
     chunks: ChunkTargets | None = None
 
 
@@ -72,7 +117,8 @@ def rows_of(topk: TopKTargets, part: slice) -> TopKTargets:
     """The targets of some rows, as views."""
     level = {t: values[part] for t, values in topk.level.items()}
     rows = {name: getattr(topk, name)[part] for name in ("ids", "logp", "kept", "code")}
-    return replace(topk, level=level, **rows)
+    offset = None if topk.offset is None else topk.offset[part]
+    return replace(topk, level=level, offset=offset, **rows)
 
 
 def slice_targets(targets: Targets, size: int) -> Iterator[tuple[slice, Targets]]:
@@ -118,16 +164,37 @@ def slice_targets(targets: Targets, size: int) -> Iterator[tuple[slice, Targets]
                 chunks.teacher_logp[low:high],
                 chunks.t[low:high],
             )
-        topk = None if targets.topk is None else rows_of(targets.topk, part)
+        topk = rows_of(targets.topk, part) if isinstance(targets.topk, TopKTargets) else None
         yield part, Targets(targets.gold[part], targets.t[part], topk, own)
 
 
+def in_student_tokens(targets: Targets, temperature: float, dtype: torch.dtype) -> Targets:
+    """The targets with a teacher of another tokenizer read in the student's tokens."""
+    topk = targets.topk
+    if not isinstance(topk, TopKTargets) or topk.words is None or topk.offset is None:
+        return targets
+    # 1. p_T over the teacher's own tokens.                                      (n, teacher_vocab)
+    teacher = torch.softmax(teacher_log_weights(topk, temperature, dtype), dim=1)
+    first = next(iter(topk.words.shares.values()))
+    mass = teacher.new_zeros(len(teacher), first.shape[0])
+    rest = teacher.new_ones(len(teacher))
+    # 2. All rows of one offset together: A = p · E_d.                           (rows of d, vocab)
+    for offset in np.unique(topk.offset).tolist():
+        if offset in topk.words.shares:
+            rows = torch.from_numpy(np.flatnonzero(topk.offset == offset)).to(mass.device)
+            own = teacher[rows]
+            shares = topk.words.shares[offset].to(dtype)
+            mass[rows] = torch.sparse.mm(shares, own.T).T
+            rest[rows] = own @ topk.words.lost[offset].to(dtype)
+    return replace(targets, topk=MappedTargets(mass, rest))
+
+
 def log_student(
-    logits: Float[Tensor, "n vocab"], topk: TopKTargets, temperature: float
+    logits: Float[Tensor, "n vocab"], topk: TopKTargets | MappedTargets, temperature: float
 ) -> Float[Tensor, "n vocab"]:
     """The student's log-probabilities at `temperature` over the shared ids; EMPTY at the others."""
     scaled = logits / temperature
-    if topk.tail.unshared is not None:
+    if isinstance(topk, TopKTargets) and topk.tail.unshared is not None:
         scaled.masked_fill_(topk.tail.unshared, EMPTY)
     return scaled.sub_(torch.logsumexp(scaled, dim=1, keepdim=True))
 

@@ -53,7 +53,9 @@ def preflight(config: TrainConfig, processes: int) -> tuple[TrainConfig, OpenCac
     manifest = opened.manifest
     rows = sum(entry.rows for entry in opened.ledger.values())
     bare = sum(entry.rows_without_chunks for entry in opened.ledger.values())
-    check_objective(config.distillation, manifest, config.cache, rows, bare)
+    tables = opened.layout.tables
+    mapped = tables is not None and tables.token_map is not None
+    check_objective(config.distillation, manifest, config.cache, rows, bare, mapped)
     if config.draws_per_step > manifest.draws:
         raise TideError(
             f"draws_per_step is {config.draws_per_step}; {config.cache} has {manifest.draws} draws",
@@ -124,19 +126,20 @@ def settle_batch(config: TrainConfig, processes: int) -> TrainConfig:
 
 
 def check_objective(
-    settings: Distillation, manifest: Manifest, cache: Path, rows: int, bare: int
+    settings: Distillation, manifest: Manifest, cache: Path, rows: int, bare: int, mapped: bool
 ) -> None:
     """TideError where the cache lacks what the objective needs; a warning where most rows (`bare`)
-    have no chunk, or the paper advises against it.
+    have no chunk, or the paper advises against it. `mapped`: the cache has a map between tokens.
     """
     if isinstance(settings, NoDistillation):
         return
     if isinstance(settings, TokenObjective):
-        if "topk" not in manifest.signals or not manifest.shared_tokenizer:
+        if "topk" not in manifest.signals or not (manifest.shared_tokenizer or mapped):
             raise TideError(
-                f"{settings.type} needs logits in the student's vocabulary; {cache} has none",
-                expected="the signal topk of a teacher that shares the student's tokenizer",
-                fix="use calm or reverse_calm, or a cache from such a teacher",
+                f"{settings.type} needs the teacher's logits; {cache} has none for this student",
+                expected="the signal topk of a teacher that shares the student's tokenizer, or the "
+                "signals topk and chunks of another",
+                fix='build a cache with targets.signals=["topk","chunks"], or use calm',
             )
     elif "chunks" not in manifest.signals:
         what = f"{settings.type} needs the signal chunks, and {cache} does not have it"

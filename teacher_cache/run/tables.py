@@ -22,6 +22,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
+from shared.aligned.examples import Prepared
+from shared.aligned.token_map import count_map
 from shared.cache.levels import EMPTY
 from shared.cache.manifest import load_manifest
 from shared.cache.row import Tables
@@ -39,6 +41,7 @@ from teacher_cache.run.work import Engine, prepare_unit
 logger = logging.getLogger(__name__)
 _AT_ONCE = 32  # requests of the pilot sample
 _ROWS = 256  # of logits at a time
+_MAP_EXAMPLES, _MAP_RUN = 30_000, 256  # for the map between tokens: in all, and side by side
 _LEFT = 0.03  # share of the tail's variance that an automatic rank leaves out
 _RIDGE = 1e-6  # of the mean of F's diagonal
 _TINY = 1e-30
@@ -82,6 +85,8 @@ def _tables_of_another(run: Run) -> Tables:
     wrong = [n for n in settings if getattr(theirs.targets, n) != getattr(ours.targets, n)]
     if theirs.teacher != ours.teacher:
         wrong.append("the teacher")
+    if theirs.student.tokenizer != ours.student.tokenizer:
+        wrong.append("the student's tokenizer")
     if wrong:
         raise TideError(
             f"the tables of {other} belong to other settings: {', '.join(wrong)}",
@@ -124,7 +129,17 @@ def _make_tables(run: Run, engine: Engine) -> Tables:
         device = torch.device("cpu")  # the engine has taken the GPU
     sample = Sample(hidden.to(device), head.to(device), allowed_ids(run), run.target_spec())
     step = targets.step if targets.values == "levels" else 0.0
-    return fit_tables(sample, targets.rank, step)
+    tables = fit_tables(sample, targets.rank, step)
+    if run.entry.student_tokens or "chunks" not in targets.signals:
+        return tables
+    return replace(tables, token_map=count_map(map_examples(run), run.teacher, run.student))
+
+
+def map_examples(run: Run, most: int = _MAP_EXAMPLES) -> Iterator[Prepared]:
+    """Examples to count the map between tokens over: all, or runs from all over the data."""
+    n = run.data.examples
+    for start in range(0, n, _MAP_RUN * -(-n // most)):
+        yield from run.data.between(start, start + _MAP_RUN)
 
 
 def allowed_ids(run: Run) -> Bool[np.ndarray, " vocab"]:
