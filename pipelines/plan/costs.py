@@ -11,7 +11,7 @@ import numpy as np
 
 from shared.cache.levels import to_table
 from shared.cache.manifest import CachedData, CachedStudent, CachedTeacher, Fingerprint
-from shared.cache.row import CacheRow, Layout, Tables
+from shared.cache.row import CacheRow, Layout, Tables, TokenMap
 from shared.cache.shards import Unit, table_bytes
 from shared.settings.config import CacheConfig, TargetConfig
 from teacher_cache.engines.packs import pack_requests
@@ -116,9 +116,18 @@ def bytes_per_draw(load: Workload, config: CacheConfig, vocabulary: int, own_tok
     return len(table_bytes(to_table(rows, layout), layout, {})) / len(rows)
 
 
-def even_layout(targets: TargetConfig, vocabulary: int, width: int = 1) -> Layout:
-    """A layout before there is a pilot sample: every id as likely as another."""
+def even_layout(
+    targets: TargetConfig, vocabulary: int, width: int = 1, student: int | None = None
+) -> Layout:
+    """A layout before there is a pilot sample: every id as likely as another. `student`: tokens of
+    a student with a tokenizer of its own, to each of which as many of the teacher's lead.
+    """
     tables, temperatures = None, targets.stored_temperatures
+    token_map = None
+    if student is not None:
+        ids, ones = np.arange(vocabulary, dtype=np.int32), np.ones(vocabulary, np.float32)
+        lengths = ids * 0 + 1, np.ones(student, np.int32)
+        token_map = TokenMap(ids, ids * 0, ids % student, ones, *lengths)
     if "topk" in targets.signals:
         rank, random = targets.rank or _RANK, np.random.default_rng(0)
         tables = Tables(
@@ -131,6 +140,7 @@ def even_layout(targets: TargetConfig, vocabulary: int, width: int = 1) -> Layou
             encoder=np.zeros((rank, width), np.float32),
             center=np.zeros(width, np.float32),
             step=targets.step if targets.values == "levels" else 0.0,
+            token_map=token_map,
         )
     return Layout(temperatures, targets.values, tables)
 

@@ -173,14 +173,14 @@ def compare(
         part = slice(start, min(len(hidden), start + ROWS))
         gradients = []
         for i, topk in enumerate((cached.topk, whole)):
-            assert topk is not None
+            assert isinstance(topk, TopKTargets)
             targets = Targets(cached.gold[part], cached.t[part], rows_of(topk, part))
             logits = (hidden[part] @ head.T).requires_grad_()
             loss = objective(logits, targets, settings, PROGRESS).distillation
             (gradient,) = torch.autograd.grad(loss, logits)
             heads[i] += gradient.T @ hidden[part]
             gradients.append((gradient, gradient @ head))
-        assert cached.topk is not None
+        assert isinstance(cached.topk, TopKTargets)
         own, logits = rows_of(whole, part), hidden[part] @ head.T
         given = teacher_log_weights(rows_of(cached.topk, part), temperature) * temperature
         for_cache, for_student = (

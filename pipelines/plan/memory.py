@@ -22,7 +22,7 @@ from shared.cache.row import CacheRow
 from shared.diffusion import block_diffusion_places
 from shared.models.checkpoint import resolve
 from shared.models.loading import random_model
-from shared.settings.config import CacheConfig, TrainConfig
+from shared.settings.config import CacheConfig, TokenObjective, TrainConfig
 from shared.system.files import TideError, read_json
 from shared.system.hardware import torch_dtype
 from student_train.batches.collate import TargetReader, collate, counts_of
@@ -191,17 +191,20 @@ def student_rows(
 ) -> tuple[list[CacheRow], Manifest]:
     """The rows of one forward pass, every masked token a chunk, and a manifest to collate them."""
     random, rows, draws = np.random.default_rng(0), [], train.draws_per_step
+    teacher = find_teacher(cache.teacher, cache.teachers_file)
+    known = min(vocabulary, teacher.vocabulary or vocabulary)
     for example in range(train.batch_size // draws):
         ids = random.integers(0, vocabulary, data.tokens, np.int32)
         for draw in range(draws):
             masked = data.masked(draw, draws, random)
             load = Workload(1, 1, data.tokens, masked.size, data.tokens, masked.size, "")
-            (row,) = random_rows(load, cache, vocabulary, 1, draw)
+            (row,) = random_rows(load, cache, known, 1, draw, not teacher.student_tokens)
             own = {"example_id": f"{example:016x}", "student_ids": ids, "masked": masked}
             if row.chunk_student is not None:
-                own["chunk_student"] = np.stack([masked, masked + 1], axis=1)
+                spans = np.stack([masked, masked + 1], axis=1)
+                own |= {"chunk_student": spans, "chunk_teacher": spans}
+                own |= {} if row.teacher_ids is None else {"teacher_masked": masked}
             rows.append(replace(row, t=(draw + 0.5) / draws, **own))
-    teacher = find_teacher(cache.teacher, cache.teachers_file)
     fingerprint = made_up_fingerprint(cache, teacher.student_tokens, vocabulary, vocabulary - 1)
     return rows, Manifest(fingerprint, cache.noise.draws, 1, 1)
 
@@ -220,7 +223,12 @@ def student_step(
 
     # 1. A batch with content, and how many pairs of rows see each other in its attention.
     rows, manifest = student_rows(train, cache, data, vocabulary)
-    batch = collate(rows, manifest)
+    entry = find_teacher(cache.teacher, cache.teachers_file)
+    if entry.student_tokens or not isinstance(train.distillation, TokenObjective):
+        layout = even_layout(cache.targets, vocabulary)
+    else:
+        layout = even_layout(cache.targets, entry.vocabulary or vocabulary, student=vocabulary)
+    batch = collate(rows, manifest, layout.tables and layout.tables.token_map)
     settings = LossSettings(train.distillation, train.weight, counts_of(batch["counts"]), 0.5)
     length, draws = batch["clean"].shape[1], train.draws_per_step
     pairs = int(block_diffusion_places(batch["places"], length, block, draws).sum())
@@ -230,7 +238,7 @@ def student_step(
         architecture = str(raw["model_type"]).removeprefix("a2d-")
         model: Any = random_model(architecture, raw, torch.float32).train().requires_grad_(True)
         model.set_attn_implementation(FAKE_ATTENTION)
-        read = TargetReader(even_layout(cache.targets, vocabulary), vocabulary)
+        read = TargetReader(layout, vocabulary)
         train_on_loss(model, block, read, rows_per_slice=slice_rows(vocabulary, gpu_memory))
         if train.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

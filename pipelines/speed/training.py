@@ -8,6 +8,7 @@ import timeit
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import torch
 from rich.table import Table
@@ -31,10 +32,15 @@ from teacher_cache.run.build import build_cache
 from teacher_cache.run.open import open_or_begin
 from teacher_cache.run.work import examples_of, load_engine, prepare_unit, run_units
 
-VOCABULARY = 151_936
+VOCABULARY, TEACHER_VOCABULARY = 151_936, 126_464  # Qwen3's, and LLaDA's
+ACROSS = "kl across tokenizers"
 BATCH = 8  # examples of a step
 ROWS, WIDTH = 512, 512  # of the LM head's input
-OBJECTIVES = {"kl + TIDAL": KL(tidal=Tidal()), "reverse_calm": ReverseCalm()}
+OBJECTIVES = {
+    "kl + TIDAL": KL(tidal=Tidal()),
+    ACROSS: KL(temperature=1.0),
+    "reverse_calm": ReverseCalm(),
+}
 DRAWS, SHARD = 4, 512  # of the large cache: draws, and rows of a shard
 CONFIG = CacheConfig(targets=TargetConfig(signals=("topk",)))
 LOAD = Workload(1, 2, 1024, 150, 300, 0, "")
@@ -124,7 +130,7 @@ def bench_head(vocabulary: int = VOCABULARY) -> Table:
     table = Table(*names, title=title)
     for name, settings in OBJECTIVES.items():
         for masked in (ROWS, ROWS // 2):
-            case = (settings, masked, vocabulary, half)
+            case = (settings, masked, vocabulary, half, name == ACROSS)
             jobs = {way: head_job(way, *case) for way in ("plain", "sliced")}
             seconds, memory = side_by_side(jobs, rounds=2), ""
             if masked == ROWS:
@@ -136,7 +142,7 @@ def bench_head(vocabulary: int = VOCABULARY) -> Table:
 
 
 def head_job(
-    way: str, distillation: KL | ReverseCalm, masked: int, vocabulary: int, half: bool
+    way: str, distillation: KL | ReverseCalm, masked: int, vocabulary: int, half: bool, across: bool
 ) -> Callable[[], object]:
     """A step of head and loss, `plain` or `sliced`. Its gradients are there before it, as in
     accumulation.
@@ -146,7 +152,7 @@ def head_job(
     head = (torch.randn(vocabulary, WIDTH) * 0.02).requires_grad_()
     hidden.grad, head.grad = torch.zeros_like(hidden), torch.zeros_like(head)
     torch.ones_like(head)  # a second gradient of the head, which a loss adds up, is no news later
-    targets = made_up_targets(masked, vocabulary)
+    targets = made_up_targets(masked, vocabulary, across)
     counts = Counts(*torch.full((3,), float(masked)))
     settings = LossSettings(distillation, 1.0, counts, 0.5)
 
@@ -163,13 +169,21 @@ def head_job(
     return run
 
 
-def made_up_targets(rows: int, vocabulary: int) -> Targets:
-    """Of random values: a top-k with its tail, every token a chunk."""
+def made_up_targets(rows: int, vocabulary: int, across: bool) -> Targets:
+    """Of random values: a top-k with its tail, every token a chunk. `across`: of a teacher with a
+    tokenizer of its own.
+    """
     config = CacheConfig(targets=TargetConfig(signals=("topk", "chunks")))
     load = Workload(1, 1, rows, rows, rows, rows, "")
-    manifest = Manifest(made_up_fingerprint(config, True, vocabulary, 0), 1, 1, 1)
-    batch = collate(random_rows(load, config, vocabulary, 1), manifest)
-    return TargetReader(even_layout(config.targets, vocabulary), vocabulary)(batch)
+    manifest = Manifest(made_up_fingerprint(config, not across, vocabulary, 0), 1, 1, 1)
+    made = random_rows(load, config, min(vocabulary, TEACHER_VOCABULARY), 1, own_tokens=across)
+    layout = even_layout(config.targets, vocabulary)
+    if across:
+        spans = np.stack([made[0].masked, made[0].masked + 1], axis=1)
+        made = [dataclasses.replace(made[0], chunk_student=spans, chunk_teacher=spans)]
+        layout = even_layout(config.targets, TEACHER_VOCABULARY, student=vocabulary)
+    batch = collate(made, manifest, layout.tables and layout.tables.token_map)
+    return TargetReader(layout, vocabulary)(batch)
 
 
 def bench_loader(sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)) -> Table:

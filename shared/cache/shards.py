@@ -239,7 +239,8 @@ def load_tables(cache: Path, digest: str | None = None) -> Tables:
             columns += [column.drop_null().to_numpy() for column in lengths.columns]
             token_map = TokenMap(*columns)
             for name, size in (("token", words.num_rows), ("student", len(columns[-1]))):
-                if not (columns[_ENTRY.index(name)] < size).all():
+                ids = columns[_ENTRY.index(name)]
+                if not ((ids >= 0) & (ids < size)).all():
                     raise ValueError(f"its map names a {name} that is not there")
         flat = {name: numbers_of(words.column(name).combine_chunks()) for name in words.column_names
                 if name != "directions"}  # fmt: skip
