@@ -1,8 +1,9 @@
 """The counted map between two vocabularies: what a teacher's token reads in the student's tokens.
 
 Each student token of a chunk has an owner, the teacher token of that chunk with most bytes in
-common. d is by how many bytes it begins behind its owner. Over plain text, without a model,
-E[t, d](s) is the share of s among the student tokens that a token t owns at d.
+common, and a place d in it: of the first token that it owns by how many bytes that one begins
+behind it, of the n-th behind the first 8 + n. Over plain text, without a model, E[t, d](s) is the
+share of s among the student tokens that a token t owns at d.
 """
 
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from shared.aligned.examples import Prepared
 from shared.cache.row import TokenMap
 from shared.text.tokenizers import Tokenizer
 
-_FURTHEST = 16  # bytes; what lies further apart counts as this far
+_FURTHEST, _LAST = 8, 15  # bytes, and tokens behind the first: more counts as these
 _MOST = 8  # student tokens of one (t, d)
 
 
@@ -23,7 +24,7 @@ def owners(
     chunks: Chunks, teacher_bytes: Int[np.ndarray, " a"], student_bytes: Int[np.ndarray, " b"]
 ) -> tuple[Int[np.ndarray, " tokens"], Int[np.ndarray, " tokens"], Int[np.ndarray, " tokens"]]:
     """Of every student token of `chunks` its position, its owner's (the later one of two with as
-    many bytes in common), and d. `teacher_bytes`, `student_bytes`: lengths of the tokens.
+    many bytes in common), and its place. `teacher_bytes`, `student_bytes`: lengths of the tokens.
     """
     # 1. The student's tokens, chunk by chunk, in bytes from the start of their chunk.     (tokens)
     own = chunks[:, 3] - chunks[:, 2]
@@ -45,8 +46,12 @@ def owners(
     most = 1 + number.max()
     best = np.maximum.reduceat(common * most + number, np.cumsum(theirs) - theirs) % most
     owner = chunks[chunk, 0] + best
-    offset = start - (at[owner] - at[chunks[chunk, 0]])
-    return position, owner, np.clip(offset, -_FURTHEST, _FURTHEST)
+    # 4. Its place: bytes of the first of an owner's, the number of each other one.
+    first = np.concatenate([[True], owner[1:] != owner[:-1]])
+    number = np.arange(len(owner)) - np.flatnonzero(first)[np.cumsum(first) - 1]
+    behind = start - (at[owner] - at[chunks[chunk, 0]])
+    bytes_behind = behind.clip(-_FURTHEST, _FURTHEST)
+    return position, owner, np.where(first, bytes_behind, _FURTHEST + number.clip(max=_LAST))
 
 
 def _counted(sizes: Int[np.ndarray, " n"]) -> Int[np.ndarray, " total"]:
@@ -59,18 +64,18 @@ def count_map(examples: Iterable[Prepared], teacher: Tokenizer, student: Tokeniz
     spelling of its bytes says what is there.
     """
     lengths = teacher.byte_lengths, student.byte_lengths
-    width, offsets = len(student.byte_lengths), 2 * _FURTHEST + 1
+    width, places = len(student.byte_lengths), 2 * _FURTHEST + _LAST + 1
 
-    def keys(token: np.ndarray, offset: np.ndarray, own: np.ndarray) -> np.ndarray:
-        return (token.astype(np.int64) * offsets + offset + _FURTHEST) * width + own
+    def keys(token: np.ndarray, place: np.ndarray, own: np.ndarray) -> np.ndarray:
+        return (token.astype(np.int64) * places + place + _FURTHEST) * width + own
 
     # 1. How often each (t, d, s) stands in the text.
     seen = [np.zeros(0, np.int64)]
     for example in examples:
         theirs, own = example.teacher_ids, example.student_ids
         assert theirs is not None
-        position, owner, offset = owners(example.chunks, lengths[0][theirs], lengths[1][own])
-        seen.append(keys(theirs[owner], offset, own[position]))
+        position, owner, place = owners(example.chunks, lengths[0][theirs], lengths[1][own])
+        seen.append(keys(theirs[owner], place, own[position]))
     key, count = np.unique(np.concatenate(seen), return_counts=True)
     # 2. The spelling of what was not seen, as if it were seen once.
     spelled = np.unique(keys(*_spelling(teacher, student)))
@@ -85,8 +90,8 @@ def count_map(examples: Iterable[Prepared], teacher: Tokenizer, student: Tokeniz
     share = (count / np.repeat(total, sizes)).astype(np.float32)
     kept = _counted(sizes) < _MOST
     key, share = key[kept], share[kept]
-    token, offset = (x.astype(np.int32) for x in np.divmod(key // width, offsets))
-    return TokenMap(token, offset - _FURTHEST, (key % width).astype(np.int32), share, *lengths)
+    token, place = (x.astype(np.int32) for x in np.divmod(key // width, places))
+    return TokenMap(token, place - _FURTHEST, (key % width).astype(np.int32), share, *lengths)
 
 
 def _spelling(teacher: Tokenizer, student: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -101,13 +106,11 @@ def _spelling(teacher: Tokenizer, student: Tokenizer) -> tuple[np.ndarray, np.nd
     texts = [b.decode("utf-8", "replace") for _, b in plain]
     found = [(t, 0, s) for t, s in zip(teacher.turn_ends, student.turn_ends, strict=False)][:1]
     for (t, spelled), ids in zip(plain, student.encode(texts), strict=True):
-        own, at = ids, 0
+        own = ids
         if b"".join(table[s] for s in ids) != spelled:
             prefixes = (spelled[:n] for n in range(len(spelled), 0, -1))
             own = [known[b] for b in prefixes if b in known][:1]
-        for s in own:
-            if at <= _FURTHEST:
-                found.append((t, at, s))
-                at += len(table[s])
+        for number, s in enumerate(own[: _LAST + 1]):
+            found.append((t, _FURTHEST + number if number else 0, s))
     columns = np.array(found, np.int64).reshape(-1, 3)
     return columns[:, 0], columns[:, 1], columns[:, 2]

@@ -19,13 +19,12 @@ SCHEMA_VERSION = 5
 
 @dataclass(frozen=True)
 class TokenMap:
-    """What a teacher's tokens read in the student's (docs/method.md): entry i says that of the
-    student tokens which begin `offset` bytes behind a teacher token `token` and are mostly inside
-    of it, `share` are the token `student`.
+    """What a teacher's tokens read in the student's (`shared.aligned.token_map`): entry i says that
+    of the student tokens which a teacher token `token` owns at `place`, `share` are `student`.
     """
 
     token: Int[np.ndarray, " entries"]
-    offset: Int[np.ndarray, " entries"]
+    place: Int[np.ndarray, " entries"]
     student: Int[np.ndarray, " entries"]
     share: Float[np.ndarray, " entries"]
     teacher_bytes: Int[np.ndarray, " teacher_vocab"]  # lengths of all tokens

@@ -26,7 +26,7 @@ _COUNTS_KEY = b"tide.counts"
 _UNIT = re.compile(r"draw=([0-9]{2,9})/part-([0-9]{5,9})\.parquet")
 _VOCABULARY, _ENCODER = "vocabulary.parquet", "encoder.parquet"
 _MAP, _BYTES = "map.parquet", "bytes.parquet"  # of a teacher with a tokenizer of its own
-_ENTRY = ("token", "offset", "student", "share")
+_ENTRY = ("token", "place", "student", "share")
 _MEND = "delete this file and run the same `tide cache` again: it computes the missing shard only"
 _MEND_TABLES = "delete the folder `tables` and run the same `tide cache` again: it makes it anew"
 # Few, so that the dictionary of a group's token ids stays small and its indices short.

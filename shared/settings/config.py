@@ -149,6 +149,15 @@ class NoDistillation:
 
 
 @strict
+class Gold:
+    """The placebo of a distillation over tokens: the gold tokens in the teacher's place, which is
+    cross-entropy that weighs every masked token alike.
+    """
+
+    type: Literal["gold"] = "gold"
+
+
+@strict
 class _Tempered:
     temperature: Positive = 2.0
     tidal: Tidal | None = None
@@ -182,7 +191,7 @@ class ReverseCalm(_Tempered):
     type: Literal["reverse_calm"] = "reverse_calm"
 
 
-Distillation = Annotated[NoDistillation | KL | ReverseKL | Calm | ReverseCalm, BY_TYPE]
+Distillation = Annotated[NoDistillation | Gold | KL | ReverseKL | Calm | ReverseCalm, BY_TYPE]
 TokenObjective = KL | ReverseKL
 ChunkObjective = Calm | ReverseCalm
 

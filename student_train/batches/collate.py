@@ -21,7 +21,7 @@ from student_train.losses.objective import Counts
 from student_train.losses.targets import ChunkTargets, StudentTokens, Targets, TopKTargets
 
 Batch = dict[str, Any]
-"""Tensors by name, and `chunk_host` and `topk_offset`, arrays that stay in host memory."""
+"""Tensors by name, and `chunk_host` and `topk_place`, arrays that stay in host memory."""
 
 
 def collate(
@@ -127,13 +127,13 @@ Owned = tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"], Int[np.ndarray, " _"
 
 def _owned(row: CacheRow, token_map: TokenMap) -> Owned:
     """Of each student token of a row's chunks its position, which of the positions that the teacher
-    was read at is its owner's, and how far behind that one it begins.
+    was read at is its owner's, and its place in that one.
     """
     chunks, teacher = row.chunks, row.teacher_ids
     assert chunks is not None and teacher is not None and row.teacher_masked is not None
     lengths = token_map.teacher_bytes[teacher], token_map.student_bytes[row.student_ids]
-    position, owner, offset = owners(chunks, *lengths)
-    return position, np.searchsorted(row.teacher_masked, owner), offset
+    position, owner, place = owners(chunks, *lengths)
+    return position, np.searchsorted(row.teacher_masked, owner), place
 
 
 def _topk(rows: Sequence[CacheRow], owned: Sequence[Owned]) -> Batch:
@@ -146,18 +146,18 @@ def _topk(rows: Sequence[CacheRow], owned: Sequence[Owned]) -> Batch:
         np.concatenate([getattr(row, name) for row in rows]) for name in columns
     )
     starts = np.cumsum(sizes, dtype=np.int64) - sizes
-    offsets = {}
+    found = {}
     if owned:
         read = np.array([row.split.size for row in rows])
         each = zip(np.cumsum(read) - read, owned, strict=True)
         at = np.concatenate([first + own for first, (_, own, _) in each])
         sizes, starts, code, level = (values[at] for values in (sizes, starts, code, level))
-        offsets["topk_offset"] = np.concatenate([offset for _, _, offset in owned])
+        found["topk_place"] = np.concatenate([place for _, _, place in owned])
     # 2. Entry j of list i, or its first entry at padding: a repeated id changes nothing.    (n, k)
     entry = np.arange(int(sizes.max(initial=1)))
     kept = entry < sizes[:, None]
     flat = starts[:, None] + np.where(kept, entry, 0)
-    return offsets | {
+    return found | {
         "topk_ids": torch.from_numpy(ids.astype(np.int64)[flat]),
         "topk_logp": torch.from_numpy(logp.astype(np.float32, copy=False)[flat]),
         "topk_kept": torch.from_numpy(kept),
@@ -221,8 +221,8 @@ class TargetReader:
                 self._words = self._words.to(ids.device)
             level = dict(zip(self._temperatures, batch["tail_level"].unbind(dim=1), strict=True))
             code = batch["tail_code"].float() * self._unit
-            offset = batch.get("topk_offset")
-            topk = TopKTargets(ids, logp, kept, code, level, self._tail, offset, self._words)
+            place = batch.get("topk_place")
+            topk = TopKTargets(ids, logp, kept, code, level, self._tail, place, self._words)
         if "chunk_rows" in batch:
             names = ("chunk_rows", "chunk_of", "chunk_logp", "chunk_t", "chunk_host")
             chunks = ChunkTargets(*(batch[name] for name in names))

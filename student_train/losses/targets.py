@@ -21,7 +21,7 @@ from shared.cache.tail import LinearTail
 
 @dataclass(frozen=True)
 class StudentTokens:
-    """The counted map E on a device, for a teacher with a tokenizer of its own: by offset d a
+    """The counted map E on a device, for a teacher with a tokenizer of its own: by place d a
     sparse matrix of E[t, d](s), and of each t the share 1 − Σ_s E[t, d](s) that leads nowhere.
     """
 
@@ -32,17 +32,17 @@ class StudentTokens:
     def of(cls, token_map: TokenMap, teacher_vocab: int, student_vocab: int) -> "StudentTokens":
         """On the CPU."""
         shares, lost = {}, {}
-        for offset in np.unique(token_map.offset).tolist():
-            here = token_map.offset == offset
+        for place in np.unique(token_map.place).tolist():
+            here = token_map.place == place
             columns = (token_map.student[here], token_map.token[here], token_map.share[here])
             student, teacher, share = map(torch.from_numpy, columns)
             places = torch.stack([student, teacher]).long()
             size = (student_vocab, teacher_vocab)
-            shares[offset] = torch.sparse_coo_tensor(places, share, size, check_invariants=False)
-            shares[offset] = shares[offset].coalesce()
+            shares[place] = torch.sparse_coo_tensor(places, share, size, check_invariants=False)
+            shares[place] = shares[place].coalesce()
             mapped = torch.zeros(teacher_vocab, dtype=torch.float64)
             mapped.index_add_(0, teacher.long(), share.double())
-            lost[offset] = (1 - mapped).clamp_min(0)
+            lost[place] = (1 - mapped).clamp_min(0)
         return cls(shares, lost)
 
     def to(self, device: torch.device) -> "StudentTokens":
@@ -61,9 +61,9 @@ class TopKTargets:
     code: Float[Tensor, "n rank"]  # coefficients of the tail
     level: Mapping[float, Float[Tensor, " n"]]  # by temperature, on the scale of logp / T
     tail: LinearTail
-    # Where the teacher has a tokenizer of its own: how far behind its owner, at which the teacher
-    # was read, each of these positions begins; in host memory.
-    offset: Int[np.ndarray, " n"] | None = None
+    # Of a teacher with a tokenizer of its own, which was read at these positions' owners: the place
+    # of each in its owner, in host memory; and the map.
+    place: Int[np.ndarray, " n"] | None = None
     words: StudentTokens | None = None
 
     @classmethod
@@ -117,8 +117,8 @@ def rows_of(topk: TopKTargets, part: slice) -> TopKTargets:
     """The targets of some rows, as views."""
     level = {t: values[part] for t, values in topk.level.items()}
     rows = {name: getattr(topk, name)[part] for name in ("ids", "logp", "kept", "code")}
-    offset = None if topk.offset is None else topk.offset[part]
-    return replace(topk, level=level, offset=offset, **rows)
+    place = None if topk.place is None else topk.place[part]
+    return replace(topk, level=level, place=place, **rows)
 
 
 def slice_targets(targets: Targets, size: int) -> Iterator[tuple[slice, Targets]]:
@@ -171,21 +171,21 @@ def slice_targets(targets: Targets, size: int) -> Iterator[tuple[slice, Targets]
 def in_student_tokens(targets: Targets, temperature: float, dtype: torch.dtype) -> Targets:
     """The targets with a teacher of another tokenizer read in the student's tokens."""
     topk = targets.topk
-    if not isinstance(topk, TopKTargets) or topk.words is None or topk.offset is None:
+    if not isinstance(topk, TopKTargets) or topk.words is None or topk.place is None:
         return targets
     # 1. p_T over the teacher's own tokens.                                      (n, teacher_vocab)
     teacher = torch.softmax(teacher_log_weights(topk, temperature, dtype), dim=1)
     first = next(iter(topk.words.shares.values()))
     mass = teacher.new_zeros(len(teacher), first.shape[0])
     rest = teacher.new_ones(len(teacher))
-    # 2. All rows of one offset together: A = p · E_d.                           (rows of d, vocab)
-    for offset in np.unique(topk.offset).tolist():
-        if offset in topk.words.shares:
-            rows = torch.from_numpy(np.flatnonzero(topk.offset == offset)).to(mass.device)
+    # 2. All rows of one place together: A = p · E_d.                            (rows of d, vocab)
+    for place in np.unique(topk.place).tolist():
+        if place in topk.words.shares:
+            rows = torch.from_numpy(np.flatnonzero(topk.place == place)).to(mass.device)
             own = teacher[rows]
-            shares = topk.words.shares[offset].to(dtype)
+            shares = topk.words.shares[place].to(dtype)
             mass[rows] = torch.sparse.mm(shares, own.T).T
-            rest[rows] = own @ topk.words.lost[offset].to(dtype)
+            rest[rows] = own @ topk.words.lost[place].to(dtype)
     return replace(targets, topk=MappedTargets(mass, rest))
 
 

@@ -41,10 +41,13 @@ def test_an_owner_has_most_bytes_in_common(theirs: list[int], own: list[int]) ->
     found = [x.tolist() for x in owners(chunks, *sizes)]
     assert found[0] == sorted({j for _, j in covered})
     teacher, student = ([set(range(e[i], e[i + 1])) for i in range(len(e) - 1)] for e in edges)
-    for j, owner, offset in zip(*found, strict=True):
+    before = Counter[int]()  # tokens of an owner
+    for j, owner, place in zip(*found, strict=True):
         common = {i: len(teacher[i] & student[j]) for i, at in covered if at == j}
         assert owner == max(common, key=lambda i: (common[i], i))
-        assert offset == edges[1][j] - edges[0][owner]
+        behind = max(-8, min(8, edges[1][j] - edges[0][owner]))
+        assert place == (8 + min(before[owner], 15) if before[owner] else behind)
+        before[owner] += 1
 
 
 def test_the_map_of_a_cache_counts_its_text(random_teacher: Path, tmp_path: Path) -> None:
@@ -66,7 +69,7 @@ def test_the_map_of_a_cache_counts_its_text(random_teacher: Path, tmp_path: Path
         for j, i, d in zip(*owners(example.chunks, *sizes), strict=True):
             counted[int(theirs[i]), int(d)][int(own[j])] += 1
     entries: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)
-    for t, d, s, share in zip(found.token, found.offset, found.student, found.share, strict=True):
+    for t, d, s, share in zip(found.token, found.place, found.student, found.share, strict=True):
         entries[int(t), int(d)][int(s)] = float(share)
     for pair, counts in counted.items():
         kept = dict(counts.most_common(8))
@@ -97,12 +100,12 @@ def test_the_map_of_a_cache_counts_its_text(random_teacher: Path, tmp_path: Path
     covered = []
     for row in rows:
         sizes = found.teacher_bytes[row.teacher_ids], found.student_bytes[row.student_ids]
-        position, owner, offset = owners(row.chunks, *sizes)
-        for j, i, d in zip(position, owner, offset, strict=True):
+        position, owner, place = owners(row.chunks, *sizes)
+        for j, i, d in zip(position, owner, place, strict=True):
             first = sum(len(r.teacher_masked) for r in rows[: rows.index(row)])
             where = first + row.teacher_masked.tolist().index(i)
             assert read.topk.ids[at].tolist() == ids[where].tolist()
-            assert (read.topk.offset[at], batch["column"][at]) == (d, j)
+            assert (read.topk.place[at], batch["column"][at]) == (d, j)
             at += 1
         covered.append(len(position))
     masked = sum(row.masked.size for row in rows)
@@ -115,15 +118,15 @@ def test_the_map_of_a_cache_counts_its_text(random_teacher: Path, tmp_path: Path
 
 
 def random_map(random: np.random.Generator, teacher: int, student: int) -> TokenMap:
-    """Some tokens lead to some others at offsets 0 and 2, none of them wholly."""
+    """Some tokens lead to some others at places 0 and 2, none of them wholly."""
     entries = []
-    for offset in (0, 2):
+    for place in (0, 2):
         for t in random.permutation(teacher)[: teacher - 2]:
             own = random.permutation(student)[: random.integers(1, 4)]
             shares = random.dirichlet(np.ones(len(own) + 1))
-            entries += [(t, offset, s, p) for s, p in zip(own, shares[:-1], strict=True)]
-    token, offset, own, share = (np.array(x) for x in zip(*entries, strict=True))
-    ids = (x.astype(np.int32) for x in (token, offset, own))
+            entries += [(t, place, s, p) for s, p in zip(own, shares[:-1], strict=True)]
+    token, place, own, share = (np.array(x) for x in zip(*entries, strict=True))
+    ids = (x.astype(np.int32) for x in (token, place, own))
     return TokenMap(*ids, share.astype(np.float32), np.ones(teacher, int), np.ones(student, int))
 
 
@@ -150,9 +153,9 @@ def definition(
             continue
         r = torch.zeros(x.shape[1], dtype=torch.float64)
         for token, d, own, share in zip(
-            token_map.token, token_map.offset, token_map.student, token_map.share, strict=True
+            token_map.token, token_map.place, token_map.student, token_map.share, strict=True
         ):
-            if d == topk.offset[i]:
+            if d == topk.place[i]:
                 r[own] += float(p[i, token]) * float(share)
         r = r + (1 - r.sum()) * logq.detach().exp()
         r = torch.softmax((1 - part) * logq.detach() + part * r.log(), 0)
@@ -169,7 +172,7 @@ def definition(
 def test_value_and_gradient_through_the_map_against_the_definition(
     seed: int, settings: KL | ReverseKL, read: int
 ) -> None:
-    """In slices and whole, float64 and float32; at offsets of which nothing is known, and with
+    """In slices and whole, float64 and float32; at places of which nothing is known, and with
     masked positions that no chunk covers.
     """
     random, n, teacher, student = np.random.default_rng(seed), 6, 12, 9
@@ -177,11 +180,11 @@ def test_value_and_gradient_through_the_map_against_the_definition(
     torch.manual_seed(seed)
     z, hidden, head = torch.randn(read, teacher) * 2, torch.randn(n, 5), torch.randn(student, 5)
     gold, t = torch.randint(0, student, (n,)), torch.rand(n).double() * 0.9 + 0.05
-    offset = random.choice([0, 2, -1], read)
+    place = random.choice([0, 2, -1], read)
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
         topk = cached(z.to(dtype), 4, 3, torch.ones(teacher, dtype=torch.bool), seed)
         tokens = StudentTokens.of(words, teacher, student)
-        topk = dataclasses.replace(topk, offset=offset, words=tokens)
+        topk = dataclasses.replace(topk, place=place, words=tokens)
         targets = Targets(gold, t.to(dtype), topk)
         x = (hidden.double() @ head.double().T).requires_grad_()
         value = definition(x, targets, words, settings, 0.5)
@@ -214,7 +217,7 @@ def test_the_identity_is_plain_kl(seed: int, settings: KL | ReverseKL) -> None:
     x, gold, t = torch.randn(4, 20).double(), torch.zeros(4).long(), torch.rand(4)
     topk = cached(torch.randn(4, 20).double() * 3, 5, 3, every, seed)
     tokens = StudentTokens.of(words, 20, 20)
-    mapped = dataclasses.replace(topk, offset=np.zeros(4, int), words=tokens)
+    mapped = dataclasses.replace(topk, place=np.zeros(4, int), words=tokens)
     values = []
     for one in (topk, mapped):
         logits = x.clone().requires_grad_()

@@ -15,7 +15,7 @@ from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit
 from shared.models.loading import head_rows
 from shared.settings import config as objectives
-from shared.settings.config import KL, Calm, NoDistillation, ReverseKL, Tidal
+from shared.settings.config import KL, Calm, Gold, NoDistillation, ReverseKL, Tidal
 from student_train.batches.collate import TargetReader, collate
 from student_train.losses import objective as losses
 from student_train.losses.divergence import strength_at, training_strength
@@ -29,7 +29,10 @@ from tests.reading import layout_of, rows_in
 from tests.student_train.losses.test_divergence import cached
 from tests.student_train.losses.test_divergence import expected as divergence_of
 
-OBJECTIVES = (NoDistillation(), KL(tidal=Tidal()), ReverseKL(temperature=1.0), Calm(tidal=Tidal()))
+OBJECTIVES = (
+    *(NoDistillation(), Gold(), KL(tidal=Tidal())),
+    *(ReverseKL(temperature=1.0), Calm(tidal=Tidal())),
+)
 
 
 def problem(n: int, vocab: int, width: int, seed: int = 0, k: int = 4) -> tuple[Any, ...]:
