@@ -70,9 +70,11 @@ def chunk_draw(
     length: int,
     student_spans: Int[np.ndarray, "chunks 2"],
     demo_ratio: float,
+    whole: bool = True,
 ) -> Draw:
     """As `token_draw`, but chunk-consistent: a chunk with a masked token is masked whole. Units are
-    active chunks; one that holds a position that is not maskable (prompt) is never active.
+    active chunks; one that holds a position that is not maskable (prompt) is never active. Not
+    `whole`: masks are those of `token_draw`, and a chunk is active where they cover it.
     """
     # 1. Tokens are masked one by one.
     tokens = token_draw(seed, example_id, draw, maskable, demo_ratio)
@@ -83,7 +85,8 @@ def chunk_draw(
     starts, ends = student_spans[:, 0], student_spans[:, 1]
     masked_before = np.concatenate([[0], np.cumsum(mask)])
     maskable_before = np.concatenate([[0], np.cumsum(may_mask)])
-    hit = masked_before[ends] > masked_before[starts]
+    there = masked_before[ends] - masked_before[starts]
+    hit = there > 0 if whole else there == ends - starts
     all_maskable = maskable_before[ends] - maskable_before[starts] == ends - starts
     active = np.flatnonzero(hit & all_maskable).astype(np.int32)
     # 3. They are masked whole.

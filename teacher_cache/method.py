@@ -54,7 +54,8 @@ def draw_for(example: Prepared, noise: NoiseConfig, draw: int) -> Draw:
     if example.shared:
         return token_draw(noise.seed, example.id, draw, maskable, noise.demo_ratio)
     spans, length = example.chunks[:, 2:], len(example.student_ids)
-    return chunk_draw(noise.seed, example.id, draw, maskable, length, spans, noise.demo_ratio)
+    how = (spans, noise.demo_ratio, noise.whole_chunks)
+    return chunk_draw(noise.seed, example.id, draw, maskable, length, *how)
 
 
 def teacher_view(example: Prepared, draw: Draw) -> TeacherView:

@@ -4,6 +4,7 @@ demo, whose grid is the main job at the size of a laptop.
 Each training is a `tide train` of its own, a few run at a time, and finished ones are not repeated.
 """
 
+import json
 import logging
 import os
 import statistics
@@ -50,7 +51,9 @@ class Variant:
 
 @strict
 class Grid:
-    """The recipe of an ablation. `caches` and `train` are parts of `[cache]` and `[train]`."""
+    """The recipe of an ablation. `caches` and `train` are parts of `[cache]` and `[train]`; in a
+    cache's texts {seed} is the seed of the students, for whom there is one each then.
+    """
 
     caches: dict[str, dict[str, Any]]
     variants: dict[str, Variant]
@@ -101,12 +104,16 @@ def train_grid(grid: Grid, out: Path, at_once: int | None = None) -> None:
     caches = {}
     for name, values in grid.caches.items():
         base = recipes.own_recipe(values.get("teacher", recipes.DEFAULT_TEACHER)).get("cache", {})
-        settings = {**base, **values, "out": out / "caches" / name}
-        caches[name] = build(CacheConfig, settings, f"cache {name}")
+        text = json.dumps({**base, **values})
+        for seed in grid.seeds:
+            own = name if "{seed}" not in text else f"{name}-{seed}"
+            settings = json.loads(text.replace("{seed}", str(seed)))
+            settings["out"] = out / "caches" / own
+            caches[name, seed] = build(CacheConfig, settings, f"cache {own}")
     jobs = {}
     for seed in grid.seeds:
         for name, variant in grid.variants.items():
-            cache = caches[variant.cache]
+            cache = caches[variant.cache, seed]
             own = recipes.own_recipe(cache.teacher).get("train", {})
             start = {key: own[key] for key in own.keys() & {"student"}}
             values = {**start, **grid.train, **variant.train, "cache": str(cache.out), "seed": seed}
@@ -115,7 +122,7 @@ def train_grid(grid: Grid, out: Path, at_once: int | None = None) -> None:
     # 2. caches, then students, then their scores in use
     at_once = at_once or os.cpu_count() or 1
     with hold(out / ".lock", f"the folder of runs {out}"):
-        for config in caches.values():
+        for config in {config.out: config for config in caches.values()}.values():
             build_cache(config)
         train_all(jobs, at_once)
         if grid.use:

@@ -80,6 +80,7 @@ class CachedNoise(_Part):
     seed: int
     comp_demo: bool
     demo_ratio: Annotated[float, Field(ge=0, le=1)]
+    whole_chunks: bool = True
 
 
 @strict
@@ -146,7 +147,8 @@ class Fingerprint(_Part):
             **topk,
             **same_tokens,
         )
-        demo = CachedNoise(noise.seed, noise.comp_demo, noise.demo_ratio)
+        whole = noise.whole_chunks or teacher.student_tokens
+        demo = CachedNoise(noise.seed, noise.comp_demo, noise.demo_ratio, whole)
         made_by = CachedEngine(engine.type, engine.dtype, engine.quantization)
         lengths, version = config.lengths, SCHEMA_VERSION
         return cls(version, teacher, student, data, lengths, demo, kept, None, made_by)

@@ -105,6 +105,9 @@ class NoiseConfig:
     """Two teacher passes, each revealing the other's part (TIDE §2.2), or one with all masked."""
     demo_ratio: Share = 0.5
     """Probability of part A, which pass 1 reveals and pass 2 reads."""
+    whole_chunks: bool = True
+    """Across tokenizers: where a token is masked its chunk is masked whole, as in the paper; else
+    only those chunks are active of which all tokens happen to be masked."""
 
 
 @strict

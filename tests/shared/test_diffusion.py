@@ -64,6 +64,12 @@ def test_chunk_masks_are_whole_chunks(seed: int, lengths: list[int], first: int)
     assert all(p >= first for p in masked)
     assert masked >= set(token_draw(seed, "x", 0, np.arange(first, length), 0.5).masked.tolist())
     assert draw.split.size == draw.chunks.size
+    # Not whole: the tokens' own masks, and the chunks that these cover.
+    alone = chunk_draw(seed, "x", 0, np.arange(first, length), length, spans, 0.5, whole=False)
+    tokens = token_draw(seed, "x", 0, np.arange(first, length), 0.5).masked
+    assert alone.masked.tolist() == tokens.tolist() and alone.split.size == alone.chunks.size
+    covered = [{*range(start, end)} <= {*tokens.tolist()} for start, end in spans.tolist()]
+    assert alone.chunks.tolist() == np.flatnonzero(covered).tolist()
 
 
 def test_demo_ratio_is_the_share_of_part_a() -> None:
