@@ -137,8 +137,8 @@ def talk(
             for tokens, _ in sample_steps(
                 student.model, [student.prompt(messages)], special, config
             ):
-                row = until_eos(tokens[0].tolist(), special.eos)
-                if special.mask not in tokens[0].tolist():
+                row = until_eos(tokens[0], special.eos)
+                if special.mask not in tokens[0]:
                     settled = row
                 elif not show_diffusion:
                     continue

@@ -190,7 +190,7 @@ class TideBD3LM(TemplateLM):
     def _answer(self, requests: Sequence[Instance], config: SampleConfig) -> list[str]:
         """One batch. A row leaves it when a stop text stands in its finished blocks."""
         student, eos = self._student, self.eot_token_id
-        room = (self._max_length - config.new_tokens) // config.block * config.block
+        room = self._max_length // config.block * config.block - config.new_tokens
         prompts, stops = [], []
         for request in requests:
             context, options = request.args  # type: ignore[misc]
@@ -203,7 +203,7 @@ class TideBD3LM(TemplateLM):
             return stops[row].cut(tokens)[1]
 
         *_, (tokens, _) = use.sample_steps(student.model, prompts, student.special, config, stop)
-        rows = [use.until_eos(row, eos) for row in tokens.tolist()]
+        rows = [use.until_eos(row, eos) for row in tokens]
         return [end.cut(row)[0] for row, end in zip(rows, stops, strict=True)]
 
     def _loglikelihood_tokens(

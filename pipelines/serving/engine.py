@@ -165,7 +165,7 @@ class Engine:
         if coming:
             decoding.join([job.row for job in coming])
         # 2. A block
-        for _ in decoding.next_block(self._config.sampling.block):
+        for _ in decoding.next_block():
             if self._stopping:
                 return
         # 3. What is new of each, and who stays

@@ -232,8 +232,7 @@ class Routes:
         own = self._config.sampling
         room = own.new_tokens
         if self._length is not None:
-            whole_blocks = -(-len(prompt) // own.block) * own.block
-            room = (self._length - whole_blocks) // own.block * own.block
+            room = self._length // own.block * own.block - len(prompt)
             if (limit or 1) > room:
                 more = f" and {limit} of the response" if limit else ""
                 what = f"{len(prompt)} tokens of the prompt{more}, in blocks of {own.block}"

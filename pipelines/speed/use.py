@@ -98,7 +98,7 @@ def add_sampling(table: Table, student: LoadedStudent, prompts: int) -> None:
     for way, changes in WAYS.items():
         config = replace(SAMPLING, new_tokens=BLOCK, min_new_tokens=BLOCK, **changes)
         *_, (tokens, _) = sample_steps(student.model, contexts, student.special, config)
-        nll, distinct = judge(student, list(zip(contexts, tokens.tolist(), strict=True)))
+        nll, distinct = judge(student, list(zip(contexts, tokens, strict=True)))
         speed, ratio = prompts * NEW / seconds[way], seconds[first] / seconds[way]
         cells = (str(passes[way]), f"{speed:.0f}", f"{ratio:.2f}", f"{nll:.2f}", f"{distinct:.2f}")
         table.add_row(f"sampling, {way}", *cells)

@@ -1,8 +1,10 @@
 """Rows under way, block by block: what of them is in the cache, and one block from masks to tokens.
 
 Rows may join between blocks (a server's requests). Each has settings of its own; the block and the
-guidance are those of all. Slots of the cache are common to all rows, positions are a row's own:
-whole blocks of padding on the left move a row's slots alone, so that it gives what it gives alone.
+guidance are those of all. Blocks are counted from position 0, as in training and in the engines
+that serve block diffusion: what is left of a prompt behind its last whole block stands, clean, in
+the first block of the response. Slots of the cache are common to all rows, positions are a row's
+own: whole blocks of padding on the left move its slots alone, so that it gives what it gives alone.
 """
 
 import hashlib
@@ -28,6 +30,8 @@ class Row:
         self.prompt = prompt
         self.config = config
         self.made: list[int] = []  # tokens of its finished blocks; from its end on they are EOS
+        self.state: list[int] = []  # the same after each step, the block at hand included
+        self.tail: Sequence[int] = []  # what of the prompt stands in the block that comes next
         # Noise depends on the seed and the prompt, not on the batch.
         digest = hashlib.blake2b(f"{config.seed}:{list(prompt)}".encode(), digest_size=7).digest()
         self.noise = torch.Generator().manual_seed(int.from_bytes(digest))
@@ -54,23 +58,26 @@ class Decoding:
         self._begin([])
 
     def _begin(self, rows: Sequence[Row]) -> None:
-        """Nothing but the prompts of `rows`, none of them encoded."""
+        """Nothing but the whole blocks of the prompts of `rows`, none of them encoded."""
         self.rows = list(rows)
-        ids, valid = pad_left([row.prompt for row in rows], self._block, self._special.pad)
+        starts = [len(row.prompt) // self._block * self._block for row in rows]
+        for row, start in zip(self.rows, starts, strict=True):
+            row.tail = row.prompt[start:]
+        whole = [row.prompt[:start] for row, start in zip(self.rows, starts, strict=True)]
+        ids, valid = pad_left(whole, self._block, self._special.pad)
         if self._guidance > 0:
             ids = torch.cat([ids, torch.where(valid, self._special.mask, ids)])
             valid = valid.repeat(2, 1)
-        padding = (~valid).sum(dim=1) // self._block * self._block
         self._pending = ids.to(self._device)  # [copies · rows, n], behind the cached slots
         self._valid = valid.to(self._device)  # [copies · rows, slots], False at padding
-        self._offset = padding.to(self._device)  # slots before a row's position 0
+        self._offset = (~self._valid).sum(dim=1)  # slots before a row's position 0
         self._cache = DynamicCache()
         self._cached = 0  # slots
 
     @torch.no_grad()
     def join(self, rows: Sequence[Row]) -> None:
-        """Decode these too, from the next block on. Where others are under way, all of their
-        prompts but the last block is encoded now; that goes with their first new block.
+        """Decode these too, from the next block on. Where others are under way, the whole blocks of
+        their prompts but the last are encoded now; that goes with their first new block.
         """
         if not self.rows:
             self._begin(rows)
@@ -139,15 +146,21 @@ class Decoding:
         self._cached -= cut
 
     @torch.no_grad()
-    def next_block(self, size: int) -> Iterator[Int[Tensor, "rows size"]]:
-        """Settle one block: its state after each step, and at last with EOS from an end on."""
-        mask = self._special.mask
-        block = torch.full((len(self.rows), size), mask, device=self._device)
-        step = 0
-        while bool((masked := block == mask).any()):
+    def next_block(self) -> Iterator[None]:
+        """Settle one block: after each step, and at last with EOS from an end on, it stands in the
+        rows' `state`, and is then `made`.
+        """
+        size, eos = self._block, self._special.eos
+        block = torch.full((len(self.rows), size), self._special.mask, device=self._device)
+        for i, row in enumerate(self.rows):
+            block[i, : len(row.tail)] = torch.tensor(list(row.tail), dtype=torch.long)
+        tails = torch.tensor([len(row.tail) for row in self.rows], device=self._device)
+        new = torch.arange(size, device=self._device) >= tails[:, None]
+        masked, step = new, 0
+        while bool(masked.any()):
             # 1. Hidden states of the block. What is pending goes through with it and stays in the
             #    cache; the noised block does not.
-            both = torch.cat([self._pending, block.repeat(self._copies, 1)], dim=1)
+            both = torch.cat([self._pending, self._copied(block, new)], dim=1)
             hidden = self._run(both)[:, -size:]
             self._cache.crop(-size)
             self._cached += self._pending.shape[1]
@@ -161,15 +174,26 @@ class Decoding:
             count, above = rules.to(confidence).unbind(dim=1)
             final = masked & ((rank < count[:, None]) | (confidence > above[:, None]))
             block = torch.where(final, tokens, block)
-            step += 1
-            yield block
+            masked, step = masked & ~final, step + 1
+            for row, ids in zip(self.rows, block.tolist(), strict=True):
+                row.state = row.made + ids[len(row.tail) :]
+            yield
         # 4. Behind an end there is nothing but EOS.
-        ended = torch.isin(block, self._ends).cumsum(dim=1) > 0
-        block = torch.where(ended, self._special.eos, block)
-        self._pending = block.repeat(self._copies, 1)
-        for row, made in zip(self.rows, block.tolist(), strict=True):
-            row.made += made
-        yield block
+        ended = (torch.isin(block, self._ends) & new).cumsum(dim=1) > 0
+        block = torch.where(ended, eos, block)
+        self._pending = self._copied(block, new)
+        for row, ids in zip(self.rows, block.tolist(), strict=True):
+            row.made = row.state = row.made + ids[len(row.tail) :]
+            row.tail = []
+        yield
+
+    def _copied(
+        self, block: Int[Tensor, "rows size"], new: Bool[Tensor, "rows size"]
+    ) -> Int[Tensor, "batch size"]:
+        """The rows, and with guidance their copies, in which what is not `new` is masked."""
+        if self._copies == 1:
+            return block
+        return torch.cat([block, torch.where(new, block, self._special.mask)])
 
     def _run(self, ids: Int[Tensor, "batch n"]) -> Float[Tensor, "batch n width"]:
         """Hidden states of what follows the cached slots; its keys and values stay in the cache."""
@@ -208,7 +232,8 @@ class Decoding:
         logits[:, special.mask] = -torch.inf
         if special.vocabulary is not None:
             logits[:, special.vocabulary :] = -torch.inf
-        early = torch.tensor([row.config.min_new_tokens - len(row.made) for row in self.rows])
+        behind = [row.config.min_new_tokens - len(row.made) for row in self.rows]
+        early = torch.tensor([n + len(row.tail) for n, row in zip(behind, self.rows, strict=True)])
         if bool((early > 0).any()):
             row_of, column = masked.nonzero().unbind(dim=1)
             too_early = (column < early.to(column.device)[row_of])[:, None]
@@ -219,7 +244,7 @@ class Decoding:
         shape, unread_ids = (masked.shape[1], logits.shape[1]), cast(Any, None)
         for i, row in enumerate(self.rows):
             config = row.config
-            if config.temperature > 0:
+            if config.temperature > 0 and len(by_row[i]):  # a row that is done draws no noise
                 warm: Any = by_row[i] / config.temperature
                 if config.top_k is not None:
                     warm = TopKLogitsWarper(config.top_k)(unread_ids, warm)
@@ -239,18 +264,20 @@ class Decoding:
             probability = logits.softmax(dim=1).gather(1, chosen[:, None])[:, 0]
             confidence = confidence.masked_scatter(masked, probability)
         for i, row in enumerate(self.rows):
-            if random[i]:
+            if random[i] and len(by_row[i]):
                 numbers = torch.rand(masked.shape[1], generator=row.noise)
                 confidence[i] = numbers.to(confidence.device)
         return tokens, confidence
 
 
 def pad_left(prompts: Sequence[Sequence[int]], block: int, padding: int) -> tuple[Tensor, Tensor]:
-    """Prompts, padded on the left to whole blocks, [rows, width]; True where a token is."""
-    width = -(-max(map(len, prompts), default=0) // block) * block
+    """Prompts, padded on the left to whole blocks, one at least, [rows, width]; True where a token
+    is.
+    """
+    width = max(1, -(-max(map(len, prompts), default=0) // block)) * block
     ids = torch.full((len(prompts), width), padding)
     valid = torch.zeros(len(prompts), width, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
+        ids[row, width - len(prompt) :] = torch.tensor(list(prompt), dtype=torch.long)
         valid[row, width - len(prompt) :] = True
     return ids, valid

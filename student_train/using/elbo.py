@@ -3,8 +3,9 @@
 For a block of n tokens the bound is E over l uniform in 1 … n, and over sets S of l masked
 positions, of (n / l) · Σ_{i in S} log p(x_i | rest of the block, earlier blocks): the mean, over
 all orders in which the block's tokens can be revealed, of the log-probability of revealing them in
-that order (LLaDA, BD3LM). Blocks add up, and a block of one token is exact. As in sampling, the
-continuation starts a block, and the part of the last block behind it is masked.
+that order (LLaDA, BD3LM). Blocks add up, and a block of one token is exact. As in sampling, blocks
+are counted from the context's beginning, so that its last tokens may stand, clean, in the first
+block that is scored; the part of the last block behind the continuation is masked.
 
 The sets depend on the seed, the block and the draw alone. Answers to one question are thus compared
 under the same noise, and a score does not depend on what else is in the batch.
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from student_train.using.decoding import pad_left
@@ -75,12 +77,14 @@ def log_likelihoods_together(
             raise ValueError("the context or a continuation is empty; each needs a token at least")
     # 1. Every block of every continuation under every draw of its masks.
     copies: list[list[_Copy]] = [[] for _ in questions]
-    for row, (_, continuations) in enumerate(questions):
+    for row, (context, continuations) in enumerate(questions):
+        tail = context[len(context) // config.block * config.block :]
         for owner, tokens in enumerate(continuations):
-            for index, start in enumerate(range(0, len(tokens), config.block)):
-                block = torch.tensor(tokens[start : start + config.block])
-                behind = config.block - len(block)
-                for mask, weight in masks(len(block), index, config):
+            ids = torch.tensor([*tail, *tokens])
+            for index, block in enumerate(ids.split(config.block)):
+                given, behind = 0 if index else len(tail), config.block - len(block)
+                for chosen, weight in masks(len(block) - given, index, config):
+                    mask = pad(chosen, (given, 0))  # False at the context's
                     noised = block.masked_fill(mask, special.mask).tolist()
                     gold = block.masked_fill(~mask, -1).tolist() + [-1] * behind
                     noised += [special.mask] * behind
@@ -124,8 +128,8 @@ _CONTEXT, _NOBODY = -1, -2  # owners of a context's positions, and of padding
 
 class _Clean:
     """Contexts and clean blocks of all continuations in the key-value cache. A row is a question:
-    its context, padded on the left to whole blocks, then the clean blocks of each continuation,
-    then padding. Positions are those that each has alone.
+    the whole blocks of its context, behind padding; the clean blocks of each continuation, the
+    first with the rest of the context; then padding. Positions are those that each has alone.
     """
 
     def __init__(
@@ -133,17 +137,20 @@ class _Clean:
     ) -> None:
         self._model, self._block, self._special = model, block, special
         self._device = model.get_input_embeddings().weight.device
-        # 1. Contexts, [row, width]; a continuation begins at `start`.
-        contexts, valid = pad_left([context for context, _ in questions], block, special.pad)
+        # 1. Contexts, [row, width]; a continuation's first block begins at `start`.
+        starts = [len(context) // block * block for context, _ in questions]
+        whole = [context[:start] for (context, _), start in zip(questions, starts, strict=True)]
+        contexts, valid = pad_left(whole, block, special.pad)
         width = contexts.shape[1]
-        self._start = torch.tensor([-(-len(context) // block) * block for context, _ in questions])
+        self._start = torch.tensor(starts)
         context_position = torch.arange(width)[None] - (width - self._start)[:, None]
         # 2. Behind them all blocks but the last of each continuation: its number, place and token.
         rows = []
-        for _, continuations in questions:
+        for (context, continuations), start in zip(questions, starts, strict=True):
             entries = []
             for owner, tokens in enumerate(continuations):
-                finished = tokens[: (len(tokens) - 1) // block * block]
+                ids = [*context[start:], *tokens]
+                finished = ids[: (len(ids) - 1) // block * block]
                 entries += [(owner, at, token) for at, token in enumerate(finished)]
             rows.append(entries)
         longest = max(map(len, rows))
@@ -223,12 +230,11 @@ class _Clean:
 def pieces(
     context: Sequence[int], tokens: Sequence[int], length: int, block: int
 ) -> list[tuple[Sequence[int], Sequence[int]]]:
-    """A continuation behind the end of its context that fits into `length` tokens.
+    """A continuation behind the end of its context, in whole blocks of at most `length` tokens.
 
-    Where the continuation itself does not fit: in pieces of half the length, each behind what
-    stands before it.
+    Where it does not fit: in pieces of half the length, each behind what stands before it.
     """
-    room = (length - len(tokens)) // block * block
+    room = length // block * block - len(tokens)
     if room >= block:
         return [(context[-room:], tokens)]
     size = max(block, length // 2 // block * block)
@@ -276,7 +282,7 @@ def are_greedy(
 ) -> list[list[bool]]:
     """Whether greedy sampling gives each; a row leaves when its continuations all differ."""
     longest = [max(map(len, continuations)) for _, continuations in questions]
-    config = SampleConfig(new_tokens=-(-max(longest) // block) * block, block=block)
+    config = SampleConfig(new_tokens=max(longest), block=block)
     alike = [[True] * len(continuations) for _, continuations in questions]
 
     def stop(row: int, made: list[int]) -> bool:
@@ -284,7 +290,7 @@ def are_greedy(
 
     contexts, mask = [context for context, _ in questions], student.special.mask
     for state, _ in sample_steps(student.model, contexts, student.special, config, stop):
-        for row, made in enumerate(state.tolist()):
+        for row, made in enumerate(state):
             for number, wanted in enumerate(questions[row][1]):
                 pairs = zip(made, wanted, strict=False)
                 alike[row][number] &= all(token in (mask, gold) for token, gold in pairs)

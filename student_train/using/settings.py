@@ -14,12 +14,13 @@ class SampleConfig:
     """How to sample. `temperature` 0 is greedy; above, logits / temperature get Gumbel noise."""
 
     new_tokens: int = 256
-    """At most so many; where they are no whole number of blocks, the last block is shorter."""
+    """At most so many: the last block is decoded whole, and what is more of it is cut off."""
     min_new_tokens: int = 0
     """No EOS among the first so many."""
     block: int = 32
     steps_per_block: int | None = None
-    """Each step settles block / steps_per_block tokens; None: one token a step."""
+    """Each step settles block / steps_per_block tokens; None: one token a step. A first block that
+    begins with the end of the prompt takes fewer steps."""
     remasking: Remasking = "low_confidence"
     """Which positions stay masked longest: those of the lowest probability, or random ones."""
     threshold: float | None = None

@@ -1,8 +1,8 @@
 """A trained student in use: loaded from a folder, asked, and stopped.
 
 Sampling goes from block to block, each from all masks to tokens in a few steps (BD3LM, LLaDA).
-Keys and values of everything finished are cached. Prompts are padded on the left so that each ends
-where a block ends, as the reference does; a batch of unequal prompts gives what each gives alone.
+Keys and values of everything finished are cached. Blocks are counted from the prompt's beginning,
+as in training; a batch of unequal prompts gives what each gives alone.
 """
 
 import sys
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
 
 from shared.models.checkpoint import open_checkpoint, resolve, stated_mask
 from shared.models.loading import architecture_of, load_model
@@ -90,7 +89,7 @@ def sample(
     ValueError where a prompt is empty.
     """
     *_, (tokens, _) = sample_steps(model, prompts, special, config)
-    return [until_eos(row, special.eos) for row in tokens.tolist()]
+    return [until_eos(row, special.eos) for row in tokens]
 
 
 def until_eos(row: list[int], eos: int) -> list[int]:
@@ -105,34 +104,24 @@ def sample_steps(
     special: Special,
     config: SampleConfig,
     stop: Callable[[int, list[int]], bool] | None = None,
-) -> Iterator[tuple[Int[torch.Tensor, "batch new"], int]]:
+) -> Iterator[tuple[list[list[int]], int]]:
     """The new tokens after each step (those still masked are the mask's id), and the passes so far.
 
-    A row leaves the batch with an EOS in a finished block, or where `stop` says so, given the row's
-    place in the batch and its new tokens; what follows in it is EOS.
+    A row leaves the batch with an EOS in a finished block, with as many tokens as there may be, or
+    where `stop` says so, given the row's place in the batch and its new tokens.
     """
-    rows = [Row(prompt, config) for prompt in prompts]
+    rows, limit = [Row(prompt, config) for prompt in prompts], config.new_tokens
     decoding = Decoding(model, special, config.block, config.guidance)
     decoding.join(rows)
-    device = model.get_input_embeddings().weight.device
-    new = torch.zeros(len(rows), 0, dtype=torch.long, device=device)
-    for start in range(0, config.new_tokens, config.block):
-        size = min(config.block, config.new_tokens - start)
-        numbers = [i for i, row in enumerate(rows) if row in decoding.rows]
-        whole = new
-        for block in decoding.next_block(size):
-            ended = torch.full((len(rows), size), special.eos, device=device)
-            ended[numbers] = block
-            whole = torch.cat([new, ended], dim=1)
-            yield whole, decoding.passes
-        new = whole
+    while decoding.rows:
+        for _ in decoding.next_block():
+            yield [row.state[:limit] for row in rows], decoding.passes
         going = []
-        for i in numbers:
-            made = rows[i].made
-            going.append(special.eos not in made and not (stop and stop(i, made)))
+        for i, row in enumerate(rows):
+            if row in decoding.rows:
+                ended = special.eos in row.made or len(row.made) >= limit
+                going.append(not (ended or (stop and stop(i, row.made))))
         decoding.keep(going)
-        if not decoding.rows:
-            return
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,8 @@ from shared.settings.config import Distillation, NoDistillation
 from shared.text.byte_level import byte_level_bytes
 from student_train.losses.objective import objective
 from student_train.losses.targets import ChunkTargets, Targets, TopKTargets
-from student_train.using.decoding import pad_left
+from student_train.using.decoding import Decoding, Row, pad_left
 from student_train.using.settings import SampleConfig, Special
-from student_train.using.student import sample_steps
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method import Request, TargetSpec
 from teacher_cache.teachers.registry import Attention, Full
@@ -207,7 +206,11 @@ def differences(model: Any, mode: str, expected: dict[str, Tensor], target: Tens
 
 
 def sampler_groups(folder: Path) -> list[Group]:
-    """Greedy block decoding, a batch of all prompts; keys sample/stepsS-blockB-newN."""
+    """Greedy block decoding, a batch of all prompts; keys sample/stepsS-blockB-newN.
+
+    The reference counts blocks from the prompt's end, behind hidden padding that is no whole
+    number of blocks; so here the padding is given as part of the prompt, and hidden.
+    """
     groups = []
     for path in sorted(folder.glob("*/expected.safetensors")):
         expected = load_file(path)
@@ -216,8 +219,14 @@ def sampler_groups(folder: Path) -> list[Group]:
             steps, block, new = (int(x) for x in re.findall(r"\d+", key))
             per_block = max(1, steps * block // new)
             config = SampleConfig(new_tokens=new, block=block, steps_per_block=per_block)
-            *_, (tokens, _) = sample_steps(load(path.parent), prompts, REFERENCE_SPECIAL, config)
-            whole = torch.cat([pad_left(prompts, block, REFERENCE_SPECIAL.pad)[0], tokens], dim=1)
+            ids, valid = pad_left(prompts, block, REFERENCE_SPECIAL.pad)
+            rows = [Row(row, config) for row in ids.tolist()]
+            decoding = Decoding(load(path.parent), REFERENCE_SPECIAL, block)
+            decoding.join(rows)
+            decoding._valid &= valid
+            for _ in range(new // block):
+                list(decoding.next_block())
+            whole = torch.cat([ids, torch.tensor([row.made for row in rows])], dim=1)
             group = Group(f"{path.parent.name} {key.removeprefix('sample/')}")
             for wrong in (whole != expected[key]).float().mean(dim=1).tolist():
                 group.add(wrong, 0.0)

@@ -42,24 +42,21 @@ def test_a_batch_of_unequal_prompts_is_each_alone_and_the_seed_decides(model: An
 
 
 def uncached(model: Any, prompt: list[int], config: SampleConfig) -> list[int]:
-    """The same by whole passes over everything, in float64, nothing cached."""
-    width = -(-len(prompt) // config.block) * config.block
-    ids = [SPECIAL.pad] * (width - len(prompt)) + prompt
-    for start in range(0, config.new_tokens, config.block):
-        size = min(config.block, config.new_tokens - start)
-        ids += [SPECIAL.mask] * size
-        steps = min(size, config.steps_per_block or size)
+    """The same by whole passes over everything, nothing cached, in blocks from position 0."""
+    ids, size = list(prompt), config.block
+    while len(ids) < len(prompt) + config.new_tokens and SPECIAL.eos not in ids[len(prompt) :]:
+        left = list(range(len(ids), (len(ids) // size + 1) * size))
+        ids += [SPECIAL.mask] * len(left)
+        steps = config.steps_per_block or size
         for step in range(steps):
-            logits = whole_logits(model, ids, width - len(prompt), config.block)[-size:]
+            logits = whole_logits(model, ids, 0, size)
             logits[:, SPECIAL.mask] = -torch.inf
             confidence, tokens = logits.softmax(-1).max(-1)
-            left = [i for i in range(size) if ids[i - size] == SPECIAL.mask]
             count = size // steps + (step < size % steps)
             for i in sorted(left, key=lambda i: -float(confidence[i]))[:count]:
-                ids[i - size] = int(tokens[i])
-        if SPECIAL.eos in ids[width:]:
-            break
-    new = ids[width:]
+                ids[i] = int(tokens[i])
+                left.remove(i)
+    new = ids[len(prompt) :][: config.new_tokens]
     return new[: new.index(SPECIAL.eos)] if SPECIAL.eos in new else new
 
 
@@ -84,11 +81,12 @@ def test_each_pass_reads_the_block_at_hand_and_the_head_its_masked_positions(mod
     """The prompt goes through once, and each finished block; the head reads multiples of 32."""
     with calls(model.get_input_embeddings(), lambda args, _: args[0].shape[1]) as widths:
         *_, (_, passes) = sample_steps(model, [[1] * 9], ENDLESS, GREEDY)
-    assert passes == len(widths) == 16
-    assert sum(widths) == 12 + 12 + passes * GREEDY.block  # the prompt, and three blocks behind it
+    assert passes == len(widths) == 3 + 4 * 4
+    # Two whole blocks of the prompt; four of the response, the first with the prompt's ninth token.
+    assert sum(widths) == 8 + 16 + passes * GREEDY.block
     config = SampleConfig(new_tokens=64, block=64, steps_per_block=4)
     with calls(model.lm_head, lambda args, _: len(args[0])) as heads:
-        list(sample_steps(model, PROMPTS[:2], ENDLESS, config))
+        list(sample_steps(model, [[1] * 64, [2] * 128], ENDLESS, config))
     assert heads == [128, 96, 64, 32]
 
 
@@ -97,6 +95,8 @@ def test_the_end_of_turn_ends_an_answer_and_padding_is_never_sampled(model: Any)
     end = whole[5]
     ending = replace(ENDLESS, ends=(end,))
     assert sample(model, [[1] * 8], ending, GREEDY) == [whole[: whole.index(end)]]
+    prompt, many = [1] * 8 + [end], replace(GREEDY, new_tokens=3, min_new_tokens=3)
+    assert len(sample(model, [prompt], ending, many)[0]) == 3  # the prompt's own is no end
     (longer,) = sample(model, [[1] * 8], ending, replace(GREEDY, min_new_tokens=9))
     assert end not in longer and len(longer) >= 9
     (answer,) = sample(model, [[1] * 8], replace(ENDLESS, vocabulary=max(whole)), GREEDY)
@@ -111,8 +111,8 @@ def test_the_mask_is_never_emitted_and_an_end_not_before_its_time() -> None:
         liking.lm_head.weight[SPECIAL.eos] = 5.0
     for config in CONFIGS:
         *_, (tokens, _) = sample_steps(liking, PROMPTS, SPECIAL, config)
-        assert (tokens != SPECIAL.mask).all() and tokens.shape[1] <= 16
-        for row in tokens.tolist():
+        for row in tokens:
+            assert SPECIAL.mask not in row and len(row) <= config.new_tokens
             first = row.index(SPECIAL.eos) if SPECIAL.eos in row else len(row)
             assert all(token == SPECIAL.eos for token in row[first:])
     free = SampleConfig(new_tokens=16, block=4)
@@ -131,18 +131,19 @@ def test_rows_that_have_ended_cost_nothing_more(model: Any) -> None:
 
     with calls(model.get_input_embeddings(), lambda args, _: len(args[0])) as sizes:
         *_, (tokens, _) = sample_steps(model, PROMPTS, ENDLESS, config, stop)
-    assert sizes == [8] * 4 + [4] * 4 + [2] * 4
-    assert tokens[1].tolist() == alone[0]
-    assert (tokens[0, 4:] == -1).all() and (tokens[3, 8:] == -1).all()
+    # The first block has three new tokens of row 1, four of row 3; the last is whole, and cut.
+    assert sizes == [8] * 4 + [4] * 4 + [2] * 8
+    assert tokens[1] == alone[0] and len(alone[0]) == 12
+    assert (len(tokens[0]), len(tokens[3])) == (3, 8)
 
 
 def test_a_threshold_settles_at_least_one_a_step_and_saves_passes(model: Any) -> None:
     never = SampleConfig(new_tokens=8, block=8, threshold=0.999)
-    steps = sample_steps(model, PROMPTS[:1], ENDLESS, never)
-    left = [int((tokens == SPECIAL.mask).sum()) for tokens, _ in steps]
+    steps = sample_steps(model, [[1] * 8], ENDLESS, never)
+    left = [tokens[0].count(SPECIAL.mask) for tokens, _ in steps]
     assert left == [7, 6, 5, 4, 3, 2, 1, 0, 0]
     always = replace(never, threshold=0.0)
-    *_, (_, passes) = sample_steps(model, PROMPTS[:1], SPECIAL, always)
+    *_, (_, passes) = sample_steps(model, [[1] * 8], SPECIAL, always)
     assert passes == 1
 
 
@@ -154,12 +155,12 @@ def test_what_is_sampled_lies_in_top_k_and_top_p(
     """Settled in one step: each token is among the top_k; likelier ones have less than top_p."""
     how: dict[str, Any] = {"temperature": warmth, "top_k": top_k, "top_p": top_p, "seed": seed}
     config = SampleConfig(8, block=8, steps_per_block=1, **how)
-    *_, (tokens, _) = sample_steps(model, [PROMPTS[0]], ENDLESS, config)
-    ids = [SPECIAL.pad] * 3 + PROMPTS[0] + [SPECIAL.mask] * 8
-    logits = whole_logits(model, ids, 3, 8)[-8:]
+    *_, (tokens, _) = sample_steps(model, [[*PROMPTS[0], 6, 7, 8]], ENDLESS, config)
+    ids = [*PROMPTS[0], 6, 7, 8] + [SPECIAL.mask] * 8
+    logits = whole_logits(model, ids, 0, 8)[-8:]
     logits[:, SPECIAL.mask] = -torch.inf
     order = logits.argsort(dim=1, descending=True)
-    place = (order == tokens[0][:, None]).int().argmax(dim=1)
+    place = (order == torch.tensor(tokens[0])[:, None]).int().argmax(dim=1)
     kept = (logits / warmth).gather(1, order)[:, :top_k].softmax(dim=1)
     assert (place < kept.shape[1]).all()
     likelier = (kept.cumsum(dim=1) - kept).gather(1, place[:, None])
@@ -199,7 +200,7 @@ def exact() -> Any:
 
 
 def advance(decoding: Decoding) -> None:
-    list(decoding.next_block(BLOCK))
+    list(decoding.next_block())
     decoding.keep([len(row.made) < row.config.new_tokens for row in decoding.rows])
 
 
@@ -209,7 +210,7 @@ def test_a_row_that_joins_is_as_alone(exact: Any, arrivals: list[Any], guidance:
     """Every block some come, with settings and lengths of their own; those that are done leave."""
     decoding = Decoding(exact, ENDLESS, BLOCK, guidance)
     every: list[Row] = []
-    for coming in [*arrivals, *[[]] * 4]:  # none takes more than four blocks
+    for coming in [*arrivals, *[[]] * 5]:  # none takes more than five blocks
         rows = [Row(p, SampleConfig(BLOCK * n, block=BLOCK, **way)) for p, way, n in coming]
         every += rows
         if rows:
@@ -219,7 +220,7 @@ def test_a_row_that_joins_is_as_alone(exact: Any, arrivals: list[Any], guidance:
     for row in every:
         config = replace(row.config, guidance=guidance)
         *_, (tokens, _) = sample_steps(exact, [row.prompt], ENDLESS, config)
-        assert row.made == tokens[0].tolist()
+        assert row.made[: config.new_tokens] == tokens[0]
 
 
 def test_who_joins_costs_one_pass_and_padding_that_nobody_needs_is_given_up(exact: Any) -> None:
@@ -227,9 +228,9 @@ def test_who_joins_costs_one_pass_and_padding_that_nobody_needs_is_given_up(exac
     config = SampleConfig(new_tokens=12, block=BLOCK, steps_per_block=1)
     decoding = Decoding(exact, ENDLESS, BLOCK)
     with calls(exact.get_input_embeddings(), lambda args, _: tuple(args[0].shape)) as shapes:
-        decoding.join([Row([1] * 5, config)])
+        decoding.join([Row([1] * 8, config)])
         advance(decoding)
-        decoding.join([Row([2] * 11, config), Row([3], config)])
+        decoding.join([Row([2] * 15, config), Row([3], config)])
         advance(decoding)
         decoding.join([Row([4] * 3, config)])
     assert shapes == [(1, 8 + BLOCK), (2, 8), (3, BLOCK + BLOCK)]

@@ -95,21 +95,19 @@ def model() -> Any:
 
 
 def exact_bound(model: Any, context: list[int], tokens: list[int], size: int) -> float:
-    """The mean over all orders of revealing each block, one whole pass a token: over the padded
-    context, the finished blocks, and the block with masks.
+    """The mean over all orders of revealing each block, one whole pass a token: over what stands
+    before it and the block with masks, blocks counted from position 0.
     """
-    total, width = 0.0, -(-len(context) // size) * size
-    padding = width - len(context)
-    for start in range(0, len(tokens), size):
-        block = tokens[start : start + size]
-        orders = list(itertools.permutations(range(len(block))))
+    total, text = 0.0, context + tokens
+    for start in range(len(context) // size * size, len(text), size):
+        places = range(max(start, len(context)), min(start + size, len(text)))
+        orders = list(itertools.permutations(places))
         for order in orders:
-            known = [SPECIAL.mask] * size
+            ids = text[: places[0]] + [SPECIAL.mask] * (start + size - places[0])
             for at in order:
-                ids = [SPECIAL.pad] * padding + context + tokens[:start] + known
-                logits = whole_logits(model, ids, padding, size)[width + start + at]
-                total += float(logits.log_softmax(-1)[block[at]]) / len(orders)
-                known[at] = block[at]
+                logits = whole_logits(model, ids, 0, size)[at]
+                total += float(logits.log_softmax(-1)[text[at]]) / len(orders)
+                ids[at] = text[at]
     return total
 
 
