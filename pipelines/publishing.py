@@ -13,13 +13,13 @@ from huggingface_hub.utils import validate_repo_id
 
 from pipelines.evaluation.benchmarks import read_scores, score_table
 from shared.system.files import TideError, refuse_odd
-from student_train.export import CARD, OWN_FOLDER
+from student_train.export import CARD, OWN_FOLDER, SGLANG
 from student_train.using.student import load_for_use
 
 _SENT = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
     "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "LICENSE*", "NOTICE*",
+    "chat_template.jinja", SGLANG, "LICENSE*", "NOTICE*",
 )  # fmt: skip
 
 

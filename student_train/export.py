@@ -1,10 +1,12 @@
-"""A student's folder: as transformers loads it, or as the reference's `a2d-qwen3`; its model card.
+"""A student's folder: as transformers loads it, as the reference's `a2d-qwen3`, or as the SDAR that
+SGLang and LMDeploy serve; its model card.
 
-Both layouts hold the same tensors under the same names; the config differs, and the reference
-stores tied weights twice.
+All layouts hold the same tensors under the same names. The config differs, and the last two store
+tied weights twice.
 """
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +18,7 @@ from safetensors.torch import save
 from transformers import GenerationConfig
 
 from shared.cache.manifest import Manifest
-from shared.models.checkpoint import open_checkpoint, resolve
+from shared.models.checkpoint import open_checkpoint, resolve, stated_mask
 from shared.models.loading import architecture_of, load_model
 from shared.settings.build import to_plain
 from shared.settings.config import TrainConfig
@@ -24,7 +26,11 @@ from shared.system.files import TideError, new_folder, write_bytes
 from shared.text.tokenizers import Tokenizer
 from student_train.model import STUDENTS
 
-Format = Literal["hf", "a2d"]
+logger = logging.getLogger(__name__)
+
+Format = Literal["hf", "a2d", "sdar"]
+SDAR_MASK = 151_669  # SGLang and LMDeploy know no other mask of this architecture
+SGLANG = "sglang.yaml"
 
 CARD = "README.md"
 OWN_FOLDER = "THIS_FOLDER"
@@ -65,7 +71,7 @@ Settings:
 None is stated yet. It follows from the licences of teacher, student and data.
 """
 
-_A2D_FIELDS = (
+_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps",
     "attention_bias", "tie_word_embeddings",
@@ -76,36 +82,46 @@ def save_student(
     model: Any, tokenizer: Tokenizer, folder: Path, state: dict[str, Any] | None = None
 ) -> None:
     """Write a student as transformers loads it; `state` has the weights where they are sharded."""
-    # What ends a response: EOS and the chat template's end of turn, as in sampling.
+    model.generation_config = generation_config(model, tokenizer)
+    model.save_pretrained(folder, state_dict=state)
+    tokenizer.save(folder)
+
+
+def generation_config(model: Any, tokenizer: Tokenizer) -> GenerationConfig:
+    """What ends a response: EOS and the chat template's end of turn, as in sampling."""
     stated = model.config.eos_token_id
     ends = stated if isinstance(stated, list) else [stated]
     ends = [*ends, tokenizer.backend.eos_token_id, *tokenizer.turn_ends]
-    model.generation_config = GenerationConfig(
+    return GenerationConfig(
         eos_token_id=list(dict.fromkeys(int(token) for token in ends if token is not None)),
         pad_token_id=model.config.pad_token_id,
     )
-    model.save_pretrained(folder, state_dict=state)
-    tokenizer.backend.save_pretrained(folder)
 
 
 def export_student(source: Path, target: Path, layout: Format) -> None:
-    """Read the checkpoint `source` (either layout) and write it to `target`, bit for bit.
+    """Read the checkpoint `source` (any layout) and write it to `target`, bit for bit.
 
-    TideError where `source` is no student (for a2d: no Qwen3 one) or `target` holds something.
+    TideError where `source` is no student (but for hf: no Qwen3 one), `target` holds something, or
+    for sdar nothing names the mask or the block.
     """
     checkpoint = open_checkpoint(resolve(str(source)))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise TideError(f"{target} is not empty", fix="choose another folder")
     architecture = architecture_of(checkpoint, STUDENTS)
-    if layout == "a2d" and architecture != "qwen3":
-        what = f"{source} is a {architecture} student, and a2d-qwen3 is a layout of Qwen3 only"
+    if layout != "hf" and architecture != "qwen3":
+        what = f"{source} is a {architecture} student, and {layout} is a layout of Qwen3 only"
         raise TideError(what, fix="use --format hf")
     stored = checkpoint.config
+    tokenizer = Tokenizer.load(checkpoint.folder)
+    block = stored.get("block_size")
+    mask = stated_mask(checkpoint, tokenizer) if layout == "sdar" else None
+    if layout == "sdar" and (mask is None or block is None):
+        what = f"config.json of {source} does not say both mask_token_id and block_size"
+        raise TideError(what, fix="write into it what the student was trained with")
     dtype = getattr(torch, stored.get("dtype") or stored.get("torch_dtype") or "float32")
     model: Any = load_model(checkpoint, architecture, dtype)
-    if "block_size" in stored:  # no field of the stock class, which keeps it all the same
-        model.config.block_size = stored["block_size"]
-    tokenizer = Tokenizer.load(checkpoint.folder)
+    if block is not None:  # no field of the stock class, which keeps it all the same
+        model.config.block_size = block
     with new_folder(target) as half:
         if layout == "hf":
             save_student(model, tokenizer, half)
@@ -113,18 +129,47 @@ def export_student(source: Path, target: Path, layout: Format) -> None:
             tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
             tensors["lm_head.weight"] = model.lm_head.weight.detach().clone()
             write_bytes(half / "model.safetensors", save(tensors, {"format": "pt"}))
-            # Qwen3's fields as the reference's transformers version writes them.
-            config = model.config.to_diff_dict()
-            rope = config.pop("rope_parameters", None) or model.config.rope_parameters
-            config |= {name: getattr(model.config, name) for name in _A2D_FIELDS}
-            config |= {"architectures": ["A2DQwen3LMHeadModel"], "model_type": "a2d-qwen3"}
-            config |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
-            config["dtype"] = str(model.dtype).removeprefix("torch.")
+            config = old_config(model)
+            if layout == "a2d":
+                config |= {"architectures": ["A2DQwen3LMHeadModel"], "model_type": "a2d-qwen3"}
+            else:
+                config |= sdar_keys(config) | {"mask_token_id": mask}
+                generation_config(model, tokenizer).save_pretrained(half)
+                how = f"block_size: {block}\nthreshold: 0.95\n"
+                write_bytes(half / SGLANG, how.encode())
+                if mask != SDAR_MASK:
+                    what = "SGLang and LMDeploy take %s for the mask, and this student's is %s"
+                    logger.warning(what + ": they would serve it wrongly", SDAR_MASK, mask)
             write_bytes(half / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-            tokenizer.backend.save_pretrained(half)
+            tokenizer.save(half)
         for name in (CARD, "LICENSE"):
             if (checkpoint.folder / name).is_file():
                 write_bytes(half / name, (checkpoint.folder / name).read_bytes())
+
+
+def old_config(model: Any) -> dict[str, Any]:
+    """Qwen3's fields as transformers 4 writes them."""
+    config = model.config.to_diff_dict()
+    rope = dict(config.pop("rope_parameters", None) or model.config.rope_parameters)
+    config |= {name: getattr(model.config, name) for name in _FIELDS}
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    return {**config, "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def sdar_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """What makes a Qwen3 of transformers the SDAR that the engines serve, without code in the
+    folder. `model_type` is one that transformers knows. The attributes by which the engines ask are
+    aliases of keys that it leaves alone: LMDeploy wants `sdar`, and SGLang `rope_theta`, which
+    transformers 5 moves elsewhere.
+
+    Untied: with one card SGLang finds no place for the head of a tied SDAR.
+    """
+    return {
+        "architectures": ["SDARForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": False,
+        "attribute_map": {"model_type": "served_as", "rope_theta": "rope_base"},
+        "served_as": "sdar", "rope_base": config["rope_theta"],
+    }  # fmt: skip
 
 
 def write_card(

@@ -248,7 +248,8 @@ def export(
     source: Annotated[Path, Argument(help="A student's folder, such as runs/NAME/model.")],
     target: Annotated[Path, Argument(help="A new folder.")],
     layout: Annotated[
-        Literal["hf", "a2d"], Option("--format", help="a2d: the reference's.")
+        Literal["hf", "a2d", "sdar"],
+        Option("--format", help="a2d: the reference's; sdar: for SGLang and LMDeploy."),
     ] = "hf",
 ) -> None:
     """Write a student in another layout; tensors keep every bit."""

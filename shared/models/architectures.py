@@ -33,7 +33,7 @@ HARMLESS = frozenset({
     "tokenizer_class", "attn_implementation", "unsloth_version", "is_llama_config",
     "transformers.js_config", "model_max_length", "unsloth_fixed", "save_dtype", "language", "name",
     "license", "task_specific_params", "id2label", "label2id", "num_labels", "problem_type",
-    "finetuning_task", "prefix",
+    "finetuning_task", "prefix", "attribute_map", "served_as", "rope_base",
     # special ids, which are read elsewhere
     "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "sep_token_id",
     "decoder_start_token_id",

@@ -19,7 +19,7 @@ import numpy as np
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from shared.system.files import TideError, Unusable, refuse_odd_in
+from shared.system.files import TideError, Unusable, read_json, refuse_odd_in, write_bytes
 from shared.text.byte_level import byte_level_bytes, is_in_parts, tokenizer_from_parts
 from shared.text.templates import ChatTemplate, Message, RenderedChat, Span, Turns
 
@@ -58,6 +58,20 @@ class Tokenizer:
         finally:
             transformers_logging.set_verbosity(level)
         return cls(backend, str(path), date)
+
+    def save(self, folder: Path) -> None:
+        """Write it so that transformers 4 loads it as well as 5, with equal ids: under a class that
+        both know, which takes everything from tokenizer.json.
+        """
+        self.backend.save_pretrained(folder)
+        config = read_json(folder / "tokenizer_config.json")
+        if isinstance(names := config.pop("extra_special_tokens", None), list):
+            config["additional_special_tokens"] = names
+        for name in ("backend", "is_local", "local_files_only"):  # of how it was loaded here
+            config.pop(name, None)
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        write_bytes(folder / "tokenizer_config.json", text.encode())
 
     @cached_property
     def template(self) -> ChatTemplate:
