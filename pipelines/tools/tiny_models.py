@@ -154,7 +154,7 @@ def train_tiny(tokenizer_folder: Path, out: Path, config: TinyConfig) -> None:
 
     model.to(torch.bfloat16).save_pretrained(out)
     model.float()  # as it is loaded: rounded
-    tokenizer.backend.save_pretrained(out)
+    tokenizer.save(out)
     source = DataConfig("stdlib:heldout")
     unseen = heldout.prepare_heldout(source, config.lengths, tokenizer, mask_id, 4)
     scores = heldout.masked_nll(model, unseen, predict)
