@@ -29,7 +29,7 @@ class Row:
             raise ValueError("a prompt is empty; each needs at least one token")
         self.prompt = prompt
         self.config = config
-        self.made: list[int] = []  # tokens of its finished blocks; from its end on they are EOS
+        self.made: list[int] = []  # its finished blocks, cut at the limit; from its end on EOS
         self.state: list[int] = []  # the same after each step, the block at hand included
         self.tail: Sequence[int] = []  # what of the prompt stands in the block that comes next
         # Noise depends on the seed and the prompt, not on the batch.
@@ -147,17 +147,20 @@ class Decoding:
 
     @torch.no_grad()
     def next_block(self) -> Iterator[None]:
-        """Settle one block: after each step, and at last with EOS from an end on, it stands in the
-        rows' `state`, and is then `made`.
+        """Settle one block, or what of it lies within the limits. After each step, and at last with
+        EOS from an end on, it stands in the rows' `state`, and is then `made`.
         """
         size, eos = self._block, self._special.eos
         block = torch.full((len(self.rows), size), self._special.mask, device=self._device)
         for i, row in enumerate(self.rows):
             block[i, : len(row.tail)] = torch.tensor(list(row.tail), dtype=torch.long)
         tails = torch.tensor([len(row.tail) for row in self.rows], device=self._device)
-        new = torch.arange(size, device=self._device) >= tails[:, None]
+        column = torch.arange(size, device=self._device)
+        new = column >= tails[:, None]
+        left = [row.config.new_tokens - len(row.made) for row in self.rows]
+        wanted = column < (tails + torch.tensor(left, device=self._device))[:, None]
         masked, step = new, 0
-        while bool(masked.any()):
+        while bool((masked & wanted).any()):
             # 1. Hidden states of the block. What is pending goes through with it and stays in the
             #    cache; the noised block does not.
             both = torch.cat([self._pending, self._copied(block, new)], dim=1)
@@ -175,17 +178,21 @@ class Decoding:
             final = masked & ((rank < count[:, None]) | (confidence > above[:, None]))
             block = torch.where(final, tokens, block)
             masked, step = masked & ~final, step + 1
-            for row, ids in zip(self.rows, block.tolist(), strict=True):
-                row.state = row.made + ids[len(row.tail) :]
+            self._note(block)
             yield
         # 4. Behind an end there is nothing but EOS.
         ended = (torch.isin(block, self._ends) & new).cumsum(dim=1) > 0
         block = torch.where(ended, eos, block)
         self._pending = self._copied(block, new)
-        for row, ids in zip(self.rows, block.tolist(), strict=True):
-            row.made = row.state = row.made + ids[len(row.tail) :]
-            row.tail = []
+        self._note(block)
+        for row in self.rows:
+            row.made, row.tail = row.state, []
         yield
+
+    def _note(self, block: Int[Tensor, "rows size"]) -> None:
+        """What of the block is response, and within the limit, into the rows' `state`."""
+        for row, ids in zip(self.rows, block.tolist(), strict=True):
+            row.state = (row.made + ids[len(row.tail) :])[: row.config.new_tokens]
 
     def _copied(
         self, block: Int[Tensor, "rows size"], new: Bool[Tensor, "rows size"]

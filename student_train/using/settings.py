@@ -14,7 +14,7 @@ class SampleConfig:
     """How to sample. `temperature` 0 is greedy; above, logits / temperature get Gumbel noise."""
 
     new_tokens: int = 256
-    """At most so many: the last block is decoded whole, and what is more of it is cut off."""
+    """At most so many: the last block is decoded as a whole one, and what is more of it cut off."""
     min_new_tokens: int = 0
     """No EOS among the first so many."""
     block: int = 32

@@ -110,16 +110,16 @@ def sample_steps(
     A row leaves the batch with an EOS in a finished block, with as many tokens as there may be, or
     where `stop` says so, given the row's place in the batch and its new tokens.
     """
-    rows, limit = [Row(prompt, config) for prompt in prompts], config.new_tokens
+    rows = [Row(prompt, config) for prompt in prompts]
     decoding = Decoding(model, special, config.block, config.guidance)
     decoding.join(rows)
     while decoding.rows:
         for _ in decoding.next_block():
-            yield [row.state[:limit] for row in rows], decoding.passes
+            yield [row.state for row in rows], decoding.passes
         going = []
         for i, row in enumerate(rows):
             if row in decoding.rows:
-                ended = special.eos in row.made or len(row.made) >= limit
+                ended = special.eos in row.made or len(row.made) >= config.new_tokens
                 going.append(not (ended or (stop and stop(i, row.made))))
         decoding.keep(going)
 

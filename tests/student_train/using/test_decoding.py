@@ -80,10 +80,10 @@ def calls(module: Any, note: Callable[[Any, Any], Any]) -> Iterator[list[Any]]:
 def test_each_pass_reads_the_block_at_hand_and_the_head_its_masked_positions(model: Any) -> None:
     """The prompt goes through once, and each finished block; the head reads multiples of 32."""
     with calls(model.get_input_embeddings(), lambda args, _: args[0].shape[1]) as widths:
-        *_, (_, passes) = sample_steps(model, [[1] * 9], ENDLESS, GREEDY)
-    assert passes == len(widths) == 3 + 4 * 4
-    # Two whole blocks of the prompt; four of the response, the first with the prompt's ninth token.
-    assert sum(widths) == 8 + 16 + passes * GREEDY.block
+        *_, (_, passes) = sample_steps(model, [[1] * 9], ENDLESS, replace(GREEDY, new_tokens=15))
+    assert passes == len(widths) == 3 + 3 * 4
+    # Two whole blocks of the prompt; three of the response, the first with the prompt's end.
+    assert sum(widths) == 8 + 12 + passes * GREEDY.block
     config = SampleConfig(new_tokens=64, block=64, steps_per_block=4)
     with calls(model.lm_head, lambda args, _: len(args[0])) as heads:
         list(sample_steps(model, [[1] * 64, [2] * 128], ENDLESS, config))
@@ -123,7 +123,7 @@ def test_the_mask_is_never_emitted_and_an_end_not_before_its_time() -> None:
 
 def test_rows_that_have_ended_cost_nothing_more(model: Any) -> None:
     """What the others get is the same."""
-    config = SampleConfig(new_tokens=12, block=4, guidance=0.5)
+    config = SampleConfig(new_tokens=11, block=4, guidance=0.5)
     alone = sample(model, PROMPTS[1:2], ENDLESS, config)
 
     def stop(row: int, tokens: list[int]) -> bool:
@@ -131,10 +131,21 @@ def test_rows_that_have_ended_cost_nothing_more(model: Any) -> None:
 
     with calls(model.get_input_embeddings(), lambda args, _: len(args[0])) as sizes:
         *_, (tokens, _) = sample_steps(model, PROMPTS, ENDLESS, config, stop)
-    # The first block has three new tokens of row 1, four of row 3; the last is whole, and cut.
-    assert sizes == [8] * 4 + [4] * 4 + [2] * 8
-    assert tokens[1] == alone[0] and len(alone[0]) == 12
+    # The first block has three new tokens of row 1, four of row 3.
+    assert sizes == [8] * 4 + [4] * 4 + [2] * 4
+    assert tokens[1] == alone[0] and len(alone[0]) == 11
     assert (len(tokens[0]), len(tokens[3])) == (3, 8)
+
+
+def test_a_limit_cuts_a_whole_block_and_costs_no_more_than_it_keeps(model: Any) -> None:
+    """What is kept is what a longer response begins with."""
+    long = sample(model, PROMPTS, ENDLESS, replace(GREEDY, new_tokens=24))
+    for limit in range(1, 17):
+        cut = replace(GREEDY, new_tokens=limit)
+        assert sample(model, PROMPTS, ENDLESS, cut) == [row[:limit] for row in long]
+    first = SampleConfig(new_tokens=1, block=32)
+    *_, (_, passes) = sample_steps(model, PROMPTS[:1], ENDLESS, first)
+    assert passes < 32 - len(PROMPTS[0])
 
 
 def test_a_threshold_settles_at_least_one_a_step_and_saves_passes(model: Any) -> None:
@@ -220,7 +231,7 @@ def test_a_row_that_joins_is_as_alone(exact: Any, arrivals: list[Any], guidance:
     for row in every:
         config = replace(row.config, guidance=guidance)
         *_, (tokens, _) = sample_steps(exact, [row.prompt], ENDLESS, config)
-        assert row.made[: config.new_tokens] == tokens[0]
+        assert row.made == tokens[0]
 
 
 def test_who_joins_costs_one_pass_and_padding_that_nobody_needs_is_given_up(exact: Any) -> None:
