@@ -278,9 +278,7 @@ class Decoding:
 
 
 def pad_left(prompts: Sequence[Sequence[int]], block: int, padding: int) -> tuple[Tensor, Tensor]:
-    """Prompts, padded on the left to whole blocks, one at least, [rows, width]; True where a token
-    is.
-    """
+    """Prompts, padded on the left to one whole block or more, [rows, width]; True at tokens."""
     width = max(1, -(-max(map(len, prompts), default=0) // block)) * block
     ids = torch.full((len(prompts), width), padding)
     valid = torch.zeros(len(prompts), width, dtype=torch.bool)
