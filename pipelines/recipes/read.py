@@ -189,7 +189,8 @@ def paper_of(path: Path) -> str:
         shared = find_teacher(teacher).student_tokens
     else:
         kind = train_config(None, path, []).distillation.type
-        shared = kind in ("kl", "reverse_kl") or path.stem.endswith("shared")
+        across = "chunks" in cache_config(None, path, []).targets.signals
+        shared = path.stem.endswith("shared") or (kind in ("kl", "reverse_kl") and not across)
     return "paper-shared" if shared else "paper-cross"
 
 
