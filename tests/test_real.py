@@ -15,6 +15,7 @@ from pipelines.plan import fidelity
 from pipelines.recipes.read import cache_config, packaged_recipe, train_config
 from shared.aligned.alignment import align_bytes, token_boundaries
 from shared.aligned.examples import Preparer
+from shared.aligned.token_map import count_map
 from shared.cache.levels import to_table
 from shared.cache.manifest import Manifest, load_manifest
 from shared.cache.row import CacheRow
@@ -52,15 +53,23 @@ def test_real_tokenizers_reproduce_the_golden_tokens_and_chunks(golden: Path) ->
 
 def test_hard_texts_between_real_vocabularies(tmp_path: Path) -> None:
     teacher, student = Tokenizer.load(smollm2()), Tokenizer.load(qwen_tokenizer())
-    mask, lengths = teacher.special_id("mask", MASK), LengthConfig(256, 256)
+    mask, lengths, every = teacher.special_id("mask", MASK), LengthConfig(256, 256), []
     for text in TEXTS.values():
         preparer = Preparer(student, teacher, lengths, len(student), mask)
         (prepared,) = preparer.usable([chat(text)])
+        every.append(prepared)
         aligned, whole = check_chunks(prepared, text, student, teacher), text.encode()
         # Qwen's NFC changes a combining accent: aligned up to the change, the rest counted.
         changed = "\u0301" in text
         assert aligned == (whole[: len(aligned)] if changed else whole)
         assert (preparer.counts["unaligned_bytes"] > 0) == changed
+    # What begins where a token begins spells the same as far as both go.
+    words = count_map(every, teacher, student)
+    for t, place, s in zip(words.token, words.place, words.student, strict=True):
+        if place == 0 and t not in teacher.added_ids:
+            both = teacher.token_bytes[t], student.token_bytes[s]
+            assert both[0].startswith(both[1]) or both[1].startswith(both[0])
+    assert len(np.unique(words.token)) > 49_000
     rendered = student.render(chat("x = 1").messages)  # the empty think block is prompt
     prompt, start = "<|im_start|>assistant\n<think>\n\n</think>\n\n", rendered.response_start
     assert rendered.text[:start].endswith(prompt) and rendered.text[start:] == "x = 1<|im_end|>\n"

@@ -32,7 +32,7 @@ from tests.student_train.places import in_float64, small
 from tests.student_train.training.test_trainer import config, curve
 
 OBJECTIVES: dict[str, list[Any]] = {
-    "tiny-shared": [NoDistillation(), KL(tidal=Tidal()), Calm()], "tiny-cross": [ReverseCalm()]
+    "tiny-shared": [NoDistillation(), KL(tidal=Tidal()), Calm()], "tiny-cross": [ReverseCalm(), KL()]
 }  # fmt: skip
 TWO = [("tiny-shared", {"type": "kl", "tidal": {}}), ("tiny-cross", {"type": "reverse_calm"})]
 
@@ -91,7 +91,9 @@ def test_several_draws_give_the_gradient_of_each_alone(caches: dict[str, Path], 
     model = in_float64(small(manifest.fingerprint.student.vocabulary))
     block = manifest.fingerprint.lengths.block
     train_on_loss(model, block, TargetReader(layout_of(cache), model.config.vocab_size))
-    whole = collate(rows, manifest)
+    tables: Any = layout_of(cache).tables
+    words = tables.token_map if isinstance(distillation, KL) else None
+    whole = collate(rows, manifest, words)
     counts = counts_of(whole["counts"])
     assert len(whole["clean"]) == len(examples)
 
@@ -105,7 +107,7 @@ def test_several_draws_give_the_gradient_of_each_alone(caches: dict[str, Path], 
         return total, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     together = gradient([whole])
-    alone = gradient([collate([row], manifest) for row in rows])
+    alone = gradient([collate([row], manifest, words) for row in rows])
     assert together[0] == pytest.approx(alone[0], rel=1e-10)
     torch.testing.assert_close(together[1], alone[1], rtol=1e-9, atol=1e-12)
 

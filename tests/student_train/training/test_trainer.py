@@ -50,9 +50,9 @@ def logged(out: Path, name: str = "loss") -> dict[int, float]:
     return {entry["step"]: entry[name] for entry in curve(out) if "loss" in entry}
 
 
-@pytest.mark.parametrize("kind", ["none", "reverse_calm", "kl", "reverse_kl", "calm"])
+@pytest.mark.parametrize("kind", ["none", "gold", "reverse_calm", "kl", "reverse_kl", "calm"])
 def test_every_objective_learns(caches: dict[str, Path], tmp_path: Path, kind: str) -> None:
-    teacher = "tiny-cross" if kind in ("none", "reverse_calm") else "tiny-shared"
+    teacher = "tiny-shared" if kind in ("gold", "kl", "calm") else "tiny-cross"
     tidal = {"kl": {"tidal": {}}, "calm": {"tidal": {"axis": "training_only"}}}.get(kind, {})
     run = config(caches[teacher], tmp_path, distillation={"type": kind, **tidal})
     metrics = train_student(run)
@@ -182,12 +182,13 @@ def test_objectives_that_the_cache_cannot_serve_are_refused(caches: dict[str, Pa
     cross, shared = (load_manifest(caches[name]) for name in ("tiny-cross", "tiny-shared"))
     for objective, bare in ((KL(), 0), (Calm(), 10)):
         with pytest.raises(TideError):
-            check_objective(objective, cross, Path("c"), 10, bare)
-    check_objective(Calm(temperature=3.0), cross, Path("c"), 10, 3)
+            check_objective(objective, cross, Path("c"), 10, bare, False)
+    check_objective(Calm(temperature=3.0), cross, Path("c"), 10, 3, False)
+    check_objective(KL(), cross, Path("c"), 10, 3, True)
     for objective, bare, said in ((ReverseCalm(tidal=Tidal()), 0, "TIDAL"), (Calm(), 6, "6")):
         with pytest.warns(UserWarning, match=said):
-            check_objective(objective, shared, Path("c"), 10, bare)
-    check_objective(KL(temperature=3.0), shared, Path("c"), 10, 10)
+            check_objective(objective, shared, Path("c"), 10, bare, False)
+    check_objective(KL(temperature=3.0), shared, Path("c"), 10, 10, False)
 
 
 def test_what_does_not_fit_is_refused_at_once(caches: dict[str, Path], tmp_path: Path) -> None:
