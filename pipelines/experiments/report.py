@@ -104,7 +104,9 @@ def summary_table(runs: list[Run]) -> pl.DataFrame:
         settings = group[0].settings
         objective, words = settings["distillation"], "CE only"
         if objective["type"] != "none":
-            words = f"{objective['type']}, T {objective['temperature']}"
+            words = str(objective["type"])
+            if "temperature" in objective:
+                words += f", T {objective['temperature']}"
             if tidal := objective.get("tidal"):
                 words += f", TIDAL {tidal['axis']}"
                 words += ", midrange" if tidal.get("timestep_weight") == "midrange" else ""

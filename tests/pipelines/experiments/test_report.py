@@ -57,7 +57,7 @@ def words(table: str) -> str:
 def test_the_table_has_mean_and_spread_over_seeds(tmp_path: Path) -> None:
     fill(tmp_path, [0.1, 0.2, 0.3])
     table = summary_table(find_runs(tmp_path))
-    assert table.height == 5
+    assert table.height == 6
     row = table.filter(table["student"] == "TIDE-Cross").to_dicts()[0]
     assert (row["seeds"], row["held-out NLL (nats/token)"]) == (3, "3.800 ± 0.100")
     assert row["objective"] == "calm, T 2.0, TIDAL both, weight 4"
@@ -68,12 +68,13 @@ def test_the_table_has_mean_and_spread_over_seeds(tmp_path: Path) -> None:
 
 def test_the_verdict_follows_the_numbers(tmp_path: Path) -> None:
     grid = ablate.demo_grid(2)
-    wanted = [("cross", "TIDE-Cross"), ("shared", "TIDE-Shared"), ("shared", "best-shared")]
+    wanted = [("cross", "TIDE-Cross"), ("cross", "best-cross")]
+    wanted += [("shared", "TIDE-Shared"), ("shared", "best-shared")]
     assert grid.pairs() == [(f"undistilled-{kind}", variant) for kind, variant in wanted]
     cases = {"helped: ": [0.1, 0.2], "some seeds": [0.1, -0.2], "did not help": [-0.1, -0.2]}
     for said, gains in cases.items():
         fill(tmp_path / said, gains)
-        assert ablate.verdicts(find_runs(tmp_path / said), grid).count(said) == 3
+        assert ablate.verdicts(find_runs(tmp_path / said), grid).count(said) == 4
     with pytest.raises(TideError):
         find_runs(tmp_path / "none")
 

@@ -32,7 +32,8 @@ from tests.student_train.places import in_float64, small
 from tests.student_train.training.test_trainer import config, curve
 
 OBJECTIVES: dict[str, list[Any]] = {
-    "tiny-shared": [NoDistillation(), KL(tidal=Tidal()), Calm()], "tiny-cross": [ReverseCalm(), KL()]
+    "tiny-shared": [NoDistillation(), KL(tidal=Tidal()), Calm()],
+    "tiny-cross": [ReverseCalm(), KL()],
 }  # fmt: skip
 TWO = [("tiny-shared", {"type": "kl", "tidal": {}}), ("tiny-cross", {"type": "reverse_calm"})]
 
