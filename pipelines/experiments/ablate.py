@@ -179,17 +179,14 @@ def demo_grid(seeds: int) -> Grid:
     the same functions.
     """
     caches, variants = {}, {}
-    for name, title in (
-        ("tiny-cross", "TIDE-Cross"),
-        ("tiny-cross-best", "best-cross"),
-        ("tiny-shared", "TIDE-Shared"),
-        ("tiny-shared-best", "best-shared"),
-    ):
-        recipe = recipes.read_recipe(recipes.packaged_recipe(name))
-        kind, train = name.split("-")[1], recipe["train"]
-        cache = next((old for old in caches if caches[old] == recipe["cache"]), name)
-        caches[cache] = recipe["cache"]
-        variants[title] = Variant(cache, train, against=f"undistilled-{kind}")
+    for kind in ("cross", "shared"):
+        for title, name in ((f"TIDE-{kind.title()}", kind), (f"best-{kind}", f"{kind}-best")):
+            recipe = recipes.read_recipe(recipes.packaged_recipe(f"half-{name}"))
+            train, cache = recipe["train"], f"tiny-{name}"
+            if recipe["cache"] == caches.get(f"tiny-{kind}"):  # one serves both
+                cache = f"tiny-{kind}"
+            caches[cache] = recipe["cache"]
+            variants[title] = Variant(cache, train, against=f"undistilled-{kind}")
         alone = {"distillation": {"type": "none"}, "weight": 1.0, "learning_rate": 5e-4}
         variants[f"undistilled-{kind}"] = Variant(cache, {**train, **alone})
     return Grid(caches, variants, tuple(range(seeds)), use=True)
@@ -240,7 +237,7 @@ def start_and_teacher() -> str:
     """A table of the pre-trained students and the teacher."""
     rows = []
     for kind in ("cross", "shared"):
-        recipe = recipes.packaged_recipe(f"tiny-{kind}")
+        recipe = recipes.packaged_recipe(f"half-{kind}")
         training = recipes.train_config(None, recipe, [])
         lengths = recipes.cache_config(None, recipe, []).lengths
         assert training.student.checkpoint is not None and training.heldout is not None

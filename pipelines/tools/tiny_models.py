@@ -2,8 +2,8 @@
 the standard-library corpus.
 
 The teacher is a Llama of 6 M parameters under full attention, trained as LLaDA is; the students,
-one for each tokenizer, are pre-trained by block diffusion over [x_t ; x_0]: what a student is
-before it is distilled. Both by cross-entropy at masked tokens, t uniform. Half of the examples hide
+two for each tokenizer, are pre-trained by block diffusion over [x_t ; x_0]: what a student is
+before it is distilled. All by cross-entropy at masked tokens, t uniform. Half of the examples hide
 response tokens only, half any token; every masked token weighs the same: 1/t has the same best
 model, and more noise on the way to it.
 
@@ -84,9 +84,9 @@ class TinyConfig:
 
 LLAMA = ModelShape("llama", 256, layers=6, heads=4, kv_heads=4, intermediate_size=704)
 TEACHER = TinyConfig(LLAMA, positions=1024, epochs=4)
-# Short, and over half of the library's modules: distillation is for a student who knows less than
-# its teacher.
-STUDENT = TinyConfig(
+STUDENT = TinyConfig(StudentConfig(), positions=4096, epochs=2)
+# One who knows much less than the teacher: half of the modules, and those briefly.
+HALF = TinyConfig(
     StudentConfig(),
     positions=4096,
     epochs=1,
@@ -270,4 +270,5 @@ if __name__ == "__main__":
         train_tiny(shared, shared, TEACHER)
     else:
         for name, folder in TOKENIZERS.items():
-            train_tiny(folder, Path("student_train/tiny_students") / name, STUDENT)
+            for kind, config in ((name, STUDENT), (f"half-{name}", HALF)):
+                train_tiny(folder, Path("student_train/tiny_students") / kind, config)

@@ -46,18 +46,18 @@ def test_a_students_training_is_cross_entropy_under_the_block_mask_and_learns() 
         assert F.cross_entropy(predict(batch), batch["gold"]) < before / 1.5
 
 
+@pytest.mark.parametrize("prefix", ["", "half-"])
 @pytest.mark.parametrize("kind", ["cross", "shared"])
-def test_the_students_that_ship_are_what_the_recipes_start_from(kind: str) -> None:
-    folder = Path(resolve(f"embedded:student_train/tiny_students/{kind}"))
+def test_the_students_that_ship_are_what_the_recipes_start_from(prefix: str, kind: str) -> None:
+    folder = Path(resolve(f"embedded:student_train/tiny_students/{prefix}{kind}"))
     checkpoint, tokenizer = open_checkpoint(str(folder)), Tokenizer.load(folder)
     assert tokenizer.fingerprint == Tokenizer.load(TOKENIZERS[kind]).fingerprint
     assert checkpoint.config["block_size"] == 32
     assert checkpoint.config["mask_token_id"] == tokenizer.special_id("mask")
     assert (folder / "model.safetensors").stat().st_size < 4e6
-    caching = read.read_recipe(read.packaged_recipe(f"tiny-{kind}"))["cache"]
-    for name in (name for name in read.packaged_recipes() if name.startswith(f"tiny-{kind}")):
+    family = f"{prefix or 'tiny-'}{kind}"
+    for name in (name for name in read.packaged_recipes() if name.startswith(family)):
         recipe = read.packaged_recipe(name)
         start = read.train_config(None, recipe, []).student.checkpoint
-        assert start == f"embedded:student_train/tiny_students/{kind}"
+        assert start == f"embedded:student_train/tiny_students/{prefix}{kind}"
         assert read.cache_config(None, recipe, []).teacher == f"tiny-{kind}"
-        assert read.read_recipe(recipe)["cache"] == caching
