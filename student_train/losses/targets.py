@@ -184,7 +184,7 @@ def in_student_tokens(targets: Targets, temperature: float, dtype: torch.dtype) 
             rows = torch.from_numpy(np.flatnonzero(topk.place == place)).to(mass.device)
             own = teacher[rows]
             shares = topk.words.shares[place].to(dtype)
-            mass[rows] = torch.sparse.mm(shares, own.T).T
+            mass[rows] = torch.sparse.mm(shares, own.T.contiguous()).T
             rest[rows] = own @ topk.words.lost[place].to(dtype)
     return replace(targets, topk=MappedTargets(mass, rest))
 
