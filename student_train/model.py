@@ -1,4 +1,4 @@
-"""The student: a Qwen3 or Llama, from a checkpoint or new, that denoises blocks of [x_t ; x_0]."""
+"""The student: from a checkpoint, or a new Qwen3 or Llama, that denoises blocks of [x_t ; x_0]."""
 
 import logging
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from student_train.losses.objective import LossSettings, fused_loss
 
 logger = logging.getLogger(__name__)
 
-STUDENTS = ("qwen3", "llama")
+STUDENTS = ("qwen3", "llama", "qwen2", "smollm3")
 FLEX = "tide_flex"  # the name under which transformers' models find `attend_flex`
 _compiled: Any = cache(partial(torch.compile, dynamic=True))
 

@@ -33,7 +33,8 @@ from teacher_cache.method import Request, TargetSpec
 from teacher_cache.teachers.registry import TeacherEntry, find_teacher, published_shape
 
 FAKE_ATTENTION = "tide_fake"
-PUBLISHED_STUDENT = "qwen3-0.6b"  # its sizes are in shapes.toml
+# Students whose sizes are in shapes.toml, by a part of their names.
+PUBLISHED_STUDENTS = ("qwen3-0.6b", "qwen2.5-coder-0.5b", "smollm2-135m", "smollm3-3b")
 STATE = {"adamw": 1.0, "adamw_8bit": 0.25}  # bytes of the optimizer's state ÷ AdamW's in float32
 
 
@@ -167,12 +168,12 @@ def student_config(train: TrainConfig, cache: CacheConfig) -> dict[str, Any]:
         local = Path(resolve(checkpoint) if checkpoint.startswith("embedded:") else checkpoint)
         if (local / "config.json").is_file():
             return read_json(local / "config.json")
-        known = published_shape(PUBLISHED_STUDENT)
-        if known is not None and PUBLISHED_STUDENT in checkpoint.lower():
-            return known
+        for name in PUBLISHED_STUDENTS:
+            if name in checkpoint.lower() and (known := published_shape(name)) is not None:
+                return known
         raise TideError(
             f"the sizes of the student {checkpoint} are not on record",
-            expected="a folder with a config.json, or a student of Qwen3-0.6B",
+            expected=f"a folder with a config.json, or one of {', '.join(PUBLISHED_STUDENTS)}",
             fix="--train student.checkpoint=PATH",
         )
     teacher = find_teacher(cache.teacher, cache.teachers_file)

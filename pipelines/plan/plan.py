@@ -197,15 +197,13 @@ def describe_teacher(name: str, teachers_file: Path | None = None) -> str:
     """The entry of a teacher, and what loading it checks; TideError where it is unknown."""
     entry = find_teacher(name, teachers_file)
     rows = asdict(entry)
-    about, kinds = rows.pop("about"), "known"
-    if (architecture := ARCHITECTURES.get(entry.architecture)) is not None:
-        kinds = " or ".join(architecture.model_types)
-        pairs = [f"{old} → {new}" for old, new in architecture.renames.items()]
-        rows["loads as"] = ("\n" + " " * 19).join([str(architecture.stock_class), *pairs])
+    about, architecture = rows.pop("about"), ARCHITECTURES[entry.architecture]
+    pairs = [f"{old} → {new}" for old, new in architecture.renames.items()]
+    rows["loads as"] = ("\n" + " " * 19).join([architecture.stock_class, *pairs])
     rows["weights"] = resolve(entry.model)
     family = "; of one family with the student's" if entry.student_tokens else ""
     checks = {
-        "config.json": f"model_type is {kinds}",
+        "config.json": f"model_type is {' or '.join(architecture.model_types)}",
         "mask id": f"{entry.mask_id} in config.json (where it is given) and no ordinary token of "
         "the tokenizer",
         "tokenizer": f"no larger than the embedding; has a chat template{family}",

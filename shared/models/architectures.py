@@ -11,6 +11,7 @@ logits (`HARMLESS`), or is refused by name (`loading.meta_model`).
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -127,10 +128,11 @@ def _common(raw: RawConfig) -> dict[str, Any]:
     return {**{name: raw.get(name) for name in special}, "rope_parameters": rope}
 
 
-def _llama(raw: RawConfig) -> transformers.PreTrainedConfig:
-    names = {field.name for field in fields(transformers.LlamaConfig)} - {"architectures"}
+def _own_names(config_class: Any, raw: RawConfig) -> transformers.PreTrainedConfig:
+    """The config of an architecture that transformers knows, in its own names."""
+    names = {field.name for field in fields(config_class)} - {"architectures"}
     values = {name: raw[name] for name in raw if name in names}
-    return transformers.LlamaConfig(**{**values, **_common(raw)})
+    return config_class(**{**values, **_common(raw)})
 
 
 def _llada(raw: RawConfig) -> transformers.PreTrainedConfig:
@@ -176,6 +178,15 @@ def _qwen3(raw: RawConfig) -> transformers.PreTrainedConfig:
     )
 
 
+def _qwen3_moe(raw: RawConfig) -> transformers.PreTrainedConfig:
+    values = _qwen(
+        raw, "intermediate_size", "moe_intermediate_size", "num_experts", "num_experts_per_tok",
+        "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers",
+    )  # fmt: skip
+    bias = raw.get("attention_bias", False)
+    return transformers.Qwen3MoeConfig(**values, **_head_dim(raw), attention_bias=bias)
+
+
 def _llada_moe(raw: RawConfig) -> transformers.PreTrainedConfig:
     return transformers.Qwen3MoeConfig(
         **_qwen(raw, "num_experts", "num_experts_per_tok"),
@@ -207,7 +218,13 @@ def _llada2_moe(raw: RawConfig) -> transformers.PreTrainedConfig:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(("llama",), transformers.LlamaForCausalLM, _llama),
+    "llama": Architecture(
+        ("llama",), transformers.LlamaForCausalLM, partial(_own_names, transformers.LlamaConfig)
+    ),
+    "smollm3": Architecture(
+        ("smollm3",), transformers.SmolLM3ForCausalLM,
+        partial(_own_names, transformers.SmolLM3Config),
+    ),
     "llada": Architecture(
         ("llada",),
         transformers.LlamaForCausalLM,
@@ -235,9 +252,19 @@ ARCHITECTURES: dict[str, Architecture] = {
         ("Dream",),
         transformers.Qwen2ForCausalLM, _qwen2, {}, {"head_dim": (), "attention_bias": ()},
     ),
+    "qwen2": Architecture(
+        ("qwen2", "a2d-qwen2", "Fast_dLLM_Qwen"),
+        transformers.Qwen2ForCausalLM, _qwen2, {},
+        {"head_dim": (), "attention_bias": (), "bd_size": ()},
+    ),
     "qwen3": Architecture(
         ("qwen3", "a2d-qwen3", "wedlm", "sdar"),
         transformers.Qwen3ForCausalLM, _qwen3, {}, {"qk_norm": (True,)},
+    ),
+    "qwen3_moe": Architecture(
+        ("qwen3_moe", "sdar_moe", "rnd1"),
+        transformers.Qwen3MoeForCausalLM, _qwen3_moe, {},
+        {"moe_backend": (), "num_diffusion_steps": ()},
     ),
     "llada_moe": Architecture(
         ("lladamoe", "llada_moe", "llada"),  # the published ones say llada

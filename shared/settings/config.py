@@ -118,7 +118,8 @@ class StudentConfig(ModelShape):
     """The student: a checkpoint, or a new model of this shape with the cache's tokenizer."""
 
     checkpoint: str | None = None
-    """Path or hub id of an `a2d-qwen3`, Qwen3 or Llama checkpoint (default: random weights)."""
+    """Path or hub id of a Qwen3 or Qwen2 (also the reference's `a2d-`), Llama, SmolLM2 or SmolLM3
+    checkpoint (default: random weights)."""
     add_mask_row: bool = False
     """Allow new embedding rows where the checkpoint has none for the mask token."""
     attention: Literal["auto", "sdpa", "flex"] = "auto"

@@ -47,6 +47,10 @@ class Native:
 
 
 Attention = Annotated[Full | BlockCausal | X0Xt | Native, BY_TYPE]
+# The names of `architectures.ARCHITECTURES`, which would import torch.
+ArchitectureName = Literal[
+    "llama", "llada", "dream", "qwen2", "qwen3", "qwen3_moe", "llada_moe", "llada2_moe", "smollm3"
+]
 
 
 @strict
@@ -55,8 +59,7 @@ class TeacherEntry:
 
     model: str
     """Hub id, path, or `embedded:NAME` for weights that ship with the package."""
-    architecture: str
-    """A name of `architectures.ARCHITECTURES`."""
+    architecture: ArchitectureName
     mask_id: int
     student_tokens: bool
     """True: the teacher shares the student's tokenizer and reads its very ids."""
