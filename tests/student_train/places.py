@@ -7,19 +7,20 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from student_train.using.settings import Special
 
 SPECIAL = Special(mask=49, pad=47, eos=48)
 
 
-def small(vocabulary: int = 50) -> Any:
+def small(vocabulary: int = 50, kind: Any = Qwen3ForCausalLM) -> Any:
     torch.manual_seed(0)
     shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    config = Qwen3Config(vocab_size=vocabulary, **shape, **heads, initializer_range=0.1)
-    return Qwen3ForCausalLM(config).eval()
+    heads |= {"no_rope_layer_interval": 2, "pad_token_id": None}
+    config = kind.config_class(vocab_size=vocabulary, **shape, **heads, initializer_range=0.1)
+    return kind(config).eval()
 
 
 def whole_logits(model: Any, ids: list[int], padding: int, block: int) -> Tensor:

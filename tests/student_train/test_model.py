@@ -16,7 +16,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    Qwen2ForCausalLM,
+    SmolLM3ForCausalLM,
+)
 
 from shared.cache.manifest import load_manifest
 from shared.diffusion import block_diffusion_places
@@ -25,8 +30,9 @@ from shared.models.loading import load_model
 from shared.settings.config import StudentConfig
 from shared.system.files import TideError
 from student_train.batches.collate import places_of_draws
-from student_train.export import export_student
+from student_train.export import export_student, save_student
 from student_train.model import FLEX, flex_mask, load_student, masked_hidden
+from student_train.using.student import load_for_use
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
 from tests.plain_masks import block_diffusion
 from tests.student_train.places import all_places, small
@@ -142,24 +148,40 @@ def test_checkpoints_that_do_not_fit(caches: dict[str, Path], golden: Path, tmp_
         export_student(golden / "a2d_qwen3", golden / "a2d_qwen3", "a2d")
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_an_embedding_grows_when_told(caches: dict[str, Path], tmp_path: Path, tied: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "tied"),
+    [(LlamaForCausalLM, True), (LlamaForCausalLM, False), (Qwen2ForCausalLM, True),
+     (SmolLM3ForCausalLM, True)],
+)  # fmt: skip
+def test_an_embedding_grows_when_told(
+    caches: dict[str, Path], tmp_path: Path, kind: Any, tied: bool
+) -> None:
     shape: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    config = LlamaConfig(vocab_size=2000, **shape, num_attention_heads=2, tie_word_embeddings=tied)
-    before: Any = LlamaForCausalLM(config)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": None}
+    config = kind.config_class(vocab_size=2000, **shape, **heads, tie_word_embeddings=tied)
+    before: Any = kind(config)
     before.save_pretrained(tmp_path)
+    if kind is Qwen2ForCausalLM:  # as published: beside "qwen2" transformers reads its tokenizer
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "a2d-qwen2"}))
     shutil.copytree(STUDENT_TOKENIZER, tmp_path, dirs_exist_ok=True)
     cache, manifest = caches["tiny-cross"], load_manifest(caches["tiny-cross"])
     with pytest.raises(TideError, match="2047"):
         load_student(StudentConfig(checkpoint=str(tmp_path)), cache, manifest)
     settings = StudentConfig(checkpoint=str(tmp_path), add_mask_row=True)
-    model, _ = load_student(settings, cache, manifest)
+    model, tokenizer = load_student(settings, cache, manifest)
     for layer in ("model.embed_tokens.weight", "lm_head.weight"):
         old, new = before.get_parameter(layer), model.get_parameter(layer)
         assert torch.equal(new[:2000], old)
         torch.testing.assert_close(new[2047], old.mean(dim=0))
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
     assert model.config.vocab_size == 2048
+    # What a run leaves behind is opened for use, and exported, as the same kind.
+    save_student(model, tokenizer, tmp_path / "run")
+    export_student(tmp_path / "run", tmp_path / "hf", "hf")
+    student = load_for_use(str(tmp_path / "hf"), "cpu")
+    assert type(student.model) is kind and student.special.mask == 2047
+    assert student.block == manifest.fingerprint.lengths.block
 
 
 def test_both_layouts_keep_every_bit_and_all_logits(golden: Path, tmp_path: Path) -> None:

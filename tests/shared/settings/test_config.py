@@ -1,14 +1,15 @@
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from pipelines.experiments.ablate import Grid
 from pipelines.recipes.read import cache_config, packaged_recipe, train_config
+from shared.models.architectures import ARCHITECTURES
 from shared.settings.build import apply_overrides, build, differences, read_toml, to_plain
 from shared.settings.config import KL, CacheConfig, ReverseCalm, TrainConfig
 from shared.system.files import TideError
-from teacher_cache.teachers.registry import find_teacher
+from teacher_cache.teachers.registry import ArchitectureName, find_teacher
 
 
 def test_overrides_reach_nested_settings() -> None:
@@ -82,7 +83,10 @@ def test_the_registry_takes_a_users_teacher_and_explains_mistakes(tmp_path: Path
     assert find_teacher("mine", file).mask_id == 5
     with pytest.raises(TideError, match="llada-8b"):
         find_teacher("llada-8")
-    for text, name in ((f"{fields}maskid = 3\n", "maskid"), ("mine = 3\n", "mine")):
+    other = fields.replace('"llama"', '"gpt2"')
+    wrong = ((f"{fields}maskid = 3\n", "maskid"), ("mine = 3\n", "mine"), (other, "gpt2"))
+    for text, name in wrong:
         file.write_text(text)
         with pytest.raises(TideError, match=name):
             find_teacher("mine", file)
+    assert set(get_args(ArchitectureName)) == set(ARCHITECTURES)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Qwen2ForCausalLM, SmolLM3ForCausalLM
 
 from student_train.using.decoding import Decoding, Row
 from student_train.using.elbo import ElboConfig, log_likelihoods
@@ -64,6 +65,13 @@ def uncached(model: Any, prompt: list[int], config: SampleConfig) -> list[int]:
 @given(st.lists(st.integers(0, 46), min_size=1, max_size=13), st.sampled_from([GREEDY, RAGGED]))
 def test_the_cache_changes_nothing(model: Any, prompt: list[int], config: SampleConfig) -> None:
     assert sample(model, [prompt], SPECIAL, config) == [uncached(model, prompt, config)]
+
+
+@pytest.mark.parametrize("kind", [Qwen2ForCausalLM, SmolLM3ForCausalLM])
+def test_every_kind_of_student_is_sampled_so(kind: Any) -> None:
+    for prompt in PROMPTS:
+        other = small(kind=kind)
+        assert sample(other, [prompt], SPECIAL, GREEDY) == [uncached(other, prompt, GREEDY)]
 
 
 @contextmanager
