@@ -22,7 +22,7 @@ from shared.models.checkpoint import open_checkpoint, resolve, stated_mask
 from shared.models.loading import architecture_of, load_model
 from shared.settings.build import to_plain
 from shared.settings.config import TrainConfig
-from shared.system.files import TideError, new_folder, write_bytes
+from shared.system.files import TideError, new_folder, read_json, write_bytes
 from shared.text.tokenizers import Tokenizer
 from student_train.model import STUDENTS
 
@@ -35,6 +35,12 @@ SGLANG = "sglang.yaml"
 CARD = "README.md"
 OWN_FOLDER = "THIS_FOLDER"
 """Stands in the card for wherever the student lies."""
+RELEASED = "TIDE-dllm/"
+_SIZES = {
+    "architecture": "model_type", "hidden_size": "hidden_size", "layers": "num_hidden_layers",
+    "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
+    "intermediate_size": "intermediate_size",
+}  # fmt: skip
 
 _TEXT = """\
 ---
@@ -172,21 +178,36 @@ def sdar_keys(config: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def published_id(checkpoint: str) -> str | None:
+    """The hub id of a checkpoint: of one named so, in a cache of the hub, or in a folder that is
+    called as one of TIDE's released students. None for any other folder.
+    """
+    place = Path(checkpoint)
+    if place.is_dir():
+        kept = re.search(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/", place.resolve().as_posix())
+        name = place.resolve().name
+        released = re.fullmatch(r"distill-(LLaDA2|WeDLM)-(TIDE_Cross|TIDE_Shared|CALM|KL)", name)
+        return f"{kept[1]}/{kept[2]}" if kept else RELEASED + name if released else None
+    named = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", checkpoint)
+    return checkpoint if named else None
+
+
 def write_card(
     folder: Path, config: TrainConfig, manifest: Manifest, metrics: Mapping[str, float]
 ) -> None:
     """Write the card of a run's finished student. Paths of this machine are left out of it."""
-    base = config.student.checkpoint
-    hub_id = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-    on_the_hub = base is not None and bool(hub_id.fullmatch(base)) and not Path(base).exists()
-    settings = to_plain(config)
+    base, settings = config.student.checkpoint, to_plain(config)
+    known = None if base is None else published_id(base)
     for name in ("cache", "out", "store", "heldout", "report_to"):
         settings.pop(name)
-    if not on_the_hub and base is not None:
-        settings["student"].pop("checkpoint")
+    # The recipe's sizes are those of a new student; the folder has the config of this one.
+    own = read_json(folder / "config.json")
+    settings["student"] |= {name: own[key] for name, key in _SIZES.items()}
+    if base is not None:
+        settings["student"]["checkpoint"] = known or "a folder"
     of_the_hub = [re.fullmatch(r"hf://([\w.-]+/[\w.-]+).*", name) for name in manifest.sources]
     data = ModelCardData(
-        base_model=base if on_the_hub else None,
+        base_model=known,
         datasets=list(dict.fromkeys(match[1] for match in of_the_hub if match)) or None,
         library_name="transformers",
         tags=["diffusion-language-model", "block-diffusion", "distillation", "tide"],
@@ -197,13 +218,16 @@ def write_card(
     scores = "\nHeld-out, at fixed masks:\n\n| | |\n|---|---|\n" if heldout else ""
     for name, value in heldout.items():
         scores += f"| {name.removeprefix(prefix)} | {value:.4f} |\n"
+    start = f"`{known}`" if known else "random weights" if base is None else "a checkpoint"
+    if known and known.startswith(RELEASED):
+        start += ", a student that TIDE's authors released"
     text = _TEXT.format(
         data=data.to_yaml(),
         about=manifest.fingerprint,
         manifest=manifest,
         folder=OWN_FOLDER,
         sources=", ".join(f"`{name}`" for name in manifest.sources) or "not on record",
-        start="random weights" if base is None else f"`{base}`" if on_the_hub else "a checkpoint",
+        start=start,
         scores=scores,
         settings=json.dumps(settings, indent=1),
     )

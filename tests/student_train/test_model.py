@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -27,10 +28,11 @@ from shared.cache.manifest import load_manifest
 from shared.diffusion import block_diffusion_places
 from shared.models.checkpoint import open_checkpoint
 from shared.models.loading import load_model
-from shared.settings.config import StudentConfig
+from shared.settings.build import build
+from shared.settings.config import StudentConfig, TrainConfig
 from shared.system.files import TideError
 from student_train.batches.collate import places_of_draws
-from student_train.export import export_student, save_student
+from student_train.export import export_student, save_student, write_card
 from student_train.model import FLEX, flex_mask, load_student, masked_hidden
 from student_train.using.student import load_for_use
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
@@ -210,3 +212,31 @@ def test_both_layouts_keep_every_bit_and_all_logits(golden: Path, tmp_path: Path
             full = torch.ones(2, 1, 16, 16, dtype=torch.bool)
             logits = model.eval()(expected["noised_ids"], attention_mask=full).logits
         torch.testing.assert_close(logits, expected["logits_full_attention"], rtol=0, atol=1e-5)
+
+
+def test_the_card_has_the_sizes_and_the_origin_of_the_student_that_it_is(
+    caches: dict[str, Path], golden: Path, tmp_path: Path
+) -> None:
+    shutil.copy(golden / "a2d_qwen3" / "config.json", tmp_path)
+    own = json.loads((tmp_path / "config.json").read_text())
+    places = {
+        "TIDE-dllm/distill-WeDLM-KL": "TIDE-dllm/distill-WeDLM-KL",
+        "distill-LLaDA2-TIDE_Cross": "TIDE-dllm/distill-LLaDA2-TIDE_Cross",
+        "models--me--small/snapshots/0a1b": "me/small",
+        "ours/small": None,
+    }
+    for place, known in places.items():
+        folder = tmp_path / place
+        if "TIDE-dllm" not in place:
+            folder.mkdir(parents=True)
+        base = str(folder) if folder.is_dir() else place
+        values = {"student": {"checkpoint": base}, "cache": "/c", "out": "/o"}
+        write_card(tmp_path, build(TrainConfig, values), load_manifest(caches["tiny-cross"]), {})
+        card: Any = ModelCard.load(tmp_path / "README.md")
+        settings = json.loads(card.text.split("```json")[1].split("```")[0])["student"]
+        sizes = (settings[name] for name in ("hidden_size", "layers", "heads", "kv_heads"))
+        keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        assert tuple(sizes) == tuple(own[key] for key in keys)
+        assert card.data.base_model == known and str(tmp_path) not in card.content
+        assert (known or "a checkpoint") in card.text
+        assert ("TIDE's authors" in card.text) == bool(known and "TIDE-dllm" in known)

@@ -119,7 +119,8 @@ def plain_logits(raw: dict[str, Any], stored: dict[str, Tensor], ids: Tensor, se
         if f"{at}.gate.weight" not in t:
             x = x + swiglu(h, at)
             continue
-        share, chosen = linear(h, t[f"{at}.gate.weight"]).softmax(-1).topk(FEWER["num_experts_per_tok"])
+        router = linear(h, t[f"{at}.gate.weight"]).softmax(-1)
+        share, chosen = router.topk(raw["num_experts_per_tok"])
         share = share / share.sum(-1, keepdim=True)
         x = x + torch.stack([
             sum(w * swiglu(row, f"{at}.experts.{int(i)}") for w, i in zip(*of, strict=True))
