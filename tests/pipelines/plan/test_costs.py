@@ -44,7 +44,10 @@ TRAIN = TrainConfig(batch_size=4, student=STUDENT, distillation=OBJECTIVE, accum
 NARROW = StudentConfig(hidden_size=32, layers=1, heads=2, kv_heads=1, intermediate_size=32)
 
 
-@pytest.mark.parametrize(("name", "published"), [("llada-8b", 8.0), ("llada2-mini", 16.3)])
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [("llada-8b", 8.0), ("llada2-mini", 16.3), ("sdar-30b", 30.5), ("llada2.1-flash", 102.9)],
+)
 def test_the_sizes_on_record_add_up_to_the_published_ones(name: str, published: float) -> None:
     """In billions of parameters; no weight is made."""
     entry = find_teacher(name)

@@ -122,10 +122,9 @@ def plain_logits(raw: dict[str, Any], stored: dict[str, Tensor], ids: Tensor, se
         router = linear(h, t[f"{at}.gate.weight"]).softmax(-1)
         share, chosen = router.topk(raw["num_experts_per_tok"])
         share = share / share.sum(-1, keepdim=True)
-        x = x + torch.stack([
-            sum(w * swiglu(row, f"{at}.experts.{int(i)}") for w, i in zip(*of, strict=True))
-            for row, *of in zip(h, share, chosen, strict=True)
-        ])  # fmt: skip
+        for place, row in enumerate(h):
+            for weight, expert in zip(share[place], chosen[place].tolist(), strict=True):
+                x[place] += weight * swiglu(row, f"{at}.experts.{expert}")
     x = norm(x, "model.norm.weight")
     return linear(x, t.get("lm_head.weight", t["model.embed_tokens.weight"]))
 
