@@ -16,10 +16,11 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from shared.aligned.alignment import Chunks, Side, align_responses
+from shared.aligned.sides import STUDENT, TEACHER, refuse_other_words, sides_of
 from shared.data.conversation import ChatExample
 from shared.settings.config import LengthConfig
 from shared.system.files import Unusable
-from shared.text.templates import RenderedChat, Turns
+from shared.text.templates import Turns
 from shared.text.tokenizers import Tokenizer
 
 
@@ -129,11 +130,12 @@ class Preparer:
             reader = self.teacher
         elif isinstance(self.teacher, SharedVocabulary) and self.own_text:
             reader = self.teacher.teacher
-        students = self._sides(self.student, self.student_mask_id, examples)
+        more = (self.turns, self.counts)
+        students = sides_of(examples, STUDENT, self.student, self.student_mask_id, *more)
         teachers: Sequence[Side | Unusable | None] = [None] * len(examples)
         if reader is not None:
             assert self.teacher_mask_id is not None
-            teachers = self._sides(reader, self.teacher_mask_id, examples)
+            teachers = sides_of(examples, TEACHER, reader, self.teacher_mask_id, *more)
         results: list[Prepared | Unusable] = []
         for example, student, teacher in zip(examples, students, teachers, strict=True):
             if isinstance(student, Unusable):
@@ -147,49 +149,21 @@ class Preparer:
                     results.append(reason)
         return results
 
-    def _sides(
-        self, tokenizer: Tokenizer, mask_id: int, examples: Sequence[ChatExample]
-    ) -> list[Side | Unusable]:
-        """Each example as one tokenizer sees it: rendered, and tokenised in one call."""
-        chats: list[RenderedChat | Unusable] = []
-        for example in examples:
-            try:
-                chats.append(tokenizer.render(example.messages, self.turns, example.tools))
-            except Unusable as reason:
-                chats.append(reason)
-        sides: list[Side | Unusable] = []
-        for chat, parts in zip(chats, tokenizer.encode_chats(chats), strict=True):
-            if isinstance(parts, Unusable):
-                sides.append(parts)
-                continue
-            assert isinstance(chat, RenderedChat)
-            # Of each turn its span in tokens, its text in front of the words, and the words.
-            ids = np.array([i for part in parts for i in part], np.int32)
-            ends = np.cumsum([len(part) for part in parts])  # of prompt, response, prompt, …
-            spans = np.array([ends[k : k + 2] for k in range(0, 2 * len(chat.turns), 2)], np.int32)
-            text = chat.text
-            bodies = tuple((text[t.start : t.body[0]], text[slice(*t.body)]) for t in chat.turns)
-            if not bodies[-1][1]:
-                sides.append(Unusable("empty response", "the last answer is empty"))
-                continue
-            self.counts.update(f"not written by a template: {name}" for name in chat.ignored)
-            if (ids == mask_id).any():
-                name = f"the mask token of {tokenizer.name} ({tokenizer.decode([mask_id])!r})"
-                reason = f"the text holds {name}, which a model cannot tell from noise"
-                sides.append(Unusable("spells a mask token", reason))
-                continue
-            sides.append(Side(tokenizer, ids, spans, bodies, tuple(t.message for t in chat.turns)))
-        return sides
-
     def _prepare(self, example: ChatExample, student: Side, teacher: Side | None) -> Prepared:
         """One example out of what either side sees. Unusable where it cannot be trained."""
         # 1. The student's sequence: cut at its length, or filled with EOS behind the last response,
         #    up to a whole block; one block more where there would be none at all.
         limit, block, eos = self.lengths.student, self.lengths.block, self.student.special_id("eos")
         ids, spans = student.ids, student.spans.copy()
+        cut = False
+        if example.tokens is not None:
+            cut = example.tokens[STUDENT].cut  # before it came here: no end belongs behind it
+            limit = min(limit, len(ids) // block * block) if cut else limit
+            if teacher is not None:
+                refuse_other_words(student, teacher)
         if spans[0, 0] >= limit:
             raise Unusable("prompt too long", f"the student's prompt has {spans[0, 0]} tokens")
-        whole = len(ids) <= limit
+        whole = len(ids) <= limit and not cut
         if whole:
             fill = -len(ids) % block
             ended = fill > 0 or eos in ids[spans[-1, 0] :] or not self.lengths.end_block

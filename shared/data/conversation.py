@@ -7,6 +7,7 @@
 | `instruction` | `instruction`, `input`, `output`, `system`, `history`; or `instances` |
 | `prompt_completion` | `prompt`, `completion`: texts, or lists of messages |
 | `question_answer` | `question`, `answer` |
+| `tokens` | `input_ids`, `teacher_input_ids` and more (`shared.data.tokenised`) |
 | `fields` | those that `prompt_field`, `response_field` and `system_field` name |
 """
 
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared.data.sources import Raw
+from shared.data.tokenised import Tokens, tokens_of
 from shared.settings.config import DataConfig
 from shared.system.files import Unusable
 
@@ -31,6 +33,7 @@ _FORMS = (  # what a row of each has, and one of which it has beside
     ("instruction", "instruction", ("output", "response", "instances")),
     ("prompt_completion", "prompt", ("completion",)),
     ("question_answer", "question", _ANSWERS),
+    ("tokens", "input_ids", ("teacher_input_ids",)),
 )
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -53,6 +56,8 @@ class ChatExample:
     messages: tuple[Message, ...]
     tools: Any = None
     label: str = ""
+    tokens: tuple[Tokens, Tokens] | None = None
+    """The student's and the teacher's, of a row that has these in the place of messages."""
 
 
 def content_key(messages: Iterable[Message], tools: Any = None) -> str:
@@ -128,10 +133,15 @@ def _chance(key: str, purpose: str) -> float:
 
 def parse(row: Any, config: DataConfig) -> tuple[ChatExample, str]:
     """The conversation in a row and its form. Unusable where there is none."""
-    # 1. The form, and the messages as the row has them.
+    # 1. The form, the row's own name, and the messages as it has them.
     if not isinstance(row, dict):
         raise Unusable("no known form", f"the row is a {type(row).__name__}, not an object")
-    form = _detect(row, config)
+    form, name = _detect(row, config), row.get("id")
+    label = str(name)[:80] if isinstance(name, str | int) and not isinstance(name, bool) else ""
+    if form == "tokens":
+        tokens = tokens_of(row)
+        key = content_key([{"ids": side.ids} for side in tokens])
+        return ChatExample(key, (), None, label, tokens), form
     messages = normal_messages(_written_messages(row, form, config))
     # 2. What a user says behind the last answer is answered by nobody, and is cut off.
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
@@ -147,14 +157,12 @@ def parse(row: Any, config: DataConfig) -> tuple[ChatExample, str]:
         except ValueError as error:
             reason = f"`tools` is a text that is no JSON: {str(error)[:80]}"
             raise Unusable("not in its form", reason) from error
-    # 4. The size, and the row's own name.
+    # 4. The size.
     size = sum(len(m["content"]) for m in messages)
     if size > MOST_CHARACTERS:
         reason = f"the conversation has {size:,} characters, more than {MOST_CHARACTERS:,}"
         raise Unusable("too large", reason)
     tools = tools or None
-    name = row.get("id")
-    label = str(name)[:80] if isinstance(name, str | int) and not isinstance(name, bool) else ""
     return ChatExample(content_key(messages, tools), tuple(messages), tools, label), form
 
 

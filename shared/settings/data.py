@@ -9,7 +9,7 @@ from shared.settings.build import Count, NotNegative, Positive, Share, require, 
 
 Signals = Annotated[tuple[Literal["topk", "chunks"], ...], Field(min_length=1)]
 Form = Literal["auto", "messages", "sharegpt", "instruction", "prompt_completion",
-               "question_answer"]  # fmt: skip
+               "question_answer", "tokens"]  # fmt: skip
 
 
 @strict
