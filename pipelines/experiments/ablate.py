@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import polars as pl
 import torch
 from tqdm import tqdm
 
-from pipelines.evaluation.use_scores import THRESHOLD, score_all, score_use
+from pipelines.evaluation.use_scores import score_all
 from pipelines.experiments import report
 from pipelines.recipes import read as recipes
 from shared.models.checkpoint import open_checkpoint, resolve
@@ -189,7 +189,7 @@ def demo_grid(seeds: int) -> Grid:
             variants[title] = Variant(cache, train, against=f"undistilled-{kind}")
         alone = {"distillation": {"type": "none"}, "weight": 1.0, "learning_rate": 5e-4}
         variants[f"undistilled-{kind}"] = Variant(cache, {**train, **alone})
-    return Grid(caches, variants, tuple(range(seeds)), use=True)
+    return Grid(caches, variants, tuple(range(seeds)))
 
 
 def run_demo(out: Path, seeds: int) -> Path:
@@ -203,10 +203,9 @@ def run_demo(out: Path, seeds: int) -> Path:
     runs = report.find_runs(out)
     paired = report.paired_table(runs, grid.pairs())
     head = (
-        "# Demo: students of the embedded teacher\n\nHeld-out functions at fixed masks, mean ± "
-        "spread over seeds. `lines exact`: held-out lines filled in to the letter; `parse`: "
-        "sampled functions that are one; `tokens a step`: settled at a time where the student is "
-        f"surer than {THRESHOLD}.\n"
+        "# Demo: students of the embedded teacher\n\nThey know half of the library's modules, the "
+        "teacher all; trained on functions of some of the others, scored on functions of yet other "
+        "modules that the teacher has not seen either. Fixed masks, mean ± spread over seeds.\n"
     )
     tail = (
         "What they started from, and the teacher, on the same held-out functions and masks:\n\n"
@@ -246,7 +245,7 @@ def start_and_teacher() -> str:
         heldout = held.prepare_heldout(training.heldout, lengths, student.tokenizer,
                                        student.special.mask, training.heldout_draws)  # fmt: skip
         predict = held.student_predictor(student.model, lengths.block)
-        scores = held.masked_nll(student.model, heldout, predict) | asdict(score_use(folder))
+        scores = held.masked_nll(student.model, heldout, predict)
         rows.append({"model": f"student {kind}, pre-trained", **report.score_cells([scores])})
     # the teacher reads the very ids and masks of the last, which shares its tokenizer
     entry = find_teacher("tiny-shared")
