@@ -92,9 +92,9 @@ def test_the_loss_distils_at_the_words(config: CacheConfig, distillation: Distil
     """And is cross-entropy everywhere."""
     rows, manifest = all_rows(config.out)[:6], load_manifest(config.out)
     batch = collate(rows, manifest)
-    targets = TargetReader(layout_of(config.out), 4096)(batch)
+    targets: Any = TargetReader(layout_of(config.out), 4096)(batch)
     read = sum(row.read.size for row in rows if row.read is not None)
-    assert targets.topk is not None and targets.topk.ids.shape[0] == read < len(targets.gold)
+    assert targets.topk.ids.shape[0] == read < len(targets.gold)
     torch.manual_seed(0)
     hidden = torch.randn(len(targets.gold), 16, dtype=torch.float64, requires_grad=True)
     head = torch.randn(4096, 16, dtype=torch.float64)

@@ -36,7 +36,7 @@ def test_an_owner_has_most_bytes_in_common(theirs: list[int], own: list[int]) ->
     n = min(sum(theirs), sum(own))
     sizes = np.array(theirs), np.array(own)
     edges = [token_boundaries(x) for x in sizes]
-    chunks = align_bytes(*edges, n)
+    chunks = align_bytes(edges[0], edges[1], n)
     covered = {(e, j) for a, b, c, d in chunks.tolist() for j in range(c, d) for e in range(a, b)}
     found = [x.tolist() for x in owners(chunks, *sizes)]
     assert found[0] == sorted({j for _, j in covered})
@@ -93,7 +93,8 @@ def test_the_map_of_a_cache_counts_its_text(random_teacher: Path, tmp_path: Path
     assert dataclasses.replace(again, token_map=other).digest != again.digest
 
     # Batches of it: each token of a chunk has its owner's teacher; the rest of what is masked none.
-    manifest, rows = load_manifest(out), rows_in(out, Unit(0, 0))
+    manifest = load_manifest(out)
+    rows: list[Any] = rows_in(out, Unit(0, 0))
     batch = collate(rows, manifest, found)
     read: Any = TargetReader(layout_of(out), 2048)(batch)
     at, n, ids = 0, len(read.topk.ids), np.concatenate([r.topk_ids for r in rows]).reshape(-1, 4)
@@ -126,7 +127,7 @@ def random_map(random: np.random.Generator, teacher: int, student: int) -> Token
             shares = random.dirichlet(np.ones(len(own) + 1))
             entries += [(t, place, s, p) for s, p in zip(own, shares[:-1], strict=True)]
     token, place, own, share = (np.array(x) for x in zip(*entries, strict=True))
-    ids = (x.astype(np.int32) for x in (token, place, own))
+    ids: Any = [x.astype(np.int32) for x in (token, place, own)]
     return TokenMap(*ids, share.astype(np.float32), np.ones(teacher, int), np.ones(student, int))
 
 

@@ -47,7 +47,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     cleanup_dist_env_and_memory()
 
 
-def entry(architecture: str, **more: Any) -> TeacherEntry:
+def entry(architecture: Any, **more: Any) -> TeacherEntry:
     own = {"mask_id": 159, "student_tokens": False, "length": 512, "student": "x", **more}
     return TeacherEntry(model="x", architecture=architecture, **own)
 

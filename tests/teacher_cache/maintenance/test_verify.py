@@ -126,8 +126,8 @@ def test_the_pages_example_reads_a_cache(caches: dict[str, Path]) -> None:
     names: dict[str, Any] = {}
     exec(code.replace("caches/tiny-shared", str(cache)), names)
     row = rows_in(cache, finished_units(cache)[0])[0]
-    targets = TargetReader(layout_of(cache), 4096)(collate([row], load_manifest(cache)))
-    assert targets.topk is not None and targets.topk.ids.shape[0]
+    targets: Any = TargetReader(layout_of(cache), 4096)(collate([row], load_manifest(cache)))
+    assert targets.topk.ids.shape[0]
     for which, temperature in enumerate((1.0, 2.0)):
         expected = torch.log_softmax(teacher_log_weights(targets.topk, temperature), 1)
         for i, logp in enumerate(expected):
