@@ -127,8 +127,9 @@ def random_map(random: np.random.Generator, teacher: int, student: int) -> Token
             shares = random.dirichlet(np.ones(len(own) + 1))
             entries += [(t, place, s, p) for s, p in zip(own, shares[:-1], strict=True)]
     token, place, own, share = (np.array(x) for x in zip(*entries, strict=True))
-    ids: Any = [x.astype(np.int32) for x in (token, place, own)]
-    return TokenMap(*ids, share.astype(np.float32), np.ones(teacher, int), np.ones(student, int))
+    ids, ones = [x.astype(np.int32) for x in (token, place, own)], np.ones(40, np.int32)
+    lengths = ones[:teacher], ones[:student]
+    return TokenMap(ids[0], ids[1], ids[2], share.astype(np.float32), *lengths)
 
 
 def definition(
