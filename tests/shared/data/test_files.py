@@ -7,7 +7,7 @@ import json
 import lzma
 import os
 from collections.abc import Callable
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +237,18 @@ def test_every_source_of_the_recipes_is_well_formed() -> None:
         assert {split for _, _, split in names} == {"train[:95%]"}
         own = cache_config(kind, None, [], data="chats.jsonl")
         assert [source.source for source in own.sources] == ["chats.jsonl"]
+
+
+@pytest.mark.slow
+def test_parts_of_the_library_share_no_module() -> None:
+    parts = ("half-a", "half-b", "half-b-tune", "half-b-test")
+    sizes = {part: 2500 if part == "half-b" else 40 for part in parts}
+    found = {part: [*islice(iter_stdlib_functions(part), n)] for part, n in sizes.items()}
+    modules = {
+        part: {name.split(":")[0].split(".")[0] for name, _ in found[part]} for part in parts
+    }
+    for one, other in combinations(parts, 2):
+        assert modules[one] and not modules[one] & modules[other]
+    again = [name for name, _ in iter_stdlib_functions("half-b#1")]
+    names = [name for name, _ in found["half-b"]]
+    assert again != names and sorted(again) == sorted(names)
