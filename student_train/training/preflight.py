@@ -139,7 +139,7 @@ def check_objective(
                 f"{settings.type} needs the teacher's logits; {cache} has none for this student",
                 expected="the signal topk of a teacher that shares the student's tokenizer, or the "
                 "signals topk and chunks of another",
-                fix='use calm or reverse_calm, or build a cache with targets.signals=["topk","chunks"]',
+                fix="use calm or reverse_calm, or a cache with that",
             )
     elif "chunks" not in manifest.signals:
         what = f"{settings.type} needs the signal chunks, and {cache} does not have it"
