@@ -172,8 +172,8 @@ def train_all(jobs: Mapping[Path, Sequence[str]], at_once: int) -> None:
 
 def demo_grid(seeds: int) -> Grid:
     """The paper's objective for both kinds of teacher, and the best that the ablations found
-    (docs/ablations.md), each against the undistilled student of its tokenizer at the best rate that
-    cross-entropy alone has there.
+    (docs/ablations.md), each against the undistilled student of its tokenizer, at the best rate of
+    those tried for cross-entropy alone.
 
     All start from the embedded, pre-trained student of their tokenizer and take the same steps over
     the same functions.
