@@ -253,11 +253,16 @@ def ablate(
 
 
 @command(STAGE_TWO)
-def replay(run: Annotated[Path, Argument(help="A run that stopped at such a loss.")]) -> None:
+def replay(
+    run: Annotated[Path, Argument(help="A run that stopped at such a loss.")],
+    objective: Annotated[
+        str | None, Option(help="An objective of your own that it has: module:Class.")
+    ] = None,
+) -> None:
     """Go to the step whose loss was not finite again, and show where it breaks."""
     from student_train.training.replay import replay as replay_run
 
-    say(replay_run(run))
+    say(replay_run(run, objective))
 
 
 @command(STAGE_TWO)

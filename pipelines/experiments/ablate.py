@@ -117,7 +117,7 @@ def train_grid(grid: Grid, out: Path, at_once: int | None = None) -> None:
             own = recipes.own_recipe(cache.teacher).get("train", {})
             start = {key: own[key] for key in own.keys() & {"student"}}
             values = {**start, **grid.train, **variant.train, "cache": str(cache.out), "seed": seed}
-            build(TrainConfig, values, f"variant {name}")
+            build(TrainConfig, values, f"variant {name}", imports=True)
             jobs[out / f"{name}-seed{seed}"] = recipes.train_arguments(values)
     # 2. caches, then students, then their scores in use
     at_once = at_once or os.cpu_count() or 1

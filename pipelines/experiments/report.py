@@ -63,7 +63,10 @@ def find_runs(folder: Path) -> list[Run]:
         try:
             settings = read_json(place / "run.json")["config"]
             history = read_json(path)
-            build(TrainConfig, settings, f"{place}/run.json")
+            known = dict(settings)
+            if ":" in settings["distillation"]["type"]:  # a class of someone's own is data here
+                known.pop("distillation")
+            build(TrainConfig, known, f"{place}/run.json")
             seed = int(settings.pop("seed"))
             scores = {}
             for name, value in history["final"].items():
@@ -107,8 +110,11 @@ def summary_table(runs: list[Run]) -> pl.DataFrame:
             words = str(objective["type"])
             if "temperature" in objective:
                 words += f", T {objective['temperature']}"
-            if tidal := objective.get("tidal"):
-                words += f", TIDAL {tidal['axis']}"
+            own = ":" in words
+            known = {"type", "temperature", "tidal"}
+            words += "".join(f", {k} {v}" for k, v in objective.items() if own and k not in known)
+            if isinstance(tidal := objective.get("tidal"), Mapping):
+                words += f", TIDAL {tidal.get('axis')}"
                 words += ", midrange" if tidal.get("timestep_weight") == "midrange" else ""
             if settings["weight"] != 1.0:
                 words += f", weight {settings['weight']:g}"

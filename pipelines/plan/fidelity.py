@@ -184,8 +184,7 @@ def compare(
         own, logits = rows_of(whole, part), hidden[part] @ head.T
         given = teacher_log_weights(rows_of(cached.topk, part), temperature) * temperature
         for_cache, for_student = (
-            float(token_divergence(each, own, temperature, None, False).sum())
-            for each in (given, logits)
+            float(token_divergence(each, own, settings).sum()) for each in (given, logits)
         )
         apart, lacking = apart + for_cache, lacking + for_student
         for j, (a, b) in enumerate(zip(*gradients, strict=True)):

@@ -22,7 +22,7 @@ from shared.cache.row import CacheRow
 from shared.diffusion import block_diffusion_places
 from shared.models.checkpoint import resolve
 from shared.models.loading import random_model
-from shared.settings.config import CacheConfig, TokenObjective, TrainConfig
+from shared.settings.config import CacheConfig, TrainConfig
 from shared.system.files import TideError, read_json
 from shared.system.hardware import torch_dtype
 from student_train.batches.collate import TargetReader, collate, counts_of
@@ -225,7 +225,7 @@ def student_step(
     # 1. A batch with content, and how many pairs of rows see each other in its attention.
     rows, manifest = student_rows(train, cache, data, vocabulary)
     entry = find_teacher(cache.teacher, cache.teachers_file)
-    if entry.student_tokens or not isinstance(train.distillation, TokenObjective):
+    if entry.student_tokens or train.distillation.needs != "topk":
         layout = even_layout(cache.targets, vocabulary)
     else:
         layout = even_layout(cache.targets, entry.vocabulary or vocabulary, student=vocabulary)

@@ -99,7 +99,7 @@ def cache_config(
     """
     tables = read_recipe(recipe) if recipe else {}
     if "train" in tables:  # a misspelt one is better said now
-        build(TrainConfig, tables["train"], f"[train] of {recipe}")
+        build(TrainConfig, tables["train"], f"[train] of {recipe}", imports=True)
     values = tables.get("cache", {})
     name = teacher or values.get("teacher", default)
     if recipe is None:
@@ -131,7 +131,7 @@ def train_config(
     values = {"cache": f"caches/{name}", "out": f"runs/{name}", **tables.get("train", {})}
     values = _over(values, changes or {})
     apply_overrides(values, overrides, flags)
-    return build(TrainConfig, values, "`tide train`")
+    return build(TrainConfig, values, "`tide train`", imports=True)
 
 
 def to_toml(value: Any) -> str:
@@ -188,9 +188,9 @@ def paper_of(path: Path) -> str:
     if teacher:
         shared = find_teacher(teacher).student_tokens
     else:
-        kind = train_config(None, path, []).distillation.type
+        kind = train_config(None, path, []).distillation.needs
         across = "chunks" in cache_config(None, path, []).targets.signals
-        shared = path.stem.endswith("shared") or (kind in ("kl", "reverse_kl") and not across)
+        shared = path.stem.endswith("shared") or (kind == "topk" and not across)
     return "paper-shared" if shared else "paper-cross"
 
 

@@ -48,10 +48,19 @@ def require(condition: bool, message: str) -> None:
         raise TideError(message)
 
 
-def build(kind: type[T], values: Mapping[str, Any], where: str = "the configuration") -> T:
-    """A config of type `kind` from nested dicts. TideError names every setting that is wrong."""
+def build(
+    kind: type[T],
+    values: Mapping[str, Any],
+    where: str = "the configuration",
+    imports: bool = False,
+) -> T:
+    """A config of type `kind` from nested dicts. TideError names every setting that is wrong.
+
+    `imports`: the user states these settings here and now, so that an objective of their own may be
+    imported (`shared.settings.own`); what a file of a run says is no such word.
+    """
     try:
-        return TypeAdapter(kind).validate_python(dict(values))
+        return TypeAdapter(kind).validate_python(dict(values), context=imports or None)
     except ValidationError as error:
         problems = "; ".join(dict.fromkeys(_explain(dict(item), kind) for item in error.errors()))
         fix = "correct the recipe or the --set option named above"

@@ -1,13 +1,25 @@
 """The settings of both stages: a recipe (a TOML file) holds any part, the rest has defaults."""
 
+from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, WrapValidator
 
-from shared.settings.build import BY_TYPE, Count, NotNegative, Positive, Share, require, strict
+from shared.settings.build import (
+    BY_TYPE,
+    Count,
+    NotNegative,
+    Positive,
+    Share,
+    build,
+    require,
+    strict,
+)
 from shared.settings.data import DataConfig, LengthConfig, NoiseConfig, Sources, TargetConfig
+from shared.settings.own import own_class
+from shared.system.files import TideError
 
 TimestepWeight = Literal["uniform", "midrange"]
 
@@ -146,6 +158,7 @@ class Tidal:
 class NoDistillation:
     """CE alone: the undistilled student."""
 
+    needs: ClassVar = None
     type: Literal["none"] = "none"
 
 
@@ -155,46 +168,66 @@ class Gold:
     cross-entropy that weighs every masked token alike.
     """
 
+    needs: ClassVar = None
     type: Literal["gold"] = "gold"
 
 
 @strict
-class _Tempered:
+class Taught:
+    """An objective with a teacher: of each row's tokens (`topk`), or of each chunk (`chunks`)."""
+
+    needs: ClassVar[Literal["topk", "chunks"]]
     temperature: Positive = 2.0
     tidal: Tidal | None = None
+    type: str = ""
 
 
 @strict
-class KL(_Tempered):
+class KL(Taught):
     """KL(teacher ‖ student) over token logits; with `tidal`, the teacher is TIDAL's mixture."""
 
+    needs: ClassVar = "topk"
     type: Literal["kl"] = "kl"
 
 
 @strict
-class ReverseKL(_Tempered):
+class ReverseKL(Taught):
     """KL(student ‖ teacher) over token logits."""
 
+    needs: ClassVar = "topk"
     type: Literal["reverse_kl"] = "reverse_kl"
 
 
 @strict
-class Calm(_Tempered):
+class Calm(Taught):
     """Forward CALM over chunk likelihoods."""
 
+    needs: ClassVar = "chunks"
     type: Literal["calm"] = "calm"
 
 
 @strict
-class ReverseCalm(_Tempered):
+class ReverseCalm(Taught):
     """Reverse CALM over chunk likelihoods (TIDE §2.3)."""
 
+    needs: ClassVar = "chunks"
     type: Literal["reverse_calm"] = "reverse_calm"
 
 
-Distillation = Annotated[NoDistillation | Gold | KL | ReverseKL | Calm | ReverseCalm, BY_TYPE]
-TokenObjective = KL | ReverseKL
-ChunkObjective = Calm | ReverseCalm
+def _own(value: Any, ours: Any, info: Any) -> Any:
+    """Settings whose type has a colon are of a class of the user's own, all others one of ours."""
+    name = value.get("type") if isinstance(value, Mapping) else None
+    if not isinstance(name, str) or ":" not in name:
+        return ours(value)
+    if not info.context:
+        what = f"the type is {name!r}, and what a run has recorded imports no module"
+        raise TideError(what, fix=f"name it yourself: `tide replay RUN --objective {name}`")
+    return build(own_class(name, Taught), value, name)
+
+
+Distillation = Annotated[
+    NoDistillation | Gold | KL | ReverseKL | Calm | ReverseCalm, BY_TYPE, WrapValidator(_own)
+]
 
 
 @strict

@@ -27,7 +27,7 @@ from shared.cache.shards import Shard, Unit, read_table
 from shared.cache.stores import Store
 from shared.cache.value_checks import problem_in
 from shared.diffusion import generator
-from shared.settings.config import TokenObjective, TrainConfig
+from shared.settings.config import TrainConfig
 from shared.system.files import TideError, write_bytes
 from shared.system.hardware import first_here
 from student_train.batches.collate import Batch, collate
@@ -135,7 +135,7 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
         self._cache, self._manifest = cache, cache.manifest
         self._seed, self._window, self._draws = config.seed, config.window, config.draws_per_step
         tables = cache.layout.tables
-        mapped = isinstance(config.distillation, TokenObjective)
+        mapped = config.distillation.needs == "topk"
         self._token_map = tables.token_map if mapped and tables is not None else None
         self._parts, batch, steps = processes, config.batch_size, config.max_steps
         if config.global_batch is None:

@@ -1,5 +1,9 @@
 """What distillation measures, one value per position or chunk, and TIDAL, which moves its target.
 
+An objective is a function of the student's side and the teacher's. Ours are `kl` and `reverse_kl`
+of log-probabilities, which state their gradients too, and `calm` and `reverse_calm` of chunks; one
+of the user's own is the method `loss` of its settings (`own_values`).
+
 * KL and reverse KL over the vocabulary (`token_divergence`)
 * CALM and Reverse CALM over chunk likelihoods (TIDE §2.3). The student enters as log p_s ≤ 0
   (already divided by T) and is never clamped: that would zero the gradient just where it is most
@@ -9,6 +13,7 @@
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shared.cache.levels import EMPTY
-from shared.settings.config import Tidal, TimestepWeight
+from shared.settings.config import Taught, Tidal, TimestepWeight
+from shared.system.files import TideError
 from student_train.losses.targets import (
     MappedTargets,
     TopKTargets,
@@ -33,20 +39,35 @@ def at_least_float32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def own_values(settings: Taught, student: Tensor, teacher: Tensor) -> Float[Tensor, " n"]:
+    """What an objective of the user's own measures."""
+    own: Any = settings
+    values = own.loss(student, teacher)
+    if values.shape != student.shape[:1]:
+        what = f"loss of {settings.type} gave the shape {list(values.shape)}"
+        raise TideError(what, expected=f"a value a row of the student's: [{len(student)}]")
+    return values
+
+
 def token_divergence(
     logits: Float[Tensor, "n vocab"],
     topk: TopKTargets | MappedTargets,
-    temperature: float,
-    strength: Float[Tensor, " n"] | None,
-    reverse: bool,
+    settings: Taught,
+    strength: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, " n"]:
-    """Per position KL(target ‖ student), or KL(student ‖ target), at `temperature`, in nats; no T².
+    """Per position what the objective measures at its temperature, such as KL(target ‖ student) in
+    nats; no T².
 
     The target is the teacher, or with `strength` λ TIDAL's mixture
     softmax((1 − λ)·s/T + λ·z/T); constant for the gradient. Unshared ids have no part in either.
     """
     wide = at_least_float32(logits)
-    return _Divergence.apply(wide, topk, temperature, strength, reverse)  # type: ignore
+    if settings.type in _WITH_GRADIENT:
+        return _Divergence.apply(wide, topk, settings, strength)  # type: ignore
+    student = log_student(wide, topk, settings.temperature)
+    with torch.no_grad():
+        target = log_target(student.detach(), topk, settings.temperature, strength)
+    return own_values(settings, student, target)
 
 
 class _Divergence(torch.autograd.Function):
@@ -59,21 +80,32 @@ class _Divergence(torch.autograd.Function):
         return value
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0][:, None], None, None, None, None
+        return gradient * gradients[0][:, None], None, None, None
 
 
 def divergence_and_gradient(
     logits: Float[Tensor, "n vocab"],
     topk: TopKTargets | MappedTargets,
-    temperature: float,
-    strength: Float[Tensor, " n"] | None,
-    reverse: bool,
+    settings: Taught,
+    strength: Float[Tensor, " n"] | None = None,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n vocab"]]:
     """The divergence of each row, and its derivative by that row's logits. float32 or wider."""
-    # 1. log q, the student, and log p, the teacher but for a constant, at T.           (n, vocab)
-    student = log_student(logits, topk, temperature)
+    student = log_student(logits, topk, settings.temperature)
+    target = log_target(student, topk, settings.temperature, strength)
+    value, gradient = _WITH_GRADIENT[settings.type](student, target)
+    return value, gradient.div_(settings.temperature)
+
+
+def log_target(
+    student: Float[Tensor, "n vocab"],
+    topk: TopKTargets | MappedTargets,
+    temperature: float,
+    strength: Float[Tensor, " n"] | None,
+) -> Float[Tensor, "n vocab"]:
+    """log r, the teacher or TIDAL's mixture of it and the student log q, both at `temperature`."""
+    # 1. log p, the teacher but for a constant.                                          (n, vocab)
     if isinstance(topk, MappedTargets):
         # r = A + rest · q: what maps nowhere stays in the student's own shape.
         target = student.exp().mul_(topk.rest[:, None]).add_(topk.mass)
@@ -84,18 +116,34 @@ def divergence_and_gradient(
     if strength is not None:
         part = strength.to(student.dtype)[:, None]
         target.mul_(part).addcmul_(student, 1 - part)
-    # 3. Normalised: log r.
-    target -= torch.logsumexp(target, dim=1, keepdim=True)
-    if reverse:
-        # 4. D = Σ q·(log q − log r), ∂D/∂s = q·((log q − log r) − D) / T.
-        log_ratio = student - target
-        student.exp_()
-        value = torch.linalg.vecdot(student, log_ratio)
-        return value, log_ratio.sub_(value[:, None]).mul_(student).div_(temperature)
-    # 4. D = Σ r·(log r − log q), ∂D/∂s = (q − r) / T.
+    return target.sub_(torch.logsumexp(target, dim=1, keepdim=True))
+
+
+# The two give D of each row and T·∂D/∂s, in the memory of their arguments.
+
+
+def kl(
+    student: Float[Tensor, "n vocab"], target: Float[Tensor, "n vocab"]
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "n vocab"]]:
+    """D = Σ r·(log r − log q), ∂D/∂s = (q − r) / T."""
     probability = target.exp()
     value = torch.linalg.vecdot(probability, target.sub_(student))
-    return value, student.exp_().sub_(probability).div_(temperature)
+    return value, student.exp_().sub_(probability)
+
+
+def reverse_kl(
+    student: Float[Tensor, "n vocab"], target: Float[Tensor, "n vocab"]
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "n vocab"]]:
+    """D = Σ q·(log q − log r), ∂D/∂s = q·((log q − log r) − D) / T."""
+    log_ratio = student - target
+    student.exp_()
+    value = torch.linalg.vecdot(student, log_ratio)
+    return value, log_ratio.sub_(value[:, None]).mul_(student)
+
+
+_WITH_GRADIENT: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "kl": kl, "reverse_kl": reverse_kl
+}  # fmt: skip
 
 
 def token_log_likelihood(

@@ -18,14 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from shared.settings.config import (
-    Calm,
-    ChunkObjective,
-    Distillation,
-    Gold,
-    ReverseKL,
-    TokenObjective,
-)
+from shared.settings.config import Distillation, Gold, Taught
 from student_train.losses import divergence
 from student_train.losses.targets import (
     MappedTargets,
@@ -93,7 +86,7 @@ def for_objective(targets: Targets, distillation: Distillation, dtype: torch.dty
     """What `objective_at` reads. Another tokenizer's tokens are mapped outside of it, since sparse
     products do not compile.
     """
-    if isinstance(distillation, TokenObjective):
+    if isinstance(distillation, Taught) and distillation.needs == "topk":
         return in_student_tokens(targets, distillation.temperature, dtype)
     return targets
 
@@ -115,10 +108,9 @@ def objective_at(
     logits = divergence.at_least_float32(logits)
     ce = denoise(logits, targets.gold, targets.t).sum()
     # 2. Distillation, over positions or over chunks.
-    if isinstance(distillation, TokenObjective):
-        return Sums(ce, token_distillation(logits, targets, distillation, train))
-    if isinstance(distillation, ChunkObjective):
-        return Sums(ce, chunk_distillation(logits, targets, distillation, train))
+    if isinstance(distillation, Taught):
+        of = token_distillation if distillation.needs == "topk" else chunk_distillation
+        return Sums(ce, of(logits, targets, distillation, train))
     if isinstance(distillation, Gold):
         topk = targets.topk
         where = slice(len(topk.ids) if isinstance(topk, TopKTargets) else None)
@@ -129,10 +121,10 @@ def objective_at(
 def token_distillation(
     logits: Float[Tensor, "n vocab"],
     targets: Targets,
-    settings: TokenObjective,
+    settings: Taught,
     train: float | Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
-    """T² · Σ weight(t) · KL over the positions at which the teacher was read.
+    """T² · Σ weight(t) · D, such as KL, over the positions at which the teacher was read.
 
     Of a teacher with a tokenizer of its own, the gold tokens stand for it where no chunk covers
     what is masked (the end of a turn, the fill): else the teacher's pull would be paid there.
@@ -153,8 +145,7 @@ def token_distillation(
     read, parts = len(topk.mass if mapped else topk.ids), []
     if read:
         own = None if strength is None else strength[:read]
-        reverse = isinstance(settings, ReverseKL)
-        values = divergence.token_divergence(logits[:read], topk, temperature, own, reverse)
+        values = divergence.token_divergence(logits[:read], topk, settings, own)
         parts.append(temperature**2 * (weight[:read] * values).sum())
     # 3. The others: KL(r ‖ p_s) of r = (1 − λ)·p_s + λ·gold, of which λ·CE has the gradient.
     if mapped and read < len(t):
@@ -167,10 +158,10 @@ def token_distillation(
 def chunk_distillation(
     logits: Float[Tensor, "n vocab"],
     targets: Targets,
-    settings: ChunkObjective,
+    settings: Taught,
     train: float | Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
-    """Σ weight(t) · CALM over the active chunks."""
+    """Σ weight(t) · D, such as CALM, over the active chunks."""
     chunks, temperature = targets.chunks, settings.temperature
     if chunks is None:
         raise ValueError("the batch has no chunk targets")
@@ -189,7 +180,8 @@ def chunk_distillation(
         target = divergence.tidal_probability(log_student.exp(), target, strength)
         weight = divergence.timestep_weight(settings.tidal.timestep_weight, chunks.t)
     # 4. The binary divergence of each chunk.
-    term = divergence.calm if isinstance(settings, Calm) else divergence.reverse_calm
+    ours = {"calm": divergence.calm, "reverse_calm": divergence.reverse_calm}
+    term = ours.get(settings.type, partial(divergence.own_values, settings))
     return (weight * term(log_student, target)).sum()
 
 
@@ -198,8 +190,7 @@ def parts_of(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """CE per maskable token, distillation per read position or active chunk; 0 for a count of 0."""
     ce = sums.denoise / counts.maskable.clamp_min(1)
-    over_tokens = isinstance(distillation, Gold | TokenObjective)
-    count = counts.read if over_tokens else counts.chunks
+    count = counts.chunks if distillation.needs == "chunks" else counts.read
     return ce, sums.distillation / count.clamp_min(1)
 
 

@@ -196,7 +196,7 @@ def log_student(
     scaled = logits / temperature
     if isinstance(topk, TopKTargets) and topk.tail.unshared is not None:
         scaled.masked_fill_(topk.tail.unshared, EMPTY)
-    return scaled.sub_(torch.logsumexp(scaled, dim=1, keepdim=True))
+    return torch.log_softmax(scaled, dim=1)
 
 
 def teacher_log_weights(

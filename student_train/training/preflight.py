@@ -16,7 +16,7 @@ import torch
 
 from shared.cache.manifest import Manifest, differences
 from shared.settings.build import to_plain
-from shared.settings.config import Distillation, Gold, NoDistillation, TokenObjective, TrainConfig
+from shared.settings.config import Distillation, Taught, TrainConfig
 from shared.system.files import TideError, read_json, write_bytes
 from shared.system.hardware import choose_device, choose_precision, explain_precision
 from student_train.batches.loader import OpenCache
@@ -131,9 +131,9 @@ def check_objective(
     """TideError where the cache lacks what the objective needs; a warning where most rows (`bare`)
     have no chunk, or the paper advises against it. `mapped`: the cache has a map between tokens.
     """
-    if isinstance(settings, NoDistillation | Gold):
+    if not isinstance(settings, Taught):
         return
-    if isinstance(settings, TokenObjective):
+    if settings.needs == "topk":
         if "topk" not in manifest.signals or not (manifest.shared_tokenizer or mapped):
             raise TideError(
                 f"{settings.type} needs the teacher's logits; {cache} has none for this student",

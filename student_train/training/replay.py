@@ -25,8 +25,11 @@ class _Reached(Exception):
     """The batch is here; carries the report."""
 
 
-def replay(run: Path) -> str:
-    """A report on the recorded step of `run`. TideError where none is recorded, or damaged."""
+def replay(run: Path, objective: str | None = None) -> str:
+    """A report on the recorded step of `run`. TideError where none is recorded, or damaged.
+
+    `objective`: the run's own, `module:Class`, which may be imported where it is named here.
+    """
     # 1. What was recorded when the run stopped.
     path = run / f"{NONFINITE}.json"
     if not path.exists():
@@ -46,7 +49,8 @@ def replay(run: Path) -> str:
         if before:
             shutil.copytree(before[-1], out / "checkpoints" / before[-1].name)
         settings = {**recorded_run(run).get("config", {}), "out": out, "report_to": []}
-        trainer, _ = make_trainer(build(TrainConfig, settings), stack)
+        imports = objective is not None and settings["distillation"].get("type") == objective
+        trainer, _ = make_trainer(build(TrainConfig, settings, imports=imports), stack)
 
         def at_item(item: int, model: Any, batch: Batch, how: LossSettings) -> None:
             if item == number:

@@ -16,7 +16,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from shared.cache.manifest import Manifest
 from shared.models.loading import compile_layers
-from shared.settings.config import TokenObjective, TrainConfig
+from shared.settings.config import TrainConfig
 from shared.system.files import TideError, write_bytes
 from shared.system.hardware import hardware_line, shut_down_process_group
 from shared.system.processes import hold
@@ -169,7 +169,7 @@ class StudentTrainer(ResumableTrainer):
         with torch.no_grad():
             ce, distillation = parts_of(sums, counts, config.distillation)
             mass = loss.new_zeros(0)
-            if isinstance(config.distillation, TokenObjective):
+            if config.distillation.needs == "topk":
                 p = inputs["topk_logp"].exp()  # of the teacher at T = 1
                 mass = p.masked_fill(~inputs["topk_kept"], 0.0).sum(dim=1)
             tokens, masked, chunks = inputs["tokens"], inputs["gold"].numel(), inputs["counts"][2]

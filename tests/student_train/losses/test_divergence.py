@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from shared.cache.levels import EMPTY
 from shared.cache.tail import LinearTail
-from shared.settings.config import Tidal
+from shared.settings.config import KL, ReverseKL, Tidal
 from student_train.losses import divergence as d
 from student_train.losses.objective import denoise
 from student_train.losses.targets import TopKTargets
@@ -83,20 +83,21 @@ def test_value_and_gradient_against_the_definition(
     shared = torch.ones(30, dtype=torch.bool)
     shared[torch.randperm(30)[:unshared]] = False
     allowed, k = F.pad(shared, (0, absent)), min(k, 30 - unshared)
+    settings = ReverseKL(t) if reverse else KL(t)
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 3e-5)):
         topk = cached(teacher.to(dtype), k, rank, allowed, seed)
         x = student.to(dtype).requires_grad_()
         target = dense_teacher(topk, allowed, t)
         part = strength.to(dtype) if mixed else None
         value, gradient = expected(x, target, allowed, t, part, reverse)
-        loss = d.token_divergence(x, topk, t, part, reverse).sum()
+        loss = d.token_divergence(x, topk, settings, part).sum()
         (slope,) = torch.autograd.grad(loss, x)
         torch.testing.assert_close(loss.detach().double(), value, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(slope.double(), gradient, rtol=tolerance, atol=tolerance)
         assert not slope[:, ~allowed].any()
         if k == 30 - unshared:
-            whole = TopKTargets.whole(teacher.to(dtype), allowed)
-            full = d.token_divergence(x, whole, t, part, reverse).sum()
+            whole = TopKTargets.whole(F.pad(teacher.to(dtype), (0, absent)), allowed)
+            full = d.token_divergence(x, whole, settings, part).sum()
             torch.testing.assert_close(full, loss, rtol=tolerance, atol=tolerance)
 
 
@@ -107,9 +108,9 @@ def test_padding_of_shorter_lists_changes_nothing() -> None:
     ids = torch.cat([topk.ids, topk.ids[:, :1].expand(1, 5)], 1)
     logp = torch.cat([topk.logp, torch.full((1, 5), 777.0)], 1)
     padded = dataclasses.replace(topk, ids=ids, logp=logp, kept=torch.arange(9)[None] < 4)
-    for reverse in (False, True):
-        narrow = d.divergence_and_gradient(student, topk, 2.0, part, reverse)
-        wide = d.divergence_and_gradient(student, padded, 2.0, part, reverse)
+    for settings in (KL(), ReverseKL()):
+        narrow = d.divergence_and_gradient(student, topk, settings, part)
+        wide = d.divergence_and_gradient(student, padded, settings, part)
         torch.testing.assert_close(wide, narrow)
 
 
@@ -122,8 +123,8 @@ def test_extremes_stay_finite() -> None:
     topk = cached(teacher, 2, 4, shared)
     topk = dataclasses.replace(topk, level={1.0: torch.tensor([-120.0, 120.0, 0.0])})
     parts = (None, torch.full((3,), 0.3))
-    for reverse, part in itertools.product((False, True), parts):
-        value, gradient = d.divergence_and_gradient(student, topk, 1.0, part, reverse)
+    for settings, part in itertools.product((KL(1.0), ReverseKL(1.0)), parts):
+        value, gradient = d.divergence_and_gradient(student, topk, settings, part)
         assert torch.isfinite(gradient).all() and ((value > -1e-4) & torch.isfinite(value)).all()
     for term in (d.calm, d.reverse_calm):
         x = torch.tensor([-1e4, -1e-7, -1e-30, 0.0], requires_grad=True)

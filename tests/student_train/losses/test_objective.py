@@ -29,9 +29,23 @@ from tests.reading import layout_of, rows_in
 from tests.student_train.losses.test_divergence import cached
 from tests.student_train.losses.test_divergence import expected as divergence_of
 
+
+class OfTokens(KL):
+    """One of a user's own, whose gradient is autograd's."""
+
+    def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return (teacher.exp() * (teacher - student)).sum(dim=1)
+
+
+class OfChunks(Calm):
+    def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return (student.exp() - teacher) ** 2
+
+
 OBJECTIVES = (
     *(NoDistillation(), Gold(), KL(tidal=Tidal())),
     *(ReverseKL(temperature=1.0), Calm(tidal=Tidal())),
+    *(OfTokens(tidal=Tidal(), type="own:OfTokens"), OfChunks(type="own:OfChunks")),  # type: ignore
 )
 
 

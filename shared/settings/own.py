@@ -1,0 +1,45 @@
+"""Objectives of your own: `type = "module:Class"` names a class of a module in the working
+directory. It is imported for settings that you state (`build(…, imports=True)`), never for those
+that a run or a cache has recorded.
+"""
+
+import sys
+from dataclasses import is_dataclass, make_dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from shared.system.files import TideError
+
+
+def own_class(name: str, base: type) -> type:
+    """The frozen dataclass that `module:Class` names, with the fields of `base` and its `type`."""
+    module, _, attribute = name.partition(":")
+    # 1. The module, from here alone.
+    here, parts = Path.cwd(), module.split(".")
+    folders = [here.joinpath(*parts[:i]) for i in range(len(parts) + 1)]
+    if any(
+        (folder / mark).exists() for folder in folders for mark in ("run.json", "manifest.json")
+    ):
+        what = f"{name} lies in the folder of a run or a cache, from which nothing is imported"
+        raise TideError(what, fix="put the module beside your recipe, and start tide there")
+    if not any((here / place).is_file() for place in (f"{parts[0]}.py", f"{parts[0]}/__init__.py")):
+        what = f"{name} names the module {parts[0]}, which is not in {here}"
+        raise TideError(what, fix="start tide in the folder of the module")
+    if str(here) not in sys.path:
+        sys.path.append(str(here))
+    found: Any = import_module(module)
+    if here not in Path(found.__file__ or "").parents:
+        what = f"the module {module} of {name} is {found.__file__}, not the one in {here}"
+        raise TideError(what, fix="give yours a name that no library has")
+    # 2. Its class.
+    kind = getattr(found, attribute, None)
+    frozen = is_dataclass(kind) and kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    needs, loss = getattr(kind, "needs", None), getattr(kind, "loss", None)
+    if not (isinstance(kind, type) and frozen and needs in ("topk", "chunks") and callable(loss)):
+        what = f"{name} is no objective: it is {kind!r}, and needs is {needs!r}"
+        expected = "a frozen dataclass whose fields have defaults, with needs = 'topk' or 'chunks'"
+        raise TideError(what, expected=f"{expected}, and a method loss(self, student, teacher)")
+    known: Any = {"__pydantic_config__": base.__pydantic_config__}  # type: ignore[attr-defined]
+    fields: Any = [("type", str, name)]
+    return make_dataclass(attribute, fields, bases=(kind, base), namespace=known, frozen=True)
