@@ -61,7 +61,7 @@ class BesideBars(logging.Handler):
     """Log records on stderr, above the progress bars that are there."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
+        from tqdm.auto import tqdm
 
         tqdm.write(printable(self.format(record)), file=sys.stderr)
 

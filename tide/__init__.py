@@ -14,15 +14,22 @@ cannot work raises `TideError`, which says how to mend it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tide import rooms as rooms  # isort: skip  (first: by it the others are found)
+
+import pyarrow as pa
+
 from pipelines.recipes.read import cache_config, train_config
 from shared.data.reading import waiting_messages
-from shared.settings.config import CacheConfig
-from shared.system.files import TideError, read_json
+from shared.settings.build import advice
+from shared.settings.config import CacheConfig, DataConfig
+from shared.system.files import TideError, read_json, write_bytes
 from student_train.using.settings import SampleConfig
 
 if TYPE_CHECKING:
@@ -32,8 +39,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Cache", "Data", "Run", "Student", "TideError", "cache", "load_student", "prepare",
            "train"]  # fmt: skip
-# a file, a folder, a glob, hf://OWNER/NAME, stdlib:train; a source with its settings; or several
-Source = str | dict[str, Any] | Sequence[str | dict[str, Any]]
+# a file, a folder, a glob, hf://OWNER/NAME, stdlib:train; rows: a list of dicts, a
+# datasets.Dataset, a frame of polars or pandas; a source with its settings; or several
+Source = Any
 Chat = str | Sequence[dict[str, Any]]  # a question, or messages with `role` and `content`
 
 
@@ -125,30 +133,60 @@ def cache(teacher: str | None = None, data: Source | None = None, **settings: An
     return Cache.open(build_cache(config).folder)
 
 
-def train(cache: Cache | str | Path, **settings: Any) -> Run:
+def train(cache: Cache | str | Path, callbacks: Sequence[Any] = (), **settings: Any) -> Run:
     """Stage two: train a student from a cache into `out` (default: runs/TEACHER).
 
-    `recipe` is a path (default: the recipe of the cache's teacher); all else are settings of
-    `[train]`. A run that was interrupted goes on. TideError where cache, student and settings do
-    not fit.
+    `recipe` is a path (default: the recipe of the cache's teacher), `callbacks` are transformers'
+    (`TrainerCallback`); all else are settings of `[train]`. A run that was interrupted goes on.
+    TideError where cache, student and settings do not fit.
     """
     source = cache if isinstance(cache, Cache) else Cache.open(cache)
     settings = {"cache": source.folder, **settings}
     config = train_config(source.teacher, *_places(settings), settings)
     from student_train.training.trainer import train_student
 
-    return Run(config.out, train_student(config))
+    return Run(config.out, train_student(config, callbacks))
 
 
 def _cache_config(
     teacher: str | None, data: Source | None, settings: dict[str, Any]
 ) -> CacheConfig:
+    places = _places(settings)
+    if data is None:
+        return cache_config(teacher, *places, settings)
+    source = _source(data, cache_config(teacher, *places, settings).prepared_folder)
+    if isinstance(source, str):
+        return cache_config(teacher, *places, settings, data=source)
+    return cache_config(teacher, *places, {**settings, "data": source})
+
+
+def _source(data: Source, folder: Path) -> str | dict[str, Any] | list[Any]:
+    """The setting `data`. Rows are written to `folder`, named by their content, so that the same
+    ones are found again.
+    """
+    if isinstance(data, str | Path):
+        return str(data)
     if isinstance(data, dict):
-        settings["data"] = data
-    elif data is not None and not isinstance(data, str):
-        settings["data"] = [{"source": one} if isinstance(one, str) else one for one in data]
-    source = data if isinstance(data, str) else None
-    return cache_config(teacher, *_places(settings), settings, data=source)
+        return {**data, "source": _source(data["source"], folder)} if "source" in data else data
+    if isinstance(data, list | tuple):
+        names = {field.name for field in fields(DataConfig)}
+        are_rows = [isinstance(one, Mapping) and not one.keys() <= names for one in data]
+        if not any(are_rows):
+            sources = [_source(one, folder) for one in data]
+            return [one if isinstance(one, dict) else {"source": one} for one in sources]
+        rows = list(data)
+    else:
+        try:
+            rows = data.to_list() if hasattr(data, "to_list") else pa.table(data).to_pylist()
+        except (TypeError, ValueError) as error:
+            what = f"data is a {type(data).__name__}, out of which no rows come: {error}"
+            expected = "a path, a list of rows, a datasets.Dataset (one split), or a frame"
+            raise TideError(what, expected=expected) from error
+    text = "".join(f"{json.dumps(row, default=str)}\n" for row in rows).encode()
+    path = folder / f"rows-{hashlib.sha256(text).hexdigest()[:16]}.jsonl"
+    if not path.exists():
+        write_bytes(path, text)
+    return str(path)
 
 
 def _places(settings: dict[str, Any]) -> tuple[Path | None, list[str], Path | None]:
@@ -176,6 +214,10 @@ class Student:
             raise TideError(f"batch is {batch}", expected="at least 1")
         ask = [[{"role": "user", "content": c}] if isinstance(c, str) else c for c in chats]
         messages = [waiting_messages(chat) for chat in ask]
+        names = [field.name for field in fields(SampleConfig)]
+        if unknown := [name for name in sampling if name not in names]:
+            what = f"sampling has no setting {unknown[0]}"
+            raise TideError(what, fix=advice(unknown[0], names))
         block = self.loaded.choose_block(sampling.get("block"))
         try:
             config = SampleConfig(**{**sampling, "block": block})

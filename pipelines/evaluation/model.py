@@ -14,7 +14,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from pipelines.evaluation.benchmarks import Answers
 from shared.system.files import TideError

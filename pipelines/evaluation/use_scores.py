@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Int
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from shared.aligned.alignment import token_boundaries
 from shared.data import ChatExample, iter_examples

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from shared.cache.levels import from_table, to_table
 from shared.cache.manifest import Manifest

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from shared.aligned.examples import Prepared, Preparer

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from shared.cache.manifest import Manifest, refuse_unfinished
 from shared.cache.row import Layout

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from operator import itemgetter
 from typing import Any
@@ -34,13 +34,17 @@ NONFINITE = "nonfinite"
 _SUMS = ("denoise", "distillation", "batches", "tokens", "masked", "chunks", "mass", "mass_rows")
 
 
-def train_student(config: TrainConfig) -> dict[str, float]:
+def train_student(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, float]:
     """Train (or go on training) a student from a cache; its final metrics.
+
+    `callbacks`: transformers', which are told of every step.
 
     Writes `out/model`, which transformers loads as is, and the curve, `out/history.json`.
     """
     with ExitStack() as held:
         trainer, tokenizer = make_trainer(config, held)
+        for callback in callbacks:
+            trainer.add_callback(callback)
         trainer.train_resuming()
         trainer.refuse_nonfinite()
         metrics = {**trainer.evaluate(), "seconds": trainer.seconds_trained}

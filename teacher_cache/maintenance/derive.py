@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from shared.cache import shards
 from shared.cache.ledger import Entry, entry_of, load_ledger, note, settle_ledger, whole_ledger

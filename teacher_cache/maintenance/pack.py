@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import zstandard
 from pydantic import Field, TypeAdapter
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from shared.cache.ledger import LEDGER, settle_ledger
 from shared.cache.manifest import MANIFEST, load_manifest, refuse_unfinished

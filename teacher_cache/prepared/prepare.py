@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from shared.aligned.examples import Prepared, Preparer, SharedVocabulary
 from shared.data.conversation import conversation, copies

@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from shared.cache.ledger import settle_ledger
 from shared.cache.shards import finished_units, has_tables

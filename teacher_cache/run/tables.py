@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from shared.aligned.examples import Prepared
 from shared.aligned.token_map import count_map

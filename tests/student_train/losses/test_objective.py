@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit
 from shared.models.loading import head_rows
 from shared.settings import config as objectives
-from shared.settings.config import KL, Calm, Gold, NoDistillation, ReverseKL, Tidal
+from shared.settings.build import strict
+from shared.settings.config import KL, Calm, Gold, NoDistillation, ReverseKL, Taught, Tidal
 from student_train.batches.collate import TargetReader, collate
 from student_train.losses import objective as losses
 from student_train.losses.divergence import strength_at, training_strength
@@ -30,14 +31,22 @@ from tests.student_train.losses.test_divergence import cached
 from tests.student_train.losses.test_divergence import expected as divergence_of
 
 
-class OfTokens(KL):
-    """One of a user's own, whose gradient is autograd's."""
+@strict
+class OfTokens(Taught):
+    """As a user's own: the gradient is autograd's."""
+
+    needs: ClassVar = "topk"
+    type: str = "own:OfTokens"
 
     def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         return (teacher.exp() * (teacher - student)).sum(dim=1)
 
 
-class OfChunks(Calm):
+@strict
+class OfChunks(Taught):
+    needs: ClassVar = "chunks"
+    type: str = "own:OfChunks"
+
     def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         return (student.exp() - teacher) ** 2
 
@@ -45,7 +54,7 @@ class OfChunks(Calm):
 OBJECTIVES = (
     *(NoDistillation(), Gold(), KL(tidal=Tidal())),
     *(ReverseKL(temperature=1.0), Calm(tidal=Tidal())),
-    *(OfTokens(tidal=Tidal(), type="own:OfTokens"), OfChunks(type="own:OfChunks")),  # type: ignore
+    *(OfTokens(tidal=Tidal()), OfChunks()),
 )
 
 
