@@ -115,7 +115,7 @@ def small_cache_config(teacher: str, model: Path, out: Path, **changes: object) 
 def files(cache: Path) -> dict[str, bytes]:
     """Everything that makes a cache."""
     found = [cache / "manifest.json", cache / "ledger.parquet"]
-    found += [*cache.glob("draw=*/*"), *cache.glob("*_tokenizer/*"), *cache.glob("tables/*")]
+    found += [*cache.glob("shards/draw=*/*"), *cache.glob("*_tokenizer/*"), *cache.glob("tables/*")]
     return {path.relative_to(cache).as_posix(): path.read_bytes() for path in found}
 
 

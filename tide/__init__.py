@@ -75,6 +75,11 @@ class Cache:
     examples: int
     draws: int
 
+    @property
+    def shards(self) -> Path:
+        """A folder of Parquet files alone, which libraries of tables open as one."""
+        return self.folder / "shards"
+
     @classmethod
     def open(cls, folder: str | Path) -> Cache:
         """The cache in a folder. TideError where it holds none."""

@@ -144,7 +144,7 @@ def cost_table(runs: list[Run]) -> pl.DataFrame:
     for folder in sorted({run.cache for run in runs}):
         seconds = [run.scores["seconds"] for run in runs if run.cache == folder]
         engine = read_status(folder).get("engine_seconds")
-        size = sum(path.stat().st_size for path in folder.glob("draw=*/*.parquet"))
+        size = sum(path.stat().st_size for path in folder.glob("shards/*/*.parquet"))
         row = {"cache": folder.name}
         row["teacher s, once"] = "–" if engine is None else f"{engine:.0f}"
         row["MB on disk"] = f"{size / 1e6:.1f}" if size else "–"

@@ -75,7 +75,7 @@ def bench_stages(examples: int = 96) -> Table:
 
         # 3. The jobs.
         def whole() -> None:
-            for path in cache.glob("draw=*/*.parquet"):
+            for path in cache.glob("shards/*/*.parquet"):
                 path.unlink()
             run_units(run, engine, units)
 

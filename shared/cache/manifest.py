@@ -241,7 +241,8 @@ def load_manifest(cache: Path) -> Manifest:
             manifest = build(Manifest, values, str(path))
             if checksum != checksum_of(manifest.to_json()):  # such as "8" where 8 belongs
                 raise ValueError("it has values of the wrong type")
-            return manifest
+            if not (cache / "draw=00").exists():
+                return manifest
     except FileNotFoundError as error:
         fix = "build one with `tide cache`, or check the path"
         raise TideError(f"{cache} is no cache: it has no {MANIFEST}", fix=fix) from error
@@ -249,6 +250,10 @@ def load_manifest(cache: Path) -> Manifest:
         problem = error.what if isinstance(error, TideError) else str(error)
         fix = f"delete {path} and run the same `tide cache` command again; shards are kept"
         raise TideError(f"{path} is damaged: {problem[:500]}", fix=fix) from error
+    if version == SCHEMA_VERSION:
+        what = f"the shards of {cache} lie beside its manifest, where earlier versions wrote them"
+        move = f"mkdir {cache}/shards; mv {cache}/draw=* {cache}/shards/"
+        raise TideError(what, expected=f"them in {cache}/shards, as they are", fix=move)
     raise TideError(
         f"{cache} was written in schema version {version}",
         expected=f"version {SCHEMA_VERSION}",

@@ -1,6 +1,7 @@
 """A cache's files in plain Parquet, whole or absent.
 
-Shards (`draw=00/part-00000.parquet`) hold rows; `tables/` what is known of the teacher as a whole.
+Shards (`shards/draw=00/part-00000.parquet`) hold rows, and lie alone, so that their folder opens as
+one table in any library; `tables/` is what is known of the teacher as a whole.
 """
 
 import json
@@ -21,9 +22,9 @@ from shared.system.files import TideError, atomic_file, write_bytes
 
 CACHE = "cache"
 """Among a shard's counts: the digest of the manifest that it belongs to."""
-TABLES = "tables"
+SHARDS, TABLES = "shards", "tables"
 _COUNTS_KEY = b"tide.counts"
-_UNIT = re.compile(r"draw=([0-9]{2,9})/part-([0-9]{5,9})\.parquet")
+_UNIT = re.compile(r"shards/draw=([0-9]{2,9})/part-([0-9]{5,9})\.parquet")
 _VOCABULARY, _ENCODER = "vocabulary.parquet", "encoder.parquet"
 _MAP, _BYTES = "map.parquet", "bytes.parquet"  # of a teacher with a tokenizer of its own
 _ENTRY = ("token", "place", "student", "share")
@@ -50,19 +51,19 @@ class Unit:
 
     def path(self, cache: Path) -> Path:
         """Where the shard of this unit lies."""
-        return cache / f"draw={self.draw:02d}" / f"part-{self.part:05d}.parquet"
+        return cache / SHARDS / f"draw={self.draw:02d}" / f"part-{self.part:05d}.parquet"
 
     @classmethod
     def at(cls, path: Path) -> "Unit | None":
         """The unit whose shard has this name; None for any other file."""
-        numbers = _UNIT.fullmatch(f"{path.parent.name}/{path.name}")
+        numbers = _UNIT.fullmatch("/".join(path.parts[-3:]))
         unit = numbers and cls(int(numbers[1]), int(numbers[2]))
-        return unit if unit and unit.path(path.parent.parent) == path else None
+        return unit if unit and unit.path(path.parent.parent.parent) == path else None
 
 
 def finished_units(cache: Path) -> list[Unit]:
     """Units whose shards exist, in order."""
-    units = map(Unit.at, cache.glob("draw=*/part-*.parquet"))
+    units = map(Unit.at, cache.glob(f"{SHARDS}/draw=*/part-*.parquet"))
     return sorted(unit for unit in units if unit is not None)
 
 

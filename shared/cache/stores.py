@@ -26,13 +26,13 @@ _ERRORS = (OSError, ValueError, pa.ArrowException, ImportError)
 def belongs_to_cache(name: str) -> bool:
     """Whether a cache has files of that name: manifest, ledger, tokenizers, tables, shards."""
     path = PurePosixPath(name)
-    if name in (MANIFEST, LEDGER):
+    if name in (MANIFEST, LEDGER) or Unit.at(Path(name)) is not None:
         return True
     if name != str(path) or len(path.parts) != 2 or ".." in path.parts or path.name[0] == ".":
         return False
     kinds = {"student_tokenizer": "", "teacher_tokenizer": "", TABLES: ".parquet"}
     folder = path.parts[0]
-    return Unit.at(Path(name)) is not None or (folder in kinds and name.endswith(kinds[folder]))
+    return folder in kinds and name.endswith(kinds[folder])
 
 
 def _name(unit: Unit) -> str:

@@ -110,7 +110,7 @@ class OpenCache:
         write_bytes(path, content)
         # Remove the shards that were used longest ago, but for a few, until the rest fits.
         present = []
-        for other in self.folder.glob("draw=*/part-*.parquet"):
+        for other in self.folder.glob("shards/draw=*/part-*.parquet"):
             with suppress(OSError):  # another process removed it
                 status = other.stat()
                 present.append((status.st_mtime_ns, status.st_size, other))

@@ -83,7 +83,8 @@ def delete_damaged(report: CheckReport) -> int:
     damaged = {problem.path for problem in report.problems if problem.path is not None}
     for path in damaged:
         path.unlink(missing_ok=True)
-        (path.parent.parent / CHECKED).unlink(missing_ok=True)
+        for above in path.parents[1:3]:  # of tables, or of shards
+            (above / CHECKED).unlink(missing_ok=True)
     return len(damaged)
 
 

@@ -1,16 +1,24 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pandas as pd
+import polars as pl
 import pytest
+from pyarrow.dataset import dataset
+from transformers import TrainerCallback
 
 import tide
 from shared.cache.manifest import load_manifest
 from shared.settings.config import LengthConfig
+from shared.system.files import TideError
 from student_train.using.settings import SampleConfig
 from student_train.using.student import load_for_use
 
@@ -37,14 +45,90 @@ def test_settings_are_those_of_a_recipe(random_teacher: Path, tmp_path: Path) ->
     assert data.folder == tmp_path / "prepared"
 
 
-def test_importing_it_is_quick_and_folders_of_the_same_names_hide_nothing(tmp_path: Path) -> None:
-    for name in ("shared", "pipelines", "tide"):
-        (tmp_path / name).mkdir()
-    code = "import sys, tide, shared.data; print(tide.load_student, 'torch' in sys.modules)"
+ROWS = [{"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "b"}],
+         "source": "a column"} for i in range(3)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        *(list, tuple, datasets.Dataset.from_list, pl.DataFrame, pd.DataFrame),
+        lambda rows: {"source": rows, "form": "messages"},
+        lambda rows: [{"source": rows}],
+    ],
+    ids=["list", "tuple", "datasets", "polars", "pandas", "settings", "sources"],
+)
+def test_rows_in_memory_are_data(form: Callable[[Any], Any], tmp_path: Path) -> None:
+    made = [tide.prepare("tiny-cross", form(ROWS), out=tmp_path / name) for name in ("a", "b")]
+    assert [data.examples for data in made] == [3, 3]
+    assert len(list((tmp_path / "prepared").glob("rows-*.jsonl"))) == 1  # one for the same rows
+    (path,) = (tmp_path / "prepared").glob("rows-*.jsonl")
+    assert tide.prepare("tiny-cross", path, out=tmp_path / "c").examples == 3
+
+
+READERS: dict[str, Callable[[Path], int]] = {
+    "pyarrow": lambda folder: dataset(folder).count_rows(),
+    "polars": lambda folder: pl.scan_parquet(folder).collect().height,
+    "datasets": lambda folder: datasets.load_dataset(str(folder))["train"].num_rows,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_shards_open_as_one_table(caches: dict[str, Path], reader: str, tmp_path: Path) -> None:
+    cache = tide.Cache.open(caches["tiny-cross"])
+    assert READERS[reader](cache.shards) == cache.examples * cache.draws
+    older = Path(shutil.copytree(cache.folder, tmp_path / "older"))
+    for folder in (older / "shards").iterdir():
+        folder.rename(older / folder.name)
+    with pytest.raises(TideError, match="shards"):
+        tide.Cache.open(older)
+    (fix,) = re.findall("fix: (.*)", str(pytest.raises(TideError, tide.Cache.open, older).value))
+    (older / "shards").rmdir()
+    subprocess.run(fix, shell=True, check=True)
+    assert tide.Cache.open(older).examples == cache.examples
+
+
+def test_callbacks_are_told_of_every_step(caches: dict[str, Path], tmp_path: Path) -> None:
+    class Count(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.steps += 1
+
+    shape = {"hidden_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "intermediate_size": 32}
+    how = {"student": shape, "max_steps": 3, "heldout": None, "device": "cpu"}
+    seen = Count()
+    run = tide.train(caches["tiny-cross"], [seen], out=tmp_path, **how)
+    assert seen.steps == 3 and run.model.is_dir()
+
+
+def test_importing_it_is_quick_and_files_of_the_same_names_hide_nothing(tmp_path: Path) -> None:
+    """Not from processes either, which begin in the same working directory."""
+    (tmp_path / "tide").mkdir()
+    (tmp_path / "pipelines").mkdir()
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "__init__.py").write_text("raise SystemExit('theirs')")
+    (tmp_path / "student_train.py").write_text("raise SystemExit('theirs')")
+    code = """
+import sys, tide, shared.data
+print(tide.load_student, 'torch' in sys.modules)
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from shared.system.hardware import hardware_line
+with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    print(pool.submit(hardware_line).result() == hardware_line())
+"""
     options: dict[str, Any] = {"cwd": tmp_path, "capture_output": True, "text": True}
     options["env"] = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", code], check=False, **options)
-    assert done.stdout.startswith("<function") and done.stdout.endswith("False\n"), done.stderr
+    begin = (
+        f"import sys; sys.path.insert(1, {str(PAGE.parents[1])!r})\n"  # as an installation has it
+    )
+    done = subprocess.run([sys.executable, "-c", begin + code], check=False, **options)
+    assert done.stdout.startswith("<function"), done.stderr
+    assert done.stdout.endswith("False\nTrue\n"), done.stderr
+    late = f"{begin}sys.modules['shared'] = sys\nimport tide"
+    done = subprocess.run([sys.executable, "-c", late], check=False, **options)
+    assert "import tide first" in done.stderr
 
 
 def test_a_student_answers_as_on_the_command_line(student: str) -> None:

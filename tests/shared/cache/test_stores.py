@@ -15,7 +15,7 @@ from teacher_cache.run.build import build_cache
 from tests.conftest import files, small_cache_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the server's own
-SHARD = "draw=01/part-00001.parquet"
+SHARD = "shards/draw=01/part-00001.parquet"
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_files_of_others_are_left_alone_and_names_that_lead_elsewhere_refused(
         with pytest.raises(TideError):
             Store.open(url).pull(tmp_path / "c")
     store = Store.open(str(tmp_path / "store"))
-    for name in ("notes.txt", "draw=00/part-²²²²².parquet", "tables/run.py", "x/" + SHARD):
+    for name in ("notes.txt", "shards/draw=00/part-²²²²².parquet", "tables/run.py", "x/" + SHARD):
         place = Path(store.root) / name
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text("{}")
@@ -120,7 +120,7 @@ def test_files_of_others_are_left_alone_and_names_that_lead_elsewhere_refused(
     store.pull(tmp_path / "pulled")
     assert files(tmp_path / "pulled") == files(caches["tiny-cross"])
     assert not (tmp_path / "pulled" / "notes.txt").exists()
-    for name in ("../x", "/etc/passwd", "draw=00/../../x", "run.py", "tables/../x.parquet"):
+    for name in ("../x", "/etc/passwd", "shards/draw=00/../../x", "run.py", "tables/../x.parquet"):
         for use in (store.read, lambda name: store.put(name, b"x")):
             with pytest.raises(TideError):
                 use(name)

@@ -18,7 +18,7 @@ from shared.system.hardware import largest_process
 from teacher_cache.maintenance.pack import CHECKSUMS, pack_cache, unpack_cache
 from tests.conftest import files
 
-SHARD = "draw=00/part-00000.parquet"
+SHARD = "shards/draw=00/part-00000.parquet"
 
 
 def archive_of(path: Path, note: Any, name: str, data: bytes, kind: bytes) -> None:
@@ -71,7 +71,7 @@ def test_notes_and_names_that_do_not_hold(tmp_path: Path) -> None:
     notes: list[Any] = [b"{", b"[" * 100_000, [], {SHARD: None}, {SHARD: about(b"x", bytes="1")}]
     notes += [{SHARD: about(b"x", bytes=size)} for size in (-1, 0, 10, 1 << 60)]
     notes += [{SHARD: about(b"x", sha256="zz")}, {SHARD: about(b"y")}, {}]
-    names = ("../x", "/tmp/x", "draw=00/../../x", "./manifest.json", "tables/x.py", "")
+    names = ("../x", "/tmp/x", "shards/draw=00/../../x", "./manifest.json", "tables/x.py", "")
     kinds = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE)
     cases = [(note, SHARD, b"x", tarfile.REGTYPE) for note in notes]
     cases += [({name: about(b"x")}, name, b"x", tarfile.REGTYPE) for name in names]

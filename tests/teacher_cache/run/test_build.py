@@ -96,11 +96,13 @@ def test_a_lost_shard(caches: dict[str, Path], random_teacher: Path, tmp_path: P
     """It is computed again bit for bit."""
     cache = Path(shutil.copytree(caches["tiny-shared"], tmp_path / "c"))
     Unit(1, 1).path(cache).unlink()
-    half = cache / "draw=01" / ".part-00001.parquet.host-77-0.tide-tmp"
+    half = cache / "shards" / "draw=01" / ".part-00001.parquet.host-77-0.tide-tmp"
     half.write_bytes(b"half a shard")
-    (cache / "draw=01" / "chapter.tmp").write_bytes(b"a thesis")  # not ours
+    (cache / "shards" / "draw=01" / "chapter.tmp").write_bytes(b"a thesis")  # not ours
     assert build_cache(small_cache_config("tiny-shared", random_teacher, cache)).computed == 1
-    assert files(cache) == files(caches["tiny-shared"]) | {"draw=01/chapter.tmp": b"a thesis"}
+    assert files(cache) == files(caches["tiny-shared"]) | {
+        "shards/draw=01/chapter.tmp": b"a thesis"
+    }
 
 
 def test_kill_minus_9(caches: dict[str, Path], random_teacher: Path, tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_what_tables_come_from_is_part_of_the_cache(random_teacher: Path, tmp_pa
         return small_cache_config("tiny-shared", random_teacher, tmp_path / name, **changes)
 
     def shards() -> dict[Path, bytes]:
-        return {path: path.read_bytes() for path in out.glob("draw=*/*")}
+        return {path: path.read_bytes() for path in out.glob("shards/draw=*/*")}
 
     build_cache(config())
     changes = {"rank": 4, "pilot": 201, "step": 0.05, "values": "float32"}
