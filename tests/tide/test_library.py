@@ -18,7 +18,6 @@ from transformers import TrainerCallback
 import tide
 from shared.cache.manifest import load_manifest
 from shared.settings.config import LengthConfig
-from shared.system.files import TideError
 from student_train.using.settings import SampleConfig
 from student_train.using.student import load_for_use
 
@@ -80,11 +79,10 @@ def test_shards_open_as_one_table(caches: dict[str, Path], reader: str, tmp_path
     older = Path(shutil.copytree(cache.folder, tmp_path / "older"))
     for folder in (older / "shards").iterdir():
         folder.rename(older / folder.name)
-    with pytest.raises(TideError, match="shards"):
+    with pytest.raises(tide.TideError, match="shards"):
         tide.Cache.open(older)
-    (fix,) = re.findall("fix: (.*)", str(pytest.raises(TideError, tide.Cache.open, older).value))
-    (older / "shards").rmdir()
-    subprocess.run(fix, shell=True, check=True)
+    for folder in older.glob("draw=*"):
+        folder.rename(older / "shards" / folder.name)
     assert tide.Cache.open(older).examples == cache.examples
 
 
