@@ -28,7 +28,7 @@ SECTIONS: dict[str, list[type]] = {
     "[train]": [config.TrainConfig],
     "[train.student]": [config.StudentConfig],
     "[train.distillation], by its `type`": [
-        *typing.get_args(typing.get_args(config.Distillation)[0])
+        one.__origin__ for one in typing.get_args(typing.get_args(config.Distillation)[0])[:-1]
     ],
     "[train.distillation.tidal]": [config.Tidal],
 }

@@ -5,18 +5,9 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, WrapValidator
+from pydantic import Discriminator, Field, PlainValidator, Tag
 
-from shared.settings.build import (
-    BY_TYPE,
-    Count,
-    NotNegative,
-    Positive,
-    Share,
-    build,
-    require,
-    strict,
-)
+from shared.settings.build import Count, NotNegative, Positive, Share, build, require, strict
 from shared.settings.data import DataConfig, LengthConfig, NoiseConfig, Sources, TargetConfig
 from shared.settings.own import own_class
 from shared.system.files import TideError
@@ -214,19 +205,29 @@ class ReverseCalm(Taught):
     type: Literal["reverse_calm"] = "reverse_calm"
 
 
-def _own(value: Any, ours: Any, info: Any) -> Any:
-    """Settings whose type has a colon are of a class of the user's own, all others one of ours."""
-    name = value.get("type") if isinstance(value, Mapping) else None
-    if not isinstance(name, str) or ":" not in name:
-        return ours(value)
+def _tag(value: Any) -> str | None:
+    name = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
+    return name if not isinstance(name, str) or ":" not in name else _OWN
+
+
+def _own(value: Any, info: Any) -> Any:
+    name = value["type"]
     if not info.context:
         what = f"the type is {name!r}, and what a run has recorded imports no module"
         raise TideError(what, fix=f"name it yourself: `tide replay RUN --objective {name}`")
     return build(own_class(name, Taught), value, name)
 
 
+_OWN = "module:Class of your own"
 Distillation = Annotated[
-    NoDistillation | Gold | KL | ReverseKL | Calm | ReverseCalm, BY_TYPE, WrapValidator(_own)
+    Annotated[NoDistillation, Tag("none")]
+    | Annotated[Gold, Tag("gold")]
+    | Annotated[KL, Tag("kl")]
+    | Annotated[ReverseKL, Tag("reverse_kl")]
+    | Annotated[Calm, Tag("calm")]
+    | Annotated[ReverseCalm, Tag("reverse_calm")]
+    | Annotated[Taught, Tag(_OWN), PlainValidator(_own)],
+    Discriminator(_tag),
 ]
 
 
