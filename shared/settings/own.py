@@ -18,12 +18,12 @@ def own_class(name: str, base: type) -> type:
     # 1. The module, from here alone.
     here, parts = Path.cwd(), module.split(".")
     folders = [here.joinpath(*parts[:i]) for i in range(len(parts) + 1)]
-    if any(
-        (folder / mark).exists() for folder in folders for mark in ("run.json", "manifest.json")
-    ):
+    marks = ("run.json", "manifest.json")
+    if any((folder / mark).exists() for folder in folders for mark in marks):
         what = f"{name} lies in the folder of a run or a cache, from which nothing is imported"
         raise TideError(what, fix="put the module beside your recipe, and start tide there")
-    if not any((here / place).is_file() for place in (f"{parts[0]}.py", f"{parts[0]}/__init__.py")):
+    places = (here / f"{parts[0]}.py", here / parts[0] / "__init__.py")
+    if not all(map(str.isidentifier, parts)) or not any(place.is_file() for place in places):
         what = f"{name} names the module {parts[0]}, which is not in {here}"
         raise TideError(what, fix="start tide in the folder of the module")
     if str(here) not in sys.path:
