@@ -226,7 +226,7 @@ Distillation = Annotated[
     | Annotated[ReverseKL, Tag("reverse_kl")]
     | Annotated[Calm, Tag("calm")]
     | Annotated[ReverseCalm, Tag("reverse_calm")]
-    | Annotated[Taught, Tag(_OWN), PlainValidator(_own)],
+    | Annotated[Taught, PlainValidator(_own), Tag(_OWN)],
     Discriminator(_tag),
 ]
 

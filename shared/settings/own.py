@@ -36,10 +36,15 @@ def own_class(name: str, base: type) -> type:
     kind = getattr(found, attribute, None)
     frozen = is_dataclass(kind) and kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
     needs, loss = getattr(kind, "needs", None), getattr(kind, "loss", None)
-    if not (isinstance(kind, type) and frozen and needs in ("topk", "chunks") and callable(loss)):
-        what = f"{name} is no objective: it is {kind!r}, and needs is {needs!r}"
-        expected = "a frozen dataclass whose fields have defaults, with needs = 'topk' or 'chunks'"
-        raise TideError(what, expected=f"{expected}, and a method loss(self, student, teacher)")
     known: Any = {"__pydantic_config__": base.__pydantic_config__}  # type: ignore[attr-defined]
     fields: Any = [("type", str, name)]
-    return make_dataclass(attribute, fields, bases=(kind, base), namespace=known, frozen=True)
+    try:
+        if not (frozen and needs in ("topk", "chunks") and callable(loss)):
+            raise TypeError(f"it is {kind!r}, and needs is {needs!r}")
+        return make_dataclass(attribute, fields, bases=(kind, base), namespace=known, frozen=True)
+    except TypeError as error:
+        expected = "a frozen dataclass whose fields have defaults, with needs = 'topk' or 'chunks'"
+        raise TideError(
+            f"{name} is no objective: {error}",
+            expected=f"{expected}, and a method loss(self, student, teacher)",
+        ) from error
