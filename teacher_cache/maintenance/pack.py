@@ -148,7 +148,7 @@ def _extract(plain: _Bounded, folder: Path) -> int:
                 raise ValueError(f"{member.name[:200]!r} is not as {CHECKSUMS} says")
             plain.left = about.bytes + _HEADERS
             path = folder / member.name
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as handle:
                 shutil.copyfileobj(content, handle)
             if _sha256(path) != about.sha256:
