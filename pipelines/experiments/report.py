@@ -31,6 +31,7 @@ COLUMNS = {
     "held-out NLL (nats/token)": ("nll", 3),
     "bits per byte": ("bits_per_byte", 3),
     "accuracy": ("accuracy", 4),
+    "text accuracy": ("text_accuracy", 4),
     "mean top p": ("confidence", 3),
     "lines exact": ("lines", 3),
     "parse": ("parse", 3),
@@ -183,7 +184,8 @@ def draw_curves(runs: list[Run], path: Path) -> None:
             axis.grid(alpha=0.3)
             axis.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    for suffix in (".png", ".pdf"):
+        figure.savefig(path.with_suffix(suffix), dpi=110)
     plt.close(figure)
 
 
@@ -254,7 +256,8 @@ def compare(one: Path, other: Path) -> str:
 
 
 def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
-    """Write `report.md` and `report.png` to `folder`; `head` and `tail` go around the table.
+    """Write `report.md`, its figure and `report.csv` (a row a run) to `folder`; `head` and `tail`
+    go around the table.
 
     A folder that holds benchmark scores alone gets these alone.
     """
@@ -273,6 +276,8 @@ def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
         return target
     runs = find_runs(folder)
     draw_curves(runs, folder / "report.png")
+    rows = [{"variant": r.variant, "seed": r.seed, "cache": r.cache.name, **r.scores} for r in runs]
+    write_bytes(folder / "report.csv", pl.DataFrame(rows).write_csv().encode())
     tables = [f"{to_markdown(table(runs))}\n" for table in (summary_table, cost_table)]
     parts = [head or f"# Runs in {folder}\n", *tables, "![loss and held-out NLL](report.png)\n"]
     parts += [tail] if tail else []
