@@ -3,7 +3,6 @@
 Each training is a `tide train` of its own, a few run at a time, and finished ones are not repeated.
 """
 
-import copy
 import itertools
 import json
 import os
@@ -12,7 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import field, replace
+from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,8 @@ class Variant:
     train: dict[str, Any] = field(default_factory=dict)
     axes: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     """Settings of training (or `cache`) and their values: a variant for each of their product."""
+    seeds: tuple[int, ...] | None = None
+    """Default: the grid's."""
     against: str | None = None
     """The variant that it is compared with (default: the undistilled one of its teacher)."""
 
@@ -66,16 +67,25 @@ class Grid:
     def teacher(self, cache: str) -> str:
         return {"teacher": recipes.DEFAULT_TEACHER, **self.cache, **self.caches[cache]}["teacher"]
 
+    def cache_config(self, name: str, seed: int, out: Path) -> CacheConfig:
+        """The settings of a cache for the students of a seed; it lies below `out`."""
+        base = recipes.own_recipe(self.teacher(name)).get("cache", {})
+        text = json.dumps({**base, **self.cache, **self.caches[name]})
+        own = name if "{seed}" not in text else f"{name}-{seed}"
+        settings = json.loads(text.replace("{seed}", str(seed)))
+        settings.setdefault("out", out / "caches" / own)
+        return build(CacheConfig, settings, f"cache {own}")
+
     def expanded(self) -> "Grid":
         """The same grid with every variant's axes written out, as `KL-0.001-192`."""
         variants = {}
         for name, variant in self.variants.items():
             for values in itertools.product(*variant.axes.values()):
-                one = {"cache": variant.cache, "train": copy.deepcopy(variant.train)}
+                one = {**asdict(variant), "axes": {}}
                 for key, value in zip(variant.axes, values, strict=True):
                     apply_overrides(one, (), {key if key == "cache" else f"train.{key}": value})
                 title = "-".join([name, *map(str, values)])
-                variants[title] = build(Variant, {**one, "against": variant.against}, title)
+                variants[title] = build(Variant, one, f"variant {title}")
         return replace(self, variants=variants)
 
     def pairs(self) -> list[tuple[str, str]]:
@@ -111,19 +121,14 @@ def train_grid(grid: Grid, out: Path, at_once: int | None = None) -> None:
     unless the grid says otherwise. The whole grid is checked before anything runs.
     """
     # 1. check all settings
-    caches = {}
-    for name, values in grid.caches.items():
-        base = recipes.own_recipe(grid.teacher(name)).get("cache", {})
-        text = json.dumps({**base, **grid.cache, **values})
-        for seed in grid.seeds:
-            own = name if "{seed}" not in text else f"{name}-{seed}"
-            settings = json.loads(text.replace("{seed}", str(seed)))
-            settings.setdefault("out", out / "caches" / own)
-            caches[name, seed] = build(CacheConfig, settings, f"cache {own}")
-    jobs = {}
-    for seed in grid.seeds:
+    caches, jobs = {}, {}
+    seeds_of = {name: variant.seeds or grid.seeds for name, variant in grid.variants.items()}
+    for seed in sorted({seed for seeds in seeds_of.values() for seed in seeds}):
         for name, variant in grid.variants.items():
-            cache = caches[variant.cache, seed]
+            if seed not in seeds_of[name]:
+                continue
+            cache = grid.cache_config(variant.cache, seed, out)
+            caches[cache.out] = cache
             own = recipes.own_recipe(cache.teacher).get("train", {})
             start = {key: own[key] for key in own.keys() & {"student"}}
             values = {**start, **grid.train, **variant.train, "cache": str(cache.out), "seed": seed}
@@ -132,7 +137,7 @@ def train_grid(grid: Grid, out: Path, at_once: int | None = None) -> None:
     # 2. caches, then students, then their scores in use
     at_once = at_once or os.cpu_count() or 1
     with hold(out / ".lock", f"the folder of runs {out}"):
-        for config in {config.out: config for config in caches.values()}.values():
+        for config in caches.values():
             build_cache(config)
         train_all(jobs, at_once)
         if grid.use:
