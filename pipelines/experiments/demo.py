@@ -22,6 +22,7 @@ from pipelines.experiments.ablate import Grid, Variant, read_grid, train_grid
 from pipelines.recipes import read as recipes
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import load_model
+from shared.settings.config import DataConfig
 from shared.system.hardware import describe_hardware
 from student_train.training import heldout as held
 from student_train.using.student import load_for_use
@@ -100,23 +101,31 @@ def verdicts(runs: list[report.Run], grid: Grid) -> str:
 
 
 def start_and_teacher() -> dict[str, dict[str, float]]:
-    """Held-out scores of the pre-trained students and of the teacher."""
+    """Scores of the pre-trained students and the teacher on the held-out functions, and on those
+    of other packages, of which none of them has seen anything.
+    """
     found = {}
-    for kind in KINDS:
-        recipe = recipes.packaged_recipe(f"half-{kind}")
-        training = recipes.train_config(None, recipe, [])
-        lengths = recipes.cache_config(None, recipe, []).lengths
-        assert training.student.checkpoint is not None and training.heldout is not None
-        folder = resolve(training.student.checkpoint)
-        student = load_for_use(folder, "cpu")
-        heldout = held.prepare_heldout(training.heldout, lengths, student.tokenizer,
-                                       student.special.mask, training.heldout_draws)  # fmt: skip
-        predict = held.student_predictor(student.model, lengths.block)
-        found[f"student {kind}, pre-trained"] = held.masked_nll(student.model, heldout, predict)
-    # the teacher reads the very ids and masks of the last, which shares its tokenizer
-    entry = find_teacher("tiny-shared")
-    model = load_model(open_checkpoint(resolve(entry.model)), entry.architecture, torch.float32)
-    found["teacher"] = held.masked_nll(model, heldout, held.teacher_predictor(model))
+    for words, other in (
+        ("", None),
+        (", other packages", DataConfig("stdlib:packages", limit=128)),
+    ):
+        for kind in KINDS:
+            recipe = recipes.packaged_recipe(f"half-{kind}")
+            training = recipes.train_config(None, recipe, [])
+            lengths = recipes.cache_config(None, recipe, []).lengths
+            assert training.student.checkpoint is not None and training.heldout is not None
+            student = load_for_use(resolve(training.student.checkpoint), "cpu")
+            data, draws = other or training.heldout, training.heldout_draws
+            mask = student.special.mask
+            heldout = held.prepare_heldout(data, lengths, student.tokenizer, mask, draws)
+            predict = held.student_predictor(student.model, lengths.block)
+            scores = held.masked_nll(student.model, heldout, predict)
+            found[f"student {kind}, pre-trained{words}"] = scores
+        # the teacher reads the very ids and masks of the last, which shares its tokenizer
+        entry = find_teacher("tiny-shared")
+        model = load_model(open_checkpoint(resolve(entry.model)), entry.architecture, torch.float32)
+        predict = held.teacher_predictor(model)
+        found[f"teacher{words}"] = held.masked_nll(model, heldout, predict)
     return found
 
 
