@@ -219,16 +219,19 @@ def test_a_grid_trains_reports_and_resumes(
     ablate.run_ablation(recipe, tmp_path / "out")
 
 
-def test_axes_are_a_product_and_caches_may_be_shared(tmp_path: Path) -> None:
+def test_axes_are_a_product_and_caches_may_be_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "grid.toml").write_text("""
 [cache]
 teacher = "tiny-shared"
 [caches]
-a = { out = "caches/a-{seed}" }
+a = { out = "caches/a-{seed}", data = { source = "stdlib:half-b#{seed}" } }
 b = { teacher = "tiny-cross" }
 [variants.CE]
 cache = "a"
 train = { distillation = { type = "none" } }
+seeds = [2]
 [variants.KL]
 cache = "a"
 train = { distillation = { type = "kl" }, weight = 3.0 }
@@ -240,6 +243,16 @@ axes = { cache = ["a", "b"], "distillation.temperature" = [1.0, 2.0] }
     assert grid.variants["KL-b-2.0"] == ablate.Variant("b", last)
     assert [grid.teacher(cache) for cache in "ab"] == ["tiny-shared", "tiny-cross"]
     assert grid.pairs() == [("CE", "KL-a-1.0"), ("CE", "KL-a-2.0")]  # one teacher's
+    built, trained = [], {}
+    monkeypatch.setattr(ablate, "build_cache", built.append)
+    monkeypatch.setattr(ablate, "train_all", lambda jobs, _: trained.update(jobs))
+    ablate.train_grid(grid, tmp_path)
+    places = [(str(config.out), config.sources[0].source) for config in built]
+    wanted = [(f"caches/a-{seed}", f"stdlib:half-b#{seed}") for seed in (0, 1, 2)]
+    assert sorted(places) == [(f"{tmp_path}/caches/b", "stdlib:train"), *wanted]
+    assert [path.name for path in trained if "CE" in path.name] == ["CE-seed2"]
+    assert "caches/a-2" in trained[tmp_path / "CE-seed2"]
+    assert len(trained) == 1 + 4 * 3
 
 
 @given(st.floats(1.2, 4.0), st.floats(0.01, 0.5), st.floats(64.0, 1024.0))
