@@ -1,8 +1,7 @@
 """`tide gradients`: where a training's first steps would lead, before any is made.
 
 A training goes down the gradient of cross-entropy + weight · distillation, and is judged by the
-held-out NLL. So the gradients of both terms are set beside the held-out NLL's: by all parameters of
-the student as it starts, over a sample of the cache's rows.
+held-out NLL: here the gradients of all three are compared, by all parameters of the student.
 """
 
 import math
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from shared.settings.config import Gold, NoDistillation, TrainConfig
@@ -57,18 +55,17 @@ def measure_gradients(
         what = f"distillation.type is {config.distillation.type}, which has no temperature"
         raise TideError(what, expected="kl, reverse_kl, calm or reverse_calm")
     if config.heldout is None:
-        what = "heldout is not set, whose gradient is the measure of the others"
-        raise TideError(what, fix="add --set 'heldout={source=\"FILE\"}'")
+        raise TideError("heldout, whose gradient is the measure, is not set", fix="name a source")
     size = max(1, min(config.batch_size, rows // BATCHES))
     changes: dict[str, Any] = {"batch_size": size, "global_batch": None, "accumulation": 1}
     changes |= {"draws_per_step": 1, "compile": "off", "report_to": ()}
     with tempfile.TemporaryDirectory(prefix="tide-gradients-") as folder:
         trainer, _ = make_trainer(replace(config, **changes, out=Path(folder)))
+    assert trainer.heldout is not None and trainer.model is not None
     if config.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore
     data: Any = trainer.train_dataset
     batches = [data[i] for i in range(min(math.ceil(rows / size), data.batches_in(0)))]
-    assert trainer.heldout is not None
     return compare(trainer, trainer.heldout, batches, temperatures, weights)
 
 
@@ -82,15 +79,14 @@ def compare(
     """The gradients over `batches`, all as one."""
     masked = np.array([batch["gold"].numel() for batch in batches])
     if len(batches) < 2 or not masked.any():
-        what = f"the sample has {len(batches)} batches and {masked.sum()} masked tokens"
-        raise TideError(what, expected="two batches, and some masked tokens", fix="take more rows")
+        what = f"the sample has {masked.sum()} masked tokens, in {len(batches)} batches"
+        raise TideError(what, expected="some, in two at least", fix="take more rows")
     # 1. The direction of the held-out gradient.
     nothing, one = NoDistillation(), torch.ones((), device=trainer.accelerator.device)
     parts = heldout_parts(heldout, trainer.config.batch_size)
     add_up(trainer, parts, LossSettings(nothing, 0.0, Counts(one, one, one), PROGRESS))
     ahead = gradient_of(trainer)
-    norm = dot(ahead, ahead) ** 0.5
-    ahead = [part.div_(norm) for part in ahead]
+    torch._foreach_div_(ahead, dot(ahead, ahead) ** 0.5)
     # 2. Cross-entropy.
     counts = counts_of(torch.stack([b["counts"] for b in batches]).sum(dim=0).to(one.device))
     along = add_up(trainer, batches, LossSettings(nothing, 0.0, counts, PROGRESS), ahead)
@@ -126,7 +122,7 @@ def add_up(
     trainer: StudentTrainer,
     batches: Iterable[Batch],
     settings: LossSettings,
-    ahead: list[Tensor] | None = None,
+    ahead: list[torch.Tensor] | None = None,
 ) -> np.ndarray:
     """Leaves the gradient of all batches in the parameters; how far each goes along `ahead`."""
     model: Any = trainer.model
@@ -141,23 +137,22 @@ def add_up(
     return np.diff(reached)
 
 
-def gradient_of(trainer: StudentTrainer) -> list[Tensor]:
+def gradient_of(trainer: StudentTrainer) -> list[torch.Tensor]:
     """What `add_up` left, by parameter."""
     model: Any = trainer.model
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
 
 
-def dot(one: list[Tensor], other: list[Tensor]) -> float:
-    pairs = zip(one, other, strict=True)
-    return float(torch.stack([(a * b).sum(dtype=torch.float64) for a, b in pairs]).sum())
+def dot(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    return float(sum((a * b).sum(dtype=torch.float64) for a, b in zip(one, other, strict=True)))
 
 
 def table(found: Gradients, kind: str) -> list[str]:
     """The gradients in lines of Markdown, and what follows from them."""
     first, *others = found.lines
-    losses = {(first.temperature, 0.0): first.alone}
-    losses |= {(line.temperature, w): x for line in others for w, x in line.sums.items()}
-    (temperature, weight), best = max(losses.items(), key=lambda loss: loss[1].sum())
+    losses = [(x, line.temperature, w) for line in others for w, x in line.sums.items()]
+    losses.append((first.alone, None, 0.0))
+    best, temperature, weight = max(losses, key=lambda loss: loss[0].sum())
 
     def cell(cosine: np.ndarray) -> str:
         near = (best - cosine).sum() <= 2 * found.error(best - cosine)
@@ -170,6 +165,6 @@ def table(found: Gradients, kind: str) -> list[str]:
         name = "cross-entropy" if line is first else f"{kind}, T {line.temperature:g}"
         sums = [cell(x) for x in line.sums.values()] or [""] * len(weights)
         rows.append([name, f"{line.size:.2f}", alone, f"{found.error(line.alone):.3f}", *sums])
-    which = f"Temperature {temperature} and weight {weight:g}" if weight else "Cross-entropy alone"
+    which = f"Temperature {temperature} and weight {weight}" if weight else "Cross-entropy alone"
     said = f"{which}: the highest cosine, {best.sum():.3f}; * is within two standard errors of it."
     return [*(f"| {' | '.join(row)} |" for row in rows), "", said]
