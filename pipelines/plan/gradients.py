@@ -165,6 +165,6 @@ def table(found: Gradients, kind: str) -> list[str]:
         name = "cross-entropy" if line is first else f"{kind}, T {line.temperature:g}"
         sums = [cell(x) for x in line.sums.values()] or [""] * len(weights)
         rows.append([name, f"{line.size:.2f}", alone, f"{found.error(line.alone):.3f}", *sums])
-    which = f"Temperature {temperature} and weight {weight}" if weight else "Cross-entropy alone"
+    which = f"T {temperature:g}, weight {weight:g}" if weight else "Cross-entropy alone"
     said = f"{which}: the highest cosine, {best.sum():.3f}; * is within two standard errors of it."
     return [*(f"| {' | '.join(row)} |" for row in rows), "", said]
