@@ -96,6 +96,15 @@ def test_runs_are_grouped_by_their_settings_never_by_their_folder(tmp_path: Path
 values = st.lists(st.floats(-5, 5).map(lambda x: round(x, 3)), min_size=3, max_size=9)
 
 
+def test_seeds_may_have_caches_of_their_own(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        fake_run(tmp_path / f"a-seed{seed}", seed, f"mine-{seed}", 4.0, CALM)
+    runs = find_runs(tmp_path)
+    assert {(run.variant, run.caches) for run in runs} == {("a", "mine")}
+    assert sorted(run.cache.name for run in runs) == ["mine-0", "mine-1"]
+    assert "--cache c/mine-0" in report.write_report(tmp_path).read_text()
+
+
 @given(values.filter(lambda v: np.std(v) > 1e-3))
 def test_the_interval_is_scipy_s_for_one_sample(values: list[float]) -> None:
     mean, half = report.interval(values)
