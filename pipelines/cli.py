@@ -38,13 +38,15 @@ def env() -> None:
 
 @command(INSTALLATION)
 def demo(
-    out: Annotated[Path, Option(help="Of caches, runs and the report.")] = Path("runs/demo"),
+    out: Annotated[Path | None, Option(help="Default: runs/demo, or runs/curve.")] = None,
     seeds: Annotated[int, Option(min=1, help="Seeds of every variant.")] = 3,
+    full: Annotated[bool, Option("--full", help="The curve over 64 to 1,024 functions.")] = False,
 ) -> None:
-    """The whole pipeline on the embedded teacher: two caches, students with and without it."""
-    from pipelines.experiments.ablate import run_demo
+    """The whole pipeline on the embedded teacher: caches, students with and without it."""
+    from pipelines.experiments.demo import run_demo
 
-    say(run_demo(out, seeds).read_text())
+    out = out or Path("runs") / ("curve" if full else "demo")
+    say(run_demo(out, seeds, full).read_text())
 
 
 @command(INSTALLATION)

@@ -1,6 +1,7 @@
 """Both stages. Heavy imports wait until a command has checked what it was given."""
 
 import functools
+import itertools
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from typer import Argument, Option
 
 from pipelines.commands.app import app, command, print_table, require_positive, say
 from pipelines.recipes import read as recipe_files
-from shared.settings.config import CacheConfig, StudentConfig
+from shared.settings.config import CacheConfig, StudentConfig, TrainConfig
 from shared.system.files import TideError
 from teacher_cache.teachers.registry import all_teachers, find_teacher
 
@@ -20,6 +21,7 @@ Sets = Annotated[list[str] | None, Option("--set", help="section.key=value; repe
 TeacherName = Annotated[str | None, Option("--teacher", help="A teacher of `tide teachers`.")]
 TeachersFile = Annotated[Path | None, Option("--teachers", help="TOML: teachers of your own.")]
 Configure = functools.partial[CacheConfig]
+ConfigureTraining = functools.partial[TrainConfig]
 teachers_app = typer.Typer(invoke_without_command=True)
 recipes_app = typer.Typer(invoke_without_command=True)
 app.add_typer(teachers_app, name="teachers", rich_help_panel=STAGE_ONE)
@@ -215,24 +217,51 @@ def cache(
     say("\n".join(report.notes))
 
 
-@command(STAGE_TWO)
-def train(
+def training_options(
     teacher: TeacherName = None,
     cache_place: Annotated[
         str | None, Option("--cache", help="A cache, or s3://… (default: caches/TEACHER).")
     ] = None,
-    out: Annotated[Path | None, Option(help="Default: runs/TEACHER.")] = None,
     seed: Annotated[int | None, Option(help="Of initial weights and the data's order.")] = None,
     recipe: RecipeFile = None,
     teachers_file: TeachersFile = None,
     sets: Sets = None,
-) -> None:
-    """Stage two: train a student from a cache. Run again to resume."""
-    flags: dict[str, Any] = {"cache": cache_place, "out": out, "seed": seed}
+) -> ConfigureTraining:
+    """The settings of stage two, to be completed by what a command changes in them."""
+    flags: dict[str, Any] = {"cache": cache_place, "seed": seed}
     if cache_place is not None and "://" in cache_place:
         folder = Path("caches") / cache_place.rstrip("/").rpartition("/")[2]
         flags |= {"cache": folder, "store": cache_place}
-    settings = recipe_files.train_config(teacher, recipe, sets or [], teachers_file, **flags)
+    return functools.partial(
+        recipe_files.train_config, teacher, recipe, sets or [], teachers_file, **flags
+    )
+
+
+@command(STAGE_TWO, configure=training_options)
+def gradients(
+    configure: ConfigureTraining,
+    temperature: Annotated[list[float] | None, Option(help="Default 0.5, 1, 2 and 4.")] = None,
+    weight: Annotated[list[float] | None, Option(help="Default 1, 5 and 20.")] = None,
+    rows: Annotated[int, Option(min=1, help="Of the cache, the first that are seen.")] = 256,
+) -> None:
+    """Before a training: which temperature and weight lead where the held-out loss falls."""
+    temperatures, weights = temperature or [0.5, 1.0, 2.0, 4.0], weight or [1.0, 5.0, 20.0]
+    for t, w in itertools.zip_longest(temperatures, weights):
+        require_positive(temperature=t, weight=w)
+    settings = configure()
+    from pipelines.plan.gradients import measure_gradients, table
+
+    found = measure_gradients(settings, temperatures, weights, rows)
+    say("\n".join(table(found, settings.distillation.type)))
+
+
+@command(STAGE_TWO, configure=training_options)
+def train(
+    configure: ConfigureTraining,
+    out: Annotated[Path | None, Option(help="Default: runs/TEACHER.")] = None,
+) -> None:
+    """Stage two: train a student from a cache. Run again to resume."""
+    settings = configure(out=out)
     from student_train.training.trainer import train_student
 
     metrics = train_student(settings)

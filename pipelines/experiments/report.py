@@ -31,6 +31,7 @@ COLUMNS = {
     "held-out NLL (nats/token)": ("nll", 3),
     "bits per byte": ("bits_per_byte", 3),
     "accuracy": ("accuracy", 4),
+    "text accuracy": ("text_accuracy", 4),
     "mean top p": ("confidence", 3),
     "lines exact": ("lines", 3),
     "parse": ("parse", 3),
@@ -44,15 +45,17 @@ class Run:
 
     variant: str
     seed: int
-    settings: dict[str, Any]  # all but the seed
+    settings: dict[str, Any]  # all but the seed, also where the cache is one of a seed's own
+    cache: Path
     history: list[dict[str, Any]]
     scores: dict[str, float]  # on held-out examples and, where it was scored, in use
     machine: str  # the hardware that trained it
     place: Path
 
     @property
-    def cache(self) -> Path:
-        return Path(self.settings["cache"])
+    def caches(self) -> str:
+        """The name of its cache, and of those that other seeds have instead."""
+        return Path(self.settings["cache"]).name
 
 
 def find_runs(folder: Path) -> list[Run]:
@@ -67,7 +70,8 @@ def find_runs(folder: Path) -> list[Run]:
             if ":" in settings["distillation"]["type"]:  # a class of someone's own is data here
                 known.pop("distillation")
             build(TrainConfig, known, f"{place}/run.json")
-            seed = int(settings.pop("seed"))
+            seed, cache = int(settings.pop("seed")), Path(settings["cache"])
+            settings["cache"] = str(cache).removesuffix(f"-{seed}")
             scores = {}
             for name, value in history["final"].items():
                 scores[name.removeprefix("eval_heldout_")] = float(value)
@@ -76,7 +80,7 @@ def find_runs(folder: Path) -> list[Run]:
             machine = str(history.get("machine", "unknown"))
             steps = [dict(step) for step in history["steps"]]
             name = place.name.removesuffix(f"-seed{seed}")
-            runs.append(Run(name, seed, settings, steps, scores, machine, place))
+            runs.append(Run(name, seed, settings, cache, steps, scores, machine, place))
         except TideError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -118,7 +122,7 @@ def summary_table(runs: list[Run]) -> pl.DataFrame:
                 words += ", midrange" if tidal.get("timestep_weight") == "midrange" else ""
             if settings["weight"] != 1.0:
                 words += f", weight {settings['weight']:g}"
-        row: dict[str, Any] = {"student": variant, "cache": group[0].cache.name, "objective": words}
+        row: dict[str, Any] = {"student": variant, "cache": group[0].caches, "objective": words}
         # 2. what was measured of any run
         row |= {"seeds": len(group), **score_cells([run.scores for run in group])}
         row["training s"] = f"{statistics.mean(run.scores['seconds'] for run in group):.0f}"
@@ -141,12 +145,14 @@ def score_cells(group: Sequence[Mapping[str, float]]) -> dict[str, str]:
 def cost_table(runs: list[Run]) -> pl.DataFrame:
     """What each cache cost: seconds of the teacher's engine, megabytes, and training seconds."""
     rows = []
-    for folder in sorted({run.cache for run in runs}):
-        seconds = [run.scores["seconds"] for run in runs if run.cache == folder]
-        engine = read_status(folder).get("engine_seconds")
-        size = sum(path.stat().st_size for path in folder.glob("shards/*/*.parquet"))
-        row = {"cache": folder.name}
-        row["teacher s, once"] = "–" if engine is None else f"{engine:.0f}"
+    for name in sorted({run.caches for run in runs}):
+        seconds = [run.scores["seconds"] for run in runs if run.caches == name]
+        folders = {run.cache for run in runs if run.caches == name}
+        engine = sum(read_status(folder).get("engine_seconds") or 0.0 for folder in folders)
+        files = [path for folder in folders for path in folder.glob("shards/*/*.parquet")]
+        size = sum(path.stat().st_size for path in files)
+        row = {"cache": name, "of them": len(folders)}
+        row["teacher s, all"] = f"{engine:.0f}" if engine else "–"
         row["MB on disk"] = f"{size / 1e6:.1f}" if size else "–"
         rows.append(row | {"students": len(seconds), "training s, all": f"{sum(seconds):.0f}"})
     return pl.DataFrame(rows)
@@ -166,12 +172,12 @@ def draw_curves(runs: list[Run], path: Path) -> None:
               "eval_heldout_nll": "held-out masked NLL"}  # fmt: skip
     logged = {key for run in runs for entry in run.history for key in entry}
     keys = [key for key in titles if key in logged] or ["denoise"]
-    caches = sorted({run.cache.name for run in runs})
+    caches = sorted({run.caches for run in runs})
     figure, axes = plt.subplots(len(caches), len(keys), squeeze=False, layout="constrained")
     figure.set_size_inches(5.5 * len(keys), 3.6 * len(caches))
     for row, cache in zip(axes, caches, strict=True):
         for axis, key in zip(row, keys, strict=True):
-            for variant in sorted({run.variant for run in runs if run.cache.name == cache}):
+            for variant in sorted({run.variant for run in runs if run.caches == cache}):
                 curves: dict[int, list[float]] = defaultdict(list)
                 for run in runs:
                     for entry in run.history if run.variant == variant else ():
@@ -189,7 +195,8 @@ def draw_curves(runs: list[Run], path: Path) -> None:
             axis.grid(alpha=0.3)
             axis.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    for suffix in (".png", ".pdf"):
+        figure.savefig(path.with_suffix(suffix), dpi=110)
     plt.close(figure)
 
 
@@ -260,7 +267,8 @@ def compare(one: Path, other: Path) -> str:
 
 
 def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
-    """Write `report.md` and `report.png` to `folder`; `head` and `tail` go around the table.
+    """Write `report.md`, its figure and `report.csv` (a row a run) to `folder`; `head` and `tail`
+    go around the table.
 
     A folder that holds benchmark scores alone gets these alone.
     """
@@ -279,13 +287,16 @@ def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
         return target
     runs = find_runs(folder)
     draw_curves(runs, folder / "report.png")
+    rows = [{"variant": r.variant, "seed": r.seed, "cache": r.caches, **r.scores} for r in runs]
+    write_bytes(folder / "report.csv", pl.DataFrame(rows).write_csv().encode())
     tables = [f"{to_markdown(table(runs))}\n" for table in (summary_table, cost_table)]
     parts = [head or f"# Runs in {folder}\n", *tables, "![loss and held-out NLL](report.png)\n"]
     parts += [tail] if tail else []
     parts.append("\nThe command of each row, at its first seed:\n")
     first = {run.variant: run for run in reversed(runs)}
     for variant, run in sorted(first.items()):
-        parts.append(f"* `{variant}`: `{train_command({**run.settings, 'seed': run.seed})}`")
+        own = {**run.settings, "cache": str(run.cache), "seed": run.seed}
+        parts.append(f"* `{variant}`: `{train_command(own)}`")
     parts.append("\nTrained on:\n")
     parts += [f"* {machine}" for machine in sorted({run.machine for run in runs})]
     write_bytes(target, "\n".join([*parts, benchmarks]).encode())

@@ -123,12 +123,13 @@ def student_predictor(model: Any, block: int) -> Predict:
 def masked_nll(model: Any, heldout: HeldOut, predict: Predict) -> dict[str, float]:
     """`nll`: mean −log p in nats per masked token; `bits_per_byte`: over masked tokens that are
     text, which compares students of different tokenizers; `accuracy`: share of masked tokens that
-    are the likeliest; `confidence`: mean probability of the likeliest.
+    are the likeliest, `text_accuracy` of those that are text; `confidence`: mean probability of the
+    likeliest.
     """
     training = model.training
     model.eval()
     device = next(model.parameters()).device
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
     for cpu_batch in heldout.batches:
         batch = {k: v.to(device) for k, v in cpu_batch.items()}
         gold = batch["clean"][batch["row"], batch["column"]]  # [masked]
@@ -136,14 +137,17 @@ def masked_nll(model: Any, heldout: HeldOut, predict: Predict) -> dict[str, floa
         nll = F.cross_entropy(logits, gold, reduction="none").double()
         best, guess = logits.max(dim=1)
         confidence = (best - torch.logsumexp(logits, dim=1)).exp().double()
-        text_nll = nll[batch["bytes"] > 0].sum()  # special tokens have no bytes
-        sums += torch.stack([nll.sum(), text_nll, (guess == gold).double().sum(), confidence.sum()])
+        text, right = batch["bytes"] > 0, (guess == gold).double()  # special tokens have no bytes
+        numbers = (nll, nll[text], right, right[text], confidence)
+        sums += torch.stack([number.sum() for number in numbers])
     model.train(training)
-    nats, text_nats, right, confidence = sums.tolist()
+    nats, text_nats, right, text_right, confidence = sums.tolist()
     text_bytes = sum(int(batch["bytes"].sum()) for batch in heldout.batches)
+    text_tokens = sum(int((batch["bytes"] > 0).sum()) for batch in heldout.batches)
     return {
         "nll": nats / heldout.masked,
         "bits_per_byte": text_nats / math.log(2) / max(text_bytes, 1),
         "accuracy": right / heldout.masked,
+        "text_accuracy": text_right / max(text_tokens, 1),
         "confidence": confidence / heldout.masked,
     }

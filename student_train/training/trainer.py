@@ -120,7 +120,7 @@ class StudentTrainer(ResumableTrainer):
         self.config = config  # with all that was left open decided
         self.manifest = manifest
         self.read_targets = read
-        self._heldout = heldout
+        self.heldout = heldout
         self._batches_done = 0  # of the step at hand
         # Sums since the last log (`_SUMS`), and the first item whose loss was not finite, −1 for
         # none. They stay on the device until the trainer logs: no step waits for a number.
@@ -245,13 +245,13 @@ class StudentTrainer(ResumableTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out scores (`masked_nll`), logged as eval_heldout_…; once for a step."""
-        if self._heldout is None:
+        if self.heldout is None:
             return {}
         for entry in self.state.log_history:
             if entry["step"] == self.state.global_step and "eval_heldout_nll" in entry:
                 return {k: v for k, v in entry.items() if k.startswith("eval_heldout_")}
         model = self.accelerator.unwrap_model(self.model)
-        scores = masked_nll(model, self._heldout, lambda batch: model(batch=batch))
+        scores = masked_nll(model, self.heldout, lambda batch: model(batch=batch))
         metrics = {f"eval_heldout_{name}": value for name, value in scores.items()}
         self.log(metrics)
         return metrics

@@ -52,8 +52,11 @@ def test_cache_then_train_then_report(random_teacher: Path, tmp_path: Path) -> N
     assert not (tmp_path / "c" / "manifest.json").exists()
     assert "3 shards computed, 0 kept" in tide(*cache, "--draws", "1")
     assert "3 shards computed, 3 kept" in tide(*cache, "--draws", "2")
-    train = ["train", "--cache", str(tmp_path / "c"), "--out", str(tmp_path / "r"), "--seed", "1"]
-    assert "eval_heldout_nll" in tide(*train, *(word for one in TRAIN for word in ("--set", one)))
+    how = ["--cache", str(tmp_path / "c"), "--seed", "1"]
+    how += [word for one in TRAIN for word in ("--set", one)]
+    found = tide("gradients", *how, "--rows", "8", "--temperature", "3", "--weight", "7")
+    assert "reverse_calm, T 3" in found and "weight 7" in found
+    assert "eval_heldout_nll" in tide("train", *how, "--out", str(tmp_path / "r"))
     assert "reverse_calm, T 5.0" in tide("report", str(tmp_path))
     assert (tmp_path / "report.png").stat().st_size > 10_000
 

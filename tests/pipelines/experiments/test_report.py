@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from pipelines.cli import app
 from pipelines.evaluation.benchmarks import Answers, read_scores
 from pipelines.evaluation.use_scores import USE
-from pipelines.experiments import ablate, report
+from pipelines.experiments import ablate, demo, report
 from pipelines.experiments.report import find_runs, summary_table
 from shared.settings.build import to_plain
 from shared.settings.config import TrainConfig
@@ -38,12 +38,13 @@ def fake_run(folder: Path, seed: int, cache: str, nll: float, distillation: dict
     steps = [{"step": s, "denoise": 5.0 - s, "loss": 5.0 - s} for s in (1, 2)]
     steps.append({"step": 2, "eval_heldout_nll": nll})
     final = {"eval_heldout_nll": nll, "eval_heldout_accuracy": 0.25, "seconds": 10.0}
+    final["eval_heldout_bits_per_byte"] = nll
     (folder / "history.json").write_text(json.dumps({"steps": steps, "final": final}))
 
 
 def fill(folder: Path, gains: list[float]) -> None:
     """Runs of the demo in which distillation gains so much, by seed."""
-    for name, variant in ablate.demo_grid(1).variants.items():
+    for name, variant in demo.demo_grid(1).variants.items():
         alone = variant.train["distillation"] == NONE
         for seed, gain in enumerate(gains):
             run, nll = folder / f"{name}-seed{seed}", 4.0 if alone else 4.0 - gain
@@ -67,14 +68,14 @@ def test_the_table_has_mean_and_spread_over_seeds(tmp_path: Path) -> None:
 
 
 def test_the_verdict_follows_the_numbers(tmp_path: Path) -> None:
-    grid = ablate.demo_grid(2)
+    grid = demo.demo_grid(2)
     wanted = [("cross", "TIDE-Cross"), ("cross", "best-cross")]
     wanted += [("shared", "TIDE-Shared"), ("shared", "best-shared")]
     assert grid.pairs() == [(f"undistilled-{kind}", variant) for kind, variant in wanted]
     cases = {"helped: ": [0.1, 0.2], "some seeds": [0.1, -0.2], "did not help": [-0.1, -0.2]}
     for said, gains in cases.items():
         fill(tmp_path / said, gains)
-        assert ablate.verdicts(find_runs(tmp_path / said), grid).count(said) == 4
+        assert demo.verdicts(find_runs(tmp_path / said), grid).count(said) == 4
     with pytest.raises(TideError):
         find_runs(tmp_path / "none")
 
@@ -93,6 +94,15 @@ def test_runs_are_grouped_by_their_settings_never_by_their_folder(tmp_path: Path
 
 
 values = st.lists(st.floats(-5, 5).map(lambda x: round(x, 3)), min_size=3, max_size=9)
+
+
+def test_seeds_may_have_caches_of_their_own(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        fake_run(tmp_path / f"a-seed{seed}", seed, f"mine-{seed}", 4.0, CALM)
+    runs = find_runs(tmp_path)
+    assert {(run.variant, run.caches) for run in runs} == {("a", "mine")}
+    assert sorted(run.cache.name for run in runs) == ["mine-0", "mine-1"]
+    assert "--cache c/mine-0" in report.write_report(tmp_path).read_text()
 
 
 @given(values.filter(lambda v: np.std(v) > 1e-3))
@@ -216,6 +226,67 @@ def test_a_grid_trains_reports_and_resumes(
     assert once == twice
     monkeypatch.setattr(ablate, "start_child", lambda *_: pytest.fail("a training began again"))
     ablate.run_ablation(recipe, tmp_path / "out")
+
+
+def test_axes_are_a_product_and_caches_may_be_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "grid.toml").write_text("""
+[cache]
+teacher = "tiny-shared"
+[caches]
+a = { out = "caches/a-{seed}", data = { source = "stdlib:half-b#{seed}" } }
+b = { teacher = "tiny-cross" }
+[variants.CE]
+cache = "a"
+train = { distillation = { type = "none" } }
+seeds = [2]
+[variants.KL]
+cache = "a"
+train = { distillation = { type = "kl" }, weight = 3.0 }
+axes = { cache = ["a", "b"], "distillation.temperature" = [1.0, 2.0] }
+""")
+    grid = ablate.read_grid(tmp_path / "grid.toml")
+    assert [*grid.variants] == ["CE", "KL-a-1.0", "KL-a-2.0", "KL-b-1.0", "KL-b-2.0"]
+    last = {"distillation": {"type": "kl", "temperature": 2.0}, "weight": 3.0}
+    assert grid.variants["KL-b-2.0"] == ablate.Variant("b", last)
+    assert [grid.teacher(cache) for cache in "ab"] == ["tiny-shared", "tiny-cross"]
+    assert grid.pairs() == [("CE", "KL-a-1.0"), ("CE", "KL-a-2.0")]  # one teacher's
+    built, trained = [], {}
+    monkeypatch.setattr(ablate, "build_cache", built.append)
+    monkeypatch.setattr(ablate, "train_all", lambda jobs, _: trained.update(jobs))
+    ablate.train_grid(grid, tmp_path)
+    places = [(str(config.out), config.sources[0].source) for config in built]
+    wanted = [(f"caches/a-{seed}", f"stdlib:half-b#{seed}") for seed in (0, 1, 2)]
+    assert sorted(places) == [(f"{tmp_path}/caches/b", "stdlib:train"), *wanted]
+    assert [path.name for path in trained if "CE" in path.name] == ["CE-seed2"]
+    assert "caches/a-2" in trained[tmp_path / "CE-seed2"]
+    assert len(trained) == 1 + 4 * 3
+
+
+@given(st.floats(1.2, 4.0), st.floats(0.01, 0.5), st.floats(64.0, 1024.0))
+def test_the_worth_of_a_teacher_is_read_off_the_line(
+    start: float, slope: float, functions: float
+) -> None:
+    def bits(n: float) -> float:
+        return start - slope * float(np.log(n / 64))
+
+    line = {n: bits(n) for n in (64, 256, 1024)}
+    assert demo.functions_for(line, bits(functions)) == pytest.approx(functions)
+    assert demo.functions_for(line, bits(1024) - 1e-3) == np.inf
+    assert demo.functions_for(line, bits(64)) == 64
+
+
+def test_the_curve_says_how_many_functions_a_teacher_is_worth(tmp_path: Path) -> None:
+    for kind, gain in (("cross", 0.05), ("shared", 1.0)):
+        for n, bits in ((64, 2.4), (256, 2.3), (1024, 2.2)):
+            for seed in (0, 1):
+                for name, less in (("undistilled", 0.0), ("distilled", gain)):
+                    folder = tmp_path / f"{name}-{kind}-{n}-seed{seed}"
+                    fake_run(folder, seed, f"{kind}-{n}", bits - less + seed / 100, NONE)
+    text = demo.data_curve(find_runs(tmp_path), 1.2, tmp_path)
+    assert "2.0 times" in text and "more than 16 times" in text
+    assert (tmp_path / "curve.png").exists()
 
 
 def test_the_whole_recipe_is_checked_first(

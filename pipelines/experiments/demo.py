@@ -1,0 +1,187 @@
+"""The main job at the size of a laptop: `tide demo`, and how much data a teacher is worth.
+
+The teacher knows all of the library, its students half; they are trained on functions of the other
+half and scored on functions of yet other modules, which the teacher has not seen either.
+"""
+
+import logging
+import math
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import polars as pl
+import torch
+from matplotlib import pyplot as plt
+
+from pipelines.experiments import report
+from pipelines.experiments.ablate import Grid, Variant, read_grid, train_grid
+from pipelines.recipes import read as recipes
+from shared.models.checkpoint import open_checkpoint, resolve
+from shared.models.loading import load_model
+from shared.settings.config import DataConfig
+from shared.system.hardware import describe_hardware
+from student_train.training import heldout as held
+from student_train.using.student import load_for_use
+from teacher_cache.teachers.registry import find_teacher
+
+logger = logging.getLogger(__name__)
+KINDS = ("cross", "shared")
+ALONE = {"cross": 5e-4, "shared": 2e-4}  # the best rates of cross-entropy alone, by tune.toml
+
+
+def demo_grid(seeds: int) -> Grid:
+    """The paper's objective for both kinds of teacher, and the best that the ablations found
+    (docs/ablations.md), each against the undistilled student of its tokenizer, all at their best
+    rates.
+
+    All start from the embedded, pre-trained student of their tokenizer and take the same steps over
+    the same functions.
+    """
+    caches, variants = {}, {}
+    for kind in KINDS:
+        for title, name in ((f"TIDE-{kind.title()}", kind), (f"best-{kind}", f"{kind}-best")):
+            recipe = recipes.read_recipe(recipes.packaged_recipe(f"half-{name}"))
+            train, cache = recipe["train"], f"tiny-{name}"
+            if recipe["cache"] == caches.get(f"tiny-{kind}"):  # one serves both
+                cache = f"tiny-{kind}"
+            caches[cache] = recipe["cache"]
+            variants[title] = Variant(cache, train, against=f"undistilled-{kind}")
+        alone = {"distillation": {"type": "none"}, "weight": 1.0, "learning_rate": ALONE[kind]}
+        variants[f"undistilled-{kind}"] = Variant(cache, {**train, **alone})
+    return Grid(caches, variants, tuple(range(seeds)))
+
+
+def run_demo(out: Path, seeds: int, full: bool = False) -> Path:
+    """Caches, students, report; with `full` the curve over the number of functions instead.
+    Interrupted and run again, it goes on where it stopped.
+    """
+    for name, value in describe_hardware():
+        logger.info("%-16s%s", name, value)
+    started = time.monotonic()
+    grid = demo_grid(seeds)
+    if full:
+        grid = replace(read_grid(recipes.packaged_recipe("curve")), seeds=tuple(range(seeds)))
+    train_grid(grid, out)
+    minutes = (time.monotonic() - started) / 60
+    runs, start = report.find_runs(out), start_and_teacher()
+    rows = [{"model": name, **report.score_cells([scores])} for name, scores in start.items()]
+    head = (
+        "# Demo: students of the embedded teacher\n\nThey know half of the library's modules, the "
+        "teacher all; trained on functions of some of the others, scored on functions of yet other "
+        "modules that the teacher has not seen either. Fixed masks, mean ± spread over seeds.\n"
+    )
+    parts = [
+        "What they started from, and the teacher, on the same held-out functions and masks:",
+        report.to_markdown(pl.DataFrame(rows)),
+        data_curve(runs, start["teacher"]["bits_per_byte"], out) if full else verdicts(runs, grid),
+        report.paired_table(runs, grid.pairs()),
+        f"This took {minutes:.1f} minutes; finished work is not redone. Nats a token compare "
+        "students of one cache; bits per byte also compare tokenizers.\n",
+    ]
+    return report.write_report(out, head, "\n\n".join(parts))
+
+
+def verdicts(runs: list[report.Run], grid: Grid) -> str:
+    """One sentence a distilled student: did distillation help, by how much, in every seed?"""
+    lines = []
+    for base, name in grid.pairs():
+        gains = [-x for x in report.paired_differences(runs, base, name, "nll")]
+        if not gains:
+            continue
+        word = "helped" if min(gains) > 0 else "helped for some seeds only"
+        word = word if max(gains) > 0 else "did not help"
+        lines.append(
+            f"* **{name}** {word}: held-out NLL {statistics.mean(gains):+.3f} nats a token lower "
+            f"than undistilled on average ({', '.join(f'{g:+.3f}' for g in gains)} by seed)."
+        )
+    return "\n".join(lines)
+
+
+def start_and_teacher() -> dict[str, dict[str, float]]:
+    """Scores of the pre-trained students and the teacher on the held-out functions, and on those
+    of other packages, of which none of them has seen anything.
+    """
+    found = {}
+    for words, other in (
+        ("", None),
+        (", other packages", DataConfig("stdlib:packages", limit=128)),
+    ):
+        for kind in KINDS:
+            recipe = recipes.packaged_recipe(f"half-{kind}")
+            training = recipes.train_config(None, recipe, [])
+            lengths = recipes.cache_config(None, recipe, []).lengths
+            assert training.student.checkpoint is not None and training.heldout is not None
+            student = load_for_use(resolve(training.student.checkpoint), "cpu")
+            data, draws = other or training.heldout, training.heldout_draws
+            mask = student.special.mask
+            heldout = held.prepare_heldout(data, lengths, student.tokenizer, mask, draws)
+            predict = held.student_predictor(student.model, lengths.block)
+            scores = held.masked_nll(student.model, heldout, predict)
+            found[f"student {kind}, pre-trained{words}"] = scores
+        # the teacher reads the very ids and masks of the last, which shares its tokenizer
+        entry = find_teacher("tiny-shared")
+        model = load_model(open_checkpoint(resolve(entry.model)), entry.architecture, torch.float32)
+        predict = held.teacher_predictor(model)
+        found[f"teacher{words}"] = held.masked_nll(model, heldout, predict)
+    return found
+
+
+def data_curve(runs: list[report.Run], teacher: float, folder: Path) -> str:
+    """Draw bits per byte against the number of functions, and say how many functions without a
+    teacher one is worth. Variants are named OBJECTIVE-KIND-FUNCTIONS.
+    """
+    # 1. by tokenizer, with or without a teacher, and number of functions: a score a seed
+    scores: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        name, kind, functions = run.variant.rsplit("-", 2)
+        scores[kind, name][int(functions)].append(run.scores["bits_per_byte"])
+    # 2. a panel a tokenizer, a line an objective, a band from the least to the most over seeds
+    figure, axes = plt.subplots(1, len(KINDS), squeeze=False, layout="constrained")
+    figure.set_size_inches(4.6 * len(KINDS), 3.6)
+    sentences = []
+    for axis, kind in zip(axes[0], KINDS, strict=True):
+        lines = {}
+        for name in sorted({name for own, name in scores if own == kind}):
+            points = sorted(scores[kind, name].items())
+            lines[name] = {n: statistics.mean(values) for n, values in points}
+            label = {"distilled": "with the teacher", "undistilled": "without"}.get(name, name)
+            (line,) = axis.plot(*zip(*lines[name].items(), strict=True), marker="o", label=label)
+            low, high = ([limit(values) for _, values in points] for limit in (min, max))
+            axis.fill_between([n for n, _ in points], low, high, alpha=0.2, color=line.get_color())
+        axis.axhline(teacher, linestyle="--", color="grey", label="teacher")
+        # 3. where the line without a teacher comes down to the one with it
+        few = min(lines["undistilled"])
+        worth = functions_for(lines["undistilled"], lines["distilled"][few])
+        most = max(lines["undistilled"])
+        words = f"{worth / few:.1f} times" if worth <= most else f"more than {most // few} times"
+        sentences.append(f"* {kind}: with the teacher, {few} functions do what {words} as many do "
+                         "without.")  # fmt: skip
+        whose = {"cross": "two tokenizers", "shared": "one tokenizer"}[kind]
+        axis.set(title=f"{whose}: worth {words} the data", xscale="log")
+        axis.set(xlabel="functions trained on", ylabel="held-out bits per byte")
+        axis.set_xticks([*lines["undistilled"]], [str(n) for n in lines["undistilled"]])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.savefig(folder / "curve.png", dpi=110)
+    plt.close(figure)
+    return "\n".join(["![bits per byte against functions](curve.png)\n", *sentences])
+
+
+def functions_for(line: Mapping[int, float], score: float) -> float:
+    """How many functions reach a score on a line, straight between its points in log n; infinite
+    where none of its numbers does.
+    """
+    before: tuple[int, float] | None = None
+    for n, value in sorted(line.items()):
+        if value <= score:
+            if before is None:
+                return n
+            share = (before[1] - score) / (before[1] - value)
+            return math.exp(math.log(before[0]) + share * math.log(n / before[0]))
+        before = (n, value)
+    return math.inf
