@@ -26,7 +26,7 @@ _ERRORS = (OSError, ValueError, pa.ArrowException, ImportError)
 def belongs_to_cache(name: str) -> bool:
     """Whether a cache has files of that name: manifest, ledger, tokenizers, tables, shards."""
     path = PurePosixPath(name)
-    if name in (MANIFEST, LEDGER) or Unit.at(Path(name)) is not None:
+    if name in (MANIFEST, LEDGER) or (len(path.parts) == 3 and Unit.at(Path(name)) is not None):
         return True
     if name != str(path) or len(path.parts) != 2 or ".." in path.parts or path.name[0] == ".":
         return False

@@ -13,7 +13,6 @@ from torch import Tensor
 from pipelines.plan.gradients import Gradients, compare, measure_gradients, table
 from shared.cache.manifest import load_manifest
 from shared.cache.row import without_masks
-from shared.settings.config import ChunkObjective, TokenObjective
 from shared.system.files import TideError
 from student_train.batches.collate import TargetReader, collate
 from student_train.losses.objective import objective
@@ -36,7 +35,7 @@ def by_definition(run: Any, temperatures: list[float]) -> list[Tensor]:
     layout, kind = layout_of(run.cache), run.distillation
     model: Any = in_float64(trainer.model)
     tables: Any = layout.tables
-    words = tables.token_map if isinstance(kind, TokenObjective) else None
+    words = tables.token_map if kind.needs == "topk" else None
     batch = collate(rows, load_manifest(run.cache), words)
     targets = TargetReader(layout, model.config.vocab_size)(batch)
 
@@ -59,7 +58,7 @@ def by_definition(run: Any, temperatures: list[float]) -> list[Tensor]:
     for temperature in temperatures:
         settings = replace(kind, temperature=temperature)
         total = objective(logits, targets, settings, 0.5).distillation
-        values.append(total / (chunks if isinstance(kind, ChunkObjective) else read))
+        values.append(total / (chunks if kind.needs == "chunks" else read))
     return [gradient(value) for value in values]
 
 
