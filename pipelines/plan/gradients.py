@@ -86,7 +86,9 @@ def compare(
     parts = heldout_parts(heldout, trainer.config.batch_size)
     add_up(trainer, parts, LossSettings(nothing, 0.0, Counts(one, one, one), PROGRESS))
     ahead = gradient_of(trainer)
-    torch._foreach_div_(ahead, dot(ahead, ahead) ** 0.5)
+    length = dot(ahead, ahead) ** 0.5
+    for part in ahead:
+        part.div_(length)
     # 2. Cross-entropy.
     counts = counts_of(torch.stack([b["counts"] for b in batches]).sum(dim=0).to(one.device))
     along = add_up(trainer, batches, LossSettings(nothing, 0.0, counts, PROGRESS), ahead)

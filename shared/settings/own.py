@@ -33,15 +33,16 @@ def own_class(name: str, base: type) -> type:
         what = f"the module {module} of {name} is {found.__file__}, not the one in {here}"
         raise TideError(what, fix="give yours a name that no library has")
     # 2. Its class.
-    kind = getattr(found, attribute, None)
+    kind: Any = getattr(found, attribute, None)
     frozen = is_dataclass(kind) and kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
     needs, loss = getattr(kind, "needs", None), getattr(kind, "loss", None)
     known: Any = {"__pydantic_config__": base.__pydantic_config__}  # type: ignore[attr-defined]
     fields: Any = [("type", str, name)]
+    bases: Any = (kind, base)
     try:
         if not (frozen and needs in ("topk", "chunks") and callable(loss)):
             raise TypeError(f"it is {kind!r}, and needs is {needs!r}")
-        return make_dataclass(attribute, fields, bases=(kind, base), namespace=known, frozen=True)
+        return make_dataclass(attribute, fields, bases=bases, namespace=known, frozen=True)
     except TypeError as error:
         expected = "a frozen dataclass whose fields have defaults, with needs = 'topk' or 'chunks'"
         raise TideError(
