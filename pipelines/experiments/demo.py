@@ -136,44 +136,37 @@ def start_and_teacher() -> dict[str, dict[str, float]]:
 
 def data_curve(runs: list[report.Run], teacher: float, folder: Path) -> str:
     """Draw bits per byte against the number of functions, and say how many functions without a
-    teacher one is worth. Variants are named OBJECTIVE-KIND-FUNCTIONS.
+    teacher one is worth. Variants are named `distilled-N` and `undistilled-N`.
     """
-    # 1. by tokenizer, with or without a teacher, and number of functions: a score a seed
-    scores: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    # 1. with or without the teacher, by number of functions: a score a seed
+    scores: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        name, kind, functions = run.variant.rsplit("-", 2)
-        scores[kind, name][int(functions)].append(run.scores["bits_per_byte"])
-    # 2. a panel a tokenizer, a line an objective, a band from the least to the most over seeds
-    figure, axes = plt.subplots(1, len(KINDS), squeeze=False, layout="constrained")
-    figure.set_size_inches(4.6 * len(KINDS), 3.6)
-    sentences = []
-    for axis, kind in zip(axes[0], KINDS, strict=True):
-        lines = {}
-        for name in sorted({name for own, name in scores if own == kind}):
-            points = sorted(scores[kind, name].items())
-            lines[name] = {n: statistics.mean(values) for n, values in points}
-            label = {"distilled": "with the teacher", "undistilled": "without"}.get(name, name)
-            (line,) = axis.plot(*zip(*lines[name].items(), strict=True), marker="o", label=label)
-            low, high = ([limit(values) for _, values in points] for limit in (min, max))
-            axis.fill_between([n for n, _ in points], low, high, alpha=0.2, color=line.get_color())
-        axis.axhline(teacher, linestyle="--", color="grey", label="teacher")
-        # 3. where the line without a teacher comes down to the one with it
-        few = min(lines["undistilled"])
-        worth = functions_for(lines["undistilled"], lines["distilled"][few])
-        most = max(lines["undistilled"])
-        words = f"{worth / few:.1f} times" if worth <= most else f"more than {most // few} times"
-        sentences.append(f"* {kind}: with the teacher, {few} functions do what {words} as many do "
-                         "without.")  # fmt: skip
-        whose = {"cross": "two tokenizers", "shared": "one tokenizer"}[kind]
-        axis.set(title=f"{whose}: worth {words} the data", xscale="log")
-        axis.set(xlabel="functions trained on", ylabel="held-out bits per byte")
-        axis.set_xticks([*lines["undistilled"]], [str(n) for n in lines["undistilled"]])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+        name, _, functions = run.variant.rpartition("-")
+        scores[name][int(functions)].append(run.scores["bits_per_byte"])
+    # 2. a line each, and a band from the least to the most over seeds
+    figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    lines = {}
+    for name, label in (("undistilled", "without a teacher"), ("distilled", "with the teacher")):
+        points = sorted(scores[name].items())
+        lines[name] = {n: statistics.mean(values) for n, values in points}
+        (line,) = axis.plot(*zip(*lines[name].items(), strict=True), marker="o", label=label)
+        low, high = ([limit(values) for _, values in points] for limit in (min, max))
+        axis.fill_between([n for n, _ in points], low, high, alpha=0.2, color=line.get_color())
+    axis.axhline(teacher, linestyle="--", color="grey", label="the teacher itself")
+    # 3. where the line without a teacher comes down to the one with it
+    few, most = min(lines["undistilled"]), max(lines["undistilled"])
+    worth = functions_for(lines["undistilled"], lines["distilled"][few]) / few
+    words = f"{worth:.1f} times" if worth <= most / few else f"more than {most // few} times"
+    axis.set(title=f"a teacher is worth {words} the data", xscale="log")
+    axis.set(xlabel="functions trained on", ylabel="held-out bits per byte")
+    axis.set_xticks([*lines["undistilled"]], [str(n) for n in lines["undistilled"]])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
     figure.savefig(folder / "curve.png", dpi=110)
     plt.close(figure)
-    return "\n".join(["![bits per byte against functions](curve.png)\n", *sentences])
+    said = f"With the teacher {few} functions do what {words} as many do without."
+    return f"![bits per byte against functions](curve.png)\n\n{said}"
 
 
 def functions_for(line: Mapping[int, float], score: float) -> float:
