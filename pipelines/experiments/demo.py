@@ -69,6 +69,7 @@ def run_demo(out: Path, seeds: int, full: bool = False) -> Path:
     minutes = (time.monotonic() - started) / 60
     runs, start = report.find_runs(out), start_and_teacher()
     rows = [{"model": name, **report.score_cells([scores])} for name, scores in start.items()]
+    rows = [{title: cell for title, cell in row.items() if cell != "–"} for row in rows]
     head = (
         "# Demo: students of the embedded teacher\n\nThey know half of the library's modules, the "
         "teacher all; trained on functions of some of the others, scored on functions of yet other "
@@ -156,7 +157,7 @@ def data_curve(runs: list[report.Run], teacher: float, folder: Path) -> str:
     # 3. where the line without a teacher comes down to the one with it
     few, most = min(lines["undistilled"]), max(lines["undistilled"])
     worth = functions_for(lines["undistilled"], lines["distilled"][few]) / few
-    words = f"{worth:.1f} times" if worth <= most / few else f"more than {most // few} times"
+    words = f"{worth:.1f} times" if math.isfinite(worth) else f"more than {most // few} times"
     axis.set(title=f"a teacher is worth {words} the data", xscale="log")
     axis.set(xlabel="functions trained on", ylabel="held-out bits per byte")
     axis.set_xticks([*lines["undistilled"]], [str(n) for n in lines["undistilled"]])
@@ -165,7 +166,8 @@ def data_curve(runs: list[report.Run], teacher: float, folder: Path) -> str:
     axis.legend(frameon=False)
     figure.savefig(folder / "curve.png", dpi=110)
     plt.close(figure)
-    said = f"With the teacher {few} functions do what {words} as many do without."
+    as_many = f"what {worth * few:.0f} do" if math.isfinite(worth) else f"more than {most:,} do"
+    said = f"With the teacher {few} functions do {as_many} without."
     return f"![bits per byte against functions](curve.png)\n\n{said}"
 
 
