@@ -104,6 +104,7 @@ NEEDS = {
     r"^eval .*--tasks (paper|gsm8k,humaneval|arc_easy|gsm8k --limit|mmlu)": "data sets of the hub",
     r"^lm-eval ": "data sets of the hub",
     r"^ablate |^(cache|train|fidelity) .*runs/frontier": "an hour: tests run small grids",
+    r"^(cache|gradients) .*caches/half-": "minutes: tests/pipelines/plan has smaller caches",
     r"^bench ": "minutes: tests/pipelines/speed runs the tables smaller",
     r"^serve ": "until it is stopped: tests of publishing serve a student",
 }
