@@ -15,7 +15,7 @@ from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from pipelines.evaluation.use_scores import score_all
 from pipelines.experiments import report

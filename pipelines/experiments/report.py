@@ -21,6 +21,7 @@ from scipy.stats import t as student_t
 from pipelines.evaluation.benchmarks import beside_the_paper, find_scores
 from pipelines.evaluation.use_scores import read_use
 from pipelines.recipes.read import train_command
+from shared.cache.shards import finished_units
 from shared.settings.build import build, differences
 from shared.settings.config import TrainConfig
 from shared.system.files import TideError, read_json, write_bytes
@@ -149,8 +150,8 @@ def cost_table(runs: list[Run]) -> pl.DataFrame:
         seconds = [run.scores["seconds"] for run in runs if run.caches == name]
         folders = {run.cache for run in runs if run.caches == name}
         engine = sum(read_status(folder).get("engine_seconds") or 0.0 for folder in folders)
-        files = [path for folder in folders for path in folder.glob("shards/*/*.parquet")]
-        size = sum(path.stat().st_size for path in files)
+        shards = [unit.path(folder) for folder in folders for unit in finished_units(folder)]
+        size = sum(path.stat().st_size for path in shards)
         row = {"cache": name, "of them": len(folders)}
         row["teacher s, all"] = f"{engine:.0f}" if engine else "–"
         row["MB on disk"] = f"{size / 1e6:.1f}" if size else "–"

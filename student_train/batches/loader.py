@@ -23,7 +23,7 @@ from jaxtyping import Int
 from shared.cache.ledger import refuse_unsound, whole_ledger
 from shared.cache.manifest import load_manifest, refuse_unfinished
 from shared.cache.row import CacheRow, without_masks
-from shared.cache.shards import Shard, Unit, read_table
+from shared.cache.shards import Shard, Unit, finished_units, read_table
 from shared.cache.stores import Store
 from shared.cache.value_checks import problem_in
 from shared.diffusion import generator
@@ -110,7 +110,7 @@ class OpenCache:
         write_bytes(path, content)
         # Remove the shards that were used longest ago, but for a few, until the rest fits.
         present = []
-        for other in self.folder.glob("shards/draw=*/part-*.parquet"):
+        for other in (held.path(self.folder) for held in finished_units(self.folder)):
             with suppress(OSError):  # another process removed it
                 status = other.stat()
                 present.append((status.st_mtime_ns, status.st_size, other))
