@@ -221,6 +221,9 @@ def write_card(
     start = f"`{known}`" if known else "random weights" if base is None else "a checkpoint"
     if known and known.startswith(RELEASED):
         start += ", a student that TIDE's authors released"
+    if (lora := config.student.lora) is not None:
+        start += f", through LoRA of rank {lora.rank} (alpha {lora.alpha}, on "
+        start += f"{', '.join(lora.targets)}), which is merged into these weights"
     text = _TEXT.format(
         data=data.to_yaml(),
         about=manifest.fingerprint,

@@ -1,5 +1,6 @@
 """The student: from a checkpoint, or a new Qwen3 or Llama, that denoises blocks of [x_t ; x_0]."""
 
+import importlib.util
 import logging
 from collections.abc import Mapping
 from functools import cache, partial
@@ -18,7 +19,7 @@ from shared.cache.manifest import Manifest
 from shared.diffusion import block_diffusion_places
 from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve, stated_mask
 from shared.models.loading import architecture_of, load_model, new_model
-from shared.settings.config import StudentConfig
+from shared.settings.config import Lora, StudentConfig
 from shared.system.files import TideError
 from shared.text.tokenizers import Tokenizer
 from student_train.batches.collate import Batch, TargetReader
@@ -102,6 +103,19 @@ def student_for(
     if model.config.tie_word_embeddings:  # no alarm about it when a checkpoint is resumed
         model._keys_to_ignore_on_save = {"lm_head.weight"}
     return model
+
+
+def with_adapter(model: Any, lora: Lora | None) -> Any:
+    """`model`; with `lora` peft's wrapper around it, in which an adapter alone is trained."""
+    if lora is None:
+        return model
+    if importlib.util.find_spec("peft") is None:
+        what = "student.lora needs peft, which is not installed"
+        raise TideError(what, fix='pip install ".[lora]", or leave student.lora out')
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets))
+    return get_peft_model(model, settings)
 
 
 def masked_hidden(

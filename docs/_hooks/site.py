@@ -27,6 +27,7 @@ SECTIONS: dict[str, list[type]] = {
     "[cache.engine]": [config.EngineConfig],
     "[train]": [config.TrainConfig],
     "[train.student]": [config.StudentConfig],
+    "[train.student.lora]": [config.Lora],
     "[train.distillation], by its `type`": [
         one.__origin__ for one in typing.get_args(typing.get_args(config.Distillation)[0])[:-1]
     ],

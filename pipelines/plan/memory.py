@@ -27,7 +27,7 @@ from shared.system.files import TideError, read_json
 from shared.system.hardware import torch_dtype
 from student_train.batches.collate import TargetReader, collate, counts_of
 from student_train.losses.objective import LossSettings, slice_rows
-from student_train.model import train_on_loss
+from student_train.model import train_on_loss, with_adapter
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method import Request, TargetSpec
 from teacher_cache.teachers.registry import TeacherEntry, find_teacher, published_shape
@@ -243,14 +243,16 @@ def student_step(
         train_on_loss(model, block, read, rows_per_slice=slice_rows(vocabulary, gpu_memory))
         if train.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        with_adapter(model, train.student.lora)
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         fake = {k: mode.from_tensor(v) if torch.is_tensor(v) else v for k, v in batch.items()}
 
         # 3. A step begins with the optimizer's state, and with gradients where passes are added up.
         tracker = PeakTracker()
         tracker.track_external(model, optimizer, *filter(torch.is_tensor, fake.values()))
         with tracker:
-            for parameter in model.parameters():
+            for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
             optimizer.step()
             if train.accumulation == 1:
@@ -258,19 +260,20 @@ def student_step(
             with torch.autocast("cpu", torch.bfloat16, enabled=train.precision != "float32"):
                 loss, _ = model(batch=fake, settings=settings)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
             optimizer.step()
     memory = tracker.by_kind()
     memory["optimizer"] = round(memory["optimizer"] * STATE[train.optimizer])
 
-    # 4. Two FLOPs for every multiply-add of a weight forward, four backward, the layers' forward
-    # again where nothing is kept; of attention two products forward and five backward.
-    size = size_of(model)
+    # 4. Two FLOPs for every multiply-add of a weight forward, four backward (two where it is
+    # frozen), the layers' forward again where nothing is kept; of attention two products forward
+    # and five backward.
+    size, products = size_of(model), 6 if train.student.lora is None else 4
     places, masked = int((batch["places"] >= 0).sum()), len(batch["row"])
     again = int(train.gradient_checkpointing)
-    layers = (6 + 2 * again) * size.active * places
+    layers = (products + 2 * again) * size.active * places
     attention = (7 + 2 * again) * 2 * pairs * size.width * size.layers
-    flops = layers + attention + 6 * size.head * masked
+    flops = layers + attention + products * size.head * masked
     return memory, flops * train.accumulation
 
 

@@ -99,7 +99,7 @@ def load_model(
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise TideError(f"{misfit}: {'; '.join(problems[:5])}{more}", fix=fix)
-    model.config.name_or_path = ""
+    model.config.name_or_path = model.name_or_path = ""
     return model.requires_grad_(False)
 
 

@@ -184,11 +184,14 @@ def to_plain(config: Any) -> Any:
 
 
 def differences(old: Any, new: Any, place: str = "") -> list[str]:
-    """Lines `place: old → new` for every leaf of two nested dicts that differs."""
+    """Lines `place: old → new` for every leaf of two nested dicts that differs. What is null in one
+    may be absent in the other: a setting that did not exist yet.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         lines = []
         for key in sorted({*old, *new}):
             inner = f"{place}.{key}" if place else str(key)
             lines += differences(old.get(key, "absent"), new.get(key, "absent"), inner)
         return lines
-    return [] if old == new else [f"{place}: {json.dumps(old)} → {json.dumps(new)}"]
+    same = old == new or {str(old), str(new)} == {"absent", "None"}
+    return [] if same else [f"{place}: {json.dumps(old)} → {json.dumps(new)}"]

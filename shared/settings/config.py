@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Discriminator, Field, PlainValidator, Tag
 
@@ -13,6 +13,9 @@ from shared.settings.own import own_class
 from shared.system.files import TideError
 
 TimestepWeight = Literal["uniform", "midrange"]
+AdaptedLayer = Literal[
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+]  # fmt: skip
 
 
 @strict
@@ -117,6 +120,17 @@ class ModelShape:
 
 
 @strict
+class Lora:
+    """An adapter of low rank beside linear layers, trained in their stead, and merged in the end."""
+
+    rank: Count = 16
+    alpha: Count = 32
+    """The adapter counts alpha / rank times."""
+    targets: Annotated[tuple[AdaptedLayer, ...], Field(min_length=1)] = get_args(AdaptedLayer)
+    """The linear layers of every decoder layer that have one."""
+
+
+@strict
 class StudentConfig(ModelShape):
     """The student: a checkpoint, or a new model of this shape with the cache's tokenizer."""
 
@@ -127,6 +141,13 @@ class StudentConfig(ModelShape):
     """Allow new embedding rows where the checkpoint has none for the mask token."""
     attention: Literal["auto", "sdpa", "flex"] = "auto"
     """`auto`: flex_attention with a compiled block mask on CUDA, else SDPA with a dense one."""
+    lora: Lora | None = None
+    """Train an adapter alone (peft), such as {rank = 16, alpha = 32}; embeddings stay as they are."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        based = self.lora is None or self.checkpoint is not None
+        require(based, "lora is set without a checkpoint, whose weights it would adapt")
 
 
 @strict

@@ -86,6 +86,8 @@ def check_machine(config: TrainConfig, processes: int) -> None:
         (flex, "student.attention is flex, and this run is on a CPU", "leave it out: SDPA is used"),
         (fsdp and no_accelerator, "parallel is fsdp, and this run is on a CPU", "use parallel=ddp"),
         (fsdp and processes < 2, "parallel is fsdp, and there is one process", torchrun),
+        (fsdp and config.student.lora, "parallel is fsdp, and student.lora is set",
+         "use parallel=ddp: what is trained under LoRA is small"),
         (eight_bit and importlib.util.find_spec("bitsandbytes") is None,
          "optimizer is adamw_8bit, and bitsandbytes is not installed", "pip install bitsandbytes"),
         (eight_bit and not on_gpu(config),

@@ -25,7 +25,7 @@ from student_train.batches.collate import Batch, TargetReader, counts_of
 from student_train.batches.loader import BatchDataset
 from student_train.export import save_student, write_card
 from student_train.losses.objective import LossSettings, lambda_train, parts_of
-from student_train.model import load_student, train_on_loss
+from student_train.model import load_student, train_on_loss, with_adapter
 from student_train.training.heldout import HeldOut, masked_nll, prepare_heldout, warn_of_overlap
 from student_train.training.preflight import begin_or_go_on, is_first, on_gpu, preflight
 from student_train.training.resumable import TENSORBOARD, ResumableTrainer, training_arguments
@@ -51,6 +51,8 @@ def train_student(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[st
         state = trainer.accelerator.get_state_dict(trainer.model)  # gathers what FSDP has sharded
         if trainer.is_world_process_zero():
             final = trainer.accelerator.unwrap_model(trainer.model)
+            if config.student.lora is not None:
+                final, state = final.merge_and_unload(), None
             save_student(final, tokenizer, config.out / "model", state)
             write_card(config.out / "model", trainer.config, trainer.manifest, metrics)
             history = {"steps": trainer.state.log_history, "final": metrics}
@@ -90,6 +92,7 @@ def make_trainer(
         begin_or_go_on(config, manifest, processes, steps)
     # 4. The model's forward becomes the loss, and the loop is made.
     read_targets = TargetReader(opened.layout, model.config.vocab_size)
+    trained = with_adapter(model, config.student.lora)
     compiled = config.compile == "on" or (config.compile == "auto" and on_gpu(config))
     if compiled:
         compile_layers(model)
@@ -101,7 +104,7 @@ def make_trainer(
     how: dict[str, Any] = {"args": training_arguments(config, manifest, steps)}
     how |= {"train_dataset": dataset, "eval_dataset": None if heldout is None else dataset}
     how |= {"data_collator": itemgetter(0)}  # an item of the data set is a whole batch
-    how |= {"model": model, "callbacks": callbacks}
+    how |= {"model": trained, "callbacks": callbacks}
     return StudentTrainer(config, manifest, read_targets, heldout, **how), tokenizer
 
 
