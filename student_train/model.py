@@ -40,11 +40,10 @@ def load_student(
     Without a checkpoint the weights are random (seed torch first) and the tokenizer is the cache's
     own copy. A mask token that the tokenizer lacks is added at the end, where the cache expects it.
     """
-    checkpoint, source = None, cache / "student_tokenizer"
+    checkpoint, tokenizer = None, (own := Tokenizer.load(cache / "student_tokenizer"))
     if settings.checkpoint is not None:
         checkpoint = open_checkpoint(resolve(settings.checkpoint))
-        source = checkpoint.folder
-    tokenizer = Tokenizer.load(source)
+        tokenizer = Tokenizer.load(checkpoint.folder)
     wanted = manifest.fingerprint.student.tokenizer
     if tokenizer.fingerprint != wanted:
         raise TideError(
@@ -52,6 +51,8 @@ def load_student(
             f"{tokenizer.name} is {tokenizer.fingerprint[:12]}…",
             fix=f"train another student, or cache with --student-tokenizer {tokenizer.name}",
         )
+    # It was the cache's template that made the texts to train on.
+    tokenizer.backend.chat_template = own.backend.chat_template
     return student_for(settings, checkpoint, tokenizer, manifest), tokenizer
 
 

@@ -15,7 +15,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
+from shared.settings.build import OTHERS, advice
 from shared.system.files import TideError
 
 if TYPE_CHECKING:
@@ -47,6 +49,21 @@ def before_the_command(
         raise typer.Exit()
 
 
+class _Command(typer.core.TyperCommand):
+    """Says of an option that there is not where settings are stated that are no option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            unknown: Any = error
+            if type(error).__name__ == "NoSuchOption" and "sets" in [p.name for p in self.params]:
+                name = unknown.option_name.lstrip("-").replace("-", "_")
+                known = f" ({advice(name, [])})" if name in OTHERS else ""
+                unknown.message += f"{known}; settings are given as --set learning_rate=1e-4"
+            raise
+
+
 def command(panel: str, name: str | None = None, **groups: Callable[..., Any]) -> Any:
     """Declare a command in a panel of the help. A parameter named in `groups` is what that function
     makes of its own options, which are options of the command.
@@ -68,7 +85,7 @@ def command(panel: str, name: str | None = None, **groups: Callable[..., Any]) -
         wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
         keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
         wrapped.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
-        return app.command(name, rich_help_panel=panel)(wrapped)
+        return app.command(name, cls=_Command, rich_help_panel=panel)(wrapped)
 
     return declare
 

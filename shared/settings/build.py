@@ -32,6 +32,25 @@ BY_TYPE = Field(discriminator="type")  # of a union of variants: the class with 
 _TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text",
           "path": "a path", "tuple": "a list", "dataclass": "a table", "dict": "a table",
           "model": "a table", "finite": "a finite number", "too": "one or more"}  # fmt: skip
+# What Hugging Face's Trainer, TRL and peft call otherwise.
+OTHERS = {
+    "num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size",
+    "train_batch_size": "global_batch", "gradient_accumulation_steps": "accumulation",
+    "lr": "learning_rate", "warmup_steps": "warmup_ratio (a share of the steps)",
+    "lr_scheduler_type": "schedule", "optim": "optimizer", "bf16": "precision=bfloat16",
+    "fp16": "precision=bfloat16 (or float32)", "torch_compile": "compile=on",
+    "use_cpu": "device=cpu", "fsdp": "parallel=fsdp", "output_dir": "out",
+    "logging_steps": "log_steps", "save_steps": "checkpoint_steps",
+    "dataloader_num_workers": "loader_workers", "eval_dataset": "heldout.source",
+    "attn_implementation": "student.attention", "model_name_or_path": "student.checkpoint",
+    "use_peft": "student.lora={rank=16,alpha=32}", "lora_r": "student.lora.rank", "r": "rank",
+    "lora_alpha": "student.lora.alpha", "target_modules": "targets",
+    "lora_target_modules": "student.lora.targets", "dataset_name": "data, of tide cache,",
+    "train_dataset": "data, of tide cache,", "max_length": "lengths.student, of tide cache,",
+    "max_seq_length": "lengths.student, of tide cache,",
+    "teacher_model_name_or_path": "teacher, or model, of tide cache,",
+    "chat_template_path": "student_chat_template, of tide cache,",
+}  # fmt: skip
 _BOUNDS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
 
 
@@ -70,13 +89,13 @@ def build(
 def _explain(item: dict[str, Any], kind: Any) -> str:
     """One of pydantic's errors in words: the setting's name, its value, what it may be."""
     # 1. walk down to the setting: fields, members of lists, and tags of unions, which no user sees
-    kinds, path, hint, names = _dataclasses(kind), [], kind, []
+    kinds, path, hint, names = dataclasses_in(kind), [], kind, []
     for step in item["loc"]:
         hints = {name: hint for k in kinds for name, hint in field_types(k).items()}
         names = sorted(hints)
         if step in hints:
             hint = hints[step]
-            kinds = _dataclasses(hint)
+            kinds = dataclasses_in(hint)
         elif tagged := [k for k in kinds if step in (getattr(k, "type", None), k.__name__)]:
             kinds = tagged
             continue
@@ -98,6 +117,8 @@ def _explain(item: dict[str, Any], kind: Any) -> str:
         case "union_tag_not_found":
             return f"{name} is {item['input']!r:.80}, expected a table with a type"
     expected = _TYPES.get(error.split("_")[0]) or item["msg"].removeprefix("Input should be ")
+    if error == "tuple_type":
+        expected = f"a list: {json.dumps([item['input']], default=str):.80}"
     if error.startswith(("greater", "less")) or (error == "finite_number" and limits(hint)):
         expected = limits(hint)
     return f"{name or 'all'} is {item['input']!r:.80}, expected {expected}"
@@ -121,15 +142,17 @@ def field_types(kind: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
-def _dataclasses(kind: Any) -> list[type]:
+def dataclasses_in(kind: Any) -> list[type]:
     """The dataclasses that a type may be, through unions, annotations and tuples."""
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return [kind]
-    return [one for part in typing.get_args(kind) for one in _dataclasses(part)]
+    return [one for part in typing.get_args(kind) for one in dataclasses_in(part)]
 
 
 def advice(name: str, names: Sequence[str]) -> str:
-    """Words that point to the nearest of `names`, or to all of them."""
+    """Words that point to the nearest of `names`, or to all of them; to ours from another's."""
+    if name in OTHERS:
+        return f"what Hugging Face calls {name} is {OTHERS[name]} here"
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     if near:
         return f"did you mean {' or '.join(near)}?"

@@ -63,6 +63,10 @@ class CacheConfig:
     """Path or hub id of the student's tokenizer (default: the registry's partner)."""
     student_mask_token: str | None = None
     """Default: the one that its tokenizer names, else <|mask|>, added where it is missing."""
+    student_chat_template: Path | None = None
+    """A file with a Jinja template, in the place of the one that the student's tokenizer has."""
+    teacher_chat_template: Path | None = None
+    """The same for the teacher's."""
     teachers_file: Path | None = None
     """A TOML file with teachers of your own, in the form of registry.toml."""
     out: Path = Path("caches/default")
@@ -121,7 +125,7 @@ class ModelShape:
 
 @strict
 class Lora:
-    """An adapter of low rank beside linear layers, trained in their stead, and merged in the end."""
+    """An adapter of low rank, trained in the stead of linear layers and merged in the end."""
 
     rank: Count = 16
     alpha: Count = 32
@@ -142,7 +146,7 @@ class StudentConfig(ModelShape):
     attention: Literal["auto", "sdpa", "flex"] = "auto"
     """`auto`: flex_attention with a compiled block mask on CUDA, else SDPA with a dense one."""
     lora: Lora | None = None
-    """Train an adapter alone (peft), such as {rank = 16, alpha = 32}; embeddings stay as they are."""
+    """Train an adapter alone (peft), such as {rank = 16, alpha = 32}; embeddings keep still."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -79,7 +79,8 @@ class ChatTemplate:
             raise TideError(
                 f"the tokenizer of {name} has no chat template",
                 expected="a `chat_template` in its tokenizer_config.json or chat_template.jinja",
-                fix="use the instruct version of the model, or add a template to its folder",
+                fix="use the instruct version of the model, or set student_chat_template, or "
+                "teacher_chat_template, to a file with a template",
             )
         self._tokenizer, self._name, self._date = tokenizer, name, date
         self._frames: dict[tuple[str, ...], _Frame] = {}

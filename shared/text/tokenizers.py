@@ -36,8 +36,12 @@ class Tokenizer:
         self.date = date
 
     @classmethod
-    def load(cls, path: str | Path, date: datetime.date | None = None) -> "Tokenizer":
-        """Load from a folder or a hub id, without remote code. TideError where that fails."""
+    def load(
+        cls, path: str | Path, date: datetime.date | None = None, chat_template: Path | None = None
+    ) -> "Tokenizer":
+        """Load from a folder or a hub id, without remote code; `chat_template`, a file, stands in
+        for its own. TideError where that fails.
+        """
         refuse_odd_in(Path(path))
         level = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()
@@ -57,6 +61,12 @@ class Tokenizer:
             ) from error
         finally:
             transformers_logging.set_verbosity(level)
+        if chat_template is not None:
+            try:
+                backend.chat_template = chat_template.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                what = f"the chat template {chat_template} cannot be read: {error}"
+                raise TideError(what, expected="a text in Jinja's language") from error
         return cls(backend, str(path), date)
 
     def save(self, folder: Path) -> None:

@@ -95,6 +95,11 @@ class RecordedArguments(TrainingArguments):
 
 def training_arguments(config: TrainConfig, manifest: Manifest, steps: int) -> RecordedArguments:
     """TrainingArguments of a run. Trackers log the settings as `tide`, with the cache's digest."""
+    # `accelerate launch` states a plan of its own beside torchrun's variables. Ours is in `config`.
+    plans = ("ACCELERATE_MIXED", "ACCELERATE_DYNAMO", "ACCELERATE_USE", "ACCELERATE_GRADIENT",
+             "ACCELERATE_DEEPSPEED", "FSDP_")  # fmt: skip
+    for name in [name for name in os.environ if name.startswith(plans)]:
+        del os.environ[name]
     workers = int(on_gpu(config)) if config.loader_workers < 0 else config.loader_workers
     settings: dict[str, Any] = {}
     if workers:

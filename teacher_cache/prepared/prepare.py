@@ -47,7 +47,8 @@ class PrepareRequest:
     """What is to be prepared, how, and where. All but the rows that the outcome depends on.
 
     `identity` tells these tokenizers and templates from others; `student` and `teacher` are their
-    folders. `shared`: the teacher reads the student's ids. `date`: what templates take for today.
+    folders, `templates` files that replace their templates. `shared`: the teacher reads the
+    student's ids. `date`: what templates take for today.
     `positions`, `own_text` and `skip_first` are those of `Preparer`. `workers` 0: one a processor.
     """
 
@@ -60,6 +61,7 @@ class PrepareRequest:
     student_mask_id: int
     teacher_mask_id: int
     lengths: LengthConfig
+    templates: tuple[Path | None, Path | None] = (None, None)
     date: datetime.date | None = None
     positions: Literal["content", "response"] = "response"
     own_text: bool = False
@@ -269,7 +271,9 @@ def _prepare_part(request: PrepareRequest, rows: Rows, data: DataConfig, path: P
 @lru_cache(maxsize=1)
 def _preparer(request: PrepareRequest) -> Preparer:
     """What turns conversations into examples: a process loads the tokenizers once."""
-    student, own = (Tokenizer.load(x, request.date) for x in (request.student, request.teacher))
+    folders = (request.student, request.teacher)
+    sides = zip(folders, request.templates, strict=True)
+    student, own = (Tokenizer.load(side, request.date, template) for side, template in sides)
     return Preparer(
         student,
         SharedVocabulary.between(student, own) if request.shared else own,

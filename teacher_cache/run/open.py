@@ -50,8 +50,9 @@ def open_sides(config: CacheConfig, weights: bool = True) -> Sides:
     """Open and check both sides. `weights` False: those of a teacher on the hub are not fetched."""
     entry = find_teacher(config.teacher, config.teachers_file)
     checkpoint = open_checkpoint(resolve(config.model or entry.model), weights)
-    teacher = Tokenizer.load(checkpoint.folder)
-    student = Tokenizer.load(resolve(config.student_tokenizer or entry.student))
+    teacher = Tokenizer.load(checkpoint.folder, chat_template=config.teacher_chat_template)
+    place = resolve(config.student_tokenizer or entry.student)
+    student = Tokenizer.load(place, chat_template=config.student_chat_template)
     check_teacher(config, entry, checkpoint, teacher)
     shared, usable = None, checkpoint.embedding_rows
     if entry.student_tokens:
@@ -102,6 +103,7 @@ def prepare_data(
         },
         student=resolve(config.student_tokenizer or entry.student),
         teacher=str(sides.checkpoint.folder),
+        templates=(config.student_chat_template, config.teacher_chat_template),
         shared=shared,
         student_mask_id=sides.student_mask,
         teacher_mask_id=entry.mask_id,

@@ -129,7 +129,9 @@ def test_a_new_student_is_loaded_again(caches: dict[str, Path], tmp_path: Path, 
     assert model.get_input_embeddings().weight.shape == (2048, 32)
     model.save_pretrained(tmp_path / "a")
     tokenizer.backend.save_pretrained(tmp_path / "a")
-    again, _ = load_student(StudentConfig(checkpoint=str(tmp_path / "a")), cache, manifest)
+    (tmp_path / "a" / "chat_template.jinja").write_text("{{ messages }}")
+    again, asked = load_student(StudentConfig(checkpoint=str(tmp_path / "a")), cache, manifest)
+    assert asked.template.source == tokenizer.template.source  # with which the cache was made
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b) and b.requires_grad
     if kind == "llama":  # of which the reference has no student

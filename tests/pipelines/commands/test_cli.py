@@ -73,6 +73,7 @@ REFUSED = [
     ("cache --out /proc/x", "/proc/x"),  # or are not to be written
     ("plan --teacher llada-8b --response nan", "--response"),  # a number that cannot be
     ("plan --no-such-option", "--no-such-option"),  # Typer's own
+    ("train --use_peft", "student.lora"),  # or another trainer's
     ("cache --data-parallel 4", "CUDA_VISIBLE_DEVICES=0,1"),  # copies beyond the visible GPUs
     ("report /nowhere\x1b]0;evil\x07", "/nowhere"),  # text that would obey itself
 ]

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -6,8 +7,17 @@ import pytest
 from pipelines.experiments.ablate import Grid
 from pipelines.recipes.read import cache_config, packaged_recipe, train_config
 from shared.models.architectures import ARCHITECTURES
-from shared.settings.build import apply_overrides, build, differences, read_toml, to_plain
-from shared.settings.config import KL, CacheConfig, ReverseCalm, TrainConfig
+from shared.settings.build import (
+    OTHERS,
+    apply_overrides,
+    build,
+    dataclasses_in,
+    differences,
+    field_types,
+    read_toml,
+    to_plain,
+)
+from shared.settings.config import KL, CacheConfig, Lora, ReverseCalm, TrainConfig
 from shared.system.files import TideError
 from teacher_cache.teachers.registry import ArchitectureName, find_teacher
 
@@ -29,6 +39,9 @@ WRONG: list[tuple[type, dict[str, Any], list[str]]] = [
     (CacheConfig, {"noise": {"drws": 3}}, ["noise.drws", "draws?"]),  # a name, and the nearest one
     (CacheConfig, {"data": [{"limt": 3}]}, ["data.0.limt", "limit"]),
     (TrainConfig, {"distillation": {"type": "kl", "temprature": 5}}, ["temperature?"]),
+    (TrainConfig, {"use_peft": True}, ["student.lora={rank=16"]),  # another trainer's name
+    (TrainConfig, {"student": {"lora": {"r": 8}}}, ["student.lora.r", "rank"]),
+    (TrainConfig, {"report_to": "wandb"}, ['["wandb"]']),
     (CacheConfig, {"noise": {"draws": 0}}, ["noise.draws is 0, expected at least 1, at most 100"]),
     (CacheConfig, {"noise": {"draws": "x"}}, ["noise.draws is 'x', expected a whole number"]),
     (CacheConfig, {"engine": {"dtype": "int8"}}, ["engine.dtype is 'int8', expected 'auto'"]),
@@ -51,6 +64,21 @@ def test_a_wrong_setting_is_named_with_what_is_expected() -> None:
         assert not any(word in said for word in ("Input", "valid list", "a list of", "dataclass"))
 
 
+@pytest.mark.parametrize(("theirs", "ours"), OTHERS.items())
+def test_another_trainer_s_name_leads_to_a_setting_that_there_is(theirs: str, ours: str) -> None:
+    tables = [CacheConfig, TrainConfig, Lora]
+    assert theirs not in {name for table in tables for name in field_types(table)}
+    name = re.split("[ ,=]", ours)[0]
+    for kind in tables:
+        place: Any = kind
+        for part in name.split("."):
+            hints = {k: v for one in dataclasses_in(place) for k, v in field_types(one).items()}
+            place = hints.get(part)
+        if place is not None:
+            return
+    pytest.fail(f"there is no setting {name}")
+
+
 def test_packaged_recipes_are_valid_and_bad_files_are_not(tmp_path: Path) -> None:
     shared = train_config("tiny-shared", None, []).distillation
     assert isinstance(shared, KL) and shared.tidal is not None
@@ -71,6 +99,7 @@ def test_plain_form_and_differences() -> None:
     values = {"distillation": {"type": "kl"}, "seed": 3}
     a, b = (to_plain(build(TrainConfig, v)) for v in ({}, values))
     assert differences(a, a) == []
+    assert differences({}, {"new": None}) == []  # a run that was begun before there was `new`
     expected = {"seed: 0 → 3", 'distillation.type: "none" → "kl"'}
     assert {*expected, 'distillation.temperature: "absent" → 2.0'} <= set(differences(a, b))
 

@@ -140,11 +140,16 @@ def test_what_a_loader_process_meets_is_said(caches: dict[str, Path], tmp_path: 
     assert "Traceback" not in str(caught.value)
 
 
-def program(settings: TrainConfig, *more: str, processes: int = 1, **env: str) -> str:
+def program(
+    settings: TrainConfig, *more: str, processes: int = 1, accelerate: bool = False, **env: str
+) -> str:
     """What `tests.student_train.training.program` prints."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ".", **env}
-    launcher = f"-m torch.distributed.run --nproc-per-node={processes} --master-port=29611".split()
-    command = [sys.executable, *(launcher if processes > 1 else [])]
+    launch = f"-m torch.distributed.run --nproc-per-node={processes} --master-port=29611"
+    if accelerate:  # which is told of another precision than the settings have
+        launch = f"-m accelerate.commands.launch --multi_gpu --num_processes={processes}"
+        launch += " --mixed_precision=bf16 --main_process_port=29611"
+    command = [sys.executable, *(launch.split() if processes > 1 else [])]
     command += ["-m", "tests.student_train.training.program", json.dumps(to_plain(settings)), *more]
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -174,7 +179,8 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("teacher", "objective", "parallel"), [(*one, "ddp") for one in TWO] + [(*TWO[1], "fsdp")]
+    ("teacher", "objective", "parallel"),
+    [(*TWO[0], "ddp"), (*TWO[1], "ddp by accelerate"), (*TWO[1], "fsdp")],
 )
 def test_two_processes_of_two_passes_make_the_gradient_of_one(
     caches: dict[str, Path], tmp_path: Path, teacher: str, objective: Any, parallel: str
@@ -184,10 +190,11 @@ def test_two_processes_of_two_passes_make_the_gradient_of_one(
     how |= {"max_grad_norm": 1e9, "log_steps": 1, "checkpoint_steps": 1, "eval_steps": 2}
     how |= {"distillation": objective, "global_batch": 16, "max_steps": 2}
     weights, curves = [], []
-    for processes, batch, way in ((1, 16, "ddp"), (2, 4, parallel)):
+    way, _, accelerate = parallel.partition(" by ")
+    for processes, batch, how["parallel"] in ((1, 16, "ddp"), (2, 4, way)):
         out = tmp_path / str(processes)
-        run = config(caches[teacher], out, batch_size=batch, parallel=way, **how)
-        program(run, "sgd", processes=processes)
+        run = config(caches[teacher], out, batch_size=batch, **how)
+        program(run, "sgd", processes=processes, accelerate=bool(accelerate))
         weights.append(load_file(out / "model" / "model.safetensors"))
         curves.append(curve(out))
     for name, expected in weights[0].items():

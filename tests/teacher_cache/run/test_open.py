@@ -36,6 +36,7 @@ def test_what_changed(caches: dict[str, Path], random_teacher: Path, tmp_path: P
     for named, model, changes in (
         ("data.content", random_teacher, {"data": {"source": str(other), "limit": 24}}),
         ("teacher.template", reworded, {}),
+        ("teacher.template", random_teacher, {"teacher_chat_template": str(template)}),
         ("teacher.weights", moved, {}),
         ("targets.k", random_teacher, {"targets": {"k": 4, "rank": 6, "pilot": 200}}),
     ):
@@ -113,9 +114,11 @@ def test_a_cache_keeps_the_day_on_which_it_was_begun(
     random_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Templates of Llama 3.1's kind write today's date: all draws must hold the same prompts."""
-    student = Path(shutil.copytree(STUDENT_TOKENIZER, tmp_path / "s"))
-    template = student / "chat_template.jinja"
-    template.write_text("{{ 'Today: ' + strftime_now('%d %b %Y') + '\n' }}" + template.read_text())
+    template, own = (
+        tmp_path / "today.jinja",
+        (STUDENT_TOKENIZER / "chat_template.jinja").read_text(),
+    )
+    template.write_text("{{ 'Today: ' + strftime_now('%d %b %Y') + '\n' }}" + own)
     source = write_chats(tmp_path / "d.jsonl", ["x = 1", "y = 2"])
 
     def build(day: int, draws: int, out: str = "c") -> list[list[int]]:
@@ -125,7 +128,8 @@ def test_a_cache_keeps_the_day_on_which_it_was_begun(
                 return cls(2026, 11, day)
 
         monkeypatch.setattr("teacher_cache.run.open.datetime", SimpleNamespace(date=Day))
-        changes = {"data": source, "student_tokenizer": str(student), "noise": {"draws": draws}}
+        changes = {"data": source, "noise": {"draws": draws}}
+        changes |= {"student_chat_template": str(template)}
         config = small_cache_config("tiny-cross", random_teacher, tmp_path / out, **changes)
         build_cache(config)
         rows = [row for draw in range(draws) for row in rows_in(config.out, Unit(draw, 0))]
