@@ -80,10 +80,15 @@ def check_machine(config: TrainConfig, processes: int) -> None:
     no_accelerator = config.device == "cpu" or not torch.accelerator.is_available()
     fsdp, eight_bit = config.parallel == "fsdp", config.optimizer == "adamw_8bit"
     flex = config.student.attention == "flex" and not on_gpu(config)
+    # `accelerate launch --cpu` starts one process, and tells it where others would be met.
+    alone = "MASTER_ADDR" in os.environ and "RANK" not in os.environ
+    alone = alone and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     torchrun = "start with `torchrun --nproc-per-node N -m pipelines.cli train …`"
     for wrong, what, fix in (
         (missing, f"report_to names {missing}, not installed", "install it, or take it out"),
         (flex, "student.attention is flex, and this run is on a CPU", "leave it out: SDPA is used"),
+        (alone, "accelerate launch --cpu started one process, and was asked for several",
+         "start with `accelerate launch --multi_gpu --num_processes N …`, and set device=cpu"),
         (fsdp and no_accelerator, "parallel is fsdp, and this run is on a CPU", "use parallel=ddp"),
         (fsdp and processes < 2, "parallel is fsdp, and there is one process", torchrun),
         (fsdp and config.student.lora, "parallel is fsdp, and student.lora is set",

@@ -254,10 +254,10 @@ class ResumableTrainer(Trainer):
             return
         model: Any = self.model
         state = model.state_dict() if state_dict is None else state_dict
-        # What is frozen, under an adapter, is written nowhere: a resumed run loads it where it was.
+        # What an adapter leaves frozen is not written: a resumed run loads it from where it lies.
         weights = model.named_parameters(remove_duplicate=False)
         frozen = {name for name, weight in weights if not weight.requires_grad}
-        state = _in_host_memory({name: state[name] for name in state.keys() - frozen})
+        state = _in_host_memory({name: state[name] for name in state if name not in frozen})
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         self._later.append(partial(super()._save, output_dir, state))
 

@@ -5,6 +5,7 @@ counts and real caches; what a smaller cache loses.
 import dataclasses
 import gc
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from shared.settings.config import CacheConfig, StudentConfig, TrainConfig
 from shared.system.files import TideError
 from student_train.batches.collate import TargetReader, collate, counts_of
 from student_train.losses.objective import LossSettings
-from student_train.model import train_on_loss
+from student_train.model import train_on_loss, with_adapter
 from student_train.training.trainer import make_trainer
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.open import open_or_begin
@@ -144,12 +145,30 @@ def test_a_step_holds_weights_gradients_and_state_and_grows_with_the_batch() -> 
         student_step(optimizer="adafactor")
 
 
+def adapted(folder: Path) -> StudentConfig:
+    """The student as a checkpoint, of which a step needs the sizes alone, with an adapter."""
+    raw = json.dumps(memory.student_config(TRAIN, CACHE))
+    (folder / "config.json").write_text(raw)
+    return StudentConfig(checkpoint=str(folder), lora=settings.Lora(rank=4))
+
+
+def test_a_step_with_an_adapter_holds_gradients_and_state_of_the_adapter(tmp_path: Path) -> None:
+    held, flops = student_step(student=adapted(tmp_path))
+    n, shape = parameters(memory.student_config(TRAIN, CACHE)), STUDENT
+    size, wide = shape.hidden_size, shape.intermediate_size
+    own = 4 * shape.layers * (2 * 2 * size + 2 * (size + size // 2) + 3 * (size + wide))
+    for kind, numbers in (("weights", n + own), ("gradients", own), ("optimizer", 2 * own)):
+        assert held[kind] == pytest.approx(4 * numbers, rel=0.01)
+    assert flops < student_step()[1]
+
+
 def real_step(train: TrainConfig, device: str) -> Any:
     """The very step with content: its loss, and its model."""
     raw = memory.student_config(train, CACHE)
     rows, manifest = memory.student_rows(train, CACHE, DATA, raw["vocab_size"])
     model: Any = random_model("qwen3", raw, torch.float32, device).train()
     model.requires_grad_(True)
+    with_adapter(model, train.student.lora)
     layout = costs.even_layout(CACHE.targets, raw["vocab_size"])
     train_on_loss(model, CACHE.lengths.block, TargetReader(layout, model.config.vocab_size))
     batch = collate(rows, manifest)
@@ -159,8 +178,10 @@ def real_step(train: TrainConfig, device: str) -> Any:
     return lambda: model(batch=batch, settings=given)[0], model
 
 
-def test_flops_of_a_step_are_those_that_torch_counts() -> None:
+@pytest.mark.parametrize("lora", [False, True])
+def test_flops_of_a_step_are_those_that_torch_counts(lora: bool, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"accumulation": 1, "distillation": settings.NoDistillation()}
+    changes["student"] = adapted(tmp_path) if lora else STUDENT
     loss, _ = real_step(dataclasses.replace(TRAIN, **changes), "cpu")
     with FlopCounterMode(display=False) as counter:
         loss().backward()

@@ -191,11 +191,16 @@ def test_objectives_that_the_cache_cannot_serve_are_refused(caches: dict[str, Pa
     check_objective(KL(temperature=3.0), shared, Path("c"), 10, 10, False)
 
 
-def test_what_does_not_fit_is_refused_at_once(caches: dict[str, Path], tmp_path: Path) -> None:
-    for named, changes in (
-        ("wandb", {"report_to": ["wandb"]}), ("adamw_8bit", {"optimizer": "adamw_8bit"}),
-        ("draws_per_step", {"draws_per_step": 4}),
+def test_what_does_not_fit_is_refused_at_once(
+    caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}
+    for named, changes, environment in (
+        ("wandb", {"report_to": ["wandb"]}, {}), ("adamw_8bit", {"optimizer": "adamw_8bit"}, {}),
+        ("draws_per_step", {"draws_per_step": 4}, {}), ("multi_gpu", {}, launched),
     ):  # fmt: skip
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
         with pytest.raises(TideError, match=named):
             make_trainer(config(caches["tiny-cross"], tmp_path / "r", **changes))
     assert not (tmp_path / "r").exists()
