@@ -183,14 +183,27 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one(
     [(*TWO[0], "ddp"), (*TWO[1], "ddp by accelerate"), (*TWO[1], "fsdp")],
 )
 def test_two_processes_of_two_passes_make_the_gradient_of_one(
-    caches: dict[str, Path], tmp_path: Path, teacher: str, objective: Any, parallel: str
+    caches: dict[str, Path],
+    tmp_path: Path,
+    teacher: str,
+    objective: Any,
+    parallel: str,
+    student: str,
 ) -> None:
     """16 examples at once, and 4 of them in each pass of each process."""
-    how = {"learning_rate": 1.0, "schedule": "constant_with_warmup", "warmup_ratio": 0.0}
-    how |= {"max_grad_norm": 1e9, "log_steps": 1, "checkpoint_steps": 1, "eval_steps": 2}
+    how: dict[str, Any] = {"learning_rate": 1.0, "schedule": "constant_with_warmup"}
+    how |= {
+        "warmup_ratio": 0.0,
+        "max_grad_norm": 1e9,
+        "log_steps": 1,
+        "checkpoint_steps": 1,
+        "eval_steps": 2,
+    }
     how |= {"distillation": objective, "global_batch": 16, "max_steps": 2}
     weights, curves = [], []
     way, _, accelerate = parallel.partition(" by ")
+    if accelerate:  # of an adapter, by the way
+        how["student"] = {"checkpoint": student, "lora": {"rank": 4}}
     for processes, batch, how["parallel"] in ((1, 16, "ddp"), (2, 4, way)):
         out = tmp_path / str(processes)
         run = config(caches[teacher], out, batch_size=batch, **how)
