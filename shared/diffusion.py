@@ -98,10 +98,10 @@ def chunk_draw(
 
 
 def pad(
-    sequences: Sequence[Int[np.ndarray, " _"]],
+    sequences: Sequence[Int[np.ndarray, " _"]], multiple: int = 1
 ) -> tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
-    """Right-padded ids and the mask of real positions. The pad value 0 is never looked at."""
-    shape = (len(sequences), max(len(sequence) for sequence in sequences))
+    """Ids, right-padded to a `multiple`, and the mask of real ones. The padding, 0, is not read."""
+    shape = (len(sequences), -(-max(map(len, sequences)) // multiple) * multiple)
     ids, valid = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
     for i, sequence in enumerate(sequences):
         copy = sequence.astype(np.int64)  # Arrow's arrays are read-only

@@ -177,6 +177,7 @@ def serve(
     )  # fmt: skip
     with bind(config) as bound:
         loaded, chosen = load(student, device, **sampling)
+        chosen = replace(chosen, compile=loaded.model.device.type == "cuda")
         run_server(loaded, replace(config, sampling=chosen), bound)
 
 

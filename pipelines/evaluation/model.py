@@ -101,7 +101,7 @@ class TideBD3LM(TemplateLM):
             raise TideError(f"{what} of {self._max_length}", fix="lower max_new_tokens")
         given = {name: value for name, value in sampling.items() if value is not None}
         try:
-            self._own = SampleConfig(block=block, **given)
+            self._own = SampleConfig(block=block, compile=self._device.type == "cuda", **given)
             self._elbo = ElboConfig(draws=mc_num, block=block, seed=self._own.seed)
             self._settings({}, 0)
         except ValueError as error:

@@ -137,7 +137,7 @@ class Engine:
     def _work(self) -> None:
         student, sampling = self._student, self._config.sampling
         while not self._stopping:
-            decoding = Decoding(student.model, student.special, sampling.block, sampling.guidance)
+            decoding = Decoding(student.model, student.special, sampling)
             try:
                 while not self._stopping:
                     self._round(decoding)

@@ -33,6 +33,8 @@ class SampleConfig:
     guidance: float = 0.0
     """Classifier-free guidance: logits move away from those of a masked prompt by this factor."""
     seed: int = 0
+    compile: bool = False
+    """torch.compile of the passes of a block: worth its minute where a GPU samples much."""
 
     def __post_init__(self) -> None:
         steps, top_k = self.steps_per_block, self.top_k

@@ -111,7 +111,7 @@ def sample_steps(
     where `stop` says so, given the row's place in the batch and its new tokens.
     """
     rows = [Row(prompt, config) for prompt in prompts]
-    decoding = Decoding(model, special, config.block, config.guidance)
+    decoding = Decoding(model, special, config)
     decoding.join(rows)
     while decoding.rows:
         for _ in decoding.next_block():

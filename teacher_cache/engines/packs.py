@@ -160,8 +160,11 @@ def fill(widths: Sequence[int], budget: int, padded: bool) -> list[list[int]]:
     return batches
 
 
-def one_behind_the_other(packs: Sequence[Pack], device: torch.device) -> Batch:
-    """A batch of one row for a model under packed attention: neither padding nor mask."""
+def one_behind_the_other(packs: Sequence[Pack], device: torch.device, multiple: int = 1) -> Batch:
+    """A batch of one row under packed attention, without a mask; padding is its own sequence."""
+    if more := -sum(pack.width for pack in packs) % multiple:
+        blank = np.zeros(more, np.int64)
+        packs = [*packs, Pack((), (), blank, blank, blank, blank, 1, apart=False)]
     ends = np.concatenate([[0], np.cumsum([pack.width for pack in packs])])
     columns = []
     for pack, start in zip(packs, ends[:-1], strict=True):
@@ -173,17 +176,18 @@ def one_behind_the_other(packs: Sequence[Pack], device: torch.device) -> Batch:
         "attention_mask": torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device),
         # Under the names of transformers' own packed batches: 0, and where each sequence ends.
         "cu_seq_lens_q": _longs([ends], device).int(),
+        "cu_seq_lens_k": torch.from_numpy(ends),  # the same, read in Python: no wait for the device
         "max_length_q": max(pack.width for pack in packs),
     }
     column = _longs(columns, device)
     return arguments, torch.zeros_like(column), column
 
 
-def side_by_side(packs: Sequence[Pack], device: torch.device) -> Batch:
+def side_by_side(packs: Sequence[Pack], device: torch.device, multiple: int = 1) -> Batch:
     """A padded batch for a model under SDPA, with the mask that the packs' labels say."""
     labels = []  # each [packs, width]
     for name in ("ids", "positions", "segments", "ranks"):
-        padded, valid = pad([getattr(pack, name) for pack in packs])
+        padded, valid = pad([getattr(pack, name) for pack in packs], multiple)
         labels.append(padded.to(device, non_blocking=True))
     ids, positions, segments, ranks = labels
     blocks, valid = positions // packs[0].block, valid.to(device, non_blocking=True)

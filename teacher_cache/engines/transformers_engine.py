@@ -55,6 +55,8 @@ class TransformersEngine:
             compile_layers(model)
         self._attention, self._spec, self._shift = attention, spec, int(shift)
         self._tokens_per_batch, self._head_rows = tokens_per_batch, head_rows
+        # Of rows on CUDA: batches of all sizes would leave its allocator's memory in pieces.
+        self._multiple = 64 if model.get_input_embeddings().weight.is_cuda else 1
         self._excluded: Tensor | None = None
         if shared_ids is not None:
             excluded = method.excluded_ids(shared_ids, model.config.vocab_size)
@@ -101,14 +103,16 @@ class TransformersEngine:
         """The packs of each forward pass."""
         budget, padded = self._tokens_per_batch, not isinstance(self._attention, Full)
         packs = layout.pack_requests(self._attention, requests, self._shift, budget)
-        batches = layout.fill([pack.width for pack in packs], budget, padded)
+        widths = [-(-pack.width // self._multiple) * self._multiple for pack in packs]
+        batches = layout.fill(widths, budget, padded)
         return [[packs[i] for i in batch] for batch in batches]
 
     def batch(self, packs: Sequence[Pack]) -> Batch:
         """The tensors of one forward pass."""
         device = self._model.get_input_embeddings().weight.device
         full = isinstance(self._attention, Full)
-        return (layout.one_behind_the_other if full else layout.side_by_side)(packs, device)
+        lay = layout.one_behind_the_other if full else layout.side_by_side
+        return lay(packs, device, self._multiple)
 
     def hidden(self, batch: Batch) -> Float[Tensor, "read width"]:
         """Last hidden states at the read positions, in the order of the packs."""
@@ -147,14 +151,15 @@ def packed_attention(
     **arguments: Any,
 ) -> tuple[Float[Tensor, "1 rows heads depth"], None]:
     """Full attention inside each sequence of a packed batch, in transformers' form."""
-    ends, longest = arguments["cu_seq_lens_q"], arguments["max_length_q"]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         grouped = query.shape[1] != key.shape[1]
+        ends, longest = arguments["cu_seq_lens_q"], arguments["max_length_q"]
         sizes = (ends, ends, longest, longest)
         out: Any = varlen_attn(q, k, v, *sizes, scale=scale, enable_gqa=grouped)
         return out[None], None
+    ends = arguments["cu_seq_lens_k"]
     return torch.ops.tide.packed_attention(query, key, value, ends, scale), None
 
 

@@ -221,7 +221,7 @@ def sampler_groups(folder: Path) -> list[Group]:
             config = SampleConfig(new_tokens=new, block=block, steps_per_block=per_block)
             ids, valid = pad_left(prompts, block, REFERENCE_SPECIAL.pad)
             rows = [Row(row, config) for row in ids.tolist()]
-            decoding = Decoding(load(path.parent), REFERENCE_SPECIAL, block)
+            decoding = Decoding(load(path.parent), REFERENCE_SPECIAL, config)
             decoding.join(rows)
             decoding._valid &= valid
             for _ in range(new // block):

@@ -2,6 +2,7 @@
 that join others under way.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2ForCausalLM, SmolLM3ForCausalLM
 
 from student_train.using.decoding import Decoding, Row
@@ -227,14 +230,15 @@ def advance(decoding: Decoding) -> None:
 @given(arrivals=st.lists(REQUESTS, min_size=1, max_size=4), guidance=st.sampled_from([0.0, 0.8]))
 def test_a_row_that_joins_is_as_alone(exact: Any, arrivals: list[Any], guidance: float) -> None:
     """Every block some come, with settings and lengths of their own; those that are done leave."""
-    decoding = Decoding(exact, ENDLESS, BLOCK, guidance)
+    decoding = Decoding(exact, ENDLESS, SampleConfig(block=BLOCK, guidance=guidance))
     every: list[Row] = []
     for coming in [*arrivals, *[[]] * 5]:  # none takes more than five blocks
         rows = [Row(p, SampleConfig(BLOCK * n, block=BLOCK, **way)) for p, way, n in coming]
         every += rows
         if rows:
             decoding.join(rows)
-        advance(decoding)
+        if decoding.rows:
+            advance(decoding)
     assert not decoding.rows
     for row in every:
         config = replace(row.config, guidance=guidance)
@@ -242,10 +246,78 @@ def test_a_row_that_joins_is_as_alone(exact: Any, arrivals: list[Any], guidance:
         assert row.made == tokens[0]
 
 
+class Waits(TorchDispatchMode):
+    """Counts what a GPU's caller waits for: values and sizes that are read from it, and tensors
+    that are made of Python's numbers and sent to it.
+    """
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        reads = name in ("_local_scalar_dense", "nonzero", "masked_select")
+        indices = args[1] if name in ("index", "index_put_") else []
+        reads |= any(x is not None and x.dtype == torch.bool for x in indices)
+        self.count += reads or (name == "lift_fresh" and args[0].dim() > 0)
+        return func(*args, **(kwargs or {}))
+
+
+class Reads(TorchFunctionMode):
+    """Tells `Waits` of the reads that a CPU's tensors need no operator for."""
+
+    def __init__(self, waits: Waits) -> None:
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.waits.count += getattr(func, "__name__", "") in ("tolist", "cpu", "numpy")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.8])
+def test_a_step_waits_for_the_device_at_most_twice(model: Any, guidance: float) -> None:
+    """On average over a block, and in each step but the first, which has what is made once."""
+    rows = [Row([5] * 4, SampleConfig(8, block=8, **way)) for way in WAYS if "threshold" not in way]
+    decoding = Decoding(model, ENDLESS, SampleConfig(block=8, guidance=guidance))
+    decoding.join(rows)
+    with Waits() as waits, Reads(waits):
+        counts = [waits.count for _ in decoding.next_block()]
+    assert len(counts) == 5 and counts[-1] <= 2 * 5
+    assert all(after - before <= 2 for before, after in itertools.pairwise(counts[:-1]))
+
+
+def test_compiled_passes_are_one_graph_of_few_shapes_and_change_nothing(
+    exact: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs, shapes, compile_ = [], set(), torch.compile
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        graphs.append(graph)
+
+        def run(*args: Any) -> Any:
+            shapes.add(tuple(x.shape for x in args if isinstance(x, torch.Tensor) and x.dim() == 4))
+            return graph(*args)
+
+        return run
+
+    def compiled(module: Any, dynamic: bool, mode: str) -> Any:
+        return compile_(module, dynamic=dynamic, backend=backend)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    for prompts in (PROMPTS[:3], [[7] * 18, [8] * 5, [9] * 11]):
+        for way in ({}, {"steps_per_block": 2, "guidance": 0.8}):
+            config = SampleConfig(new_tokens=24, block=BLOCK, **way)  # type: ignore[arg-type]
+            wanted = sample(exact, prompts, ENDLESS, config)
+            assert sample(exact, prompts, ENDLESS, replace(config, compile=True)) == wanted
+    assert len(graphs) == 1
+    # Rows 3 and 6; with and without the last block; a cache of 8 blocks, or of 16.
+    assert len(shapes) <= 2 * 2 * 2
+
+
 def test_who_joins_costs_one_pass_and_padding_that_nobody_needs_is_given_up(exact: Any) -> None:
     """One pass over a prompt but for its last block, which goes through with the first new one."""
     config = SampleConfig(new_tokens=12, block=BLOCK, steps_per_block=1)
-    decoding = Decoding(exact, ENDLESS, BLOCK)
+    decoding = Decoding(exact, ENDLESS, config)
     with calls(exact.get_input_embeddings(), lambda args, _: tuple(args[0].shape)) as shapes:
         decoding.join([Row([1] * 8, config)])
         advance(decoding)
@@ -254,7 +326,7 @@ def test_who_joins_costs_one_pass_and_padding_that_nobody_needs_is_given_up(exac
         decoding.join([Row([4] * 3, config)])
     assert shapes == [(1, 8 + BLOCK), (2, 8), (3, BLOCK + BLOCK)]
     assert decoding.passes == 3
-    decoding = Decoding(exact, ENDLESS, BLOCK)  # of a server that always has work
+    decoding = Decoding(exact, ENDLESS, config)  # of a server that always has work
     with calls(exact.model.layers[0], lambda _, how: how["attention_mask"].shape[-1]) as keys:
         for _ in range(12):
             decoding.join([Row([1, 2, 3], config)])
