@@ -17,7 +17,7 @@ from transformers.masking_utils import flex_attention_mask
 from shared.cache.manifest import Manifest
 from shared.diffusion import block_diffusion_places, block_labels, sees
 from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve, stated_mask
-from shared.models.loading import architecture_of, load_model, new_model
+from shared.models.loading import COMPILE, architecture_of, load_model, new_model
 from shared.settings.config import StudentConfig
 from shared.system.files import TideError
 from shared.text.tokenizers import Tokenizer
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 STUDENTS = ("qwen3", "llama", "qwen2", "smollm3")
 FLEX = "tide_flex"  # the name under which transformers' models find `attend_flex`
-_compiled: Any = cache(partial(torch.compile, dynamic=True))
+_compiled: Any = cache(partial(torch.compile, **COMPILE))
 
 
 def load_student(
