@@ -27,7 +27,10 @@ Batch = dict[str, Any]
 
 
 def collate(
-    rows: Sequence[CacheRow], manifest: Manifest, token_map: TokenMap | None = None, width: int = 0
+    rows: Sequence[CacheRow],
+    manifest: Manifest,
+    token_map: TokenMap | None = None,
+    width: int | None = None,
 ) -> Batch:
     """One batch. `token_map`: where it is to have a top-k of a teacher with a tokenizer of its own;
     `width`: that of `places_of_draws`.

@@ -95,7 +95,7 @@ def test_several_draws_give_the_gradient_of_each_alone(caches: dict[str, Path], 
     train_on_loss(model, block, TargetReader(layout_of(cache), model.config.vocab_size))
     tables: Any = layout_of(cache).tables
     words = tables.token_map if isinstance(distillation, KL) else None
-    whole = collate(rows, manifest, words, data.draw(st.sampled_from([0, 4096])))
+    whole = collate(rows, manifest, words, data.draw(st.sampled_from([None, 0, 4096])))
     counts = counts_of(whole["counts"])
     assert len(whole["clean"]) == len(examples)
 
