@@ -136,11 +136,30 @@ def block_diffusion_places(
 
     A noised place sees its own noised block and all earlier clean blocks, a clean one the clean
     blocks up to its own. The last block may be shorter than `block`; `draws`: how many x_t there
-    are. Place −1 is padding: seen by none; it sees itself, so that no row is empty.
+    are. Places count on through examples, of which none sees another. Place −1 is padding: seen by
+    none; it sees itself, so that no row is empty.
     """
-    blocks, copies, seen = places % length // block, places // length, places >= 0
-    q, k = (slice(None), slice(None), None), (slice(None), None, slice(None))
-    own = (blocks[q] == blocks[k]) & (copies[q] == copies[k])
-    clean = (blocks[q] > blocks[k]) & (copies[k] == draws)
-    itself = torch.eye(places.shape[1], dtype=torch.bool, device=places.device)
-    return (((own | clean) & seen[k]) | itself)[:, None]
+    blocks, copies = block_labels(places, length, block, draws)
+    return sees(blocks[:, :, None], blocks[:, None], copies[:, :, None], copies[:, None])[:, None]
+
+
+_CLEAN = 0xFFFF  # the copy x_0; of all copies the largest
+# Whether q sees k: in its own block of its own copy, or of its example's x_0 in an earlier block.
+# A lambda: tests wrap every `def` in checks of its types, which the compiler cannot read.
+sees = lambda q_block, k_block, q_copy, k_copy: (  # noqa: E731
+    (q_copy == k_copy) & (q_block == k_block) | (q_copy | _CLEAN == k_copy) & (q_block > k_block)
+)
+
+
+def block_labels(
+    places: Int[Tensor, "batch rows"], length: int, block: int, draws: int
+) -> tuple[Int[Tensor, "batch rows"], Int[Tensor, "batch rows"]]:
+    """What `sees` compares, in int32: of each place its block, and its example and copy in one
+    number. Every padded place has a copy of its own, and no x_0.
+    """
+    copies = places // length
+    examples, copies = copies // (draws + 1), copies % (draws + 1)
+    copies = (examples << 16) + copies.masked_fill(copies == draws, _CLEAN)
+    nothing = -2 * torch.arange(1, places.shape[1] + 1, device=places.device)
+    copies = torch.where(places < 0, nothing, copies)
+    return (places % length // block).int(), copies.int()

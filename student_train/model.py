@@ -16,9 +16,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import flex_attention_mask
 
 from shared.cache.manifest import Manifest
-from shared.diffusion import block_diffusion_places
+from shared.diffusion import block_diffusion_places, block_labels, sees
 from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve, stated_mask
-from shared.models.loading import architecture_of, load_model, new_model
+from shared.models.loading import COMPILE, architecture_of, load_model, new_model
 from shared.settings.config import Lora, StudentConfig
 from shared.system.files import TideError
 from shared.text.tokenizers import Tokenizer
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 STUDENTS = ("qwen3", "llama", "qwen2", "smollm3")
 FLEX = "tide_flex"  # the name under which transformers' models find `attend_flex`
-_compiled: Any = cache(partial(torch.compile, dynamic=True))
+_compiled: Any = cache(partial(torch.compile, **COMPILE))
 
 
 def load_student(
@@ -123,32 +123,31 @@ def masked_hidden(
     model: Any,
     noised: Int[Tensor, "batch wide"],
     clean: Int[Tensor, "batch length"],
-    places: Int[Tensor, "batch rows"],
-    row: Int[Tensor, " n"],
-    column: Int[Tensor, " n"],
+    places: Int[Tensor, "packed rows"],
+    place: Int[Tensor, " n"],
     block: int,
 ) -> Float[Tensor, "n width"]:
-    """Last hidden states at the entries (row, column) of `places`.
+    """Last hidden states at the entries `place` of `places`, both from `places_of_draws`.
 
     One pass over these places of [x_t1 ; … ; x_tm ; x_0]. `noised`: the m draws of x_t side by
-    side; `places`: from `places_of_draws`, −1 at padding.
+    side.
     """
     length = clean.shape[1]
     draws = noised.shape[1] // length
     flex = model.config._attn_implementation == FLEX
     mask: Any = (flex_mask if flex else block_diffusion_places)(places, length, block, draws)
     output = model.model(
-        input_ids=torch.cat([noised, clean], dim=1).gather(1, places.clamp(min=0)),
+        input_ids=torch.cat([noised, clean], dim=1).take(places.clamp(min=0)),
         attention_mask=mask,
         position_ids=places % length,  # x_t and x_0 of a position share it
         use_cache=False,
     )
-    return output.last_hidden_state[row, column]
+    return output.last_hidden_state.flatten(0, 1)[place]
 
 
 def batch_hidden(model: Any, batch: Mapping[str, Tensor], block: int) -> Float[Tensor, "n width"]:
     """`masked_hidden` of a collated batch, at its masked positions."""
-    names = ("noised", "clean", "places", "row", "place")
+    names = ("noised", "clean", "places", "place")
     return masked_hidden(model, *(batch[name] for name in names), block=block)
 
 
@@ -190,16 +189,13 @@ def flex_mask(
     places: Int[Tensor, "batch rows"], length: int, block: int, draws: int = 1
 ) -> BlockMask:
     """`shared.diffusion.block_diffusion_places` as a block mask."""
-    # Whatever differs between batches is a tensor in the mask, so nothing is compiled anew.
+    # Whatever differs between batches is a tensor in the mask, so nothing is compiled anew; the
+    # kernel reads it for every pair of a tile that is seen in part.
     batch, rows = places.shape
-    blocks, copies, seen = places % length // block, places // length, places >= 0
-    clean = copies == draws
+    blocks, copies = block_labels(places, length, block, draws)
     make = _compiled(create_block_mask) if places.is_cuda else create_block_mask
-    # A lambda: tests wrap every `def` in checks of its types, which the compiler cannot read.
-    rule = lambda b, _, q, k: (  # noqa: E731
-        (seen[b, k] & (copies[b, q] == copies[b, k]) & (blocks[b, q] == blocks[b, k]))
-        | (seen[b, k] & clean[b, k] & (blocks[b, q] > blocks[b, k]))
-        | (q == k)
+    rule = lambda b, _, q, k: sees(  # noqa: E731 - as `sees`
+        blocks[b, q], blocks[b, k], copies[b, q], copies[b, k]
     )
     return make(rule, batch, None, rows, rows, device=places.device)
 

@@ -147,7 +147,7 @@ def fill(
     while masked.any():
         steps[row[masked].unique()] += 1
         # 2. The likeliest token of each position that is still masked
-        hidden = masked_hidden(student.model, noised, clean, places, row, place, block)
+        hidden = masked_hidden(student.model, noised, clean, places, place, block)
         confidence, tokens = student.model.lm_head(hidden).float().softmax(dim=1).max(dim=1)
         confidence = confidence.where(masked, -1.0)
         # 3. Settle those above the threshold, and in each gap the surest

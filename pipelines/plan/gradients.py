@@ -116,7 +116,11 @@ def heldout_parts(heldout: HeldOut, size: int) -> Iterator[Batch]:
             part = {k: batch[k][start : start + size] for k in ("clean", "noised", "places")}
             mine = (batch["row"] >= start) & (batch["row"] < start + size)
             row, column, place = (batch[k][mine] for k in ("row", "column", "place"))
-            part |= {"row": row - start, "place": place, "t": torch.ones(len(row))}
+            # Places, and the entries among them, count on through the examples.
+            before = start * (part["clean"].shape[1] + part["noised"].shape[1])
+            part["places"] = (part["places"] - before).clamp(min=-1)
+            place = place - start * part["places"].shape[1]
+            part |= {"place": place, "t": torch.ones(len(row))}
             yield {**part, "gold": batch["clean"][row, column]}
 
 

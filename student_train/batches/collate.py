@@ -2,9 +2,11 @@
 
 Masked positions are gathered row by row, but that those at which a teacher of the student's
 tokenizer was not read come last. Draws of one example that follow each other share one sequence
-[x_t1 ; … ; x_tm ; x_0], of which only the places that the loss needs are run.
+[x_t1 ; … ; x_tm ; x_0], of which only the places that the loss needs are run. Those of several
+examples stand in one row where that leaves less padding.
 """
 
+import heapq
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,10 +27,13 @@ Batch = dict[str, Any]
 
 
 def collate(
-    rows: Sequence[CacheRow], manifest: Manifest, token_map: TokenMap | None = None
+    rows: Sequence[CacheRow],
+    manifest: Manifest,
+    token_map: TokenMap | None = None,
+    width: int | None = None,
 ) -> Batch:
-    """One batch, padded to its longest row. `token_map`: where it is to have a top-k of a teacher
-    with a tokenizer of its own.
+    """One batch. `token_map`: where it is to have a top-k of a teacher with a tokenizer of its own;
+    `width`: that of `places_of_draws`.
     """
     # 1. Draws of one example stand together: they share x_0.                      (batch, length)
     examples: list[list[CacheRow]] = []
@@ -64,7 +69,7 @@ def collate(
     noised[example, copy * length + column] = manifest.fingerprint.student.mask_id
     masked = [[row.masked for row in draws] for draws in examples]
     lengths = [len(draws[0].student_ids) for draws in examples]
-    places, place = places_of_draws(masked, lengths, manifest.fingerprint.lengths.block)
+    places, place = places_of_draws(masked, lengths, manifest.fingerprint.lengths.block, width)
 
     # 4. The denominators: maskable tokens, positions read, active chunks.
     maskable = sum(row.maskable for row in rows)
@@ -91,17 +96,21 @@ def collate(
 
 
 def places_of_draws(
-    masked: Sequence[Sequence[Int[np.ndarray, " _"]]], lengths: Sequence[int], block: int
-) -> tuple[Int[torch.Tensor, "batch rows"], Int[torch.Tensor, " n"]]:
-    """Which places of [x_t1 ; … ; x_tm ; x_0] must be run, and where among them each masked
-    position stands. What is left out changes no value that the loss reads.
+    masked: Sequence[Sequence[Int[np.ndarray, " _"]]],
+    lengths: Sequence[int],
+    block: int,
+    width: int | None = None,
+) -> tuple[Int[torch.Tensor, "packed rows"], Int[torch.Tensor, " n"]]:
+    """Which places of [x_t1 ; … ; x_tm ; x_0] must be run, and at which entry of them, counted row
+    by row, each masked position stands. What is left out changes no value that the loss reads.
 
     `masked`: each example's masked positions, rising, draw by draw; m is the most draws that an
     example has. With n the longest length, position i of x_tj is place (j − 1)·n + i, x_0's is
-    place m·n + i. Rows are padded with −1 to the longest of them.
+    place m·n + i, and those of the next example follow. An example has a row of its own, but with a
+    `width` examples share rows up to that, or up to the longest. Rows are padded with −1.
     """
-    width, copies = max(lengths), max(len(draws) for draws in masked)
-    needed, columns = [], []
+    longest, copies = max(lengths), max(len(draws) for draws in masked)
+    needed, found = [], []
     for draws, length in zip(masked, lengths, strict=True):
         # 1. A block of x_t sees itself and earlier blocks of x_0. So of each x_t the blocks with a
         # masked position are needed (never the prompt's), cut at the example's end.
@@ -109,17 +118,40 @@ def places_of_draws(
         for j, positions in enumerate(draws):
             blocks = np.unique(positions // block)
             noised = (blocks[:, None] * block + np.arange(block)).reshape(-1)
-            parts.append(j * width + noised[noised < length])
+            parts.append(j * longest + noised[noised < length])
             last = max(last, int(blocks.max(initial=0)))
         # 2. Of x_0 all blocks before the last of these.
-        mine = np.concatenate([*parts, copies * width + np.arange(last * block)])
+        mine = np.concatenate([*parts, copies * longest + np.arange(last * block)])
         needed.append(mine)
         # 3. Places rise, so each masked position is found among them.
-        columns += [np.searchsorted(mine, one + j * width) for j, one in enumerate(draws)]
-    places = np.full((len(needed), max(1, *(len(mine) for mine in needed))), -1, np.int64)
-    for row, mine in zip(places, needed, strict=True):
-        row[: len(mine)] = mine
-    return torch.from_numpy(places), torch.from_numpy(np.concatenate(columns).astype(np.int64))
+        own = [np.searchsorted(mine, one + j * longest) for j, one in enumerate(draws)]
+        found.append(np.concatenate(own))
+    # 4. Each example's places behind each other, in its row.
+    sizes = [len(mine) for mine in needed]
+    rows = list(range(len(sizes))) if width is None else pack(sizes, max(width, *sizes))
+    ends = [0] * (max(rows) + 1)
+    places = np.full((len(ends), max(1, int(np.bincount(rows, sizes).max()))), -1, np.int64)
+    for i, (row, mine) in enumerate(zip(rows, needed, strict=True)):
+        start, ends[row] = ends[row], ends[row] + len(mine)
+        places[row, start : ends[row]] = mine + i * (copies + 1) * longest
+        found[i] += row * places.shape[1] + start
+    return torch.from_numpy(places), torch.from_numpy(np.concatenate(found).astype(np.int64))
+
+
+def pack(sizes: Sequence[int], width: int) -> list[int]:
+    """A row for each of `sizes`: rows no longer than `width` in all, with the least padding."""
+    best, fewest = list(range(len(sizes))), len(sizes) * max(1, *sizes)
+    falling = np.argsort(-np.array(sizes), kind="stable").tolist()
+    for count in range(len(sizes) - 1, 0, -1):
+        # The largest first, each into the row that is the shortest so far.
+        rows, ends = list(best), [(0, row) for row in range(count)]
+        for i in falling:
+            end, rows[i] = ends[0]
+            heapq.heapreplace(ends, (end + sizes[i], rows[i]))
+        longest = max(1, max(ends)[0])
+        if longest <= width and count * longest < fewest:
+            best, fewest = rows, count * longest
+    return best
 
 
 Owned = tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"], Int[np.ndarray, " _"]]
@@ -195,6 +227,17 @@ def _chunks(rows: Sequence[CacheRow], order: Int[np.ndarray, " n"]) -> Batch:
         "chunk_logp": torch.from_numpy(np.concatenate(logp)),
         "chunk_t": torch.from_numpy(np.concatenate(t)),
     }
+
+
+def padding_of(batches: Sequence[Batch]) -> tuple[float, float]:
+    """Which share of the places that are run is padding; which were, with an example a row."""
+    real, run, alone = 0, 0, 0
+    for batch in batches:
+        own = batch["places"][batch["places"] >= 0]
+        examples = own // (batch["noised"].shape[1] + batch["clean"].shape[1])
+        real, run = real + own.numel(), run + batch["places"].numel()
+        alone += len(batch["clean"]) * max(1, int(examples.bincount(minlength=1).max()))
+    return 1 - real / run, 1 - real / alone
 
 
 class TargetReader:

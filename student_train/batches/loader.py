@@ -137,6 +137,11 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
         tables = cache.layout.tables
         mapped = config.distillation.needs == "topk"
         self._token_map = tables.token_map if mapped and tables is not None else None
+        # Rows that examples share are no longer than the longest where attention grows with the
+        # square of that. Where it skips other examples, two of the full length fit: longer rows
+        # hardly hold less padding.
+        full = (config.draws_per_step + 1) * self._manifest.fingerprint.lengths.student
+        self._width = 2 * full if config.student.attention == "flex" else 0
         self._parts, batch, steps = processes, config.batch_size, config.max_steps
         if config.global_batch is None:
             steps *= config.accumulation
@@ -181,7 +186,7 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
         it arrives: PyTorch would put a traceback around it.
         """
         try:
-            return collate(self.rows(index), self._manifest, self._token_map)
+            return collate(self.rows(index), self._manifest, self._token_map, self._width)
         except TideError as error:
             if torch.utils.data.get_worker_info() is None:
                 raise

@@ -170,9 +170,11 @@ def chunk_log_likelihood(
     chunk_of: Int[Tensor, " tokens"],
     chunks: int,
 ) -> Float[Tensor, " chunks"]:
-    """log p(c) = Σ log p(gold token) over its tokens: token_logp[rows] summed by `chunk_of`."""
-    total = torch.zeros(chunks, dtype=token_logp.dtype, device=token_logp.device)
-    return total.index_add(0, chunk_of, token_logp[rows])
+    """log p(c) = Σ log p(gold token) over its tokens: token_logp[rows] summed by `chunk_of`, which
+    rises. In one order always: `index_add` adds in any on CUDA.
+    """
+    edges = torch.searchsorted(chunk_of, torch.arange(chunks + 1, device=chunk_of.device))
+    return torch.segment_reduce(token_logp[rows], "sum", offsets=edges, unsafe=True, initial=0.0)
 
 
 def bound_probability(p: Float[Tensor, " chunks"]) -> Float[Tensor, " chunks"]:

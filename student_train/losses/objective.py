@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from shared.models.loading import COMPILE
 from shared.settings.config import Distillation, Gold, Taught
 from student_train.losses import divergence
 from student_train.losses.targets import (
@@ -226,7 +227,14 @@ def fused_loss(
 
 
 # In a few kernels, forward and backward; made once for any number of rows.
-_compiled_objective: Any = cache(partial(torch.compile, objective_at, dynamic=True))
+_compiled_objective: Any = cache(partial(torch.compile, objective_at, **COMPILE))
+
+
+def product(a: Tensor, b: Tensor, exact: torch.dtype) -> Tensor:
+    """a · b in `exact`; on CUDA it is never rounded to the dtype of its factors."""
+    if a.is_cuda and a.dtype != exact:
+        return torch.mm(a, b, out_dtype=exact)
+    return (a @ b).to(exact)
 
 
 class _Fused(torch.autograd.Function):
@@ -249,8 +257,10 @@ class _Fused(torch.autograd.Function):
             for part, cached in slice_targets(targets, rows_per_slice):
                 # 2. Logits of the slice and its share of the loss.                  (slice, vocab)
                 own = for_objective(cached, distillation, exact)
-                logits = (rows[part] @ weights.T).to(exact)
+                logits = product(rows[part], weights.T, exact)
                 logits.requires_grad_(wants_hidden or wants_head)
+                if compiled:  # a vocabulary that might vary would not be read in vectors
+                    torch._dynamo.mark_static(logits, 1)
                 with torch.enable_grad():
                     both = measure(logits, own, distillation, train)
                     loss = total(both, settings.counts, distillation, settings.weight)
@@ -265,7 +275,7 @@ class _Fused(torch.autograd.Function):
                 if grad_head is not None and grad_head.dtype == dtype:
                     grad_head.addmm_(gradient.T, rows[part])  # without a second one of that size
                 elif grad_head is not None:
-                    grad_head += gradient.T @ rows[part]
+                    grad_head += product(gradient.T, rows[part], exact)
         ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
         whole, ce, distilled = (value.clone() for value in sums)
         ctx.mark_non_differentiable(ce, distilled)

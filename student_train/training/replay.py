@@ -1,6 +1,7 @@
 """`tide replay RUN`: go to the step whose loss was not finite again, and show where it breaks.
 
-A run repeats float for float: the last whole checkpoint before the step leads to its weights.
+A run repeats float for float (on CUDA, to rounding): the last whole checkpoint before the step
+leads to its weights.
 """
 
 import shutil

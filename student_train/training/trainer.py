@@ -1,6 +1,7 @@
 """Stage two: the loop. Hugging Face's Trainer carries it; `BatchDataset` has the batches."""
 
 import json
+import logging
 import math
 import os
 import time
@@ -21,7 +22,7 @@ from shared.system.files import TideError, write_bytes
 from shared.system.hardware import hardware_line, shut_down_process_group
 from shared.system.processes import hold
 from shared.text.tokenizers import Tokenizer
-from student_train.batches.collate import Batch, TargetReader, counts_of
+from student_train.batches.collate import Batch, TargetReader, counts_of, padding_of
 from student_train.batches.loader import BatchDataset
 from student_train.export import save_student, write_card
 from student_train.losses.objective import LossSettings, lambda_train, parts_of
@@ -29,6 +30,8 @@ from student_train.model import load_student, train_on_loss, with_adapter
 from student_train.training.heldout import HeldOut, masked_nll, prepare_heldout, warn_of_overlap
 from student_train.training.preflight import begin_or_go_on, is_first, on_gpu, preflight
 from student_train.training.resumable import TENSORBOARD, ResumableTrainer, training_arguments
+
+logger = logging.getLogger(__name__)
 
 NONFINITE = "nonfinite"
 _SUMS = ("denoise", "distillation", "batches", "tokens", "masked", "chunks", "mass", "mass_rows")
@@ -124,6 +127,7 @@ class StudentTrainer(ResumableTrainer):
         self.manifest = manifest
         self.read_targets = read
         self.heldout = heldout
+        self._began_steps = False
         self._batches_done = 0  # of the step at hand
         # Sums since the last log (`_SUMS`), and the first item whose loss was not finite, −1 for
         # none. They stay on the device until the trainer logs: no step waits for a number.
@@ -150,6 +154,11 @@ class StudentTrainer(ResumableTrainer):
                 raise TideError(batch["error"])
             counts += batch["counts"].to(device)
         self._batches_done = 0
+        if not self._began_steps and self.is_world_process_zero():
+            shares = padding_of(batches)
+            said = "padding: %.1f %% of the first step; %.1f %% if no two examples shared a row"
+            logger.info(said, *(100 * share for share in shares))
+        self._began_steps = True
         return batches, self.accelerator.reduce(counts, "sum")
 
     def compute_loss(  # type: ignore[override]

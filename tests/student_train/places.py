@@ -37,7 +37,8 @@ def all_places(lengths: Sequence[int]) -> Int[Tensor, "batch rows"]:
     """Every real place of [x_t ; x_0], for those who look at more than the masked positions."""
     width = max(lengths)
     column = torch.arange(2 * width)
-    return torch.where(column % width < torch.tensor(lengths)[:, None], column, -1)
+    places = column + 2 * width * torch.arange(len(lengths))[:, None]
+    return torch.where(column % width < torch.tensor(lengths)[:, None], places, -1)
 
 
 def in_float64(model: Any) -> Any:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
@@ -53,7 +54,7 @@ def hidden_of(
     row, column = (inside & (noised == mask)).nonzero(as_tuple=True)
     masked = [column[row == i].numpy() for i in range(len(lengths))]
     places, place = places_of_draws([[m] for m in masked], lengths, block)
-    return masked_hidden(model, noised, clean, places, row, place, block)
+    return masked_hidden(model, noised, clean, places, place, block)
 
 
 def test_golden_logits_at_masked_positions(golden: Path) -> None:
@@ -88,14 +89,27 @@ def test_flex_and_sdpa_agree_in_values_and_gradients(monkeypatch: pytest.MonkeyP
 def test_masks_of_places_are_block_diffusions(lengths: list[int], block: int, random: Any) -> None:
     width, places = max(lengths), all_places(lengths)
     kept = sorted(random.sample(range(2 * width), random.randint(1, 2 * width)))
-    for chosen in (places, places[:, kept]):
+    whole = block_diffusion(width, block)
+    for chosen in (places, places[:, kept], places.reshape(1, -1)):
         made = flex_mask(chosen, width, block)
-        dense = create_mask(made.mask_mod, len(lengths), 1, *[chosen.shape[1]] * 2, device="cpu")
+        dense = create_mask(made.mask_mod, len(chosen), 1, *[chosen.shape[1]] * 2, device="cpu")
         assert dense.equal(block_diffusion_places(chosen, width, block))
-    dense, whole = block_diffusion_places(places, width, block)[:, 0], block_diffusion(width, block)
-    for mask, real in zip(dense, places >= 0, strict=True):
-        assert mask[real][:, real].equal(whole[real][:, real])
-        assert mask[:, ~real].sum() == (~real).sum() and mask.any(dim=1).all()
+        for mask, row in zip(dense[:, 0], chosen, strict=True):
+            own, example = row % (2 * width), row // (2 * width)
+            seen = whole[own[:, None], own] & (example[:, None] == example) & (row >= 0)
+            seen[row < 0] = False  # but for itself
+            assert mask.equal(seen | torch.eye(len(row), dtype=torch.bool))
+
+
+def test_a_pair_reads_two_small_labels_of_either_side() -> None:
+    """Of every pair in a tile that is seen in part, of which there are most."""
+    index = torch.arange(6)
+    rule = flex_mask(all_places([3, 3]), 3, 2).mask_mod
+    graph = make_fx(rule)(index % 2, index * 0, index, index.flip(0)).graph
+    read = [
+        node.meta["val"].dtype for node in graph.nodes if node.target is torch.ops.aten.index.Tensor
+    ]
+    assert read == [torch.int32] * 4
 
 
 def test_new_lengths_compile_nothing_anew() -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3ForCausalLM
 
 from shared.models.checkpoint import open_checkpoint
-from shared.models.loading import check_weights, load_model, meta_model
+from shared.models.loading import check_weights, compile_layers, load_model, meta_model
 from shared.system.files import TideError
 from shared.text.tokenizers import Tokenizer
 
@@ -215,6 +216,31 @@ ARCHITECTURE_OF = {
     "a2d_qwen3": "qwen3", "llada": "llada", "dream": "dream", "wedlm": "qwen3",
     "llada_moe": "llada_moe", "llada2_moe": "llada2_moe", "step/teacher_cross": "llama",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llada_moe", "llada2_moe"])
+def test_layers_with_experts_are_compiled_whole(
+    golden: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for every kind of layer and all lengths, with all of the experts' products."""
+    model, graphs = load(golden / name, ARCHITECTURE_OF[name]).eval(), []
+    monkeypatch.setattr(
+        torch, "compile", partial(torch.compile, backend=lambda g, _: graphs.append(g.code) or g)
+    )
+
+    def run(length: int) -> torch.Tensor:
+        seen = torch.ones(2, 1, length, length, dtype=torch.bool)
+        ids = torch.arange(2 * length).reshape(2, length)
+        return model.model(ids, attention_mask=seen, use_cache=False).last_hidden_state
+
+    with torch.no_grad():
+        plain = [run(length) for length in (5, 12, 9)]
+        compile_layers(model)
+        for values in plain:
+            torch.testing.assert_close(run(values.shape[1]), values, rtol=1e-4, atol=1e-5)
+    kinds = {hasattr(layer.mlp, "experts") for layer in model.model.layers}
+    assert len(graphs) == len(kinds)
+    assert sum("grouped_mm" in code for code in graphs) == 1
 
 
 def test_published_configs_are_taken() -> None:

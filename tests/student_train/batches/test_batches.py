@@ -19,7 +19,14 @@ from shared.cache.shards import Shard, Unit, finished_units
 from shared.cache.stores import Store
 from shared.settings.config import TrainConfig
 from shared.system.files import TideError
-from student_train.batches.collate import TargetReader, collate, counts_of, places_of_draws
+from student_train.batches.collate import (
+    TargetReader,
+    collate,
+    counts_of,
+    pack,
+    padding_of,
+    places_of_draws,
+)
 from student_train.batches.loader import BatchDataset, OpenCache
 from student_train.model import masked_hidden
 from tests.reading import change_column, dataset, layout_of, plain_table, rows_in
@@ -189,8 +196,11 @@ def batches(draw: Any) -> tuple[list[int], list[list[np.ndarray]], int]:
 
 
 @settings(max_examples=25)
-@given(batches(), st.integers(0, 2**31))
-def test_states_and_gradients_are_those_of_each_draw_alone(batch: Any, seed: int) -> None:
+@given(batches(), st.integers(0, 2**31), st.sampled_from([None, 0, 200]))
+def test_states_and_gradients_are_those_of_each_draw_alone(
+    batch: Any, seed: int, wide: int | None
+) -> None:
+    """In rows of their own, and in rows that they share."""
     lengths, masked, block = batch
     generator = torch.Generator().manual_seed(seed)
     clean = torch.randint(0, 49, (len(lengths), max(lengths)), generator=generator)
@@ -206,10 +216,10 @@ def test_states_and_gradients_are_those_of_each_draw_alone(batch: Any, seed: int
         row, column = torch.tensor(row).long(), torch.tensor(column).long()
         noised = clean.repeat(1, copies)
         noised[row, column] = 49
-        places, place = places_of_draws(masked, lengths, block)
+        places, place = places_of_draws(masked, lengths, block, wide)
         if whole:
-            places, place = all_places(lengths), column
-        return masked_hidden(model, noised, clean, places, row, place, block)
+            places, place = all_places(lengths), row * 2 * width + column
+        return masked_hidden(model, noised, clean, places, place, block)
 
     def gradients(hidden: torch.Tensor) -> Any:
         loss = hidden.flatten() @ torch.linspace(-1, 1, hidden.numel()).double()
@@ -225,8 +235,30 @@ def test_states_and_gradients_are_those_of_each_draw_alone(batch: Any, seed: int
     torch.testing.assert_close(gradients(together), gradients(alone), rtol=1e-9, atol=1e-9)
 
 
+@given(st.lists(st.integers(0, 90), min_size=1, max_size=9), st.integers(0, 300))
+def test_rows_are_shared_where_that_saves_padding(sizes: list[int], width: int) -> None:
+    rows, longest = pack(sizes, max(width, *sizes, 1)), max(1, *sizes)
+    ends = np.bincount(rows, sizes)
+    assert len(ends) == len(set(rows)) and ends.max() <= max(width, longest)
+    assert len(ends) * max(1, ends.max()) <= len(sizes) * longest
+    if width >= sum(sizes) > 0:  # no row is longer than that, so nothing is padded
+        assert len(ends) * ends.max() == sum(sizes)
+
+
 def test_the_prompt_the_last_block_and_an_example_without_masks_are_left_out() -> None:
     places, _ = places_of_draws([[np.array([33, 70])]], [96], 32)
     assert places.tolist() == [[*range(32, 96), *range(96, 96 + 64)]]
     places, column = places_of_draws([[np.zeros(0, np.int64)]], [40], 8)
     assert places.tolist() == [[-1]] and column.numel() == 0
+
+
+def test_a_step_says_how_much_of_it_is_padding() -> None:
+    masked = [[np.arange(n)] for n in (8, 4, 3)]
+    batches = []
+    for width in (None, 0, 99):
+        places, _ = places_of_draws(masked, [8, 4, 3], 4, width)
+        batches.append({"clean": torch.zeros(3, 8), "noised": torch.zeros(3, 8), "places": places})
+    real = 8 + 4 + 4 + 3  # with a block of x_0
+    expected = [1 - real / 36, 1 - real / 24, 0.0]
+    for batch, share in zip(batches, expected, strict=True):
+        assert padding_of([batch]) == pytest.approx((share, 1 - real / 36))

@@ -1,5 +1,8 @@
 """The whole objective against float64, and the LM head with the loss in slices against it."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.cache.manifest import load_manifest
@@ -86,6 +90,35 @@ def gradients(loss_of: Callable, hidden: Tensor, head: Tensor, *rest: Any) -> li
     loss = loss_of(hidden, head, *rest)
     loss = loss if isinstance(loss, Tensor) else loss[0]
     return [loss.detach(), *torch.autograd.grad(loss * 0.7, (hidden, head))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["KL", "Calm"])
+def test_slices_of_any_size_run_in_graphs_of_a_fixed_vocabulary(kind: str) -> None:
+    """In a process without the tests' import hook, which torch.compile would trace through."""
+    command, path = [sys.executable, "-m", __name__, kind], {**os.environ, "PYTHONPATH": "."}
+    done = subprocess.run(command, env=path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def run_slices_of_any_size(settings: Taught) -> None:
+    """With more sizes than PyTorch compiles for by default."""
+    graphs, vocabulary, ran = [], 37, []
+
+    def count(module: Any, inputs: list[Any]) -> Callable:
+        sizes = [size for x in inputs if isinstance(x, Tensor) for size in x.shape]
+        graphs.append([size for size in sizes if free_symbols(size) and size == vocabulary])
+        return lambda *given: ran.append(1) or module(*given)
+
+    made = losses._compiled_objective(backend=count)
+    losses._compiled_objective = lambda: made  # type: ignore[assignment]
+    for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 21):
+        *given, targets, counts = problem(n, vocabulary, 3)
+        how, before = (targets, LossSettings(settings, 2.0, counts, 0.3)), len(ran)
+        result = gradients(fused_loss, *given, *how, 64, True)
+        assert len(ran) == before + 1, f"{n} rows ran uncompiled, after {len(graphs)} graphs"
+        torch.testing.assert_close(result, gradients(plain, *given, *how))
+    assert not any(graphs)
 
 
 @pytest.mark.parametrize("tidal", [None, Tidal()], ids=["plain", "tidal"])
@@ -247,3 +280,7 @@ def test_from_chats_to_the_gradient_of_full_logits(random_teacher: Path, tmp_pat
         expected, gradient = divergence_of(x, p, everything, 2.0, part, reverse)
         assert float(value.detach()) == pytest.approx(4 * float(expected), rel=1e-5)
         assert float((slope / 4 - gradient).norm() / gradient.norm()) < 1e-5
+
+
+if __name__ == "__main__":
+    run_slices_of_any_size(getattr(objectives, sys.argv[1])())

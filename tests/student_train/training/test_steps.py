@@ -83,6 +83,7 @@ def test_every_division_sees_the_same_rows_in_every_step(caches: dict[str, Path]
 @settings(max_examples=12)
 @given(st.data())
 def test_several_draws_give_the_gradient_of_each_alone(caches: dict[str, Path], data: Any) -> None:
+    """And several examples in one row."""
     teacher = data.draw(st.sampled_from(sorted(OBJECTIVES)))
     distillation = data.draw(st.sampled_from(OBJECTIVES[teacher]))
     cache, manifest = caches[teacher], load_manifest(caches[teacher])
@@ -94,7 +95,7 @@ def test_several_draws_give_the_gradient_of_each_alone(caches: dict[str, Path], 
     train_on_loss(model, block, TargetReader(layout_of(cache), model.config.vocab_size))
     tables: Any = layout_of(cache).tables
     words = tables.token_map if isinstance(distillation, KL) else None
-    whole = collate(rows, manifest, words)
+    whole = collate(rows, manifest, words, data.draw(st.sampled_from([None, 0, 4096])))
     counts = counts_of(whole["counts"])
     assert len(whole["clean"]) == len(examples)
 
