@@ -52,11 +52,12 @@ def demo(
 @command(INSTALLATION)
 def bench(
     only: Annotated[str | None, Option(help="One table: stages, head, loader or use.")] = None,
+    paper: Annotated[bool, Option("--paper", help="Of use: the paper's models.")] = False,
 ) -> None:
     """Measure, side by side in one run, what the design claims about speed."""
     from pipelines.speed import run_bench
 
-    run_bench(only)
+    run_bench(only, paper)
 
 
 class BesideBars(logging.Handler):
