@@ -1,13 +1,12 @@
 """The paper's efficiency table: memory and seconds of a response, with random weights."""
 
-import time
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import get_max_memory
 from rich.table import Table
 
-from pipelines.speed import in_process
+from pipelines.speed import in_process, side_by_side
 from shared.models.loading import meta_model, random_model
 from shared.system.hardware import choose_device, choose_precision, high_water, torch_dtype
 from student_train.using.settings import SampleConfig, Special
@@ -43,7 +42,7 @@ def bench_paper(tokens: int = 256) -> Table:
     columns = [f"{what}{of}" for what in ("GiB", "s") for of in ("", ", paper", " ÷", " ÷, paper")]
     title = f"A prompt of {PROMPT} tokens, a response of {tokens} (the paper: 256, on an H100); "
     table = Table("model", *columns, title=f"{title}{precision} on {device.type}; ÷ the first row")
-    first: tuple[float, float] | None = None
+    first: Any = None
     for model in MODELS:
         raw: Any = published_shape(model.shape)
         weights = meta_model(model.architecture, raw).num_parameters()
@@ -51,7 +50,7 @@ def bench_paper(tokens: int = 256) -> Table:
         if needed > free:
             table.add_row(model.name, f"needs {needed / GIB:.1f}, {free / GIB:.1f} are free")
             continue
-        measured = in_process(measure, model, raw, tokens, str(device), precision)
+        measured = in_process(measure, model, tokens, str(device), precision)
         first, cells = first or measured, []
         for value, own, stated, of in zip(
             measured, first, model.paper, MODELS[0].paper, strict=True
@@ -62,17 +61,14 @@ def bench_paper(tokens: int = 256) -> Table:
     return table
 
 
-def measure(
-    model: Model, raw: dict[str, Any], tokens: int, device: str, precision: str
-) -> tuple[float, float]:
-    """GiB at the peak, weights and all, and seconds of the second response."""
+def measure(model: Model, tokens: int, device: str, precision: str) -> tuple[float, float]:
+    """GiB at the peak, weights and all, and seconds of a response after the first."""
     before = high_water()
+    raw: Any = published_shape(model.shape)
     network = random_model(model.architecture, raw, torch_dtype(precision), device)
     special = Special(mask=network.config.vocab_size - 1, pad=0, eos=0)
     config = SampleConfig(new_tokens=tokens, min_new_tokens=tokens, block=model.block)
-    for _ in range(2):
-        started = time.perf_counter()
-        sample(network, [[1] * PROMPT], special, config)
-    seconds = time.perf_counter() - started
+    jobs = {"": lambda: sample(network, [[1] * PROMPT], special, config)}
+    seconds = side_by_side(jobs, rounds=1)[""]
     held = high_water() - before if device == "cpu" else torch.cuda.max_memory_allocated()
     return held / GIB, seconds
