@@ -68,7 +68,7 @@ def measure(model: Model, tokens: int, device: str, precision: str) -> tuple[flo
     network = random_model(model.architecture, raw, torch_dtype(precision), device)
     special = Special(mask=network.config.vocab_size - 1, pad=0, eos=0)
     config = SampleConfig(new_tokens=tokens, min_new_tokens=tokens, block=model.block)
-    jobs = {"": lambda: sample(network, [[1] * PROMPT], special, config)}
+    jobs: Any = {"": lambda: sample(network, [[1] * PROMPT], special, config)}
     seconds = side_by_side(jobs, rounds=1)[""]
     held = high_water() - before if device == "cpu" else torch.cuda.max_memory_allocated()
     return held / GIB, seconds
