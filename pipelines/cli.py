@@ -107,9 +107,7 @@ def main() -> NoReturn:
             fix = "free some space and run the same command again; what is finished is kept"
             text = f"the disk is full: {error}\n  fix: {fix}"
         elif type(error).__name__ == "OutOfMemoryError":  # torch's
-            text = (
-                f"{error}\n  fix: `tide plan --gpu NAME` says what fits; close what else runs there"
-            )
+            text += "\n  fix: `tide plan --gpu NAME` says what fits; close what else runs there"
         elif not isinstance(error, TideError | OSError):  # OSError: a folder not to be written, …
             raise
         print(f"tide: error: {printable(text)}", file=sys.stderr)

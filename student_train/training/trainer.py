@@ -83,8 +83,8 @@ def make_trainer(
     for _ in range(halvings):
         config = halved(config, processes) or config
     if halvings:
-        how = f"{config.batch_size} rows a pass, checkpointing {config.gradient_checkpointing}"
-        warnings.warn(f"to fit into memory: {how}; the gradient is the same", stacklevel=2)
+        said = f"{config.batch_size} rows a pass, checkpointing {config.gradient_checkpointing}"
+        warnings.warn(f"to fit into memory: {said}; the gradient is the same", stacklevel=2)
     # 2. The student, and its batches: the whole run's, in order.
     set_seed(config.seed)
     model, tokenizer = load_student(config.student, config.cache, manifest)
