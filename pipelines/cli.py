@@ -33,6 +33,8 @@ def env() -> None:
             facts.append((package, version(package)))
         except PackageNotFoundError:
             facts.append((package, "not installed"))
+    v2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") == "1"  # as the engine sets it
+    facts.append(("vllm's runner", "V2, which is not tested" if v2 else "V1"))
     say("\n".join(f"{name:<16}{value}" for name, value in facts))
 
 
@@ -54,11 +56,12 @@ def demo(
 @command(INSTALLATION)
 def bench(
     only: Annotated[str | None, Option(help="One table: stages, head, loader or use.")] = None,
+    paper: Annotated[bool, Option("--paper", help="Of use: the paper's models.")] = False,
 ) -> None:
     """Measure, side by side in one run, what the design claims about speed."""
     from pipelines.speed import run_bench
 
-    run_bench(only)
+    run_bench(only, paper)
 
 
 class BesideBars(logging.Handler):
@@ -105,6 +108,8 @@ def main() -> NoReturn:
         if disk_is_full(error):
             fix = "free some space and run the same command again; what is finished is kept"
             text = f"the disk is full: {error}\n  fix: {fix}"
+        elif type(error).__name__ == "OutOfMemoryError":  # torch's
+            text += "\n  fix: `tide plan --gpu NAME` says what fits; close what else runs there"
         elif not isinstance(error, TideError | OSError):  # OSError: a folder not to be written, …
             raise
         print(f"tide: error: {printable(text)}", file=sys.stderr)

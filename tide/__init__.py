@@ -148,9 +148,10 @@ def train(cache: Cache | str | Path, callbacks: Sequence[Any] = (), **settings: 
     source = cache if isinstance(cache, Cache) else Cache.open(cache)
     settings = {"cache": source.folder, **settings}
     config = train_config(source.teacher, *_places(settings), settings)
+    from pipelines.plan.memory import halvings_here
     from student_train.training.trainer import train_student
 
-    return Run(config.out, train_student(config, callbacks))
+    return Run(config.out, train_student(config, callbacks, halvings_here(config)))
 
 
 def _cache_config(

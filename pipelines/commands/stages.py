@@ -262,9 +262,10 @@ def train(
 ) -> None:
     """Stage two: train a student from a cache. Run again to resume."""
     settings = configure(out=out)
+    from pipelines.plan.memory import halvings_here
     from student_train.training.trainer import train_student
 
-    metrics = train_student(settings)
+    metrics = train_student(settings, halvings=halvings_here(settings))
     if int(os.environ.get("RANK", "0")) == 0:
         say(f"{settings.out}/model: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
 

@@ -5,6 +5,7 @@ Only attention is replaced: the kernels of a GPU (flash, flex) do not run here, 
 known what they keep for the backward pass.
 """
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,22 +18,25 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from pipelines.plan.costs import Workload, even_layout, made_up_fingerprint, random_rows, size_of
-from shared.cache.manifest import Manifest
+from shared.cache.manifest import Manifest, load_manifest
 from shared.cache.row import CacheRow
 from shared.diffusion import block_diffusion_places
 from shared.models.checkpoint import resolve
 from shared.models.loading import random_model
 from shared.settings.config import CacheConfig, TrainConfig
+from shared.settings.data import TargetConfig
 from shared.system.files import TideError, read_json
 from shared.system.hardware import torch_dtype
 from student_train.batches.collate import TargetReader, collate, counts_of
 from student_train.losses.objective import LossSettings, slice_rows
 from student_train.model import train_on_loss, with_adapter
+from student_train.training.preflight import halved, on_gpu, settle_batch
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method import Request, TargetSpec
 from teacher_cache.teachers.registry import TeacherEntry, find_teacher, published_shape
 
 FAKE_ATTENTION = "tide_fake"
+USABLE = 0.92  # of a card's memory, for the allocator's gaps and the driver
 # Students whose sizes are in shapes.toml, by a part of their names.
 PUBLISHED_STUDENTS = ("qwen3-0.6b", "qwen2.5-coder-0.5b", "smollm2-135m", "smollm3-3b")
 STATE = {"adamw": 1.0, "adamw_8bit": 0.25}  # bytes of the optimizer's state ÷ AdamW's in float32
@@ -277,14 +281,35 @@ def student_step(
     return memory, flops * train.accumulation
 
 
-def largest_batch(
-    more: int, train: TrainConfig, cache: CacheConfig, data: Conversations, card: int, room: float
-) -> int:
-    """The largest batch_size that takes at most `room` bytes of a `card`, from the `more` bytes of
-    these settings and those of another batch: activations grow evenly with a pass's examples.
+def fitted(
+    train: TrainConfig, cache: CacheConfig, data: Conversations, card: int, room: float, ranks: int
+) -> tuple[int, TrainConfig, dict[str, int], float]:
+    """A step on a `card` whose passes are `halved` until it takes at most `room` bytes, or as far
+    as can be: how often, the settings, and what `student_step` says of them.
     """
-    draws = train.draws_per_step
-    other = replace(train, batch_size=draws if train.batch_size > draws else 3 * draws)
-    less = sum(student_step(other, cache, data, card)[0].values())
-    each = (more - less) / (train.batch_size - other.batch_size) * draws
-    return max(0, other.batch_size // draws + int((room - less) // each)) * draws
+    times = 0
+    while True:
+        held, flops = student_step(train, cache, data, card)
+        smaller = halved(train, ranks)
+        if smaller is None or sum(held.values()) <= room:
+            return times, train, held, flops
+        times, train = times + 1, smaller
+
+
+def halvings_here(train: TrainConfig) -> int:
+    """How often a run's passes are `halved` for the GPU at hand, on conversations of full length; 0
+    without a GPU, or where sizes are not on record.
+    """
+    if not on_gpu(train):
+        return 0
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # fewer gaps
+    ranks, own = (int(os.environ.get(key, "0")) for key in ("WORLD_SIZE", "LOCAL_RANK"))
+    free, card = torch.cuda.mem_get_info(own)
+    try:
+        known = load_manifest(train.cache).fingerprint
+        targets = TargetConfig(temperatures=known.targets.temperatures)
+        cache = CacheConfig(known.teacher.name, lengths=known.lengths, targets=targets)
+        data, room = Conversations(known.lengths.student, 0.75), USABLE * (card if ranks else free)
+        return fitted(settle_batch(train, ranks or 1), cache, data, card, room, ranks or 1)[0]
+    except TideError:  # training says what is wrong, and halves passes where memory runs out
+        return 0

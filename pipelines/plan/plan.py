@@ -18,7 +18,7 @@ import torch
 
 from pipelines.plan import costs, memory
 from pipelines.plan.costs import in_bytes
-from pipelines.plan.memory import Conversations
+from pipelines.plan.memory import USABLE, Conversations
 from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import meta_model, random_model
@@ -31,7 +31,6 @@ from teacher_cache.run.open import open_or_begin
 from teacher_cache.run.work import compiles
 from teacher_cache.teachers.registry import TeacherEntry, find_teacher, known_shape
 
-USABLE = 0.92  # of a card's memory, for the allocator's gaps and the driver
 QUANTIZED_BYTES = {"int8": 1.0, "int4": 0.5}  # of a parameter, which has 2 in bfloat16
 
 
@@ -78,12 +77,12 @@ class Assumptions:
 
     @property
     def utilisation(self) -> str:
-        return f"{self.card.tflops:,.0f} TFLOP/s at {self.mfu:.0%} utilisation (stated)"
+        return f"{self.mfu:.0%} (stated) of an {self.card.name}'s {self.card.tflops:,.0f} TFLOP/s"
 
-    def fits(self, held: dict[str, int]) -> str:
-        """The peak in words, by what it holds."""
+    def fits(self, held: dict[str, int], fix: str) -> str:
+        """The peak in words, by what it holds. `fix`: what to set where it is too high."""
         total = sum(held.values())
-        verdict = "fits" if total <= USABLE * self.card.memory else "does not fit"
+        verdict = "fits" if total <= USABLE * self.card.memory else f"does not fit (set {fix})"
         parts = ", ".join(f"{kind} {in_bytes(size)}" for kind, size in held.items() if size)
         return f"{in_bytes(total)} at its peak, {verdict} on an {self.card.name} ({parts})"
 
@@ -150,7 +149,7 @@ def stage_one(
         "examples": f"{load.examples:,} × {config.noise.draws} draws",
         "a draw": f"{load.passes:.2f} passes, {load.tokens:,.0f} tokens, "
         f"{load.masked:,.0f} masked positions, {load.chunks:,.0f} chunks",
-        "GPU memory": given.fits(held),
+        "GPU memory": given.fits(held, "engine.device_map=auto, or quantization where it can be"),
         "on disk": f"{in_bytes(each)} a draw, {position:,.0f} bytes a masked position, {disk} in "
         "all (random logits do not compress: an upper bound)",
         "compute": f"{flops / 1e12:,.3g} TFLOP a draw, {flops * draws / 1e18:,.3g} EFLOP",
@@ -170,14 +169,15 @@ def stage_two(
 ) -> str:
     """What the student takes: memory, the largest batch, FLOPs, hours and money."""
     card = given.card.memory
-    held, flops = memory.student_step(train, config, data, card)
-    most = memory.largest_batch(sum(held.values()), train, config, data, card, USABLE * card)
-    batch = train.batch_size * train.accumulation
+    asked, batch = train.batch_size, train.batch_size * train.accumulation
+    times, train, held, flops = memory.fitted(train, config, data, card, USABLE * card, 1)
+    cut = f" (of {asked}, halved by `tide train` too)" if times else ""
+    cut += " with checkpointing" * train.gradient_checkpointing
     steps = train.max_steps if train.max_steps > 0 else math.ceil(train.epochs * examples / batch)
     hours = given.hours(flops * steps)
     rows = {
-        "steps": f"{steps:,} of {train.accumulation} × {train.batch_size} draws",
-        "GPU memory": f"{given.fits(held)}; batch_size at most {most}",
+        "steps": f"{steps:,} of {train.accumulation} × {train.batch_size} draws{cut}",
+        "GPU memory": given.fits(held, "optimizer=adamw_8bit, or parallel=fsdp on several"),
         "compute": f"{flops / 1e12:,.3g} TFLOP a step, {flops * steps / 1e18:,.3g} EFLOP",
         "GPU hours": f"{hours:,.1f} at {given.utilisation}",
     }

@@ -12,12 +12,15 @@ from shared.system.files import TideError
 from shared.system.hardware import high_water
 
 
-def run_bench(only: str | None = None) -> None:
-    """Print all tables, or one of them."""
+def run_bench(only: str | None = None, paper: bool = False) -> None:
+    """Print all tables, or one of them; with `paper` that of use at the paper's sizes."""
+    from pipelines.speed.paper import bench_paper
     from pipelines.speed.training import bench_head, bench_loader, bench_stages
     from pipelines.speed.use import bench_use
 
     tables = {"stages": bench_stages, "head": bench_head, "loader": bench_loader, "use": bench_use}
+    if paper:
+        tables = {"use": bench_paper}
     if only is not None and only not in tables:
         raise TideError(f"unknown table {only!r}", expected=f"one of {', '.join(tables)}")
     for name in [only] if only else tables:

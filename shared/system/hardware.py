@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import warnings
 from pathlib import Path
 
@@ -21,6 +22,12 @@ def choose_device(name: str = "auto") -> torch.device:
     """A device by name; `auto` is the accelerator where there is one. TideError where it is not."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+        if not (accelerator or hidden) and shutil.which("nvidia-smi"):
+            why = f"torch {torch.__version__} sees no NVIDIA card, and `nvidia-smi` is here"
+            warnings.warn(
+                f"{why}: is the driver as new as CUDA {torch.version.cuda}?", stacklevel=2
+            )
         return accelerator or torch.device("cpu")
     expected = "auto or cpu" if accelerator is None else f"auto, cpu or {accelerator.type}"
     try:

@@ -43,6 +43,9 @@ def preflight(config: TrainConfig, processes: int) -> tuple[TrainConfig, OpenCac
     precision = choose_precision(config.precision, device, begun)
     if config.precision == "auto" and is_first():
         logger.info("precision %s", explain_precision(precision, device, begun))
+    if on_gpu(config) and processes == 1 and (gpus := torch.cuda.device_count()) > 1:
+        how = "`torchrun --nproc-per-node %d -m pipelines.cli train …` (or `accelerate launch`)"
+        logger.warning(f"one GPU of %d is used; for all of them: {how}", gpus, gpus)
     # 3. How the rows of a step are divided, and the attention that the device has.
     config = settle_batch(replace(config, precision=precision), processes)
     if config.student.attention == "auto":
@@ -130,6 +133,19 @@ def settle_batch(config: TrainConfig, processes: int) -> TrainConfig:
             fix="leave accumulation out, or global_batch",
         )
     return replace(config, batch_size=size, accumulation=each // size)
+
+
+def halved(config: TrainConfig, processes: int) -> TrainConfig | None:
+    """The same rows and gradient a step with less memory: in passes half as large, if they do not
+    see other rows then; at last with checkpointing. None where nothing is left.
+    """
+    others = config.global_batch is None and config.accumulation > 1
+    if others or config.batch_size <= config.draws_per_step:
+        again = replace(config, gradient_checkpointing=True)
+        return None if config.gradient_checkpointing else again
+    whole = config.global_batch or config.batch_size * processes
+    half = replace(config, global_batch=whole, batch_size=config.batch_size // 2, accumulation=1)
+    return settle_batch(half, processes)
 
 
 def check_objective(

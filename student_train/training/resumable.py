@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, no_type_check
 
 import torch
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import should_reduce_batch_size
 from torch.utils._pytree import tree_map_only
 from transformers import Trainer, TrainingArguments
 
@@ -91,6 +92,11 @@ class RecordedArguments(TrainingArguments):
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "tide": self.tide}
+
+    @property
+    def n_gpu(self) -> int:
+        """One process, one GPU: of several, transformers would make `nn.DataParallel`."""
+        return min(1, super().n_gpu)
 
 
 def training_arguments(config: TrainConfig, manifest: Manifest, steps: int) -> RecordedArguments:
@@ -165,8 +171,10 @@ class ResumableTrainer(Trainer):
         """Seconds of training, those before an interruption included."""
         return time.monotonic() - self._began
 
-    def train_resuming(self) -> None:
-        """Train to the end, from the last whole checkpoint if there is one."""
+    def train_resuming(self, smaller: bool = False) -> bool:
+        """Train to the end, from the last whole checkpoint if there is one. False where memory ran
+        out, for which `smaller` passes can help: what is done is a checkpoint then.
+        """
         place = Path(str(self.args.output_dir))
         last: list[Any] = [None]
         if self.args.process_index == 0:
@@ -192,8 +200,16 @@ class ResumableTrainer(Trainer):
         self._began = time.monotonic() - seconds
         try:
             self.train(resume_from_checkpoint=folder)
+        except RuntimeError as error:
+            if not smaller or self.args.world_size > 1 or not should_reduce_batch_size(error):
+                raise
+            logger.warning("out of memory: on from step %d, less at a time", self.state.global_step)
+            if self.state.global_step > 0:
+                self._save_checkpoint(self.model, None)
+            return False
         finally:
             self._finish_checkpoint()
+        return True
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
         """In order: the data set itself is the shuffled plan of the whole run."""

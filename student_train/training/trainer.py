@@ -5,12 +5,14 @@ import logging
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from operator import itemgetter
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from safetensors.torch import save
 from transformers import set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
@@ -28,7 +30,7 @@ from student_train.export import save_student, write_card
 from student_train.losses.objective import LossSettings, lambda_train, parts_of
 from student_train.model import load_student, train_on_loss, with_adapter
 from student_train.training.heldout import HeldOut, masked_nll, prepare_heldout, warn_of_overlap
-from student_train.training.preflight import begin_or_go_on, is_first, on_gpu, preflight
+from student_train.training.preflight import begin_or_go_on, halved, is_first, on_gpu, preflight
 from student_train.training.resumable import TENSORBOARD, ResumableTrainer, training_arguments
 
 logger = logging.getLogger(__name__)
@@ -37,42 +39,57 @@ NONFINITE = "nonfinite"
 _SUMS = ("denoise", "distillation", "batches", "tokens", "masked", "chunks", "mass", "mass_rows")
 
 
-def train_student(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, float]:
+def train_student(
+    config: TrainConfig, callbacks: Sequence[Any] = (), halvings: int = 0
+) -> dict[str, float]:
     """Train (or go on training) a student from a cache; its final metrics.
 
-    `callbacks`: transformers', which are told of every step.
+    `callbacks`: transformers', which are told of every step. `halvings`: of the passes, from the
+    start (`halved`); one more, where memory runs out, and the run goes on from its last step.
 
     Writes `out/model`, which transformers loads as is, and the curve, `out/history.json`.
     """
-    with ExitStack() as held:
-        trainer, tokenizer = make_trainer(config, held)
-        for callback in callbacks:
-            trainer.add_callback(callback)
-        trainer.train_resuming()
-        trainer.refuse_nonfinite()
-        metrics = {**trainer.evaluate(), "seconds": trainer.seconds_trained}
-        state = trainer.accelerator.get_state_dict(trainer.model)  # gathers what FSDP has sharded
-        if trainer.is_world_process_zero():
-            final = trainer.accelerator.unwrap_model(trainer.model)
-            if config.student.lora is not None:
-                final, state = final.merge_and_unload(), None
-            save_student(final, tokenizer, config.out / "model", state)
-            write_card(config.out / "model", trainer.config, trainer.manifest, metrics)
-            history = {"steps": trainer.state.log_history, "final": metrics}
-            content = json.dumps({**history, "machine": hardware_line()}, indent=1) + "\n"
-            write_bytes(config.out / "history.json", content.encode())
-        shut_down_process_group()
-    return metrics
+    while True:
+        clear_device_cache(garbage_collection=True)
+        with ExitStack() as held:
+            trainer, tokenizer = make_trainer(config, held, halvings)
+            for callback in callbacks:
+                trainer.add_callback(callback)
+            if not trainer.train_resuming(smaller=halved(trainer.config, 1) is not None):
+                del trainer
+                halvings += 1
+                continue
+            trainer.refuse_nonfinite()
+            metrics = {**trainer.evaluate(), "seconds": trainer.seconds_trained}
+            state = trainer.accelerator.get_state_dict(trainer.model)  # what FSDP has sharded too
+            if trainer.is_world_process_zero():
+                final = trainer.accelerator.unwrap_model(trainer.model)
+                if config.student.lora is not None:
+                    final, state = final.merge_and_unload(), None
+                save_student(final, tokenizer, config.out / "model", state)
+                write_card(config.out / "model", trainer.config, trainer.manifest, metrics)
+                history = {"steps": trainer.state.log_history, "final": metrics}
+                content = json.dumps({**history, "machine": hardware_line()}, indent=1) + "\n"
+                write_bytes(config.out / "history.json", content.encode())
+            shut_down_process_group()
+            return metrics
 
 
 def make_trainer(
-    config: TrainConfig, held: ExitStack | None = None
+    config: TrainConfig, held: ExitStack | None = None, halvings: int = 0
 ) -> "tuple[StudentTrainer, Tokenizer]":
-    """Everything that a run needs, checked; `held` gets the lock of the run's folder."""
+    """Everything that a run needs, checked; `held` gets the lock of the run's folder. `halvings`:
+    how often its passes are `halved`, which changes nothing of what is trained, nor is recorded.
+    """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     # 1. Machine, settings and cache fit each other.
-    config, opened = preflight(config, processes)
-    manifest = opened.manifest
+    asked, opened = preflight(config, processes)
+    config, manifest = asked, opened.manifest
+    for _ in range(halvings):
+        config = halved(config, processes) or config
+    if halvings:
+        said = f"{config.batch_size} rows a pass, checkpointing {config.gradient_checkpointing}"
+        warnings.warn(f"to fit into memory: {said}; the gradient is the same", stacklevel=2)
     # 2. The student, and its batches: the whole run's, in order.
     set_seed(config.seed)
     model, tokenizer = load_student(config.student, config.cache, manifest)
@@ -92,7 +109,7 @@ def make_trainer(
     if is_first():
         if held is not None:
             held.enter_context(hold(config.out / ".lock", f"the run {config.out}"))
-        begin_or_go_on(config, manifest, processes, steps)
+        begin_or_go_on(asked, manifest, processes, steps)
     # 4. The model's forward becomes the loss, and the loop is made.
     read_targets = TargetReader(opened.layout, model.config.vocab_size)
     trained = with_adapter(model, config.student.lora)

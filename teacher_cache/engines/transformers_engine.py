@@ -6,11 +6,13 @@ the sequences of a batch lie one behind the other, without padding and mask.
 """
 
 import itertools
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,6 +28,23 @@ from teacher_cache.method import Request, Scores, TailEncoder, TargetSpec
 from teacher_cache.teachers.registry import Attention, Full
 
 PACKED_ATTENTION = "tide_packed"
+
+
+def halving(answer: Callable[..., Any]) -> Callable[..., Any]:
+    """Again in passes half as large, from then on, where memory was too short for one."""
+
+    def tried(self: Any, requests: Sequence[Request]) -> Any:
+        while True:
+            try:
+                return answer(self, requests)
+            except RuntimeError as error:
+                if self._tokens_per_batch < 2 or not should_reduce_batch_size(error):
+                    raise
+            self._tokens_per_batch = n = self._tokens_per_batch // 2
+            self._head_rows = max(1, self._head_rows // 2)
+            warnings.warn(f"out of memory: {n} tokens a pass from here on", stacklevel=2)
+
+    return tried
 
 
 class TransformersEngine:
@@ -67,6 +86,7 @@ class TransformersEngine:
         """From now on scores hold what these tables say of the tail."""
         self._encoder = TailEncoder(tables, self._spec.temperatures)
 
+    @halving
     @torch.inference_mode()
     def score(self, requests: Sequence[Request]) -> list[Scores]:
         """Scores of each request, in order; the LM head runs at the read positions only."""
@@ -85,6 +105,7 @@ class TransformersEngine:
                 scores[i] = {name: cells[n] for name, cells in fields.items()}
         return [scores[i] for i in range(len(requests))]
 
+    @halving
     @torch.inference_mode()
     def hidden_states(self, requests: Sequence[Request]) -> Float[Tensor, "positions width"]:
         """Last hidden states at all read positions, request by request, in float32 on the CPU."""

@@ -3,6 +3,7 @@ cache, and the pipeline around both. Units are drawn ahead of the engine and wri
 threads, so that it never waits.
 """
 
+import os
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ def load_engine(run: Run) -> Engine:
         longest = run.config.lengths.teacher
         engine: Engine = VllmEngine(run.checkpoint, entry, spec, settings, longest, shared)
     else:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # fewer gaps
         device, dtype = choose_device(settings.device), torch_dtype(settings.dtype)
         fit: Any = {"device_map": settings.device_map, "quantization": settings.quantization}
         model = load_model(run.checkpoint, entry.architecture, dtype, device, **fit)

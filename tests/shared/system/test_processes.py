@@ -8,10 +8,12 @@ import json
 import os
 import platform
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -61,6 +63,7 @@ FileLock.acquire = none
 """
 HOLD = """
 import time
+import warnings
 from pathlib import Path
 from shared.system.processes import hold
 with hold(Path({lock!r}), "it"):
@@ -246,6 +249,17 @@ def test_a_device_that_is_not_there_is_explained() -> None:
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="held back is x86")
+def test_a_card_that_torch_does_not_see_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.warns(UserWarning, match="driver"):
+        assert choose_device("auto") == CPU
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    with warnings.catch_warnings(action="error"):
+        choose_device("auto")
+
+
 def test_a_process_held_to_avx2_takes_float32() -> None:
     held = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     code = "from shared.system.hardware import *; cpu = choose_device('cpu')\n"

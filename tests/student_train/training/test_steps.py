@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit
@@ -25,8 +26,9 @@ from student_train.batches.collate import TargetReader, collate, counts_of
 from student_train.batches.loader import BatchDataset, OpenCache
 from student_train.losses.objective import LossSettings
 from student_train.model import train_on_loss
-from student_train.training.preflight import recorded_run, settle_batch
-from student_train.training.trainer import make_trainer, train_student
+from student_train.training import preflight
+from student_train.training.preflight import halved, recorded_run, settle_batch
+from student_train.training.trainer import StudentTrainer, make_trainer, train_student
 from tests.reading import layout_of, rows_in
 from tests.student_train.places import in_float64, small
 from tests.student_train.training.test_trainer import config, curve
@@ -46,6 +48,11 @@ def test_a_step_is_divided_over_processes_and_passes_or_refused() -> None:
         settled = settle_batch(given, processes)
         assert (settled.batch_size, settled.accumulation) == expected
         assert settle_batch(settled, processes) == settled
+        most = settled
+        while (smaller := halved(settled, processes)) is not None:
+            assert smaller.batch_size * smaller.accumulation == most.batch_size * most.accumulation
+            settled = smaller
+        assert settled.batch_size == draws and settled.gradient_checkpointing
     for changes, named in (
         ({"global_batch": 64}, "66"),  # a number that three processes share
         ({"global_batch": 60, "accumulation": 7}, "accumulation"),
@@ -129,6 +136,52 @@ def test_how_a_step_is_made_changes_nothing(caches: dict[str, Path], tmp_path: P
     for name, tensor in left[0][1].items():
         assert left[1][1][name].equal(tensor)
         torch.testing.assert_close(left[2][1][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_goes_on_in_smaller_passes_where_memory_runs_out(
+    caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From its last step, twice in passes of half the rows, then with checkpointing; to the weights
+    of an undisturbed run, and on record as that run.
+    """
+    how: dict[str, Any] = {"distillation": {"type": "kl"}, "heldout": None, "max_steps": 8}
+    whole, disturbed = (config(caches["tiny-shared"], tmp_path / name, **how) for name in "ab")
+    train_student(whole)
+    compute, seen = StudentTrainer.compute_loss, []
+
+    def short(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        step, rows = self.state.global_step, len(inputs["clean"])
+        most = 4 if step < 3 else 2 if step < 5 else 1
+        if rows > most or (step == 6 and not self.config.gradient_checkpointing):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        seen.append((step, rows))
+        return compute(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(StudentTrainer, "compute_loss", short)
+    with pytest.warns(UserWarning, match="fit into memory"):
+        train_student(disturbed)
+    rows = [4] * 3 + [2] * 4 + [1] * 12
+    assert [count for _, count in seen] == rows and [step for step, _ in seen] == [
+        0, 1, 2, 3, 3, 4, 4, *(step for step in (5, 6, 7) for _ in range(4))
+    ]  # fmt: skip
+    weights = [load_file(run.out / "model" / "model.safetensors") for run in (whole, disturbed)]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=1e-6)
+    records = [recorded_run(run.out) for run in (whole, disturbed)]
+    assert records[0] == records[1]
+
+
+def test_one_process_uses_one_of_several_gpus(
+    caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 4))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(preflight, "on_gpu", lambda _: True)
+    run = config(caches["tiny-shared"], tmp_path, student={"attention": "sdpa"})
+    trainer, _ = make_trainer(run)
+    model: Any = trainer.model
+    assert not isinstance(trainer._wrap_model(model), torch.nn.DataParallel)
+    assert trainer.args.train_batch_size == 1 and "torchrun" in caplog.text
 
 
 def test_what_a_loader_process_meets_is_said(caches: dict[str, Path], tmp_path: Path) -> None:

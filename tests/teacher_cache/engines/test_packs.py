@@ -224,6 +224,32 @@ def test_four_draws_run_fewer_rows_and_full_attention_pads_nothing(model: Any) -
     assert rows == whole
 
 
+def test_passes_shrink_where_memory_runs_out_and_scores_stay(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, tokens = requests(12), []
+    engine = TransformersEngine(model, Full(), SPEC, tokens_per_batch=400)
+    expected, states, hidden = engine.score(asked), engine.hidden_states(asked), engine.hidden
+
+    def small(batch: Any) -> Tensor:
+        tokens.append(batch[0]["input_ids"].numel())
+        if tokens[-1] > 120:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.")
+        return hidden(batch)
+
+    monkeypatch.setattr(engine, "hidden", small)
+    with pytest.warns(UserWarning, match="out of memory"):
+        assert torch.allclose(engine.hidden_states(asked), states, atol=1e-5)
+    tokens.clear()
+    for scores, right in zip(engine.score(asked), expected, strict=True):
+        np.testing.assert_allclose(scores["gold_logp"], right["gold_logp"], atol=1e-5)
+    assert max(tokens) <= 100  # and it does not try larger ones again
+    engine._tokens_per_batch = 1
+    monkeypatch.setattr(engine, "hidden", lambda _: small(({"input_ids": np.zeros(999)},)))
+    with pytest.raises(torch.OutOfMemoryError):  # nothing is left to be halved
+        engine.score(asked)
+
+
 def test_the_row_before_the_first_is_never_asked() -> None:
     with pytest.raises(ValueError):  # noqa: PT011
         pack_requests(Full(), [Request(*np.array([[MASK], [0], [5]], np.int32))], shift=1)
