@@ -109,28 +109,29 @@ def read_request(kind: type[Generation], body: bytes) -> Any:
 class Reply:
     """The reply to one request, `chat` or text completion: whole, or in chunks."""
 
-    def __init__(self, chat: bool, model: str, prompt_tokens: int) -> None:
+    def __init__(self, chat: bool, model: str, prompt_tokens: int, count: int) -> None:
         self.chat, self._prompt_tokens = chat, prompt_tokens
+        self.last = [Piece("", 0)] * count  # of each response, so far
         name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         kind = "chat.completion" if chat else "text_completion"
         self._head = {"id": name, "created": int(time.time()), "model": model, "object": kind}
 
-    def whole(self, texts: Sequence[str], last: Sequence[Piece]) -> dict[str, Any]:
-        """All choices, each a text and the last piece of its response."""
+    def whole(self, texts: Sequence[str]) -> dict[str, Any]:
+        """All choices, each a text and why its response ended."""
         choices = []
-        for number, (text, piece) in enumerate(zip(texts, last, strict=True)):
+        for number, (text, piece) in enumerate(zip(texts, self.last, strict=True)):
             message = {"message": {"role": "assistant", "content": text}}
             said = message if self.chat else {"text": text}
             choices.append(_choice(number, said, piece.reason))
-        return {**self._head, "choices": choices, "usage": self.usage(last)}
+        return {**self._head, "choices": choices, "usage": self.usage()}
 
     def chunk(self, *choices: dict[str, Any], **usage: Any) -> dict[str, Any]:
         """A part of a stream: more of a choice, or at the end the tokens of all."""
         kind = "chat.completion.chunk" if self.chat else "text_completion"
         return {**self._head, "object": kind, "choices": choices, **usage}
 
-    def usage(self, last: Sequence[Piece]) -> dict[str, int]:
-        prompt, made = self._prompt_tokens, sum(piece.tokens for piece in last)
+    def usage(self) -> dict[str, int]:
+        prompt, made = self._prompt_tokens, sum(piece.tokens for piece in self.last)
         counts = {"prompt_tokens": prompt, "completion_tokens": made}
         return {**counts, "total_tokens": prompt + made}
 
@@ -174,19 +175,19 @@ async def stream_of(
     def event(body: dict[str, Any]) -> str:
         return f"data: {json.dumps(body)}\n\n"
 
-    last = [Piece("", 0)] * len(jobs)
     try:
         if reply.chat:
             for number in range(len(jobs)):
                 speaks = {"delta": {"role": "assistant", "content": ""}}
                 yield event(reply.chunk(_choice(number, speaks, None)))
         async for number, piece in pieces_of(jobs, events):
-            last[number] = piece
-            if piece.text or piece.reason is not None:
+            reply.last[number] = piece
+            if piece.text or piece.reason is not None or piece.step:
                 said = {"delta": {"content": piece.text}} if reply.chat else {"text": piece.text}
+                said |= {"step": piece.step} if piece.step else {}
                 yield event(reply.chunk(_choice(number, said, piece.reason)))
         if usage:
-            yield event(reply.chunk(usage=reply.usage(last)))
+            yield event(reply.chunk(usage=reply.usage()))
     except ApiError as error:
         yield event(error.body)
     yield "data: [DONE]\n\n"

@@ -10,7 +10,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,11 @@ try:
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 
-    from pipelines.serving import protocol
+    from pipelines.serving import front, protocol
     from pipelines.serving.protocol import ApiError, Generation
 except ImportError as error:
     what = "starlette and uvicorn must be installed to serve"
@@ -101,18 +99,17 @@ class Server(uvicorn.Server):
         self._engine = Engine(student, config)
         self._tell = started_to_listen
         routes = Routes(student, config, self._engine)
-        hosts = ["127.0.0.1", "localhost", "[::1]"] if config.local else ["*"]
         app = Starlette(
             routes=[
+                front.page(),
                 Route("/v1/chat/completions", routes.chat, methods=["POST"]),
                 Route("/v1/completions", routes.complete, methods=["POST"]),
                 Route("/v1/models", routes.models),
                 Route("/v1/models/{name:path}", routes.models),
                 Route("/health", routes.health),
             ],
-            # A page of some site must not reach a local server under a name that resolves to it.
-            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
-            exception_handlers=dict.fromkeys((ApiError, HTTPException, Exception), explain),
+            middleware=front.middleware(config),
+            exception_handlers=dict.fromkeys((ApiError, HTTPException, Exception), front.explain),
         )
         # Connections get five seconds to take their last words.
         super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
@@ -125,17 +122,6 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await run_in_threadpool(self._engine.stop)  # which tells all who wait
         await super().shutdown(sockets)
-
-
-def explain(request: Request, error: Exception) -> Response:
-    """Any error as OpenAI's clients read it."""
-    if isinstance(error, HTTPException):
-        what = f"{request.method} {request.url.path}: {error.detail}"
-        error = ApiError(error.status_code, what)
-    elif not isinstance(error, ApiError):
-        error = ApiError(500, f"{type(error).__name__}: {error}")
-    headers = {"retry-after": "1"} if error.status == 503 else None
-    return JSONResponse(error.body, error.status, headers)
 
 
 class Routes:
@@ -156,6 +142,7 @@ class Routes:
         self._check_key(request)
         card = {"id": self._config.name, "object": "model", "created": 0}
         card |= {"owned_by": "tide-distill", "max_model_len": self._length}
+        card["sampling"] = asdict(self._config.sampling)  # where a request does not say
         if "name" not in request.path_params:
             return JSONResponse({"object": "list", "data": [card]})
         self._check_model(request.path_params["name"])
@@ -257,6 +244,7 @@ class Routes:
                 400, f"{count} responses are asked for, at most {most} may be", param="n"
             )
         loop, events = asyncio.get_running_loop(), protocol.Events()
+        options = asked.stream_options or {} if asked.stream else {}
         jobs: list[Job] = []
         for prompt in prompts:
             first = secrets.randbelow(1 << 31) if asked.seed is None else asked.seed
@@ -267,20 +255,21 @@ class Routes:
                 def deliver(event: Piece | Exception, number: int = len(jobs)) -> None:
                     loop.call_soon_threadsafe(events.put_nowait, (number, event))
 
-                jobs.append(Job(Row(prompt, config), answer, deliver))
+                steps = bool(options.get("include_steps"))
+                jobs.append(Job(Row(prompt, config), answer, deliver, steps))
         try:
             self._engine.submit(jobs)
         except Full as error:
             raise ApiError(503, "too many requests wait; try again later", "overloaded") from error
         # 2. Their pieces, as they come or put together
-        reply = protocol.Reply(chat, self._config.name, sum(map(len, prompts)))
+        reply = protocol.Reply(chat, self._config.name, sum(map(len, prompts)), count)
+        request.state.reply = reply  # for the log
         if asked.stream:
-            usage = bool((asked.stream_options or {}).get("include_usage"))
-            stream = protocol.stream_of(jobs, events, reply, usage)
+            stream = protocol.stream_of(jobs, events, reply, bool(options.get("include_usage")))
             headers = {"cache-control": "no-cache"}
             return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
-        texts, last = [""] * len(jobs), [Piece("", 0)] * len(jobs)
+        texts = [""] * count
         async for number, piece in protocol.pieces_of(jobs, events, request):
             texts[number] += piece.text
-            last[number] = piece
-        return JSONResponse(reply.whole(texts, last))
+            reply.last[number] = piece
+        return JSONResponse(reply.whole(texts))

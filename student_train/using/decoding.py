@@ -31,6 +31,7 @@ class Row:
         self.config = config
         self.made: list[int] = []  # its finished blocks, cut at the limit; from its end on EOS
         self.state: list[int] = []  # the same after each step, the block at hand included
+        self.sure: list[float] = []  # how sure it was of that block's tokens as each became final
         self.tail: Sequence[int] = []  # what of the prompt stands in the block that comes next
         # Noise depends on the seed and the prompt, not on the batch.
         digest = hashlib.blake2b(f"{config.seed}:{list(prompt)}".encode(), digest_size=7).digest()
@@ -159,7 +160,7 @@ class Decoding:
         new = column >= tails[:, None]
         left = [row.config.new_tokens - len(row.made) for row in self.rows]
         wanted = column < (tails + torch.tensor(left, device=self._device))[:, None]
-        masked, step = new, 0
+        masked, step, sure = new, 0, torch.zeros(block.shape, device=self._device)
         while bool((masked & wanted).any()):
             # 1. Hidden states of the block. What is pending goes through with it and stays in the
             #    cache; the noised block does not.
@@ -176,23 +177,24 @@ class Decoding:
             rules = torch.tensor([row.settles(size, step) for row in self.rows])
             count, above = rules.to(confidence).unbind(dim=1)
             final = masked & ((rank < count[:, None]) | (confidence > above[:, None]))
-            block = torch.where(final, tokens, block)
+            block, sure = torch.where(final, tokens, block), torch.where(final, confidence, sure)
             masked, step = masked & ~final, step + 1
-            self._note(block)
+            self._note(block, sure)
             yield
         # 4. Behind an end there is nothing but EOS.
         ended = (torch.isin(block, self._ends) & new).cumsum(dim=1) > 0
         block = torch.where(ended, eos, block)
         self._pending = self._copied(block, new)
-        self._note(block)
+        self._note(block, sure)
         for row in self.rows:
             row.made, row.tail = row.state, []
         yield
 
-    def _note(self, block: Int[Tensor, "rows size"]) -> None:
+    def _note(self, block: Int[Tensor, "rows size"], sure: Float[Tensor, "rows size"]) -> None:
         """What of the block is response, and within the limit, into the rows' `state`."""
-        for row, ids in zip(self.rows, block.tolist(), strict=True):
+        for row, ids, how_sure in zip(self.rows, block.tolist(), sure.tolist(), strict=True):
             row.state = (row.made + ids[len(row.tail) :])[: row.config.new_tokens]
+            row.sure = how_sure[len(row.tail) :]
 
     def _copied(
         self, block: Int[Tensor, "rows size"], new: Bool[Tensor, "rows size"]
