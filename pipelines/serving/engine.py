@@ -31,6 +31,7 @@ class ServeConfig:
     batch: int = 16  # responses under way at once
     waiting: int = 256  # responses that may wait for a place; beyond, requests get status 503
     body_bytes: int = 4 << 20  # of a request
+    prompt_seconds: float = 10.0  # for the template and the tokenizer
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any that is free
     api_key: str | None = field(default=None, repr=False)  # the bearer token of requests

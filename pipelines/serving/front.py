@@ -74,10 +74,8 @@ def middleware(config: ServeConfig) -> list[Middleware]:
     """The door first; behind it browsers are told which other origins' pages may read answers."""
     allowed: Any = {"allow_methods": ("GET", "POST"), "allow_headers": ("*",)}
     allowed |= {"allow_origins": config.cors, "allow_private_network": True}
-    return [
-        Middleware(door, config),
-        *([Middleware(CORSMiddleware, **allowed)] * bool(config.cors)),
-    ]
+    browsers = [Middleware(CORSMiddleware, **allowed)] if config.cors else []
+    return [Middleware(door, config), *browsers]
 
 
 def page() -> Route:

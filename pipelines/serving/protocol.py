@@ -13,8 +13,22 @@ from starlette.requests import Request
 
 from pipelines.serving.engine import Job, Piece, Stopping
 
-Count = Annotated[int, Field(ge=1, strict=True)]
-Zero = Annotated[float, Field(ge=0, le=0, strict=True)]
+Count = Annotated[int, Field(ge=1, lt=1 << 31, strict=True)]
+Stop = Annotated[str, Field(max_length=1000)]
+_OFF: list[tuple[str, tuple[Any, ...]]] = [  # what is not built, and values at which it is off
+    ("frequency_penalty presence_penalty min_p top_a priority top_logprobs n_probs", (0,)),
+    ("no_repeat_ngram_size mirostat dry_multiplier xtc_probability diversity_penalty", (0,)),
+    ("repetition_penalty repeat_penalty length_penalty typical_p tfs_z best_of num_beams", (1,)),
+    ("echo logprobs ignore_eos use_beam_search include_stop_str_in_output", (False,)),
+    ("continue_final_message return_token_ids", (False,)),
+    ("skip_special_tokens spaces_between_special_tokens add_generation_prompt do_sample", (True,)),
+    ("tools functions stop_token_ids bad_words logit_bias", ([], {})),
+    ("tool_choice function_call reasoning_effort", ("none", "auto")),
+    ("max_tokens max_completion_tokens seed", (-1,)),
+    ("chat_template_kwargs", ({}, {"enable_thinking": False}, {"thinking": False})),
+    ("thinking reasoning", ({}, {"type": "disabled"}, {"effort": "none"})),
+    ("response_format modalities suffix", ({"type": "text"}, ["text"], "")),
+]
 Events = asyncio.Queue[tuple[int, Piece | Exception]]  # a response's number, and what came of it
 
 
@@ -41,15 +55,15 @@ class Generation(BaseModel):
     max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=1e6)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(strict=True)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63, strict=True)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     n: Count = 1
     # This server's own (with the `openai` client: `extra_body`)
-    top_k: Count | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31, strict=True)] | None = None  # 0 or -1: all
     steps_per_block: Count | None = None
-    threshold: Annotated[float, Field(ge=0, lt=1)] | None = None
+    threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     remasking: Literal["low_confidence", "random"] | None = None
-    min_tokens: Annotated[int, Field(ge=0, strict=True)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=1 << 31, strict=True)] | None = None
     # Taken and not read: they change no answer
     user: Any = None
     metadata: Any = None
@@ -57,11 +71,6 @@ class Generation(BaseModel):
     service_tier: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
-    # Not built: taken with the values at which they change nothing
-    frequency_penalty: Zero = 0
-    presence_penalty: Zero = 0
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
-    logprobs: Literal[False] = False
 
 
 class ChatRequest(Generation):
@@ -70,25 +79,17 @@ class ChatRequest(Generation):
     messages: list[Any]
     max_completion_tokens: Count | None = None  # the newer name of `max_tokens`
     parallel_tool_calls: Any = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
-    top_logprobs: None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] = "none"
-    modalities: list[Literal["text"]] | None = None
 
 
 class CompletionRequest(Generation):
     """Of `/v1/completions`: texts, or their ids."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    echo: Literal[False] = False
-    suffix: Literal[""] = ""
-    best_of: Literal[1] = 1
+    prompt: str | list[Any]
 
 
 def read_request(kind: type[Generation], body: bytes) -> Any:
-    """A request out of its JSON; null is as good as left out. ApiError (400) with the field that is
-    wrong.
+    """A request out of its JSON; null is as good as left out, and so is what switches off. ApiError
+    (400) with the field that is wrong.
     """
     values = None
     with contextlib.suppress(ValueError, RecursionError):
@@ -96,7 +97,7 @@ def read_request(kind: type[Generation], body: bytes) -> Any:
     if not isinstance(values, dict):
         raise ApiError(400, "the body is no JSON object", "invalid_value")
     try:
-        return kind.model_validate({k: value for k, value in values.items() if value is not None})
+        return kind.model_validate({k: v for k, v in values.items() if not _is_off(k, v)})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place, code = str(first["loc"][0]), "invalid_value"
@@ -104,6 +105,11 @@ def read_request(kind: type[Generation], body: bytes) -> Any:
         if first["type"] == "extra_forbidden":
             what, code = f"this server has no `{place}`", "unknown_parameter"
         raise ApiError(400, what, code, place) from error
+
+
+def _is_off(name: str, value: Any) -> bool:
+    same = [off for names, offs in _OFF if name in names.split() for off in offs if off == value]
+    return value is None or any(isinstance(off, bool) == isinstance(value, bool) for off in same)
 
 
 class Reply:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.serving.engine import Answer, Engine, Full, Job, Piece, ServeConfig
-from shared.data.reading import waiting_messages
+from pipelines.serving.prompts import Prompts
 from shared.system.files import TideError
 from student_train.using.decoding import Row
 from student_train.using.settings import SampleConfig
@@ -37,6 +37,7 @@ except ImportError as error:
     raise TideError(what, fix='pip install ".[serve]"') from error
 
 logger = logging.getLogger(__name__)
+_SMALL = 1 << 15  # bytes of a request that is tokenised at once
 _SAMPLING = ("temperature", "top_k", "top_p", "steps_per_block", "threshold", "remasking")
 
 
@@ -99,6 +100,7 @@ class Server(uvicorn.Server):
         self._engine = Engine(student, config)
         self._tell = started_to_listen
         routes = Routes(student, config, self._engine)
+        self._prompts = routes.prompts
         app = Starlette(
             routes=[
                 front.page(),
@@ -121,6 +123,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await run_in_threadpool(self._engine.stop)  # which tells all who wait
+        self._prompts.close()
         await super().shutdown(sockets)
 
 
@@ -129,6 +132,7 @@ class Routes:
 
     def __init__(self, student: LoadedStudent, config: ServeConfig, engine: Engine) -> None:
         self._student, self._config, self._engine = student, config, engine
+        self.prompts = Prompts(student.tokenizer, engine.tokenizing, config.prompt_seconds)
         self._length = int(getattr(student.model.config, "max_position_embeddings", 0)) or None
 
     async def health(self, _: Request) -> Response:
@@ -149,17 +153,29 @@ class Routes:
         return JSONResponse(card)
 
     async def chat(self, request: Request) -> Response:
-        asked: protocol.ChatRequest = await self._read(request, protocol.ChatRequest)
-        prompt = await run_in_threadpool(self._chat_prompt, asked.messages)
+        asked, large = await self._read(request, protocol.ChatRequest)
+        self._check_count(asked.n)
+        prompts = await self._ids(asked.messages, True, large)
         limit = asked.max_completion_tokens or asked.max_tokens
-        return await self._reply(request, asked, [prompt], limit, chat=True)
+        return await self._reply(request, asked, prompts, limit, chat=True)
 
     async def complete(self, request: Request) -> Response:
-        asked: protocol.CompletionRequest = await self._read(request, protocol.CompletionRequest)
-        prompts = await run_in_threadpool(self._text_prompts, asked.prompt)
+        asked, large = await self._read(request, protocol.CompletionRequest)
+        many = isinstance(asked.prompt, list) and not all(
+            type(part) is int for part in asked.prompt
+        )
+        wanted = asked.prompt if many else [asked.prompt]
+        self._check_count(asked.n * len(wanted))
+        prompts = await self._ids(wanted, False, large)
         return await self._reply(request, asked, prompts, asked.max_tokens, chat=False)
 
-    async def _read(self, request: Request, kind: type[Generation]) -> Any:
+    def _check_count(self, count: int) -> None:
+        if count > self._config.batch:
+            what = f"{count} responses are asked for, at most {self._config.batch} may be"
+            raise ApiError(400, what, param="n")
+
+    async def _read(self, request: Request, kind: type[Generation]) -> tuple[Any, bool]:
+        """The request, and whether it is large."""
         self._check_key(request)
         body, most = b"", self._config.body_bytes
         async for part in request.stream():
@@ -168,7 +184,7 @@ class Routes:
                 raise ApiError(413, f"the request has more than {most:,} bytes", "too_large")
         asked = protocol.read_request(kind, body)
         self._check_model(asked.model)
-        return asked
+        return asked, len(body) > _SMALL
 
     def _check_key(self, request: Request) -> None:
         key = self._config.api_key
@@ -181,36 +197,11 @@ class Routes:
             what = f"no model {name!r} here; there is {self._config.name!r}"
             raise ApiError(404, what, "model_not_found", "model")
 
-    def _chat_prompt(self, messages: list[Any]) -> list[int]:
-        try:
-            clean = waiting_messages(messages)
-            with self._engine.tokenizing:
-                return self._student.prompt(clean)
-        except (TideError, RecursionError) as error:
-            what = getattr(error, "what", str(error))
-            raise ApiError(400, what, "invalid_value", "messages") from error
-
-    def _text_prompts(self, asked: str | list[Any]) -> list[list[int]]:
-        """Ids of one prompt or several, each a text or ids itself."""
-        one = isinstance(asked, str) or all(isinstance(part, int) for part in asked)
-        prompts = [asked] if one else asked
-        vocabulary, what = len(self._student.tokenizer), ""
-        if not prompts or not all(prompts):
-            what = "a prompt is empty"
-        ids: list[Any] = []
-        for prompt in prompts:
-            if not isinstance(prompt, str):
-                ids.append(prompt)
-                if not all(0 <= token < vocabulary for token in prompt):
-                    what = f"the prompt has ids outside 0 … {vocabulary - 1}"
-            elif any("\ud800" <= character <= "\udfff" for character in prompt):
-                what = "the prompt has lone surrogates"
-            else:
-                with self._engine.tokenizing:
-                    ids.append(self._student.tokenizer.encode([prompt])[0])
-        if what:
-            raise ApiError(400, what, "invalid_value", "prompt")
-        return ids
+    async def _ids(self, asked: list[Any], chat: bool, large: bool) -> list[list[int]]:
+        found = await self.prompts.encode(asked, chat, large)
+        if isinstance(found, str):
+            raise ApiError(400, found, "invalid_value", "messages" if chat else "prompt")
+        return found
 
     def _sampling(
         self, asked: Generation, limit: int | None, prompt: Sequence[int], seed: int
@@ -238,11 +229,6 @@ class Routes:
         chat: bool,
     ) -> Response:  # fmt: skip
         # 1. A job for each response
-        count, most = asked.n * len(prompts), self._config.batch
-        if count > most:
-            raise ApiError(
-                400, f"{count} responses are asked for, at most {most} may be", param="n"
-            )
         loop, events = asyncio.get_running_loop(), protocol.Events()
         options = asked.stream_options or {} if asked.stream else {}
         jobs: list[Job] = []
@@ -262,13 +248,13 @@ class Routes:
         except Full as error:
             raise ApiError(503, "too many requests wait; try again later", "overloaded") from error
         # 2. Their pieces, as they come or put together
-        reply = protocol.Reply(chat, self._config.name, sum(map(len, prompts)), count)
+        reply = protocol.Reply(chat, self._config.name, sum(map(len, prompts)), len(jobs))
         request.state.reply = reply  # for the log
         if asked.stream:
             stream = protocol.stream_of(jobs, events, reply, bool(options.get("include_usage")))
             headers = {"cache-control": "no-cache"}
             return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
-        texts = [""] * count
+        texts = [""] * len(jobs)
         async for number, piece in protocol.pieces_of(jobs, events, request):
             texts[number] += piece.text
             reply.last[number] = piece

@@ -253,9 +253,10 @@ class Decoding:
         shape, unread_ids = (masked.shape[1], logits.shape[1]), cast(Any, None)
         for i, row in enumerate(self.rows):
             config = row.config
-            if config.temperature > 0 and len(by_row[i]):  # a row that is done draws no noise
+            # Colder than 1e-5 is greedy. A row that is done draws no noise.
+            if config.temperature > 1e-5 and len(by_row[i]):
                 warm: Any = by_row[i] / config.temperature
-                if config.top_k is not None:
+                if (config.top_k or 0) > 0:
                     warm = TopKLogitsWarper(config.top_k)(unread_ids, warm)
                 if config.top_p < 1:
                     warm = TopPLogitsWarper(config.top_p)(unread_ids, warm)
