@@ -37,9 +37,7 @@ def explain(request: Request, error: Exception) -> Response:
 
 
 def door(app: ASGIApp, config: ServeConfig) -> ASGIApp:
-    """Answers a local server's own names alone: a page of some site must not reach it under a name
-    that resolves to it. Logs each request, but for those of `/health`.
-    """
+    """Answers a local server's own names alone, not those of sites that resolve to it; and logs."""
 
     async def enter(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -47,9 +45,10 @@ def door(app: ASGIApp, config: ServeConfig) -> ASGIApp:
         request, inside, began, status = Request(scope), app, time.monotonic(), 500
         name = re.sub(r":\d*$", "", request.headers.get("host", ""))
         if config.local and name.lower() not in _LOCAL:
-            what = f"the host {name!r} is not this server: it answers as {', '.join(_LOCAL)} only. "
-            what += "Ask it by one of these names (a proxy can set Host: localhost), or start it "
-            what += "with --host 0.0.0.0, which opens it to other machines"
+            what = (
+                f"this server answers as {', '.join(_LOCAL)} and not as {name!r}; a proxy can set "
+            )
+            what += "Host: localhost, and --host 0.0.0.0 opens the server to other machines"
             inside = explain(request, ApiError(400, what, "invalid_host"))
 
         async def noting(message: Message) -> None:

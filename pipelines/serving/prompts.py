@@ -12,6 +12,7 @@ from typing import Any
 from shared.data.reading import waiting_messages
 from shared.text.tokenizers import Tokenizer
 
+_SPAWN = multiprocessing.get_context("spawn")
 _HERE: list[Tokenizer] = []  # in the process for large ones: its own
 
 
@@ -51,7 +52,7 @@ class Prompts:
         self._one, self._pool = ThreadPoolExecutor(1, "large prompts"), None
 
     async def encode(self, asked: list[Any], chat: bool, large: bool) -> list[list[int]] | str:
-        """As the function of this name."""
+        """What the function of this name returns."""
         work, where = (self._apart, self._one) if large else (self._here, None)
         return await asyncio.get_running_loop().run_in_executor(where, work, asked, chat)
 
@@ -60,11 +61,9 @@ class Prompts:
             return encode(asked, chat, self._tokenizer)
 
     def _apart(self, asked: list[Any], chat: bool) -> list[list[int]] | str:
+        self._pool = self._pool or _SPAWN.Pool(1, _begin, (self._tokenizer,))
         try:
-            if self._pool is None:
-                pool = multiprocessing.get_context("spawn").Pool
-                self._pool = pool(1, _begin, (self._tokenizer,))
-                self._pool.apply_async(len, ("",)).get(60)  # it has begun
+            self._pool.apply_async(len, ("",)).get(60)  # it has begun
             return self._pool.apply_async(encode, (asked, chat, None)).get(self._seconds)
         except multiprocessing.TimeoutError:
             self.close()

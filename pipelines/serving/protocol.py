@@ -8,13 +8,14 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 
 from pipelines.serving.engine import Job, Piece, Stopping
 
 Count = Annotated[int, Field(ge=1, lt=1 << 31, strict=True)]
 Stop = Annotated[str, Field(max_length=1000)]
+_LISTED = BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)
 _OFF: list[tuple[str, tuple[Any, ...]]] = [  # what is not built, and values at which it is off
     ("frequency_penalty presence_penalty min_p top_a priority top_logprobs n_probs", (0,)),
     ("no_repeat_ngram_size mirostat dry_multiplier xtc_probability diversity_penalty", (0,)),
@@ -56,7 +57,7 @@ class Generation(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=1e6)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63, strict=True)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: Annotated[list[Stop], Field(max_length=16), _LISTED] | None = None
     n: Count = 1
     # This server's own (with the `openai` client: `extra_body`)
     top_k: Annotated[int, Field(ge=-1, lt=1 << 31, strict=True)] | None = None  # 0 or -1: all
@@ -96,8 +97,13 @@ def read_request(kind: type[Generation], body: bytes) -> Any:
         values = json.loads(body)
     if not isinstance(values, dict):
         raise ApiError(400, "the body is no JSON object", "invalid_value")
+    asked = {name: value for name, value in values.items() if value is not None}
+    for names, off in _OFF:
+        for name in asked.keys() & names.split():
+            if any(asked[name] is v if isinstance(v, bool) else asked[name] == v for v in off):
+                del asked[name]
     try:
-        return kind.model_validate({k: v for k, v in values.items() if not _is_off(k, v)})
+        return kind.model_validate(asked)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place, code = str(first["loc"][0]), "invalid_value"
@@ -105,11 +111,6 @@ def read_request(kind: type[Generation], body: bytes) -> Any:
         if first["type"] == "extra_forbidden":
             what, code = f"this server has no `{place}`", "unknown_parameter"
         raise ApiError(400, what, code, place) from error
-
-
-def _is_off(name: str, value: Any) -> bool:
-    same = [off for names, offs in _OFF if name in names.split() for off in offs if off == value]
-    return value is None or any(isinstance(off, bool) == isinstance(value, bool) for off in same)
 
 
 class Reply:

@@ -154,7 +154,6 @@ class Routes:
 
     async def chat(self, request: Request) -> Response:
         asked, large = await self._read(request, protocol.ChatRequest)
-        self._check_count(asked.n)
         prompts = await self._ids(asked.messages, True, large)
         limit = asked.max_completion_tokens or asked.max_tokens
         return await self._reply(request, asked, prompts, limit, chat=True)
@@ -165,14 +164,8 @@ class Routes:
             type(part) is int for part in asked.prompt
         )
         wanted = asked.prompt if many else [asked.prompt]
-        self._check_count(asked.n * len(wanted))
         prompts = await self._ids(wanted, False, large)
         return await self._reply(request, asked, prompts, asked.max_tokens, chat=False)
-
-    def _check_count(self, count: int) -> None:
-        if count > self._config.batch:
-            what = f"{count} responses are asked for, at most {self._config.batch} may be"
-            raise ApiError(400, what, param="n")
 
     async def _read(self, request: Request, kind: type[Generation]) -> tuple[Any, bool]:
         """The request, and whether it is large."""
@@ -229,6 +222,9 @@ class Routes:
         chat: bool,
     ) -> Response:  # fmt: skip
         # 1. A job for each response
+        if (count := asked.n * len(prompts)) > self._config.batch:
+            what = f"{count} responses are asked for, at most {self._config.batch} may be"
+            raise ApiError(400, what, param="n")
         loop, events = asyncio.get_running_loop(), protocol.Events()
         options = asked.stream_options or {} if asked.stream else {}
         jobs: list[Job] = []
@@ -248,13 +244,13 @@ class Routes:
         except Full as error:
             raise ApiError(503, "too many requests wait; try again later", "overloaded") from error
         # 2. Their pieces, as they come or put together
-        reply = protocol.Reply(chat, self._config.name, sum(map(len, prompts)), len(jobs))
+        reply = protocol.Reply(chat, self._config.name, sum(map(len, prompts)), count)
         request.state.reply = reply  # for the log
         if asked.stream:
             stream = protocol.stream_of(jobs, events, reply, bool(options.get("include_usage")))
             headers = {"cache-control": "no-cache"}
             return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
-        texts = [""] * len(jobs)
+        texts = [""] * count
         async for number, piece in protocol.pieces_of(jobs, events, request):
             texts[number] += piece.text
             reply.last[number] = piece

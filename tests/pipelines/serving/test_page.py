@@ -16,7 +16,7 @@ from student_train.using.settings import SampleConfig
 from student_train.using.student import LoadedStudent, load_for_use, sample
 
 BLOCK = 8
-SAMPLING = SampleConfig(new_tokens=24, block=BLOCK)
+SAMPLING = SampleConfig(new_tokens=24, min_new_tokens=24, block=BLOCK)
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -86,8 +86,8 @@ def test_an_answer_is_seen_as_it_is_unmasked(page: Page, loaded: LoadedStudent) 
         may.release(1000)
     expect(page.locator("#send")).to_have_text("Send")
     wanted = loaded.text(sample(loaded.model, [prompt], loaded.special, SAMPLING)[0])
-    assert page.locator("main div").all_inner_texts()[0] == asked
-    assert page.locator("main div").nth(1).text_content() == wanted
+    assert page.locator("main div").first.text_content() == asked
+    assert (page.locator("main div").nth(1).text_content() or "").strip() == wanted.strip() != ""
     assert masks.count() == 0 and "tokens in" in page.locator("#status").inner_text()
 
 
