@@ -47,8 +47,7 @@ class ServeConfig:
                 raise TideError(f"{name} is empty", fix="give one, or leave the option out")
         for origin in self.cors:
             if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
-                expected = "scheme://name[:port] without a path, in small letters, or *"
-                raise TideError(f"{origin!r} is no origin of a page", expected=expected)
+                raise TideError(f"{origin!r} is no origin", expected="scheme://name[:port], or *")
 
     @property
     def local(self) -> bool:
@@ -165,9 +164,7 @@ class Engine:
                 job.deliver(error)
 
     def _shown(self, row: Row, start: int) -> dict[str, Any]:
-        """The response's tokens from `start` on: null where one is masked, else its text and how
-        probable it was when it became final. A character of several tokens stands with its last.
-        """
+        """Its tokens from `start` on; a character of several tokens stands with the last."""
         tokenizer, special = self._student.tokenizer, self._student.special
         known = row.config.remasking != "random"  # which goes without probabilities
         decoder, tokens = codecs.getincrementaldecoder("utf-8")("replace"), list[Any]()

@@ -45,10 +45,8 @@ def door(app: ASGIApp, config: ServeConfig) -> ASGIApp:
         request, inside, began, status = Request(scope), app, time.monotonic(), 500
         name = re.sub(r":\d*$", "", request.headers.get("host", ""))
         if config.local and name.lower() not in _LOCAL:
-            what = (
-                f"this server answers as {', '.join(_LOCAL)} and not as {name!r}; a proxy can set "
-            )
-            what += "Host: localhost, and --host 0.0.0.0 opens the server to other machines"
+            what = f"this server is {', '.join(_LOCAL)}, and not {name!r}; a proxy can set Host: "
+            what += "localhost, and --host 0.0.0.0 opens the server to other machines"
             inside = explain(request, ApiError(400, what, "invalid_host"))
 
         async def noting(message: Message) -> None:

@@ -1,6 +1,4 @@
-"""From a request's messages or texts to ids: those of small requests in a thread, of large ones in
-a process of their own, one after the other; it is ended where it takes too long.
-"""
+"""From messages or texts to ids: of large requests in a process that is ended if it takes long."""
 
 import asyncio
 import multiprocessing
@@ -22,9 +20,7 @@ def _begin(tokenizer: Tokenizer) -> None:
 
 
 def encode(asked: list[Any], chat: bool, given: Tokenizer | None) -> list[list[int]] | str:
-    """Ids of each prompt, or what is wrong with them. `asked` are the messages of a chat, or
-    prompts, each a text or ids already.
-    """
+    """Ids of each prompt, or what is wrong: of a chat's messages, or of texts (or ids already)."""
     tokenizer, ids = given or _HERE[0], list[list[int]]()
     try:
         if chat:

@@ -89,16 +89,14 @@ class CompletionRequest(Generation):
 
 
 def read_request(kind: type[Generation], body: bytes) -> Any:
-    """A request out of its JSON; null is as good as left out, and so is what switches off. ApiError
-    (400) with the field that is wrong.
-    """
+    """A request out of its JSON. ApiError (400) with the field that is wrong."""
     values = None
     with contextlib.suppress(ValueError, RecursionError):
         values = json.loads(body)
     if not isinstance(values, dict):
         raise ApiError(400, "the body is no JSON object", "invalid_value")
     asked = {name: value for name, value in values.items() if value is not None}
-    for names, off in _OFF:
+    for names, off in _OFF:  # as good as left out
         for name in asked.keys() & names.split():
             if any(asked[name] is v if isinstance(v, bool) else asked[name] == v for v in off):
                 del asked[name]
