@@ -236,8 +236,8 @@ def test_a_request_leaves_a_line_without_its_text(
     told = [record for record in caplog.records if record.name == "pipelines.serving.front"]
     lines = [record.getMessage() for record in told]
     counts = f"{made.prompt_tokens} + {made.completion_tokens} tokens"
-    assert [counts in line for line in lines] == [True, True, False]
-    assert ["/v1/chat/completions 200" in line for line in lines] == [True, True, False]
+    assert sorted(counts in line for line in lines) == [False, True, True]
+    assert sum("/v1/chat/completions 200" in line for line in lines) == 2
     assert not [line for line in lines if CHATS[0][0]["content"] in line]
 
 
