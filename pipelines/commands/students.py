@@ -162,11 +162,13 @@ def serve(
     api_key: Annotated[str | None, Option(envvar="TIDE_API_KEY", help="Bearer token.")] = None,
     batch: Annotated[int, Option(help="Responses under way at once.")] = 16,
     waiting: Annotated[int, Option(help="Responses that may wait for a place.")] = 256,
+    cors: Annotated[list[str] | None, Option(help="Origins whose pages may ask, or *.")] = None,
+    log: Annotated[bool, Option(help="A line for each request, without its text.")] = True,
     new_tokens: NewTokens = 256,
     steps_per_block: Steps = None,
     device: Device = "auto",
 ) -> None:
-    """Serve a student as OpenAI's API does: /v1/chat/completions, /v1/completions, streamed."""
+    """Serve a student as OpenAI's API does, streamed too; and a page to try it at /."""
     from pipelines.serving.server import ServeConfig, bind, served_name
     from pipelines.serving.server import serve as run_server
 
@@ -174,6 +176,7 @@ def serve(
     config = ServeConfig(
         name=served_name(student) if name is None else name, sampling=sampling_settings(**sampling),
         batch=batch, waiting=waiting, host=host, port=port, api_key=api_key,
+        cors=tuple(cors or ()), log=log,
     )  # fmt: skip
     with bind(config) as bound:
         loaded, chosen = load(student, device, **sampling)

@@ -89,7 +89,8 @@ class TideBD3LM(TemplateLM):
         if torch.distributed.is_initialized():
             self._rank = torch.distributed.get_rank()
             self._world_size = torch.distributed.get_world_size()
-        self._batch = 8 if batch_size in (None, "auto") else int(batch_size)
+        auto = str(batch_size or "auto").startswith("auto")  # also auto:N
+        self._batch = 8 if auto else int(batch_size or 8)
         self._max_new_tokens, self._steps = max_new_tokens, steps
         block = pretrained.choose_block(block_size)
         positions = getattr(pretrained.model.config, "max_position_embeddings", 2048)

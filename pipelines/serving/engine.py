@@ -5,12 +5,14 @@ At most `batch` responses are under way at once; the others wait in the order in
 Where decoding fails, those under way get the error and the next ones begin anew.
 """
 
+import codecs
 import itertools
 import logging
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from shared.system.files import TideError
 from student_train.using.decoding import Decoding, Row
@@ -29,9 +31,12 @@ class ServeConfig:
     batch: int = 16  # responses under way at once
     waiting: int = 256  # responses that may wait for a place; beyond, requests get status 503
     body_bytes: int = 4 << 20  # of a request
+    prompt_seconds: float = 10.0  # for the template and the tokenizer
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any that is free
     api_key: str | None = field(default=None, repr=False)  # the bearer token of requests
+    cors: tuple[str, ...] = ()  # origins whose pages may ask; "*": any
+    log: bool = False  # a line for each request, without its text
 
     def __post_init__(self) -> None:
         for name, least in (("batch", 1), ("waiting", 0), ("body_bytes", 1), ("port", 0)):
@@ -40,6 +45,9 @@ class ServeConfig:
         for name in ("name", "api_key"):
             if (value := getattr(self, name)) is not None and not value.strip():
                 raise TideError(f"{name} is empty", fix="give one, or leave the option out")
+        for origin in self.cors:
+            if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise TideError(f"{origin!r} is no origin", expected="scheme://name[:port], or *")
 
     @property
     def local(self) -> bool:
@@ -53,6 +61,7 @@ class Piece:
     text: str
     tokens: int
     reason: Literal["stop", "length"] | None = None
+    step: dict[str, Any] | None = None  # the block at hand after a step (`Engine._shown`)
 
 
 class Answer:
@@ -87,6 +96,7 @@ class Job:
     row: Row
     answer: Answer
     deliver: Callable[[Piece | Exception], None]  # called from the engine's thread, each block
+    steps: bool = False  # whether each step is told, too
     cancelled: bool = False  # set by whoever asked, when nobody waits for it any more
 
 
@@ -111,6 +121,8 @@ class Engine:
         self.tokenizing = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="decoding", daemon=True)
         self.start = self._thread.start
+        added = student.tokenizer.backend.added_tokens_decoder
+        self._silent = {token for token, entry in added.items() if entry.special}
 
     def load(self) -> tuple[bool, int, int]:
         """Whether it takes jobs, how many are under way, and how many wait."""
@@ -151,6 +163,20 @@ class Engine:
             for job in told:
                 job.deliver(error)
 
+    def _shown(self, row: Row, start: int) -> dict[str, Any]:
+        """Its tokens from `start` on; a character of several tokens stands with the last."""
+        tokenizer, special = self._student.tokenizer, self._student.special
+        known = row.config.remasking != "random"  # which goes without probabilities
+        decoder, tokens = codecs.getincrementaldecoder("utf-8")("replace"), list[Any]()
+        for token, sure in zip(row.state[start:], row.sure.tolist(), strict=False):
+            if token == special.mask:
+                decoder.reset()
+                tokens.append(None)
+                continue
+            text = "" if token in self._silent else decoder.decode(tokenizer.token_bytes[token])
+            tokens.append({"token": text, "probability": round(sure, 4) if known else None})
+        return {"start": start, "tokens": tokens}
+
     def _round(self, decoding: Decoding) -> None:
         """Wait for work, let what waits join, and decode one block of all that are under way."""
         # 1. Who joins
@@ -165,9 +191,12 @@ class Engine:
         if coming:
             decoding.join([job.row for job in coming])
         # 2. A block
+        watched = [(job, len(job.row.made)) for job in self._running if job.steps]
         for _ in decoding.next_block():
             if self._stopping:
                 return
+            for job, start in watched:
+                job.deliver(Piece("", len(job.row.state), step=self._shown(job.row, start)))
         # 3. What is new of each, and who stays
         with self.tokenizing:
             pieces = [job.answer.read(job.row.made) for job in self._running]

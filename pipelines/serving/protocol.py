@@ -8,13 +8,28 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 
 from pipelines.serving.engine import Job, Piece, Stopping
 
-Count = Annotated[int, Field(ge=1, strict=True)]
-Zero = Annotated[float, Field(ge=0, le=0, strict=True)]
+Count = Annotated[int, Field(ge=1, lt=1 << 31, strict=True)]
+Stop = Annotated[str, Field(max_length=1000)]
+_LISTED = BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)
+_OFF: list[tuple[str, tuple[Any, ...]]] = [  # what is not built, and values at which it is off
+    ("frequency_penalty presence_penalty min_p top_a priority top_logprobs n_probs", (0,)),
+    ("no_repeat_ngram_size mirostat dry_multiplier xtc_probability diversity_penalty", (0,)),
+    ("repetition_penalty repeat_penalty length_penalty typical_p tfs_z best_of num_beams", (1,)),
+    ("echo logprobs ignore_eos use_beam_search include_stop_str_in_output", (False,)),
+    ("continue_final_message return_token_ids", (False,)),
+    ("skip_special_tokens spaces_between_special_tokens add_generation_prompt do_sample", (True,)),
+    ("tools functions stop_token_ids bad_words logit_bias", ([], {})),
+    ("tool_choice function_call reasoning_effort", ("none", "auto")),
+    ("max_tokens max_completion_tokens seed", (-1,)),
+    ("chat_template_kwargs", ({}, {"enable_thinking": False}, {"thinking": False})),
+    ("thinking reasoning", ({}, {"type": "disabled"}, {"effort": "none"})),
+    ("response_format modalities suffix", ({"type": "text"}, ["text"], "")),
+]
 Events = asyncio.Queue[tuple[int, Piece | Exception]]  # a response's number, and what came of it
 
 
@@ -41,15 +56,15 @@ class Generation(BaseModel):
     max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=1e6)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(strict=True)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63, strict=True)] | None = None
+    stop: Annotated[list[Stop], Field(max_length=16), _LISTED] | None = None
     n: Count = 1
     # This server's own (with the `openai` client: `extra_body`)
-    top_k: Count | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31, strict=True)] | None = None  # 0 or -1: all
     steps_per_block: Count | None = None
-    threshold: Annotated[float, Field(ge=0, lt=1)] | None = None
+    threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     remasking: Literal["low_confidence", "random"] | None = None
-    min_tokens: Annotated[int, Field(ge=0, strict=True)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=1 << 31, strict=True)] | None = None
     # Taken and not read: they change no answer
     user: Any = None
     metadata: Any = None
@@ -57,11 +72,6 @@ class Generation(BaseModel):
     service_tier: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
-    # Not built: taken with the values at which they change nothing
-    frequency_penalty: Zero = 0
-    presence_penalty: Zero = 0
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
-    logprobs: Literal[False] = False
 
 
 class ChatRequest(Generation):
@@ -70,33 +80,28 @@ class ChatRequest(Generation):
     messages: list[Any]
     max_completion_tokens: Count | None = None  # the newer name of `max_tokens`
     parallel_tool_calls: Any = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
-    top_logprobs: None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] = "none"
-    modalities: list[Literal["text"]] | None = None
 
 
 class CompletionRequest(Generation):
     """Of `/v1/completions`: texts, or their ids."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    echo: Literal[False] = False
-    suffix: Literal[""] = ""
-    best_of: Literal[1] = 1
+    prompt: str | list[Any]
 
 
 def read_request(kind: type[Generation], body: bytes) -> Any:
-    """A request out of its JSON; null is as good as left out. ApiError (400) with the field that is
-    wrong.
-    """
+    """A request out of its JSON. ApiError (400) with the field that is wrong."""
     values = None
     with contextlib.suppress(ValueError, RecursionError):
         values = json.loads(body)
     if not isinstance(values, dict):
         raise ApiError(400, "the body is no JSON object", "invalid_value")
+    asked = {name: value for name, value in values.items() if value is not None}
+    for names, off in _OFF:  # as good as left out
+        for name in asked.keys() & names.split():
+            if any(asked[name] is v if isinstance(v, bool) else asked[name] == v for v in off):
+                del asked[name]
     try:
-        return kind.model_validate({k: value for k, value in values.items() if value is not None})
+        return kind.model_validate(asked)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place, code = str(first["loc"][0]), "invalid_value"
@@ -109,28 +114,29 @@ def read_request(kind: type[Generation], body: bytes) -> Any:
 class Reply:
     """The reply to one request, `chat` or text completion: whole, or in chunks."""
 
-    def __init__(self, chat: bool, model: str, prompt_tokens: int) -> None:
+    def __init__(self, chat: bool, model: str, prompt_tokens: int, count: int) -> None:
         self.chat, self._prompt_tokens = chat, prompt_tokens
+        self.last = [Piece("", 0)] * count  # of each response, so far
         name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         kind = "chat.completion" if chat else "text_completion"
         self._head = {"id": name, "created": int(time.time()), "model": model, "object": kind}
 
-    def whole(self, texts: Sequence[str], last: Sequence[Piece]) -> dict[str, Any]:
-        """All choices, each a text and the last piece of its response."""
+    def whole(self, texts: Sequence[str]) -> dict[str, Any]:
+        """All choices, each a text and why its response ended."""
         choices = []
-        for number, (text, piece) in enumerate(zip(texts, last, strict=True)):
+        for number, (text, piece) in enumerate(zip(texts, self.last, strict=True)):
             message = {"message": {"role": "assistant", "content": text}}
             said = message if self.chat else {"text": text}
             choices.append(_choice(number, said, piece.reason))
-        return {**self._head, "choices": choices, "usage": self.usage(last)}
+        return {**self._head, "choices": choices, "usage": self.usage()}
 
     def chunk(self, *choices: dict[str, Any], **usage: Any) -> dict[str, Any]:
         """A part of a stream: more of a choice, or at the end the tokens of all."""
         kind = "chat.completion.chunk" if self.chat else "text_completion"
         return {**self._head, "object": kind, "choices": choices, **usage}
 
-    def usage(self, last: Sequence[Piece]) -> dict[str, int]:
-        prompt, made = self._prompt_tokens, sum(piece.tokens for piece in last)
+    def usage(self) -> dict[str, int]:
+        prompt, made = self._prompt_tokens, sum(piece.tokens for piece in self.last)
         counts = {"prompt_tokens": prompt, "completion_tokens": made}
         return {**counts, "total_tokens": prompt + made}
 
@@ -174,19 +180,19 @@ async def stream_of(
     def event(body: dict[str, Any]) -> str:
         return f"data: {json.dumps(body)}\n\n"
 
-    last = [Piece("", 0)] * len(jobs)
     try:
         if reply.chat:
             for number in range(len(jobs)):
                 speaks = {"delta": {"role": "assistant", "content": ""}}
                 yield event(reply.chunk(_choice(number, speaks, None)))
         async for number, piece in pieces_of(jobs, events):
-            last[number] = piece
-            if piece.text or piece.reason is not None:
+            reply.last[number] = piece
+            if piece.text or piece.reason is not None or piece.step:
                 said = {"delta": {"content": piece.text}} if reply.chat else {"text": piece.text}
+                said |= {"step": piece.step} if piece.step else {}
                 yield event(reply.chunk(_choice(number, said, piece.reason)))
         if usage:
-            yield event(reply.chunk(usage=reply.usage(last)))
+            yield event(reply.chunk(usage=reply.usage()))
     except ApiError as error:
         yield event(error.body)
     yield "data: [DONE]\n\n"

@@ -10,12 +10,12 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from pipelines.serving.engine import Answer, Engine, Full, Job, Piece, ServeConfig
-from shared.data.reading import waiting_messages
+from pipelines.serving.prompts import Prompts
 from shared.system.files import TideError
 from student_train.using.decoding import Row
 from student_train.using.settings import SampleConfig
@@ -26,19 +26,18 @@ try:
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 
-    from pipelines.serving import protocol
+    from pipelines.serving import front, protocol
     from pipelines.serving.protocol import ApiError, Generation
 except ImportError as error:
     what = "starlette and uvicorn must be installed to serve"
     raise TideError(what, fix='pip install ".[serve]"') from error
 
 logger = logging.getLogger(__name__)
+_SMALL = 1 << 15  # bytes of a request that is tokenised at once
 _SAMPLING = ("temperature", "top_k", "top_p", "steps_per_block", "threshold", "remasking")
 
 
@@ -101,18 +100,18 @@ class Server(uvicorn.Server):
         self._engine = Engine(student, config)
         self._tell = started_to_listen
         routes = Routes(student, config, self._engine)
-        hosts = ["127.0.0.1", "localhost", "[::1]"] if config.local else ["*"]
+        self._prompts = routes.prompts
         app = Starlette(
             routes=[
+                front.page(),
                 Route("/v1/chat/completions", routes.chat, methods=["POST"]),
                 Route("/v1/completions", routes.complete, methods=["POST"]),
                 Route("/v1/models", routes.models),
                 Route("/v1/models/{name:path}", routes.models),
                 Route("/health", routes.health),
             ],
-            # A page of some site must not reach a local server under a name that resolves to it.
-            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
-            exception_handlers=dict.fromkeys((ApiError, HTTPException, Exception), explain),
+            middleware=front.middleware(config),
+            exception_handlers=dict.fromkeys((ApiError, HTTPException, Exception), front.explain),
         )
         # Connections get five seconds to take their last words.
         super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
@@ -124,18 +123,8 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await run_in_threadpool(self._engine.stop)  # which tells all who wait
+        self._prompts.close()
         await super().shutdown(sockets)
-
-
-def explain(request: Request, error: Exception) -> Response:
-    """Any error as OpenAI's clients read it."""
-    if isinstance(error, HTTPException):
-        what = f"{request.method} {request.url.path}: {error.detail}"
-        error = ApiError(error.status_code, what)
-    elif not isinstance(error, ApiError):
-        error = ApiError(500, f"{type(error).__name__}: {error}")
-    headers = {"retry-after": "1"} if error.status == 503 else None
-    return JSONResponse(error.body, error.status, headers)
 
 
 class Routes:
@@ -143,6 +132,7 @@ class Routes:
 
     def __init__(self, student: LoadedStudent, config: ServeConfig, engine: Engine) -> None:
         self._student, self._config, self._engine = student, config, engine
+        self.prompts = Prompts(student.tokenizer, engine.tokenizing, config.prompt_seconds)
         self._length = int(getattr(student.model.config, "max_position_embeddings", 0)) or None
 
     async def health(self, _: Request) -> Response:
@@ -156,23 +146,29 @@ class Routes:
         self._check_key(request)
         card = {"id": self._config.name, "object": "model", "created": 0}
         card |= {"owned_by": "tide-distill", "max_model_len": self._length}
+        card["sampling"] = asdict(self._config.sampling)  # where a request does not say
         if "name" not in request.path_params:
             return JSONResponse({"object": "list", "data": [card]})
         self._check_model(request.path_params["name"])
         return JSONResponse(card)
 
     async def chat(self, request: Request) -> Response:
-        asked: protocol.ChatRequest = await self._read(request, protocol.ChatRequest)
-        prompt = await run_in_threadpool(self._chat_prompt, asked.messages)
+        asked, large = await self._read(request, protocol.ChatRequest)
+        prompts = await self._ids(asked.messages, True, large)
         limit = asked.max_completion_tokens or asked.max_tokens
-        return await self._reply(request, asked, [prompt], limit, chat=True)
+        return await self._reply(request, asked, prompts, limit, chat=True)
 
     async def complete(self, request: Request) -> Response:
-        asked: protocol.CompletionRequest = await self._read(request, protocol.CompletionRequest)
-        prompts = await run_in_threadpool(self._text_prompts, asked.prompt)
+        asked, large = await self._read(request, protocol.CompletionRequest)
+        many = isinstance(asked.prompt, list) and not all(
+            type(part) is int for part in asked.prompt
+        )
+        wanted = asked.prompt if many else [asked.prompt]
+        prompts = await self._ids(wanted, False, large)
         return await self._reply(request, asked, prompts, asked.max_tokens, chat=False)
 
-    async def _read(self, request: Request, kind: type[Generation]) -> Any:
+    async def _read(self, request: Request, kind: type[Generation]) -> tuple[Any, bool]:
+        """The request, and whether it is large."""
         self._check_key(request)
         body, most = b"", self._config.body_bytes
         async for part in request.stream():
@@ -181,7 +177,7 @@ class Routes:
                 raise ApiError(413, f"the request has more than {most:,} bytes", "too_large")
         asked = protocol.read_request(kind, body)
         self._check_model(asked.model)
-        return asked
+        return asked, len(body) > _SMALL
 
     def _check_key(self, request: Request) -> None:
         key = self._config.api_key
@@ -194,36 +190,11 @@ class Routes:
             what = f"no model {name!r} here; there is {self._config.name!r}"
             raise ApiError(404, what, "model_not_found", "model")
 
-    def _chat_prompt(self, messages: list[Any]) -> list[int]:
-        try:
-            clean = waiting_messages(messages)
-            with self._engine.tokenizing:
-                return self._student.prompt(clean)
-        except (TideError, RecursionError) as error:
-            what = getattr(error, "what", str(error))
-            raise ApiError(400, what, "invalid_value", "messages") from error
-
-    def _text_prompts(self, asked: str | list[Any]) -> list[list[int]]:
-        """Ids of one prompt or several, each a text or ids itself."""
-        one = isinstance(asked, str) or all(isinstance(part, int) for part in asked)
-        prompts = [asked] if one else asked
-        vocabulary, what = len(self._student.tokenizer), ""
-        if not prompts or not all(prompts):
-            what = "a prompt is empty"
-        ids: list[Any] = []
-        for prompt in prompts:
-            if not isinstance(prompt, str):
-                ids.append(prompt)
-                if not all(0 <= token < vocabulary for token in prompt):
-                    what = f"the prompt has ids outside 0 … {vocabulary - 1}"
-            elif any("\ud800" <= character <= "\udfff" for character in prompt):
-                what = "the prompt has lone surrogates"
-            else:
-                with self._engine.tokenizing:
-                    ids.append(self._student.tokenizer.encode([prompt])[0])
-        if what:
-            raise ApiError(400, what, "invalid_value", "prompt")
-        return ids
+    async def _ids(self, asked: list[Any], chat: bool, large: bool) -> list[list[int]]:
+        found = await self.prompts.encode(asked, chat, large)
+        if isinstance(found, str):
+            raise ApiError(400, found, "invalid_value", "messages" if chat else "prompt")
+        return found
 
     def _sampling(
         self, asked: Generation, limit: int | None, prompt: Sequence[int], seed: int
@@ -251,12 +222,11 @@ class Routes:
         chat: bool,
     ) -> Response:  # fmt: skip
         # 1. A job for each response
-        count, most = asked.n * len(prompts), self._config.batch
-        if count > most:
-            raise ApiError(
-                400, f"{count} responses are asked for, at most {most} may be", param="n"
-            )
+        if (count := asked.n * len(prompts)) > self._config.batch:
+            what = f"{count} responses are asked for, at most {self._config.batch} may be"
+            raise ApiError(400, what, param="n")
         loop, events = asyncio.get_running_loop(), protocol.Events()
+        options = asked.stream_options or {} if asked.stream else {}
         jobs: list[Job] = []
         for prompt in prompts:
             first = secrets.randbelow(1 << 31) if asked.seed is None else asked.seed
@@ -267,20 +237,21 @@ class Routes:
                 def deliver(event: Piece | Exception, number: int = len(jobs)) -> None:
                     loop.call_soon_threadsafe(events.put_nowait, (number, event))
 
-                jobs.append(Job(Row(prompt, config), answer, deliver))
+                steps = bool(options.get("include_steps"))
+                jobs.append(Job(Row(prompt, config), answer, deliver, steps))
         try:
             self._engine.submit(jobs)
         except Full as error:
             raise ApiError(503, "too many requests wait; try again later", "overloaded") from error
         # 2. Their pieces, as they come or put together
-        reply = protocol.Reply(chat, self._config.name, sum(map(len, prompts)))
+        reply = protocol.Reply(chat, self._config.name, sum(map(len, prompts)), count)
+        request.state.reply = reply  # for the log
         if asked.stream:
-            usage = bool((asked.stream_options or {}).get("include_usage"))
-            stream = protocol.stream_of(jobs, events, reply, usage)
+            stream = protocol.stream_of(jobs, events, reply, bool(options.get("include_usage")))
             headers = {"cache-control": "no-cache"}
             return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
-        texts, last = [""] * len(jobs), [Piece("", 0)] * len(jobs)
+        texts = [""] * count
         async for number, piece in protocol.pieces_of(jobs, events, request):
             texts[number] += piece.text
-            last[number] = piece
-        return JSONResponse(reply.whole(texts, last))
+            reply.last[number] = piece
+        return JSONResponse(reply.whole(texts))

@@ -9,6 +9,7 @@ import datetime
 import hashlib
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Sequence, Set
 from functools import cached_property
 from itertools import pairwise
@@ -128,7 +129,13 @@ class Tokenizer:
                     reason = f"a content spells {matches[0].group()!r}"
                     results[number] = Unusable("spells a control token", reason)
                     continue
-            plain = {m.span() for m in matches if _touches(m.span(), chat.plain or [])}
+            spans = (
+                chat.plain or []
+            )  # in order: the last one that begins before a match ends decides
+            plain = {
+                m.span() for m in matches
+                if (i := bisect_left(spans, (m.end(),))) and spans[i - 1][1] > m.start()
+            }  # fmt: skip
             if plain:
                 cuts = pairwise(edges)
                 results[number] = [self._encode_around(chat.text, a, b, plain) for a, b in cuts]
@@ -248,7 +255,3 @@ class Tokenizer:
         else:
             state = sorted(self.backend.get_vocab().items())
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _touches(span: Span, spans: Sequence[Span]) -> bool:
-    return any(span[0] < stop and span[1] > start for start, stop in spans)

@@ -32,6 +32,7 @@ class Row:
         self.config = config
         self.made: list[int] = []  # its finished blocks, cut at the limit; from its end on EOS
         self.state: list[int] = []  # the same after each step, the block at hand included
+        self.sure = torch.zeros(0)  # how sure it was of that block's tokens as each became final
         self.masked = 0  # how many positions of the block at hand are
         self.tail: Sequence[int] = []  # what of the prompt stands in the block that comes next
         # Noise depends on the seed and the prompt, not on the batch.
@@ -86,11 +87,11 @@ def choose(
     for (warmth, top_k, top_p), alike in itertools.groupby(rows, how):
         end = start + sum(row.masked for row in alike)
         warm: Any = logits[start:end]
-        if warmth == 0:
+        if warmth <= 1e-5:  # logits over less would overflow
             chosen.append(warm.argmax(dim=1))
         elif start < end:
             warm = warm / warmth
-            warm = TopKLogitsWarper(top_k)(unread_ids, warm) if top_k is not None else warm
+            warm = TopKLogitsWarper(top_k)(unread_ids, warm) if (top_k or 0) > 0 else warm
             warm = TopPLogitsWarper(top_p)(unread_ids, warm) if top_p < 1 else warm
             chosen.append(drawn(warm, keys[start:end]))
         start = end

@@ -142,8 +142,8 @@ class Decoding:
         begun = [[*row.tail, *[mask] * (size - len(row.tail))] for row in self.rows]
         block = torch.tensor(begun, device=self._device)
         masked = new = torch.arange(size, device=self._device) >= there
-        step = 0
-        self._note(begun)
+        step, surely = 0, torch.zeros(block.shape, device=self._device)
+        self._note(begun, surely)
         while any(mask in row.state for row in self.rows):
             # 2. Hidden states of the block. What is pending goes through with it and stays in the
             #    cache; the noised block does not.
@@ -156,21 +156,23 @@ class Decoding:
             rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
             final = masked & ((rank < count + (step < more)) | (confidence > above))
             block = torch.where(final, tokens, block)
+            surely = torch.where(final, confidence, surely)
             masked, step = masked & ~final, step + 1
-            self._note(block.tolist())  # the only wait for the device in a step
+            self._note(block.tolist(), surely)  # the only wait for the device in a step
             yield
         # 5. Behind an end there is nothing but EOS.
         ended = (torch.isin(block, self._ends) & new).cumsum(dim=1) > 0
         block = torch.where(ended, self._special.eos, block)
         self._pending = self._copied(block, new)
-        self._note(block.tolist())
+        self._note(block.tolist(), surely)
         for row in self.rows:
             row.made, row.tail = row.state, []
         yield
 
-    def _note(self, block: Sequence[list[int]]) -> None:
+    def _note(self, block: Sequence[list[int]], sure: Float[Tensor, "rows size"]) -> None:
         """What of the block is response, and within the limit, into the rows' `state`."""
-        for row, ids in zip(self.rows, block, strict=True):
+        for row, ids, how_sure in zip(self.rows, block, sure, strict=True):
+            row.sure = how_sure[len(row.tail) :]
             new = ids[len(row.tail) :]
             row.state, row.masked = row.made + new, new.count(self._special.mask)
             del row.state[row.config.new_tokens :]

@@ -1,6 +1,5 @@
 """How a student's tokens are chosen, and the ids that mean something to the sampler."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -44,10 +43,11 @@ class SampleConfig:
             "min_new_tokens": ("0 to new_tokens", 0 <= self.min_new_tokens <= self.new_tokens),
             "steps_per_block": (f"1 to {self.block}", steps is None or 1 <= steps <= self.block),
             "remasking": ("low_confidence or random", self.remasking in get_args(Remasking)),
-            "threshold": ("in [0, 1)", self.threshold is None or 0 <= self.threshold < 1),
-            "temperature": ("0 or more", 0 <= self.temperature < math.inf),
-            "top_k": ("1 or more", top_k is None or top_k > 0),
+            "threshold": ("in [0, 1]", self.threshold is None or 0 <= self.threshold <= 1),
+            "temperature": ("0 to 1e6", 0 <= self.temperature <= 1e6),
+            "top_k": ("1 or more; 0 or -1: all", top_k is None or top_k >= -1),
             "top_p": ("in (0, 1]", 0 < self.top_p <= 1),
+            "guidance": ("0 to 1e6", 0 <= self.guidance <= 1e6),
         }
         for name, (limit, holds) in limits.items():
             require(holds, f"{name} is {getattr(self, name)!r}; it must be {limit}")

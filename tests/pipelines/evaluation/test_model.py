@@ -102,6 +102,8 @@ def test_the_task_says_how_to_sample_where_the_model_does_not(loaded: LoadedStud
     warm = ask(3, temperature=3.0, do_sample=True)
     assert len(set(warm)) == 3  # repeats of one request get noise of their own
     assert warm == ask(3, temperature=3.0, top_k=0, top_p=1.0)
+    off = {"top_k": -1, "batch_size": "auto:4"}  # as lm-eval and other models know them
+    assert warm == ask(3, own=off, temperature=3.0)
     leasts: list[dict[str, Any]] = [{"top_k": 1}, {"top_p": 1e-6}]
     for least in leasts:  # of the likeliest alone: greedy again
         assert ask(temperature=3.0, **least) == ask(own=least, temperature=3.0) == [short]
@@ -159,6 +161,7 @@ def test_tokens_and_steps_of_an_answer(loaded: LoadedStudent) -> None:
 
 def test_wrong_arguments_are_explained(loaded: LoadedStudent) -> None:
     wrong: list[Any] = [{"parallelize": True}, {"mc_num": 0}, {"block_size": 0}, {"threshold": 2.0}]
+    wrong += [{"temperature": 1e39}, {"guidance": -1.0}, {"top_k": -2}]
     for own in (*wrong, {**SMALL, "max_length": 27}):
         with pytest.raises(TideError):
             TideBD3LM(loaded, **own)

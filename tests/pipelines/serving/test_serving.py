@@ -2,6 +2,7 @@
 else asks.
 """
 
+import asyncio
 import json
 import socket
 import threading
@@ -11,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ import openai
 import pytest
 
 from pipelines.serving import server
+from pipelines.serving.prompts import Prompts
+from pipelines.serving.protocol import ApiError, ChatRequest, CompletionRequest, read_request
 from pipelines.serving.server import ServeConfig, bind, served_name
 from shared.system.files import TideError
 from student_train.using.settings import SampleConfig
@@ -83,10 +87,13 @@ def test_settings_of_a_request(loaded: LoadedStudent, address: str) -> None:
     for wanted in (
         {"temperature": 1.5, "seed": 1, "top_p": 0.3, "top_k": 50},
         {"threshold": 0.01},
+        {"temperature": 1.5, "seed": 1, "top_k": -1},
         {"steps_per_block": 2, "remasking": "random", "seed": 3},
     ):
         got = create(address, max_tokens=16, extra_body=wanted)
         assert got.choices[0].message.content == sampled(loaded, prompt, 16, **wanted)
+    cold = create(address, max_tokens=16, temperature=1e-300)
+    assert cold.choices[0].message.content == sampled(loaded, prompt, 16)
     warm = [create(address, temperature=2.0, max_tokens=24) for _ in range(4)]
     assert len({got.choices[0].message.content for got in warm}) > 1  # seeds of their own
 
@@ -162,6 +169,12 @@ def test_what_cannot_be_answered_is_explained(address: str) -> None:
         ({"messages": [{"role": "user", "content": "a b " * 4400}]}, 400, ""),
         ({"messages": [{"role": "user", "content": "a" * 30_000}]}, 413, ""),
         ({"temperature": -1}, 400, "`temperature`"),
+        ({"temperature": 1e39}, 400, "`temperature`"),
+        ({"max_tokens": 2**63}, 400, "`max_tokens`"),
+        ({"seed": 2**63}, 400, "`seed`"),
+        ({"extra_body": {"top_k": 2**63}}, 400, "`top_k`"),
+        ({"extra_body": {"min_tokens": 2**63}}, 400, "`min_tokens`"),
+        ({"stop": "a" * 5000}, 400, "`stop`"),
         ({"frequency_penalty": 0.5}, 400, "`frequency_penalty`"),
         ({"n": 5}, 400, ""),
         ({"extra_body": {"topk": 5}}, 400, "`topk`"),
@@ -185,6 +198,100 @@ def test_a_body_that_is_no_request(address: str) -> None:
             assert json.load(answer)["error"]["type"] == "invalid_request_error"
 
 
+def test_pages_of_other_origins(loaded: LoadedStudent) -> None:
+    """May ask where they are named, also where a key is needed; others are not told the answer."""
+    mine = "http://localhost:3000"
+    config = replace(CONFIG, cors=(mine,), api_key="sesame")
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-own"}
+    with server.served(loaded, config) as place:
+        for origin, allowed in ((mine, mine), ("http://evil.example", None)):
+            for method, path, more in (
+                ("OPTIONS", "/v1/completions", asks),
+                ("GET", "/v1/models", {"Authorization": "Bearer sesame"}),
+                ("GET", "/v1/models", {}),
+            ):
+                headers = {"Origin": origin, **more}
+                request = urllib.request.Request(place + path, headers=headers, method=method)
+                try:
+                    answer = urllib.request.urlopen(request, timeout=20)
+                except urllib.error.HTTPError as error:
+                    answer = error
+                with answer:
+                    assert answer.headers["Access-Control-Allow-Origin"] == allowed
+    for wrong in ("localhost:3000", f"{mine}/"):
+        with pytest.raises(TideError):
+            replace(CONFIG, cors=(wrong,))
+
+
+def test_a_request_leaves_a_line_without_its_text(
+    loaded: LoadedStudent, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    with server.served(loaded, replace(CONFIG, log=True)) as place:
+        made = create(place).usage
+        list(create(place, stream=True))
+        with pytest.raises(openai.NotFoundError):
+            client(place).models.retrieve("gpt")
+        wait_for(place, 0, 0)
+    told = [record for record in caplog.records if record.name == "pipelines.serving.front"]
+    lines = [record.getMessage() for record in told]
+    counts = f"{made.prompt_tokens} + {made.completion_tokens} tokens"
+    assert sorted(counts in line for line in lines) == [False, True, True]
+    assert sum("/v1/chat/completions 200" in line for line in lines) == 2
+    assert not [line for line in lines if CHATS[0][0]["content"] in line]
+
+
+def test_steps_of_a_stream_are_told_where_they_are_asked_for(
+    loaded: LoadedStudent, address: str
+) -> None:
+    """Each step has one token more; the last one is the text."""
+    limit = BLOCK - len(loaded.tokenizer.encode(["def f"])[0])
+    asked: Any = {"model": "small", "prompt": "def f", "max_tokens": limit, "stream": True}
+    extra: Any = {"include_steps": True}
+    chunks = list(client(address).completions.create(**asked, stream_options=extra))
+    steps = [step for chunk in chunks if (step := getattr(chunk.choices[0], "step", None))]
+    known = [[token for token in step["tokens"] if token] for step in steps]
+    assert [len(tokens) for tokens in known[:limit]] == [*range(1, limit + 1)]
+    assert all(0 < token["probability"] <= 1 for token in known[-1])
+    text = "".join(chunk.choices[0].text for chunk in chunks)
+    assert "".join(token["token"] for token in known[-1]) == text
+    assert not [
+        c for c in client(address).completions.create(**asked) if hasattr(c.choices[0], "step")
+    ]
+
+
+@pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])
+def test_what_asks_for_nothing_is_as_good_as_left_out(kind: type[Any]) -> None:
+    """null for whatever is optional, and for the rest the values that switch it off, no others."""
+    must = {"model": "m", "messages": CHATS[0], "prompt": "x"}
+    must = {name: must[name] for name in ("model", *kind.model_fields) if name in must}
+    plain = read_request(kind, json.dumps(must).encode())
+    null = dict.fromkeys({*kind.model_fields, "prediction", "tools"} - must.keys())
+    off: Any = {"top_logprobs": 0, "reasoning_effort": "none", "tool_choice": "none", "tools": []}
+    off |= {"response_format": {"type": "text"}, "repetition_penalty": 1.0, "min_p": 0}
+    off |= {"logit_bias": {}, "echo": False, "seed": -1, "ignore_eos": False, "suffix": ""}
+    off |= {"skip_special_tokens": True, "chat_template_kwargs": {}, "logprobs": False}
+    assert read_request(kind, json.dumps(must | null).encode()) == plain
+    assert read_request(kind, json.dumps(must | off).encode()) == plain
+    on = {"logprobs": 0, "min_p": 0.1, "repetition_penalty": 0, "ignore_eos": True, "echo": 0}
+    for name, value in on.items():
+        with pytest.raises(ApiError):
+            read_request(kind, json.dumps(must | {name: value}).encode())
+
+
+def test_a_large_prompt_holds_nobody_up(loaded: LoadedStudent) -> None:
+    """It is tokenised elsewhere while the tokenizer here is held, and given up after a while."""
+    messages = [{"role": "user", "content": "x <|im_end|>"}] * 200
+    tokenizer, held = loaded.tokenizer, threading.Lock()
+    wanted = [tokenizer.encode_prompt(messages)]
+    prompts = Prompts(tokenizer, held, 60.0)
+    with held:
+        assert asyncio.run(prompts.encode(messages, True, True)) == wanted
+        prompts._seconds = 0.0
+        assert isinstance(asyncio.run(prompts.encode(messages, True, True)), str)
+    assert asyncio.run(prompts.encode(messages, True, False)) == wanted
+
+
 def test_models_and_health(address: str) -> None:
     assert [model.id for model in client(address).models.list()] == ["small"]
     assert client(address).models.retrieve("small").id == "small"
@@ -196,8 +303,8 @@ def test_models_and_health(address: str) -> None:
     request = urllib.request.Request(f"{address}/health", headers={"Host": "evil.example"})
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(request, timeout=20)
-    error.value.close()
-    assert error.value.code == 400
+    with error.value as refusal:
+        assert refusal.code == 400 and "localhost" in json.load(refusal)["error"]["message"]
 
 
 def test_a_key_where_one_is_asked_for(loaded: LoadedStudent) -> None:
