@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from shared.system.files import TideError
@@ -28,7 +29,6 @@ PATTERNS = {
 # Shares of the tokens: real vocabularies hold some that their own pattern cuts (1,673 of 150,195 in
 # Qwen's).
 _MOST_CUT, _AS_GOOD = 0.03, 0.001
-_ROLES = ("bos", "eos", "unk", "pad", "mask", "sep", "cls")
 
 
 # GPT-2's: the printable character that stands for each byte in a vocabulary.
@@ -50,20 +50,32 @@ def is_in_parts(folder: Path) -> bool:
 
 
 def tokenizer_from_parts(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer. TideError where a file is damaged, or no known pattern fits it."""
-    # 1. The files.
+    """The tokenizer: as transformers makes it where it knows the class, else by its pattern.
+
+    TideError where a file is damaged, or no known pattern fits it.
+    """
+    # 1. The files, and the class that they name.
     try:
-        vocabulary: dict[str, int] = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        vocabulary: dict[str, int] = _read(folder / "vocab.json")
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         model: Any = models.BPE(vocab=vocabulary, merges=[(a, b) for a, b in merges])
-        settings = _read(folder / "tokenizer_config.json")
-        added = _added_tokens(folder, settings)
+        settings, added = (
+            _read(folder / "tokenizer_config.json"),
+            _read(folder / "added_tokens.json"),
+        )
+        stated = settings.get("added_tokens_decoder") or {}
+        added |= {token["content"]: int(index) for index, token in stated.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TideError(
             f"the tokenizer in {folder} cannot be read: {error}", fix="download its files again"
         ) from error
-    # 2. The steps around the merges.
+    kind = str(settings.get("tokenizer_class"))
+    if hasattr(transformers, kind) and not kind.startswith(("PreTrained", "Tokenizers", "Python")):
+        fast: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        if vocabulary.keys() <= fast.get_vocab().keys():
+            return fast
+    # 2. The steps around the merges; added tokens, roles and template are in the files.
     name = _pattern_of(vocabulary, folder)
     raw: Any = Tokenizer(model)
     if name == "qwen2":
@@ -73,26 +85,15 @@ def tokenizer_from_parts(folder: Path) -> PreTrainedTokenizerFast:
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
     raw.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
     raw.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast.from_pretrained(str(folder), tokenizer_object=raw)
     # 3. Added tokens, each at its id.
-    for index, token in sorted(added.items()):
-        raw.add_tokens([token])
-        room = raw.token_to_id(token.content)
-        if room != index:
+    for token, index in added.items():
+        if (room := fast.convert_tokens_to_ids(token)) != index:
             raise TideError(
-                f"the added token {token.content!r} of {folder} has id {index}, its files leave "
-                f"room for {room}",
+                f"the added token {token!r} of {folder} has id {index}, its files leave room for "
+                f"{room}",
                 fix="download the tokenizer's files again",
             )
-    # 4. Their roles, and the chat template.
-    roles = {}
-    for role in _ROLES:
-        token = settings.get(f"{role}_token")
-        if token is not None:
-            roles[f"{role}_token"] = token["content"] if isinstance(token, dict) else token
-    fast = PreTrainedTokenizerFast(tokenizer_object=raw, **roles)
-    file = folder / "chat_template.jinja"
-    template = file.read_text(encoding="utf-8") if file.exists() else settings.get("chat_template")
-    fast.chat_template = template
     return fast
 
 
@@ -116,21 +117,6 @@ def _pattern_of(vocabulary: dict[str, int], folder: Path) -> str:
             fix="save it with transformers as tokenizer.json, where its own class runs",
         )
     return best
-
-
-def _added_tokens(folder: Path, settings: dict[str, Any]) -> dict[int, AddedToken]:
-    """Added tokens by id, from tokenizer_config.json or added_tokens.json."""
-    flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
-    tokens = {}
-    for index, token in (settings.get("added_tokens_decoder") or {}).items():
-        own = {flag: token[flag] for flag in flags if flag in token}
-        tokens[int(index)] = AddedToken(token["content"], **own)
-    special = {str(settings.get(f"{role}_token")) for role in _ROLES}
-    special |= {str(token) for token in settings.get("additional_special_tokens") or []}
-    for content, index in _read(folder / "added_tokens.json").items():
-        token = AddedToken(content, normalized=False, special=content in special)
-        tokens.setdefault(int(index), token)
-    return tokens
 
 
 def _read(path: Path) -> dict[str, Any]:
