@@ -1,18 +1,6 @@
-"""A row of data as a conversation: its form is recognised, its messages are brought to one shape.
-
-| form | fields |
-|---|---|
-| `messages` | `messages` (role, content), `tools` |
-| `sharegpt` | `conversations` (from, value), `system`, `tools` |
-| `instruction` | `instruction`, `input`, `output`, `system`, `history`; or `instances` |
-| `prompt_completion` | `prompt`, `completion`: texts, or lists of messages |
-| `question_answer` | `question`, `answer` |
-| `tokens` | `input_ids`, `teacher_input_ids` and more (`shared.data.tokenised`) |
-| `fields` | those that `prompt_field`, `response_field` and `system_field` name |
-"""
+"""A row of data as a conversation: its form is recognised (docs/data.md), its messages read."""
 
 import hashlib
-import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -73,11 +61,6 @@ def content_key(messages: Iterable[Message], tools: Any = None) -> str:
 def identity(key: str, occurrence: int) -> str:
     """The id of the n-th row with the content `key` (from 0)."""
     return key if occurrence == 0 else f"{key}#{occurrence}"
-
-
-def content_of(example_id: str) -> str:
-    """The content's key in an id."""
-    return example_id.partition("#")[0]
 
 
 def conversation(raw: Raw, config: DataConfig) -> tuple[ChatExample, str] | None:
@@ -166,7 +149,7 @@ def parse(row: Any, config: DataConfig) -> tuple[ChatExample, str]:
         raise Unusable(UNTRAINED, "every answer of the row is marked as not to be trained")
     messages = messages[: answers[-1] + 1]
     unread = {f"`{name}` of a row" for name in _MARKS if row.get(name) not in _ON}
-    for name, value in itertools.chain.from_iterable(one.items() for one in written):
+    for name, value in (item for one in written for item in one.items()):
         heard = name in _READ or (name in _MARKS and value in (*_ON, *_OFF))
         if not heard and value not in (None, "", []):
             unread.add(f"`{name}` of messages")

@@ -18,12 +18,13 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 
-from shared.data.stdlib_corpus import SPLITS, corpus_origin, iter_stdlib_functions
+from shared.data.stdlib_corpus import SPLITS, iter_stdlib_functions
 from shared.data.tables import ENDINGS, first_line, table_rows
 from shared.system.files import TideError, read_json
 
@@ -53,11 +54,9 @@ def source_rows(source: str) -> Iterator[tuple[Place, Raw]]:
     elif source.startswith("hf://"):
         yield from _hub_rows(source.removeprefix("hf://"))
     else:
-        for tables, files in itertools.groupby(source_files(source), _is_table):
-            if tables:
-                yield from table_rows(files)
-            else:
-                yield from itertools.chain.from_iterable(map(file_rows, files))
+        kinds = itertools.groupby(source_files(source), lambda p: _ending(p) in ENDINGS)
+        for tables, files in kinds:
+            yield from (table_rows(files) if tables else chain.from_iterable(map(file_rows, files)))
 
 
 def source_files(source: str) -> list[Path]:
@@ -67,28 +66,28 @@ def source_files(source: str) -> list[Path]:
     """
     if source.startswith(("hf://", "stdlib:")):
         return []
-    path, split = _split_of(source)
-    if _is_saved(path):
+    path, split = Path(source), None
+    named = re.fullmatch(r"(.*)#([\w.\[\]:%-]+)", source)
+    if named and not path.exists():  # else the name has a `#` of its own
+        path, split = Path(named[1]), named[2]
+    if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
         return _saved_files(path, split)
     # Of a folder all that is in it. A glob's `*` passes over names with a dot in front.
     pattern = f"{glob.escape(str(path))}/**" if path.is_dir() else source
     top, deep, rest = (f"{pattern}/*" if pattern.endswith("**") else pattern).partition("**/")
     patterns = [glob.escape(source) if path.is_file() else pattern]
     if deep:
-        folders = itertools.chain.from_iterable(map(_folders, glob.glob(top or ".")))
+        folders = chain.from_iterable(map(_folders, glob.glob(top or ".")))
         patterns = [f"{glob.escape(folder)}/{rest}" for folder in folders]
     files = sorted(p for each in patterns for p in map(Path, glob.glob(each)) if p.is_file())
-    if path.is_dir():
+    if path.is_dir() or source.endswith("*"):
         files = [p for p in files if _ending(p) in _ENDINGS or p.suffix == ".zst"]
     seen: set[Path] = set()  # a link to a file that is there would repeat its rows
     files = [p for p in files if (real := p.resolve()) not in seen and not seen.add(real)]
     if not files:
-        raise TideError(
-            f"there is no data file {source}",
-            expected=f"a file ({', '.join(_ENDINGS)}), a folder or a glob of them, hf://OWNER/NAME,"
-            " or stdlib:train",
-            fix="check the path given as data.source (--data)",
-        )
+        kinds = f"{', '.join(_ENDINGS)}), a folder or a glob of them, hf://OWNER/NAME, stdlib:train"
+        fix = "check the path given as data.source (--data)"
+        raise TideError(f"there is no data file {source}", expected=f"a file ({kinds}", fix=fix)
     return files
 
 
@@ -107,11 +106,6 @@ def _folders(top: str) -> Iterator[str]:
         yield folder
 
 
-def describe_source(source: str) -> str:
-    """The source in words, with what it cannot say of itself."""
-    return f"{source} ({corpus_origin()})" if source.startswith("stdlib:") else source
-
-
 def public_name(source: str) -> str:
     """The source as others may read it: a path of this machine loses its folders."""
     kind = "hf://" if source.startswith("hf://") else ""
@@ -122,21 +116,13 @@ def public_name(source: str) -> str:
     return kind + name.rstrip("/").rpartition("/")[2]
 
 
-def _split_of(source: str) -> tuple[Path, str | None]:
-    """`PATH#SPLIT` in two; a path that has a `#` of its own stays whole."""
-    match = re.fullmatch(r"(.*)#([\w.\[\]:%-]+)", source)
-    if match and not Path(source).exists():
-        return Path(match[1]), match[2]
-    return Path(source), None
-
-
 # --- Files
 
 
 def file_rows(path: Path) -> Iterator[tuple[Place, Raw]]:
     """Every row of a file with its place. TideError where it is damaged or of no known kind."""
     kind = _ending(path)
-    if _is_table(path):
+    if kind in ENDINGS:
         return table_rows([path])
     if kind in (".csv", ".tsv"):
         return _csv_rows(path, "," if kind == ".csv" else "\t")
@@ -150,10 +136,6 @@ def _ending(path: Path) -> str:
     """The kind of a file by its name: `.jsonl` for x.jsonl.zst."""
     name = path.with_suffix("") if path.suffix.lower() in _OPENERS else path
     return name.suffix.lower()
-
-
-def _is_table(path: Path) -> bool:
-    return path.suffix.lower() in ENDINGS
 
 
 def _json_rows(path: Path) -> Iterator[tuple[Place, Raw]]:
@@ -181,7 +163,7 @@ def _json_rows(path: Path) -> Iterator[tuple[Place, Raw]]:
             for i, row in enumerate(document if isinstance(document, list) else [document]):
                 yield f"{path}[{i}]", row
             return
-    for number, line in itertools.chain([first], lines):
+    for number, line in chain([first], lines):
         yield f"{path}:{number}", line
 
 
@@ -205,23 +187,21 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[Place, Raw]]:
     except csv.Error as error:
         raise TideError(
             f"{path}: the row that begins in line {before + 1} cannot be read: {error}",
-            expected="a quote that opens a field closes it, and stands twice inside of one",
-            fix="mend the line; half of a row, or many rows read as one, would be other data",
+            expected="quotes around a field only, and doubled inside of it",
+            fix="mend the line: else rows would be cut short, or many read as one",
         ) from error
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """Lines of the unpacked file, which end at a line feed and nowhere else; without a byte order
-    mark. Of one that is too long comes a byte more than may be.
+    """Lines of the unpacked file, which end at a line feed and nowhere else, without byte order
+    marks. Of one that is too long comes a byte more than may be.
     """
     with _opened(path) as stream:
-        start = b"\xef\xbb\xbf"
         while line := stream.readline(LONGEST_LINE + 1):
             rest = line
             while rest and not rest.endswith(b"\n"):  # too long, or the last
                 rest = stream.readline(1 << 20)
-            yield line.removeprefix(start).removesuffix(b"\n")
-            start = b""
+            yield line.removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n")
 
 
 @contextmanager
@@ -241,23 +221,16 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 # --- Data sets of the library `datasets`
 
 
-def _is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote the folder."""
-    return any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
-
-
 def _saved_files(folder: Path, split: str | None) -> list[Path]:
-    """The files of such a folder, or of one of its splits, in their order."""
+    """The files that `save_to_disk` wrote to a folder, or of one of its splits, in their order."""
     try:
-        if (folder / "dataset_dict.json").exists():
-            splits = read_json(folder / "dataset_dict.json")["splits"]
-            if split not in splits:
-                what = f"{folder} holds the splits {', '.join(splits)}"
-                raise TideError(what, fix=f"write {folder}#{splits[0]}")
-            folder = folder / str(split)
+        whole = folder / "dataset_dict.json"
+        splits = read_json(whole)["splits"] if whole.exists() else [split]
+        if split not in splits:
+            what = f"{folder} holds the splits {', '.join(splits)}"
+            raise TideError(what, fix=f"write {folder}#{splits[0]}")
+        folder = folder / (split or "") if whole.exists() else folder
         state = read_json(folder / "state.json")
-        if state.get("_indices_data_files"):
-            raise KeyError("a selection of rows by their numbers")
         return [folder / file["filename"] for file in state["_data_files"]]
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         what = f"{folder} could not be read as a data set that was saved: {error!r}"
@@ -278,32 +251,25 @@ def parse_hub_name(text: str) -> tuple[str, list[str], str | None]:
 
 def _hub_rows(text: str) -> Iterator[tuple[Place, Raw]]:
     """Rows of a data set of the hub, streamed; a slice of a split is fetched whole."""
+    import datasets
+
     name, parts, split = parse_hub_name(text)
-    datasets = _datasets()
+    datasets.logging.set_verbosity_error()
     try:
         # 1. Which configurations, and which split. A single part names a configuration where the
         #    data set has one of that name, else a split.
-        if len(parts) == 2 and parts[0] != "*":
-            configs, split = [parts[0]], parts[1]
-        else:
-            configs = datasets.get_dataset_config_names(name)
-            if parts and parts[0] == "*":
-                split = split or (parts[1] if len(parts) == 2 else None)
-            elif parts and (split is not None or parts[0] in configs):
-                configs = [parts[0]]
-            elif len(configs) > 1 and "default" not in configs:
-                raise TideError(
-                    f"hf://{name} has {len(configs)} configurations and no default: "
-                    f"{', '.join(configs[:20])}",
-                    fix=f"write hf://{name}:{configs[0]}, or hf://{name}:* for all of them",
-                )
-            else:
-                configs, split = [None], split or (parts[0] if parts else None)
-        split = split or "train"
+        known = datasets.get_dataset_config_names(name)
+        alone = len(parts) == 1 and not split and parts[0] not in ("*", *known)
+        config = None if alone or not parts else parts[0]
+        split = split or ("train" if not alone and len(parts) < 2 else parts[-1])
+        if config is None and len(known) > 1 and "default" not in known:
+            what = f"hf://{name} has {len(known)} configurations and no default: "
+            fix = f"write hf://{name}:{known[0]}, or hf://{name}:* for all of them"
+            raise TideError(what + ", ".join(known[:20]), fix=fix)
         # 2. Their rows.
-        for config in configs:
-            rows = datasets.load_dataset(name, config, split=split, streaming="[" not in split)
-            place = f"hf://{name}" + (f":{config}" if config else "") + f"#{split}"
+        for each in known if config == "*" else [config]:
+            rows = datasets.load_dataset(name, each, split=split, streaming="[" not in split)
+            place = f"hf://{name}" + (f":{each}" if each else "") + f"#{split}"
             for number, row in enumerate(rows, 1):
                 yield f"{place}:{number}", row
     except TideError:
@@ -311,15 +277,6 @@ def _hub_rows(text: str) -> Iterator[tuple[Place, Raw]]:
     except Exception as error:  # the library raises many types, most of them about the network
         raise TideError(
             f"hf://{text} could not be read: {first_line(error)}",
-            expected="a data set on the hub, as hf://OWNER/NAME:CONFIG:SPLIT or "
-            "hf://OWNER/NAME#train[:95%]",
+            expected="a data set on the hub: hf://OWNER/NAME:CONFIG:SPLIT or …#train[:95%]",
             fix="check name, configuration, split and network, or give a path to the data",
         ) from error
-
-
-def _datasets() -> Any:
-    import datasets
-    from datasets.utils import logging
-
-    logging.set_verbosity_error()
-    return datasets

@@ -1,15 +1,20 @@
 """Rows of Parquet and Arrow files, read in a process of its own: a damaged one may end it.
 
-Run as a program, this file takes paths on its input, a line each, and writes the rows of each:
-pickled lists, then None, or what is wrong as a text. It imports little, to start fast.
+Run as a program, this file takes paths on its input and writes the rows of each: pickled lists,
+then None, or a text that says what is wrong. It imports little, to start fast.
 """
 
+import itertools
 import pickle
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 ENDINGS = (".parquet", ".arrow", ".feather")
 _BATCH = 128  # rows; a file of a few bytes may unpack to a megabyte in each
@@ -19,19 +24,17 @@ def table_rows(paths: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every row of these files with its place. TideError where one is damaged."""
     from shared.system.files import TideError
 
-    command = [sys.executable, "-P", __file__]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdin is not None and process.stdout is not None
+    command, pipe = [sys.executable, "-P", __file__], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as process:
+        wanted: Any = process.stdin
         try:
             for path in paths:
-                number, rows = 0, None
+                numbers = itertools.count(1)
                 try:
-                    process.stdin.write(b"%b\n" % bytes(path.absolute()).hex().encode())
-                    process.stdin.flush()
-                    while isinstance(rows := pickle.load(process.stdout), list):
-                        for row in rows:
-                            number += 1
-                            yield f"{path}:{number}", row
+                    pickle.dump(str(path.absolute()), wanted)
+                    wanted.flush()
+                    while isinstance(rows := pickle.load(process.stdout), list):  # type: ignore[arg-type]
+                        yield from ((f"{path}:{next(numbers)}", row) for row in rows)
                 except (EOFError, OSError, pickle.UnpicklingError):
                     rows = f"reading it ended the process that read it ({process.wait()})"
                 if rows is not None:
@@ -46,39 +49,34 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _serve(wanted: BinaryIO, out: BinaryIO) -> None:
-    for line in wanted:
-        path = Path(bytes.fromhex(line.decode()).decode(errors="surrogateescape"))
+def _batches(path: str) -> Iterator[pa.RecordBatch]:
+    with pa.memory_map(path) as source:
+        if path.lower().endswith(".parquet"):
+            file = pq.ParquetFile(source, page_checksum_verification=True)
+            yield from file.iter_batches(_BATCH)
+            return
+        try:  # with an index at the end
+            indexed = pa.ipc.open_file(source)
+        except pa.ArrowInvalid:  # without, as `datasets` writes
+            yield from pa.ipc.open_stream(source)
+        else:
+            yield from map(indexed.get_batch, range(indexed.num_record_batches))
+
+
+def _serve(wanted: Any, out: Any) -> None:
+    while path := pickle.load(wanted):
         said = None
         try:
             for batch in _batches(path):
                 batch.validate(full=True)
-                pickle.dump(batch.to_pylist(), out)
+                for start in range(0, batch.num_rows, _BATCH):
+                    pickle.dump(batch.slice(start, _BATCH).to_pylist(), out)
         except Exception as error:  # a flipped bit leads the library anywhere
             said = first_line(error)
         pickle.dump(said, out)
         out.flush()
 
 
-def _batches(path: Path) -> Iterator[Any]:
-    import pyarrow as pa
-
-    with pa.memory_map(str(path)) as source:
-        if path.suffix.lower() == ".parquet":
-            import pyarrow.parquet as pq
-
-            file = pq.ParquetFile(source, page_checksum_verification=True)
-            yield from file.iter_batches(batch_size=_BATCH)
-            return
-        try:  # with an index at the end
-            reader: Any = pa.ipc.open_file(source)
-            whole = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        except pa.ArrowInvalid:  # without, as `datasets` writes
-            whole = pa.ipc.open_stream(source)
-        for batch in whole:
-            batch.validate(full=True)
-            yield from (batch.slice(at, _BATCH) for at in range(0, batch.num_rows, _BATCH))
-
-
 if __name__ == "__main__":
-    _serve(sys.stdin.buffer, sys.stdout.buffer)
+    with suppress(EOFError):
+        _serve(sys.stdin.buffer, sys.stdout.buffer)

@@ -1,9 +1,8 @@
 """Byte-level BPE: the bytes that its words stand for, and tokenizers that lie in parts.
 
-In parts means vocab.json, merges.txt, added tokens, and a class that no library has (Dream's kind).
-All there is to such a tokenizer stands in these files but for one thing: the pattern by which text
-is cut before merges apply. The class would say it, as code; here it is recognised. A vocabulary was
-learnt inside of the pieces, so under the right pattern each of its tokens stays in one piece.
+In parts means vocab.json, merges.txt, added tokens, and a class that no library has (Dream's kind),
+whose code would say by which pattern text is cut before merges apply. Here it is recognised: under
+the right one each token of the vocabulary stays in one piece.
 """
 
 import json
@@ -12,7 +11,7 @@ from typing import Any
 
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from shared.system.files import TideError
@@ -44,17 +43,18 @@ def byte_level_bytes(token: str) -> bytes | None:
 
 
 def is_in_parts(folder: Path) -> bool:
-    """Whether the folder holds such a tokenizer, and no tokenizer.json."""
-    parts = (folder / "vocab.json", folder / "merges.txt")
-    return all(part.exists() for part in parts) and not (folder / "tokenizer.json").exists()
+    """Whether the folder holds such a tokenizer: no tokenizer.json, and no class that is known."""
+    there = [(folder / name).exists() for name in ("vocab.json", "merges.txt", "tokenizer.json")]
+    if there != [True, True, False]:
+        return False
+    kind = str(_read(folder / "tokenizer_config.json").get("tokenizer_class"))
+    general = kind.startswith(("PreTrained", "Tokenizers", "Python"))
+    return general or not hasattr(transformers, kind)
 
 
 def tokenizer_from_parts(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer: as transformers makes it where it knows the class, else by its pattern.
-
-    TideError where a file is damaged, or no known pattern fits it.
-    """
-    # 1. The files, and the class that they name.
+    """The tokenizer. TideError where a file is damaged, or no known pattern fits it."""
+    # 1. The files.
     try:
         vocabulary: dict[str, int] = _read(folder / "vocab.json")
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
@@ -70,11 +70,6 @@ def tokenizer_from_parts(folder: Path) -> PreTrainedTokenizerFast:
         raise TideError(
             f"the tokenizer in {folder} cannot be read: {error}", fix="download its files again"
         ) from error
-    kind = str(settings.get("tokenizer_class"))
-    if hasattr(transformers, kind) and not kind.startswith(("PreTrained", "Tokenizers", "Python")):
-        fast: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        if vocabulary.keys() <= fast.get_vocab().keys():
-            return fast
     # 2. The steps around the merges; added tokens, roles and template are in the files.
     name = _pattern_of(vocabulary, folder)
     raw: Any = Tokenizer(model)
