@@ -102,7 +102,7 @@ def _folders(top: str) -> Iterator[str]:
             inside.clear()
             continue
         seen.add(place)
-        inside[:] = [name for name in inside if not name.startswith((".", "_"))]
+        inside[:] = sorted(name for name in inside if not name.startswith((".", "_")))
         yield folder
 
 
@@ -211,11 +211,9 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         with _OPENERS.get(path.suffix.lower(), open)(path, "rb") as stream:
             yield stream
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        raise TideError(
-            f"{path} cannot be read to its end: {first_line(error)}",
-            expected="a whole file",
-            fix="download or write the file again; a part of it would be another data set",
-        ) from error
+        what = f"{path} cannot be read to its end: {first_line(error)}"
+        fix = "download or write the file again; a part of it would be another data set"
+        raise TideError(what, expected="a whole file", fix=fix) from error
 
 
 # --- Data sets of the library `datasets`

@@ -67,9 +67,8 @@ def tokenizer_from_parts(folder: Path) -> PreTrainedTokenizerFast:
         stated = settings.get("added_tokens_decoder") or {}
         added |= {token["content"]: int(index) for index, token in stated.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TideError(
-            f"the tokenizer in {folder} cannot be read: {error}", fix="download its files again"
-        ) from error
+        what = f"the tokenizer in {folder} cannot be read: {error}"
+        raise TideError(what, fix="download its files again") from error
     # 2. The steps around the merges; added tokens, roles and template are in the files.
     name = _pattern_of(vocabulary, folder)
     raw: Any = Tokenizer(model)
@@ -84,11 +83,8 @@ def tokenizer_from_parts(folder: Path) -> PreTrainedTokenizerFast:
     # 3. Added tokens, each at its id.
     for token, index in added.items():
         if (room := fast.convert_tokens_to_ids(token)) != index:
-            raise TideError(
-                f"the added token {token!r} of {folder} has id {index}, its files leave room for "
-                f"{room}",
-                fix="download the tokenizer's files again",
-            )
+            what = f"the added token {token!r} of {folder} has id {index}, its files have room for "
+            raise TideError(what + str(room), fix="download the tokenizer's files again")
     return fast
 
 

@@ -238,13 +238,13 @@ class ChatTemplate:
         objects: list[str] = []
 
         def with_text(value: dict[str, Any]) -> dict[str, Any]:
-            if isinstance(arguments := value.get("arguments"), dict) and arguments:
+            if isinstance(arguments := value.get("arguments"), dict):
                 objects.append(str(arguments))
                 value["arguments"] = json.dumps(arguments, ensure_ascii=False)
             return value
 
-        if any(m.get("tool_calls") for m in chat):
-            texts = json.loads(json.dumps(chat), object_hook=with_text)
+        called = [message for message in chat if message.get("tool_calls")]
+        texts = json.loads(json.dumps(chat if called else []), object_hook=with_text)
         try:
             text = self._tokenizer.apply_chat_template(chat, tokenize=False, **settings)
         except Exception as error:  # Jinja raises many types; templates also raise on purpose
@@ -254,7 +254,7 @@ class ChatTemplate:
                 what = f"refused roles {roles}: {reason}"
                 raise self._unusable("template refuses the roles", what) from error
         else:
-            if not any(python in text for python in objects):
+            if not any(python in text for python in objects if python != "{}"):
                 return text
         # Most templates write a call's arguments as JSON; this one wants them so written.
         return self._apply(texts, tools, generation, thinking)
