@@ -179,6 +179,8 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[Place, Raw]]:
     reader = csv.DictReader(lines(), delimiter=delimiter, strict=True)
     before = 0
     try:
+        if len(set(names := reader.fieldnames or ())) < len(names):
+            raise csv.Error(f"a name stands there twice: {', '.join(names)}")
         for row in reader:
             if None in row:
                 raise csv.Error(f"it has more fields than the first line ({len(row) - 1})")

@@ -25,7 +25,7 @@ def table_rows(paths: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
     from shared.system.files import TideError
 
     command, pipe = [sys.executable, "-P", __file__], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as process:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True) as process:
         wanted: Any = process.stdin
         try:
             for path in paths:

@@ -60,10 +60,8 @@ def tokenizer_from_parts(folder: Path) -> PreTrainedTokenizerFast:
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         model: Any = models.BPE(vocab=vocabulary, merges=[(a, b) for a, b in merges])
-        settings, added = (
-            _read(folder / "tokenizer_config.json"),
-            _read(folder / "added_tokens.json"),
-        )
+        settings = _read(folder / "tokenizer_config.json")
+        added = _read(folder / "added_tokens.json")
         stated = settings.get("added_tokens_decoder") or {}
         added |= {token["content"]: int(index) for index, token in stated.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -221,6 +221,9 @@ LONG = 'q 9,"' + "x" * (1 << 24)
 
 @pytest.mark.parametrize("line", ['q 9,"a quote that opens', '"q" 9,a', "q 9,a, and more", LONG])
 def test_a_damaged_line_of_csv_is_an_error_never_fewer_rows(tmp_path: Path, line: str) -> None:
+    (tmp_path / "twice.csv").write_text("question,answer,answer\nq,a,b\n")
+    with pytest.raises(TideError):
+        scan(DataConfig(str(tmp_path / "twice.csv")))
     lines = ["question,answer", *(f"q {i},a {i}" for i in range(30))]
     lines[10] = line
     (tmp_path / "d.csv").write_text("\n".join(lines))
