@@ -104,10 +104,10 @@ def cache_config(
     name = teacher or values.get("teacher", default)
     if recipe is None:
         values = own_recipe(name, teachers_file).get("cache", {})
-    values = _over({"out": f"caches/{name}", **values, "teacher": name}, changes or {})
-    if data is not None:  # the recipe's other settings stay, unless it has several sources
-        before = values.get("data")
-        values["data"] = {**(before if isinstance(before, dict) else {}), "source": data}
+    changes = _over(changes or {}, {} if data is None else {"data": {"source": data}})
+    if recipe is None and "source" in changes.get("data", ()):
+        values = _over(values, {"data": {"limit": None}})  # it was of the recipe's own data
+    values = _over({"out": f"caches/{name}", **values, "teacher": name}, changes)
     apply_overrides(values, overrides, {"teachers_file": teachers_file, **flags})
     config = build(CacheConfig, values, "`tide cache`")
     find_teacher(config.teacher, config.teachers_file)

@@ -27,14 +27,35 @@ def sides_of(
     """Each example as `tokenizer` sees it. `which`: of those that are tokenised already, the
     student's tokens or the teacher's. `counts` adds up what templates do not write.
     """
-    texts = [example for example in examples if example.tokens is None]
-    rendered = iter(_rendered(texts, tokenizer, turns, counts))
+    # 1. What is text, all of it tokenised in one call.
+    chats: list[RenderedChat | Unusable] = []
+    for example in examples:
+        try:
+            if example.tokens is None:
+                chats.append(tokenizer.render(example.messages, turns, example.tools))
+        except Unusable as reason:
+            chats.append(reason)
+    encoded = zip(chats, tokenizer.encode_chats(chats), strict=True)
+    # 2. Of each turn its span in tokens, its text in front of the words, and the words.
     sides: list[Side | Unusable] = []
     for example in examples:
-        if example.tokens is None:
-            side = next(rendered)
-        else:
+        chat, parts = next(encoded) if example.tokens is None else (None, [])
+        if isinstance(parts, Unusable):
+            side = parts
+        elif not isinstance(chat, RenderedChat):
+            assert example.tokens is not None
             side = _tokenised(example.tokens[which], tokenizer)
+        else:
+            ids = np.array([i for part in parts for i in part], np.int32)
+            ends = np.cumsum([len(part) for part in parts])  # of prompt, response, prompt, …
+            spans = np.array([ends[k : k + 2] for k in range(0, 2 * len(chat.turns), 2)], np.int32)
+            text = chat.text
+            bodies = tuple((text[t.start : t.body[0]], text[slice(*t.body)]) for t in chat.turns)
+            if bodies[-1][1]:
+                lost = f"not written by the {('student', 'teacher')[which]}'s template"
+                counts.update(f"{lost}: {name}" for name in chat.ignored)
+            side = Side(tokenizer, ids, spans, bodies, tuple(t.message for t in chat.turns))
+        # 3. What cannot be trained.
         if isinstance(side, Side) and not side.bodies[-1][1]:
             side = Unusable("empty response", "the last answer is empty")
         elif isinstance(side, Side) and (side.ids == mask_id).any():
@@ -42,34 +63,6 @@ def sides_of(
             reason = f"the text holds {name}, which a model cannot tell from noise"
             side = Unusable("spells a mask token", reason)
         sides.append(side)
-    return sides
-
-
-def _rendered(
-    examples: Sequence[ChatExample], tokenizer: Tokenizer, turns: Turns, counts: Counter[str]
-) -> list[Side | Unusable]:
-    """All of them tokenised in one call."""
-    chats: list[RenderedChat | Unusable] = []
-    for example in examples:
-        try:
-            chats.append(tokenizer.render(example.messages, turns, example.tools))
-        except Unusable as reason:
-            chats.append(reason)
-    sides: list[Side | Unusable] = []
-    for chat, parts in zip(chats, tokenizer.encode_chats(chats), strict=True):
-        if isinstance(parts, Unusable):
-            sides.append(parts)
-            continue
-        assert isinstance(chat, RenderedChat)
-        # Of each turn its span in tokens, its text in front of the words, and the words.
-        ids = np.array([i for part in parts for i in part], np.int32)
-        ends = np.cumsum([len(part) for part in parts])  # of prompt, response, prompt, …
-        spans = np.array([ends[k : k + 2] for k in range(0, 2 * len(chat.turns), 2)], np.int32)
-        text = chat.text
-        bodies = tuple((text[t.start : t.body[0]], text[slice(*t.body)]) for t in chat.turns)
-        if bodies[-1][1]:
-            counts.update(f"not written by a template: {name}" for name in chat.ignored)
-        sides.append(Side(tokenizer, ids, spans, bodies, tuple(t.message for t in chat.turns)))
     return sides
 
 

@@ -1,30 +1,20 @@
-"""A row of data as a conversation: its form is recognised, its messages are brought to one shape.
-
-| form | fields |
-|---|---|
-| `messages` | `messages` (role, content), `tools` |
-| `sharegpt` | `conversations` (from, value), `system`, `tools` |
-| `instruction` | `instruction`, `input`, `output`, `system`, `history`; or `instances` |
-| `prompt_completion` | `prompt`, `completion`: texts, or lists of messages |
-| `question_answer` | `question`, `answer` |
-| `tokens` | `input_ids`, `teacher_input_ids` and more (`shared.data.tokenised`) |
-| `fields` | those that `prompt_field`, `response_field` and `system_field` name |
-"""
+"""A row of data as a conversation: its form is recognised (docs/data.md), its messages read."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from shared.data.sources import Raw
+from shared.data.messages import REASONING, Message, normal_messages, objects
+from shared.data.sources import LONGEST_LINE, Raw
 from shared.data.tokenised import Tokens, tokens_of
 from shared.settings.config import DataConfig
 from shared.system.files import Unusable
 
-Message = dict[str, Any]
 Row = dict[str, Any]
 
+UNTRAINED = "marked as not to be trained"
 MOST_CHARACTERS = 2**20  # of a row: more is no chat to learn from, and slow to tokenise
 _ANSWERS = ("answer", "response", "output", "completion")
 _FORMS = (  # what a row of each has, and one of which it has beside
@@ -35,13 +25,12 @@ _FORMS = (  # what a row of each has, and one of which it has beside
     ("question_answer", "question", _ANSWERS),
     ("tokens", "input_ids", ("teacher_input_ids",)),
 )
-_TEXT_PARTS = ("text", "input_text", "output_text")
-_REASONING = ("reasoning_content", "reasoning", "thinking")
-# Other names of the four roles that chat templates know: system, user, assistant and tool.
-_ROLES = {"developer": "system"}
-_ROLES |= dict.fromkeys(("human", "prompter"), "user")
-_ROLES |= dict.fromkeys(("gpt", "chatgpt", "model", "bot", "ai", "function_call"), "assistant")
-_ROLES |= dict.fromkeys(("function", "observation", "ipython"), "tool")
+# By which data say of an answer, or of a row, whether it is trained.
+_MARKS = ("weight", "loss_mask", "loss_weight", "loss_scale", "loss", "train", "training",
+          "trainable", "train_on_turn", "learn")  # fmt: skip
+_READ = {*REASONING, "role", "from", "content", "value", "name", "tool_calls", "tool_call_id",
+         "function_call"}  # fmt: skip
+_OFF, _ON = (0, "0", "0.0", "false", "False"), (None, 1, "1", "1.0", "true", "True")
 
 
 @dataclass(frozen=True)
@@ -58,23 +47,20 @@ class ChatExample:
     label: str = ""
     tokens: tuple[Tokens, Tokens] | None = None
     """The student's and the teacher's, of a row that has these in the place of messages."""
+    unread: tuple[str, ...] = ()
+    """What it says beside and nothing here listens to."""
 
 
 def content_key(messages: Iterable[Message], tools: Any = None) -> str:
     """24 hexadecimal digits: the same conversation has the same key wherever it stands."""
     content = list(messages) if tools is None else [list(messages), tools]
     text = json.dumps(content, ensure_ascii=False, sort_keys=True)
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
 def identity(key: str, occurrence: int) -> str:
     """The id of the n-th row with the content `key` (from 0)."""
     return key if occurrence == 0 else f"{key}#{occurrence}"
-
-
-def content_of(example_id: str) -> str:
-    """The content's key in an id."""
-    return example_id.partition("#")[0]
 
 
 def conversation(raw: Raw, config: DataConfig) -> tuple[ChatExample, str] | None:
@@ -104,6 +90,8 @@ def decode(raw: Raw) -> Any:
     """The row in a line of JSON. Unusable where it is none."""
     if not isinstance(raw, bytes):
         return raw
+    if len(raw) > LONGEST_LINE:
+        raise Unusable("too large", f"the line has more than {LONGEST_LINE:,} bytes")
     try:
         return json.loads(raw.decode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError) as error:  # also nested too deeply, or integers too long
@@ -137,33 +125,48 @@ def parse(row: Any, config: DataConfig) -> tuple[ChatExample, str]:
     if not isinstance(row, dict):
         raise Unusable("no known form", f"the row is a {type(row).__name__}, not an object")
     form, name = _detect(row, config), row.get("id")
+    if any(row.get(mark) in _OFF for mark in _MARKS):
+        raise Unusable(UNTRAINED, "the row says of itself that it is not to be trained")
     label = str(name)[:80] if isinstance(name, str | int) and not isinstance(name, bool) else ""
+    label = label.encode(errors="replace").decode()
     if form == "tokens":
         tokens = tokens_of(row)
         key = content_key([{"ids": side.ids} for side in tokens])
         return ChatExample(key, (), None, label, tokens), form
-    messages = normal_messages(_written_messages(row, form, config))
-    # 2. What a user says behind the last answer is answered by nobody, and is cut off.
+    written = _written_messages(row, form, config)
+    messages = normal_messages(written)
+    # 2. What the row says of its own training, and what stands there beside. What follows the last
+    #    answer that is trained is cut off: a user's words there are answered by nobody.
+    for one, message in zip(written, messages, strict=True):
+        if message["role"] == "assistant" and any(one.get(name) in _OFF for name in _MARKS):
+            message["train"] = False
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not answers:
         roles = ", ".join(m["role"] for m in messages)
         raise Unusable("no answer", f"no message is from the assistant (roles: {roles})")
+    answers = [i for i in answers if "train" not in messages[i]]
+    if not answers:
+        raise Unusable(UNTRAINED, "every answer of the row is marked as not to be trained")
     messages = messages[: answers[-1] + 1]
-    # 3. Tools as templates want them: a list; a text is read as JSON.
-    tools = row.get(config.tools_field)
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            reason = f"`tools` is a text that is no JSON: {str(error)[:80]}"
-            raise Unusable("not in its form", reason) from error
+    unread = {f"`{name}` of a row" for name in _MARKS if row.get(name) not in _ON}
+    for name, value in (item for one in written for item in one.items()):
+        heard = name in _READ or (name in _MARKS and value in (*_ON, *_OFF))
+        if not heard and value not in (None, "", []):
+            unread.add(f"`{name}` of messages")
+    # 3. Tools as templates want them: a list.
+    tools = objects(row.get(config.tools_field)) or None
     # 4. The size.
     size = sum(len(m["content"]) for m in messages)
     if size > MOST_CHARACTERS:
         reason = f"the conversation has {size:,} characters, more than {MOST_CHARACTERS:,}"
         raise Unusable("too large", reason)
-    tools = tools or None
-    return ChatExample(content_key(messages, tools), tuple(messages), tools, label), form
+    try:
+        if isinstance(tools, str):
+            raise TypeError("a text that is no JSON")
+        key = content_key(messages, tools)
+    except (TypeError, UnicodeEncodeError) as error:
+        raise Unusable("not in its form", f"`{config.tools_field}`: {error}") from error
+    return ChatExample(key, tuple(messages), tools, label, unread=tuple(sorted(unread))), form
 
 
 def _detect(row: Row, config: DataConfig) -> str:
@@ -242,54 +245,3 @@ def _field(row: Row, name: str) -> Any:
 
 def _pair(request: Any, answer: Any) -> list[Message]:
     return [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
-
-
-def normal_messages(messages: Sequence[Any]) -> list[Message]:
-    """Messages in one shape: a known role, a text as content, and what else a template may want.
-
-    Unusable where a message has no role, or a content that is no text.
-    """
-    normal = []
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict):
-            kind = type(message).__name__
-            raise Unusable("not in its form", f"message {number} is a {kind}, not an object")
-        role = message.get("role", message.get("from"))
-        if not isinstance(role, str) or not role:
-            raise Unusable("no role", f"message {number} has no `role`")
-        content = _content(number, message)
-        clean: Message = {"role": _ROLES.get(role.lower(), role.lower()), "content": content}
-        # What an answer has beside its content.
-        if message.get("tool_calls"):
-            clean["tool_calls"] = message["tool_calls"]
-        thoughts = [t for t in map(message.get, _REASONING) if isinstance(t, str) and t.strip()]
-        if thoughts:
-            clean["reasoning_content"] = thoughts[0]
-        try:
-            "".join([content, *thoughts[:1]]).encode()
-        except UnicodeEncodeError as error:
-            reason = f"message {number} has lone surrogates, which no tokenizer can encode"
-            raise Unusable("lone surrogates", reason) from error
-        for name in ("name", "tool_call_id"):
-            if message.get(name):
-                clean[name] = str(message[name])
-        normal.append(clean)
-    return normal
-
-
-def _content(number: int, message: Message) -> str:
-    """A text, or the texts of a list of parts. Beside tool calls it may be missing."""
-    content = message.get("content", message.get("value"))
-    if content is None and message.get("tool_calls"):
-        return ""
-    text = ""
-    for part in content if isinstance(content, list) else [content]:
-        kind, words = type(part).__name__, part
-        if isinstance(content, list) and isinstance(part, dict):  # {"type": "text", "text": …}
-            kind = part.get("type", "text")
-            words = part.get("text", part.get("content")) if kind in _TEXT_PARTS else None
-        if not isinstance(words, str):
-            reason = f"the content of message {number} is or has {kind}, which is no text"
-            raise Unusable("content is no text", reason)
-        text += words
-    return text

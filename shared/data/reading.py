@@ -6,15 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shared.data.conversation import (
-    ChatExample,
-    Message,
-    conversation,
-    copies,
-    decode,
-    identity,
-    normal_messages,
-)
+from shared.data.conversation import UNTRAINED, ChatExample, conversation, copies, decode, identity
+from shared.data.messages import Message, normal_messages
 from shared.data.sources import file_rows, source_rows
 from shared.settings.config import DataConfig
 from shared.system.files import TideError, Unusable
@@ -39,7 +32,8 @@ def _read(config: DataConfig, extras: bool) -> Iterator[ChatExample | BadRow]:
         try:
             read = conversation(raw, config)
         except Unusable as error:
-            yield BadRow(place, error.reason, error.what)
+            if error.reason != UNTRAINED:  # no fault of the row
+                yield BadRow(place, error.reason, error.what)
             continue
         if read is None:
             continue

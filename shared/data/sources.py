@@ -13,23 +13,27 @@ import io
 import itertools
 import json
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from shared.data.stdlib_corpus import SPLITS, corpus_origin, iter_stdlib_functions
-from shared.system.files import TideError
+from shared.data.stdlib_corpus import SPLITS, iter_stdlib_functions
+from shared.data.tables import ENDINGS, first_line, table_rows
+from shared.system.files import TideError, read_json
 
 Place = str
 Raw = bytes | dict[str, Any]  # a line of JSON still to be read, or a row
 
-_TABLES = (".parquet", ".arrow", ".feather")
-_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *_TABLES)
+LONGEST_LINE = 1 << 24  # bytes: of a longer one no more is read
+_MOST_PACKED = 1000  # bytes that a compressed array may have for each of its file
+_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *ENDINGS)
 _OPENERS: dict[str, Any] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
@@ -41,7 +45,6 @@ _OPENERS: dict[str, Any] = {
 def source_rows(source: str) -> Iterator[tuple[Place, Raw]]:
     """Every row of a source, with its place. TideError where it cannot be read."""
     kind, _, rest = source.partition(":")
-    path, split = _split_of(source)
     if kind == "stdlib":
         if rest.partition("#")[0] not in SPLITS:
             expected = f"stdlib: and one of {', '.join(SPLITS)}"
@@ -50,11 +53,10 @@ def source_rows(source: str) -> Iterator[tuple[Place, Raw]]:
             yield f"{source}:{name}", {"messages": messages}
     elif source.startswith("hf://"):
         yield from _hub_rows(source.removeprefix("hf://"))
-    elif _is_saved(path):
-        yield from _saved_rows(path, split)
     else:
-        for file in source_files(source):
-            yield from file_rows(file)
+        kinds = itertools.groupby(source_files(source), lambda p: _ending(p) in ENDINGS)
+        for tables, files in kinds:
+            yield from (table_rows(files) if tables else chain.from_iterable(map(file_rows, files)))
 
 
 def source_files(source: str) -> list[Path]:
@@ -64,28 +66,44 @@ def source_files(source: str) -> list[Path]:
     """
     if source.startswith(("hf://", "stdlib:")):
         return []
-    path, _ = _split_of(source)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file())
-        if not _is_saved(path):
-            files = [p for p in files if _ending(p) in _ENDINGS or p.suffix == ".zst"]
-    else:
-        files = [Path(p) for p in sorted(glob.glob(source, recursive=True)) if Path(p).is_file()]
+    path, split = Path(source), None
+    named = re.fullmatch(r"(.*)#([\w.\[\]:%-]+)", source)
+    if named and not path.exists():  # else the name has a `#` of its own
+        path, split = Path(named[1]), named[2]
+    if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+        return _saved_files(path, split)
+    # Of a folder all that is in it. A glob's `*` passes over names with a dot in front.
+    pattern = f"{glob.escape(str(path))}/**" if path.is_dir() else source
+    top, deep, rest = (f"{pattern}/*" if pattern.endswith("**") else pattern).partition("**/")
+    patterns = [glob.escape(source) if path.is_file() else pattern]
+    if deep:
+        folders = chain.from_iterable(map(_folders, glob.glob(top or ".")))
+        patterns = [f"{glob.escape(folder)}/{rest}" for folder in folders]
+    files = sorted(p for each in patterns for p in map(Path, glob.glob(each)) if p.is_file())
+    if path.is_dir() or source.endswith("*"):
+        files = [p for p in files if _ending(p) in _ENDINGS or p.suffix == ".zst"]
+    seen: set[Path] = set()  # a link to a file that is there would repeat its rows
+    files = [p for p in files if (real := p.resolve()) not in seen and not seen.add(real)]
     if not files:
-        raise TideError(
-            f"there is no data file {source}",
-            expected=f"a file ({', '.join(_ENDINGS)}), a folder or a glob of them, hf://OWNER/NAME,"
-            " or stdlib:train",
-            fix="check the path given as data.source (--data)",
-        )
+        kinds = f"{', '.join(_ENDINGS)}), a folder or a glob of them, hf://OWNER/NAME, stdlib:train"
+        fix = "check the path given as data.source (--data)"
+        raise TideError(f"there is no data file {source}", expected=f"a file ({kinds}", fix=fix)
     return files
 
 
-def describe_source(source: str) -> str:
-    """The source in words, with what it cannot say of itself."""
-    return f"{source} ({corpus_origin()})" if source.startswith("stdlib:") else source
+def _folders(top: str) -> Iterator[str]:
+    """A folder and those in it, links followed, each once. What programs keep for themselves has a
+    dot or an underscore in front; a cache of ours, and prepared data, are no data.
+    """
+    seen = set()
+    for folder, inside, files in os.walk(top, followlinks=True):
+        names, place = {*inside, *files}, os.path.realpath(folder)
+        if place in seen or {"shards", "manifest.json"} <= names or {"parts", ".lock"} <= names:
+            inside.clear()
+            continue
+        seen.add(place)
+        inside[:] = sorted(name for name in inside if not name.startswith((".", "_")))
+        yield folder
 
 
 def public_name(source: str) -> str:
@@ -98,22 +116,14 @@ def public_name(source: str) -> str:
     return kind + name.rstrip("/").rpartition("/")[2]
 
 
-def _split_of(source: str) -> tuple[Path, str | None]:
-    """`PATH#SPLIT` in two; a path that has a `#` of its own stays whole."""
-    match = re.fullmatch(r"(.*)#([\w.\[\]:%-]+)", source)
-    if match and not Path(source).exists():
-        return Path(match[1]), match[2]
-    return Path(source), None
-
-
 # --- Files
 
 
 def file_rows(path: Path) -> Iterator[tuple[Place, Raw]]:
     """Every row of a file with its place. TideError where it is damaged or of no known kind."""
     kind = _ending(path)
-    if kind in _TABLES:
-        return _table_rows(path, kind)
+    if kind in ENDINGS:
+        return table_rows([path])
     if kind in (".csv", ".tsv"):
         return _csv_rows(path, "," if kind == ".csv" else "\t")
     if kind in _ENDINGS or not kind:
@@ -134,23 +144,26 @@ def _json_rows(path: Path) -> Iterator[tuple[Place, Raw]]:
     first = next(lines, None)
     if first is None:
         return
-    begins, ends = first[1].strip()[:1], first[1].strip()[-1:]
+    begins, ends = first[1].lstrip()[:1], first[1].rstrip()[-1:]
     a_row_each = begins == b"{" and (ends == b"}" or _ending(path) != ".json")
     if begins in (b"[", b"{") and not a_row_each:
+        most = max(LONGEST_LINE, _MOST_PACKED * path.stat().st_size)
+        with _opened(path) as stream:
+            content = stream.read(most + 1)
+        if len(content) > most:
+            what = f"{path} unpacks to more than {most:,} bytes of a single document"
+            raise TideError(what, fix="write one row a line")
         try:
-            document = json.loads(b"\n".join(_lines(path)).decode())
+            document = json.loads(content.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             if (begins, ends) != (b"[", b"]"):  # else lines that hold lists: each is judged
                 what = f"{path} is no JSON array: {str(error)[:120]}"
                 raise TideError(what, expected="a list of rows, or one row a line") from error
         else:
-            if not isinstance(document, list):
-                what = f"{path} holds one JSON object with the fields {', '.join(document)}"
-                raise TideError(what, expected="a list of rows, or one row a line")
-            for i, row in enumerate(document):
+            for i, row in enumerate(document if isinstance(document, list) else [document]):
                 yield f"{path}[{i}]", row
             return
-    for number, line in itertools.chain([first], lines):
+    for number, line in chain([first], lines):
         yield f"{path}:{number}", line
 
 
@@ -158,80 +171,70 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[Place, Raw]]:
     def lines() -> Iterator[str]:
         """With their ends, which a quoted field keeps; a carriage return alone ends one too."""
         for line in _lines(path):
+            if len(line) > LONGEST_LINE:
+                raise csv.Error(f"it is longer than {LONGEST_LINE:,} bytes")
             yield from re.split(r"(?<=\r)(?!\n)", line.decode("utf-8", "surrogateescape") + "\n")
 
-    csv.field_size_limit(1 << 24)
-    reader = csv.DictReader(lines(), delimiter=delimiter)
+    csv.field_size_limit(LONGEST_LINE)
+    reader = csv.DictReader(lines(), delimiter=delimiter, strict=True)
+    before = 0
     try:
+        if len(set(names := reader.fieldnames or ())) < len(names):
+            raise csv.Error(f"a name stands there twice: {', '.join(names)}")
         for row in reader:
-            yield f"{path}:{reader.line_num}", {str(k): v for k, v in row.items()}
+            if None in row:
+                raise csv.Error(f"it has more fields than the first line ({len(row) - 1})")
+            before = reader.line_num
+            yield f"{path}:{before}", row
     except csv.Error as error:
-        raise TideError(f"{path}, line {reader.line_num}: {error}", fix="mend the line") from error
-
-
-def _table_rows(path: Path, kind: str) -> Iterator[tuple[Place, Raw]]:
-    number = 0
-    try:
-        with pa.memory_map(str(path)) as source:
-            try:
-                if kind == ".parquet":
-                    batches = pq.ParquetFile(source).iter_batches(batch_size=1024)
-                else:  # with an index at the end
-                    file = pa.ipc.open_file(source)
-                    batches = (file.get_batch(i) for i in range(file.num_record_batches))
-            except pa.ArrowInvalid:  # without, as `datasets` writes
-                batches = pa.ipc.open_stream(source)
-            for batch in batches:
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}:{number}", row
-    except (pa.ArrowException, OSError, ValueError) as error:
-        what = f"{path} is no readable {kind[1:]} file: {_first_line(error)}"
-        raise TideError(what, fix="write it again") from error
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    """Lines of the unpacked file, which end at a line feed and nowhere else; without a byte order
-    mark. TideError where it is damaged or ends too early.
-    """
-    try:
-        with _OPENERS.get(path.suffix.lower(), open)(path, "rb") as stream:
-            for number, line in enumerate(stream):
-                yield (line if number else line.removeprefix(b"\xef\xbb\xbf")).removesuffix(b"\n")
-    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         raise TideError(
-            f"{path} cannot be read to its end: {_first_line(error)}",
-            expected="a whole file",
-            fix="download or write the file again; a part of it would be another data set",
+            f"{path}: the row that begins in line {before + 1} cannot be read: {error}",
+            expected="quotes around a field only, and doubled inside of it",
+            fix="mend the line: else rows would be cut short, or many read as one",
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _lines(path: Path) -> Iterator[bytes]:
+    """Lines of the unpacked file, which end at a line feed and nowhere else, without byte order
+    marks. Of one that is too long comes a byte more than may be.
+    """
+    with _opened(path) as stream:
+        while line := stream.readline(LONGEST_LINE + 1):
+            rest = line
+            while rest and not rest.endswith(b"\n"):  # too long, or the last
+                rest = stream.readline(1 << 20)
+            yield line.removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The unpacked file. TideError where it is damaged or ends too early."""
+    try:
+        with _OPENERS.get(path.suffix.lower(), open)(path, "rb") as stream:
+            yield stream
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        what = f"{path} cannot be read to its end: {first_line(error)}"
+        fix = "download or write the file again; a part of it would be another data set"
+        raise TideError(what, expected="a whole file", fix=fix) from error
 
 
 # --- Data sets of the library `datasets`
 
 
-def _is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote the folder."""
-    return any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
-
-
-def _saved_rows(folder: Path, split: str | None) -> Iterator[tuple[Place, Raw]]:
-    datasets = _datasets()
+def _saved_files(folder: Path, split: str | None) -> list[Path]:
+    """The files that `save_to_disk` wrote to a folder, or of one of its splits, in their order."""
     try:
-        rows = datasets.load_from_disk(str(folder))
-    except Exception as error:
-        what = f"{folder} could not be read by `datasets`: {_first_line(error)}"
+        whole = folder / "dataset_dict.json"
+        splits = read_json(whole)["splits"] if whole.exists() else [split]
+        if split not in splits:
+            what = f"{folder} holds the splits {', '.join(splits)}"
+            raise TideError(what, fix=f"write {folder}#{splits[0]}")
+        folder = folder / (split or "") if whole.exists() else folder
+        state = read_json(folder / "state.json")
+        return [folder / file["filename"] for file in state["_data_files"]]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        what = f"{folder} could not be read as a data set that was saved: {error!r}"
         raise TideError(what, fix="save it again") from error
-    if isinstance(rows, datasets.DatasetDict):
-        if split not in rows:
-            what = f"{folder} holds the splits {', '.join(rows)}"
-            raise TideError(what, fix=f"write {folder}#{next(iter(rows))}")
-        rows = rows[split]
-    for number, row in enumerate(rows, 1):
-        yield f"{folder}:{number}", row
 
 
 def parse_hub_name(text: str) -> tuple[str, list[str], str | None]:
@@ -248,48 +251,32 @@ def parse_hub_name(text: str) -> tuple[str, list[str], str | None]:
 
 def _hub_rows(text: str) -> Iterator[tuple[Place, Raw]]:
     """Rows of a data set of the hub, streamed; a slice of a split is fetched whole."""
+    import datasets
+
     name, parts, split = parse_hub_name(text)
-    datasets = _datasets()
+    datasets.logging.set_verbosity_error()
     try:
         # 1. Which configurations, and which split. A single part names a configuration where the
         #    data set has one of that name, else a split.
-        if len(parts) == 2 and parts[0] != "*":
-            configs, split = [parts[0]], parts[1]
-        else:
-            configs = datasets.get_dataset_config_names(name)
-            if parts and parts[0] == "*":
-                split = split or (parts[1] if len(parts) == 2 else None)
-            elif parts and (split is not None or parts[0] in configs):
-                configs = [parts[0]]
-            elif len(configs) > 1 and "default" not in configs:
-                raise TideError(
-                    f"hf://{name} has {len(configs)} configurations and no default: "
-                    f"{', '.join(configs[:20])}",
-                    fix=f"write hf://{name}:{configs[0]}, or hf://{name}:* for all of them",
-                )
-            else:
-                configs, split = [None], split or (parts[0] if parts else None)
-        split = split or "train"
+        known = datasets.get_dataset_config_names(name)
+        alone = len(parts) == 1 and not split and parts[0] not in ("*", *known)
+        config = None if alone or not parts else parts[0]
+        split = split or ("train" if not alone and len(parts) < 2 else parts[-1])
+        if config is None and len(known) > 1 and "default" not in known:
+            what = f"hf://{name} has {len(known)} configurations and no default: "
+            fix = f"write hf://{name}:{known[0]}, or hf://{name}:* for all of them"
+            raise TideError(what + ", ".join(known[:20]), fix=fix)
         # 2. Their rows.
-        for config in configs:
-            rows = datasets.load_dataset(name, config, split=split, streaming="[" not in split)
-            place = f"hf://{name}" + (f":{config}" if config else "") + f"#{split}"
+        for each in known if config == "*" else [config]:
+            rows = datasets.load_dataset(name, each, split=split, streaming="[" not in split)
+            place = f"hf://{name}" + (f":{each}" if each else "") + f"#{split}"
             for number, row in enumerate(rows, 1):
                 yield f"{place}:{number}", row
     except TideError:
         raise
     except Exception as error:  # the library raises many types, most of them about the network
         raise TideError(
-            f"hf://{text} could not be read: {_first_line(error)}",
-            expected="a data set on the hub, as hf://OWNER/NAME:CONFIG:SPLIT or "
-            "hf://OWNER/NAME#train[:95%]",
+            f"hf://{text} could not be read: {first_line(error)}",
+            expected="a data set on the hub: hf://OWNER/NAME:CONFIG:SPLIT or …#train[:95%]",
             fix="check name, configuration, split and network, or give a path to the data",
         ) from error
-
-
-def _datasets() -> Any:
-    import datasets
-    from datasets.utils import logging
-
-    logging.set_verbosity_error()
-    return datasets

@@ -1,12 +1,7 @@
 """Rows whose conversation is token ids already: TIDE's reference publishes its data so.
 
-| column | what is in it |
-|---|---|
-| `input_ids`, `labels` | the student's sequence; the same with −100 where nothing is trained |
-| `teacher_input_ids` | the teacher's sequence |
-| `align_student`, `align_teacher` | of a teacher of the same tokens: where each token of the answers' own words stands in either sequence |
-| `ranges` | of another teacher: where each message's own words begin and end, the teacher's place before the student's |
-"""  # noqa: E501
+`align_student` and `align_teacher`, or `ranges`, say where the answers' own words stand.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

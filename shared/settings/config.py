@@ -95,6 +95,11 @@ class CacheConfig:
         require(self.data != (), "data is empty, expected at least one source")
         ranks = f"rank is {self.rank} and world {self.world}, expected 0 ≤ rank < world"
         require(0 <= self.rank < self.world, ranks)
+        targets, longest = self.targets, max(self.lengths.student, self.lengths.teacher)
+        wide = max(2, targets.k, targets.rank or 1, len(targets.stored_temperatures))
+        most = (2**31 - 1) // (longest * wide)  # numbers of a column
+        large = f"shard_examples is {self.shard_examples}, expected at most {most} with targets.k, "
+        require(self.shard_examples <= most, large + "targets.rank and lengths as they are")
 
     @property
     def sources(self) -> tuple[DataConfig, ...]:

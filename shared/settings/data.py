@@ -7,6 +7,7 @@ from pydantic import Discriminator, Field, Tag
 
 from shared.settings.build import Count, NotNegative, Positive, Share, require, strict
 
+Length = Annotated[int, Field(gt=0, le=1 << 20)]  # a row has no more characters
 Signals = Annotated[tuple[Literal["topk", "chunks"], ...], Field(min_length=1)]
 Form = Literal["auto", "messages", "sharegpt", "instruction", "prompt_completion",
                "question_answer", "tokens"]  # fmt: skip
@@ -48,7 +49,7 @@ class DataConfig:
     split: Literal["all", "train", "heldout"] = "all"
     """By a hash of the content: `heldout` has `heldout_share` of them, `train` the others."""
     heldout_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    weight: Positive = 1.0
+    weight: Annotated[float, Field(gt=0, le=10_000)] = 1.0
     """How often every row appears: 0.5 keeps half of the contents, 2 gives each twice."""
     limit: Count | None = None
     """Take the first `limit` usable examples only."""
@@ -82,9 +83,9 @@ Sources = Annotated[
 class LengthConfig:
     """Lengths in tokens. The reference trains at 512 (student), 1024 (cross) or 768 (shared)."""
 
-    student: Count = 512
-    teacher: Count = 1024
-    block: Count = 32
+    student: Length = 512
+    teacher: Length = 1024
+    block: Length = 32
     """Block of the student's block diffusion; sequences are whole numbers of blocks."""
     end_block: bool = True
     """Add a block of EOS to a row that fills its last block: else nothing teaches to stop there."""
@@ -119,7 +120,7 @@ class TargetConfig:
     """Logits kept per position, at most."""
     mass: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Keep logits until their mass at the largest temperature reaches this (1.0: always k)."""
-    temperatures: tuple[Positive, ...] = (1.0, 2.0)
+    temperatures: tuple[Annotated[float, Field(gt=0, le=500)], ...] = (1.0, 2.0)
     """Temperatures of training, at which the tail's mass is stored exactly; so it is at 1.0."""
     rank: Count | None = None
     """Coefficients of the tail, at most; none given: as many as the pilot sample asks for."""

@@ -7,6 +7,7 @@ joined by the contents, verbatim or stripped as templates do.
 """
 
 import datetime
+import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -48,11 +49,6 @@ class RenderedChat:
     plain: list[Span] | None
     contents: list[str]
     ignored: tuple[str, ...] = ()
-
-    @property
-    def response_start(self) -> int:
-        """Where the last response begins."""
-        return self.turns[-1].start
 
 
 @dataclass(frozen=True)
@@ -167,6 +163,8 @@ class ChatTemplate:
         for i, (first, end) in enumerate(located[:-1]):
             if messages[i]["role"] != "assistant" or any(messages[i].get(n) for n in EXTRAS):
                 continue
+            if messages[i].get("train") is False:
+                continue
             start = start_of(i)
             start = first if start is None else min(start, first)
             closed = len(frame.closing) if text.startswith(frame.closing, end) else 0
@@ -180,6 +178,8 @@ class ChatTemplate:
             if any(m.get(name) for m in messages[:-1]):
                 earlier = [_without(name, m) for m in messages[:-1]]
                 if self._apply([*earlier, answer], tools) == text:
+                    if name == "tool_calls":  # results without calls, in turns that say nothing
+                        raise self._unusable(f"template drops {name}", f"drops earlier {name}")
                     ignored.append(f"{name} of earlier answers")
         text = text[: trained[-1].end]
         return RenderedChat(text, tuple(trained), spans, _contents(messages), tuple(ignored))
@@ -208,7 +208,7 @@ class ChatTemplate:
     def _frame(self, messages: Messages, tools: Any) -> _Frame:
         """The fixed text around the contents. Kept by roles where messages are but texts."""
         roles = tuple(str(m["role"]) for m in messages)
-        reusable = tools is None and all(set(m) == {"role", "content"} for m in messages)
+        reusable = tools is None and all(set(m) <= {"role", "content", "train"} for m in messages)
         if reusable and roles in self._frames:
             return self._frames[roles]
         probes = _with_sentinels(messages)
@@ -235,14 +235,30 @@ class ChatTemplate:
         given = {"tools": tools, "strftime_now": self._date and self._date.strftime}
         settings = {name: value for name, value in given.items() if value is not None}
         settings |= {"add_generation_prompt": generation, "enable_thinking": thinking}
-        chat = [dict(m) for m in messages]
+        chat = [_without("train", m) for m in messages]
+        objects: list[str] = []
+
+        def with_text(value: dict[str, Any]) -> dict[str, Any]:
+            if isinstance(arguments := value.get("arguments"), dict):
+                objects.append(str(arguments))
+                value["arguments"] = json.dumps(arguments, ensure_ascii=False)
+            return value
+
+        called = [message for message in chat if message.get("tool_calls")]
+        texts = json.loads(json.dumps(chat if called else []), object_hook=with_text)
         try:
-            return self._tokenizer.apply_chat_template(chat, tokenize=False, **settings)
+            text = self._tokenizer.apply_chat_template(chat, tokenize=False, **settings)
         except Exception as error:  # Jinja raises many types; templates also raise on purpose
-            roles = [m["role"] for m in messages]
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            what = f"refused roles {roles}: {reason}"
-            raise self._unusable("template refuses the roles", what) from error
+            if not objects:
+                roles = [m["role"] for m in messages]
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                what = f"refused roles {roles}: {reason}"
+                raise self._unusable("template refuses the roles", what) from error
+        else:
+            if not any(python in text for python in objects if python != "{}"):
+                return text
+        # Most templates write a call's arguments as JSON; this one wants them so written.
+        return self._apply(texts, tools, generation, thinking)
 
     def _unusable(self, reason: str, what: str) -> Unusable:
         return Unusable(reason, f"the chat template of {self._name} {what}")

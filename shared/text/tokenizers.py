@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -111,7 +112,7 @@ class Tokenizer:
         told from the template's own text; what is unusable already stays so.
         """
         results: list[Any] = list(chats)
-        easy: list[tuple[int, list[str]]] = []
+        easy: list[tuple[int, int, list[str]]] = []  # with the number of control tokens
         for number, chat in enumerate(chats):
             if isinstance(chat, Unusable):
                 continue
@@ -129,22 +130,26 @@ class Tokenizer:
                     reason = f"a content spells {matches[0].group()!r}"
                     results[number] = Unusable("spells a control token", reason)
                     continue
-            spans = (
-                chat.plain or []
-            )  # in order: the last one that begins before a match ends decides
-            plain = {
-                m.span() for m in matches
-                if (i := bisect_left(spans, (m.end(),))) and spans[i - 1][1] > m.start()
-            }  # fmt: skip
+                spans = chat.plain or []
+                # They are in order: the last one that begins before a match ends decides.
+                plain = {
+                    m.span() for m in matches
+                    if (i := bisect_left(spans, (m.end(),))) and spans[i - 1][1] > m.start()
+                }  # fmt: skip
             if plain:
                 cuts = pairwise(edges)
                 results[number] = [self._encode_around(chat.text, a, b, plain) for a, b in cuts]
             else:
-                easy.append((number, [chat.text[a:b] for a, b in pairwise(edges)]))
-        # 3. Chats whose contents spell none, nearly all, in one call.
-        encoded = iter(self.encode([part for _, parts in easy for part in parts]))
-        for number, parts in easy:
+                easy.append((number, len(matches), [chat.text[a:b] for a, b in pairwise(edges)]))
+        # 3. Chats whose contents spell none, nearly all, in one call. Where such tokens are looked
+        #    for in what a normaliser makes of the text, it is seen by the ids alone.
+        encoded = iter(self.encode([part for *_, parts in easy for part in parts]))
+        normal = any(token.normalized for token in self._flags.values())
+        for number, known, parts in easy:
             results[number] = [next(encoded) for _ in parts]
+            if normal and sum(i in self._control_ids for p in results[number] for i in p) > known:
+                reason = "a content spells a control token once it is normalised"
+                results[number] = Unusable("spells a control token", reason)
         return results
 
     def encode_prompt(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
@@ -160,19 +165,46 @@ class Tokenizer:
         as_text = {"add_special_tokens": False, "split_special_tokens": True}
         for match in [*self._control.finditer(text, start, stop), None]:
             if match is None or match.span() not in plain:
-                if words := text[start : match.start() if match else stop]:
+                words = text[start : match.start() if match else stop]
+                flags = match and self._flags[match.group()]
+                if words := words.rstrip() if flags and flags.lstrip else words:
                     ids += self.backend(words, **as_text)["input_ids"]
-                if match:
+                if match and flags:
                     ids.append(int(self.backend.convert_tokens_to_ids(match.group())))
                     start = match.end()
+                    if flags.rstrip:
+                        start = stop - len(text[start:stop].lstrip())
         return ids
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
-        """Control tokens, the longest first."""
-        added = {str(t.content) for t in self.backend.added_tokens_decoder.values() if t.special}
-        names = sorted({*added, *map(str, self.backend.all_special_tokens)}, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, names)) or "(?!)")  # or what matches nothing
+        """Control tokens, the longest first; one that must be a word, between what is none."""
+        ways = ["(?!)"]  # what matches nothing
+        for name in sorted(self._flags, key=len, reverse=True):
+            word = self._flags[name].single_word
+            ways.append(rf"(?<!\w){re.escape(name)}(?!\w)" if word else re.escape(name))
+        return re.compile("|".join(ways))
+
+    @cached_property
+    def _flags(self) -> dict[str, AddedToken]:
+        """Of each control token what it says of itself: which white space is its own, and so on."""
+        names = map(str, self.backend.all_special_tokens)
+        flags = {name: AddedToken(name, normalized=False) for name in names}
+        added = self.backend.added_tokens_decoder.values()
+        return flags | {str(token.content): token for token in added if token.special}
+
+    @cached_property
+    def _control_ids(self) -> set[int]:
+        ids = {self.backend.convert_tokens_to_ids(name) for name in self._flags}
+        return ids - {self.backend.unk_token_id}
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Text of `ids` without control tokens, and without the space that `encode` puts in front:
+        decoders of one family keep that, those of another take one that is the text's own.
+        """
+        known = (i for i in ids if i < len(self.token_bytes) and i not in self._control_ids)
+        text = b"".join(self.token_bytes[i] for i in known).decode(errors="replace")
+        return text.removeprefix(" ") if self.writes_space_in_front else text
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens included."""

@@ -47,7 +47,7 @@ class LoadedStudent:
 
     def text(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""
-        return str(self.tokenizer.backend.decode(list(ids), skip_special_tokens=True))
+        return self.tokenizer.text(ids)
 
     def answer(
         self, chats: Sequence[Sequence[Message]], config: SampleConfig, batch: int

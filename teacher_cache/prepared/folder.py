@@ -7,6 +7,7 @@ Either is named by what it is made from. A part's name has its raw rows in it, s
 """
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,12 +22,18 @@ from jaxtyping import Int
 
 from shared.aligned.examples import Prepared
 from shared.cache.shards import write_parquet
-from shared.data.conversation import identity
+from shared.data.conversation import UNTRAINED, identity
 from shared.system.files import TideError
 from shared.text.tokenizers import Tokenizer
 
-NOT_BAD = ("prompt too long", "token that the teacher writes otherwise")
+NOT_BAD = ("prompt too long", "token that the teacher writes otherwise", UNTRAINED)
 """Reasons that are no fault of a row: they are counted, and stop no run."""
+# What is lost to a setting, and how it is mended.
+_MENDS = {
+    "prompt too long": 'raise lengths.student, or train earlier answers too (data.turns = "all")',
+    "truncated": "raise lengths.student: what stands behind the cut is not trained",
+    "beyond_teacher": "raise lengths.teacher: these rows are trained by cross-entropy only",
+}
 
 _PLACES = 5  # shown of each reason
 _PARTS_IN_MEMORY = 8
@@ -46,6 +53,8 @@ _TEXTS = [pa.field(name, pa.string(), nullable=False) for name in ("key", "label
 _PART = pa.schema(
     [*_TEXTS, *(pa.field(name, _INTS, nullable=name in _NULLABLE) for name in _SHAPES)]
 )
+
+logger = logging.getLogger(__name__)
 
 Entries = Int[np.ndarray, "examples 3"]
 """Columns: number of the part, number of the example in it, occurrence of its content."""
@@ -219,11 +228,13 @@ def describe(data: PreparedData) -> str:
         forms = ", ".join(f"{name} {n:,}" for name, n in Counter(source.forms).most_common())
         lines.append(source.source)
         lines.append(f"  rows read        {source.rows:,}" + (f" (form: {forms})" if forms else ""))
-        lines.append(f"  usable           {source.kept:,}, taken {source.taken:,}")
+        by = "" if source.taken == source.kept else " (by data.limit, data.weight or dedup)"
+        lines.append(f"  usable           {source.kept:,}, taken {source.taken:,}{by}")
         if source.filtered:
             lines.append(f"  filtered         {source.filtered:,}")
         for reason, n in Counter(source.dropped).most_common():
-            lines.append(f"  left out         {n:,}: {reason}")
+            mend = f"; {_MENDS[reason]}" if reason in _MENDS else ""
+            lines.append(f"  left out         {n:,}: {reason}{mend}")
             for place, detail in source.places.get(reason, [])[:3]:
                 lines.append(f"                     {place}: {detail}")
         lines.append("")
@@ -238,7 +249,13 @@ def describe(data: PreparedData) -> str:
         )
         share = sums["maskable"] / sums["student_tokens"]
         lines.append(f"trained            {share:.1%} of the student's tokens")
-    return "\n".join([*lines, *_lost(sums), "", *_histogram(record.sources)])
+    lengths: Counter[int] = Counter()
+    for source in record.sources:
+        lengths.update({int(length): n for length, n in source.lengths.items()})
+    if every := sorted(lengths.elements()):
+        half, most = every[len(every) // 2], every[len(every) * 9 // 10]
+        lines.append(f"student tokens     half have up to {half}, 90 % {most}, all {every[-1]}")
+    return "\n".join([*lines, *_lost(sums)])
 
 
 def losses(data: PreparedData) -> list[str]:
@@ -250,6 +267,14 @@ def losses(data: PreparedData) -> list[str]:
     rows = sums["data_rows"]
     lines = [f"left out of {rows:,} rows: {n:,} ({reason})" for reason, n in dropped.most_common()]
     return [*lines, *_lost(sums)]
+
+
+def warn(data: PreparedData) -> None:
+    """Say loudly what many rows are lost to, and which setting mends it."""
+    sums = totals(data.record.sources)
+    for name, mend in _MENDS.items():
+        if (n := sums.get(name, 0)) > 0.1 * sums["data_rows"]:
+            logger.warning("%s: %d of %d rows; %s", name, n, sums["data_rows"], mend)
 
 
 def show(examples: Sequence[Prepared], student: Tokenizer) -> str:
@@ -268,11 +293,11 @@ def show(examples: Sequence[Prepared], student: Tokenizer) -> str:
 
 def _lost(sums: dict[str, int]) -> Iterator[str]:
     if n := sums.get("truncated"):
-        yield f"answers cut        {n:,}, at the student's length"
+        yield f"answers cut        {n:,}, at the student's length; {_MENDS['truncated']}"
     if n := sums.get("beyond_teacher"):
         yield f"cross-entropy only {n:,} examples, whose prompt alone exceeds lengths.teacher"
     for name, n in sums.items():
-        if name.startswith("not written"):
+        if name.startswith(("not written", "not read")):
             yield f"{name}, in {n:,} conversations"
     if whole := sums.get("response_bytes"):
         lost, examples = sums.get("unaligned_bytes", 0), sums.get("unaligned_examples", 0)
@@ -280,20 +305,3 @@ def _lost(sums: dict[str, int]) -> Iterator[str]:
             f"without alignment  {lost:,} of {whole:,} response bytes ({lost / whole:.2%}), "
             f"in {examples:,} examples"
         )
-
-
-def _histogram(sources: Sequence[RowReport], most_bins: int = 16, width: int = 40) -> Iterator[str]:
-    counts: Counter[int] = Counter()
-    for source in sources:
-        for length, n in source.lengths.items():
-            counts[int(length)] += n
-    if not counts:
-        return
-    step = -(-max(counts) // most_bins // 32) * 32 or 32
-    bins = np.zeros(-(-max(counts) // step), np.int64)
-    for length, n in counts.items():
-        bins[-(-length // step) - 1] += n
-    yield "student tokens"
-    for i, n in enumerate(bins.tolist()):
-        bar = "█" * round(width * n / bins.max())
-        yield f"  {i * step + 1:>6,} – {(i + 1) * step:<6,} {n:>9,} {bar}"

@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 from shared.aligned.examples import Prepared, Preparer, SharedVocabulary
 from shared.data.conversation import conversation, copies
 from shared.data.reading import refuse_bad_rows
-from shared.data.sources import Place, Raw, describe_source, source_files, source_rows
+from shared.data.sources import Place, Raw, source_files, source_rows
+from shared.data.stdlib_corpus import corpus_origin
 from shared.settings.build import to_plain
 from shared.settings.config import DataConfig, LengthConfig
 from shared.system.files import TideError, Unusable
@@ -34,7 +35,7 @@ from shared.text.tokenizers import Tokenizer
 from teacher_cache.prepared import folder
 from teacher_cache.prepared.folder import Entries, PreparedData, Record, RowReport
 
-_VERSION = 3  # of what preparing does, and of the layout: another one prepares anew
+_VERSION = 4  # of what preparing does, and of the layout: another one prepares anew
 _ROWS_OF_A_PART = 256
 _PARTS_HERE = 12  # so few new parts are prepared here: starting processes would take longer
 _LENGTH_STEP = 32  # of the histogram of lengths, in tokens
@@ -95,6 +96,7 @@ def prepare(request: PrepareRequest) -> PreparedData:
         if prepared is None:
             prepared = _prepare(request, stamps)
             prepared.save(name)
+    folder.warn(prepared)
     return prepared
 
 
@@ -109,7 +111,8 @@ def _prepare(request: PrepareRequest, stamps: list[Any]) -> PreparedData:
         tqdm(unit="row", desc="prepare", dynamic_ncols=True) as bar,
     ):
         for data in request.sources:
-            report = RowReport(describe_source(data.source))
+            of_here = f" ({corpus_origin()})" if data.source.startswith("stdlib:") else ""
+            report = RowReport(data.source + of_here)
             reports.append(report)
             selector.sources.append([])
             for name, (part, keys) in _parts(request, data, pool, processes):
@@ -245,7 +248,7 @@ def _prepare_part(request: PrepareRequest, rows: Rows, data: DataConfig, path: P
         places.append(place)
         examples.append(example)
     # 2. Conversations to token ids and chunks.
-    counts: Counter[str] = Counter()
+    counts = Counter(f"not read: {name}" for example in examples for name in example.unread)
     preparer = replace(_preparer(request), turns=data.turns, counts=counts)
     kept: list[Prepared] = []
     for place, prepared in zip(places, preparer(examples), strict=True):

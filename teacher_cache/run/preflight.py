@@ -107,7 +107,8 @@ def check_teacher(
         )
     limits = ("max_position_embeddings", "max_sequence_length")
     limit = next((int(n) for key in limits if (n := checkpoint.config.get(key))), 0)
-    side = "student" if entry.student_tokens else "teacher"
+    own = not entry.student_tokens or config.targets.teacher_text == "own"
+    side = "teacher" if own else "student"
     if 0 < limit < (needed := getattr(config.lengths, side)):
         raise TideError(
             f"the teacher would read {needed} tokens, but knows {limit} positions",

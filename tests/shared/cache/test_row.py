@@ -22,6 +22,11 @@ TABLES = random_tables(99, 4, RANK, temperatures=2)
 LEVELS, EXACT = Layout(T, "levels", TABLES), Layout(T, "float32", TABLES)
 
 
+def test_the_hottest_temperature_that_settings_allow_has_levels() -> None:
+    """They are kept as differences, in 16 bits."""
+    assert levels.to_levels(np.zeros(1, np.float32), (500.0,)).max() < 2**16
+
+
 def make_row(seed: int, cross: bool, topk: bool, chunks: bool, masked: int) -> CacheRow:
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 5, masked).astype(np.int32)

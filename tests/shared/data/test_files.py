@@ -6,6 +6,8 @@ import gzip
 import json
 import lzma
 import os
+import struct
+import tracemalloc
 from collections.abc import Callable
 from itertools import combinations, islice
 from pathlib import Path
@@ -178,6 +180,92 @@ def hub_folder(folder: Path, configs: dict[str, list[dict[str, Any]]]) -> Path:
         lines += [f"- config_name: {name}", f"  data_files: {name}/train.jsonl"]
     (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
     return folder
+
+
+def test_a_folder_is_read_without_what_is_none_of_its_data(tmp_path: Path) -> None:
+    """Of programs, of other systems, of ours; a link to a folder is read once, one to itself not
+    at all.
+    """
+    (folder := tmp_path / "data").mkdir()
+    (tmp_path / "beside").mkdir()
+    write_lines(folder / "a.jsonl", ROWS[:3])
+    write_lines(tmp_path / "beside" / "b.jsonl", ROWS[3:])
+    expected = iter_ids(str(folder))
+    strange = {"._a.parquet": b"Mac OS X", ".DS_Store": b"\0", "state.txt": b"x",
+               ".ipynb_checkpoints/a.jsonl": LINES, "__MACOSX/a.jsonl": LINES,
+               "cache/manifest.json": b"{}", "cache/shards/draw=00/part-00000.parquet": b"PAR1",
+               "prepared/parts/x.parquet": b"PAR1", "prepared/.lock": b""}  # fmt: skip
+    for name, content in strange.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    for name in ("one", "two"):
+        (folder / name).symlink_to(folder)
+    (folder / "again.jsonl").symlink_to(folder / "a.jsonl")
+    for source in (folder, folder / "**" / "*.jsonl", folder / "**"):
+        assert iter_ids(str(source)) == expected, source
+    (folder / "more").symlink_to(tmp_path / "beside")
+    assert len(iter_ids(str(folder))) == 5
+    # A file that holds one object is one row.
+    (folder / "info.json").write_text('{"version": 1,\n "about": []}')
+    (folder / "one.json").write_text(json.dumps(GOOD, indent=1))
+    examples, bad = scan(DataConfig(str(folder)))
+    assert len(examples) == 6 and ["info.json" in row.place for row in bad] == [True]
+
+
+def iter_ids(source: str) -> list[str]:
+    return [example.id for example in scan(DataConfig(source, allow_bad_rows=0.0))[0]]
+
+
+LONG = 'q 9,"' + "x" * (1 << 24)
+
+
+@pytest.mark.parametrize("line", ['q 9,"a quote that opens', '"q" 9,a', "q 9,a, and more", LONG])
+def test_a_damaged_line_of_csv_is_an_error_never_fewer_rows(tmp_path: Path, line: str) -> None:
+    (tmp_path / "twice.csv").write_text("question,answer,answer\nq,a,b\n")
+    with pytest.raises(TideError):
+        scan(DataConfig(str(tmp_path / "twice.csv")))
+    lines = ["question,answer", *(f"q {i},a {i}" for i in range(30))]
+    lines[10] = line
+    (tmp_path / "d.csv").write_text("\n".join(lines))
+    with pytest.raises(TideError, match=r"line 1[01]"):
+        scan(DataConfig(str(tmp_path / "d.csv"), allow_bad_rows=30.0))
+
+
+@pytest.mark.parametrize("kind", ["line", "array"])
+def test_a_small_file_that_unpacks_to_a_large_one_costs_little(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"d.{'jsonl' if kind == 'line' else 'json'}.zst"
+    with path.open("wb") as file, zstandard.ZstdCompressor().stream_writer(file) as writer:
+        writer.write(b'[\n"' if kind == "array" else LINES[: LINES.index(b"\n") + 1])
+        for _ in range(256):
+            writer.write(bytes(1 << 20))
+        writer.write(b'"]' if kind == "array" else b"\n" + LINES[LINES.index(b"\n") + 1 :])
+    tracemalloc.start()
+    try:
+        if kind == "array":
+            with pytest.raises(TideError):
+                scan(DataConfig(str(path)))
+        else:
+            examples, bad = scan(DataConfig(str(path)))
+            assert len(examples) == 5 and [row.reason for row in bad] == ["too large"]
+        assert tracemalloc.get_traced_memory()[1] < 128 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_table_with_flipped_bits_is_an_error_of_its_own(tmp_path: Path) -> None:
+    """Whatever becomes of the process that reads it, and whatever comes in as text."""
+    rows = pa.table({"prompt": [f"q {i}" for i in range(300)], "completion": ["a"] * 300})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, rows.schema) as file:
+        file.write_table(rows)
+    whole = sink.getvalue().to_pybytes()
+    offsets = whole.index(rows.column(0).chunk(0).buffers()[1].to_pybytes()[:1200])
+    for at, offset in ((300, 2**31 - 1), (150, 10**8), (150, -5), (300, 3000)):
+        content = bytearray(whole)
+        struct.pack_into("<i", content, offsets + 4 * at, offset)
+        (tmp_path / "d.arrow").write_bytes(content)
+        with pytest.raises(TideError, match=r"d\.arrow"):
+            scan(DataConfig(str(tmp_path / "d.arrow")))
 
 
 def test_configurations_and_splits_of_data_sets(tmp_path: Path) -> None:

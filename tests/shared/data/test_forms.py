@@ -1,6 +1,7 @@
 """Every form that people have becomes the same conversation; all that an answer has is kept."""
 
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.data import iter_examples, scan
-from shared.data.conversation import copies, in_split, parse
+from shared.data.conversation import UNTRAINED, copies, in_split, parse
 from shared.settings.data import DataConfig, RowFilter
 from shared.system.files import TideError, Unusable
 from tests.shared.data.test_files import write_lines
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}
-CALL = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+CALLED = {"role": "assistant", "content": ""}
 SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "q"}]}, {**ANSWER, "content": ["a"]}]
 NAMED = [{**SYSTEM, "role": "developer"}, {**USER, "role": "Human"}, {**ANSWER, "role": "model"}]
@@ -85,6 +87,60 @@ def test_who_reads_contents_alone_is_given_no_answer_that_is_more(tmp_path: Path
     with pytest.raises(TideError):
         scan(strict)
     assert [e.messages[-1] for e in scan(strict, extras=True)[0]] == [call, thought]
+
+
+def test_json_that_stands_as_text_in_calls_and_tools_is_read() -> None:
+    arguments = '{"city": "Oslo", "note": "{}"}'
+    schema = {"type": "object", "properties": {"arguments": {"type": "string"}}}
+    function = {"name": "weather", "arguments": json.loads(arguments)}
+    as_text = {"name": "weather", "arguments": arguments}
+    called = {**CALLED, "tool_calls": [{"function": function}]}
+    tools = [{"function": {"parameters": schema}}]
+    expected = parse({"messages": [USER, called], "tools": tools}, DataConfig("d"))
+    for said in (
+        {"tool_calls": [{"function": as_text}]},
+        {"tool_calls": json.dumps([{"function": as_text}])},
+        {"function_call": as_text},
+    ):
+        row = {"messages": [USER, {**CALLED, **said}]}
+        tools = [{"function": {"parameters": json.dumps(schema)}}]
+        assert parse({**row, "tools": json.dumps(tools)}, DataConfig("d")) == expected
+    # What is no object stays what it is.
+    for odd in ("print(1)", "5"):
+        call = {**CALLED, "tool_calls": [{"function": {**function, "arguments": odd}}]}
+        assert parse({"messages": [USER, call]}, DataConfig("d"))[0].messages[1] == call
+
+
+@pytest.mark.parametrize("mark", ["weight", "loss_mask", "train", "training", "loss"])
+@pytest.mark.parametrize("off", [0, False, "false", 0.0])
+def test_what_a_row_says_of_its_own_training_is_heard(mark: str, off: Any) -> None:
+    """By an answer or by the whole row; what is neither yes nor no is reported."""
+    poor, more = {**ANSWER, mark: off}, {"role": "user", "content": "more"}
+    first, _ = parse({"messages": [USER, poor, more, {**ANSWER, mark: True}]}, DataConfig("d"))
+    assert first.messages == (USER, {**ANSWER, "train": False}, more, ANSWER)
+    last, _ = parse({"messages": [USER, ANSWER, more, poor]}, DataConfig("d"))
+    assert last.messages == (USER, ANSWER) and not last.unread
+    for row in ({"messages": [USER, poor]}, {"question": "q", "answer": "a", mark: off}):
+        with pytest.raises(Unusable) as error:
+            parse(row, DataConfig("d"))
+        assert error.value.reason == UNTRAINED
+    half = {**ANSWER, mark: 0.5, "mask": True}
+    assert len(parse({"messages": [USER, half], mark: 0.5}, DataConfig("d"))[0].unread) == 3
+
+
+@pytest.mark.parametrize("place", ["role", "name", "call", "tools", "id"])
+def test_a_lone_surrogate_anywhere_costs_its_row_at_most(place: str, tmp_path: Path) -> None:
+    odd = "\ud800"
+    function = {"name": odd if place == "call" else "f", "arguments": {}}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+    named = {**USER, "name": odd if place == "name" else "n"}
+    rows = [{"messages": [named, {**ANSWER, **({"role": odd} if place == "role" else call)}]}]
+    rows[0] |= {"tools": [{"name": odd if place == "tools" else "f"}]}
+    rows[0] |= {"id": odd if place == "id" else "i"}
+    source = write_lines(tmp_path / "d.jsonl", [*rows, {"messages": [USER, ANSWER]}]).source
+    examples, bad = scan(DataConfig(source), extras=True)
+    assert (len(examples), len(bad)) == ((2, 0) if place == "id" else (1, 1))
+    "".join(example.label for example in examples).encode()
 
 
 NAMES = ["messages", "role", "content", "from", "value", "instruction", "output", "prompt"]

@@ -48,6 +48,20 @@ WRONG: list[tuple[type, dict[str, Any], list[str]]] = [
     (CacheConfig, {"noise": 3}, ["noise is 3, expected a table"]),
     (TrainConfig, {"distillation": {"type": "kll"}}, ["distillation.type is 'kll'", "'calm'"]),
     (CacheConfig, {"lengths": {"student": 100}}, ["lengths: student is 100"]),  # two that disagree
+    (
+        CacheConfig,
+        {"lengths": {"teacher": 2**21}},
+        ["lengths.teacher is 2097152, expected", "most"],
+    ),
+    (CacheConfig, {"targets": {"temperatures": [600]}}, ["temperatures", "600", "at most 500"]),
+    (CacheConfig, {"data": {"weight": 1e12}}, ["data.weight is", "at most 10000"]),
+    # more numbers in a column of a shard than one list of Arrow's can have
+    (
+        CacheConfig,
+        {"shard_examples": 10**6},
+        ["shard_examples is 1000000, expected at most 262143"],
+    ),
+    (CacheConfig, {"targets": {"k": 8000}}, ["shard_examples is 512, expected at most 262 "]),
     (CacheConfig, {"engine": {"data_parallel": 2, "device_map": "auto"}}, ["engine: device_map"]),
     (Grid, {"caches": {}, "variants": {"a": {}}}, ["variants.a.cache is missing"]),
 ]

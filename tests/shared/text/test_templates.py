@@ -2,6 +2,7 @@
 
 import datetime
 import itertools
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def test_a_response_begins_where_the_prompt_of_inference_ends(name: str, content
     assert rendered.text == text
     asked = {"tokenize": False, "add_generation_prompt": True}
     expected = found.backend.apply_chat_template(messages[:-1], **asked)
-    assert text[: rendered.response_start] == expected == found.template.prompt(messages[:-1]).text
+    assert text[: rendered.turns[-1].start] == expected == found.template.prompt(messages[:-1]).text
     assert rendered.plain is not None
     for (start, stop), message in zip(rendered.plain, messages, strict=True):
         assert text[start:stop].strip() == message["content"].strip()
@@ -108,7 +109,7 @@ def test_thinking_in_the_history_and_in_the_answer() -> None:
     rendered = found.render([*past, {"role": "assistant", "content": "d"}])
     assert trained(rendered) == ["d<|im_end|>\n"]
     prompt = found.template.prompt(past).text
-    assert prompt == rendered.text[: rendered.response_start]
+    assert prompt == rendered.text[: rendered.turns[-1].start]
     assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     # A think block that stands as the template writes it is learnt, and another is unusable.
     whole = "<think>\nAdding.\n</think>\n\nThree."
@@ -131,8 +132,9 @@ def test_tool_calls_and_reasoning_are_rendered_or_refused() -> None:
             ignores.render(messages)
         assert error.value.reason == f"template drops {name}"
     earlier = [*call, *chat("and?", "sun")]
-    ignored = ignores.render(earlier, tools=[{"name": "w"}]).ignored
-    assert ignored == ("tools", "tool_calls of earlier answers")
+    with pytest.raises(Unusable):  # an answer that says nothing is no part of the conversation
+        ignores.render(earlier)
+    assert ignores.render(chat("q", "a"), tools=[{"name": "w"}]).ignored == ("tools",)
     assert knows.render(earlier).ignored == ()
     ignored = knows.render([*thought, *chat("and?", "sun")]).ignored
     assert ignored == ("reasoning_content of earlier answers",)
@@ -143,11 +145,31 @@ def test_tool_calls_and_reasoning_are_rendered_or_refused() -> None:
     assert 'sunw[{"name": "w"}]' in rendered.text
 
 
+@pytest.mark.parametrize("form", ["{} | tojson", "{}", "'' ~ {}", "'' + {}"])
+def test_arguments_are_written_as_json_however_a_template_writes_them(form: str) -> None:
+    found = tokenizer(
+        THINKING.replace("call.function.name", form.format("call.function.arguments"))
+    )
+    for arguments in ('{"city": "Ås"}', "{}"):
+        function = {"name": "w", "arguments": json.loads(arguments)}
+        calls = [{"type": "function", "function": function}]
+        call = [*chat("q"), {"role": "assistant", "content": "", "tool_calls": calls}]
+        assert f"<tool_call>{arguments}</tool_call>" in trained(found.render(call))[0]
+
+
+def test_an_answer_that_is_marked_is_not_trained() -> None:
+    messages = chat("q", "poor", "q", "good")
+    messages[1]["train"] = False
+    rendered = tokenizer(PLAIN).render(messages, "all")
+    assert trained(rendered) == ["good<|im_end|>\n"]
+    assert rendered.text == tokenizer(PLAIN).render(chat("q", "poor", "q", "good")).text
+
+
 def test_templates_without_a_generation_prompt_or_that_always_append_one() -> None:
     without = tokenizer(PLAIN.partition("{% if")[0])
     rendered = without.render(chat("q", "a"))
     assert trained(rendered) == ["a<|im_end|>\n"]
-    assert without.template.prompt(chat("q")).text == rendered.text[: rendered.response_start]
+    assert without.template.prompt(chat("q")).text == rendered.text[: rendered.turns[-1].start]
     header = "{{ '<|im_start|>assistant\\n' }}"
     always = tokenizer(PLAIN.partition("{% if")[0] + header).render(chat("q", "a"))
     assert trained(always) == ["a<|im_end|>"] and always.text.endswith("\na<|im_end|>")

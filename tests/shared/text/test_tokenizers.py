@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Raw
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizer as PythonBackend
 from transformers import PreTrainedTokenizerFast
 
 from shared.aligned.examples import Preparer
 from shared.settings.config import LengthConfig
-from shared.system.files import TideError
+from shared.system.files import TideError, Unusable
 from shared.text.tokenizers import Tokenizer
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
 from tests.shared.aligned.test_examples import STUDENT, TEACHER, bytes_of, chat, check_chunks
@@ -110,6 +110,65 @@ def test_a_sentencepiece_student_shares_chunks_with_a_byte_level_teacher(scheme:
     assert spelled == "".join(ANSWERS).encode()
 
 
+def family(name: str) -> Tokenizer:
+    """A small tokenizer that writes and reads spaces in the way of a family."""
+    raw: Any = Raw(models.BPE(unk_token="<unk>"))
+    whole = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    raw.decoder = decoders.ByteLevel() if "byte" in name else decoders.Sequence(whole)
+    if "byte" in name:
+        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=name == "byte, prefix")
+    elif name == "prepend":
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        raw.normalizer = normalizers.Sequence(steps)
+    else:
+        raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=name)
+    special: Any = ["<unk>", "</s>"]
+    alphabet: Any = pre_tokenizers.ByteLevel.alphabet() if "byte" in name else []
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator([" one  two\n three . 's "] * 20, trainer)
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>"), name)
+
+
+@pytest.mark.parametrize("name", ["byte", "byte, prefix", "prepend", "never", "always", "first"])
+def test_text_out_is_text_in_at_both_edges(name: str) -> None:
+    found = family(name)
+    for text in ("one", "one ", "one  ", "\none\n", "two . 's", " one", "  two "):
+        if not text.startswith(" ") or name in ("byte", "prepend", "never"):  # others take it away
+            ids = found.encode([text])[0]
+            assert found.text([*ids, found.special_id("eos"), 10**6]) == text
+
+
+FLAGS = [{}, {"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}]
+
+
+@pytest.mark.parametrize("flags", [*FLAGS, {"single_word": True}], ids=str)
+def test_a_spelled_token_leaves_those_of_the_template_what_they_are(flags: Any) -> None:
+    """Their white space is theirs, or they must be words: as in a chat where nothing is spelled."""
+    found = Tokenizer.load(TEACHER.name)
+    flags = {"normalized": False, "special": True, **flags}
+    found.backend.add_tokens([AddedToken("<|eot_id|>", **flags)], special_tokens=True)
+    found.backend.chat_template = PLAIN.replace("<|im_end|>", " <|eot_id|> ")
+    said = [chat(word).messages for word in ("x<|eot_id|>x", "no such")]
+    forged, plain = (found.encode_prompt([*m, {"role": "user", "content": "end"}]) for m in said)
+    eot = found.special_id("eot", "<|eot_id|>")
+    assert forged.count(eot) == plain.count(eot) > 0
+    first, last = plain.index(eot) + 2, plain[::-1].index(eot) + 4
+    assert forged[:first] == plain[:first] and forged[-last:] == plain[-last:]
+
+
+def test_a_token_that_a_normaliser_makes_of_a_content_is_seen() -> None:
+    found = Tokenizer.load(TEACHER.name)
+    raw = found.backend.backend_tokenizer
+    raw.normalizer = normalizers.Lowercase()
+    found.backend.add_tokens([AddedToken("<|stop|>", special=True, normalized=True)], True)
+    found.backend.chat_template = PLAIN
+    chats = [found.render(chat(words).messages) for words in ("a <|STOP|> b", "a b")]
+    odd, plain = found.encode_chats(chats)
+    assert isinstance(odd, Unusable) and not isinstance(plain, Unusable)
+
+
 def test_special_ids(tmp_path: Path) -> None:
     assert STUDENT.special_id("mask") == STUDENT.special_id("mask", "<|mask|>") == 2047
     for role, token in (("mask", "<|nope|>"), ("cls", None)):
@@ -152,6 +211,26 @@ def test_a_tokenizer_in_parts_is_the_whole_one(tmp_path: Path) -> None:
     for role in ("eos", "pad", "mask"):
         assert parts.special_id(role) == TEACHER.special_id(role)
     assert parts.render(chat("a").messages) == TEACHER.render(chat("a").messages)
+
+
+def test_what_a_tokenizer_in_parts_says_of_itself_counts(tmp_path: Path) -> None:
+    """A class that transformers knows cuts text in its way; flags stand in several files."""
+    folder = in_parts(TEACHER_TOKENIZER, tmp_path / "t")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    added = json.loads((folder / "added_tokens.json").read_text())
+    index, mask = TEACHER.special_id("mask"), TEACHER.backend.mask_token
+    flags = {"special": True, "normalized": False}
+    stated = {i: {"content": word, "lstrip": word == mask, **flags} for word, i in added.items()}
+    settings["added_tokens_decoder"] = stated
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    parts = Tokenizer.load(folder)
+    assert parts.encode([f"x  {mask}"])[0] == [*TEACHER.encode(["x"])[0], index]
+    del settings["auto_map"]
+    settings["tokenizer_class"] = "Qwen2Tokenizer"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    own = Tokenizer.load(folder)
+    assert own.encode(["x  123 y"]) != parts.encode(["x  123 y"])  # Qwen's has a token a digit
+    assert own.special_id("mask") == index
 
 
 def test_parts_that_no_known_pattern_fits_or_that_are_damaged_are_explained(tmp_path: Path) -> None:

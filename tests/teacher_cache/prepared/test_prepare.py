@@ -123,6 +123,44 @@ def test_what_cannot_be_used_moves_no_other_and_is_counted(tmp_path: Path) -> No
         prepare(request(tmp_path / "p", DataConfig(str(mixed), allow_bad_rows=2.0)))
 
 
+LONG = "word " * 200
+
+
+@pytest.mark.parametrize("field", ["question", "answer"])
+def test_what_many_rows_are_lost_to_is_a_warning(
+    field: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for many in (1, 6):
+        rows = [row(i, **({field: f"{i} {LONG}"} if i < many else {})) for i in range(20)]
+        source = write(tmp_path / f"{many}.jsonl", rows)
+        asked = request(tmp_path / "p", DataConfig(str(source)), shared=True)
+        said = [describe(prepare(asked)), *(r.getMessage() for r in caplog.records)]
+        assert sum("lengths.student" in text for text in said) == (1 if many == 1 else 2)
+        assert prepare(asked).examples == 20 - (many if field == "question" else 0)
+        caplog.clear()
+
+
+def test_rows_that_are_not_to_be_trained_stop_nothing_and_what_is_not_read_is_said(
+    tmp_path: Path,
+) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    ask, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    rows = [
+        {"messages": [ask, {**answer, "weight": 0.5}]},
+        {"messages": [ask, answer], "tools": [call]},
+    ]
+    source = write(tmp_path / "d.jsonl", [*rows, *(row(i, weight=0) for i in range(30))])
+    data = prepare(request(tmp_path / "p", DataConfig(str(source), allow_bad_rows=0.0)))
+    (report,) = data.record.sources
+    assert (data.examples, report.bad, sum(report.dropped.values())) == (2, 0, 30)
+    assert {"not read: `weight` of messages, in 1 conversations"} < set(losses(data))
+    # Either side's template says for itself what it does not write.
+    assert sorted(n for name, n in report.counts.items() if name.startswith("not written")) == [
+        1,
+        1,
+    ]
+
+
 def test_repeats_are_examples_of_their_own_or_left_out_on_request(tmp_path: Path) -> None:
     source = write(tmp_path / "d.jsonl", [row(i % 3, id=0) for i in range(7)])
     data = prepare(request(tmp_path / "p", DataConfig(str(source))))
