@@ -18,6 +18,8 @@ from shared.system.processes import end_with_parent, leave_in_order, stop_in_ord
 
 _INTERRUPTED = 130
 INSTALLATION = "This installation"
+_GO_ON = {"prepare", "cache", "fidelity", "train", "ablate", "eval", "demo", "merge", "prune",
+          "push", "pull"}  # fmt: skip
 _PACKAGES = ("tide-distill", "transformers", "accelerate", "pyarrow", "vllm", "lm-eval",
              "bitsandbytes", "ray")  # fmt: skip
 
@@ -95,7 +97,9 @@ def main() -> NoReturn:
     except SystemExit as stop:
         if stop.code != _INTERRUPTED:
             raise
-        said = "stopped; what is finished is kept, the same command goes on from there"
+        said = "stopped"
+        if _GO_ON.intersection(sys.argv[1:2]):
+            said += "; what is finished is kept, the same command goes on from there"
         print(f"\ntide: {said}", file=sys.stderr)
         sys.exit(leave_in_order())
     except Exception as error:

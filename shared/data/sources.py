@@ -89,7 +89,10 @@ def describe_source(source: str) -> str:
 
 
 def public_name(source: str) -> str:
-    """The source as others may read it: a path of this machine loses its folders."""
+    """The source as others may read it: a path of this machine loses its folders, and an address
+    its user, password and query.
+    """
+    source = re.sub(r"^(\w+://)(?:[^/]*@)?([^?]*)(?:\?[^#]*)?", r"\1\2", source)
     kind = "hf://" if source.startswith("hf://") else ""
     name = source.removeprefix(kind)
     on_the_hub = kind and name.count("/") <= 1 and not name.startswith((".", "/", "~"))

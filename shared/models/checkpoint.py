@@ -88,9 +88,13 @@ def _read_json(path: Path) -> Any:
 
 
 def resolve(location: str) -> str:
-    """A path or hub id as it is; `embedded:NAME` as the folder inside the package."""
+    """A path or hub id as it is; a run as its model; `embedded:NAME` as the folder inside the
+    package.
+    """
     if not location.startswith("embedded:"):
-        return location
+        folder, model = Path(location), Path(location) / "model"
+        is_run = (model / "config.json").is_file() and not (folder / "config.json").exists()
+        return str(model) if is_run else location
     package, _, name = location.removeprefix("embedded:").partition("/")
     return str(Path(str(resources.files(package))) / name)
 

@@ -53,8 +53,12 @@ class Unusable(TideError):
         super().__init__(what or reason, fix=fix)
 
 
-def refuse_odd(path: Path) -> None:
-    """TideError where `path` is a pipe, a device or a socket: reading one may never end."""
+def refuse_odd(path: Path, within: Path | None = None) -> None:
+    """TideError where `path` is a pipe, a device or a socket: reading one may never end.
+
+    `within`, for what is passed on: also where a link leads out of that folder (in a hub's cache,
+    out of the model's blobs).
+    """
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -63,13 +67,30 @@ def refuse_odd(path: Path) -> None:
         raise TideError(f"{path} is a link to itself", expected="a file") from error
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise TideError(f"{path} is a pipe, a device or a socket", expected="a file")
+    if within is not None:
+        real, home = path.resolve(), within.resolve()
+        places = [home]
+        if home.parent.name == "snapshots":
+            places.append(home.parent.parent / "blobs")
+        if not any(real.is_relative_to(place) for place in places):
+            what, expected = f"{path} leads to {real}", f"a file that lies in {within} itself"
+            raise TideError(what, expected=expected, fix="put a copy there if you trust it")
 
 
 def refuse_odd_in(folder: Path) -> None:
-    """`refuse_odd` for everything in a folder, where there is one."""
+    """`refuse_odd` for everything in a model's folder, where there is one. What is read there is
+    written elsewhere: a link may lead out to a file of the same name alone.
+    """
     if folder.is_dir():
         for path in sorted(folder.iterdir()):
-            refuse_odd(path)
+            renamed = Path(os.path.realpath(path)).name != path.name
+            refuse_odd(path, folder if renamed else None)
+
+
+def read_bytes(path: Path, within: Path | None = None) -> bytes:
+    """A file's content. TideError as `refuse_odd`."""
+    refuse_odd(path, within)
+    return path.read_bytes()
 
 
 def read_json(path: Path, largest: int = 64 << 20) -> Any:
@@ -135,7 +156,7 @@ def link(source: Path, target: Path) -> None:
     try:
         os.link(source, temporary)
     except OSError:
-        write_bytes(target, source.read_bytes())
+        write_bytes(target, read_bytes(source))
     else:
         temporary.replace(target)
 

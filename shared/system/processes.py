@@ -8,12 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
@@ -24,6 +25,7 @@ _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 _PARENT = "TIDE_PARENT"
 _PR_SET_PDEATHSIG = 1
 _received: list[int] = []
+_starters: list[int] = []  # the `tide` process that started this one, if one did
 
 
 @contextmanager
@@ -94,6 +96,38 @@ def stop_in_order() -> None:
         signal.signal(number, handle)
 
 
+@contextmanager
+def stop_is_asked(said: str) -> Iterator[list[int]]:
+    """For a block that looks itself whether it is to stop: the first SIGINT or SIGTERM, to which
+    `said` answers, is put into the list; a second one does what it would have done before.
+
+    A terminal's Ctrl-C reaches whoever started this process too, who passes it on: what comes
+    within a second is the same one.
+    """
+    asked: list[int] = []
+    before: dict[int, Any] = {}
+    began = 0.0
+
+    def note(number: int, _: FrameType | None) -> None:
+        nonlocal began
+        if not asked:
+            began = time.monotonic()
+            asked.append(number)
+            _received.append(number)
+            os.write(2, f"\ntide: {said}\n".encode())
+        elif time.monotonic() - began > 1 or not (_starters or "TORCHELASTIC_RUN_ID" in os.environ):
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+
+    if threading.current_thread() is threading.main_thread():  # no other may
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def leave_in_order() -> int:
     """The exit code of a stopped process, which from now on no further signal disturbs.
 
@@ -116,6 +150,7 @@ def end_with_parent() -> None:
     """In a process of `start_child`: end when the parent is gone, even by kill -9. Linux only."""
     parent = os.environ.pop(_PARENT, None)
     if parent is not None:
+        _starters.append(int(parent))
         _follow(int(parent))
 
 

@@ -9,6 +9,8 @@ its number alone: resuming at step n means asking for batch n.
 
 import itertools
 import math
+import multiprocessing
+import signal
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from shared.cache.ledger import refuse_unsound, whole_ledger
+from shared.cache.ledger import Entry, refuse_unsound, whole_ledger
 from shared.cache.manifest import load_manifest, refuse_unfinished
 from shared.cache.row import CacheRow, without_masks
 from shared.cache.shards import Shard, Unit, finished_units, read_table
@@ -28,7 +30,7 @@ from shared.cache.stores import Store
 from shared.cache.value_checks import problem_in
 from shared.diffusion import generator
 from shared.settings.config import TrainConfig
-from shared.system.files import TideError, write_bytes
+from shared.system.files import TideError, read_bytes, write_bytes
 from shared.system.hardware import first_here
 from student_train.batches.collate import Batch, collate
 
@@ -77,14 +79,17 @@ class OpenCache:
         """One shard. TideError where it is not what the ledger says."""
         path = unit.path(self.folder)
         if self.store is not None:
-            shard = read_table(path, self.layout, self._stored(self.store, unit))
-            # Nobody looked at these values when the cache was opened.
+            content = self._stored(self.store, unit)
+            shard = read_table(path, self.layout, content)
+            # Nobody looked at these values, or counts, when the cache was opened.
             problem = problem_in(shard.table, self.layout, self.manifest)
+            if problem is None and self.ledger[unit] != Entry.of(content, shard.counts):
+                problem = "the ledger counts other rows or positions than it has"
             if problem:
                 raise TideError(f"shard {path} of {self.store.url} does not hold: {problem}")
             return shard
         try:
-            content = path.read_bytes()
+            content = read_bytes(path)
         except OSError as error:
             what = f"shard {path}, which the cache's ledger names, cannot be read: {error.strerror}"
             fix = "run the same `tide cache` command again: it computes what is missing"
@@ -102,7 +107,7 @@ class OpenCache:
         path, coming = unit.path(self.folder), self._coming.pop(unit, None)
         if coming is None:
             with suppress(OSError, TideError):  # missing, or damaged: fetch it again
-                content = path.read_bytes()
+                content = read_bytes(path)
                 self.ledger[unit].check(path, content)
                 path.touch()  # used last
                 return content
@@ -162,6 +167,11 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
     def __getstate__(self) -> dict[str, object]:
         """For a process that works ahead: without the windows that are open here."""
         return {**self.__dict__, "_windows": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if multiprocessing.parent_process() is not None:  # which a terminal's Ctrl-C is left to
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def __len__(self) -> int:
         return self._total * self._parts

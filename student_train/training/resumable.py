@@ -22,12 +22,13 @@ from typing import Any, NamedTuple, no_type_check
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils._pytree import tree_map_only
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from shared.cache.manifest import Manifest
 from shared.settings.build import to_plain
 from shared.settings.config import TrainConfig
 from shared.system.files import write_bytes
+from shared.system.processes import stop_is_asked
 from student_train.training.preflight import on_gpu
 
 logger = logging.getLogger(__name__)
@@ -142,8 +143,24 @@ def training_arguments(config: TrainConfig, manifest: Manifest, steps: int) -> R
     return arguments
 
 
+class _StopWhenTold(TrainerCallback):
+    """Ends a training after the step at hand, with a checkpoint."""
+
+    def __init__(self, trainer: "ResumableTrainer") -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._trainer.is_told_to_stop():
+            control.should_save = control.should_training_stop = self._trainer.stopped = True
+            steps = state.global_step, args.max_steps
+            logger.info("stopped at step %d of %d, with a checkpoint", *steps)
+
+
 class ResumableTrainer(Trainer):
-    """A Trainer that goes on from the last whole checkpoint in its output folder, and keeps two."""
+    """A Trainer that goes on from the last whole checkpoint in its output folder, and keeps two.
+
+    SIGINT and SIGTERM end it after a step, with a checkpoint.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -152,6 +169,9 @@ class ResumableTrainer(Trainer):
         self._began = time.monotonic()  # less the seconds before an interruption
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
+        self.asked: list[int] = []  # signals that this process had
+        self.stopped = False
+        self.add_callback(_StopWhenTold(self))
         # Within `_save_checkpoint`: what is written while training goes on.
         self._later: list[Callable[[], object]] | None = None
 
@@ -160,8 +180,14 @@ class ResumableTrainer(Trainer):
         """Seconds of training, those before an interruption included."""
         return time.monotonic() - self._began
 
+    def is_told_to_stop(self) -> bool:
+        """Whether to stop after the step at hand: the same for all processes."""
+        return bool(self.asked)
+
     def train_resuming(self) -> None:
-        """Train to the end, from the last whole checkpoint if there is one."""
+        """Train to the end, from the last whole checkpoint if there is one; KeyboardInterrupt where
+        a signal came before.
+        """
         place = Path(str(self.args.output_dir))
         last: list[Any] = [None]
         if self.args.process_index == 0:
@@ -185,10 +211,14 @@ class ResumableTrainer(Trainer):
             broadcast_object_list(last)  # on a shared file system all must see the same
         folder, seconds = last[0] or (None, 0.0)
         self._began = time.monotonic() - seconds
-        try:
-            self.train(resume_from_checkpoint=folder)
-        finally:
-            self._finish_checkpoint()
+        self.args.eval_on_start = self.eval_dataset is not None and folder is None
+        with stop_is_asked("stops after this step, with a checkpoint") as self.asked:
+            try:
+                self.train(resume_from_checkpoint=folder)
+            finally:
+                self._finish_checkpoint()
+        if self.stopped:
+            raise KeyboardInterrupt
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
         """In order: the data set itself is the shuffled plan of the whole run."""

@@ -15,6 +15,7 @@ from transformers import set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from shared.cache.manifest import Manifest
+from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import compile_layers
 from shared.settings.config import TrainConfig
 from shared.system.files import TideError, write_bytes
@@ -31,7 +32,9 @@ from student_train.training.preflight import begin_or_go_on, is_first, on_gpu, p
 from student_train.training.resumable import TENSORBOARD, ResumableTrainer, training_arguments
 
 NONFINITE = "nonfinite"
-_SUMS = ("denoise", "distillation", "batches", "tokens", "masked", "chunks", "mass", "mass_rows")
+_SUMS = ("loss", "denoise", "distillation", "batches", "tokens", "masked", "chunks", "mass",
+         "mass_rows")  # fmt: skip
+_SINCE = "since_the_log"
 
 
 def train_student(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, float]:
@@ -87,7 +90,10 @@ def make_trainer(
     if is_first():
         if held is not None:
             held.enter_context(hold(config.out / ".lock", f"the run {config.out}"))
-        begin_or_go_on(config, manifest, processes, steps)
+        base = config.student.checkpoint
+        weights = None if base is None else open_checkpoint(resolve(base)).fingerprint()
+        contents = {"heldout": heldout and heldout.digest, "student": weights}
+        begin_or_go_on(config, manifest, processes, steps, contents)
     # 4. The model's forward becomes the loss, and the loop is made.
     read_targets = TargetReader(opened.layout, model.config.vocab_size)
     compiled = config.compile == "on" or (config.compile == "auto" and on_gpu(config))
@@ -141,13 +147,22 @@ class StudentTrainer(ResumableTrainer):
     ) -> tuple[list[Any], Any]:
         """The batches of one optimizer step, and the denominators, over those of all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = torch.zeros(3, dtype=torch.float64, device=device)
+        counts = torch.zeros(4, dtype=torch.float64, device=device)
         for batch in batches:
             if "error" in batch:  # of a process of the loader (`BatchDataset.__getitem__`)
                 raise TideError(batch["error"])
-            counts += batch["counts"].to(device)
+            counts[:3] += batch["counts"].to(device)
+        counts[3] = len(self.asked)
         self._batches_done = 0
-        return batches, self.accelerator.reduce(counts, "sum")
+        counts = self.accelerator.reduce(counts, "sum")
+        self._told = counts[3]
+        return batches, counts[:3]
+
+    def is_told_to_stop(self) -> bool:
+        """By whichever process had a signal before the step; its end waits for no more of the step
+        than this number.
+        """
+        return bool(self._told if self.accelerator.num_processes > 1 else self.asked)
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -177,7 +192,7 @@ class StudentTrainer(ResumableTrainer):
                 p = inputs["topk_logp"].exp()  # of the teacher at T = 1
                 mass = p.masked_fill(~inputs["topk_kept"], 0.0).sum(dim=1)
             tokens, masked, chunks = inputs["tokens"], inputs["gold"].numel(), inputs["counts"][2]
-            values = (ce, distillation, 1, tokens, masked, chunks, mass.sum(), mass.numel())
+            values = (loss, ce, distillation, 1, tokens, masked, chunks, mass.sum(), mass.numel())
             zero = self._sums.new_zeros(())
             self._sums += torch.stack([zero + value for value in values])
             newly_bad = (self._first_bad < 0) & ~torch.isfinite(loss)
@@ -201,6 +216,22 @@ class StudentTrainer(ResumableTrainer):
             progress = json.dumps({"step": step, "max_steps": steps, **logs})
             write_bytes(self.config.out / "progress.json", (progress + "\n").encode())
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """With the sums since the last log, of each process: a run may be stopped at any step."""
+        self.refuse_nonfinite()
+        sums: Any = self.accelerator.gather(self._sums[None])
+        self.state.stateful_callbacks[_SINCE] = sums.tolist()
+        super()._save_checkpoint(model, trial)
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        rank, saved = self.accelerator.process_index, self.state.stateful_callbacks.pop(_SINCE, [])
+        sums = self._sums.new_tensor(saved)
+        if len(sums) == self.accelerator.num_processes:
+            self._sums += sums[rank]
+        elif rank == 0:  # other processes, or none, share the work now
+            self._sums += sums.sum(dim=0)
+
     def _watched(self) -> dict[str, float]:
         """Means since the last log, over all processes; then begins anew."""
         reduced: Any = self.accelerator.reduce(self._sums, "sum")
@@ -209,7 +240,7 @@ class StudentTrainer(ResumableTrainer):
         before, self._since = self._since, time.perf_counter()
         passes = self.config.accumulation * self.accelerator.num_processes
         steps = max(sums["batches"] / passes, 1)
-        logs = {name: sums[name] / steps for name in ("denoise", "distillation")}
+        logs = {name: sums[name] / steps for name in ("loss", "denoise", "distillation")}
         logs |= {"masked_positions": sums["masked"] / steps}
         logs |= {"active_chunks": sums["chunks"] / steps}
         if sums["mass_rows"]:

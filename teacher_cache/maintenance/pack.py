@@ -19,8 +19,7 @@ from tqdm.auto import tqdm
 
 from shared.cache.ledger import LEDGER, settle_ledger
 from shared.cache.manifest import MANIFEST, load_manifest, refuse_unfinished
-from shared.cache.shards import TABLES
-from shared.cache.stores import belongs_to_cache
+from shared.cache.stores import belongs_to_cache, small_files
 from shared.settings.build import strict
 from shared.system.files import TideError, atomic_file, new_folder, refuse_odd, remove_leftovers
 
@@ -48,9 +47,10 @@ def pack_cache(cache: Path, archive: Path) -> int:
     manifest = load_manifest(cache)
     refuse_unfinished(cache, manifest)
     settle_ledger(cache, manifest)
-    small = sorted([*cache.glob("*_tokenizer/*"), *cache.glob(f"{TABLES}/*")])
-    files = [cache / MANIFEST, cache / LEDGER, *(path for path in small if path.is_file())]
+    files = [cache / MANIFEST, cache / LEDGER, *small_files(cache)]
     files += [unit.path(cache) for unit in manifest.units()]
+    for path in files:
+        refuse_odd(path, cache)
     names = [path.relative_to(cache).as_posix() for path in files]
     about = {}
     for name in tqdm(names, unit="file", desc="checksums"):

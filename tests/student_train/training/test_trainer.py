@@ -106,6 +106,39 @@ def test_a_killed_run_has_the_same_curve(caches: dict[str, Path], tmp_path: Path
     assert weights[0] == weights[1]
 
 
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_told_to_stop_goes_on_where_it_was(
+    sign: signal.Signals, caches: dict[str, Path], tmp_path: Path
+) -> None:
+    """After any step, with every float of a run that was never told; a second signal ends it."""
+    cache, straight, out = caches["tiny-shared"], tmp_path / "straight", tmp_path / "told"
+    how = {"distillation": {"type": "kl", "tidal": {}}, "log_steps": 3, "accumulation": 2}
+    train_student(config(cache, straight, **how))
+    assert [e["step"] for e in curve(straight) if "eval_heldout_nll" in e] == [0, 6, 12]
+
+    def told(times: int) -> None:
+        trainer, _ = make_trainer(config(cache, out, **how))
+        first = 2 * max([c.step for c in whole_checkpoints(out / "checkpoints")], default=0)
+
+        def at_item(item: int, *_: Any) -> None:
+            for _ in range(times if item == first + 2 else 0):
+                signal.raise_signal(sign)
+
+        trainer.at_item = at_item
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train_resuming()
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for times, step in ((1, 2), (1, 4), (2, 4), (1, 6)):
+        told(times)
+        assert whole_checkpoints(out / "checkpoints")[-1].step == step
+    signal.signal(signal.SIGTERM, before)
+    train_student(config(cache, out, **how))
+    assert curve(out) == curve(straight)
+    weights = [(run / "model" / "model.safetensors").read_bytes() for run in (out, straight)]
+    assert weights[0] == weights[1]
+
+
 def test_the_logs_epoch_is_the_epoch(caches: dict[str, Path], tmp_path: Path) -> None:
     """Twenty-four examples in batches of 4 are six steps, whatever accumulates or shares a step."""
     adafactor = {"draws_per_step": 2, "optimizer": "adafactor"}
