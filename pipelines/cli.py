@@ -97,10 +97,8 @@ def main() -> NoReturn:
     except SystemExit as stop:
         if stop.code != _INTERRUPTED:
             raise
-        said = "stopped"
-        if _GO_ON.intersection(sys.argv[1:2]):
-            said += "; what is finished is kept, the same command goes on from there"
-        print(f"\ntide: {said}", file=sys.stderr)
+        kept = "; what is finished is kept, the same command goes on from there"
+        print(f"\ntide: stopped{kept if sys.argv[1] in _GO_ON else ''}", file=sys.stderr)
         sys.exit(leave_in_order())
     except Exception as error:
         text = str(error)

@@ -66,17 +66,15 @@ def gather(run: Path, name: str, licence: str | None) -> Contents:
         fix = "write one, or mend the lines between `---`; `tide train` puts one there"
         raise TideError(what, fix=fix) from error
     text = card.text.replace(OWN_FOLDER, name)
-    about, heading, rest = [*re.split(r"^(## Licence)\s*$", text, maxsplit=1, flags=re.M), "", ""][
-        :3
-    ]
+    about, *rest = re.split(r"^(?=## Licence\s*$)", text, maxsplit=1, flags=re.M)
     scores = read_scores(folder.parent / "eval")
     if scores and not re.search("^## Benchmarks", text, re.M):
         about = f"{about.rstrip()}\n\n## Benchmarks\n\nMeasured with `tide eval`.\n\n"
         about += f"{score_table(scores)}\n\n"
     if licence is not None:
         card.data.license = licence
-        about, heading, rest = f"{about.rstrip()}\n\n", "## Licence", f"\n\n{licence}"
-    text = f"---\n{card.data.to_yaml()}\n---\n\n{(about + heading + rest).strip()}\n"
+        about, rest = f"{about.rstrip()}\n\n", [f"## Licence\n\n{licence}"]
+    text = f"---\n{card.data.to_yaml()}\n---\n\n{''.join([about, *rest]).strip()}\n"
     return Contents(files, text, tuple(left_out))
 
 

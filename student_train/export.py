@@ -50,7 +50,7 @@ _TEXT = """\
 # A block-diffusion student
 
 A language model that fills in blocks of {about.lengths.block} masked tokens (mask \
-`{mask}`, id {about.student.mask_id}), distilled with tide-distill.
+`{named[3]}`, id {about.student.mask_id}), distilled with tide-distill.
 
 transformers loads it, but its `generate()` would decode from left to right, which this model was \
 never trained to do. Use
@@ -61,7 +61,7 @@ tide sample {folder} "your question"
 
 ## How it was made
 
-* teacher `{teacher}` (`{architecture}`, weights `{weights:.16}`)
+* teacher `{named[0]}` (`{named[1]}`, weights `{named[2]}`)
 * data: {sources}
 * cache {manifest.digest}: {manifest.examples:,} examples, {manifest.draws} draws
 * started from {start}
@@ -194,9 +194,7 @@ def published_id(checkpoint: str) -> str | None:
 
 
 def _in_code(text: str) -> str:
-    """Text of others as Markdown's code holds it: one line without control characters, without
-    what would end the code, and without a token of the hub.
-    """
+    """Text of others within Markdown's backticks: one printable line, and no token of the hub."""
     plain = "".join(c if c.isprintable() and c != "`" else " " for c in text)
     return re.sub(r"hf_\w{20,}", "hf_…", " ".join(plain.split())) or "?"
 
@@ -230,14 +228,12 @@ def write_card(
     start = f"`{known}`" if known else "random weights" if base is None else "a checkpoint"
     if known and known.startswith(RELEASED):
         start += ", a student that TIDE's authors released"
-    teacher = manifest.fingerprint.teacher
+    by = manifest.fingerprint.teacher
+    named = by.name, by.architecture, by.weights[:16], manifest.fingerprint.student.mask_token
     text = _TEXT.format(
         data=data.to_yaml(),
         about=manifest.fingerprint,
-        mask=_in_code(manifest.fingerprint.student.mask_token),
-        teacher=_in_code(teacher.name),
-        architecture=_in_code(teacher.architecture),
-        weights=_in_code(teacher.weights),
+        named=[_in_code(name) for name in named],
         manifest=manifest,
         folder=OWN_FOLDER,
         sources=", ".join(f"`{_in_code(n)}`" for n in manifest.sources) or "not on record",

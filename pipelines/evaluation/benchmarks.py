@@ -196,7 +196,6 @@ def score_table(scores: list[Score]) -> str:
     for score in scores:
         unit, scale = (" %", 100) if score.percent else ("", 1)
         error = "–" if score.error is None else f"{scale * score.error:.2f}"
-        # in a card that is published no name is more than a name
         named = [re.sub(r"[^\w .,:+%()/@-]", "?", name) for name in (score.title, score.metric)]
         cells = [*named, f"{score.shown:.2f}{unit}", error]
         lines.append(f"| {' | '.join(cells)} | {score.rows}{' (limited)' * score.limited} |")

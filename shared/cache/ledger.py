@@ -3,8 +3,8 @@
 `ledger.parquet` has all shards of a finished cache. While it is being built each process notes what
 it writes in a file of its own (`ledger/HOST-PID.jsonl`), so no two ever write to one; what a killed
 process did not come to note is found again from the shard itself. `checked.json` says that a cache
-passed here: as long as its ledger stays this very file, its shards are what they were. One that
-came with a cache from elsewhere names another file, and counts for nothing.
+passed here: as long as its ledger is this very file, which no other machine can name, its shards
+are what they were.
 """
 
 import contextlib
@@ -15,42 +15,41 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
-from pydantic import Field, TypeAdapter
+from pydantic import TypeAdapter
 from tqdm.auto import tqdm
 
 from shared.cache.manifest import Manifest, refuse_unfinished
 from shared.cache.row import Layout
 from shared.cache.shards import Unit, finished_units, read_parquet, read_table, write_parquet
 from shared.cache.value_checks import VERSION, problem_in
-from shared.settings.build import strict
 from shared.system.files import TideError, read_bytes, read_json, this_process, write_bytes
 from shared.system.processes import serve_parent
 
 Content = bytes  # of a file: `Entry` has a field of the other name
 LEDGER, CHECKED = "ledger.parquet", "checked.json"
-_NOTES = "ledger"
+NOTES = "ledger"
 _NUMBERS = ("bytes", "rows", "masked", "chunks", "rows_without_chunks")
 _SHARDS_A_PROCESS = 64
-Number = Annotated[int, Field(ge=0)]
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-@strict
+@dataclass(frozen=True)
 class Entry:
     """One shard."""
 
     sha256: str
-    bytes: Number
-    rows: Number
-    masked: Number
-    chunks: Number
-    rows_without_chunks: Number
+    bytes: int
+    rows: int
+    masked: int
+    chunks: int
+    rows_without_chunks: int
 
     @classmethod
     def of(cls, content: Content, counts: Mapping[str, Any]) -> "Entry":
@@ -83,16 +82,11 @@ def _read_line(line: Any) -> tuple[float, Unit, Entry]:
 
 def note(cache: Path, unit: Unit, entry: Entry) -> None:
     """Add a shard that this process has just written."""
-    path = cache / _NOTES / f"{this_process()}.jsonl"
+    path = cache / NOTES / f"{this_process()}.jsonl"
     path.parent.mkdir(exist_ok=True)
     line = {**vars(unit), "at": time.time(), **vars(entry)}
     with path.open("a") as handle:
         handle.write(json.dumps(line) + "\n")
-
-
-def note_files(cache: Path) -> list[Path]:
-    """Where processes that are at work, or were killed, noted their shards."""
-    return sorted((cache / _NOTES).glob("*.jsonl"))
 
 
 def load_ledger(cache: Path, manifest: Manifest) -> Ledger:
@@ -116,8 +110,8 @@ def load_ledger(cache: Path, manifest: Manifest) -> Ledger:
         except (TypeError, ValueError, KeyError) as error:
             raise TideError(f"{path} has other columns: {error}", fix=fix) from error
     # The newest note of a shard counts.
-    noted: list[tuple[float, Unit, Entry]] = []
-    for file in note_files(cache):
+    noted = []
+    for file in (cache / NOTES).glob("*.jsonl"):
         for line in read_bytes(file).splitlines():
             # the last line of a process that was killed
             with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
@@ -144,9 +138,10 @@ def settle_ledger(cache: Path, manifest: Manifest) -> Ledger:
         if unit in wanted:
             path = unit.path(cache)
             ledger[unit] = known.get(unit) or entry_of(path, read_bytes(path), manifest)
-    if wanted == set(ledger) and (ledger != known or note_files(cache)):
+    notes = [*(cache / NOTES).glob("*.jsonl")]
+    if wanted == set(ledger) and (notes or ledger != known):
         save_ledger(cache, manifest, ledger)
-        for file in note_files(cache):
+        for file in notes:
             file.unlink(missing_ok=True)
     return ledger
 
@@ -180,8 +175,8 @@ def inspect_shard(
         if entry is not None:
             entry.check(path, content)
         shard = read_table(path, layout, content, manifest.digest)
-        if entry is not None and entry != (found := Entry.of(content, shard.counts)):
-            return 0, f"the ledger has {entry} for {path}, which holds {found}", cache / LEDGER
+        if entry is not None and entry != Entry.of(content, shard.counts):
+            return 0, f"the ledger has other counts of {path} than it holds", cache / LEDGER
         problem = problem_in(shard.table, layout, manifest)
         return shard.counts["rows"], problem and f"{path}: {problem}", path
     except TideError as error:
@@ -193,17 +188,13 @@ def inspect_shard(
 def in_processes(work: Callable[[T], R], jobs: Sequence[T], word: str) -> Iterator[R]:
     """`work` on every job, in their order: here where they are few, else one process a core."""
     count = min(os.cpu_count() or 1, -(-len(jobs) // _SHARDS_A_PROCESS))
-    with tqdm(total=len(jobs), unit="shard", desc=word, leave=False) as bar:
-        if count <= 1:
-            for job in jobs:
-                yield work(job)
-                bar.update()
-            return
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(count, spawn, serve_parent, (os.getpid(),)) as pool:
-            for result in pool.map(work, jobs, chunksize=4):
-                yield result
-                bar.update()
+    with contextlib.ExitStack() as held:
+        results = map(work, jobs)
+        if count > 1:
+            spawn = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(count, spawn, serve_parent, (os.getpid(),))
+            results = held.enter_context(pool).map(work, jobs, chunksize=4)
+        yield from tqdm(results, total=len(jobs), unit="shard", desc=word, leave=False)
 
 
 def check_shards(

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from shared.cache.ledger import LEDGER, Ledger, entry_of, load_ledger, save_ledger
 from shared.cache.manifest import MANIFEST, Manifest, check_fingerprint, load_manifest
 from shared.cache.shards import TABLES, Unit, finished_units, has_tables
-from shared.system.files import TideError, read_bytes, write_bytes
+from shared.system.files import TideError, read_bytes, refuse_odd, write_bytes
 
 _ERRORS = (OSError, ValueError, pa.ArrowException, ImportError)
 
@@ -73,6 +73,8 @@ class Store:
         try:
             if name and not belongs_to_cache(name):
                 raise TideError(f"{name!r} is no file of a cache")
+            if isinstance(self.files, pafs.LocalFileSystem):
+                refuse_odd(Path(self.root, name), Path(self.root))
             yield f"{self.root}/{name}".rstrip("/")
         except TideError:
             raise
@@ -95,11 +97,8 @@ class Store:
 
     def read(self, name: str) -> bytes:
         """A file's content. TideError where it cannot be read."""
-        with self._file(name) as path:
-            if isinstance(self.files, pafs.LocalFileSystem):
-                return read_bytes(Path(path), Path(self.root))
-            with self.files.open_input_stream(path) as stream:
-                return stream.read()
+        with self._file(name) as path, self.files.open_input_stream(path) as stream:
+            return stream.read()
 
     def put(self, name: str, content: bytes) -> None:
         """Write a file. TideError where it cannot be written."""

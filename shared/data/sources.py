@@ -89,9 +89,7 @@ def describe_source(source: str) -> str:
 
 
 def public_name(source: str) -> str:
-    """The source as others may read it: a path of this machine loses its folders, and an address
-    its user, password and query.
-    """
+    """As others may read it: a path without its folders, an address without user and query."""
     source = re.sub(r"^(\w+://)(?:[^/]*@)?([^?]*)(?:\?[^#]*)?", r"\1\2", source)
     kind = "hf://" if source.startswith("hf://") else ""
     name = source.removeprefix(kind)

@@ -22,7 +22,7 @@ from shared.system.files import TideError, explained
 
 logger = logging.getLogger(__name__)
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-_PARENT = "TIDE_PARENT"
+_PARENT, _TORCHRUN = "TIDE_PARENT", "TORCHELASTIC_RUN_ID"
 _PR_SET_PDEATHSIG = 1
 _received: list[int] = []
 _starters: list[int] = []  # the `tide` process that started this one, if one did
@@ -97,30 +97,24 @@ def stop_in_order() -> None:
 
 
 @contextmanager
-def stop_is_asked(said: str) -> Iterator[list[int]]:
-    """For a block that looks itself whether it is to stop: the first SIGINT or SIGTERM, to which
-    `said` answers, is put into the list; a second one does what it would have done before.
-
-    A terminal's Ctrl-C reaches whoever started this process too, who passes it on: what comes
-    within a second is the same one.
+def stop_is_asked(said: str) -> Iterator[list[float]]:
+    """For a block that looks itself whether a signal came, to which `said` answers; when. A second
+    one does what it did before: not within a second of a Ctrl-C that whoever started this process
+    had as well and passes on.
     """
-    asked: list[int] = []
-    before: dict[int, Any] = {}
-    began = 0.0
+    asked: list[float] = []
 
     def note(number: int, _: FrameType | None) -> None:
-        nonlocal began
         if not asked:
-            began = time.monotonic()
-            asked.append(number)
+            asked.append(time.monotonic())
             _received.append(number)
             os.write(2, f"\ntide: {said}\n".encode())
-        elif time.monotonic() - began > 1 or not (_starters or "TORCHELASTIC_RUN_ID" in os.environ):
+        elif time.monotonic() > asked[0] + 1 or not (_starters or _TORCHRUN in os.environ):
             signal.signal(number, before[number])
             signal.raise_signal(number)
 
-    if threading.current_thread() is threading.main_thread():  # no other may
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    main = threading.current_thread() is threading.main_thread()  # no other may
+    before: Any = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM) if main}
     try:
         yield asked
     finally:

@@ -1,6 +1,5 @@
 """Held-out masked NLL at fixed masks: how well a student denoises text it was not trained on."""
 
-import hashlib
 import math
 import warnings
 from collections.abc import Callable
@@ -36,11 +35,6 @@ class HeldOut:
     batches: list[dict[str, torch.Tensor]]  # with the bytes of each masked token, 0 of special ones
     ids: tuple[str, ...]  # of the examples
     masked: int  # tokens
-
-    @property
-    def digest(self) -> str:
-        """Of the contents of all examples."""
-        return hashlib.sha256("\n".join(self.ids).encode()).hexdigest()[:16]
 
 
 def prepare_heldout(

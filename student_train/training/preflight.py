@@ -172,17 +172,11 @@ def recorded_run(out: Path) -> dict[str, Any]:
     return about
 
 
-def begin_or_go_on(
-    config: TrainConfig,
-    manifest: Manifest,
-    processes: int,
-    steps: int,
-    contents: dict[str, str | None],
-) -> None:
-    """Write what this run of `steps` steps is, or refuse to go on with another one.
+def begin_or_go_on(config: TrainConfig, processes: int, run: dict[str, Any]) -> None:
+    """Write what this run is, or refuse to go on with another one.
 
-    A run may be looked at otherwise (`_MAY_CHANGE`), and it may become longer, which is said.
-    `contents`: digests of the held-out examples (`heldout`) and the checkpoint (`student`).
+    `run`: its cache's digest and draws, its steps, and by section the digests (`contents`) of what
+    `_PLACES` name. It may be looked at otherwise (`_MAY_CHANGE`), and become longer, which is said.
     """
     settings = to_plain(config)
     settings.pop("out")
@@ -190,10 +184,8 @@ def begin_or_go_on(
     settings["batch_size"] *= processes
     if config.global_batch is not None:
         del settings["batch_size"], settings["accumulation"]
-    this = {"config": settings, "cache": manifest.digest, "draws": manifest.draws, "steps": steps}
-    this["contents"] = contents
-    this = json.loads(json.dumps(this))
-    before = recorded_run(config.out)
+    this = json.loads(json.dumps({"config": settings, **run}))
+    before, steps = recorded_run(config.out), run["steps"]
     if before:
         longer = steps > before.get("steps", steps)
         free = _MAY_CHANGE | ({"epochs", "max_steps"} if longer else set())
@@ -202,7 +194,7 @@ def begin_or_go_on(
             own = {name: value for name, value in about["config"].items() if name not in free}
             for section, name in _PLACES.items() if "contents" in before else ():
                 own[section] = own.get(section) and {**own[section], name: None}
-            same.append({"contents": contents, **about, "config": own, "steps": None})
+            same.append({"contents": run["contents"], **about, "config": own, "steps": None})
         if lines := differences(*same):
             what = [f"{config.out} holds a run with other settings (run → now):", *lines]
             fix = "give back the old settings, or choose another folder (--out)"

@@ -5,7 +5,6 @@ and holds the SHA-256 of each, so that a folder that was half written, or change
 gone on from.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -22,12 +21,12 @@ from typing import Any, NamedTuple, no_type_check
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils._pytree import tree_map_only
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from shared.cache.manifest import Manifest
 from shared.settings.build import to_plain
 from shared.settings.config import TrainConfig
-from shared.system.files import write_bytes
+from shared.system.files import sha256_of, write_bytes
 from shared.system.processes import stop_is_asked
 from student_train.training.preflight import on_gpu
 
@@ -54,11 +53,6 @@ def _by_step(place: Path) -> list[tuple[int, Path]]:
     return sorted((int(name[1]), path) for path, name in names if name and path.is_dir())
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def whole_checkpoints(place: Path) -> list[Checkpoint]:
     """Marked checkpoints whose hashes hold, oldest first; damaged ones are named in the log."""
     whole = []
@@ -71,7 +65,7 @@ def whole_checkpoints(place: Path) -> list[Checkpoint]:
             if note["step"] != step:
                 raise ValueError(f"{MARKER} is that of step {note['step']}")
             for name, digest in files.items():
-                if _sha256(folder / name) != digest:
+                if sha256_of(folder / name) != digest:
                     raise ValueError(f"{name} is not what was written")
             for path in folder.rglob("*"):
                 known = path.relative_to(folder).as_posix() in files
@@ -143,23 +137,10 @@ def training_arguments(config: TrainConfig, manifest: Manifest, steps: int) -> R
     return arguments
 
 
-class _StopWhenTold(TrainerCallback):
-    """Ends a training after the step at hand, with a checkpoint."""
-
-    def __init__(self, trainer: "ResumableTrainer") -> None:
-        self._trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._trainer.is_told_to_stop():
-            control.should_save = control.should_training_stop = self._trainer.stopped = True
-            steps = state.global_step, args.max_steps
-            logger.info("stopped at step %d of %d, with a checkpoint", *steps)
-
-
 class ResumableTrainer(Trainer):
     """A Trainer that goes on from the last whole checkpoint in its output folder, and keeps two.
 
-    SIGINT and SIGTERM end it after a step, with a checkpoint.
+    A signal ends it after a step, with a checkpoint: where `told`, in all processes or none.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -169,9 +150,9 @@ class ResumableTrainer(Trainer):
         self._began = time.monotonic()  # less the seconds before an interruption
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
-        self.asked: list[int] = []  # signals that this process had
-        self.stopped = False
-        self.add_callback(_StopWhenTold(self))
+        self.asked: list[float] = []  # when this process had a signal
+        self.told: Any = self.asked
+        self._stopped = False
         # Within `_save_checkpoint`: what is written while training goes on.
         self._later: list[Callable[[], object]] | None = None
 
@@ -180,14 +161,8 @@ class ResumableTrainer(Trainer):
         """Seconds of training, those before an interruption included."""
         return time.monotonic() - self._began
 
-    def is_told_to_stop(self) -> bool:
-        """Whether to stop after the step at hand: the same for all processes."""
-        return bool(self.asked)
-
     def train_resuming(self) -> None:
-        """Train to the end, from the last whole checkpoint if there is one; KeyboardInterrupt where
-        a signal came before.
-        """
+        """From the last whole checkpoint to the end, or to a signal's KeyboardInterrupt."""
         place = Path(str(self.args.output_dir))
         last: list[Any] = [None]
         if self.args.process_index == 0:
@@ -217,18 +192,18 @@ class ResumableTrainer(Trainer):
                 self.train(resume_from_checkpoint=folder)
             finally:
                 self._finish_checkpoint()
-        if self.stopped:
+        if self._stopped:
             raise KeyboardInterrupt
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps and not self._stopped and self.told:
+            self._stopped = self.control.should_save = self.control.should_training_stop = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
         """In order: the data set itself is the shuffled plan of the whole run."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         return torch.utils.data.SequentialSampler(dataset)
-
-    def _load_callback_state(self) -> None:
-        """Called with a checkpoint's state: how often it logs, saves, scores may have changed."""
-        self.state.compute_steps(self.args, self.state.max_steps)
-        super()._load_callback_state()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Weights and optimizer state are copied to host memory, and written while training goes
@@ -253,7 +228,7 @@ class ResumableTrainer(Trainer):
             for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER):
                 with path.open("rb") as handle:
                     os.fsync(handle.fileno())
-                files[path.relative_to(folder).as_posix()] = _sha256(path)
+                files[path.relative_to(folder).as_posix()] = sha256_of(path)
             note = {"step": step, "seconds": round(seconds, 3), "files": files}
             write_bytes(folder / MARKER, (json.dumps(note, indent=1) + "\n").encode())
             # 2. All marked ones but two go, by their steps, whatever their dates: the marker first,

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from transformers import set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from shared.cache.manifest import Manifest
+from shared.cache.manifest import Manifest, checksum_of
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import compile_layers
 from shared.settings.config import TrainConfig
@@ -34,7 +34,6 @@ from student_train.training.resumable import TENSORBOARD, ResumableTrainer, trai
 NONFINITE = "nonfinite"
 _SUMS = ("loss", "denoise", "distillation", "batches", "tokens", "masked", "chunks", "mass",
          "mass_rows")  # fmt: skip
-_SINCE = "since_the_log"
 
 
 def train_student(config: TrainConfig, callbacks: Sequence[Any] = ()) -> dict[str, float]:
@@ -92,8 +91,10 @@ def make_trainer(
             held.enter_context(hold(config.out / ".lock", f"the run {config.out}"))
         base = config.student.checkpoint
         weights = None if base is None else open_checkpoint(resolve(base)).fingerprint()
-        contents = {"heldout": heldout and heldout.digest, "student": weights}
-        begin_or_go_on(config, manifest, processes, steps, contents)
+        content = heldout and checksum_of({"ids": heldout.ids})
+        run = {"cache": manifest.digest, "draws": manifest.draws, "steps": steps}
+        run["contents"] = {"heldout": content, "student": weights}
+        begin_or_go_on(config, processes, run)
     # 4. The model's forward becomes the loss, and the loop is made.
     read_targets = TargetReader(opened.layout, model.config.vocab_size)
     compiled = config.compile == "on" or (config.compile == "auto" and on_gpu(config))
@@ -155,14 +156,9 @@ class StudentTrainer(ResumableTrainer):
         counts[3] = len(self.asked)
         self._batches_done = 0
         counts = self.accelerator.reduce(counts, "sum")
-        self._told = counts[3]
+        # Which of several had a signal: known before the step's own work, for which nobody waits.
+        self.told = self.asked if self.accelerator.num_processes == 1 else counts[3]
         return batches, counts[:3]
-
-    def is_told_to_stop(self) -> bool:
-        """By whichever process had a signal before the step; its end waits for no more of the step
-        than this number.
-        """
-        return bool(self._told if self.accelerator.num_processes > 1 else self.asked)
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -220,13 +216,15 @@ class StudentTrainer(ResumableTrainer):
         """With the sums since the last log, of each process: a run may be stopped at any step."""
         self.refuse_nonfinite()
         sums: Any = self.accelerator.gather(self._sums[None])
-        self.state.stateful_callbacks[_SINCE] = sums.tolist()
+        self.state.stateful_callbacks["sums"] = sums.tolist()
         super()._save_checkpoint(model, trial)
 
     def _load_callback_state(self) -> None:
+        """Called with a checkpoint's state: how often it logs, saves, scores may have changed."""
+        self.state.compute_steps(self.args, self.state.max_steps)
         super()._load_callback_state()
-        rank, saved = self.accelerator.process_index, self.state.stateful_callbacks.pop(_SINCE, [])
-        sums = self._sums.new_tensor(saved)
+        rank = self.accelerator.process_index
+        sums = self._sums.new_tensor(self.state.stateful_callbacks.pop("sums", []))
         if len(sums) == self.accelerator.num_processes:
             self._sums += sums[rank]
         elif rank == 0:  # other processes, or none, share the work now

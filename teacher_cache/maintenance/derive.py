@@ -23,14 +23,7 @@ from shared.cache.row import CacheRow
 from shared.cache.shards import CACHE, TABLES, Unit, finished_units
 from shared.cache.stores import small_files
 from shared.cache.tail import LinearTail
-from shared.system.files import (
-    TideError,
-    link,
-    read_bytes,
-    refuse_odd,
-    refuse_unwritable,
-    write_bytes,
-)
+from shared.system.files import TideError, link, read_bytes, refuse_unwritable, write_bytes
 
 # What a killed run may have left before it came to the manifest.
 _BEFORE_MANIFEST = ("student_tokenizer", "teacher_tokenizer", TABLES)
@@ -88,7 +81,7 @@ def merge_caches(sources: Sequence[Path], target: Path) -> Manifest:
         if old in ledger:
             ledger[old].check(path, content)
         if manifest.digest == made.digest and unit == old:
-            link(path, unit.path(target))
+            link(path, unit.path(target), source)
             entry = ledger.get(old) or entry_of(path, content, manifest)
         else:
             shard = shards.read_table(path, layout, content, manifest.digest)
@@ -151,8 +144,7 @@ def prune_cache(
         # Fewer draws alone change no byte of a shard.
         _begin(target, made, source)
         for unit in sorted(set(made.units()) - set(finished_units(target))):
-            refuse_odd(unit.path(source), source)
-            link(unit.path(source), unit.path(target))
+            link(unit.path(source), unit.path(target), source)
             note(target, unit, ledger[unit])
         settle_ledger(target, made)
         return made

@@ -7,14 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.cache.ledger import (
-    LEDGER,
-    check_shards,
-    load_ledger,
-    note_files,
-    remember,
-    settle_ledger,
-)
+from shared.cache.ledger import LEDGER, NOTES, check_shards, load_ledger, remember, settle_ledger
 from shared.cache.levels import GOLD_STEPS, LOGIT_STEPS, TAIL_STEPS, half_steps
 from shared.cache.manifest import load_manifest
 from shared.cache.row import CacheRow
@@ -89,7 +82,8 @@ def delete_damaged(report: CheckReport) -> int:
     """Delete the files that have a problem, for `tide cache` to make again; how many."""
     damaged = {problem.path for problem in report.problems if problem.path is not None}
     for path in damaged:
-        for file in (path, *(note_files(path.parent) if path.name == LEDGER else ())):
+        notes = (path.parent / NOTES).glob("*.jsonl") if path.name == LEDGER else ()
+        for file in (path, *notes):
             file.unlink(missing_ok=True)
     return len(damaged)
 

@@ -4,6 +4,7 @@ continued with other settings, goes on float for float.
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from shared.system.files import TideError
 from student_train.training.preflight import check_objective, recorded_run
 from student_train.training.resumable import whole_checkpoints
 from student_train.training.trainer import make_trainer, train_student
-from tests.conftest import heldout_file
+from tests.conftest import chats_file, heldout_file
 
 
 def config(cache: Path, out: Path, **changes: Any) -> TrainConfig:
@@ -182,6 +183,32 @@ def test_how_a_run_is_looked_at_may_change(caches: dict[str, Path], tmp_path: Pa
     assert not broken.exists()
     finals = [json.loads((run / "history.json").read_text())["final"] for run in (one, two)]
     assert finals[0]["eval_heldout_nll"] == finals[1]["eval_heldout_nll"]
+
+
+def test_what_a_run_is_of_may_move(
+    caches: dict[str, Path], student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cache, checkpoint and held-out file are known by their content, wherever they lie."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(caches["tiny-cross"], "c")
+    shutil.copytree(student, "s")
+    shutil.copyfile(heldout_file(), "h.jsonl")
+
+    def go(steps: int, cache: str, checkpoint: str, source: str) -> None:
+        places: dict[str, Any] = {"heldout": {"source": source, "limit": 4}}
+        places["student"] = {"checkpoint": checkpoint}
+        constant = {"schedule": "constant_with_warmup", "warmup_ratio": 0.0}
+        train_student(config(Path(cache), tmp_path / "r", max_steps=steps, **places, **constant))
+
+    go(2, "c", "s", "h.jsonl")
+    go(4, str(tmp_path / "c"), f"{tmp_path}/s", f"{tmp_path}/h.jsonl")
+    for old, new in (("c", "c2"), ("s", "s2"), ("h.jsonl", "h2.jsonl")):
+        Path(old).rename(new)
+    go(6, "c2", "s2", "h2.jsonl")
+    with pytest.raises(TideError, match="heldout"):
+        go(8, "c2", "s2", str(chats_file()))
+    with pytest.raises(TideError, match="student"):
+        go(8, "c2", "embedded:student_train/tiny_students/cross", "h2.jsonl")
 
 
 def test_a_tracker_is_told_all_settings(caches: dict[str, Path], tmp_path: Path) -> None:
