@@ -18,8 +18,7 @@ from shared.system.processes import end_with_parent, leave_in_order, stop_in_ord
 
 _INTERRUPTED = 130
 INSTALLATION = "This installation"
-_GO_ON = {"prepare", "cache", "fidelity", "train", "ablate", "eval", "demo", "merge", "prune",
-          "push", "pull"}  # fmt: skip
+_GO_ON = {"prepare", "cache", "train", "ablate", "eval", "demo", "merge", "prune", "push", "pull"}
 _PACKAGES = ("tide-distill", "transformers", "accelerate", "pyarrow", "vllm", "lm-eval",
              "bitsandbytes", "ray")  # fmt: skip
 

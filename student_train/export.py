@@ -149,9 +149,8 @@ def export_student(source: Path, target: Path, layout: Format) -> None:
             write_bytes(half / "config.json", (json.dumps(config, indent=2) + "\n").encode())
             tokenizer.save(half)
         for name in (CARD, "LICENSE"):
-            if (checkpoint.folder / name).is_file():
-                content = read_bytes(checkpoint.folder / name, checkpoint.folder)
-                write_bytes(half / name, content)
+            if (file := checkpoint.folder / name).is_file():
+                write_bytes(half / name, read_bytes(file, checkpoint.folder))
 
 
 def old_config(model: Any) -> dict[str, Any]:

@@ -67,8 +67,8 @@ def _rows(kind: type) -> Iterator[str]:
             name += f", {bounds}"
         made = field.default is dataclasses.MISSING
         default = "its own" if made else f"`{field.default}`"
-        name = name.replace(" | ", " or ")  # no table has a | in code everywhere
-        cells = (f"`{field.name}`", f"`{name}`", default, words.get(field.name, ""))
+        hint = name.replace(" | ", " or ")  # no table has a | in code everywhere
+        cells = (f"`{field.name}`", f"`{hint}`", default, words.get(field.name, ""))
         row = " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells)
         yield f"| {row} |"
 

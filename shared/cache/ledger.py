@@ -28,6 +28,7 @@ from shared.cache.manifest import Manifest, refuse_unfinished
 from shared.cache.row import Layout
 from shared.cache.shards import Unit, finished_units, read_parquet, read_table, write_parquet
 from shared.cache.value_checks import VERSION, problem_in
+from shared.settings.build import differences
 from shared.system.files import TideError, read_bytes, read_json, this_process, write_bytes
 from shared.system.processes import serve_parent
 
@@ -57,16 +58,14 @@ class Entry:
         numbers = {name: int(counts.get(name, 0)) for name in _NUMBERS if name != "bytes"}
         return cls(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content), **numbers)
 
-    def check(self, path: Path, content: Content) -> None:
-        """TideError where `content` is not that shard's."""
-        digest = hashlib.sha256(content).hexdigest()
-        if digest != self.sha256:
-            raise TideError(
-                f"shard {path} is not what the cache's ledger says: "
-                f"SHA-256 {digest[:16]}…, {len(content):,} bytes",
-                expected=f"{self.sha256[:16]}…, {self.bytes:,} bytes",
-                fix="copy it again, or delete it and run the same `tide cache` command again",
-            )
+    def check(self, path: Path, content: Content, counts: Mapping[str, Any] | None = None) -> None:
+        """TideError where `content` is not that shard's, or the `counts` that it has are not."""
+        found = Entry.of(content, vars(self) if counts is None else counts)
+        if found.sha256 != self.sha256 or (counts is not None and found != self):
+            lines = "; ".join(differences(vars(self), vars(found)))
+            what = f"shard {path} is not what the cache's ledger says (ledger → shard): {lines}"
+            fix = "copy it again, or delete it and run the same `tide cache` command again"
+            raise TideError(what, fix=fix)
 
 
 Ledger = dict[Unit, Entry]
