@@ -37,7 +37,7 @@ def belongs_to_cache(name: str) -> bool:
 
 def small_files(cache: Path) -> list[Path]:
     """The files of tokenizers and tables, which are passed on with a cache."""
-    found = [*cache.glob("*_tokenizer/*"), *cache.glob(f"{TABLES}/*")]
+    found = [p for p in cache.glob("*/*") if p.is_file()]
     return sorted(p for p in found if belongs_to_cache(p.relative_to(cache).as_posix()))
 
 
