@@ -26,7 +26,7 @@ from shared.system.files import TideError
 from student_train.training.preflight import check_objective, recorded_run
 from student_train.training.resumable import whole_checkpoints
 from student_train.training.trainer import make_trainer, train_student
-from tests.conftest import chats_file, heldout_file
+from tests.conftest import heldout_file
 
 
 def config(cache: Path, out: Path, **changes: Any) -> TrainConfig:
@@ -193,6 +193,8 @@ def test_what_a_run_is_of_may_move(
     shutil.copytree(caches["tiny-cross"], "c")
     shutil.copytree(student, "s")
     shutil.copyfile(heldout_file(), "h.jsonl")
+    other = heldout_file().read_text().splitlines(keepends=True)[4:]
+    Path("other.jsonl").write_text("".join(other))
 
     def go(steps: int, cache: str, checkpoint: str, source: str) -> None:
         places: dict[str, Any] = {"heldout": {"source": source, "limit": 4}}
@@ -206,7 +208,7 @@ def test_what_a_run_is_of_may_move(
         Path(old).rename(new)
     go(6, "c2", "s2", "h2.jsonl")
     with pytest.raises(TideError, match="heldout"):
-        go(8, "c2", "s2", str(chats_file()))
+        go(8, "c2", "s2", "other.jsonl")
     with pytest.raises(TideError, match="student"):
         go(8, "c2", "embedded:student_train/tiny_students/cross", "h2.jsonl")
 

@@ -104,7 +104,7 @@ def test_nothing_that_lies_elsewhere_is_passed_on(
         shutil.rmtree(cache / name)
     (cache / name).unlink(missing_ok=True)
     (cache / name).symlink_to(key.parent if "." not in name else key)
-    with pytest.raises(TideError, match="id_rsa|lacks"):  # a store lists no linked folder
+    with pytest.raises(TideError, match=r"id_rsa|lacks"):  # a store lists no linked folder
         WAYS[way](cache, tmp_path / "bad")
 
 
