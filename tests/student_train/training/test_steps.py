@@ -208,7 +208,8 @@ def test_processes_stop_at_one_step(caches: dict[str, Path], tmp_path: Path) -> 
         f"process {rank} stopped at 4" for rank in (0, 1)
     ]
     program(told, "adamw_torch", processes=2)
-    assert curve(told.out) == curve(straight.out)
+    for a, b in zip(curve(told.out), curve(straight.out), strict=True):
+        assert b == {key: pytest.approx(value, rel=1e-5, abs=1e-6) for key, value in a.items()}
 
 
 @pytest.mark.slow
