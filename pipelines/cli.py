@@ -18,6 +18,7 @@ from shared.system.processes import end_with_parent, leave_in_order, stop_in_ord
 
 _INTERRUPTED = 130
 INSTALLATION = "This installation"
+_GO_ON = {"prepare", "cache", "train", "ablate", "eval", "demo", "merge", "prune", "push", "pull"}
 _PACKAGES = ("tide-distill", "transformers", "accelerate", "pyarrow", "vllm", "lm-eval",
              "bitsandbytes", "ray")  # fmt: skip
 
@@ -100,8 +101,8 @@ def main() -> NoReturn:
     except SystemExit as stop:
         if stop.code != _INTERRUPTED:
             raise
-        said = "stopped; what is finished is kept, the same command goes on from there"
-        print(f"\ntide: {said}", file=sys.stderr)
+        kept = "; what is finished is kept, the same command goes on from there"
+        print(f"\ntide: stopped{kept if sys.argv[1] in _GO_ON else ''}", file=sys.stderr)
         sys.exit(leave_in_order())
     except Exception as error:
         text = str(error)

@@ -2,6 +2,7 @@
 with its scores and its licence. All is looked at before anything is sent.
 """
 
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -12,6 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from pipelines.evaluation.benchmarks import read_scores, score_table
+from shared.models.checkpoint import resolve
 from shared.system.files import TideError, refuse_odd
 from student_train.export import CARD, OWN_FOLDER, SGLANG
 from student_train.using.student import load_for_use
@@ -42,7 +44,7 @@ def gather(run: Path, name: str, licence: str | None) -> Contents:
     """Of a run, or of a student's folder, for the repository `name`. TideError where it is no
     student that whoever downloads it could load.
     """
-    folder = run / "model" if (run / "model").is_dir() else run
+    folder = Path(resolve(str(run)))
     if not (folder / "config.json").is_file():
         expected = "runs/NAME or runs/NAME/model of a run that has ended"
         raise TideError(f"{run} holds no finished student", expected=expected)
@@ -51,12 +53,12 @@ def gather(run: Path, name: str, licence: str | None) -> Contents:
     files, left_out = {}, []
     for path in sorted(folder.iterdir()):
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _SENT):
-            refuse_odd(path)
+            refuse_odd(path, folder)
             files[path.name] = path
         elif path.name != CARD:
             left_out.append(path.name)
     # The card, with benchmark scores unless it has some, and with the licence
-    refuse_odd(folder / CARD)
+    refuse_odd(folder / CARD, folder)
     try:
         card: Any = ModelCard((folder / CARD).read_text())
     except Exception as error:  # it is missing, or the YAML in front is wrong
@@ -64,15 +66,15 @@ def gather(run: Path, name: str, licence: str | None) -> Contents:
         fix = "write one, or mend the lines between `---`; `tide train` puts one there"
         raise TideError(what, fix=fix) from error
     text = card.text.replace(OWN_FOLDER, name)
-    about, heading, rest = text.partition("## Licence")
+    about, *rest = re.split(r"^(?=## Licence\s*$)", text, maxsplit=1, flags=re.M)
     scores = read_scores(folder.parent / "eval")
-    if scores and "## Benchmarks" not in text:
+    if scores and not re.search("^## Benchmarks", text, re.M):
         about = f"{about.rstrip()}\n\n## Benchmarks\n\nMeasured with `tide eval`.\n\n"
         about += f"{score_table(scores)}\n\n"
     if licence is not None:
         card.data.license = licence
-        about, heading, rest = f"{about.rstrip()}\n\n", "## Licence", f"\n\n{licence}"
-    text = f"---\n{card.data.to_yaml()}\n---\n\n{(about + heading + rest).strip()}\n"
+        about, rest = f"{about.rstrip()}\n\n", [f"## Licence\n\n{licence}"]
+    text = f"---\n{card.data.to_yaml()}\n---\n\n{''.join([about, *rest]).strip()}\n"
     return Contents(files, text, tuple(left_out))
 
 

@@ -22,7 +22,7 @@ from shared.models.checkpoint import open_checkpoint, resolve, stated_mask
 from shared.models.loading import architecture_of, load_model
 from shared.settings.build import to_plain
 from shared.settings.config import TrainConfig
-from shared.system.files import TideError, new_folder, read_json, write_bytes
+from shared.system.files import TideError, new_folder, read_bytes, read_json, write_bytes
 from shared.text.tokenizers import Tokenizer
 from student_train.model import STUDENTS
 
@@ -50,7 +50,7 @@ _TEXT = """\
 # A block-diffusion student
 
 A language model that fills in blocks of {about.lengths.block} masked tokens (mask \
-`{about.student.mask_token}`, id {about.student.mask_id}), distilled with tide-distill.
+`{named[3]}`, id {about.student.mask_id}), distilled with tide-distill.
 
 transformers loads it, but its `generate()` would decode from left to right, which this model was \
 never trained to do. Use
@@ -61,7 +61,7 @@ tide sample {folder} "your question"
 
 ## How it was made
 
-* teacher `{about.teacher.name}` ({about.teacher.architecture}, weights {about.teacher.weights:.16})
+* teacher `{named[0]}` (`{named[1]}`, weights `{named[2]}`)
 * data: {sources}
 * cache {manifest.digest}: {manifest.examples:,} examples, {manifest.draws} draws
 * started from {start}
@@ -149,8 +149,8 @@ def export_student(source: Path, target: Path, layout: Format) -> None:
             write_bytes(half / "config.json", (json.dumps(config, indent=2) + "\n").encode())
             tokenizer.save(half)
         for name in (CARD, "LICENSE"):
-            if (checkpoint.folder / name).is_file():
-                write_bytes(half / name, (checkpoint.folder / name).read_bytes())
+            if (file := checkpoint.folder / name).is_file():
+                write_bytes(half / name, read_bytes(file, checkpoint.folder))
 
 
 def old_config(model: Any) -> dict[str, Any]:
@@ -192,6 +192,12 @@ def published_id(checkpoint: str) -> str | None:
     return checkpoint if named else None
 
 
+def _in_code(text: str) -> str:
+    """Text of others within Markdown's backticks: one printable line, and no token of the hub."""
+    plain = "".join(c if c.isprintable() and c != "`" else " " for c in text)
+    return re.sub(r"hf_\w{20,}", "hf_…", " ".join(plain.split())) or "?"
+
+
 def write_card(
     folder: Path, config: TrainConfig, manifest: Manifest, metrics: Mapping[str, float]
 ) -> None:
@@ -224,12 +230,15 @@ def write_card(
     if (lora := config.student.lora) is not None:
         start += f", through LoRA of rank {lora.rank} (alpha {lora.alpha}, on "
         start += f"{', '.join(lora.targets)}), which is merged into these weights"
+    by = manifest.fingerprint.teacher
+    named = by.name, by.architecture, by.weights[:16], manifest.fingerprint.student.mask_token
     text = _TEXT.format(
         data=data.to_yaml(),
         about=manifest.fingerprint,
+        named=[_in_code(name) for name in named],
         manifest=manifest,
         folder=OWN_FOLDER,
-        sources=", ".join(f"`{name}`" for name in manifest.sources) or "not on record",
+        sources=", ".join(f"`{_in_code(n)}`" for n in manifest.sources) or "not on record",
         start=start,
         scores=scores,
         settings=json.dumps(settings, indent=1),

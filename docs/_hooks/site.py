@@ -1,5 +1,6 @@
-"""While the site is built: equations become MathML (no scripts, no network), and the page of all
-settings is made from the dataclasses that hold them, in their own words.
+"""While the site is built equations become MathML (no scripts, no network).
+
+As a program it writes the page of all settings, from the dataclasses that hold them.
 """
 
 import ast
@@ -10,6 +11,7 @@ import itertools
 import re
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
@@ -35,19 +37,16 @@ SECTIONS: dict[str, list[type]] = {
 }
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace the marker of the page by all sections. mkdocs calls this for every page."""
-    marker = "<!-- all settings -->"
-    if marker not in markdown:
-        return markdown
-    lines = []
+def settings_page(page: str) -> str:
+    """The page with its sections, all below the first of them, made anew."""
+    lines = [page[: page.index("\n## ")]]
     for title, kinds in SECTIONS.items():
         lines += [f"## {title}", ""]
         for kind in kinds:
             if len(kinds) > 1:
                 lines += [f"### `{kind.type}`", "", inspect.getdoc(kind) or "", ""]  # type: ignore[attr-defined]
             lines += ["| setting | type | default | |", "|---|---|---|---|", *_rows(kind), ""]
-    return markdown.replace(marker, "\n".join(lines))
+    return "\n".join(lines)
 
 
 def _rows(kind: type) -> Iterator[str]:
@@ -69,7 +68,8 @@ def _rows(kind: type) -> Iterator[str]:
             name += f", {bounds}"
         made = field.default is dataclasses.MISSING
         default = "its own" if made else f"`{field.default}`"
-        cells = (f"`{field.name}`", f"`{name}`", default, words.get(field.name, ""))
+        hint = name.replace(" | ", " or ")  # no table has a | in code everywhere
+        cells = (f"`{field.name}`", f"`{hint}`", default, words.get(field.name, ""))
         row = " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells)
         yield f"| {row} |"
 
@@ -83,3 +83,8 @@ def on_page_content(text: str, **_: Any) -> str:
         return convert(text, display="block" if equation[1] == "div" else "inline")
 
     return EQUATION.sub(as_mathml, text)
+
+
+if __name__ == "__main__":
+    place = Path(__file__).parents[1] / "settings.md"
+    place.write_text(settings_page(place.read_text()))

@@ -78,8 +78,9 @@ def recipes(context: typer.Context) -> None:
     """List the packaged recipes, or show one."""
     if context.invoked_subcommand is not None:
         return
-    for name in recipe_files.packaged_recipes():
-        say(f"{name:<18}{recipe_files.about(name)}")
+    names = recipe_files.packaged_recipes()
+    for name in names:
+        say(f"{name:<{max(map(len, names)) + 2}}{recipe_files.about(name)}")
 
 
 @recipes_app.command("show")

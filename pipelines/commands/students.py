@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from student_train.using.student import LoadedStudent
 
 STUDENTS = "Use and judge a student"
-Student = Annotated[str, Argument(help="A student: runs/NAME/model, or a hub id.")]
+Student = Annotated[str, Argument(help="A student: runs/NAME, its model, or a hub id.")]
 NewTokens = Annotated[int, Option(min=1, help="Tokens of a response, at most.")]
 Steps = Annotated[int | None, Option(help="Default: one token a step.")]
 Batch = Annotated[int, Option(min=1, help="Prompts at a time.")]

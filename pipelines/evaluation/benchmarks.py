@@ -4,6 +4,7 @@ by name), their rows, and what `tide eval` leaves: answers as they come, scores,
 
 import hashlib
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -195,7 +196,8 @@ def score_table(scores: list[Score]) -> str:
     for score in scores:
         unit, scale = (" %", 100) if score.percent else ("", 1)
         error = "–" if score.error is None else f"{scale * score.error:.2f}"
-        cells = [score.title, score.metric, f"{score.shown:.2f}{unit}", error]
+        named = [re.sub(r"[^\w .,:+%()/@-]", "?", name) for name in (score.title, score.metric)]
+        cells = [*named, f"{score.shown:.2f}{unit}", error]
         lines.append(f"| {' | '.join(cells)} | {score.rows}{' (limited)' * score.limited} |")
     return "\n".join(lines)
 

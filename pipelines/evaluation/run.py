@@ -87,7 +87,7 @@ def run_benchmarks(
 
 def default_output(student: str) -> Path:
     """Beside a run's model; for anything else below runs/."""
-    folder = Path(student)
+    folder = Path(resolve(student))
     if folder.is_dir() and folder.name == "model":
         return folder.parent / "eval"
     return Path("runs") / f"eval-{folder.name}"

@@ -188,11 +188,13 @@ def draw_curves(runs: list[Run], path: Path) -> None:
                     continue
                 steps = sorted(curves)
                 means = [statistics.mean(curves[step]) for step in steps]
-                marker = "o" if len(steps) == 1 else None
-                (line,) = axis.plot(steps, means, label=variant, linewidth=1.4, marker=marker)
+                (line,) = axis.plot(steps, means, label=variant, linewidth=1.4, marker=".")
                 low, high = ([limit(curves[step]) for step in steps] for limit in (min, max))
                 axis.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
             axis.set(title=f"{cache}: {titles[key]}", xlabel="step", ylabel="nats a token")
+            bottom, top = axis.get_ylim()
+            more = max(0.0, 0.1 - (top - bottom)) / 2  # a difference of less fills no figure
+            axis.set_ylim(bottom - more, top + more)
             axis.grid(alpha=0.3)
             axis.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)

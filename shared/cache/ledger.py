@@ -3,7 +3,8 @@
 `ledger.parquet` has all shards of a finished cache. While it is being built each process notes what
 it writes in a file of its own (`ledger/HOST-PID.jsonl`), so no two ever write to one; what a killed
 process did not come to note is found again from the shard itself. `checked.json` says that a cache
-passed: as long as its ledger stays, its shards are what they were.
+passed here: as long as its ledger is this very file, which no other machine can name, its shards
+are what they were.
 """
 
 import contextlib
@@ -20,18 +21,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
+from pydantic import TypeAdapter
 from tqdm.auto import tqdm
 
 from shared.cache.manifest import Manifest, refuse_unfinished
 from shared.cache.row import Layout
 from shared.cache.shards import Unit, finished_units, read_parquet, read_table, write_parquet
 from shared.cache.value_checks import VERSION, problem_in
-from shared.system.files import TideError, this_process, write_bytes
+from shared.settings.build import differences
+from shared.system.files import TideError, read_bytes, read_json, this_process, write_bytes
 from shared.system.processes import serve_parent
 
 Content = bytes  # of a file: `Entry` has a field of the other name
 LEDGER, CHECKED = "ledger.parquet", "checked.json"
-_NOTES = "ledger"
+NOTES = "ledger"
 _NUMBERS = ("bytes", "rows", "masked", "chunks", "rows_without_chunks")
 _SHARDS_A_PROCESS = 64
 T = TypeVar("T")
@@ -55,24 +58,30 @@ class Entry:
         numbers = {name: int(counts.get(name, 0)) for name in _NUMBERS if name != "bytes"}
         return cls(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content), **numbers)
 
-    def check(self, path: Path, content: Content) -> None:
-        """TideError where `content` is not that shard's."""
-        digest = hashlib.sha256(content).hexdigest()
-        if digest != self.sha256:
-            raise TideError(
-                f"shard {path} is not what the cache's ledger says: "
-                f"SHA-256 {digest[:16]}…, {len(content):,} bytes",
-                expected=f"{self.sha256[:16]}…, {self.bytes:,} bytes",
-                fix="copy it again, or delete it and run the same `tide cache` command again",
-            )
+    def check(self, path: Path, content: Content, counts: Mapping[str, Any] | None = None) -> None:
+        """TideError where `content` is not that shard's, or the `counts` that it has are not."""
+        found = Entry.of(content, vars(self) if counts is None else counts)
+        if found.sha256 != self.sha256 or (counts is not None and found != self):
+            lines = "; ".join(differences(vars(self), vars(found)))
+            what = f"shard {path} is not what the cache's ledger says (ledger → shard): {lines}"
+            fix = "copy it again, or delete it and run the same `tide cache` command again"
+            raise TideError(what, fix=fix)
 
 
 Ledger = dict[Unit, Entry]
+_UNIT, _ENTRY = TypeAdapter(Unit), TypeAdapter(Entry)
+
+
+def _read_line(line: Any) -> tuple[float, Unit, Entry]:
+    """When it was noted, and what. TypeError, ValueError or KeyError for anything else."""
+    values = dict(line)
+    unit = _UNIT.validate_python({name: values.pop(name) for name in ("draw", "part")})
+    return float(values.pop("at", 0)), unit, _ENTRY.validate_python(values)
 
 
 def note(cache: Path, unit: Unit, entry: Entry) -> None:
     """Add a shard that this process has just written."""
-    path = cache / _NOTES / f"{this_process()}.jsonl"
+    path = cache / NOTES / f"{this_process()}.jsonl"
     path.parent.mkdir(exist_ok=True)
     line = {**vars(unit), "at": time.time(), **vars(entry)}
     with path.open("a") as handle:
@@ -96,21 +105,16 @@ def load_ledger(cache: Path, manifest: Manifest) -> Ledger:
                 f"{path} belongs to another cache ({digest})", expected=expected, fix=fix
             )
         try:
-            for row in table.to_pylist():
-                unit = Unit(row.pop("draw"), row.pop("part"))
-                ledger[unit] = Entry(**row)
-        except (TypeError, KeyError) as error:
+            ledger = {unit: entry for _, unit, entry in map(_read_line, table.to_pylist())}
+        except (TypeError, ValueError, KeyError) as error:
             raise TideError(f"{path} has other columns: {error}", fix=fix) from error
     # The newest note of a shard counts.
-    noted: list[tuple[float, Unit, Entry]] = []
-    for file in (cache / _NOTES).glob("*.jsonl"):
-        for line in file.read_text().splitlines():
-            try:
-                row = json.loads(line)
-                unit = Unit(row.pop("draw"), row.pop("part"))
-                noted.append((row.pop("at"), unit, Entry(**row)))
-            except (ValueError, TypeError, KeyError):  # the last line of a process that was killed
-                continue
+    noted = []
+    for file in (cache / NOTES).glob("*.jsonl"):
+        for line in read_bytes(file).splitlines():
+            # the last line of a process that was killed
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                noted.append(_read_line(json.loads(line)))
     for _, unit, entry in sorted(noted, key=lambda one: one[0]):
         ledger[unit] = entry
     return ledger
@@ -132,10 +136,11 @@ def settle_ledger(cache: Path, manifest: Manifest) -> Ledger:
     for unit in finished_units(cache):
         if unit in wanted:
             path = unit.path(cache)
-            ledger[unit] = known.get(unit) or entry_of(path, path.read_bytes(), manifest)
-    if wanted == set(ledger):
+            ledger[unit] = known.get(unit) or entry_of(path, read_bytes(path), manifest)
+    notes = [*(cache / NOTES).glob("*.jsonl")]
+    if wanted == set(ledger) and (notes or ledger != known):
         save_ledger(cache, manifest, ledger)
-        for file in (cache / _NOTES).glob("*.jsonl"):
+        for file in notes:
             file.unlink(missing_ok=True)
     return ledger
 
@@ -160,42 +165,40 @@ def whole_ledger(cache: Path, manifest: Manifest) -> Ledger:
 
 def inspect_shard(
     cache: Path, manifest: Manifest, layout: Layout, job: tuple[Unit, Entry | None]
-) -> tuple[int, str | None]:
-    """One shard's rows, and what is wrong with it; damage is no error here."""
+) -> tuple[int, str | None, Path]:
+    """One shard's rows, what is wrong with it, and in which file; damage is no error here."""
     unit, entry = job
     path = unit.path(cache)
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
         if entry is not None:
             entry.check(path, content)
         shard = read_table(path, layout, content, manifest.digest)
+        if entry is not None and entry != Entry.of(content, shard.counts):
+            return 0, f"the ledger has other counts of {path} than it holds", cache / LEDGER
         problem = problem_in(shard.table, layout, manifest)
-        return shard.counts["rows"], problem and f"{path}: {problem}"
+        return shard.counts["rows"], problem and f"{path}: {problem}", path
     except TideError as error:
-        return 0, error.what
+        return 0, error.what, path
     except (OSError, ValueError, IndexError) as error:
-        return 0, f"shard {path} cannot be read: {error}"
+        return 0, f"shard {path} cannot be read: {error}", path
 
 
 def in_processes(work: Callable[[T], R], jobs: Sequence[T], word: str) -> Iterator[R]:
     """`work` on every job, in their order: here where they are few, else one process a core."""
     count = min(os.cpu_count() or 1, -(-len(jobs) // _SHARDS_A_PROCESS))
-    with tqdm(total=len(jobs), unit="shard", desc=word, leave=False) as bar:
-        if count <= 1:
-            for job in jobs:
-                yield work(job)
-                bar.update()
-            return
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(count, spawn, serve_parent, (os.getpid(),)) as pool:
-            for result in pool.map(work, jobs, chunksize=4):
-                yield result
-                bar.update()
+    with contextlib.ExitStack() as held:
+        results = map(work, jobs)
+        if count > 1:
+            spawn = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(count, spawn, serve_parent, (os.getpid(),))
+            results = held.enter_context(pool).map(work, jobs, chunksize=4)
+        yield from tqdm(results, total=len(jobs), unit="shard", desc=word, leave=False)
 
 
 def check_shards(
     cache: Path, manifest: Manifest, layout: Layout, ledger: Ledger, units: Sequence[Unit]
-) -> Iterator[tuple[int, str | None]]:
+) -> Iterator[tuple[int, str | None, Path]]:
     """`inspect_shard` for each unit, in order."""
     jobs = [(unit, ledger.get(unit)) for unit in units]
     return in_processes(partial(inspect_shard, cache, manifest, layout), jobs, "check")
@@ -203,8 +206,8 @@ def check_shards(
 
 def _passing(cache: Path) -> dict[str, object]:
     """What `checked.json` says of a cache that passed: this very ledger, under these very rules."""
-    ledger = hashlib.sha256((cache / LEDGER).read_bytes()).hexdigest()
-    return {"ledger": ledger, "rules": VERSION}
+    status = (cache / LEDGER).stat()
+    return {"ledger": [status.st_ino, status.st_ctime_ns], "rules": VERSION}
 
 
 def remember(cache: Path) -> None:
@@ -221,7 +224,7 @@ def refuse_unsound(cache: Path, manifest: Manifest, layout: Layout, ledger: Ledg
     """
     units = manifest.units()
     try:
-        known = json.loads((cache / CHECKED).read_text()) == _passing(cache)
+        known = read_json(cache / CHECKED) == _passing(cache)
     except (OSError, ValueError):
         known = False
     problems = []
@@ -232,7 +235,7 @@ def refuse_unsound(cache: Path, manifest: Manifest, layout: Layout, ledger: Ledg
                 problems.append(f"{path} is missing, or not as long as the ledger says")
     else:
         checks = check_shards(cache, manifest, layout, ledger, units)
-        problems += [problem for _, problem in checks if problem]
+        problems += [problem for _, problem, _ in checks if problem]
     if problems:
         raise TideError(
             f"{len(problems)} of {len(units)} shards of {cache} do not hold; {problems[0]}",

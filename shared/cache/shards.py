@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from shared.cache.levels import from_table, numbers_of, schema_for, to_table
 from shared.cache.row import CacheRow, Layout, Tables, TokenMap
-from shared.system.files import TideError, atomic_file, write_bytes
+from shared.system.files import TideError, atomic_file, refuse_odd, write_bytes
 
 CACHE = "cache"
 """Among a shard's counts: the digest of the manifest that it belongs to."""
@@ -79,6 +79,8 @@ def read_parquet(path: Path, fix: str, content: bytes | None = None) -> pa.Table
     TideError, with `fix`, where it is damaged.
     """
     source: Any = path if content is None else pa.BufferReader(content)
+    if content is None:
+        refuse_odd(path)
     try:
         return pq.ParquetFile(source, page_checksum_verification=True).read()
     except Exception as error:  # a footer with a flipped bit leads the library anywhere

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from shared.cache.ledger import LEDGER, Ledger, entry_of, load_ledger, save_ledger
 from shared.cache.manifest import MANIFEST, Manifest, check_fingerprint, load_manifest
 from shared.cache.shards import TABLES, Unit, finished_units, has_tables
-from shared.system.files import TideError, write_bytes
+from shared.system.files import TideError, read_bytes, refuse_odd, write_bytes
 
 _ERRORS = (OSError, ValueError, pa.ArrowException, ImportError)
 
@@ -33,6 +33,12 @@ def belongs_to_cache(name: str) -> bool:
     kinds = {"student_tokenizer": "", "teacher_tokenizer": "", TABLES: ".parquet"}
     folder = path.parts[0]
     return folder in kinds and name.endswith(kinds[folder])
+
+
+def small_files(cache: Path) -> list[Path]:
+    """The files of tokenizers and tables, which are passed on with a cache."""
+    found = [p for p in cache.glob("*/*") if p.is_file()]
+    return sorted(p for p in found if belongs_to_cache(p.relative_to(cache).as_posix()))
 
 
 def _name(unit: Unit) -> str:
@@ -67,6 +73,8 @@ class Store:
         try:
             if name and not belongs_to_cache(name):
                 raise TideError(f"{name!r} is no file of a cache")
+            if isinstance(self.files, pafs.LocalFileSystem):
+                refuse_odd(Path(self.root, name), Path(self.root))
             yield f"{self.root}/{name}".rstrip("/")
         except TideError:
             raise
@@ -144,14 +152,13 @@ class Store:
         if MANIFEST in sizes:
             there = self.manifest().fingerprint
             check_fingerprint(Path(self.url), there, manifest.fingerprint, "go on with it")
-        small = [*sorted(cache.glob("*_tokenizer/*")), *sorted(cache.glob(f"{TABLES}/*.parquet"))]
-        for path in [*small, cache / MANIFEST]:
-            self.put(path.relative_to(cache).as_posix(), path.read_bytes())
+        for path in [*small_files(cache), cache / MANIFEST]:
+            self.put(path.relative_to(cache).as_posix(), read_bytes(path, cache))
         return frozenset(unit for name in sizes if (unit := Unit.at(Path(name))))
 
     def put_shard(self, cache: Path, unit: Unit) -> None:
         """Copy a finished shard."""
-        self.put(_name(unit), unit.path(cache).read_bytes())
+        self.put(_name(unit), read_bytes(unit.path(cache), cache))
 
     def push(self, cache: Path, manifest: Manifest, ledger: Ledger) -> int:
         """Copy what the store lacks of `cache`; how many shards it has now.
@@ -163,7 +170,7 @@ class Store:
         sizes = self.sizes()
         for unit in tqdm(finished_units(cache), unit="shard", desc="push"):
             if unit in ledger and sizes.get(_name(unit)) != ledger[unit].bytes:
-                ledger[unit].check(unit.path(cache), unit.path(cache).read_bytes())
+                ledger[unit].check(unit.path(cache), read_bytes(unit.path(cache)))
                 self.put_shard(cache, unit)
         # 2. once all are there, the ledger; what others wrote is read for it, and so checked
         sizes, units = self.sizes(), manifest.units()

@@ -107,7 +107,8 @@ def _folders(top: str) -> Iterator[str]:
 
 
 def public_name(source: str) -> str:
-    """The source as others may read it: a path of this machine loses its folders."""
+    """As others may read it: a path without its folders, an address without user and query."""
+    source = re.sub(r"^(\w+://)(?:[^/]*@)?([^?]*)(?:\?[^#]*)?", r"\1\2", source)
     kind = "hf://" if source.startswith("hf://") else ""
     name = source.removeprefix(kind)
     on_the_hub = kind and name.count("/") <= 1 and not name.startswith((".", "/", "~"))

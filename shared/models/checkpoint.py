@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from shared.system.files import TideError, read_json, refuse_odd
+from shared.system.files import TideError, read_json, refuse_odd, sha256_of
 from shared.text.tokenizers import Tokenizer
 
 AGAIN = "download the checkpoint again, from a place that you trust"
@@ -73,8 +73,7 @@ class Checkpoint:
         """A hash over the config and the bytes of all weights."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for file in self.weight_files:
-            with file.open("rb") as handle:
-                digest.update(hashlib.file_digest(handle, "sha256").digest())
+            digest.update(bytes.fromhex(sha256_of(file)))
         return digest.hexdigest()[:32]
 
 
@@ -88,9 +87,11 @@ def _read_json(path: Path) -> Any:
 
 
 def resolve(location: str) -> str:
-    """A path or hub id as it is; `embedded:NAME` as the folder inside the package."""
+    """A path or hub id; for a run its model; for `embedded:NAME` the folder in the package."""
     if not location.startswith("embedded:"):
-        return location
+        folder, model = Path(location), Path(location) / "model"
+        is_run = (model / "config.json").is_file() and not (folder / "config.json").exists()
+        return str(model) if is_run else location
     package, _, name = location.removeprefix("embedded:").partition("/")
     return str(Path(str(resources.files(package))) / name)
 

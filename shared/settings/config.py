@@ -316,8 +316,3 @@ class TrainConfig:
     """Examples for the held-out masked NLL, at fixed masks, every `eval_steps` and at the end."""
     heldout_draws: Count = 4
     eval_steps: Count = 500
-
-    def __post_init__(self) -> None:
-        multiple = f"a multiple of log_steps ({self.log_steps}): a resumed run logs the same curve"
-        said = f"checkpoint_steps is {self.checkpoint_steps}, expected {multiple}"
-        require(self.checkpoint_steps % self.log_steps == 0, said)

@@ -4,13 +4,13 @@ What is written goes to a temporary name first, to the disk (fsync), and then to
 """
 
 import errno
+import hashlib
 import itertools
 import json
 import os
 import re
 import shutil
 import socket
-import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -53,23 +53,40 @@ class Unusable(TideError):
         super().__init__(what or reason, fix=fix)
 
 
-def refuse_odd(path: Path) -> None:
-    """TideError where `path` is a pipe, a device or a socket: reading one may never end."""
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            return  # who opens it says that it is not there
-        raise TideError(f"{path} is a link to itself", expected="a file") from error
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+def refuse_odd(path: Path, within: Path | None = None) -> None:
+    """TideError where `path` is a pipe, a device or a socket: reading one may never end.
+
+    `within`, for what is passed on: also where a link leads out of that folder, or a hub's blobs.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
         raise TideError(f"{path} is a pipe, a device or a socket", expected="a file")
+    if within is not None:
+        real, home = Path(os.path.realpath(path)), within.resolve()
+        blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+        if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
+            what, expected = f"{path} leads to {real}", f"a file that lies in {within} itself"
+            raise TideError(what, expected=expected, fix="put a copy there if you trust it")
 
 
 def refuse_odd_in(folder: Path) -> None:
-    """`refuse_odd` for everything in a folder, where there is one."""
+    """`refuse_odd` for a model's folder; a link leads out to a file of the same name alone."""
     if folder.is_dir():
         for path in sorted(folder.iterdir()):
-            refuse_odd(path)
+            renamed = Path(os.path.realpath(path)).name != path.name
+            refuse_odd(path, folder if renamed else None)
+
+
+def sha256_of(path: Path, within: Path | None = None) -> str:
+    """Of a file's content. TideError as `refuse_odd`."""
+    refuse_odd(path, within)
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def read_bytes(path: Path, within: Path | None = None) -> bytes:
+    """A file's content. TideError as `refuse_odd`."""
+    refuse_odd(path, within)
+    return path.read_bytes()
 
 
 def read_json(path: Path, largest: int = 64 << 20) -> Any:
@@ -128,8 +145,9 @@ def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
         handle.write(content)
 
 
-def link(source: Path, target: Path) -> None:
-    """The same file at another place: a hard link, or a copy where the file systems differ."""
+def link(source: Path, target: Path, within: Path) -> None:
+    """The same file, which lies `within`, elsewhere: a hard link, or a copy on another disk."""
+    refuse_odd(source, within)
     temporary = temporary_path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -225,10 +243,8 @@ def explained(path: Path) -> Iterator[None]:
             kept = "free some space and run the same command again; all finished files are kept"
             what, fix = f"the disk is full: {path} could not be written", kept
         else:
-            what, fix = (
-                f"{path} cannot be written: {error.strerror or error}",
-                "choose another folder",
-            )
+            what = f"{path} cannot be written: {error.strerror or error}"
+            fix = "choose another folder"
         raise TideError(what, fix=fix) from error
 
 

@@ -8,12 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
@@ -21,9 +22,10 @@ from shared.system.files import TideError, explained
 
 logger = logging.getLogger(__name__)
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-_PARENT = "TIDE_PARENT"
+_PARENT, _TORCHRUN = "TIDE_PARENT", "TORCHELASTIC_RUN_ID"
 _PR_SET_PDEATHSIG = 1
 _received: list[int] = []
+_starters: list[int] = []  # the `tide` process that started this one, if one did
 
 
 @contextmanager
@@ -94,6 +96,32 @@ def stop_in_order() -> None:
         signal.signal(number, handle)
 
 
+@contextmanager
+def stop_is_asked(said: str) -> Iterator[list[float]]:
+    """For a block that looks itself whether a signal came, to which `said` answers; when. A second
+    one does what it did before: not within a second of a Ctrl-C that whoever started this process
+    had as well and passes on.
+    """
+    asked: list[float] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        if not asked:
+            asked.append(time.monotonic())
+            _received.append(number)
+            os.write(2, f"\ntide: {said}\n".encode())
+        elif time.monotonic() > asked[0] + 1 or not (_starters or _TORCHRUN in os.environ):
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+
+    main = threading.current_thread() is threading.main_thread()  # no other may
+    before: Any = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM) if main}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def leave_in_order() -> int:
     """The exit code of a stopped process, which from now on no further signal disturbs.
 
@@ -116,6 +144,7 @@ def end_with_parent() -> None:
     """In a process of `start_child`: end when the parent is gone, even by kill -9. Linux only."""
     parent = os.environ.pop(_PARENT, None)
     if parent is not None:
+        _starters.append(int(parent))
         _follow(int(parent))
 
 

@@ -28,19 +28,19 @@ from shared.cache.stores import Store
 from shared.cache.value_checks import problem_in
 from shared.diffusion import generator
 from shared.settings.config import TrainConfig
-from shared.system.files import TideError, write_bytes
+from shared.system.files import TideError, read_bytes, write_bytes
 from shared.system.hardware import first_here
+from shared.system.processes import serve_parent
 from student_train.batches.collate import Batch, collate
 
 _AT_ONCE = 4  # shards on their way from a store
 
 
 class OpenCache:
-    """The cache of `config.cache`, opened. TideError where it is not whole, or its values do not
-    hold.
+    """The cache of `config.cache`, opened. TideError where it is not whole, or not sound.
 
-    Shards of a store (`config.store`) are brought ahead of their use into its local side, the
-    folder, which holds `store_cache_gb` of them, those that were used last.
+    Shards of a store (`config.store`) come ahead of their use into its local side, the folder: it
+    holds `store_cache_gb` of them, those that were used last.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -75,22 +75,19 @@ class OpenCache:
 
     def shard(self, unit: Unit) -> Shard:
         """One shard. TideError where it is not what the ledger says."""
-        path = unit.path(self.folder)
-        if self.store is not None:
-            shard = read_table(path, self.layout, self._stored(self.store, unit))
-            # Nobody looked at these values when the cache was opened.
-            problem = problem_in(shard.table, self.layout, self.manifest)
-            if problem:
-                raise TideError(f"shard {path} of {self.store.url} does not hold: {problem}")
-            return shard
+        path, store = unit.path(self.folder), self.store
         try:
-            content = path.read_bytes()
+            content = read_bytes(path) if store is None else self._stored(store, unit)
         except OSError as error:
             what = f"shard {path}, which the cache's ledger names, cannot be read: {error.strerror}"
             fix = "run the same `tide cache` command again: it computes what is missing"
             raise TideError(what, fix=fix) from error
-        self.ledger[unit].check(path, content)
-        return read_table(path, self.layout, content)
+        shard = read_table(path, self.layout, content)
+        self.ledger[unit].check(path, content, shard.counts)
+        # At the values of a store's nobody looked when the cache was opened.
+        if store and (problem := problem_in(shard.table, self.layout, self.manifest)):
+            raise TideError(f"shard {path} of {store.url} does not hold: {problem}")
+        return shard
 
     def _fetch(self, store: Store, unit: Unit) -> bytes:
         content = store.read(unit.path(Path()).as_posix())
@@ -102,7 +99,7 @@ class OpenCache:
         path, coming = unit.path(self.folder), self._coming.pop(unit, None)
         if coming is None:
             with suppress(OSError, TideError):  # missing, or damaged: fetch it again
-                content = path.read_bytes()
+                content = read_bytes(path)
                 self.ledger[unit].check(path, content)
                 path.touch()  # used last
                 return content
@@ -165,8 +162,13 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
         self._windows: dict[tuple[int, int], Window] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        """For a process that works ahead: without the windows that are open here."""
+        """For a process that works ahead: without the windows that are open."""
         return {**self.__dict__, "_windows": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if parent := torch.multiprocessing.parent_process():  # in a process of a DataLoader
+            serve_parent(parent.pid)
 
     def __len__(self) -> int:
         return self._total * self._parts
@@ -296,8 +298,7 @@ class Window:
         decoded: dict[tuple[int, int], list[CacheRow]] = defaultdict(list)
         for part, chosen in rows_of.items():
             for unit, shard in zip(self._units[part], self._shards[part], strict=True):
-                path = unit.path(self._cache.folder)
-                rows = shard.rows(path, self._cache.layout, chosen)
+                rows = shard.rows(unit.path(self._cache.folder), self._cache.layout, chosen)
                 for number, row in zip(chosen, rows, strict=True):
                     decoded[part, number].append(row)
         return [row for place in places for row in decoded[self._order[place]]]

@@ -24,9 +24,11 @@ from student_train.batches.loader import OpenCache
 logger = logging.getLogger(__name__)
 
 _RUN = "run.json"
-# Settings that change nothing of what is trained.
+# Settings that change nothing of what is trained; of the cache its digest is compared.
 _MAY_CHANGE = {"log_steps", "checkpoint_steps", "eval_steps", "report_to", "run_name",
-               "loader_workers", "store_cache_gb"}  # fmt: skip
+               "loader_workers", "store_cache_gb", "cache", "store"}  # fmt: skip
+# Settings that name a place; what lies there is compared by its content.
+_PLACES = {"heldout": "source", "student": "checkpoint"}
 
 
 def preflight(config: TrainConfig, processes: int) -> tuple[TrainConfig, OpenCache]:
@@ -193,10 +195,11 @@ def recorded_run(out: Path) -> dict[str, Any]:
     return about
 
 
-def begin_or_go_on(config: TrainConfig, manifest: Manifest, processes: int, steps: int) -> None:
-    """Write what this run of `steps` steps is, or refuse to go on with another one.
+def begin_or_go_on(config: TrainConfig, processes: int, run: dict[str, Any]) -> None:
+    """Write what this run is, or refuse to go on with another one.
 
-    A run may be looked at otherwise (`_MAY_CHANGE`), and it may become longer, which is said.
+    `run`: its cache's digest and draws, its steps, and by section the digests (`contents`) of what
+    `_PLACES` name. It may be looked at otherwise (`_MAY_CHANGE`), and become longer, which is said.
     """
     settings = to_plain(config)
     settings.pop("out")
@@ -204,16 +207,17 @@ def begin_or_go_on(config: TrainConfig, manifest: Manifest, processes: int, step
     settings["batch_size"] *= processes
     if config.global_batch is not None:
         del settings["batch_size"], settings["accumulation"]
-    this = {"config": settings, "cache": manifest.digest, "draws": manifest.draws, "steps": steps}
-    this = json.loads(json.dumps(this))
-    before = recorded_run(config.out)
+    this = json.loads(json.dumps({"config": settings, **run}))
+    before, steps = recorded_run(config.out), run["steps"]
     if before:
         longer = steps > before.get("steps", steps)
         free = _MAY_CHANGE | ({"epochs", "max_steps"} if longer else set())
         same = []  # what must be the same in both
         for about in (before, this):
             own = {name: value for name, value in about["config"].items() if name not in free}
-            same.append({**about, "config": own, "steps": None})
+            for section, name in _PLACES.items() if "contents" in before else ():
+                own[section] = own.get(section) and {**own[section], name: None}
+            same.append({"contents": run["contents"], **about, "config": own, "steps": None})
         if lines := differences(*same):
             what = [f"{config.out} holds a run with other settings (run → now):", *lines]
             fix = "give back the old settings, or choose another folder (--out)"

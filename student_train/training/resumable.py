@@ -5,7 +5,6 @@ and holds the SHA-256 of each, so that a folder that was half written, or change
 gone on from.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -28,7 +27,8 @@ from transformers import Trainer, TrainingArguments
 from shared.cache.manifest import Manifest
 from shared.settings.build import to_plain
 from shared.settings.config import TrainConfig
-from shared.system.files import write_bytes
+from shared.system.files import sha256_of, write_bytes
+from shared.system.processes import stop_is_asked
 from student_train.training.preflight import on_gpu
 
 logger = logging.getLogger(__name__)
@@ -54,11 +54,6 @@ def _by_step(place: Path) -> list[tuple[int, Path]]:
     return sorted((int(name[1]), path) for path, name in names if name and path.is_dir())
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def whole_checkpoints(place: Path) -> list[Checkpoint]:
     """Marked checkpoints whose hashes hold, oldest first; damaged ones are named in the log."""
     whole = []
@@ -71,7 +66,7 @@ def whole_checkpoints(place: Path) -> list[Checkpoint]:
             if note["step"] != step:
                 raise ValueError(f"{MARKER} is that of step {note['step']}")
             for name, digest in files.items():
-                if _sha256(folder / name) != digest:
+                if sha256_of(folder / name) != digest:
                     raise ValueError(f"{name} is not what was written")
             for path in folder.rglob("*"):
                 known = path.relative_to(folder).as_posix() in files
@@ -154,7 +149,10 @@ def training_arguments(config: TrainConfig, manifest: Manifest, steps: int) -> R
 
 
 class ResumableTrainer(Trainer):
-    """A Trainer that goes on from the last whole checkpoint in its output folder, and keeps two."""
+    """A Trainer that goes on from the last whole checkpoint in its output folder, and keeps two.
+
+    A signal ends it after a step, with a checkpoint: where `told`, in all processes or none.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -163,6 +161,9 @@ class ResumableTrainer(Trainer):
         self._began = time.monotonic()  # less the seconds before an interruption
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
+        self.asked: list[float] = []  # when this process had a signal
+        self.told: Any = self.asked
+        self._stopped = False
         # Within `_save_checkpoint`: what is written while training goes on.
         self._later: list[Callable[[], object]] | None = None
 
@@ -172,8 +173,8 @@ class ResumableTrainer(Trainer):
         return time.monotonic() - self._began
 
     def train_resuming(self, smaller: bool = False) -> bool:
-        """Train to the end, from the last whole checkpoint if there is one. False where memory ran
-        out, for which `smaller` passes can help: what is done is a checkpoint then.
+        """From the last whole checkpoint to the end, or to a signal's KeyboardInterrupt. False where
+        memory ran out, for which `smaller` passes can help: what is done is a checkpoint then.
         """
         place = Path(str(self.args.output_dir))
         last: list[Any] = [None]
@@ -198,28 +199,33 @@ class ResumableTrainer(Trainer):
             broadcast_object_list(last)  # on a shared file system all must see the same
         folder, seconds = last[0] or (None, 0.0)
         self._began = time.monotonic() - seconds
-        try:
-            self.train(resume_from_checkpoint=folder)
-        except RuntimeError as error:
-            if not smaller or self.args.world_size > 1 or not should_reduce_batch_size(error):
-                raise
-            logger.warning("out of memory: on from step %d, less at a time", self.state.global_step)
-            if self.state.global_step > 0:
-                self._save_checkpoint(self.model, None)
-            return False
-        finally:
-            self._finish_checkpoint()
+        self.args.eval_on_start = self.eval_dataset is not None and folder is None
+        with stop_is_asked("stops after this step, with a checkpoint") as self.asked:
+            try:
+                self.train(resume_from_checkpoint=folder)
+            except RuntimeError as error:
+                if not smaller or self.args.world_size > 1 or not should_reduce_batch_size(error):
+                    raise
+                done = self.state.global_step
+                logger.warning("out of memory: on from step %d, less at a time", done)
+                if done > 0:
+                    self._save_checkpoint(self.model, None)
+                return False
+            finally:
+                self._finish_checkpoint()
+        if self._stopped:
+            raise KeyboardInterrupt
         return True
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps and not self._stopped and self.told:
+            self._stopped = self.control.should_save = self.control.should_training_stop = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
         """In order: the data set itself is the shuffled plan of the whole run."""
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         return torch.utils.data.SequentialSampler(dataset)
-
-    def _load_callback_state(self) -> None:
-        """Called with a checkpoint's state: how often it logs, saves, scores may have changed."""
-        self.state.compute_steps(self.args, self.state.max_steps)
-        super()._load_callback_state()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Weights and optimizer state are copied to host memory, and written while training goes
@@ -244,7 +250,7 @@ class ResumableTrainer(Trainer):
             for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER):
                 with path.open("rb") as handle:
                     os.fsync(handle.fileno())
-                files[path.relative_to(folder).as_posix()] = _sha256(path)
+                files[path.relative_to(folder).as_posix()] = sha256_of(path)
             note = {"step": step, "seconds": round(seconds, 3), "files": files}
             write_bytes(folder / MARKER, (json.dumps(note, indent=1) + "\n").encode())
             # 2. All marked ones but two go, by their steps, whatever their dates: the marker first,

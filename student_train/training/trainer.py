@@ -17,7 +17,8 @@ from safetensors.torch import save
 from transformers import set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from shared.cache.manifest import Manifest
+from shared.cache.manifest import Manifest, checksum_of
+from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import compile_layers
 from shared.settings.config import TrainConfig
 from shared.system.files import TideError, write_bytes
@@ -36,7 +37,8 @@ from student_train.training.resumable import TENSORBOARD, ResumableTrainer, trai
 logger = logging.getLogger(__name__)
 
 NONFINITE = "nonfinite"
-_SUMS = ("denoise", "distillation", "batches", "tokens", "masked", "chunks", "mass", "mass_rows")
+_SUMS = ("loss", "denoise", "distillation", "batches", "tokens", "masked", "chunks", "mass",
+         "mass_rows")  # fmt: skip
 
 
 def train_student(
@@ -109,7 +111,12 @@ def make_trainer(
     if is_first():
         if held is not None:
             held.enter_context(hold(config.out / ".lock", f"the run {config.out}"))
-        begin_or_go_on(asked, manifest, processes, steps)
+        base = config.student.checkpoint
+        weights = None if base is None else open_checkpoint(resolve(base)).fingerprint()
+        content = heldout and checksum_of({"ids": heldout.ids})
+        run = {"cache": manifest.digest, "draws": manifest.draws, "steps": steps}
+        run["contents"] = {"heldout": content, "student": weights}
+        begin_or_go_on(asked, processes, run)
     # 4. The model's forward becomes the loss, and the loop is made.
     read_targets = TargetReader(opened.layout, model.config.vocab_size)
     trained = with_adapter(model, config.student.lora)
@@ -165,18 +172,22 @@ class StudentTrainer(ResumableTrainer):
     ) -> tuple[list[Any], Any]:
         """The batches of one optimizer step, and the denominators, over those of all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = torch.zeros(3, dtype=torch.float64, device=device)
+        counts = torch.zeros(4, dtype=torch.float64, device=device)
         for batch in batches:
             if "error" in batch:  # of a process of the loader (`BatchDataset.__getitem__`)
                 raise TideError(batch["error"])
-            counts += batch["counts"].to(device)
+            counts[:3] += batch["counts"].to(device)
+        counts[3] = len(self.asked)
         self._batches_done = 0
         if not self._began_steps and self.is_world_process_zero():
             shares = padding_of(batches)
             said = "padding: %.1f %% of the first step; %.1f %% if no two examples shared a row"
             logger.info(said, *(100 * share for share in shares))
         self._began_steps = True
-        return batches, self.accelerator.reduce(counts, "sum")
+        counts = self.accelerator.reduce(counts, "sum")
+        # Which of several had a signal: known before the step's own work, for which nobody waits.
+        self.told = self.asked if self.accelerator.num_processes == 1 else counts[3]
+        return batches, counts[:3]
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -206,7 +217,7 @@ class StudentTrainer(ResumableTrainer):
                 p = inputs["topk_logp"].exp()  # of the teacher at T = 1
                 mass = p.masked_fill(~inputs["topk_kept"], 0.0).sum(dim=1)
             tokens, masked, chunks = inputs["tokens"], inputs["gold"].numel(), inputs["counts"][2]
-            values = (ce, distillation, 1, tokens, masked, chunks, mass.sum(), mass.numel())
+            values = (loss, ce, distillation, 1, tokens, masked, chunks, mass.sum(), mass.numel())
             zero = self._sums.new_zeros(())
             self._sums += torch.stack([zero + value for value in values])
             newly_bad = (self._first_bad < 0) & ~torch.isfinite(loss)
@@ -230,6 +241,24 @@ class StudentTrainer(ResumableTrainer):
             progress = json.dumps({"step": step, "max_steps": steps, **logs})
             write_bytes(self.config.out / "progress.json", (progress + "\n").encode())
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """With the sums since the last log, of each process: a run may be stopped at any step."""
+        self.refuse_nonfinite()
+        sums: Any = self.accelerator.gather(self._sums[None])
+        self.state.stateful_callbacks["sums"] = sums.tolist()
+        super()._save_checkpoint(model, trial)
+
+    def _load_callback_state(self) -> None:
+        """Called with a checkpoint's state: how often it logs, saves, scores may have changed."""
+        self.state.compute_steps(self.args, self.state.max_steps)
+        super()._load_callback_state()
+        rank = self.accelerator.process_index
+        sums = self._sums.new_tensor(self.state.stateful_callbacks.pop("sums", []))
+        if len(sums) == self.accelerator.num_processes:
+            self._sums += sums[rank]
+        elif rank == 0:  # other processes, or none, share the work now
+            self._sums += sums.sum(dim=0)
+
     def _watched(self) -> dict[str, float]:
         """Means since the last log, over all processes; then begins anew."""
         reduced: Any = self.accelerator.reduce(self._sums, "sum")
@@ -238,7 +267,7 @@ class StudentTrainer(ResumableTrainer):
         before, self._since = self._since, time.perf_counter()
         passes = self.config.accumulation * self.accelerator.num_processes
         steps = max(sums["batches"] / passes, 1)
-        logs = {name: sums[name] / steps for name in ("denoise", "distillation")}
+        logs = {name: sums[name] / steps for name in ("loss", "denoise", "distillation")}
         logs |= {"masked_positions": sums["masked"] / steps}
         logs |= {"active_chunks": sums["chunks"] / steps}
         if sums["mass_rows"]:

@@ -21,8 +21,9 @@ from shared.cache.levels import EMPTY, LARGEST_LEVEL
 from shared.cache.manifest import Manifest, check_fingerprint, load_manifest, refuse_unfinished
 from shared.cache.row import CacheRow
 from shared.cache.shards import CACHE, TABLES, Unit, finished_units
+from shared.cache.stores import small_files
 from shared.cache.tail import LinearTail
-from shared.system.files import TideError, link, refuse_unwritable, write_bytes
+from shared.system.files import TideError, link, read_bytes, refuse_unwritable, write_bytes
 
 # What a killed run may have left before it came to the manifest.
 _BEFORE_MANIFEST = ("student_tokenizer", "teacher_tokenizer", TABLES)
@@ -36,9 +37,9 @@ def _begin(target: Path, manifest: Manifest, source: Path, tables: bool = True) 
         wanted = dataclasses.replace(manifest, sources=old.sources)  # a name is no difference
         check_fingerprint(target, old, wanted, "go on with it")
         return
-    for folder in [*sorted(source.glob("*_tokenizer")), *([source / TABLES] if tables else [])]:
-        for file in sorted(folder.glob("*")):
-            write_bytes(target / folder.name / file.name, file.read_bytes())
+    for file in small_files(source):
+        if tables or file.parent.name != TABLES:
+            write_bytes(target / file.relative_to(source), read_bytes(file, source))
     manifest.save(target)
 
 
@@ -76,11 +77,11 @@ def merge_caches(sources: Sequence[Path], target: Path) -> Manifest:
         source, old = origins[unit]
         manifest, layout, ledger = known[source]
         path = old.path(source)
-        content = path.read_bytes()
+        content = read_bytes(path, source)
         if old in ledger:
             ledger[old].check(path, content)
         if manifest.digest == made.digest and unit == old:
-            link(path, unit.path(target))
+            link(path, unit.path(target), source)
             entry = ledger.get(old) or entry_of(path, content, manifest)
         else:
             shard = shards.read_table(path, layout, content, manifest.digest)
@@ -143,7 +144,7 @@ def prune_cache(
         # Fewer draws alone change no byte of a shard.
         _begin(target, made, source)
         for unit in sorted(set(made.units()) - set(finished_units(target))):
-            link(unit.path(source), unit.path(target))
+            link(unit.path(source), unit.path(target), source)
             note(target, unit, ledger[unit])
         settle_ledger(target, made)
         return made
@@ -166,7 +167,7 @@ def prune_cache(
     units = sorted(set(made.units()) - set(finished_units(target)))
     for unit in tqdm(units, unit="shard", desc="prune"):
         path = unit.path(source)
-        shard = shards.read_table(path, layout)
+        shard = shards.read_table(path, layout, read_bytes(path, source))
         rows = [cut(row, old, fewer, layout.tables.unit, k) for row in shard.rows(path, layout)]
         counts = {**shard.counts, CACHE: made.digest}
         written = shards.write_shard(unit.path(target), rows, new, counts)

@@ -14,7 +14,7 @@ from shared.cache.ledger import in_processes
 from shared.cache.manifest import Manifest, load_manifest
 from shared.cache.row import CacheRow, Layout
 from shared.cache.shards import Unit, column_bytes, finished_units, read_shard
-from shared.system.files import TideError, write_bytes
+from shared.system.files import TideError, read_bytes, write_bytes
 from shared.text.tokenizers import Tokenizer
 
 T_EDGES = np.linspace(0.0, 1.0, 6)
@@ -59,7 +59,7 @@ def inspect_cache(folder: Path) -> Inspection:
 def _inspect_shard(folder: Path, manifest: Manifest, layout: Layout, unit: Unit) -> Inspection:
     """The sums over one shard."""
     path = unit.path(folder)
-    content = path.read_bytes()
+    content = read_bytes(path)
     sums = Inspection(manifest, layout.rank, [unit])
     sums.bytes_by_column = column_bytes(content)
     for row in read_shard(path, layout, content):

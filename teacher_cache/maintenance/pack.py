@@ -5,7 +5,6 @@ no further: no more than it says there is read into memory or written, and only 
 have.
 """
 
-import hashlib
 import io
 import json
 import shutil
@@ -19,10 +18,10 @@ from tqdm.auto import tqdm
 
 from shared.cache.ledger import LEDGER, settle_ledger
 from shared.cache.manifest import MANIFEST, load_manifest, refuse_unfinished
-from shared.cache.shards import TABLES
-from shared.cache.stores import belongs_to_cache
+from shared.cache.stores import belongs_to_cache, small_files
 from shared.settings.build import strict
-from shared.system.files import TideError, atomic_file, new_folder, refuse_odd, remove_leftovers
+from shared.system import files as own
+from shared.system.files import TideError, atomic_file, new_folder, refuse_odd, sha256_of
 
 CHECKSUMS = "checksums.json"
 _LEVEL = 3  # shards are compressed already
@@ -38,23 +37,20 @@ class _Member:
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def pack_cache(cache: Path, archive: Path) -> int:
     """Write the cache to `archive`; its number of files. TideError where it is not finished."""
     manifest = load_manifest(cache)
     refuse_unfinished(cache, manifest)
     settle_ledger(cache, manifest)
-    small = sorted([*cache.glob("*_tokenizer/*"), *cache.glob(f"{TABLES}/*")])
-    files = [cache / MANIFEST, cache / LEDGER, *(path for path in small if path.is_file())]
+    files = [cache / MANIFEST, cache / LEDGER, *small_files(cache)]
     files += [unit.path(cache) for unit in manifest.units()]
     names = [path.relative_to(cache).as_posix() for path in files]
     about = {}
     for name in tqdm(names, unit="file", desc="checksums"):
-        about[name] = {"sha256": _sha256(cache / name), "bytes": (cache / name).stat().st_size}
+        about[name] = {
+            "sha256": sha256_of(cache / name, cache),
+            "bytes": (cache / name).stat().st_size,
+        }
     note = json.dumps(about, indent=1).encode()
     packer = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
     with (
@@ -99,7 +95,7 @@ def unpack_cache(archive: Path, cache: Path) -> int:
     refuse_odd(archive)
     cache = cache.absolute()
     if not cache.exists():
-        remove_leftovers([cache])
+        own.remove_leftovers([cache])
     reader = zstandard.ZstdDecompressor(max_window_size=_WINDOW)
     try:
         with new_folder(cache) as folder:
@@ -151,7 +147,7 @@ def _extract(plain: _Bounded, folder: Path) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as handle:
                 shutil.copyfileobj(content, handle)
-            if _sha256(path) != about.sha256:
+            if sha256_of(path) != about.sha256:
                 raise ValueError(f"the checksum of {member.name} does not hold")
             plain.left = _HEADERS
     # 3. to the end of the stream, where its own checksum stands

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.cache.ledger import CHECKED, LEDGER, check_shards, load_ledger, remember, settle_ledger
+from shared.cache.ledger import LEDGER, NOTES, check_shards, load_ledger, remember, settle_ledger
 from shared.cache.levels import GOLD_STEPS, LOGIT_STEPS, TAIL_STEPS, half_steps
 from shared.cache.manifest import load_manifest
 from shared.cache.row import CacheRow
@@ -21,7 +21,7 @@ from teacher_cache.run.work import load_engine, merge_passes
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong. `path`: the shard, where it is one that can be computed again."""
+    """One thing that is wrong. `path`: the file, where it is one that can be made again."""
 
     text: str
     path: Path | None = None
@@ -67,10 +67,10 @@ def check_cache(folder: Path) -> CheckReport:
             size = f"{manifest.draws} draws and {manifest.parts} parts"
             problems.append(Problem(f"{unit.path(folder)} is no part of a cache of {size}"))
     checks = check_shards(folder, manifest, layout, ledger, units)
-    for unit, (of_shard, problem) in zip(units, checks, strict=True):
+    for of_shard, problem, path in checks:
         rows += of_shard
         if problem is not None:
-            problems.append(Problem(problem, unit.path(folder)))
+            problems.append(Problem(problem, path))
     missing = len(expected - set(units))
     if not problems and not missing:
         settle_ledger(folder, manifest)
@@ -82,9 +82,9 @@ def delete_damaged(report: CheckReport) -> int:
     """Delete the files that have a problem, for `tide cache` to make again; how many."""
     damaged = {problem.path for problem in report.problems if problem.path is not None}
     for path in damaged:
-        path.unlink(missing_ok=True)
-        for above in path.parents[1:3]:  # of tables, or of shards
-            (above / CHECKED).unlink(missing_ok=True)
+        notes = (path.parent / NOTES).glob("*.jsonl") if path.name == LEDGER else ()
+        for file in (path, *notes):
+            file.unlink(missing_ok=True)
     return len(damaged)
 
 

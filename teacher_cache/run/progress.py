@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from shared.cache.shards import Unit
 from shared.cache.stores import Store
-from shared.system.files import TideError, write_bytes
+from shared.system.files import TideError, read_json, write_bytes
 from teacher_cache.run.open import Run
 
 STATUS = "status.json"
@@ -36,7 +36,7 @@ def read_status(cache: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        status = json.loads(path.read_text())
+        status = read_json(path)
     except (OSError, ValueError):
         return {}
     return status if isinstance(status, dict) else {}

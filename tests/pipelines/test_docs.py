@@ -64,6 +64,19 @@ def test_every_command_of_every_page_parses() -> None:
         root.commands[name].make_context(name, arguments)
 
 
+def test_every_command_that_a_sentence_names_exists() -> None:
+    named = [(p, line) for p in PAGES for line in re.findall(r"`tide ([^`]+)`", p.read_text())]
+    assert len(named) > 50
+    for page, line in named:
+        place: Any = typer.main.get_command(app)
+        words = re.sub("[….]", "", line).split()
+        while words and hasattr(place, "commands") and words[0][0] != "-":
+            assert words[0] in place.commands, (page, line)
+            place = place.commands[words.pop(0)]
+        known = {"--help"}.union(*(option.opts + option.secondary_opts for option in place.params))
+        assert {word for word in words if word[:2] == "--"} <= known, (page, line)
+
+
 def test_facts_about_teachers_and_benchmarks_are_the_programs() -> None:
     text = "".join(page.read_text() for page in DOCS if page.parent.name == "teachers")
     for name in all_teachers(None):
@@ -85,9 +98,11 @@ def test_the_site_s_equations_and_its_page_of_settings() -> None:
     page = '<p>so <span class="arithmatex">\\(p &lt; \\log q\\)</span></p><div class="arithmatex">\\[x^2\\]</div>'  # noqa: E501
     text = site["on_page_content"](page)
     assert "arithmatex" not in text and text.count("<math") == 2 and "<msup>" in text
-    text = site["on_page_markdown"]((ROOT / "docs" / "settings.md").read_text())
-    assert "<!--" not in text
+    text = (ROOT / "docs" / "settings.md").read_text()
+    assert site["settings_page"](text) == text  # python docs/_hooks/site.py writes it
     assert "`int, at least 1, at most 100`" in text and "an epoch trains on one" in text
+    for line in re.findall(r"^\|.*", text, re.MULTILINE):  # no | in code, which is shown as it is
+        assert "|" not in "".join(re.findall("`[^`]*`", line)), line
 
 
 def test_every_package_is_in_the_wheel() -> None:

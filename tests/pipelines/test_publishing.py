@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.publishing import gather, parse_target, upload
+from shared.cache.manifest import load_manifest
+from shared.settings.config import TrainConfig
 from shared.system.files import TideError
-from student_train.export import Format, export_student
+from student_train.export import Format, export_student, write_card
 from student_train.using.settings import SampleConfig
 from student_train.using.student import load_for_use, sample
 
@@ -179,6 +182,60 @@ def test_an_exported_student_keeps_its_card(run: Path, tmp_path: Path) -> None:
         said = json.loads((out / "config.json").read_text())
         assert (said["block_size"], said["mask_token_id"]) == (32, 2047)
         assert (out / "LICENSE").exists() and not (out / "notes.py").exists()
+
+
+NASTY = ["a\n\n## Licence\n\nMIT\n\n<!-- .jsonl", "x\n---\nlicense: mit\n---\n", " ## Licence",
+         "`](http://x) <img src=x>", "\x1b]0;PWN\x07\x1b[2Jx", "\udcff\u202e\u2028## Benchmarks",
+         "| a |\n|---|", "hf_" + "a" * 30]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_names_of_others_are_names_alone_in_a_card(
+    name: str, caches: dict[str, Path], run: Path
+) -> None:
+    """Of data, teacher, mask and benchmarks: one line each, in Markdown's code or without marks."""
+
+    def card_of(name: str) -> str:
+        manifest = load_manifest(caches["tiny-cross"])
+        known = manifest.fingerprint
+        teacher = replace(known.teacher, name=name, architecture=name, weights=name)
+        known = replace(known, teacher=teacher, student=replace(known.student, mask_token=name))
+        changed = replace(manifest, sources=(name, name), fingerprint=known)
+        write_card(run / "model", TrainConfig(), changed, {})
+        score = json.loads((run / "eval" / "gsm8k.json").read_text())
+        score |= {"title": name, "metric": name}
+        (run / "eval" / "gsm8k.json").write_text(json.dumps(score))
+        return gather(run, "me/small", "apache-2.0").card.replace(changed.digest, "its digest")
+
+    plain, nasty = card_of("plain"), card_of(name)
+    assert ModelCard(nasty).data.to_dict() == ModelCard(plain).data.to_dict()
+    assert nasty.replace("\n", "").isprintable() and "hf_aaa" not in nasty
+    for ours, theirs in zip(plain.splitlines(), nasty.splitlines(), strict=True):
+        if ours.startswith("|"):
+            assert ours.count("|") == theirs.count("|") and not set("<`[") & set(theirs)
+        else:
+            assert re.sub("`[^`]*`", "", ours) == re.sub("`[^`]*`", "", theirs)
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "README.md", "chat_template.jinja"])
+def test_a_student_s_links_lead_nowhere_else(name: str, run: Path, tmp_path: Path) -> None:
+    """Published, or exported and then published; but a hub's cache is made of links."""
+    model, key = run / "model", tmp_path / "id_rsa"
+    home = tmp_path / "models--me--small"
+    (home / "snapshots" / COMMIT).mkdir(parents=True)
+    shutil.copytree(model, home / "blobs")
+    for path in (home / "blobs").iterdir():
+        (home / "snapshots" / COMMIT / path.name).symlink_to(path)
+    gather(home / "snapshots" / COMMIT, "me/small", None)
+    key.write_text("PRIVATE")
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to(key)
+    for use in (
+        lambda: gather(run, "me/small", None),
+        lambda: export_student(model, tmp_path / "out", "hf"),
+    ):
+        with pytest.raises(TideError, match="id_rsa"):
+            use()
 
 
 def test_from_the_run_to_a_stranger(student: str, tmp_path: Path) -> None:

@@ -55,6 +55,18 @@ def words(table: str) -> str:
     return " ".join(table.split())
 
 
+def test_a_difference_of_nothing_does_not_fill_the_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(report.plt, "close", figures.append)
+    for seed in (0, 1):
+        fake_run(tmp_path / f"a-seed{seed}", seed, "c", 4.0 + 0.002 * seed, NONE)
+    report.draw_curves(find_runs(tmp_path), tmp_path / "report.png")
+    spans = [np.ptp(axis.get_ylim()) for axis in figures[0].axes]
+    assert spans == [pytest.approx(1.1, abs=0.1), pytest.approx(0.1)]
+
+
 def test_the_table_has_mean_and_spread_over_seeds(tmp_path: Path) -> None:
     fill(tmp_path, [0.1, 0.2, 0.3])
     table = summary_table(find_runs(tmp_path))

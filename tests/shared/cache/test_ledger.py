@@ -1,8 +1,10 @@
 """One file says what every shard is; what a killed process did not note is found again."""
 
+import contextlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,15 @@ from shared.cache.ledger import LEDGER, Entry, load_ledger, settle_ledger, whole
 from shared.cache.manifest import checksum_of, load_manifest
 from shared.cache.shards import Unit, finished_units, read_table
 from shared.system.files import TideError
+from teacher_cache.maintenance.inspect import inspect_cache
+from teacher_cache.maintenance.verify import check_cache, delete_damaged
+from teacher_cache.run.progress import read_status
 from tests.conftest import files
 from tests.reading import all_rows, dataset
+
+
+def settled(cache: Path) -> ledgers.Ledger:
+    return settle_ledger(cache, load_manifest(cache))
 
 
 @pytest.fixture
@@ -97,6 +106,53 @@ def test_a_ledger_or_a_shard_that_is_another_one_is_refused(
         with pytest.raises(TideError, match="part-00001"):
             dataset(cache)
         (cache / LEDGER).unlink(missing_ok=True)
+
+
+LINE = {"draw": 0, "part": 1, "at": 9e9, **vars(Entry("a" * 64, 1, 2, 3, 4, 5))}
+STRANGE: list[Any] = [5, None, "x", [[1, 2]], {**LINE, "rows": "many"}, {**LINE, "part": None},
+    {**LINE, "at": []}, {}]  # fmt: skip
+
+
+def test_notes_that_are_none(cache: Path) -> None:
+    whole = load_ledger(cache, load_manifest(cache))
+    (cache / "ledger").mkdir(exist_ok=True)
+    lines = [json.dumps(line).encode() for line in STRANGE] + [b"\xff\xfe", b"[" * 100_000]
+    (cache / "ledger" / "x.jsonl").write_bytes(b"\n".join(lines))
+    assert load_ledger(cache, load_manifest(cache)) == whole
+
+
+@pytest.mark.parametrize("name", ["bytes", "rows", "masked", "chunks", "rows_without_chunks"])
+@pytest.mark.parametrize("noted", [True, False])
+def test_counts_that_do_not_hold_are_found(
+    name: str, noted: bool, caches: dict[str, Path], cache: Path
+) -> None:
+    """In the ledger or in a note; then they are made anew, and no shard is touched."""
+    manifest = load_manifest(cache)
+    ledger = load_ledger(cache, manifest)
+    ledger[Unit(1, 1)] = replace(
+        ledger[Unit(1, 1)], **{name: getattr(ledger[Unit(1, 1)], name) + 3}
+    )
+    if noted:
+        ledgers.note(cache, Unit(1, 1), ledger[Unit(1, 1)])
+    else:
+        ledgers.save_ledger(cache, manifest, ledger)
+    with pytest.raises(TideError, match="part-00001"):
+        dataset(cache)
+    report = check_cache(cache)
+    assert len(report.problems) == 1 and delete_damaged(report) == 1
+    assert not check_cache(cache).problems
+    assert files(cache) == files(caches["tiny-cross"])
+
+
+@pytest.mark.parametrize("name", [LEDGER, "checked.json", "ledger/x.jsonl", "manifest.json",
+    "tables/encoder.parquet", "shards/draw=01/part-00001.parquet", "status.json"])  # fmt: skip
+def test_a_pipe_in_the_place_of_a_file_is_no_end_of_waiting(name: str, cache: Path) -> None:
+    (cache / name).unlink(missing_ok=True)
+    (cache / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(cache / name)
+    for use in (dataset, check_cache, settled, inspect_cache, read_status):
+        with contextlib.suppress(TideError):
+            use(cache)
 
 
 ABSENT = object()

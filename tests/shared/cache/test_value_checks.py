@@ -163,6 +163,10 @@ def test_what_passed_is_not_looked_at_again_but_its_length_and_hash_are(
     refuse_unsound(cache, manifest, layout, ledger)
     refuse_unsound(cache, manifest, layout, ledger)
     assert len(looked) == 6
+    # One that comes from elsewhere proves nothing by what lies in it.
+    copy = Path(shutil.copytree(cache, tmp_path / "copy"))
+    refuse_unsound(copy, manifest, layout, ledger)
+    assert len(looked) == 12
     path = Unit(1, 2).path(cache)
     content = path.read_bytes()
     path.write_bytes(content[:-1])

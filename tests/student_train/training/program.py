@@ -1,12 +1,15 @@
 """Runs of stage two as a program of its own, which tests start. It is a module, not text in a test,
 so that a name that is gone is found by the type checker.
 
+`SETTINGS stop`: `train_student`, of whose second process a signal asks to stop in its third step.
 `SETTINGS [OPTIMIZER]`: `train_student`, perhaps with an optimizer by name, and with FSDP on a CPU
 where the settings ask for it. `SETTINGS compiled`: the run with and without torch.compile (the
 checks of shapes that tests put around functions cannot be compiled); prints losses and graphs.
 """
 
 import json
+import os
+import signal
 import sys
 from dataclasses import replace
 from typing import Any
@@ -70,10 +73,26 @@ def compiled_or_not(config: TrainConfig) -> dict[str, Any]:
     return runs
 
 
+def stop_in_the_third_step(config: TrainConfig) -> None:
+    made, _ = trainer.make_trainer(config)
+
+    def at_item(item: int, *_: Any) -> None:
+        if item == 5 and os.environ["RANK"] == "1":
+            signal.raise_signal(signal.SIGINT)
+
+    made.at_item = at_item
+    try:
+        made.train_resuming()
+    except KeyboardInterrupt:
+        print(f"process {os.environ['RANK']} stopped at {made.state.global_step}")
+
+
 if __name__ == "__main__":
     config, what = build(TrainConfig, json.loads(sys.argv[1])), sys.argv[2:]
     if what == ["compiled"]:
         print(json.dumps(compiled_or_not(config)))
+    elif what == ["stop"]:
+        stop_in_the_third_step(config)
     else:
         if what:
             take_optimizer(what[0])

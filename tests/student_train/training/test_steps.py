@@ -4,6 +4,7 @@ processes; and switches that change memory and speed, and no value that is train
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -267,6 +268,21 @@ def test_two_processes_of_two_passes_make_the_gradient_of_one(
     for name, expected in weights[0].items():
         torch.testing.assert_close(weights[1][name], expected, rtol=0, atol=1e-6)
     for a, b in zip(*curves, strict=True):
+        assert b == {key: pytest.approx(value, rel=1e-5, abs=1e-6) for key, value in a.items()}
+
+
+@pytest.mark.slow
+def test_processes_stop_at_one_step(caches: dict[str, Path], tmp_path: Path) -> None:
+    """Whichever of them is told; the curve is that of a run that nobody told."""
+    how = {"log_steps": 3, "checkpoint_steps": 6, "distillation": {"type": "kl"}, "max_steps": 6}
+    straight, told = (config(caches["tiny-shared"], tmp_path / name, **how) for name in "st")
+    program(straight, "adamw_torch", processes=2)
+    said = program(told, "stop", processes=2)
+    assert sorted(re.findall("process . stopped at .", said)) == [
+        f"process {rank} stopped at 4" for rank in (0, 1)
+    ]
+    program(told, "adamw_torch", processes=2)
+    for a, b in zip(curve(told.out), curve(straight.out), strict=True):
         assert b == {key: pytest.approx(value, rel=1e-5, abs=1e-6) for key, value in a.items()}
 
 

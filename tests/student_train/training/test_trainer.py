@@ -4,6 +4,7 @@ continued with other settings, goes on float for float.
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,39 @@ def test_a_killed_run_has_the_same_curve(caches: dict[str, Path], tmp_path: Path
     assert weights[0] == weights[1]
 
 
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_told_to_stop_goes_on_where_it_was(
+    sign: signal.Signals, caches: dict[str, Path], tmp_path: Path
+) -> None:
+    """After any step, with every float of a run that was never told; a second signal ends it."""
+    cache, straight, out = caches["tiny-shared"], tmp_path / "straight", tmp_path / "told"
+    how = {"distillation": {"type": "kl", "tidal": {}}, "log_steps": 3, "accumulation": 2}
+    train_student(config(cache, straight, **how))
+    assert [e["step"] for e in curve(straight) if "eval_heldout_nll" in e] == [0, 6, 12]
+
+    def told(times: int) -> None:
+        trainer, _ = make_trainer(config(cache, out, **how))
+        first = 2 * max([c.step for c in whole_checkpoints(out / "checkpoints")], default=0)
+
+        def at_item(item: int, *_: Any) -> None:
+            for _ in range(times if item == first + 2 else 0):
+                signal.raise_signal(sign)
+
+        trainer.at_item = at_item
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train_resuming()
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for times, step in ((1, 2), (1, 4), (2, 4), (1, 6)):
+        told(times)
+        assert whole_checkpoints(out / "checkpoints")[-1].step == step
+    signal.signal(signal.SIGTERM, before)
+    train_student(config(cache, out, **how))
+    assert curve(out) == curve(straight)
+    weights = [(run / "model" / "model.safetensors").read_bytes() for run in (out, straight)]
+    assert weights[0] == weights[1]
+
+
 def test_the_logs_epoch_is_the_epoch(caches: dict[str, Path], tmp_path: Path) -> None:
     """Twenty-four examples in batches of 4 are six steps, whatever accumulates or shares a step."""
     adafactor = {"draws_per_step": 2, "optimizer": "adafactor"}
@@ -149,6 +183,34 @@ def test_how_a_run_is_looked_at_may_change(caches: dict[str, Path], tmp_path: Pa
     assert not broken.exists()
     finals = [json.loads((run / "history.json").read_text())["final"] for run in (one, two)]
     assert finals[0]["eval_heldout_nll"] == finals[1]["eval_heldout_nll"]
+
+
+def test_what_a_run_is_of_may_move(
+    caches: dict[str, Path], student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cache, checkpoint and held-out file are known by their content, wherever they lie."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(caches["tiny-cross"], "c")
+    shutil.copytree(student, "s")
+    shutil.copyfile(heldout_file(), "h.jsonl")
+    other = heldout_file().read_text().splitlines(keepends=True)[4:]
+    Path("other.jsonl").write_text("".join(other))
+
+    def go(steps: int, cache: str, checkpoint: str, source: str) -> None:
+        places: dict[str, Any] = {"heldout": {"source": source, "limit": 4}}
+        places["student"] = {"checkpoint": checkpoint}
+        constant = {"schedule": "constant_with_warmup", "warmup_ratio": 0.0}
+        train_student(config(Path(cache), tmp_path / "r", max_steps=steps, **places, **constant))
+
+    go(2, "c", "s", "h.jsonl")
+    go(4, str(tmp_path / "c"), f"{tmp_path}/s", f"{tmp_path}/h.jsonl")
+    for old, new in (("c", "c2"), ("s", "s2"), ("h.jsonl", "h2.jsonl")):
+        Path(old).rename(new)
+    go(6, "c2", "s2", "h2.jsonl")
+    with pytest.raises(TideError, match="heldout"):
+        go(8, "c2", "s2", "other.jsonl")
+    with pytest.raises(TideError, match="student"):
+        go(8, "c2", "embedded:student_train/tiny_students/cross", "h2.jsonl")
 
 
 def test_a_tracker_is_told_all_settings(caches: dict[str, Path], tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def test_mask_and_block_are_those_of_training(student: str, tmp_path: Path) -> N
     assert (loaded.block, loaded.special.mask) == (32, 2047)
     assert loaded.special.ends == ()  # ChatML: the end of turn is EOS itself
     assert (loaded.choose_block(None), loaded.choose_block(8)) == (32, 8)
+    assert load_for_use(str(Path(student).parent), "cpu").special == loaded.special  # the run
     null = edited(student, tmp_path / "null", mask_token_id=None)
     assert load_for_use(str(null), "cpu").special.mask == 2047
     with pytest.raises(TideError, match=r"100.*2047"):

@@ -7,14 +7,20 @@ import json
 import os
 import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zstandard
 
+from shared.cache.ledger import settle_ledger
+from shared.cache.manifest import load_manifest
+from shared.cache.shards import Unit
+from shared.cache.stores import Store
 from shared.system.files import TideError
 from shared.system.hardware import largest_process
+from teacher_cache.maintenance.derive import merge_caches, prune_cache
 from teacher_cache.maintenance.pack import CHECKSUMS, pack_cache, unpack_cache
 from tests.conftest import files
 
@@ -65,6 +71,41 @@ def test_pack_and_unpack_give_the_cache_back(caches: dict[str, Path], tmp_path: 
             else:  # a flip in zstd's or tar's own header that changes nothing
                 assert files(tmp_path / "bad") == files(caches["tiny-cross"])
                 shutil.rmtree(tmp_path / "bad")
+
+
+def pushed(cache: Path, target: Path) -> None:
+    manifest = load_manifest(cache)
+    Store.open(str(target)).push(cache, manifest, settle_ledger(cache, manifest))
+
+
+WAYS: dict[str, Callable[[Path, Path], object]] = {
+    "pack": pack_cache,
+    "push": pushed,
+    "pull": lambda cache, target: Store.open(str(cache)).pull(target),
+    "prune": lambda cache, target: prune_cache(cache, target, draws=1),
+    "cut": lambda cache, target: prune_cache(cache, target, k=2),
+    "merge": lambda cache, target: merge_caches([cache, cache], target),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["student_tokenizer/notes.txt", "teacher_tokenizer", SHARD])
+def test_nothing_that_lies_elsewhere_is_passed_on(
+    way: str, name: str, caches: dict[str, Path], tmp_path: Path
+) -> None:
+    """By a link in the folder. The folder itself may be reached by one, and link inside itself."""
+    cache = Path(shutil.copytree(caches["tiny-cross"], tmp_path / "real"))
+    (tmp_path / "cache").symlink_to(cache)
+    (cache / "student_tokenizer" / "inside.txt").symlink_to(cache / "manifest.json")
+    WAYS[way](tmp_path / "cache", tmp_path / "good")
+    (tmp_path / "private").mkdir()
+    shutil.copyfile(Unit(0, 0).path(cache), key := tmp_path / "private" / "id_rsa")
+    if (cache / name).is_dir():
+        shutil.rmtree(cache / name)
+    (cache / name).unlink(missing_ok=True)
+    (cache / name).symlink_to(key.parent if "." not in name else key)
+    with pytest.raises(TideError, match=r"id_rsa|lacks"):  # a store lists no linked folder
+        WAYS[way](cache, tmp_path / "bad")
 
 
 def test_notes_and_names_that_do_not_hold(tmp_path: Path) -> None:
