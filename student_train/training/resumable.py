@@ -173,8 +173,8 @@ class ResumableTrainer(Trainer):
         return time.monotonic() - self._began
 
     def train_resuming(self, smaller: bool = False) -> bool:
-        """From the last whole checkpoint to the end, or to a signal's KeyboardInterrupt. False where
-        memory ran out, for which `smaller` passes can help: what is done is a checkpoint then.
+        """From the last whole checkpoint to the end, or to a signal (KeyboardInterrupt). False:
+        memory ran out, and `smaller` passes can help; what is done is a checkpoint then.
         """
         place = Path(str(self.args.output_dir))
         last: list[Any] = [None]
