@@ -167,9 +167,7 @@ class ResumableTrainer(Trainer):
         return time.monotonic() - self._began
 
     def train_resuming(self, smaller: bool = False) -> bool:
-        """Train to the end, from the last whole checkpoint if there is one. False where memory ran
-        out, for which `smaller` passes can help: what is done is a checkpoint then.
-        """
+        """Train on to the end: True. If `smaller`, a lack of memory leaves a checkpoint: False."""
         place = Path(str(self.args.output_dir))
         last: list[Any] = [None]
         if self.args.process_index == 0:
