@@ -226,7 +226,7 @@ def _saved_files(folder: Path, split: str | None) -> list[Path]:
     """The files that `save_to_disk` wrote to a folder, or of one of its splits, in their order."""
     try:
         whole = folder / "dataset_dict.json"
-        splits = read_json(whole)["splits"] if whole.exists() else [split]
+        splits: list[Any] = read_json(whole)["splits"] if whole.exists() else [split]
         if split not in splits:
             what = f"{folder} holds the splits {', '.join(splits)}"
             raise TideError(what, fix=f"write {folder}#{splits[0]}")

@@ -130,12 +130,12 @@ class Tokenizer:
                     reason = f"a content spells {matches[0].group()!r}"
                     results[number] = Unusable("spells a control token", reason)
                     continue
-                spans = chat.plain or []
-                # They are in order: the last one that begins before a match ends decides.
-                plain = {
-                    m.span() for m in matches
-                    if (i := bisect_left(spans, (m.end(),))) and spans[i - 1][1] > m.start()
-                }  # fmt: skip
+            # Spans are in order: the last one that begins before a match ends decides.
+            spans = chat.plain or []
+            plain = {
+                m.span() for m in matches
+                if (i := bisect_left(spans, (m.end(),))) and spans[i - 1][1] > m.start()
+            }  # fmt: skip
             if plain:
                 cuts = pairwise(edges)
                 results[number] = [self._encode_around(chat.text, a, b, plain) for a, b in cuts]

@@ -9,6 +9,7 @@ its number alone: resuming at step n means asking for batch n.
 
 import itertools
 import math
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -167,8 +168,8 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if parent := torch.multiprocessing.parent_process():  # in a process of a DataLoader
-            serve_parent(parent.pid)
+        if torch.multiprocessing.parent_process() is not None:  # in a process of a DataLoader
+            serve_parent(os.getppid())
 
     def __len__(self) -> int:
         return self._total * self._parts

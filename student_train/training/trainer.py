@@ -245,7 +245,8 @@ class StudentTrainer(ResumableTrainer):
         """With the sums since the last log, of each process: a run may be stopped at any step."""
         self.refuse_nonfinite()
         sums: Any = self.accelerator.gather(self._sums[None])
-        self.state.stateful_callbacks["sums"] = sums.tolist()
+        kept: Any = self.state.stateful_callbacks
+        kept["sums"] = sums.tolist()
         super()._save_checkpoint(model, trial)
 
     def _load_callback_state(self) -> None:
@@ -253,7 +254,8 @@ class StudentTrainer(ResumableTrainer):
         self.state.compute_steps(self.args, self.state.max_steps)
         super()._load_callback_state()
         rank = self.accelerator.process_index
-        sums = self._sums.new_tensor(self.state.stateful_callbacks.pop("sums", []))
+        kept: Any = self.state.stateful_callbacks
+        sums = self._sums.new_tensor(kept.pop("sums", []))
         if len(sums) == self.accelerator.num_processes:
             self._sums += sums[rank]
         elif rank == 0:  # other processes, or none, share the work now

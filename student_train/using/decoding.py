@@ -118,7 +118,8 @@ class Decoding:
         both = [row + copy * len(going) for copy in range(self._copies) for row in kept]
         left, states = torch.tensor(both, device=self._device), (self._valid, self._offset)
         self._pending, self._valid, self._offset = (x[left] for x in (self._pending, *states))
-        for layer in self._cache.layers:
+        layers: list[Any] = self._cache.layers
+        for layer in layers:
             layer.keys, layer.values = layer.keys[left], layer.values[left]
         self._fit()
 

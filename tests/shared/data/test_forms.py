@@ -134,7 +134,9 @@ def test_a_lone_surrogate_anywhere_costs_its_row_at_most(place: str, tmp_path: P
     function = {"name": odd if place == "call" else "f", "arguments": {}}
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
     named = {**USER, "name": odd if place == "name" else "n"}
-    rows = [{"messages": [named, {**ANSWER, **({"role": odd} if place == "role" else call)}]}]
+    rows: list[dict[str, Any]] = [
+        {"messages": [named, {**ANSWER, **({"role": odd} if place == "role" else call)}]}
+    ]
     rows[0] |= {"tools": [{"name": odd if place == "tools" else "f"}]}
     rows[0] |= {"id": odd if place == "id" else "i"}
     source = write_lines(tmp_path / "d.jsonl", [*rows, {"messages": [USER, ANSWER]}]).source

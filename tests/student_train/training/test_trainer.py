@@ -122,7 +122,7 @@ def test_a_run_that_is_told_to_stop_goes_on_where_it_was(
         first = 2 * max([c.step for c in whole_checkpoints(out / "checkpoints")], default=0)
 
         def at_item(item: int, *_: Any) -> None:
-            for _ in range(times if item == first + 2 else 0):
+            for _time in range(times if item == first + 2 else 0):
                 signal.raise_signal(sign)
 
         trainer.at_item = at_item
