@@ -245,7 +245,7 @@ def test_passes_shrink_where_memory_runs_out_and_scores_stay(
         np.testing.assert_allclose(scores["gold_logp"], right["gold_logp"], atol=1e-5)
     assert max(tokens) <= 100  # and it does not try larger ones again
     engine._tokens_per_batch = 1
-    monkeypatch.setattr(engine, "hidden", lambda _: small(({"input_ids": np.zeros(999)},)))
+    monkeypatch.setattr(engine, "hidden", lambda _: small(({"input_ids": torch.zeros(999)},)))
     with pytest.raises(torch.OutOfMemoryError):  # nothing is left to be halved
         engine.score(asked)
 
