@@ -39,7 +39,9 @@ def env() -> None:
 @command(INSTALLATION)
 def demo(
     out: Annotated[Path | None, Option(help="Default: runs/demo, or runs/curve.")] = None,
-    seeds: Annotated[int, Option(min=1, help="Seeds of every variant.")] = 3,
+    seeds: Annotated[
+        int | None, Option(min=1, help="Of every variant; default: 3, 5 for the curve.")
+    ] = None,
     full: Annotated[bool, Option("--full", help="The curve over 64 to 1,024 functions.")] = False,
 ) -> None:
     """The whole pipeline on the embedded teacher: caches, students with and without it."""

@@ -55,16 +55,16 @@ def demo_grid(seeds: int) -> Grid:
     return Grid(caches, variants, tuple(range(seeds)))
 
 
-def run_demo(out: Path, seeds: int, full: bool = False) -> Path:
+def run_demo(out: Path, seeds: int | None, full: bool = False) -> Path:
     """Caches, students, report; with `full` the curve over the number of functions instead.
     Interrupted and run again, it goes on where it stopped.
     """
     for name, value in describe_hardware():
         logger.info("%-16s%s", name, value)
     started = time.monotonic()
-    grid = demo_grid(seeds)
-    if full:
-        grid = replace(read_grid(recipes.packaged_recipe("curve")), seeds=tuple(range(seeds)))
+    grid = read_grid(recipes.packaged_recipe("curve")) if full else demo_grid(3)
+    if seeds is not None:
+        grid = replace(grid, seeds=tuple(range(seeds)))
     train_grid(grid, out)
     minutes = (time.monotonic() - started) / 60
     runs, start = report.find_runs(out), start_and_teacher()
