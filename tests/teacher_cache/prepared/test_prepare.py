@@ -133,7 +133,7 @@ def test_what_many_rows_are_lost_to_is_a_warning(
     for many in (1, 6):
         rows = [row(i, **({field: f"{i} {LONG}"} if i < many else {})) for i in range(20)]
         source = write(tmp_path / f"{many}.jsonl", rows)
-        asked = request(tmp_path / "p", DataConfig(str(source)), shared=True)
+        asked = request(tmp_path / "p", DataConfig(str(source)))
         said = [describe(prepare(asked)), *(r.getMessage() for r in caplog.records)]
         assert sum("lengths.student" in text for text in said) == (1 if many == 1 else 2)
         assert prepare(asked).examples == 20 - (many if field == "question" else 0)
