@@ -61,7 +61,7 @@ tide sample {folder} "your question"
 
 ## How it was made
 
-* teacher `{named[0]}` (`{named[1]}`, weights `{named[2]}`)
+* teacher `{named[0]}` (`{named[1]}`, weights `{named[2]:.16}`)
 * data: {sources}
 * cache {manifest.digest}: {manifest.examples:,} examples, {manifest.draws} draws
 * started from {start}
@@ -192,7 +192,7 @@ def published_id(checkpoint: str) -> str | None:
     return checkpoint if named else None
 
 
-def _in_code(text: str) -> str:
+def one_line(text: str) -> str:
     """Text of others within Markdown's backticks: one printable line, and no token of the hub."""
     plain = "".join(c if c.isprintable() and c != "`" else " " for c in text)
     return re.sub(r"hf_\w{20,}", "hf_…", " ".join(plain.split())) or "?"
@@ -231,14 +231,14 @@ def write_card(
         start += f", through LoRA of rank {lora.rank} (alpha {lora.alpha}, on "
         start += f"{', '.join(lora.targets)}), which is merged into these weights"
     by = manifest.fingerprint.teacher
-    named = by.name, by.architecture, by.weights[:16], manifest.fingerprint.student.mask_token
+    named = by.name, by.architecture, by.weights, manifest.fingerprint.student.mask_token
     text = _TEXT.format(
         data=data.to_yaml(),
         about=manifest.fingerprint,
-        named=[_in_code(name) for name in named],
+        named=[one_line(name) for name in named],
         manifest=manifest,
         folder=OWN_FOLDER,
-        sources=", ".join(f"`{_in_code(n)}`" for n in manifest.sources) or "not on record",
+        sources=", ".join(f"`{one_line(n)}`" for n in manifest.sources) or "not on record",
         start=start,
         scores=scores,
         settings=json.dumps(settings, indent=1),

@@ -15,6 +15,7 @@ import polars as pl
 
 from shared.settings.build import build, read_toml, strict
 from shared.system.files import TideError, explained, read_json, refuse_odd
+from student_train.export import one_line
 
 HERE = Path(__file__).parent
 _LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -196,7 +197,8 @@ def score_table(scores: list[Score]) -> str:
     for score in scores:
         unit, scale = (" %", 100) if score.percent else ("", 1)
         error = "–" if score.error is None else f"{scale * score.error:.2f}"
-        named = [re.sub(r"[^\w .,:+%()/@-]", "?", name) for name in (score.title, score.metric)]
+        named = [one_line(name) for name in (score.title, score.metric)]
+        named = [re.sub(r"[^\w .,:+%()/@…-]", "?", name) for name in named]
         cells = [*named, f"{score.shown:.2f}{unit}", error]
         lines.append(f"| {' | '.join(cells)} | {score.rows}{' (limited)' * score.limited} |")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -100,6 +101,13 @@ class PeakTracker(MemTracker):
             if held["Total"] > self._peak_mem.get(device, 0):
                 self._peak_mem[device] = held["Total"]
                 self._peak_mem_snap[device] = dict(held)
+
+    def _track_module_params_and_buffers(
+        self, module: Any, install_grad_hooks: bool = True
+    ) -> tuple[int, int]:
+        """Frozen weights have no gradient that a hook could tell of."""
+        hooks = install_grad_hooks and all(weight.requires_grad for weight in module.parameters())
+        return super()._track_module_params_and_buffers(module, hooks)
 
     def by_kind(self) -> dict[str, int]:
         """Bytes by what they hold, when there were most."""
@@ -247,7 +255,8 @@ def student_step(
         train_on_loss(model, block, read, rows_per_slice=slice_rows(vocabulary, gpu_memory))
         if train.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        with_adapter(model, train.student.lora)
+        with patch.object(torch.utils, "swap_tensors"):  # peft moves what is where it should be
+            with_adapter(model, train.student.lora)
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         fake = {k: mode.from_tensor(v) if torch.is_tensor(v) else v for k, v in batch.items()}
