@@ -89,6 +89,7 @@ def main() -> NoReturn:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for package in ("shared", "teacher_cache", "student_train", "pipelines"):
         logging.getLogger(package).setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that nothing here uses
     warnings.formatwarning = lambda message, *_, **__: f"tide: warning: {printable(str(message))}\n"
     # 3. signals, then the command
     stop_in_order()
