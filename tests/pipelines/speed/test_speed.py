@@ -1,6 +1,6 @@
 import itertools
 from pathlib import Path
-import Path
+
 import pytest
 from rich.console import Console
 
