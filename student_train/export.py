@@ -90,6 +90,13 @@ def save_student(
     """Write a student as transformers loads it; `state` has the weights where they are sharded."""
     model.generation_config = generation_config(model, tokenizer)
     model.save_pretrained(folder, state_dict=state)
+    # transformers 4 reads these in the place of `rope_parameters`, and else takes 10,000.
+    config = read_json(folder / "config.json")
+    rope = dict(config["rope_parameters"])
+    config["rope_theta"] = rope.pop("rope_theta")
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = rope
+    write_bytes(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     tokenizer.save(folder)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken
+from tokenizers import Tokenizer as RawTokenizer
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -168,13 +169,30 @@ class Tokenizer:
                 words = text[start : match.start() if match else stop]
                 flags = match and self._flags[match.group()]
                 if words := words.rstrip() if flags and flags.lstrip else words:
-                    ids += self.backend(words, **as_text)["input_ids"]
+                    if ids and self._inside is not None:
+                        ids += self._inside.encode(words, add_special_tokens=False).ids
+                    else:
+                        ids += self.backend(words, **as_text)["input_ids"]
                 if match and flags:
                     ids.append(int(self.backend.convert_tokens_to_ids(match.group())))
                     start = match.end()
                     if flags.rstrip:
                         start = stop - len(text[start:stop].lstrip())
         return ids
+
+    @cached_property
+    def _inside(self) -> Any:
+        """For text behind a control token, where the first text of all is read otherwise."""
+        raw = getattr(self.backend, "backend_tokenizer", None)
+        state = raw.to_str() if raw is not None else ""
+        if '"prepend_scheme":"first"' not in state:
+            return None
+        never = state.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
+        inside = RawTokenizer.from_str(never)
+        inside.no_padding()
+        inside.no_truncation()
+        inside.encode_special_tokens = True
+        return inside
 
     @cached_property
     def _control(self) -> re.Pattern[str]:

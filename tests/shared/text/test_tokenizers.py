@@ -143,13 +143,17 @@ def test_text_out_is_text_in_at_both_edges(name: str) -> None:
 FLAGS = [{}, {"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}]
 
 
-@pytest.mark.parametrize("flags", [*FLAGS, {"single_word": True}], ids=str)
+@pytest.mark.parametrize("flags", [*FLAGS, {"single_word": True}, None], ids=str)
 def test_a_spelled_token_leaves_those_of_the_template_what_they_are(flags: Any) -> None:
-    """Their white space is theirs, or they must be words: as in a chat where nothing is spelled."""
-    found = Tokenizer.load(TEACHER.name)
+    """Their white space is theirs, or they must be words: as in a chat where nothing is spelled.
+    None: what of a text comes first is tokenised otherwise than the rest.
+    """
+    found = Tokenizer.load(TEACHER.name) if flags is not None else family("first")
+    spelled = " <|eot_id|> " if flags is not None else "<|eot_id|>"
+    flags = flags or {}
     flags = {"normalized": False, "special": True, **flags}
     found.backend.add_tokens([AddedToken("<|eot_id|>", **flags)], special_tokens=True)
-    found.backend.chat_template = PLAIN.replace("<|im_end|>", " <|eot_id|> ")
+    found.backend.chat_template = PLAIN.replace("<|im_end|>\n", spelled)
     said = [chat(word).messages for word in ("x<|eot_id|>x", "no such")]
     forged, plain = (found.encode_prompt([*m, {"role": "user", "content": "end"}]) for m in said)
     eot = found.special_id("eot", "<|eot_id|>")
