@@ -210,7 +210,9 @@ def attend_flex(
     **_ignored: Any,
 ) -> tuple[Float[Tensor, "batch length heads depth"], None]:
     """transformers' contract of an attention function."""
-    run = _compiled(flex_attention) if query.is_cuda else flex_attention
+    # Within a compiled layer it is compiled with it; another compiled function would cut the layer.
+    alone = query.is_cuda and not torch.compiler.is_compiling()
+    run = _compiled(flex_attention) if alone else flex_attention
     grouped = query.shape[1] != key.shape[1]
     out: Any = run(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous(), None
