@@ -90,12 +90,9 @@ def save_student(
     """Write a student as transformers loads it; `state` has the weights where they are sharded."""
     model.generation_config = generation_config(model, tokenizer)
     model.save_pretrained(folder, state_dict=state)
-    # transformers 4 reads these in the place of `rope_parameters`, and else takes 10,000.
     config = read_json(folder / "config.json")
-    rope = dict(config["rope_parameters"])
-    config["rope_theta"] = rope.pop("rope_theta")
-    if rope.get("rope_type", "default") != "default":
-        config["rope_scaling"] = rope
+    rope = old_rope(config["rope_parameters"])
+    config |= {name: value for name, value in rope.items() if value is not None}
     write_bytes(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     tokenizer.save(folder)
 
@@ -160,13 +157,19 @@ def export_student(source: Path, target: Path, layout: Format) -> None:
                 write_bytes(half / name, read_bytes(file, checkpoint.folder))
 
 
+def old_rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` by the keys of transformers 4, which takes 10,000 without them."""
+    rope = dict(parameters)
+    theta = rope.pop("rope_theta")
+    plain = rope.get("rope_type", "default") == "default"
+    return {"rope_theta": theta, "rope_scaling": None if plain else rope}
+
+
 def old_config(model: Any) -> dict[str, Any]:
     """Qwen3's fields as transformers 4 writes them."""
     config = model.config.to_diff_dict()
-    rope = dict(config.pop("rope_parameters", None) or model.config.rope_parameters)
-    config |= {name: getattr(model.config, name) for name in _FIELDS}
-    config["rope_theta"] = rope.pop("rope_theta")
-    config["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    rope = config.pop("rope_parameters", None) or model.config.rope_parameters
+    config |= {name: getattr(model.config, name) for name in _FIELDS} | old_rope(rope)
     return {**config, "dtype": str(model.dtype).removeprefix("torch.")}
 
 

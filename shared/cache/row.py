@@ -134,11 +134,6 @@ class CacheRow:
     read: Int[np.ndarray, " read"] | None = None
 
     @property
-    def prompt_length(self) -> int:
-        """Where the first response begins; the whole length where nothing is trained."""
-        return int(self.spans[0, 0]) if len(self.spans) else len(self.student_ids)
-
-    @property
     def asked(self) -> Int[np.ndarray, " read"]:
         """The student's positions at which a teacher of the same tokenizer was read."""
         return self.masked if self.read is None else self.read

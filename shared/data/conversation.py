@@ -63,6 +63,11 @@ def identity(key: str, occurrence: int) -> str:
     return key if occurrence == 0 else f"{key}#{occurrence}"
 
 
+def content_of(example_id: str) -> str:
+    """The content's key in an id."""
+    return example_id.partition("#")[0]
+
+
 def conversation(raw: Raw, config: DataConfig) -> tuple[ChatExample, str] | None:
     """The conversation in a row, and its form. Unusable where there is none.
 

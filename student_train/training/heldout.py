@@ -18,6 +18,7 @@ from shared.cache.manifest import Manifest
 from shared.cache.shards import Unit
 from shared.cache.stores import Store
 from shared.data import scan
+from shared.data.conversation import content_of
 from shared.diffusion import full, pad, token_draw
 from shared.settings.config import DataConfig, LengthConfig
 from shared.system.files import TideError
@@ -88,8 +89,8 @@ def warn_of_overlap(
     for part in tqdm(range(manifest.parts), unit="shard", desc="held out?", leave=False, delay=2):
         path = Unit(0, part).path(place).as_posix()
         column = pq.read_table(path, columns=["example_id"], filesystem=files).column("example_id")
-        trained |= {name.partition("#")[0] for name in column.to_pylist()}
-    both = sum(name.partition("#")[0] in trained for name in heldout.ids)
+        trained |= {content_of(name) for name in column.to_pylist()}
+    both = sum(content_of(name) in trained for name in heldout.ids)
     if both:
         text = (
             f"{both:,} of {len(heldout.ids):,} held-out examples are also trained on: their score "

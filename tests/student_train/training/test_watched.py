@@ -15,6 +15,7 @@ import pytest
 
 from shared.cache.shards import Shard
 from shared.data import iter_examples
+from shared.data.conversation import content_of
 from shared.settings.config import DataConfig
 from shared.system import hardware
 from shared.system.files import TideError
@@ -70,8 +71,8 @@ def test_a_split_by_content_shares_nothing(random_teacher: Path, tmp_path: Path)
         make_trainer(config(tmp_path / "c", tmp_path / "o", heldout={**split, "limit": 10}))
     split |= {"split": "heldout"}
     make_trainer(config(tmp_path / "c", tmp_path / "r", heldout=split))
-    ours = {example.id.partition("#")[0] for example in iter_examples(DataConfig(**split))}
-    theirs = {row.example_id.partition("#")[0] for row in all_rows(tmp_path / "c")}
+    ours = {content_of(example.id) for example in iter_examples(DataConfig(**split))}
+    theirs = {content_of(row.example_id) for row in all_rows(tmp_path / "c")}
     assert len(ours) + len(theirs) == 40 and not ours & theirs and ours
 
 
