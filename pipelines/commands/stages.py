@@ -119,25 +119,23 @@ def plan(
     response: Annotated[float, Option(max=1, help="The response's share of them.")] = 0.75,
     draws: Annotated[int | None, Option(help="Draws of every example.")] = None,
     tokens_per_second: Annotated[float | None, Option(help="The teacher's, if known.")] = None,
-    tflops: Annotated[float | None, Option(help="The card's dense peak, if another.")] = None,
-    mfu: Annotated[float, Option(max=1, help="The share of that peak that is reached.")] = 0.35,
+    mfu: Annotated[float, Option(max=1, help="The share of the GPU's peak reached.")] = 0.35,
     gpu_hour: Annotated[float | None, Option(min=0, help="Price of a GPU hour.")] = None,
     terabyte_month: Annotated[float, Option(min=0, help="Price of a TB for a month.")] = 23.0,
     gpu: Annotated[str, Option(help="h100, h200, a100, 4090 or l40s.")] = "h100",
     train: Annotated[list[str] | None, Option(help="Of stage two: key=value; repeatable.")] = None,
 ) -> None:
     """Memory, bytes and GPU hours of both stages, from what you state. Nothing is loaded."""
-    require_positive(response=response, tflops=tflops, mfu=mfu, tokens_per_second=tokens_per_second)
+    require_positive(response=response, mfu=mfu, tokens_per_second=tokens_per_second)
     settings = configure(**{"noise.draws": draws})
-    recipe = configure.args[1]
-    training = recipe_files.train_config(
-        settings.teacher, recipe, train or [], settings.teachers_file
-    )
+    recipe, own = configure.args[1], settings.teachers_file
+    training = recipe_files.train_config(settings.teacher, recipe, train or [], own)
+    from pipelines.plan.memory import Conversations
     from pipelines.plan.plan import Assumptions, find_card, plan_from_statement
 
-    card = find_card(gpu, tflops)
-    assumed = Assumptions(card, mfu, tokens_per_second, gpu_hour, terabyte_month)
-    say(plan_from_statement(settings, examples, tokens, response, assumed, training))
+    assumed = Assumptions(find_card(gpu), mfu, tokens_per_second, gpu_hour, terabyte_month)
+    data = Conversations(tokens, response)
+    say(plan_from_statement(settings, examples, data, assumed, training))
 
 
 @command(STAGE_ONE, configure=cache_options)

@@ -122,11 +122,10 @@ def train_grid(grid: Grid, out: Path, at_once: int | None = None) -> None:
     """
     # 1. check all settings
     caches, jobs = {}, {}
-    seeds_of = {name: variant.seeds or grid.seeds for name, variant in grid.variants.items()}
-    for seed in sorted({seed for seeds in seeds_of.values() for seed in seeds}):
-        for name, variant in grid.variants.items():
-            if seed not in seeds_of[name]:
-                continue
+    variants = grid.variants.items()
+    seeds = sorted({seed for _, variant in variants for seed in variant.seeds or grid.seeds})
+    for seed, (name, variant) in itertools.product(seeds, variants):
+        if seed in (variant.seeds or grid.seeds):
             cache = grid.cache_config(variant.cache, seed, out)
             caches[cache.out] = cache
             own = recipes.own_recipe(cache.teacher).get("train", {})
@@ -145,9 +144,8 @@ def train_grid(grid: Grid, out: Path, at_once: int | None = None) -> None:
 
 
 def train_all(jobs: Mapping[Path, Sequence[str]], at_once: int) -> None:
-    """Train into folders by arguments of `tide train`, `at_once` at a time, one thread each.
-
-    TideError with the end of its log where one fails. Called again, it goes on where it stopped.
+    """Train into folders by arguments of `tide train`, `at_once` at a time, one thread each; go on
+    where it stopped. TideError with the end of its log where one fails.
     """
     waiting = [folder for folder in jobs if not (folder / "history.json").exists()]
     running: dict[subprocess.Popen[bytes], Path] = {}

@@ -4,6 +4,7 @@ The teacher knows all of the library, its students half; they are trained on fun
 half and scored on functions of yet other modules, which the teacher has not seen either.
 """
 
+import itertools
 import logging
 import math
 import statistics
@@ -35,11 +36,8 @@ ALONE = {"cross": 5e-4, "shared": 2e-4}  # the best rates of cross-entropy alone
 
 def demo_grid(seeds: int) -> Grid:
     """The paper's objective for both kinds of teacher, and the best that the ablations found
-    (docs/ablations.md), each against the undistilled student of its tokenizer, all at their best
-    rates.
-
-    All start from the embedded, pre-trained student of their tokenizer and take the same steps over
-    the same functions.
+    (docs/ablations.md), each against the undistilled student of its tokenizer: all at their best
+    rates, from the same pre-trained student, in the same steps over the same functions.
     """
     caches, variants = {}, {}
     for kind in KINDS:
@@ -106,32 +104,25 @@ def start_and_teacher() -> dict[str, dict[str, float]]:
     """Scores of the pre-trained students and the teacher on the held-out functions, and on those
     of other packages, of which none of them has seen anything.
     """
-    found = {}
-    for words, other in (
-        ("", None),
-        (", other packages", DataConfig("stdlib:packages", limit=128)),
+    entry, found = find_teacher("tiny-shared"), {}
+    teacher = load_model(open_checkpoint(resolve(entry.model)), entry.architecture, torch.float32)
+    packages = DataConfig("stdlib:packages", limit=128)
+    for (words, other), kind in itertools.product(
+        (("", None), (", other packages", packages)), KINDS
     ):
-        for kind in KINDS:
-            recipe = recipes.packaged_recipe(f"half-{kind}")
-            training = recipes.train_config(None, recipe, [])
-            lengths = recipes.cache_config(None, recipe, []).lengths
-            assert training.student.checkpoint is not None and training.heldout is not None
-            student = load_for_use(resolve(training.student.checkpoint), "cpu")
-            data, draws = other or training.heldout, training.heldout_draws
-            mask = student.special.mask
-            heldout = held.prepare_heldout(data, lengths, student.tokenizer, mask, draws)
-            predict = held.student_predictor(student.model, lengths.block)
-            scores = held.masked_nll(student.model, heldout, predict)
-            found[f"student {kind}, pre-trained{words}"] = scores
-            if kind == "cross":
-                continue
-            # the teacher reads the very ids and masks of the student that shares its tokenizer
-            entry = find_teacher("tiny-shared")
-            model = load_model(
-                open_checkpoint(resolve(entry.model)), entry.architecture, torch.float32
-            )
-            predict = held.teacher_predictor(model)
-            found[f"teacher{words}"] = held.masked_nll(model, heldout, predict)
+        recipe = recipes.packaged_recipe(f"half-{kind}")
+        train = recipes.train_config(None, recipe, [])
+        lengths = recipes.cache_config(None, recipe, []).lengths
+        student = load_for_use(resolve(train.student.checkpoint or ""), "cpu")
+        data, mask = other or train.heldout or packages, student.special.mask
+        draws = train.heldout_draws
+        heldout = held.prepare_heldout(data, lengths, student.tokenizer, mask, draws)
+        predict = held.student_predictor(student.model, lengths.block)
+        scores = held.masked_nll(student.model, heldout, predict)
+        found[f"student {kind}, pre-trained{words}"] = scores
+        if kind == "shared":  # the teacher's tokenizer: it reads the very ids and masks
+            predict = held.teacher_predictor(teacher)
+            found[f"teacher{words}"] = held.masked_nll(teacher, heldout, predict)
     return found
 
 
@@ -175,12 +166,9 @@ def functions_for(line: Mapping[int, float], score: float) -> float:
     """How many functions reach a score on a line, straight between its points in log n; infinite
     where none of its numbers does.
     """
-    before: tuple[int, float] | None = None
-    for n, value in sorted(line.items()):
+    for (n, value), (more, lower) in itertools.pairwise(sorted(line.items())):
         if value <= score:
-            if before is None:
-                return n
-            share = (before[1] - score) / (before[1] - value)
-            return math.exp(math.log(before[0]) + share * math.log(n / before[0]))
-        before = (n, value)
+            return n
+        if lower <= score:
+            return n * (more / n) ** ((value - score) / (value - lower))
     return math.inf

@@ -21,11 +21,9 @@ from scipy.stats import t as student_t
 from pipelines.evaluation.benchmarks import beside_the_paper, find_scores
 from pipelines.evaluation.use_scores import read_use
 from pipelines.recipes.read import train_command
-from shared.cache.shards import finished_units
 from shared.settings.build import build, differences
 from shared.settings.config import TrainConfig
 from shared.system.files import TideError, read_json, write_bytes
-from teacher_cache.run.progress import read_status
 
 # columns of the tables: the score, and the digits that it is given in
 COLUMNS = {
@@ -73,9 +71,8 @@ def find_runs(folder: Path) -> list[Run]:
             build(TrainConfig, known, f"{place}/run.json")
             seed, cache = int(settings.pop("seed")), Path(settings["cache"])
             settings["cache"] = str(cache).removesuffix(f"-{seed}")
-            scores = {}
-            for name, value in history["final"].items():
-                scores[name.removeprefix("eval_heldout_")] = float(value)
+            final = history["final"].items()
+            scores = {name.removeprefix("eval_heldout_"): float(value) for name, value in final}
             if (use := read_use(place)) is not None:
                 scores |= asdict(use)
             machine = str(history.get("machine", "unknown"))
@@ -141,22 +138,6 @@ def score_cells(group: Sequence[Mapping[str, float]]) -> dict[str, str]:
         if len(values) > 1:
             cells[title] += f" ± {statistics.stdev(values):.{digits}f}"
     return cells
-
-
-def cost_table(runs: list[Run]) -> pl.DataFrame:
-    """What each cache cost: seconds of the teacher's engine, megabytes, and training seconds."""
-    rows = []
-    for name in sorted({run.caches for run in runs}):
-        seconds = [run.scores["seconds"] for run in runs if run.caches == name]
-        folders = {run.cache for run in runs if run.caches == name}
-        engine = sum(read_status(folder).get("engine_seconds") or 0.0 for folder in folders)
-        shards = [unit.path(folder) for folder in folders for unit in finished_units(folder)]
-        size = sum(path.stat().st_size for path in shards)
-        row = {"cache": name, "of them": len(folders)}
-        row["teacher s, all"] = f"{engine:.0f}" if engine else "–"
-        row["MB on disk"] = f"{size / 1e6:.1f}" if size else "–"
-        rows.append(row | {"students": len(seconds), "training s, all": f"{sum(seconds):.0f}"})
-    return pl.DataFrame(rows)
 
 
 def to_markdown(table: pl.DataFrame) -> str:
@@ -234,9 +215,8 @@ def paired_table(runs: Sequence[Run], pairs: Sequence[tuple[str, str]]) -> str:
             row[title] = "–"
             if values:
                 mean, half = interval(values)
-                text = f"{mean:+.{digits}f}"
-                if not math.isnan(half):
-                    text += f" ± {half:.{digits}f}"
+                spread = "" if math.isnan(half) else f" ± {half:.{digits}f}"
+                text = f"{mean:+.{digits}f}{spread}"
                 row[title] = f"**{text}**" if abs(mean) > half else text
         if row["seeds"]:
             rows.append(row)
@@ -259,9 +239,9 @@ def compare(one: Path, other: Path) -> str:
             raise TideError(what, fix="give the folder of one, or of its seeds")
         sides.append([replace(run, variant=name) for run in runs])
     a, b = sides
-    seeds = [sorted({run.seed for run in side}) for side in sides]
-    if not set(seeds[0]) & set(seeds[1]):
-        what = f"{one} has the seeds {seeds[0]}, {other} {seeds[1]}"
+    ours, theirs = ({run.seed for run in side} for side in sides)
+    if not ours & theirs:
+        what = f"{one} has the seeds {sorted(ours)}, {other} {sorted(theirs)}"
         raise TideError(what, expected="a seed that both have")
     lines = differences(a[0].settings, b[0].settings) or ["nothing but the folder"]
     settings = "\n".join(f"* {line}" for line in lines)
@@ -270,10 +250,8 @@ def compare(one: Path, other: Path) -> str:
 
 
 def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
-    """Write `report.md`, its figure and `report.csv` (a row a run) to `folder`; `head` and `tail`
-    go around the table.
-
-    A folder that holds benchmark scores alone gets these alone.
+    """Write `report.md` (`head` and `tail` around its table), its figure and `report.csv`, a row a
+    run, to `folder`; of a folder that holds benchmark scores alone, these alone.
     """
     target = folder / "report.md"
     measured = find_scores(folder)
@@ -292,9 +270,8 @@ def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
     draw_curves(runs, folder / "report.png")
     rows = [{"variant": r.variant, "seed": r.seed, "cache": r.caches, **r.scores} for r in runs]
     write_bytes(folder / "report.csv", pl.DataFrame(rows).write_csv().encode())
-    tables = [f"{to_markdown(table(runs))}\n" for table in (summary_table, cost_table)]
-    parts = [head or f"# Runs in {folder}\n", *tables, "![loss and held-out NLL](report.png)\n"]
-    parts += [tail] if tail else []
+    parts = [head or f"# Runs in {folder}\n", f"{to_markdown(summary_table(runs))}\n"]
+    parts += ["![loss and held-out NLL](report.png)\n", *([tail] if tail else [])]
     parts.append("\nThe command of each row, at its first seed:\n")
     first = {run.variant: run for run in reversed(runs)}
     for variant, run in sorted(first.items()):

@@ -82,8 +82,8 @@ def assumed_workload(
         common = tokens * (1 - response) if isinstance(entry.attention, BlockCausal) else tokens
         each = common / config.noise.draws + passes * tokens * response
     chunks = masked if entry.student_tokens else masked * 0.8
-    words = f"stated: {tokens} tokens an example, {response:.0%} of them response"
-    words += "; chunks of 1.25 tokens across tokenizers"
+    words = f"stated: {tokens} tokens an example, {response:.0%} of them response; "
+    words += "chunks of 1.25 tokens across tokenizers"
     return Workload(examples, passes, each, masked, float(tokens), chunks, words)
 
 
@@ -95,23 +95,17 @@ def sampled_workload(run: Run) -> Workload:
     shift, most = int(run.entry.shift), run.config.engine.tokens_per_batch
     packs = pack_requests(run.entry.attention, requests, shift, most)
     items = [item for work in works for item in work.items]
-    n = max(1, len(items))
     masked = sum(item.view.positions.size for item in items)
-    chunks = sum(len(item.draw.chunks) for item in items)
-    return Workload(
-        examples=run.data.examples,
-        passes=len(requests) / n,
-        tokens=sum(pack.width for pack in packs) / n,
-        masked=masked / n,
-        student_tokens=sum(len(item.example.student_ids) for item in items) / n,
-        chunks=(chunks if run.shared is None else masked) / n,
-        source=f"measured on the first {len(examples)} examples under {draws} draws",
-    )
+    student = sum(len(item.example.student_ids) for item in items)
+    chunks = sum(len(item.draw.chunks) for item in items) if run.shared is None else masked
+    sums = (len(requests), sum(pack.width for pack in packs), masked, student, chunks)
+    words = f"measured on the first {len(examples)} examples under {draws} draws"
+    return Workload(run.data.examples, *(total / max(1, len(items)) for total in sums), words)
 
 
-def bytes_per_draw(load: Workload, config: CacheConfig, vocabulary: int, own_tokens: bool) -> float:
-    """Bytes of one row on disk: a shard of rows of this size, with random values, is weighed."""
-    rows = random_rows(load, config, vocabulary, _WEIGHED, own_tokens=own_tokens)
+def bytes_per_draw(load: Workload, config: CacheConfig, vocabulary: int, own: bool) -> float:
+    """Bytes of one row on disk: a shard of `random_rows` is weighed."""
+    rows = random_rows(load, config, vocabulary, _WEIGHED, own=own)
     layout = even_layout(config.targets, vocabulary)
     return len(table_bytes(to_table(rows, layout), layout, {})) / len(rows)
 
@@ -161,9 +155,9 @@ def random_rows(
     vocabulary: int,
     count: int,
     draw: int = 0,
-    own_tokens: bool = False,
+    own: bool = False,
 ) -> list[CacheRow]:
-    """Rows of this size with random values such as a cache holds."""
+    """Rows of random values as in a cache. `own`: of a teacher with a tokenizer of its own."""
     targets, n = config.targets, max(1, round(load.masked))
     length, chunks = max(1, n, round(load.student_tokens)), max(1, round(load.chunks))
     k, rank = targets.k, targets.rank or _RANK
@@ -179,7 +173,7 @@ def random_rows(
         values["split"] = random.random(n) < 0.5
         values["gold_logp"] = -random.exponential(2, n).astype(np.float32)
         values["logsumexp"] = random.normal(0, 4, n).astype(np.float32)
-        if own_tokens:
+        if own:
             values["teacher_ids"] = random.integers(0, vocabulary, length, np.int32)
             values["teacher_masked"] = masked
         if "topk" in targets.signals:
@@ -198,12 +192,3 @@ def random_rows(
             values["chunk_logp"] = -random.random(chunks).astype(np.float32)
         rows.append(CacheRow(**values))
     return rows
-
-
-def in_bytes(value: float) -> str:
-    """A number of bytes in words."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} TB"

@@ -10,7 +10,7 @@ of the examples, the numbers from the other.
 import itertools
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,8 +42,6 @@ ROWS = 128  # whose gradients on the logits exist at a time
 
 @dataclass(frozen=True)
 class Grid:
-    """What is varied."""
-
     ks: Sequence[int] = (8,)
     ranks: Sequence[int] = (32, 64, 96)
     steps: Sequence[float] = (0.04,)
@@ -55,11 +53,11 @@ class Grid:
 class Fidelity:
     """One point of the grid."""
 
+    objective: str
+    temperature: float
     k: int
     rank: int
     step: float
-    objective: str
-    temperature: float
     size: float  # bytes a position on disk, of all columns
     apart: float  # KL(teacher ‖ cache), nats
     share: float  # of KL(teacher ‖ student)
@@ -112,11 +110,10 @@ def measure_fidelity(
         rows = from_table(columns, own.layout)
         learner = learner or student_states(model, rows, run.manifest)
         read = TargetReader(own.layout, model.config.vocab_size)(collate(rows, run.manifest))
-        ways = itertools.product(grid.objectives, grid.temperatures)
-        for kind, temperature in ways:
+        for kind, temperature in itertools.product(grid.objectives, grid.temperatures):
             settings = KL(temperature=temperature, tidal=Tidal() if kind == "tidal" else None)
             numbers = compare(*learner, read, whole, settings)
-            points.append(Fidelity(k, rank, step, kind, temperature, size, *numbers))
+            points.append(Fidelity(kind, temperature, k, rank, step, size, *numbers))
     return points
 
 
@@ -183,10 +180,8 @@ def compare(
         assert isinstance(cached.topk, TopKTargets)
         own, logits = rows_of(whole, part), hidden[part] @ head.T
         given = teacher_log_weights(rows_of(cached.topk, part), temperature) * temperature
-        for_cache, for_student = (
-            float(token_divergence(each, own, settings).sum()) for each in (given, logits)
-        )
-        apart, lacking = apart + for_cache, lacking + for_student
+        apart += float(token_divergence(given, own, settings).sum())
+        lacking += float(token_divergence(logits, own, settings).sum())
         for j, (a, b) in enumerate(zip(*gradients, strict=True)):
             products[j] += dot_products(a, b)
     angles = [float(ab / (aa * bb).sqrt()) for ab, aa, bb in (*products, dot_products(*heads))]
@@ -207,10 +202,8 @@ def table(points: Sequence[Fidelity]) -> list[str]:
         "| ÷ KL(teacher ‖ student) | cosine: logits | hidden | head | norm |",
         "|---|" + "---|" * 11,
     ]
-    order = sorted(points, key=lambda p: (p.objective, p.temperature, p.k, p.rank, -p.step))
-    return lines + [
-        f"| {p.objective} | {p.temperature:g} | {p.k} | {p.rank} | {p.step:g} | {p.size:.0f} "
-        f"| {p.apart:.4f} | {p.share:.4f} | {p.logits:.4f} | {p.hidden:.4f} | {p.head:.4f} "
-        f"| {p.norm:.3f} |"
-        for p in order
-    ]
+    formats = ("", "g", "", "", "g", ".0f", *[".4f"] * 5, ".3f")
+    for point in sorted(points, key=lambda p: (p.objective, p.temperature, p.k, p.rank, -p.step)):
+        cells = [f"{value:{how}}" for value, how in zip(astuple(point), formats, strict=True)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines

@@ -6,7 +6,7 @@ held-out NLL: here the gradients of all three are compared, by all parameters of
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class Gradients:
 
 
 def measure_gradients(
-    config: TrainConfig, temperatures: Sequence[float], weights: Sequence[float], rows: int
+    config: TrainConfig, temperatures: list[float], weights: list[float], rows: int
 ) -> Gradients:
     """On the first `rows` rows that a run of these settings sees, all of the first draw."""
     if isinstance(config.distillation, NoDistillation | Gold):
@@ -61,20 +61,16 @@ def measure_gradients(
     changes |= {"draws_per_step": 1, "compile": "off", "report_to": ()}
     with tempfile.TemporaryDirectory(prefix="tide-gradients-") as folder:
         trainer, _ = make_trainer(replace(config, **changes, out=Path(folder)))
-    assert trainer.heldout is not None and trainer.model is not None
+    assert trainer.model is not None
     if config.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore
     data: Any = trainer.train_dataset
     batches = [data[i] for i in range(min(math.ceil(rows / size), data.batches_in(0)))]
-    return compare(trainer, trainer.heldout, batches, temperatures, weights)
+    return compare(trainer, batches, temperatures, weights)
 
 
 def compare(
-    trainer: StudentTrainer,
-    heldout: HeldOut,
-    batches: Sequence[Batch],
-    temperatures: Sequence[float],
-    weights: Sequence[float],
+    trainer: StudentTrainer, batches: list[Batch], temperatures: list[float], weights: list[float]
 ) -> Gradients:
     """The gradients over `batches`, all as one."""
     masked = np.array([batch["gold"].numel() for batch in batches])
@@ -83,7 +79,7 @@ def compare(
         raise TideError(what, expected="some, in two at least", fix="take more rows")
     # 1. The direction of the held-out gradient.
     nothing, one = NoDistillation(), torch.ones((), device=trainer.accelerator.device)
-    parts = heldout_parts(heldout, trainer.config.batch_size)
+    parts = heldout_parts(trainer.heldout, trainer.config.batch_size)
     add_up(trainer, parts, LossSettings(nothing, 0.0, Counts(one, one, one), PROGRESS))
     ahead = gradient_of(trainer)
     length = dot(ahead, ahead) ** 0.5
@@ -109,8 +105,9 @@ def compare(
     return Gradients(lines, masked)
 
 
-def heldout_parts(heldout: HeldOut, size: int) -> Iterator[Batch]:
+def heldout_parts(heldout: HeldOut | None, size: int) -> Iterator[Batch]:
     """Its batches in parts of `size` rows, for a loss that weighs all tokens alike."""
+    assert heldout is not None
     for batch in heldout.batches:
         for start in range(0, len(batch["clean"]), size):
             part = {k: batch[k][start : start + size] for k in ("clean", "noised", "places")}
@@ -125,10 +122,7 @@ def heldout_parts(heldout: HeldOut, size: int) -> Iterator[Batch]:
 
 
 def add_up(
-    trainer: StudentTrainer,
-    batches: Iterable[Batch],
-    settings: LossSettings,
-    ahead: list[torch.Tensor] | None = None,
+    trainer: StudentTrainer, batches: Iterable[Batch], settings: LossSettings, ahead: Any = None
 ) -> np.ndarray:
     """Leaves the gradient of all batches in the parameters; how far each goes along `ahead`."""
     model: Any = trainer.model

@@ -7,7 +7,6 @@ measured.
 """
 
 import math
-import time
 import timeit
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from rich.filesize import decimal
 
 from pipelines.plan import costs, memory
-from pipelines.plan.costs import in_bytes
+from pipelines.plan.costs import Workload
 from pipelines.plan.memory import USABLE, Conversations
 from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import open_checkpoint, resolve
@@ -35,8 +35,6 @@ QUANTIZED_BYTES = {"int8": 1.0, "int4": 0.5}  # of a parameter, which has 2 in b
 
 
 class Card(NamedTuple):
-    """A GPU."""
-
     name: str
     memory: int  # bytes
     tflops: float  # its maker's peak of dense bfloat16 products
@@ -51,12 +49,10 @@ CARDS = {
 }
 
 
-def find_card(name: str, tflops: float | None = None) -> Card:
-    """The card of that name, with another peak if given. TideError where there is none."""
+def find_card(name: str) -> Card:
     if name.lower() not in CARDS:
         raise TideError(f"unknown GPU {name!r}", expected=f"one of {', '.join(CARDS)}")
-    card = CARDS[name.lower()]
-    return card if tflops is None else card._replace(tflops=tflops)
+    return CARDS[name.lower()]
 
 
 @dataclass(frozen=True)
@@ -83,26 +79,18 @@ class Assumptions:
         """The peak in words, by what it holds. `fix`: what to set where it is too high."""
         total = sum(held.values())
         verdict = "fits" if total <= USABLE * self.card.memory else f"does not fit (set {fix})"
-        parts = ", ".join(f"{kind} {in_bytes(size)}" for kind, size in held.items() if size)
-        return f"{in_bytes(total)} at its peak, {verdict} on an {self.card.name} ({parts})"
+        parts = ", ".join(f"{kind} {decimal(size)}" for kind, size in held.items() if size)
+        return f"{decimal(total)} at its peak, {verdict} on an {self.card.name} ({parts})"
 
 
 def plan_from_statement(
-    config: CacheConfig,
-    examples: int,
-    tokens: int,
-    response: float,
-    given: Assumptions,
-    train: TrainConfig | None = None,
+    config: CacheConfig, examples: int, data: Conversations, given: Assumptions, train: TrainConfig
 ) -> str:
-    """A plan from sizes on record and stated means; of stage two too where `train` is given."""
+    """A plan of both stages from sizes on record and stated means."""
     entry = find_teacher(config.teacher, config.teachers_file)
-    data = Conversations(tokens, response)
-    load = costs.assumed_workload(entry, config, examples, tokens, response)
-    text = stage_one(config, entry, teacher_config(config, entry), load, data, given)
-    if train is not None:
-        text += "\n" + stage_two(settle_batch(train, 1), config, examples, data, given)
-    return text
+    load = costs.assumed_workload(entry, config, examples, data.tokens, data.response)
+    first = stage_one(config, teacher_config(config, entry), load, data, given)
+    return f"{first}\n{stage_two(settle_batch(train, 1), config, examples, data, given)}"
 
 
 def plan_from_data(config: CacheConfig, given: Assumptions) -> str:
@@ -111,7 +99,7 @@ def plan_from_data(config: CacheConfig, given: Assumptions) -> str:
     load = costs.sampled_workload(run)
     response = min(1.0, 2 * load.masked / max(load.student_tokens, 1))
     data = Conversations(max(4, round(load.student_tokens)), max(response, 0.01))
-    return stage_one(run.config, run.entry, run.checkpoint.config, load, data, given)
+    return stage_one(run.config, run.checkpoint.config, load, data, given)
 
 
 def teacher_config(config: CacheConfig, entry: TeacherEntry) -> dict[str, Any]:
@@ -121,14 +109,10 @@ def teacher_config(config: CacheConfig, entry: TeacherEntry) -> dict[str, Any]:
 
 
 def stage_one(
-    config: CacheConfig,
-    entry: TeacherEntry,
-    raw: dict[str, Any],
-    load: costs.Workload,
-    data: Conversations,
-    given: Assumptions,
+    config: CacheConfig, raw: Any, load: Workload, data: Conversations, given: Assumptions
 ) -> str:
     """What the teacher takes: memory, bytes on disk, FLOPs, hours and money."""
+    entry = find_teacher(config.teacher, config.teachers_file)
     model = meta_model(entry.architecture, raw)
     size, vocabulary = costs.size_of(model), int(model.config.vocab_size)
     held = memory.teacher_memory(config, entry, raw, data)
@@ -143,15 +127,15 @@ def stage_one(
         hours = draws * load.tokens / given.tokens_per_second / 3600
         speed = f"{given.tokens_per_second:,.0f} tokens/s (stated)"
     each = costs.bytes_per_draw(load, config, vocabulary, not entry.student_tokens)
-    position, disk = each / max(load.masked, 1e-9), in_bytes(each * draws)
+    row, disk = decimal(round(each)), decimal(round(each * draws))
     rows = {
         "workload": load.source,
         "examples": f"{load.examples:,} × {config.noise.draws} draws",
         "a draw": f"{load.passes:.2f} passes, {load.tokens:,.0f} tokens, "
         f"{load.masked:,.0f} masked positions, {load.chunks:,.0f} chunks",
         "GPU memory": given.fits(held, "engine.device_map=auto, or quantization where it can be"),
-        "on disk": f"{in_bytes(each)} a draw, {position:,.0f} bytes a masked position, {disk} in "
-        "all (random logits do not compress: an upper bound)",
+        "on disk": f"{row} a draw, {each / max(load.masked, 1e-9):,.0f} bytes a masked "
+        f"position, {disk} in all (random logits do not compress: an upper bound)",
         "compute": f"{flops / 1e12:,.3g} TFLOP a draw, {flops * draws / 1e18:,.3g} EFLOP",
         "GPU hours": f"{hours:,.1f} at {speed}",
     }
@@ -227,10 +211,8 @@ def measure_throughput(
     device = choose_device(config.engine.device)
     precision = choose_precision(config.engine.dtype, device)
     raw = teacher_config(config, entry)
-    started = time.perf_counter()
     torch.manual_seed(0)
     model = random_model(entry.architecture, raw, torch_dtype(precision), device)
-    built = time.perf_counter() - started
     k, compiled = config.targets.k, compiles(config.engine, device)
     engine = memory.new_engine(model, config, entry, k, compiled)
     random, work = np.random.default_rng(0), []
@@ -242,15 +224,15 @@ def measure_throughput(
     engine.score(work[:2])
     median = float(np.median(timeit.repeat(lambda: engine.score(work), number=1, repeat=rounds)))
     tokens = sum(pack.width for batch in engine.batches(work) for pack in batch)
-    load = costs.Workload(1, requests, tokens, requests * (length // 4), length, 0, "")
+    load = Workload(1, requests, tokens, requests * (length // 4), length, 0, "")
     rate = costs.size_of(model).flops(load, tokens / requests) / median / 1e12  # TFLOP/s
     share = "" if tflops is None else f", {rate / tflops:.1%} of {tflops:,.0f} TFLOP/s"
     name, peak = f"{device} ({torch.get_num_threads()} threads)", ""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        peak = f"\npeak memory {in_bytes(torch.cuda.max_memory_allocated(device))}"
+        peak = f"\npeak memory {decimal(torch.cuda.max_memory_allocated(device))}"
     return (
-        f"{config.teacher} with random weights in {precision} on {name}, built in {built:.1f} s\n"
+        f"{config.teacher} with random weights in {precision} on {name}\n"
         f"{requests} passes of {length} tokens, a quarter of them read, k {k}; "
         f"median of {rounds} rounds\n"
         f"{tokens / median:,.0f} tokens/s, {rate:.2f} TFLOP/s{share}{peak}"

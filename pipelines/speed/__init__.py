@@ -19,8 +19,7 @@ def run_bench(only: str | None = None, paper: bool = False) -> None:
     from pipelines.speed.use import bench_use
 
     tables = {"stages": bench_stages, "head": bench_head, "loader": bench_loader, "use": bench_use}
-    if paper:
-        tables = {"use": bench_paper}
+    tables = {"use": bench_paper} if paper else tables
     if only is not None and only not in tables:
         raise TideError(f"unknown table {only!r}", expected=f"one of {', '.join(tables)}")
     for name in [only] if only else tables:

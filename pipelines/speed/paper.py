@@ -52,9 +52,8 @@ def bench_paper(tokens: int = 256) -> Table:
             continue
         measured = in_process(measure, model, tokens, str(device), precision)
         first, cells = first or measured, []
-        for value, own, stated, of in zip(
-            measured, first, model.paper, MODELS[0].paper, strict=True
-        ):
+        columns = zip(measured, first, model.paper, MODELS[0].paper, strict=True)
+        for value, own, stated, of in columns:
             known = (str(stated), f"{stated / of:.1f}") if stated and of else ("–", "–")
             cells += [f"{value:.2f}", known[0], f"{value / own:.1f}", known[1]]
         table.add_row(model.name, *cells)

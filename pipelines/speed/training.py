@@ -8,7 +8,6 @@ import timeit
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import torch
 from rich.table import Table
@@ -25,22 +24,16 @@ from shared.system.hardware import bfloat16_in_hardware, high_water
 from student_train.batches.collate import TargetReader, collate, counts_of
 from student_train.batches.loader import BatchDataset, OpenCache
 from student_train.losses.objective import Counts, LossSettings, fused_loss, objective, total
-from student_train.losses.targets import Targets
 from student_train.model import load_student, train_on_loss
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.open import open_or_begin
 from teacher_cache.run.work import examples_of, load_engine, prepare_unit, run_units
 
-VOCABULARY, TEACHER_VOCABULARY = 151_936, 126_464  # Qwen3's, and LLaDA's
-ACROSS = "kl across tokenizers"
+VOCABULARY = 151_936  # Qwen3's
 BATCH = 8  # examples of a step
 ROWS, WIDTH = 512, 512  # of the LM head's input
-OBJECTIVES = {
-    "kl + TIDAL": KL(tidal=Tidal()),
-    ACROSS: KL(temperature=1.0),
-    "reverse_calm": ReverseCalm(),
-}
+OBJECTIVES = {"kl + TIDAL": KL(tidal=Tidal()), "reverse_calm": ReverseCalm()}
 DRAWS, SHARD = 4, 512  # of the large cache: draws, and rows of a shard
 CONFIG = CacheConfig(targets=TargetConfig(signals=("topk",)))
 LOAD = Workload(1, 2, 1024, 150, 300, 0, "")
@@ -79,11 +72,6 @@ def bench_stages(examples: int = 96) -> Table:
                 path.unlink()
             run_units(run, engine, units)
 
-        @torch.inference_mode()
-        def layers_alone() -> None:
-            for batch in batches:
-                engine.hidden(batch)
-
         def train_from_cache() -> None:
             for number in range(examples // BATCH):
                 batch = data[number]
@@ -97,14 +85,15 @@ def bench_stages(examples: int = 96) -> Table:
             engine.score(requests)
             train_from_cache()
 
-        def load_batches() -> None:
-            for number in range(examples // BATCH):
-                data[number]
+        @torch.inference_mode()
+        def layers_alone() -> None:
+            for batch in batches:
+                engine.hidden(batch)
 
         seconds = side_by_side(
             {
                 "a step from the cache": train_from_cache,
-                "of it, reading and collating": load_batches,
+                "of it, reading and collating": lambda: [data[i] for i in range(examples // BATCH)],
                 "a step with the teacher in the loop": train_with_teacher,
                 "stage one, from text to shards": whole,
                 "of it, passes, head and top-k": lambda: engine.score(requests),
@@ -130,7 +119,7 @@ def bench_head(vocabulary: int = VOCABULARY) -> Table:
     table = Table(*names, title=title)
     for name, settings in OBJECTIVES.items():
         for masked in (ROWS, ROWS // 2):
-            case = (settings, masked, vocabulary, half, name == ACROSS)
+            case = (settings, masked, vocabulary, half)
             jobs = {way: head_job(way, *case) for way in ("plain", "sliced")}
             seconds, memory = side_by_side(jobs, rounds=2), ""
             if masked == ROWS:
@@ -142,17 +131,21 @@ def bench_head(vocabulary: int = VOCABULARY) -> Table:
 
 
 def head_job(
-    way: str, distillation: KL | ReverseCalm, masked: int, vocabulary: int, half: bool, across: bool
+    way: str, distillation: KL | ReverseCalm, masked: int, vocabulary: int, half: bool
 ) -> Callable[[], object]:
-    """A step of head and loss, `plain` or `sliced`. Its gradients are there before it, as in
-    accumulation.
+    """A step of head and loss, `plain` or `sliced`, with gradients there before it, of made-up
+    targets: a top-k with its tail, every token a chunk.
     """
     torch.manual_seed(0)
     hidden = torch.randn(ROWS, WIDTH, requires_grad=True)
     head = (torch.randn(vocabulary, WIDTH) * 0.02).requires_grad_()
     hidden.grad, head.grad = torch.zeros_like(hidden), torch.zeros_like(head)
     torch.ones_like(head)  # a second gradient of the head, which a loss adds up, is no news later
-    targets = made_up_targets(masked, vocabulary, across)
+    config = CacheConfig(targets=TargetConfig(signals=("topk", "chunks")))
+    load = Workload(1, 1, masked, masked, masked, masked, "")
+    manifest = Manifest(made_up_fingerprint(config, True, vocabulary, 0), 1, 1, 1)
+    batch = collate(random_rows(load, config, vocabulary, 1), manifest)
+    targets = TargetReader(even_layout(config.targets, vocabulary), vocabulary)(batch)
     counts = Counts(*torch.full((3,), float(masked)))
     settings = LossSettings(distillation, 1.0, counts, 0.5)
 
@@ -169,29 +162,11 @@ def head_job(
     return run
 
 
-def made_up_targets(rows: int, vocabulary: int, across: bool) -> Targets:
-    """Of random values: a top-k with its tail, every token a chunk. `across`: of a teacher with a
-    tokenizer of its own.
-    """
-    config = CacheConfig(targets=TargetConfig(signals=("topk", "chunks")))
-    load = Workload(1, 1, rows, rows, rows, rows, "")
-    manifest = Manifest(made_up_fingerprint(config, not across, vocabulary, 0), 1, 1, 1)
-    made = random_rows(load, config, min(vocabulary, TEACHER_VOCABULARY), 1, own_tokens=across)
-    layout = even_layout(config.targets, vocabulary)
-    if across:
-        spans = np.stack([made[0].masked, made[0].masked + 1], axis=1)
-        made = [dataclasses.replace(made[0], chunk_student=spans, chunk_teacher=spans)]
-        layout = even_layout(config.targets, TEACHER_VOCABULARY, student=vocabulary)
-    batch = collate(made, manifest, layout.tables and layout.tables.token_map)
-    return TargetReader(layout, vocabulary)(batch)
-
-
 def bench_loader(sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)) -> Table:
     """A large cache: what the start of training, a resumed run and the reading of positions take,
     and what of it grows. A row a size.
     """
-    targets = CONFIG.targets
-    kept = f"k {targets.k}, {VOCABULARY:,} tokens, {DRAWS} draws"
+    kept = f"k {CONFIG.targets.k}, {VOCABULARY:,} tokens, {DRAWS} draws"
     columns = ("rows", "shards", "start of training s", "of it ledger s", "memory of it MB",
                "first batch of epoch 9 s", "read positions/s", "to targets", "checked")  # fmt: skip
     table = Table(*columns, title=f"A made-up cache, {kept}; one thread")

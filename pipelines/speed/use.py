@@ -5,13 +5,14 @@ blocks decoded after the true text of held-out functions, at fixed masks, with t
 tokens beside it, since text that repeats itself can please a model too.
 """
 
-import http.client
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from urllib.request import Request as HttpRequest
+from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -72,20 +73,19 @@ def bench_use(shape: StudentConfig = SHAPE, prompts: int = 8) -> Table:
 
 def held_out(student: LoadedStudent, count: int) -> list[tuple[list[int], list[int]]]:
     """Prompts and answers of functions that nothing embedded was trained on, as ids."""
-    pairs = []
-    for chat in iter_examples(DataConfig("stdlib:heldout", limit=count)):
-        answer = student.tokenizer.encode([chat.messages[-1]["content"]])[0]
-        pairs.append((student.prompt(chat.messages[:-1]), answer))
-    return pairs
+    chats = list(iter_examples(DataConfig("stdlib:heldout", limit=count)))
+    answers = student.tokenizer.encode([chat.messages[-1]["content"] for chat in chats])
+    prompts = [student.prompt(chat.messages[:-1]) for chat in chats]
+    return list(zip(prompts, answers, strict=True))
 
 
 def add_sampling(table: Table, student: LoadedStudent, prompts: int) -> None:
     """A row a way to sample, by the embedded student, since a threshold needs one that is sure."""
-    pairs, blocks = held_out(student, 3 * prompts), []  # blocks with the true text before them
+    pairs = held_out(student, 3 * prompts)
     asked = [prompt for prompt, _ in pairs[:prompts]]
-    for prompt, answer in pairs:
-        if len(answer) >= 2 * BLOCK:
-            blocks.append((prompt + answer[:BLOCK], answer[BLOCK : 2 * BLOCK]))
+    longer = [(prompt, answer) for prompt, answer in pairs if len(answer) >= 2 * BLOCK]
+    # Blocks with the true text before them.
+    blocks = [(prompt + answer[:BLOCK], answer[BLOCK : 2 * BLOCK]) for prompt, answer in longer]
     contexts = [context for context, _ in blocks]
     passes: dict[str, int] = {}
 
@@ -113,8 +113,7 @@ def judge(student: LoadedStudent, blocks: list[tuple[list[int], list[int]]]) -> 
     entry = find_teacher("tiny-shared")
     teacher = load_model(open_checkpoint(resolve(entry.model)), entry.architecture, torch.float32)
     engine = TransformersEngine(teacher, entry.attention, TargetSpec(0, 1.0, (1.0,)))
-    random = torch.Generator().manual_seed(0)
-    hidden = []  # places in a block
+    random, hidden = torch.Generator().manual_seed(0), []  # places in a block
     for draw in range(DRAWS):
         order = torch.randperm(BLOCK, generator=random)
         hidden.append(order[: 1 + int(BLOCK * (draw + 0.5) / DRAWS)].sort().values.numpy())
@@ -137,13 +136,11 @@ def add_serving(table: Table, student: LoadedStudent, prompts: int) -> None:
     with served(student, config) as address:
 
         def ask(number: int) -> None:
-            connection = http.client.HTTPConnection(address.removeprefix("http://"))
             message = {"role": "user", "content": f"Write `f{number}`."}
-            body = json.dumps({"model": config.name, "messages": [message]})
-            headers = {"content-type": "application/json"}
-            connection.request("POST", "/v1/chat/completions", body, headers)
-            made = json.load(connection.getresponse())["usage"]["completion_tokens"]
-            connection.close()
+            body = json.dumps({"model": config.name, "messages": [message]}).encode()
+            headers, path = {"content-type": "application/json"}, "/v1/chat/completions"
+            with urlopen(HttpRequest(address + path, body, headers)) as answer:
+                made = json.load(answer)["usage"]["completion_tokens"]
             if made != NEW:
                 raise RuntimeError(f"a response has {made} tokens and not {NEW}")
 

@@ -2,14 +2,12 @@
 the standard-library corpus.
 
 The teacher is a Llama of 6 M parameters under full attention, trained as LLaDA is; the students,
-two for each tokenizer, are pre-trained by block diffusion over [x_t ; x_0]: what a student is
-before it is distilled. All by cross-entropy at masked tokens, t uniform. Half of the examples hide
-response tokens only, half any token; every masked token weighs the same: 1/t has the same best
-model, and more noise on the way to it.
+two for each tokenizer, by block diffusion over [x_t ; x_0]. All by cross-entropy at masked tokens,
+t uniform; half of the examples hide response tokens only, half any token. Every masked token weighs
+the same: 1/t has the same best model, and more noise on the way to it.
 
-The teacher's tokenizer (4,096 tokens, Llama-3-style headers) also serves the student that shares
-it; the other student's (2,048 tokens, ChatML, single digits) cuts the same text differently, as
-Qwen's does LLaDA's.
+The teacher's tokenizer (4,096 tokens) also serves the student that shares it; the other student's
+(2,048 tokens, single digits) cuts the same text differently, as Qwen's does LLaDA's.
 """
 
 import math
@@ -86,16 +84,8 @@ LLAMA = ModelShape("llama", 256, layers=6, heads=4, kv_heads=4, intermediate_siz
 TEACHER = TinyConfig(LLAMA, positions=1024, epochs=4)
 STUDENT = TinyConfig(StudentConfig(), positions=4096, epochs=2)
 # One who knows much less than the teacher: half of the modules, and those briefly.
-HALF = TinyConfig(
-    StudentConfig(),
-    positions=4096,
-    epochs=1,
-    source="stdlib:half-a",
-    limit=4400,
-    length=128,
-    tokens_per_batch=2048,
-    warmup=50,
-)
+HALF = replace(STUDENT, epochs=1, source="stdlib:half-a", limit=4400, length=128, warmup=50,
+               tokens_per_batch=2048)  # fmt: skip
 
 
 def train_tokenizers(teacher: Path, student: Path) -> None:
@@ -116,14 +106,11 @@ def train_tokenizers(teacher: Path, student: Path) -> None:
         raw: Any = RawTokenizer(models.BPE())
         raw.pre_tokenizer, raw.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
         learnt, start = size - len(special), pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=learnt, initial_alphabet=start, show_progress=False
-        )
-        raw.train_from_iterator(texts, trainer)
+        how: Any = {"vocab_size": learnt, "initial_alphabet": start, "show_progress": False}
+        raw.train_from_iterator(texts, trainers.BpeTrainer(**how))
         raw.add_special_tokens(special)
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=raw, eos_token=eos, pad_token="<|endoftext|>", mask_token="<|mask|>"
-        )
+        named = {"eos_token": eos, "pad_token": "<|endoftext|>", "mask_token": "<|mask|>"}
+        fast = PreTrainedTokenizerFast(tokenizer_object=raw, **named)
         fast.chat_template = template
         fast.save_pretrained(folder)
 
@@ -132,8 +119,7 @@ def train_tiny(tokenizer_folder: Path, out: Path, config: TinyConfig) -> None:
     """Train a teacher or a student on the corpus, and write it with its tokenizer and a card."""
     refuse_unwritable(out)
     started = time.monotonic()
-    precision = choose_precision(config.precision, choose_device("cpu"))
-    config = replace(config, precision=precision)
+    config = replace(config, precision=choose_precision(config.precision, choose_device("cpu")))
     tokenizer = Tokenizer.load(tokenizer_folder)
     mask_id = tokenizer.special_id("mask")
     torch.manual_seed(config.seed)
@@ -141,36 +127,34 @@ def train_tiny(tokenizer_folder: Path, out: Path, config: TinyConfig) -> None:
     if isinstance(config.shape, StudentConfig):
         model.config.block_size = config.block
         predict = heldout.student_predictor(model, config.block)
-        title, kind, attention = "An embedded student, pre-trained", "A block-diffusion", ""
+        title, kind = "An embedded student, pre-trained", "block-diffusion"
     else:
         predict = heldout.teacher_predictor(model)
-        title, kind = "The embedded teacher", "A masked-diffusion"
-        attention = "bidirectional attention, "
+        title, kind = "The embedded teacher", "masked-diffusion"
     preparer = Preparer(tokenizer, None, config.lengths, mask_id)
-    source = DataConfig(config.source, limit=config.limit)
-    examples = preparer.usable(list(iter_examples(source)))
+    corpus = iter_examples(DataConfig(config.source, limit=config.limit))
+    examples = preparer.usable(list(corpus))
     steps = train_on(model, predict, examples, mask_id, config)
     minutes = (time.monotonic() - started) / 60
 
     model.to(torch.bfloat16).save_pretrained(out)
     model.float()  # as it is loaded: rounded
     tokenizer.save(out)
-    source = DataConfig("stdlib:heldout")
-    unseen = heldout.prepare_heldout(source, config.lengths, tokenizer, mask_id, 4)
+    functions = DataConfig("stdlib:heldout")
+    unseen = heldout.prepare_heldout(functions, config.lengths, tokenizer, mask_id, 4)
     scores = heldout.masked_nll(model, unseen, predict)
     values = asdict(config) | asdict(config.shape)
     rows = "\n".join(f"| {key} | {value} |" for key, value in values.items() if key != "shape")
     tokens = sum(len(example.student_ids) for example in examples)
     (out / "README.md").write_text(f"""# {title}
 
-{kind} language model of {model.num_parameters() / 1e6:.1f} M parameters ({attention}byte-level
-BPE of {model.config.vocab_size:,} tokens), made by this project so that the whole pipeline can
-be run and tested anywhere; it is no model to build on.
+A {kind} language model of {model.num_parameters() / 1e6:.1f} M parameters (byte-level BPE of
+{model.config.vocab_size:,} tokens), made by this project so that the whole pipeline can be run and
+tested anywhere; it is no model to build on.
 
 * **Trained on** `{config.source}`, functions of the {corpus_origin()}: {len(examples):,} functions,
-  {tokens:,} tokens an epoch, {steps:,} steps. Held out is one function in sixteen of the whole
-  library (by a hash of its source).
-* **Trained for** {minutes:.0f} minutes ({hardware_line()}), in {precision}; stored in bfloat16.
+  {tokens:,} tokens an epoch, {steps:,} steps.
+* **Trained for** {minutes:.0f} minutes ({hardware_line()}), in {config.precision}; stored in bfloat16.
 * **Held-out masked NLL**: {scores["nll"]:.4f} nats a token, {scores["bits_per_byte"]:.4f} bits per
   byte, over {len(unseen.ids)} functions, 4 fixed draws each (masked response tokens; a uniform
   guess has {math.log(model.config.vocab_size):.2f} nats).

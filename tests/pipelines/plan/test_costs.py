@@ -278,15 +278,17 @@ def test_no_step_of_training_waits(caches: dict[str, Path], tmp_path: Path) -> N
 def test_the_plan_has_both_stages_and_the_money_of_what_is_stated() -> None:
     caching = cache_config("tiny-shared", None, [])
     training = train_config("tiny-shared", None, ["batch_size=4"])
-    given = Assumptions(find_card("4090", 100), 0.5, tokens_per_second=1000)
-    text = plan_from_statement(caching, 1000, 128, 0.5, given, training)
+    given = Assumptions(find_card("4090"), 0.5, tokens_per_second=1000)
+    data = memory.Conversations(128, 0.5)
+    text = plan_from_statement(caching, 1000, data, given, training)
     assert "stage one" in text and "stage two" in text and "of an RTX 4090" in text
     twice = cache_config("llada2-mini", None, ["noise.draws=2", "noise.comp_demo=true"])
-    text = plan_from_statement(twice, 1000, 100, 0.5, given)  # 2 draws × 2 passes × 100,000 tokens
+    hundred = memory.Conversations(100, 0.5)  # 2 draws × 2 passes × 100,000 tokens
+    text = plan_from_statement(twice, 1000, hundred, given, training)
     assert "GPU hours 0.1 at 1,000 tokens/s" in " ".join(text.split())
-    assert Assumptions(find_card("4090", 100), 0.5).hours(180e15) == pytest.approx(1)
+    assert Assumptions(find_card("4090"), 0.5).hours(297e15) == pytest.approx(1)
     with pytest.raises(TideError):
         find_card("h900")
     unknown = train_config("tiny-shared", None, ["student.checkpoint=nobody/nothing"])
     with pytest.raises(TideError):
-        plan_from_statement(caching, 1000, 128, 0.5, given, unknown)
+        plan_from_statement(caching, 1000, data, given, unknown)

@@ -106,9 +106,9 @@ def test_rows_that_are_held_out_themselves_are_led_to_by_cross_entropy(
     data: Any = trainer.train_dataset
     batches = [{**data[i], "t": torch.ones_like(data[i]["t"])} for i in range(3)]
     empty = collate([without_masks(row) for row in data.rows(0)], load_manifest(run.cache))
-    same = HeldOut(batches, (), sum(batch["gold"].numel() for batch in batches))
+    trainer.heldout = HeldOut(batches, (), sum(batch["gold"].numel() for batch in batches))
     weights = [0.1, 1.0, 10.0, 1e6]
-    found, more = (compare(trainer, same, b, [1.0], weights) for b in (batches, [*batches, empty]))
+    found, more = (compare(trainer, b, [1.0], weights) for b in (batches, [*batches, empty]))
     first, second = found.lines
     assert first.alone.sum() == pytest.approx(1, abs=1e-6)
     falling = [first.alone.sum(), *(second.sums[w].sum() for w in weights)]
@@ -118,7 +118,7 @@ def test_rows_that_are_held_out_themselves_are_led_to_by_cross_entropy(
         np.testing.assert_allclose(other.alone, [*one.alone, 0.0], atol=1e-6)
         assert other.size == pytest.approx(one.size, rel=1e-6)
     with pytest.raises(TideError):
-        compare(trainer, same, [empty, empty], [1.0], weights)
+        compare(trainer, [empty, empty], [1.0], weights)
 
 
 def test_the_error_is_that_of_a_sum_and_not_of_the_batches_lengths() -> None:
