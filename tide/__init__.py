@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from pipelines.recipes.read import cache_config, train_config
 from shared.data.reading import waiting_messages
-from shared.settings.build import advice
+from shared.settings.build import build
 from shared.settings.config import CacheConfig, DataConfig
 from shared.system.files import TideError, read_json, write_bytes
 from student_train.using.settings import SampleConfig
@@ -154,32 +154,29 @@ def train(cache: Cache | str | Path, callbacks: Sequence[Any] = (), **settings: 
     return Run(config.out, train_student(config, callbacks, halvings_here(config)))
 
 
-def _cache_config(
-    teacher: str | None, data: Source | None, settings: dict[str, Any]
-) -> CacheConfig:
+def _cache_config(teacher: str | None, data: Source | None, settings: Any) -> CacheConfig:
     places = _places(settings)
+    config = cache_config(teacher, *places, settings)
     if data is None:
-        return cache_config(teacher, *places, settings)
-    source = _source(data, cache_config(teacher, *places, settings).prepared_folder)
-    if isinstance(source, str):
-        return cache_config(teacher, *places, settings, data=source)
-    return cache_config(teacher, *places, {**settings, "data": source})
+        return config
+    changes = {**settings, "data": _source(data, config.prepared_folder)}
+    return cache_config(teacher, *places, changes)
 
 
-def _source(data: Source, folder: Path) -> str | dict[str, Any] | list[Any]:
+def _source(data: Source, folder: Path) -> dict[str, Any] | list[dict[str, Any]]:
     """The setting `data`. Rows are written to `folder`, named by their content, so that the same
     ones are found again.
     """
     if isinstance(data, str | Path):
-        return str(data)
+        return {"source": str(data)}
     if isinstance(data, dict):
-        return {**data, "source": _source(data["source"], folder)} if "source" in data else data
+        inner = _source(data["source"], folder) if "source" in data else {}
+        return {**data, **(inner if isinstance(inner, dict) else {"source": inner})}
     if isinstance(data, list | tuple):
         names = {field.name for field in fields(DataConfig)}
         are_rows = [isinstance(one, Mapping) and not one.keys() <= names for one in data]
         if not any(are_rows):
-            sources = [_source(one, folder) for one in data]
-            return [one if isinstance(one, dict) else {"source": one} for one in sources]
+            return [_source(one, folder) for one in data]
         rows = list(data)
     else:
         try:
@@ -192,7 +189,7 @@ def _source(data: Source, folder: Path) -> str | dict[str, Any] | list[Any]:
     path = folder / f"rows-{hashlib.sha256(text).hexdigest()[:16]}.jsonl"
     if not path.exists():
         write_bytes(path, text)
-    return str(path)
+    return {"source": str(path)}
 
 
 def _places(settings: dict[str, Any]) -> tuple[Path | None, list[str], Path | None]:
@@ -220,15 +217,8 @@ class Student:
             raise TideError(f"batch is {batch}", expected="at least 1")
         ask = [[{"role": "user", "content": c}] if isinstance(c, str) else c for c in chats]
         messages = [waiting_messages(chat) for chat in ask]
-        names = [field.name for field in fields(SampleConfig)]
-        if unknown := [name for name in sampling if name not in names]:
-            what = f"sampling has no setting {unknown[0]}"
-            raise TideError(what, fix=advice(unknown[0], names))
         block = self.loaded.choose_block(sampling.get("block"))
-        try:
-            config = SampleConfig(**{**sampling, "block": block})
-        except (TypeError, ValueError) as error:
-            raise TideError(f"{error}", expected="settings of sampling (docs/using.md)") from error
+        config = build(SampleConfig, {**sampling, "block": block}, "sampling")
         return list(self.loaded.answer(messages, config, batch))
 
     def log_likelihoods(

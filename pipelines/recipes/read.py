@@ -125,8 +125,9 @@ def train_config(
     """The settings of `tide train`, in the order of `cache_config`. `teacher` chooses the recipe,
     and the default folders of cache and run.
     """
-    own = teacher or DEFAULT_TEACHER
-    tables = read_recipe(recipe) if recipe else own_recipe(own, teachers_file)
+    tables = (
+        read_recipe(recipe) if recipe else own_recipe(teacher or DEFAULT_TEACHER, teachers_file)
+    )
     name = teacher or tables.get("cache", {}).get("teacher", DEFAULT_TEACHER)
     values = {"cache": f"caches/{name}", "out": f"runs/{name}", **tables.get("train", {})}
     values = _over(values, changes or {})
@@ -155,21 +156,20 @@ def train_arguments(values: Mapping[str, Any]) -> list[str]:
 def train_command(settings: Mapping[str, Any]) -> str:
     """The command, as typed in the repository, for the settings that a run has recorded."""
 
-    def changes(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    def changes(values: Mapping[str, Any], defaults: Any) -> dict[str, Any]:
         changed = {}
         for key, value in values.items():
             default = defaults.get(key)
             if value is None or value == default:  # TOML has no word for None
                 continue
+            changed[key] = value
             if isinstance(value, Mapping):
                 same = isinstance(default, Mapping) and default.get("type") == value.get("type")
-                changed[key] = changes(value, default if same else {})  # type: ignore[arg-type]
-            else:
-                changed[key] = value
+                changed[key] = changes(value, default if same else {})
         return changed
 
-    own = {key: value for key, value in settings.items() if key not in ("cache", "out")}
-    values = {"cache": settings["cache"], **changes(own, to_plain(TrainConfig()))}
+    values = {"cache": settings["cache"], **changes(settings, to_plain(TrainConfig()))}
+    values.pop("out", None)
     command = shlex.join(["tide", "train", *train_arguments(values)])
     return command.replace(str(packaged_recipe("empty")), "pipelines/recipes/empty.toml")
 
@@ -206,8 +206,7 @@ def describe_recipe(name: str, against: str | None = None) -> str:
         train = replace(train_config(None, side, []), out=Path(), cache=Path())
         sides.append({"cache": to_plain(cache), "train": to_plain(train)})
     lines = differences(*sides)
-    many = f"{len(lines)} settings differ from {other.stem} ({other.stem} → {path.stem})"
-    head = (
-        f"{many}; docs/method.md says why:" if lines else f"No setting differs from {other.stem}."
-    )
+    head = f"No setting differs from {other.stem}."
+    if lines:
+        head = f"{len(lines)} settings differ, {other.stem} → {path.stem}; docs/method.md says why:"
     return "\n".join([path.read_text(encoding="utf-8"), head, *(f"  {line}" for line in lines)])

@@ -154,7 +154,7 @@ tested anywhere; it is no model to build on.
 
 * **Trained on** `{config.source}`, functions of the {corpus_origin()}: {len(examples):,} functions,
   {tokens:,} tokens an epoch, {steps:,} steps.
-* **Trained for** {minutes:.0f} minutes ({hardware_line()}), in {config.precision}; stored in bfloat16.
+* **Trained for** {minutes:.0f} minutes ({hardware_line()}); stored in bfloat16.
 * **Held-out masked NLL**: {scores["nll"]:.4f} nats a token, {scores["bits_per_byte"]:.4f} bits per
   byte, over {len(unseen.ids)} functions, 4 fixed draws each (masked response tokens; a uniform
   guess has {math.log(model.config.vocab_size):.2f} nats).

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from shared.diffusion import block_causal
 from student_train.using.choosing import Row, choose, hashed, uniform
-from student_train.using.settings import SampleConfig, Special
+from student_train.using.settings import Ids, SampleConfig, Special
 
 
 class Decoding:
@@ -178,9 +178,7 @@ class Decoding:
             row.state, row.masked = row.made + new, new.count(self._special.mask)
             del row.state[row.config.new_tokens :]
 
-    def _copied(
-        self, block: Int[Tensor, "rows size"], new: Bool[Tensor, "rows size"]
-    ) -> Int[Tensor, "batch size"]:
+    def _copied(self, block: Tensor, new: Bool[Tensor, "rows size"]) -> Int[Tensor, "batch size"]:
         """The rows, and with guidance their copies, in which what is not `new` is masked."""
         if self._copies == 1:
             return block
@@ -259,7 +257,7 @@ class Decoding:
         return tokens, confidence
 
 
-def pad_left(prompts: Sequence[Sequence[int]], block: int, padding: int) -> tuple[Tensor, Tensor]:
+def pad_left(prompts: Sequence[Ids], block: int, padding: int) -> tuple[Tensor, Tensor]:
     """Prompts, padded on the left to one whole block or more, [rows, width]; True at tokens."""
     width = max(1, -(-max(map(len, prompts), default=0) // block)) * block
     rows = [[*[padding] * (width - len(prompt)), *prompt] for prompt in prompts]

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from student_train.using.decoding import pad_left
-from student_train.using.settings import SampleConfig, Special
+from student_train.using.settings import Ids, SampleConfig, Special
 from student_train.using.student import LoadedStudent, sample_steps
 
 _TOKENS_PER_PASS = 2048  # of noised copies; more at once would mostly add masked attention
@@ -52,16 +52,12 @@ class _Copy(NamedTuple):
     weight: float
 
 
-Question = tuple[Sequence[int], Sequence[Sequence[int]]]
+Question = tuple[Ids, Sequence[Ids]]
 """A context and the continuations to score behind it."""
 
 
 def log_likelihoods(
-    model: Any,
-    context: Sequence[int],
-    continuations: Sequence[Sequence[int]],
-    special: Special,
-    config: ElboConfig,
+    model: Any, context: Ids, continuations: Sequence[Ids], special: Special, config: ElboConfig
 ) -> list[float]:
     """Lower bounds of log p(continuation | context), in nats. ValueError where one is empty."""
     return log_likelihoods_together(model, [(context, continuations)], special, config)[0]
@@ -102,12 +98,9 @@ def log_likelihoods_together(
     return [score.tolist() for score in scores]
 
 
-def masks(
-    length: int, index: int, config: ElboConfig
-) -> list[tuple[Bool[Tensor, " length"], float]]:
-    """Masked sets of block `index`, of n = `length` tokens, and their weights, n / (l · draws).
-
-    l is stratified over the draws, each of 1 … length equally likely over seeds.
+def masks(length: int, index: int, config: ElboConfig) -> list[tuple[Tensor, float]]:
+    """Masked sets of block `index`, of n = `length` tokens, and weights, n / (l · draws): l is
+    stratified over the draws, each of 1 … n equally likely over seeds.
     """
     if length == 1:
         return [(torch.ones(1, dtype=torch.bool), 1.0)]
@@ -177,17 +170,14 @@ class _Clean:
         return mine & ((key <= query) if own_block else (key < query)) & self._seen[:, None]
 
     def _run(
-        self,
-        ids: Int[Tensor, "row n"],
-        position: Int[Tensor, "row n"],
-        mask: Bool[Tensor, "row n keys"],
+        self, ids: Int[Tensor, "row n"], at: Int[Tensor, "row n"], mask: Bool[Tensor, "row n keys"]
     ) -> Float[Tensor, "row n width"]:
         own = torch.arange(ids.shape[1])
         # Padding sees itself, so that no row is empty.
         mask[:, own, mask.shape[2] - ids.shape[1] + own] = True
         output = self._model.model(
             input_ids=ids.to(self._device),
-            position_ids=position.to(self._device),
+            position_ids=at.to(self._device),
             attention_mask=mask[:, None].to(self._device),
             past_key_values=self._cache,
             use_cache=True,
@@ -227,12 +217,9 @@ class _Clean:
         return [row[: len(part)] for row, part in zip(sums, parts, strict=True)]
 
 
-def pieces(
-    context: Sequence[int], tokens: Sequence[int], length: int, block: int
-) -> list[tuple[Sequence[int], Sequence[int]]]:
-    """A continuation behind the end of its context, in whole blocks of at most `length` tokens.
-
-    Where it does not fit: in pieces of half the length, each behind what stands before it.
+def pieces(context: Ids, tokens: Ids, length: int, block: int) -> list[tuple[Ids, Ids]]:
+    """A continuation behind its context's end, in whole blocks of at most `length` tokens; where it
+    does not fit, in pieces of half the length, each behind what stands before it.
     """
     room = length // block * block - len(tokens)
     if room >= block:
@@ -247,9 +234,7 @@ def score_questions(
     student: LoadedStudent, questions: Sequence[Question], elbo: ElboConfig, length: int, batch: int
 ) -> Iterator[tuple[int, list[tuple[float, bool]]]]:
     """Each question's number, and for each of its continuations the ELBO (nats) and whether greedy
-    sampling would give it (False, unasked, where it goes in pieces).
-
-    A pass takes `batch` questions, each of at most `length` tokens.
+    sampling gives it (False, unasked, where it goes in pieces). A pass takes `batch` questions.
     """
     model, special = student.model, student.special
     # 1. What is too long goes in pieces, question by question
@@ -263,8 +248,7 @@ def score_questions(
             continue
         sums = []
         for part in parts:
-            asked = [(before, [piece]) for before, piece in part]
-            values = [log_likelihoods_together(model, [q], special, elbo)[0][0] for q in asked]
+            values = [log_likelihoods(model, c, [piece], special, elbo)[0] for c, piece in part]
             sums.append((sum(values), False))
         yield number, sums
     # 2. The others share passes, long contexts first

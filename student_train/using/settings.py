@@ -1,14 +1,16 @@
 """How a student's tokens are chosen, and the ids that mean something to the sampler."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from shared.settings.build import require
+from shared.settings.build import require, strict
 
+Ids = Sequence[int]
 Remasking = Literal["low_confidence", "random"]
 
 
-@dataclass(frozen=True)
+@strict
 class SampleConfig:
     """How to sample. `temperature` 0 is greedy; above, logits / temperature get Gumbel noise."""
 

@@ -6,7 +6,7 @@ as in training; a batch of unequal prompts gives what each gives alone.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from shared.text.templates import Message
 from shared.text.tokenizers import Tokenizer
 from student_train.model import STUDENTS
 from student_train.using.decoding import Decoding, Row
-from student_train.using.settings import SampleConfig, Special
+from student_train.using.settings import Ids, SampleConfig, Special
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class LoadedStudent:
         if asked is None:
             return self.block or 32
         if self.block is not None and asked != self.block:
-            said = (
+            words = (
                 f"the student was trained with blocks of {self.block} and is sampled with {asked}"
             )
-            print(said, file=sys.stderr)
+            print(words, file=sys.stderr)
         return asked
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -60,7 +60,6 @@ class LoadedStudent:
 
 def load_for_use(place: str, device: str = "auto") -> LoadedStudent:
     """A student from a folder or a hub id, in bfloat16 on an accelerator that has it, else float32.
-
     TideError where it is no student, or nothing names its mask token.
     """
     checkpoint = open_checkpoint(resolve(place))
@@ -71,9 +70,7 @@ def load_for_use(place: str, device: str = "auto") -> LoadedStudent:
     mask = stated_mask(checkpoint, tokenizer)
     if mask is None:
         what = f"neither the config nor the tokenizer of {place} names a mask token"
-        raise TideError(
-            what, fix="give a student as `tide train` writes it, such as runs/NAME/model"
-        )
+        raise TideError(what, fix="give a student that `tide train` wrote, as runs/NAME/model")
     eos, pad = tokenizer.special_id("eos"), tokenizer.backend.pad_token_id
     ends = {*checkpoint.special_ids("eos"), *tokenizer.turn_ends} - {eos}
     pad = eos if pad is None else int(pad)
@@ -83,7 +80,7 @@ def load_for_use(place: str, device: str = "auto") -> LoadedStudent:
 
 
 def sample(
-    model: Any, prompts: Sequence[Sequence[int]], special: Special, config: SampleConfig
+    model: Any, prompts: Sequence[Ids], special: Special, config: SampleConfig
 ) -> list[list[int]]:
     """The response to each prompt, up to its first EOS (or other end), which is left out.
     ValueError where a prompt is empty.
@@ -99,16 +96,12 @@ def until_eos(row: list[int], eos: int) -> list[int]:
 
 @torch.no_grad()
 def sample_steps(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    special: Special,
-    config: SampleConfig,
-    stop: Callable[[int, list[int]], bool] | None = None,
+    model: Any, prompts: Sequence[Ids], special: Special, config: SampleConfig, stop: Any = None
 ) -> Iterator[tuple[list[list[int]], int]]:
     """The new tokens after each step (those still masked are the mask's id), and the passes so far.
 
     A row leaves the batch with an EOS in a finished block, with as many tokens as there may be, or
-    where `stop` says so, given the row's place in the batch and its new tokens.
+    where `stop(i, made)` says so, given its place in the batch and its new tokens.
     """
     rows = [Row(prompt, config) for prompt in prompts]
     decoding = Decoding(model, special, config)
@@ -126,10 +119,7 @@ def sample_steps(
 
 @dataclass(frozen=True)
 class Stops:
-    """Texts that end a response: of a benchmark's `until`, of a request's `stop`.
-
-    A stop that is a special token is found among the ids: a response's text has none of them.
-    """
+    """Texts that end a response, and ids: of stops that are special tokens, which no text shows."""
 
     student: LoadedStudent
     texts: tuple[str, ...]
@@ -144,10 +134,8 @@ class Stops:
         return cls(student, tuple(stop for stop in wanted if stop), ids)
 
     def cut(self, ids: Sequence[int]) -> tuple[str, bool]:
-        """The text of `ids` up to where the first stop begins, and whether there is one.
-
-        The first is the one that is complete first (of several that end together, the longest): the
-        same one whether the text is read as it grows or all at once.
+        """The text of `ids` up to where the first stop begins, and whether there is one. The first
+        to be complete counts (of several that end together, the longest), as in a growing text.
         """
         ends = [i for i, token in enumerate(ids) if token in self.ids]
         text = self.student.text(ids[: ends[0]] if ends else ids)

@@ -282,7 +282,7 @@ def test_the_plan_has_both_stages_and_the_money_of_what_is_stated() -> None:
     data = memory.Conversations(128, 0.5)
     text = plan_from_statement(caching, 1000, data, given, training)
     assert "stage one" in text and "stage two" in text and "of an RTX 4090" in text
-    twice = cache_config("llada2-mini", None, ["noise.draws=2", "noise.comp_demo=true"])
+    twice = cache_config("tiny-shared", None, ["noise.draws=2", "noise.comp_demo=true"])
     hundred = memory.Conversations(100, 0.5)  # 2 draws × 2 passes × 100,000 tokens
     text = plan_from_statement(twice, 1000, hundred, given, training)
     assert "GPU hours 0.1 at 1,000 tokens/s" in " ".join(text.split())
