@@ -39,7 +39,7 @@ def inspect(
 def verify(
     configure: Configure,
     against: Annotated[str, Option(help="The engine: transformers or vllm.")] = "transformers",
-    rows: Annotated[int, Option(help="Rows to score again; 0: no teacher is loaded.")] = 200,
+    rows: Annotated[int, Option(min=0, help="To score again; 0: no teacher is loaded.")] = 200,
     tolerance: Annotated[float | None, Option(help="Nats; exit 1 where one is further.")] = None,
     delete_damaged: Annotated[bool, Option("--delete-damaged", help="Delete bad shards.")] = False,
     out: Annotated[Path | None, Option("--cache", help="Default: caches/TEACHER.")] = None,
@@ -74,7 +74,7 @@ def prune(
     """A smaller cache from a larger; no teacher is loaded."""
     from teacher_cache.maintenance.derive import prune_cache
 
-    made = prune_cache(folder, out, k, draws, rank)
+    made = prune_cache(folder, out, k=k, rank=rank, draws=draws)
     say(f"{out}: {made.draws} draws of {made.examples:,} examples, k {made.fingerprint.targets.k}")
 
 

@@ -5,11 +5,12 @@ position or coefficients of the tail: what leaves a top-k joins the tail, the la
 dropped. Shards that stay what they are keep their very bytes: their file is linked (or copied).
 """
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ def _begin(target: Path, manifest: Manifest, source: Path, tables: bool = True) 
     refuse_unwritable(target)
     if target.exists() and any(path.name not in _BEFORE_MANIFEST for path in target.iterdir()):
         old = load_manifest(target)
-        wanted = dataclasses.replace(manifest, sources=old.sources)  # a name is no difference
+        wanted = replace(manifest, sources=old.sources)  # a name is no difference
         check_fingerprint(target, old, wanted, "go on with it")
         return
     for file in small_files(source):
@@ -44,10 +45,8 @@ def _begin(target: Path, manifest: Manifest, source: Path, tables: bool = True) 
 
 
 def merge_caches(sources: Sequence[Path], target: Path) -> Manifest:
-    """One cache out of several.
-
-    They are parts of one (the same settings, some shards in each), or differ in their data alone,
-    and then their examples follow each other. TideError, with what differs, for all others.
+    """One cache out of several: parts of one (the same settings, some shards in each), or such as
+    differ in their data alone, whose examples follow each other. TideError for all others.
     """
     if len(sources) < 2:
         raise TideError(f"{len(sources)} cache to merge", expected="two or more")
@@ -56,7 +55,7 @@ def merge_caches(sources: Sequence[Path], target: Path) -> Manifest:
     # 1. the new manifest, and for each new shard the cache that it comes from and its unit there
     origins: dict[Unit, tuple[Path, Unit]] = {}
     if all(m.fingerprint == first.fingerprint for m in manifests):
-        made = dataclasses.replace(first, draws=max(m.draws for m in manifests))
+        made = replace(first, draws=max(m.draws for m in manifests))
         for source in sources:
             origins |= {unit: (source, unit) for unit in finished_units(source)}
     else:
@@ -71,9 +70,8 @@ def merge_caches(sources: Sequence[Path], target: Path) -> Manifest:
     known = {}
     for source, manifest in zip(sources, manifests, strict=True):
         known[source] = (manifest, manifest.layout(source), load_ledger(source, manifest))
-    for unit in tqdm(
-        sorted(set(origins) - set(finished_units(target))), unit="shard", desc="merge"
-    ):
+    missing = sorted(set(origins) - set(finished_units(target)))
+    for unit in tqdm(missing, unit="shard", desc="merge"):
         source, old = origins[unit]
         manifest, layout, ledger = known[source]
         path = old.path(source)
@@ -98,8 +96,8 @@ def _one_after_the_other(sources: Sequence[Path], manifests: Sequence[Manifest])
     first = manifests[0]
     for source, manifest in zip(sources, manifests, strict=True):
         refuse_unfinished(source, manifest)
-        same_data = dataclasses.replace(manifest.fingerprint, data=first.fingerprint.data)
-        theirs = dataclasses.replace(first, draws=manifest.draws, fingerprint=same_data)
+        same_data = replace(manifest.fingerprint, data=first.fingerprint.data)
+        theirs = replace(first, draws=manifest.draws, fingerprint=same_data)
         fix = "build them with the same settings, all but the first with targets.tables_from=FIRST;"
         fix += " `tide prune` makes k, rank and draws smaller"
         check_fingerprint(sources[0], first, theirs, f"merge it with {source}", fix)
@@ -107,39 +105,33 @@ def _one_after_the_other(sources: Sequence[Path], manifests: Sequence[Manifest])
     contents = [one.content for one in data]
     if len(set(contents)) < len(data):
         raise TideError("two of these caches hold the same data", fix="leave one out")
-    merged = dataclasses.replace(
+    merged = replace(
         data[0],
         content=hashlib.sha256(json.dumps(contents).encode()).hexdigest(),
         examples=sum(one.examples for one in data),
         merged_from=tuple(one.to_json() for one in data),
     )
     names = tuple(dict.fromkeys(name for manifest in manifests for name in manifest.sources))
-    fingerprint = dataclasses.replace(first.fingerprint, data=merged)
+    fingerprint = replace(first.fingerprint, data=merged)
     parts = sum(manifest.parts for manifest in manifests)
     return Manifest(fingerprint, first.draws, parts, merged.examples, sources=names)
 
 
-def prune_cache(
-    source: Path,
-    target: Path,
-    k: int | None = None,
-    draws: int | None = None,
-    rank: int | None = None,
-) -> Manifest:
+def prune_cache(source: Path, target: Path, **wanted: int | None) -> Manifest:
     """A cache with at most `k` logits a position, `rank` coefficients and the first `draws` draws.
-
     TideError where `source` is not finished, or has less.
     """
     manifest = load_manifest(source)
     ledger = whole_ledger(source, manifest)
     refuse_unfinished(source, manifest)
     targets, layout = manifest.fingerprint.targets, manifest.layout(source)
-    asked = {"k": (k, targets.k), "rank": (rank, layout.rank), "draws": (draws, manifest.draws)}
-    for name, (wanted, has) in asked.items():
-        if wanted is not None and not 1 <= wanted <= has:
-            raise TideError(f"{name} is {wanted}, and {source} holds {has}", expected=f"1 to {has}")
-    k, rank = k or targets.k, rank or layout.rank
-    made = dataclasses.replace(manifest, draws=draws or manifest.draws)
+    known = {"k": targets.k, "rank": layout.rank, "draws": manifest.draws}
+    for name, has in known.items():
+        asked = wanted.get(name)
+        if asked is not None and not 1 <= asked <= has:
+            raise TideError(f"{name} is {asked}, and {source} holds {has}", expected=f"1 to {has}")
+    k, rank, draws = (wanted.get(name) or has for name, has in known.items())
+    made = replace(manifest, draws=draws)
     if (k, rank) == (targets.k, layout.rank) or layout.tables is None:
         # Fewer draws alone change no byte of a shard.
         _begin(target, made, source)
@@ -149,26 +141,22 @@ def prune_cache(
         settle_ledger(target, made)
         return made
     # 1. the tables' first columns
-    new = dataclasses.replace(layout, tables=layout.tables.cut(rank))
+    new = replace(layout, tables=layout.tables.cut(rank))
     assert new.tables is not None
-    fingerprint = dataclasses.replace(
-        manifest.fingerprint,
-        targets=dataclasses.replace(targets, k=k, rank=rank),
-        tables=new.tables.digest,
-        pruned_from={"k": targets.k, "rank": layout.rank},
-    )
-    made = dataclasses.replace(made, fingerprint=fingerprint)
+    fewer = replace(targets, k=k, rank=rank)
+    changes: Any = {"targets": fewer, "tables": new.tables.digest}
+    changes["pruned_from"] = {"k": targets.k, "rank": layout.rank}
+    fingerprint = replace(manifest.fingerprint, **changes)
+    made = replace(made, fingerprint=fingerprint)
     _begin(target, made, source, tables=False)
     shards.save_tables(target / TABLES, new.tables)
     # 2. row by row
-    old, fewer = (
-        LinearTail.of(each.tables, each.temperatures) for each in (layout, new) if each.tables
-    )
+    old, shorter = (LinearTail.of(x.tables, x.temperatures) for x in (layout, new) if x.tables)
     units = sorted(set(made.units()) - set(finished_units(target)))
     for unit in tqdm(units, unit="shard", desc="prune"):
         path = unit.path(source)
         shard = shards.read_table(path, layout, read_bytes(path, source))
-        rows = [cut(row, old, fewer, layout.tables.unit, k) for row in shard.rows(path, layout)]
+        rows = [cut(row, old, shorter, layout.tables.unit, k) for row in shard.rows(path, layout)]
         counts = {**shard.counts, CACHE: made.digest}
         written = shards.write_shard(unit.path(target), rows, new, counts)
         note(target, unit, Entry.of(written, counts))
@@ -200,7 +188,7 @@ def cut(row: CacheRow, old: LinearTail, new: LinearTail, unit: float, k: int) ->
     # 3. The new level, which gives the shorter code that weight.
     kept = torch.from_numpy(np.where(stays, ids, ids[:, :1]))
     level = new.levels(code[:, :rank], kept, tails).clamp(-LARGEST_LEVEL, LARGEST_LEVEL)
-    return dataclasses.replace(
+    return replace(
         row,
         topk_sizes=np.minimum(row.topk_sizes, k).astype(np.int32),
         topk_ids=row.topk_ids[stays[there]],

@@ -1,6 +1,5 @@
 """`tide inspect`: what a cache holds, from its shards alone: in words, as a picture, or a row."""
 
-import io
 import itertools
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from shared.cache.ledger import in_processes
 from shared.cache.manifest import Manifest, load_manifest
 from shared.cache.row import CacheRow, Layout
 from shared.cache.shards import Unit, column_bytes, finished_units, read_shard
-from shared.system.files import TideError, read_bytes, write_bytes
+from shared.system.files import TideError, read_bytes
 from shared.text.tokenizers import Tokenizer
 
 T_EDGES = np.linspace(0.0, 1.0, 6)
@@ -57,7 +56,6 @@ def inspect_cache(folder: Path) -> Inspection:
 
 
 def _inspect_shard(folder: Path, manifest: Manifest, layout: Layout, unit: Unit) -> Inspection:
-    """The sums over one shard."""
     path = unit.path(folder)
     content = read_bytes(path)
     sums = Inspection(manifest, layout.rank, [unit])
@@ -149,9 +147,8 @@ def draw_picture(sums: Inspection, path: Path) -> None:
     each = [size / max(1, sums.masked) for _, size in largest]
     columns.barh([name for name, _ in largest], each)
     columns.set(title="bytes a masked position by column")
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
-    write_bytes(path, content.getvalue())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=110)
 
 
 def find_row(cache: Path, which: str, draw: int) -> CacheRow:
@@ -200,10 +197,11 @@ def describe_row(cache: Path, row: CacheRow) -> str:
             assert row.topk_ids is not None and row.topk_logp is not None
             size = int(row.topk_sizes[i])
             shown = range(start, start + min(_TOP, size))
-            words = [_text(teacher, row.topk_ids[j]) for j in shown]
-            top = [f"{words[j - start]} {np.exp(row.topk_logp[j]):.3f}" for j in shown]
+            words = (
+                f"{_text(teacher, row.topk_ids[j])} {np.exp(row.topk_logp[j]):.3f}" for j in shown
+            )
             outside = 1 - float(np.exp(row.topk_logp[start : start + size]).sum())
-            expects = f": {', '.join(top)}; outside of the {size}: {outside:.3f}"
+            expects = f": {', '.join(words)}; outside of the {size}: {outside:.3f}"
             start += size
         lines.append(f"{place:>8}  {parts[place]:>4}  {p:>7.4f}  {token}{expects}")
     if row.chunk_student is not None and row.teacher_ids is not None:

@@ -47,10 +47,8 @@ def pack_cache(cache: Path, archive: Path) -> int:
     names = [path.relative_to(cache).as_posix() for path in files]
     about = {}
     for name in tqdm(names, unit="file", desc="checksums"):
-        about[name] = {
-            "sha256": sha256_of(cache / name, cache),
-            "bytes": (cache / name).stat().st_size,
-        }
+        file = cache / name
+        about[name] = {"sha256": sha256_of(file, cache), "bytes": file.stat().st_size}
     note = json.dumps(about, indent=1).encode()
     packer = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
     with (
@@ -84,10 +82,7 @@ class _Bounded:
 
 
 def unpack_cache(archive: Path, cache: Path) -> int:
-    """Read `archive` into the new folder `cache`; its number of files.
-
-    TideError where a byte is wrong.
-    """
+    """Read `archive` into the new folder `cache`; how many files. TideError for a wrong byte."""
     if cache.is_symlink() or (cache.exists() and (not cache.is_dir() or any(cache.iterdir()))):
         raise TideError(f"{cache} is not empty, or no folder", expected="a new folder")
     if cache.resolve() == Path.cwd():
@@ -105,11 +100,9 @@ def unpack_cache(archive: Path, cache: Path) -> int:
     except TideError:
         raise
     except (OSError, *_DAMAGE) as error:
-        raise TideError(
-            f"{archive} cannot be unpacked: {str(error)[:500] or type(error).__name__}",
-            expected="a whole archive written by `tide pack`",
-            fix="copy it again; nothing was left in the folder",
-        ) from error
+        what = f"{archive} cannot be unpacked: {str(error)[:500] or type(error).__name__}"
+        fix = "copy it again; nothing was left in the folder"
+        raise TideError(what, expected="a whole archive of `tide pack`", fix=fix) from error
     return count
 
 

@@ -37,7 +37,6 @@ class CheckReport:
     problems: list[Problem]
 
     def in_words(self) -> str:
-        """A few lines: whether the shards hold."""
         looked = f"{self.shards:,} shards, {self.rows:,} rows"
         lines = [f"{looked}: checksums, schema, counts and values hold"]
         if self.problems:
@@ -49,9 +48,8 @@ class CheckReport:
 
 
 def check_cache(folder: Path) -> CheckReport:
-    """Read every shard of the cache: its bytes against the ledger, its values against the rules.
-
-    A ledger that is not there is made anew. TideError where manifest or tables cannot be read.
+    """Read every shard: its bytes against the ledger, which is made anew where it is not there, its
+    values against the rules. TideError where manifest or tables cannot be read.
     """
     manifest = load_manifest(folder)
     layout = manifest.layout(folder)
@@ -66,8 +64,7 @@ def check_cache(folder: Path) -> CheckReport:
         if unit not in expected:
             size = f"{manifest.draws} draws and {manifest.parts} parts"
             problems.append(Problem(f"{unit.path(folder)} is no part of a cache of {size}"))
-    checks = check_shards(folder, manifest, layout, ledger, units)
-    for of_shard, problem, path in checks:
+    for of_shard, problem, path in check_shards(folder, manifest, layout, ledger, units):
         rows += of_shard
         if problem is not None:
             problems.append(Problem(problem, path))
@@ -99,11 +96,9 @@ class VerifyReport:
 
     @property
     def largest(self) -> float:
-        """The largest deviation of all."""
         return max(float(values.max(initial=0.0)) for values in self.deviations.values())
 
     def in_words(self) -> str:
-        """A few lines: how far the values of the sample lie apart."""
         lines = [f"{self.rows} rows, {self.positions:,} positions scored again with {self.engine}"]
         lines.append(f"  {'':<14}{'values':>12}{'largest':>12}{'mean':>12}")
         for name, values in self.deviations.items():
@@ -116,12 +111,9 @@ def verify_cache(config: CacheConfig, rows: int) -> VerifyReport:
     """Compare `rows` rows of the cache at `config.out` with what `config.engine` says now.
 
     The sample, spread evenly over the shards, is the same for every engine. Top-k log-probabilities
-    are compared rank by rank (ids may change places where two are nearly equal); what counts is the
-    deviation beyond that of rounding. TideError where the cache, the teacher or the settings do not
-    belong together.
+    are compared rank by rank (ids may change places where two are nearly equal), beyond rounding.
+    TideError where the cache, the teacher or the settings do not belong together.
     """
-    if rows < 1:
-        raise TideError(f"--rows is {rows}", expected="1 or more")
     load_manifest(config.out)  # or else it is no cache
     run = open_or_begin(config, any_engine=True)
     # 1. the sample

@@ -30,7 +30,7 @@ from shared.settings.config import CacheConfig
 from shared.system import processes
 from shared.system.files import TideError, new_folder, remove_leftovers
 from shared.system.processes import hold
-from teacher_cache.prepared.folder import losses, totals
+from teacher_cache.prepared.folder import losses
 from teacher_cache.run.open import Run, open_or_begin
 from teacher_cache.run.preflight import ray_cluster
 from teacher_cache.run.progress import read_status, write_metrics
@@ -53,8 +53,7 @@ class CacheReport:
     computed: int  # shards
     kept: int
     elsewhere: int  # that other ranks compute, or that only the store has
-    counts: dict[str, int]  # of the data: rows, what was left out by reason, cut, or lost
-    notes: list[str]  # the same in words
+    notes: list[str]  # of the data: what was left out by reason, cut, or lost
 
 
 def build_cache(config: CacheConfig) -> CacheReport:
@@ -107,8 +106,8 @@ def build_cache(config: CacheConfig) -> CacheReport:
         sums[name] = sum(getattr(entry, name) for entry in ledger.values())
     computed = sum(unit in ledger for unit in missing)
     kept, elsewhere = len(ledger) - computed, len(run.manifest.units()) - len(ledger)
-    of_data = {"counts": totals(run.data.record.sources), "notes": losses(run.data)}
-    return CacheReport(out, computed=computed, kept=kept, elsewhere=elsewhere, **of_data, **sums)
+    counted = {"computed": computed, "kept": kept, "elsewhere": elsewhere, **sums}
+    return CacheReport(out, notes=losses(run.data), **counted)
 
 
 @contextmanager
@@ -209,7 +208,6 @@ def _failed(config: CacheConfig, reason: str) -> TideError:
 
 
 def run_rank(values: dict[str, Any]) -> None:
-    """One rank, from its settings as plain values."""
     build_cache(build(CacheConfig, values))
 
 

@@ -8,7 +8,6 @@ import datetime
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool
 
 from shared.aligned.examples import SharedVocabulary
 from shared.cache import manifest as cached
@@ -41,10 +40,6 @@ class Sides:
     shared: SharedVocabulary | None
     """What both vocabularies share, where the teacher reads the student's ids; else None."""
 
-    def shared_ids(self) -> Bool[np.ndarray, " vocab"] | None:
-        """Whether an id means the same to student and teacher; None across tokenizers."""
-        return None if self.shared is None else self.shared.same
-
 
 def open_sides(config: CacheConfig, weights: bool = True) -> Sides:
     """Open and check both sides. `weights` False: those of a teacher on the hub are not fetched."""
@@ -58,8 +53,7 @@ def open_sides(config: CacheConfig, weights: bool = True) -> Sides:
     if entry.student_tokens:
         # The teacher reads the student's ids: only added tokens may differ.
         shared = SharedVocabulary.between(student, teacher)
-        alike = set(np.flatnonzero(shared.same).tolist())
-        different = set()
+        alike, different = set(np.flatnonzero(shared.same).tolist()), set()
         for side in (student, teacher):
             different |= set(side.backend.get_vocab().values()) - side.added_ids - alike
         if different:
@@ -163,9 +157,8 @@ class Run(Sides):
 
 
 def open_or_begin(config: CacheConfig, any_engine: bool = False) -> Run:
-    """The run that `config` describes: a new one, or that of the cache which lies at `config.out`.
-
-    Nothing is written but prepared data. `any_engine`: look at a cache with another engine.
+    """The run that `config` describes: a new one, or that of the cache at `config.out`. Nothing is
+    written but prepared data. `any_engine`: look at a cache with another engine.
     """
     # 1. What is there decides what was left open.
     out = config.out

@@ -55,8 +55,9 @@ class Progress:
         self._engine_before = float(_read(self._path).get("engine_seconds", 0.0))
         self._started, self._last = time.time(), 0.0
         self._rows, self._bytes, self._busy = 0, 0, 0.0
-        title = f"cache {config.teacher}"
-        self._bar = tqdm(total=self._total, unit="row", desc=title, smoothing=0.05)
+        self._bar = tqdm(
+            total=self._total, unit="row", desc=f"cache {config.teacher}", smoothing=0.05
+        )
 
     def wrote(self, unit: Unit, examples: int, busy_seconds: float) -> None:
         """One more shard is on disk. `busy_seconds`: what the engine was busy for it."""
@@ -78,7 +79,6 @@ class Progress:
         rate = self._rows / seconds
         status = {
             "state": state,
-            "updated": round(self._last, 1),
             "rows_done": self._rows,
             "rows_to_do": self._total,
             "rows_per_second": round(rate, 3),
@@ -103,13 +103,12 @@ class Progress:
 
 def write_metrics(path: Path, status: dict[str, Any], teacher: str) -> None:
     """A status in Prometheus's text format, for node_exporter's textfile collector."""
-    values = {key: value for key, value in status.items() if isinstance(value, int | float)}
-    values["running"] = int(status.get("state") == "running")
-    lines = []
-    for key, value in values.items():
-        lines.append(f"# TYPE tide_cache_{key} gauge")
-        lines.append(f'tide_cache_{key}{{teacher="{teacher}"}} {value}')
-    _replace(path, "\n".join(lines) + "\n")
+    text = ""
+    for key, value in {**status, "running": int(status.get("state") == "running")}.items():
+        if isinstance(value, int | float):
+            text += f"# TYPE tide_cache_{key} gauge\n"
+            text += f'tide_cache_{key}{{teacher="{teacher}"}} {value}\n'
+    _replace(path, text)
 
 
 def _replace(path: Path, text: str) -> None:

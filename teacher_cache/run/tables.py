@@ -49,16 +49,13 @@ _LOOK_SECONDS = 1.0
 
 
 def settle_tables(run: Run, engine: Callable[[], Engine], store: Store | None = None) -> Run:
-    """The run with its tables, made where nobody has made them, and its manifest written.
-
-    Ranks that share a folder take turns by a lock. Where they share only a store, rank 0 makes the
-    tables and the others wait for them.
+    """The run with its tables, made where nobody has made them, and its manifest written. Ranks of
+    one folder take turns by a lock; where they share only a store, rank 0 makes them.
     """
     out = run.config.out
     if run.wants_tables and not has_tables(out):
         if store is not None and run.config.rank > 0:
             logger.info("rank %d waits for the tables of rank 0", run.config.rank)
-            store.bring_tables(out)
             while not has_tables(out):
                 time.sleep(_LOOK_SECONDS)
                 store.bring_tables(out)
@@ -145,8 +142,8 @@ def map_examples(run: Run, most: int = _MAP_EXAMPLES) -> Iterator[Prepared]:
 def allowed_ids(run: Run) -> Bool[np.ndarray, " vocab"]:
     """Ids of the teacher's head that may be listed."""
     allowed = np.ones(run.checkpoint.embedding_rows, bool)
-    if (shared := run.shared_ids()) is not None:
-        allowed[excluded_ids(shared, allowed.size)] = False
+    if run.shared is not None:
+        allowed[excluded_ids(run.shared.same, allowed.size)] = False
     return allowed
 
 

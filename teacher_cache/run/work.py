@@ -36,8 +36,8 @@ _AHEAD = 2  # groups of units in memory before the engine asks for them
 
 def load_engine(run: Run) -> Engine:
     """The run's engine, with the teacher, and the run's tables where it has them."""
-    settings, entry, shared = run.config.engine, run.entry, run.shared_ids()
-    spec = run.target_spec()
+    settings, entry, spec = run.config.engine, run.entry, run.target_spec()
+    shared = run.shared and run.shared.same
     if settings.type == "vllm":
         longest = run.config.lengths.teacher
         engine: Engine = VllmEngine(run.checkpoint, entry, spec, settings, longest, shared)
@@ -46,16 +46,12 @@ def load_engine(run: Run) -> Engine:
         device, dtype = choose_device(settings.device), torch_dtype(settings.dtype)
         fit: Any = {"device_map": settings.device_map, "quantization": settings.quantization}
         model = load_model(run.checkpoint, entry.architecture, dtype, device, **fit)
-        engine = TransformersEngine(
-            model,
-            entry.attention,
-            spec,
-            shift=entry.shift,
-            tokens_per_batch=settings.tokens_per_batch,
-            head_rows=settings.head_rows,
-            shared_ids=shared,
-            compiled=compiles(settings, device),
-        )
+        sizes: Any = {
+            "tokens_per_batch": settings.tokens_per_batch,
+            "head_rows": settings.head_rows,
+        }
+        how: Any = {"shift": entry.shift, "compiled": compiles(settings, device), **sizes}
+        engine = TransformersEngine(model, entry.attention, spec, shared_ids=shared, **how)
     if run.tables is not None:
         engine.use_tables(run.tables)
     return engine
@@ -103,9 +99,8 @@ def finish_unit(
     run: Run, work: UnitWork, scores: Sequence[Scores]
 ) -> tuple[list[CacheRow], dict[str, Any]]:
     """Rows of the shard, and the counts stored with it. TideError where a score is not finite."""
-    config, spec, partial = run.config, run.target_spec(), run.layout.partial
-    signals, comp_demo = config.targets.signals, config.noise.comp_demo
-    remaining, rows = iter(scores), []
+    spec, signals, partial = run.target_spec(), run.config.targets.signals, run.layout.partial
+    comp_demo, remaining, rows = run.config.noise.comp_demo, iter(scores), []
     chunks = without_chunks = 0
     for item in work.items:
         parts = [next(remaining) for _ in item.rows]
@@ -142,9 +137,8 @@ def merge_passes(
 def cache_row(
     item: Item, number: int, scores: Scores, signals: Sequence[str], comp: bool, partial: bool
 ) -> CacheRow:
-    """The row of draw `number` of an example, from what the teacher said of its view.
-
-    `comp`: under CompDemo. `partial`: the teacher may be read at fewer positions than are masked.
+    """The row of draw `number` of an example, from what the teacher said of its view. `comp`: under
+    CompDemo. `partial`: the teacher may be read at fewer positions than are masked.
     """
     example, draw, view = item.example, item.draw, item.view
     chunk_student = chunk_teacher = chunk_logp = None
@@ -182,7 +176,6 @@ def cache_row(
 
 
 def examples_of(run: Run, unit: Unit) -> list[Prepared]:
-    """The prepared examples of `unit`."""
     size = run.config.shard_examples
     return run.data.between(unit.part * size, (unit.part + 1) * size)
 

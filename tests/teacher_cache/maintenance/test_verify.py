@@ -50,7 +50,6 @@ def test_verifying(caches: dict[str, Path], random_teacher: Path, tmp_path: Path
 
 def test_another_teacher_is_refused(caches: dict[str, Path], random_teacher: Path) -> None:
     for words, rows, teacher, folder in (
-        ("--rows is 0", 0, random_teacher, caches["tiny-shared"]),
         ("teacher.weights", 5, TEACHER_TOKENIZER, caches["tiny-shared"]),
         ("is no cache", 5, random_teacher, random_teacher),
     ):
