@@ -76,28 +76,12 @@ def run_demo(out: Path, seeds: int | None, full: bool = False) -> Path:
     parts = [
         "What they started from, and the teacher, on the same held-out functions and masks:",
         report.to_markdown(pl.DataFrame(rows)),
-        data_curve(runs, start["teacher"]["bits_per_byte"], out) if full else verdicts(runs, grid),
+        data_curve(runs, start["teacher"]["bits_per_byte"], out) if full else "",
         report.paired_table(runs, grid.pairs()),
         f"This took {minutes:.1f} minutes; finished work is not redone. Nats a token compare "
         "students of one cache; bits per byte also compare tokenizers.\n",
     ]
-    return report.write_report(out, head, "\n\n".join(parts))
-
-
-def verdicts(runs: list[report.Run], grid: Grid) -> str:
-    """One sentence a distilled student: did distillation help, by how much, in every seed?"""
-    lines = []
-    for base, name in grid.pairs():
-        gains = [-x for x in report.paired_differences(runs, base, name, "nll")]
-        if not gains:
-            continue
-        word = "helped" if min(gains) > 0 else "helped for some seeds only"
-        word = word if max(gains) > 0 else "did not help"
-        lines.append(
-            f"* **{name}** {word}: held-out NLL {statistics.mean(gains):+.3f} nats a token lower "
-            f"than undistilled on average ({', '.join(f'{g:+.3f}' for g in gains)} by seed)."
-        )
-    return "\n".join(lines)
+    return report.write_report(out, head, "\n\n".join(filter(None, parts)))
 
 
 def start_and_teacher() -> dict[str, dict[str, float]]:
@@ -107,9 +91,8 @@ def start_and_teacher() -> dict[str, dict[str, float]]:
     entry, found = find_teacher("tiny-shared"), {}
     teacher = load_model(open_checkpoint(resolve(entry.model)), entry.architecture, torch.float32)
     packages = DataConfig("stdlib:packages", limit=128)
-    for (words, other), kind in itertools.product(
-        (("", None), (", other packages", packages)), KINDS
-    ):
+    places = (("", None), (", other packages", packages))
+    for (words, other), kind in itertools.product(places, KINDS):
         recipe = recipes.packaged_recipe(f"half-{kind}")
         train = recipes.train_config(None, recipe, [])
         lengths = recipes.cache_config(None, recipe, []).lengths

@@ -14,9 +14,8 @@ from shared.system.hardware import high_water
 
 def run_bench(only: str | None = None, paper: bool = False) -> None:
     """Print all tables, or one of them; with `paper` that of use at the paper's sizes."""
-    from pipelines.speed.paper import bench_paper
     from pipelines.speed.training import bench_head, bench_loader, bench_stages
-    from pipelines.speed.use import bench_use
+    from pipelines.speed.use import bench_paper, bench_use
 
     tables = {"stages": bench_stages, "head": bench_head, "loader": bench_loader, "use": bench_use}
     tables = {"use": bench_paper} if paper else tables

@@ -99,7 +99,6 @@ def sample_steps(
     model: Any, prompts: Sequence[Ids], special: Special, config: SampleConfig, stop: Any = None
 ) -> Iterator[tuple[list[list[int]], int]]:
     """The new tokens after each step (those still masked are the mask's id), and the passes so far.
-
     A row leaves the batch with an EOS in a finished block, with as many tokens as there may be, or
     where `stop(i, made)` says so, given its place in the batch and its new tokens.
     """

@@ -108,10 +108,9 @@ class VerifyReport:
 
 
 def verify_cache(config: CacheConfig, rows: int) -> VerifyReport:
-    """Compare `rows` rows of the cache at `config.out` with what `config.engine` says now.
-
-    The sample, spread evenly over the shards, is the same for every engine. Top-k log-probabilities
-    are compared rank by rank (ids may change places where two are nearly equal), beyond rounding.
+    """Compare `rows` rows of the cache at `config.out` with what `config.engine` says now. The
+    sample, spread evenly over the shards, is the same for every engine. Top-k log-probabilities are
+    compared rank by rank (ids may change places where two are nearly equal), beyond rounding.
     TideError where the cache, the teacher or the settings do not belong together.
     """
     load_manifest(config.out)  # or else it is no cache

@@ -79,17 +79,13 @@ def test_the_table_has_mean_and_spread_over_seeds(tmp_path: Path) -> None:
     assert (tmp_path / "report.png").exists()
 
 
-def test_the_verdict_follows_the_numbers(tmp_path: Path) -> None:
-    grid = demo.demo_grid(2)
+def test_each_variant_of_the_demo_is_compared_with_the_undistilled_one(tmp_path: Path) -> None:
     wanted = [("cross", "TIDE-Cross"), ("cross", "best-cross")]
     wanted += [("shared", "TIDE-Shared"), ("shared", "best-shared")]
-    assert grid.pairs() == [(f"undistilled-{kind}", variant) for kind, variant in wanted]
-    cases = {"helped: ": [0.1, 0.2], "some seeds": [0.1, -0.2], "did not help": [-0.1, -0.2]}
-    for said, gains in cases.items():
-        fill(tmp_path / said, gains)
-        assert demo.verdicts(find_runs(tmp_path / said), grid).count(said) == 4
+    pairs = [(f"undistilled-{kind}", variant) for kind, variant in wanted]
+    assert demo.demo_grid(2).pairs() == pairs
     with pytest.raises(TideError):
-        find_runs(tmp_path / "none")
+        find_runs(tmp_path)
 
 
 def test_runs_are_grouped_by_their_settings_never_by_their_folder(tmp_path: Path) -> None:

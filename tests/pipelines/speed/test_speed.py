@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipelines.speed import paper, training, use
+from pipelines.speed import training, use
 from shared.settings.config import StudentConfig
 from shared.system.files import read_json
 from student_train.using.student import load_for_use
@@ -41,13 +41,13 @@ def test_the_papers_models_are_measured_where_there_is_memory_for_them(
     small = {"num_hidden_layers": 1, "hidden_size": 32, "vocab_size": 96}
     student = (published_shape("qwen3-0.6b") or {}) | small
     shapes = {"llada2-mini": mixture, "qwen3-0.6b": student}
-    monkeypatch.setattr(paper, "published_shape", lambda name: shapes.get(name, too_large))
+    monkeypatch.setattr(use, "published_shape", lambda name: shapes.get(name, too_large))
     too_large = published_shape("qwen3-8b")
-    monkeypatch.setattr(paper, "in_process", lambda job, *given: job(*given))
-    monkeypatch.setattr(paper, "get_max_memory", lambda: {"cpu": 2**30})
+    monkeypatch.setattr(use, "in_process", lambda job, *given: job(*given))
+    monkeypatch.setattr(use, "get_max_memory", lambda: {"cpu": 2**30})
     mark = itertools.count(2**30, 2**20)  # this process may have held more before
-    monkeypatch.setattr(paper, "high_water", lambda: next(mark))
-    table = paper.bench_paper(tokens=32)
+    monkeypatch.setattr(use, "high_water", lambda: next(mark))
+    table = use.bench_paper(tokens=32)
     seconds, stated = (list(table.columns[i].cells) for i in (5, 8))
     assert [float(str(cell)) >= 0 for cell in seconds if cell] == [True] * 3
     assert stated == ["1.0", "–", "", "5.2"]

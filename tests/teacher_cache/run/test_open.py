@@ -98,7 +98,7 @@ def test_caches_that_differ_in_noise_or_targets_share_what_is_prepared(
         return small_cache_config("tiny-cross", random_teacher, tmp_path / name, **changes)
 
     first = build_cache(config("a"))
-    assert first.counts["not JSON"] == 1 and "not JSON" in first.notes[0]
+    assert "not JSON" in first.notes[0]
     assert not check_cache(tmp_path / "a").problems
     rows = rows_in(tmp_path / "a", Unit(0, 0))
     assert len({row.example_id for row in rows}) == len({row.t for row in rows}) == 8
