@@ -90,7 +90,7 @@ def parse_target(target: str) -> str:
     return name
 
 
-def upload(contents: Contents, name: str, private: bool, message: str) -> str:
+def upload(contents: Contents, name: str, private: bool) -> str:
     """Send everything in one commit; its address. What is there already is not sent again.
 
     TideError where the hub cannot be reached, or refuses.
@@ -100,7 +100,8 @@ def upload(contents: Contents, name: str, private: bool, message: str) -> str:
     api = HfApi()
     try:
         api.create_repo(name, private=private, exist_ok=True)
-        return str(api.create_commit(name, operations, commit_message=message).commit_url)
+        said = "A student of tide-distill"
+        return str(api.create_commit(name, operations, commit_message=said).commit_url)
     except Exception as error:  # of huggingface_hub, and of whatever it talks through
         first = (str(error).splitlines() or [type(error).__name__])[0]
         status = getattr(getattr(error, "response", None), "status_code", 0)

@@ -39,10 +39,9 @@ def cache_options(
     sets: Sets = None,
 ) -> Configure:
     """The settings of stage one, to be completed by what a command changes in them."""
+    own = recipe_files.cache_config, teacher, recipe, sets or [], teachers_file
     named = {"model": model, "student_tokenizer": student_tokenizer, "prepared": prepared}
-    return functools.partial(
-        recipe_files.cache_config, teacher, recipe, sets or [], teachers_file, data=data, **named
-    )
+    return functools.partial(*own, data=data, **named)
 
 
 @teachers_app.callback()
@@ -166,10 +165,8 @@ def fidelity(
     examples: Annotated[int, Option(min=1, help="Half of them give the tables.")] = 32,
 ) -> None:
     """How far a cache is from full logits, by k, rank, step and T. Lists are repeated options."""
-    for value in temperature or ():
-        require_positive(temperature=value)
-    for value in step or ():
-        require_positive(step=value)
+    for t, s in itertools.zip_longest(temperature or (), step or ()):
+        require_positive(temperature=t, step=s)
     if wrong := set(objective or ()) - {"kl", "tidal"}:
         raise TideError(f"--objective is {wrong.pop()!r}", expected="kl or tidal")
     settings = configure(out=Path("caches/fidelity"), default="tiny-shared")
@@ -208,32 +205,27 @@ def cache(
 
     report = build_cache(settings)
     elsewhere = f", {report.elsewhere} elsewhere" if report.elsewhere else ""
-    say(
-        f"{report.folder}: {report.rows:,} rows, {report.masked:,} masked positions, "
-        f"{report.chunks:,} chunks, {report.bytes / 1e6:.1f} MB; "
-        f"{report.computed} shards computed, {report.kept} kept{elsewhere}"
-    )
+    held = f"{report.rows:,} rows, {report.masked:,} masked positions, {report.chunks:,} chunks"
+    done = f"{report.computed} shards computed, {report.kept} kept{elsewhere}"
+    say(f"{report.folder}: {held}, {report.bytes / 1e6:.1f} MB; {done}")
     say("\n".join(report.notes))
 
 
 def training_options(
     teacher: TeacherName = None,
-    cache_place: Annotated[
-        str | None, Option("--cache", help="A cache, or s3://… (default: caches/TEACHER).")
-    ] = None,
+    place: Annotated[str | None, Option("--cache", help="Or s3://…; else caches/TEACHER.")] = None,
     seed: Annotated[int | None, Option(help="Of initial weights and the data's order.")] = None,
     recipe: RecipeFile = None,
     teachers_file: TeachersFile = None,
     sets: Sets = None,
 ) -> ConfigureTraining:
     """The settings of stage two, to be completed by what a command changes in them."""
-    flags: dict[str, Any] = {"cache": cache_place, "seed": seed}
-    if cache_place is not None and "://" in cache_place:
-        folder = Path("caches") / cache_place.rstrip("/").rpartition("/")[2]
-        flags |= {"cache": folder, "store": cache_place}
-    return functools.partial(
-        recipe_files.train_config, teacher, recipe, sets or [], teachers_file, **flags
-    )
+    flags: dict[str, Any] = {"cache": place, "seed": seed}
+    if place is not None and "://" in place:
+        folder = Path("caches") / place.rstrip("/").rpartition("/")[2]
+        flags |= {"cache": folder, "store": place}
+    own = recipe_files.train_config, teacher, recipe, sets or [], teachers_file
+    return functools.partial(*own, **flags)
 
 
 @command(STAGE_TWO, configure=training_options)
@@ -284,9 +276,7 @@ def ablate(
 @command(STAGE_TWO)
 def replay(
     run: Annotated[Path, Argument(help="A run that stopped at such a loss.")],
-    objective: Annotated[
-        str | None, Option(help="An objective of your own that it has: module:Class.")
-    ] = None,
+    objective: Annotated[str | None, Option(help="Of your own: module:Class.")] = None,
 ) -> None:
     """Go to the step whose loss was not finite again, and show where it breaks."""
     from student_train.training.replay import replay as replay_run

@@ -81,8 +81,7 @@ def sample(
             try:
                 text = sys.stdin.buffer.read().decode("utf-8-sig")
             except UnicodeDecodeError as error:
-                what = f"standard input is not UTF-8: {error}"
-                raise TideError(what, fix="write it in UTF-8") from error
+                raise TideError(f"standard input is not UTF-8: {error}") from error
             prompts = [re.sub("\r\n?", "\n", text).strip()]
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     sampling |= {"new_tokens": new_tokens, "steps_per_block": steps_per_block}
@@ -134,9 +133,8 @@ def talk(
         messages.append({"role": "user", "content": question})
         settled: list[int] = []
         with Live(Text(), console=console, refresh_per_second=30) as live:
-            for tokens, _ in sample_steps(
-                student.model, [student.prompt(messages)], special, config
-            ):
+            prompt = student.prompt(messages)
+            for tokens, _ in sample_steps(student.model, [prompt], special, config):
                 row = until_eos(tokens[0], special.eos)
                 if special.mask not in tokens[0]:
                     settled = row
@@ -213,15 +211,12 @@ def evaluate(
     from pipelines.evaluation.sandbox import Limits
 
     wanted = choose(tasks, recipe, shots=num_fewshot, chat=chat, new_tokens=new_tokens, steps=steps)
+    how = {"block_size": sampling.pop("block"), "mc_num": mc_num, **sampling}
+    limits = Limits(code_seconds, int(code_gigabytes * 2**30), sandboxed=not unsandboxed)
     settings = EvalSettings(
-        sampling={"block_size": sampling.pop("block"), "mc_num": mc_num, **sampling},
-        batch=batch,
-        device=device,
-        limit=limit,
-        data=parse_places(data or []),
-        run_code=run_code,
-        limits=Limits(code_seconds, int(code_gigabytes * 2**30), sandboxed=not unsandboxed),
-    )
+        sampling=how, batch=batch, device=device, limit=limit, data=parse_places(data or []),
+        run_code=run_code, limits=limits,
+    )  # fmt: skip
     scores = run_benchmarks(student, wanted, settings, output or default_output(student))
     if os.environ.get("RANK", "0") == "0":
         say(score_table(scores))
@@ -269,7 +264,6 @@ def publish(
     target: Annotated[str, Argument(help="hf://OWNER/NAME.")],
     licence: Annotated[str | None, Option("--license", help="Such as apache-2.0.")] = None,
     private: Annotated[bool, Option("--private", help="If the repository is new.")] = False,
-    message: Annotated[str, Option(help="Of the commit.")] = "A student of tide-distill",
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would be sent.")] = False,
 ) -> None:
     """Put a student on the hub, with its card, its scores and its licence, and nothing else."""
@@ -286,4 +280,4 @@ def publish(
     if dry_run:
         say(f"\n{contents.card}\nnothing was sent")
         return
-    say(upload(contents, name, private, message))
+    say(upload(contents, name, private))

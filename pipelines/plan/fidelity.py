@@ -86,7 +86,6 @@ def measure_fidelity(
     fit, work = (prepare_unit(run, Unit(0, 0), half) for half in (chosen[1::2], chosen[0::2]))
     if not (fit.requests and work.requests):
         raise TideError("no example of the data has a masked token", fix="take more examples")
-
     # 2. The teacher's states of both, its head; the student.
     with closing(load_engine(run)) as engine:
         states, hidden = (engine.hidden_states(each.requests) for each in (fit, work))
@@ -95,7 +94,6 @@ def measure_fidelity(
     model = student_for(student, checkpoint, run.student, run.manifest)
     whole = full_targets(work, hidden @ head.T, allowed, model.config.vocab_size)
     learner = None
-
     # 3. Every cache of the grid, written and read, and every way to learn from it.
     points = []
     caches = list(itertools.product(grid.ks, grid.ranks, grid.steps))

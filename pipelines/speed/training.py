@@ -56,7 +56,6 @@ def bench_stages(examples: int = 96) -> Table:
         for unit in units:
             requests += prepare_unit(run, unit, examples_of(run, unit)).requests
         batches = [engine.batch(packs) for packs in engine.batches(requests)]
-
         # 2. The student that reads it.
         train = train_config("tiny-shared", None, [f"batch_size={BATCH}"], cache=cache)
         opened = OpenCache(train)
@@ -65,7 +64,6 @@ def bench_stages(examples: int = 96) -> Table:
         read = TargetReader(opened.layout, model.config.vocab_size)
         train_on_loss(model, run.config.lengths.block, read)
         data = BatchDataset(opened, train)
-
         # 3. The jobs.
         def whole() -> None:
             for path in cache.glob("shards/*/*.parquet"):

@@ -68,7 +68,6 @@ def build_cache(config: CacheConfig) -> CacheReport:
             store.bring_manifest(out)
         run = open_or_begin(config)
         missing = run.missing
-
         # 2. A cache with a manifest has its tokenizers and tables: the manifest comes last.
         sides = {"student": run.student}
         if not run.entry.student_tokens:
@@ -88,7 +87,6 @@ def build_cache(config: CacheConfig) -> CacheReport:
         run = settle_tables(run, engine, store)
         if store is not None:
             run = replace(run, stored=store.begin(out, run.manifest))
-
         # 3. Compute, where ranks have left something.
         left = run.missing
         remove_leftovers([out] if config.world == 1 else [unit.path(out) for unit in left])
@@ -96,7 +94,6 @@ def build_cache(config: CacheConfig) -> CacheReport:
             if run.tables is not None:  # one that scored the pilot sample did not have them
                 engine().use_tables(run.tables)
             run_units(run, engine(), left)
-
         # 4. What there is now.
         ledger = settle_ledger(out, run.manifest)
         if store is not None:

@@ -165,12 +165,10 @@ def open_or_begin(config: CacheConfig, any_engine: bool = False) -> Run:
     check_places(config)
     begun = cached.load_manifest(out) if (out / cached.MANIFEST).exists() else None
     config = settle_engine(config, begun and begun.fingerprint.engine)
-
     # 2. Teacher, student and data.
     sides = open_sides(config)
     data, day = prepare_data(config, sides, begun)
     check_data(config, sides.shared is not None, data)
-
     # 3. All that the values depend on.
     entry, student, checkpoint = sides.entry, sides.student, sides.checkpoint
     teacher = cached.CachedTeacher(
@@ -196,14 +194,12 @@ def open_or_begin(config: CacheConfig, any_engine: bool = False) -> Run:
     date, size = None if day is None else str(day), config.shard_examples
     examples = cached.CachedData(data.record.content, data.examples, size, turns, date)
     fingerprint = cached.Fingerprint.of(config, teacher, learner, examples)
-
     # 4. The tables, where they are made already.
     digest, tables = begun and begun.fingerprint.tables, None
     if "topk" in config.targets.signals and has_tables(out):
         tables = load_tables(out, digest)
         digest = tables.digest
     fingerprint = replace(fingerprint, tables=digest)
-
     # 5. Begin, or go on.
     draws, parts = config.noise.draws, -(-data.examples // size)
     names = tuple(dict.fromkeys(public_name(source.source) for source in config.sources))

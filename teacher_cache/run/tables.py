@@ -192,7 +192,6 @@ def fit_tables(sample: Sample, rank: int | None, step: float) -> Tables:
     for temperature, total, product in zip(temperatures, outside, products, strict=True):
         information = ((head * total[:, None]).T @ head - product).double() / n
         fisher += information / temperature**2 / len(temperatures)
-
     # 2. Eigenvectors of F^½ S F^½, those of the largest eigenvalues first.
     center = hidden.double().sum(dim=0) / n
     spread = hidden.double() - center
@@ -206,7 +205,6 @@ def fit_tables(sample: Sample, rank: int | None, step: float) -> Tables:
         left = 1 - variances.cumsum(0) / variances.sum().clamp_min(_TINY)
         rank = 8 * (int((left > _LEFT).sum()) // 8 + 1)
     axes = axes[:, :rank]
-
     # 3. The code of a state, and the logits of a code in int8, a scale a column.
     directions = head @ (inverse @ axes).float()  # (vocab, rank)
     scales = (directions.abs().amax(dim=0) / 127).clamp_min(_TINY)
@@ -223,7 +221,6 @@ def fit_tables(sample: Sample, rank: int | None, step: float) -> Tables:
         center=center.float().cpu().numpy(),
         step=step,
     )
-
     # 4. The calibration: log of each token's mass outside, less that which the code gives it.
     encoder, given = TailEncoder(tables, temperatures), torch.zeros_like(outside)
     for states, listed, probabilities in sample.tails():

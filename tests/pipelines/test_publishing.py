@@ -160,7 +160,7 @@ def test_what_goes_wrong_on_the_hub_is_told(run: Path, monkeypatch: pytest.Monke
             api = HfApi(place, "wrong")
             monkeypatch.setattr("pipelines.publishing.HfApi", lambda api=api: api)
             with pytest.raises(TideError):
-                upload(contents, "me/small", private=False, message="m")
+                upload(contents, "me/small", private=False)
 
 
 def test_targets_and_folders_that_are_none(run: Path, tmp_path: Path) -> None:
