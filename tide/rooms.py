@@ -12,13 +12,9 @@ from pathlib import Path
 _ROOT = Path(__file__).parents[1]
 _ROOMS = ("shared", "teacher_cache", "student_train", "pipelines")
 
-
-def _hidden(room: str) -> bool:
-    spec = find_spec(room)
-    return spec is None or spec.origin != str(_ROOT / room / "__init__.py")
-
-
-hidden = [room for room in _ROOMS if _hidden(room)]
+specs = {room: find_spec(room) for room in _ROOMS}
+places = {room: str(_ROOT / room / "__init__.py") for room in _ROOMS}
+hidden = [room for room, spec in specs.items() if spec is None or spec.origin != places[room]]
 if loaded := [room for room in hidden if room in sys.modules]:
     raise ImportError(
         f"tide has a package {loaded[0]}, and {sys.modules[loaded[0]]} was imported before it: "

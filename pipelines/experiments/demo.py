@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import torch
@@ -65,8 +66,28 @@ def run_demo(out: Path, seeds: int | None, full: bool = False) -> Path:
         grid = replace(grid, seeds=tuple(range(seeds)))
     train_grid(grid, out)
     minutes = (time.monotonic() - started) / 60
-    runs, start = report.find_runs(out), start_and_teacher()
-    rows = [{"model": name, **report.score_cells([scores])} for name, scores in start.items()]
+    runs = report.find_runs(out)
+    # The pre-trained students and the teacher on the held-out functions, and on those of other
+    # packages, of which none of them has seen anything.
+    entry, found = find_teacher("tiny-shared"), {}
+    teacher = load_model(open_checkpoint(resolve(entry.model)), entry.architecture, torch.float32)
+    packages = DataConfig("stdlib:packages", limit=128)
+    places = (("", None), (", other packages", packages))
+    for (words, other), kind in itertools.product(places, KINDS):
+        recipe = recipes.packaged_recipe(f"half-{kind}")
+        train = recipes.train_config(None, recipe, [])
+        lengths = recipes.cache_config(None, recipe, []).lengths
+        student = load_for_use(resolve(str(train.student.checkpoint)), "cpu")
+        data: Any = other or train.heldout
+        mask, draws = student.special.mask, train.heldout_draws
+        heldout = held.prepare_heldout(data, lengths, student.tokenizer, mask, draws)
+        predict = held.student_predictor(student.model, lengths.block)
+        scores = held.masked_nll(student.model, heldout, predict)
+        found[f"student {kind}, pre-trained{words}"] = scores
+        if kind == "shared":  # the teacher's tokenizer: it reads the very ids and masks
+            predict = held.teacher_predictor(teacher)
+            found[f"teacher{words}"] = held.masked_nll(teacher, heldout, predict)
+    rows = [{"model": name, **report.score_cells([scores])} for name, scores in found.items()]
     rows = [{title: cell for title, cell in row.items() if cell != "–"} for row in rows]
     head = (
         "# Demo: students of the embedded teacher\n\nThey know half of the library's modules, the "
@@ -76,37 +97,12 @@ def run_demo(out: Path, seeds: int | None, full: bool = False) -> Path:
     parts = [
         "What they started from, and the teacher, on the same held-out functions and masks:",
         report.to_markdown(pl.DataFrame(rows)),
-        data_curve(runs, start["teacher"]["bits_per_byte"], out) if full else "",
+        data_curve(runs, found["teacher"]["bits_per_byte"], out) if full else "",
         report.paired_table(runs, grid.pairs()),
         f"This took {minutes:.1f} minutes; finished work is not redone. Nats a token compare "
         "students of one cache; bits per byte also compare tokenizers.\n",
     ]
     return report.write_report(out, head, "\n\n".join(filter(None, parts)))
-
-
-def start_and_teacher() -> dict[str, dict[str, float]]:
-    """Scores of the pre-trained students and the teacher on the held-out functions, and on those
-    of other packages, of which none of them has seen anything.
-    """
-    entry, found = find_teacher("tiny-shared"), {}
-    teacher = load_model(open_checkpoint(resolve(entry.model)), entry.architecture, torch.float32)
-    packages = DataConfig("stdlib:packages", limit=128)
-    places = (("", None), (", other packages", packages))
-    for (words, other), kind in itertools.product(places, KINDS):
-        recipe = recipes.packaged_recipe(f"half-{kind}")
-        train = recipes.train_config(None, recipe, [])
-        lengths = recipes.cache_config(None, recipe, []).lengths
-        student = load_for_use(resolve(train.student.checkpoint or ""), "cpu")
-        data, mask = other or train.heldout or packages, student.special.mask
-        draws = train.heldout_draws
-        heldout = held.prepare_heldout(data, lengths, student.tokenizer, mask, draws)
-        predict = held.student_predictor(student.model, lengths.block)
-        scores = held.masked_nll(student.model, heldout, predict)
-        found[f"student {kind}, pre-trained{words}"] = scores
-        if kind == "shared":  # the teacher's tokenizer: it reads the very ids and masks
-            predict = held.teacher_predictor(teacher)
-            found[f"teacher{words}"] = held.masked_nll(teacher, heldout, predict)
-    return found
 
 
 def data_curve(runs: list[report.Run], teacher: float, folder: Path) -> str:

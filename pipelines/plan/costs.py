@@ -166,16 +166,18 @@ def random_rows(
     for i in range(count):
         random = np.random.default_rng(i)
         masked = np.sort(random.choice(length, n, replace=False)).astype(np.int32)
-        values: dict[str, Any] = {"teacher_ids": None, "teacher_masked": None}
-        values |= {"example_id": f"{random.integers(1 << 60):016x}", "label": "", "draw": draw}
+        values: dict[str, Any] = {
+            "example_id": f"{random.integers(1 << 60):016x}",
+            "label": "",
+            "draw": draw,
+        }
         values |= {"t": 0.5, "masked": masked, "spans": np.array([[0, length]], np.int32)}
         values["student_ids"] = random.integers(0, vocabulary, length, np.int32)
         values["split"] = random.random(n) < 0.5
         values["gold_logp"] = -random.exponential(2, n).astype(np.float32)
         values["logsumexp"] = random.normal(0, 4, n).astype(np.float32)
-        if own:
-            values["teacher_ids"] = random.integers(0, vocabulary, length, np.int32)
-            values["teacher_masked"] = masked
+        values["teacher_ids"] = random.integers(0, vocabulary, length, np.int32) if own else None
+        values["teacher_masked"] = masked if own else None
         if "topk" in targets.signals:
             logits = -np.sort(-random.normal(0, 2, (n, k)).astype(np.float32), axis=1)
             logp = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)) - 0.2

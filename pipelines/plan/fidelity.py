@@ -92,8 +92,15 @@ def measure_fidelity(
     head, allowed = head_rows(run.checkpoint, run.entry.architecture), allowed_ids(run)
     checkpoint = open_checkpoint(resolve(student.checkpoint)) if student.checkpoint else None
     model = student_for(student, checkpoint, run.student, run.manifest)
-    whole = full_targets(work, hidden @ head.T, allowed, model.config.vocab_size)
-    learner = None
+    # The teacher's full logits as targets, from the order of requests to that of rows' positions.
+    places, start, learner = [], 0, None
+    for item in work.items:
+        places += [start + rows for rows in item.rows]
+        start += item.view.positions.size
+    shared = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    shared[np.flatnonzero(allowed)] = True
+    order = np.argsort(np.concatenate(places))
+    whole = TopKTargets.whole((hidden @ head.T)[order], shared)
     # 3. Every cache of the grid, written and read, and every way to learn from it.
     points = []
     caches = list(itertools.product(grid.ks, grid.ranks, grid.steps))
@@ -131,19 +138,6 @@ def cached_rows(run: Run, work: UnitWork, hidden: Tensor, head: Tensor) -> list[
         fields = extract(states @ head.T, states, gold, spec, excluded, encoder)
         scores.append({name: cells.numpy() for name, cells in fields.items()})
     return finish_unit(run, work, scores)[0]
-
-
-def full_targets(work: UnitWork, logits: Tensor, allowed: np.ndarray, width: int) -> TopKTargets:
-    """The teacher's full logits as targets of a student of `width` ids."""
-    # From the order of the requests to that of the rows' positions.
-    places, start = [], 0
-    for item in work.items:
-        places += [start + rows for rows in item.rows]
-        start += item.view.positions.size
-    ordered = logits[np.argsort(np.concatenate(places))]
-    shared = torch.zeros(width, dtype=torch.bool)
-    shared[np.flatnonzero(allowed)] = True
-    return TopKTargets.whole(ordered, shared)
 
 
 @torch.no_grad()

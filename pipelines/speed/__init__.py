@@ -2,7 +2,7 @@
 
 import multiprocessing
 import statistics
-import time
+import timeit
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -32,10 +32,9 @@ def side_by_side(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(rounds + 1):
         for name, job in jobs.items():
-            started = time.perf_counter()
-            job()
+            seconds = timeit.timeit(job, number=1)
             if turn:
-                times[name].append(time.perf_counter() - started)
+                times[name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

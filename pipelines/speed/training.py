@@ -64,6 +64,7 @@ def bench_stages(examples: int = 96) -> Table:
         read = TargetReader(opened.layout, model.config.vocab_size)
         train_on_loss(model, run.config.lengths.block, read)
         data = BatchDataset(opened, train)
+
         # 3. The jobs.
         def whole() -> None:
             for path in cache.glob("shards/*/*.parquet"):

@@ -22,7 +22,7 @@ import torch
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
 from shared.aligned.examples import Prepared, Preparer
 from shared.data import iter_examples
@@ -197,12 +197,8 @@ def train_on(
             batches[-1].append(i)
         plan += [(epoch, batches[i]) for i in random.permutation(len(batches))]
 
-    def rate(step: int) -> float:
-        """Warm-up, then a cosine to 0."""
-        done = max(0, step - config.warmup) / max(1, len(plan) - config.warmup)
-        return min(1.0, (step + 1) / config.warmup) * 0.5 * (1 + math.cos(math.pi * done))
-
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, rate) for o in optimizers]
+    warmup, steps = config.warmup, len(plan)
+    schedules = [get_cosine_schedule_with_warmup(o, warmup, steps) for o in optimizers]
     model.train()
     for epoch, members in (progress := tqdm(plan, unit="step")):
         tensors = noised_batch([examples[i] for i in members], epoch, mask_id, config)
