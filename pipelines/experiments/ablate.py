@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from pipelines.experiments import report
 from pipelines.recipes import read as recipes
 from shared.settings.build import apply_overrides, build, read_toml, require, strict
 from shared.settings.config import CacheConfig, TrainConfig
-from shared.system.files import TideError, read_json
+from shared.system.files import TideError
 from shared.system.processes import end_children, hold, start_child
 from teacher_cache.run.build import build_cache
 
@@ -149,8 +148,8 @@ def train_all(jobs: Mapping[Path, Sequence[str]], at_once: int) -> None:
     """
     waiting = [folder for folder in jobs if not (folder / "history.json").exists()]
     running: dict[subprocess.Popen[bytes], Path] = {}
-    # smoothing=0: the mean rate since the start, starting times and other load included
-    with tqdm(unit="step", desc=f"train {len(jobs)} students", smoothing=0) as bar:
+    done = len(jobs) - len(waiting)
+    with tqdm(total=len(jobs), initial=done, unit="student", desc="train") as bar:
         try:
             while waiting or running:
                 # 1. begin
@@ -162,22 +161,13 @@ def train_all(jobs: Mapping[Path, Sequence[str]], at_once: int) -> None:
                     with (folder / "log.txt").open("wb") as log:
                         running[start_child(command, {"OMP_NUM_THREADS": "1"}, log)] = folder
                 time.sleep(0.5)
-                # 2. show the steps; students that have not begun are taken to be as long as others
-                steps, totals = 0, []
-                for folder in jobs:
-                    with suppress(OSError, ValueError, KeyError):
-                        state = read_json(folder / "progress.json")
-                        steps += int(state["step"])
-                        totals.append(int(state["max_steps"]))
-                if totals:
-                    bar.total = sum(totals) + max(totals) * (len(jobs) - len(totals))
-                    bar.update(steps - bar.n)
-                # 3. look who has ended
+                # 2. look who has ended
                 for process in [p for p in running if p.poll() is not None]:
                     folder = running.pop(process)
                     if process.returncode != 0:
                         end = (folder / "log.txt").read_text(errors="replace")[-2000:]
                         failed = f"training {folder.name} failed (exit {process.returncode})"
                         raise TideError(f"{failed}:\n{end}")
+                    bar.update()
         finally:
             end_children([*running])
