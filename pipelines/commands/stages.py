@@ -85,10 +85,9 @@ def recipes(context: typer.Context) -> None:
 @recipes_app.command("show")
 def show_recipe(
     name: Annotated[str, Argument(help="A recipe of `tide recipes`, or a TOML file.")],
-    against: Annotated[str | None, Option(help="Another (default: the paper's run).")] = None,
 ) -> None:
     """Print one recipe and its distance from the paper's run, setting by setting."""
-    say(recipe_files.describe_recipe(name, against))
+    say(recipe_files.describe_recipe(name))
 
 
 @command(STAGE_ONE, configure=cache_options)

@@ -42,12 +42,10 @@ def sampling_options(
     guidance: Annotated[float, Option(help="Classifier-free guidance.")] = 0.0,
     seed: Annotated[int, Option(help="Of temperature and random remasking.")] = 0,
 ) -> dict[str, Any]:
-    """How a student's tokens are chosen."""
     return dict(locals())
 
 
 def sampling_settings(**values: Any) -> SampleConfig:
-    """Settings of sampling from options. TideError where one is out of range."""
     return SampleConfig(**{name: value for name, value in values.items() if value is not None})
 
 

@@ -102,7 +102,6 @@ class Grid:
 
 
 def read_grid(recipe: Path) -> Grid:
-    """The grid that a TOML file holds. TideError where it holds none."""
     return build(Grid, read_toml(recipe), str(recipe)).expanded()
 
 

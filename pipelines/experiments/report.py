@@ -141,7 +141,6 @@ def score_cells(group: Sequence[Mapping[str, float]]) -> dict[str, str]:
 
 
 def to_markdown(table: pl.DataFrame) -> str:
-    """A polars table as Markdown."""
     with pl.Config(tbl_formatting="MARKDOWN", tbl_hide_column_data_types=True, tbl_rows=-1,
                    tbl_cols=-1, tbl_hide_dataframe_shape=True, tbl_width_chars=-1,
                    fmt_str_lengths=200):  # fmt: skip

@@ -125,17 +125,14 @@ def even_layout(
     if "topk" in targets.signals:
         rank, random = targets.rank or _RANK, np.random.default_rng(0)
         tables = Tables(
-            rank_of=np.arange(vocabulary, dtype=np.int32),
-            shared=np.ones(vocabulary, bool),
+            rank_of=np.arange(vocabulary, dtype=np.int32), shared=np.ones(vocabulary, bool),
             mean=random.normal(0, 2, vocabulary).astype(np.float32),
             calibration=np.zeros((len(temperatures), vocabulary), np.float32),
             directions=random.integers(-127, 128, (vocabulary, rank), np.int8),
-            scales=np.full(rank, 0.01, np.float32),
-            encoder=np.zeros((rank, width), np.float32),
-            center=np.zeros(width, np.float32),
+            scales=np.full(rank, 0.01, np.float32), encoder=np.zeros((rank, width), np.float32),
+            center=np.zeros(width, np.float32), token_map=token_map,
             step=targets.step if targets.values == "levels" else 0.0,
-            token_map=token_map,
-        )
+        )  # fmt: skip
     return Layout(temperatures, targets.values, tables)
 
 

@@ -51,8 +51,6 @@ class Grid:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """One point of the grid."""
-
     objective: str
     temperature: float
     k: int
@@ -123,7 +121,6 @@ def measure_fidelity(
 
 
 def with_targets(config: CacheConfig, **changes: Any) -> CacheConfig:
-    """The settings with other targets."""
     return replace(config, targets=replace(config.targets, **changes))
 
 
@@ -188,7 +185,6 @@ def dot_products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def table(points: Sequence[Fidelity]) -> list[str]:
-    """The grid in lines of Markdown."""
     lines = [
         "| objective | T | k | rank | step | bytes a position | KL(teacher ‖ cache) "
         "| ÷ KL(teacher ‖ student) | cosine: logits | hidden | head | norm |",

@@ -173,7 +173,6 @@ def stage_two(
 
 
 def listed(title: str, rows: dict[str, Any], width: int = 16) -> str:
-    """A title, and a line a row."""
     return "\n".join([title, *(f"  {name:<{width}}{value}" for name, value in rows.items())])
 
 

@@ -23,7 +23,6 @@ _FOLDER = Path(__file__).parent
 
 
 def packaged_recipe(name: str) -> Path:
-    """Path of a recipe that ships with the package."""
     return _FOLDER / f"{name}.toml"
 
 
@@ -136,7 +135,6 @@ def train_config(
 
 
 def to_toml(value: Any) -> str:
-    """A value as inline TOML."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key} = {to_toml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
@@ -194,12 +192,12 @@ def paper_of(path: Path) -> str:
     return "paper-shared" if shared else "paper-cross"
 
 
-def describe_recipe(name: str, against: str | None = None) -> str:
-    """The recipe's own text, then each setting that differs from `against` (or the paper's run).
-    Names and folders are not of the method.
+def describe_recipe(name: str) -> str:
+    """The recipe's own text, then each setting that differs from the paper's run. Names and folders
+    are not of the method.
     """
     path = find_recipe(name)
-    other = find_recipe(against or paper_of(path))
+    other = packaged_recipe(paper_of(path))
     sides = []
     for side in (other, path):
         cache = replace(cache_config(None, side, []), out=Path(), teacher="")

@@ -39,7 +39,6 @@ def side_by_side(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str
 
 
 def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function of a module returns in a fresh process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 

@@ -43,8 +43,6 @@ class ElboConfig:
 
 
 class _Copy(NamedTuple):
-    """One noised copy of a block."""
-
     owner: int  # its continuation
     number: int  # of the block in it
     tokens: list[int]

@@ -90,7 +90,6 @@ def sample(
 
 
 def until_eos(row: list[int], eos: int) -> list[int]:
-    """What stands before the first EOS."""
     return row[: row.index(eos)] if eos in row else row
 
 

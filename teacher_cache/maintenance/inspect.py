@@ -82,7 +82,6 @@ def _inspect_shard(folder: Path, manifest: Manifest, layout: Layout, unit: Unit)
 
 
 def describe(sums: Inspection) -> str:
-    """The inspection in words and small tables."""
     manifest, known = sums.manifest, sums.manifest.fingerprint
     teacher, targets = known.teacher, known.targets
     kind, engine = f"{teacher.architecture}, {teacher.attention['type']}", known.engine

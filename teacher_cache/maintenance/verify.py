@@ -29,8 +29,6 @@ class Problem:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What was looked at, and what is wrong with it."""
-
     shards: int
     rows: int
     missing: int

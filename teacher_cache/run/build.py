@@ -43,8 +43,6 @@ _ERROR = "tide: error: "
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What a finished cache holds."""
-
     folder: Path
     rows: int
     masked: int
@@ -180,7 +178,6 @@ def _on_this_machine(ranks: Sequence[CacheConfig]) -> Generator[None, None, None
 
 
 def _on_ray(ranks: Sequence[CacheConfig]) -> Generator[None, None, None]:
-    """Yields while tasks run."""
     ray = ray_cluster()
     gpus = ranks[0].engine.tensor_parallel if ray.cluster_resources().get("GPU") else 0
     task = ray.remote(num_gpus=gpus, num_cpus=1)(run_rank)

@@ -29,8 +29,6 @@ from teacher_cache.teachers.registry import Full, TeacherEntry, find_teacher
 
 @dataclass(frozen=True)
 class Sides:
-    """Teacher and student, opened and checked."""
-
     entry: TeacherEntry
     checkpoint: Checkpoint
     teacher: Tokenizer
@@ -87,28 +85,20 @@ def prepare_data(
         day = datetime.date.fromisoformat(date) if date else datetime.date.today()
     own_text = shared and config.targets.teacher_text == "own"
     template = teacher.template.source if own_text or not shared else ""
+    identity = {
+        "student": [student.fingerprint, student.template.source, sides.student_mask],
+        "teacher": [teacher.fingerprint, template, entry.mask_id],
+        "shared": shared,
+    }
     request = PrepareRequest(
-        sources=config.sources,
-        folder=config.prepared_folder,
-        identity={
-            "student": [student.fingerprint, student.template.source, sides.student_mask],
-            "teacher": [teacher.fingerprint, template, entry.mask_id],
-            "shared": shared,
-        },
+        sources=config.sources, folder=config.prepared_folder, identity=identity,
         student=resolve(config.student_tokenizer or entry.student),
-        teacher=str(sides.checkpoint.folder),
+        teacher=str(sides.checkpoint.folder), shared=shared, lengths=config.lengths, date=day,
         templates=(config.student_chat_template, config.teacher_chat_template),
-        shared=shared,
-        student_mask_id=sides.student_mask,
-        teacher_mask_id=entry.mask_id,
-        lengths=config.lengths,
-        date=day,
-        positions=config.targets.positions if shared else "content",
-        own_text=own_text,
-        skip_first=entry.shift,
-        dedup=config.dedup,
-        workers=config.prepare_workers,
-    )
+        student_mask_id=sides.student_mask, teacher_mask_id=entry.mask_id, own_text=own_text,
+        positions=config.targets.positions if shared else "content", skip_first=entry.shift,
+        dedup=config.dedup, workers=config.prepare_workers,
+    )  # fmt: skip
     return prepare(request), day
 
 
@@ -151,7 +141,6 @@ class Run(Sides):
         return [unit for unit in mine if unit not in done]
 
     def examples_in(self, unit: Unit) -> int:
-        """How many examples of the data belong to `unit`."""
         size = self.config.shard_examples
         return min(size, self.data.examples - unit.part * size)
 
@@ -172,24 +161,16 @@ def open_or_begin(config: CacheConfig, any_engine: bool = False) -> Run:
     # 3. All that the values depend on.
     entry, student, checkpoint = sides.entry, sides.student, sides.checkpoint
     teacher = cached.CachedTeacher(
-        name=config.teacher,
-        architecture=entry.architecture,
-        attention=to_plain(entry.attention),
-        shift=entry.shift,
-        student_tokens=entry.student_tokens,
-        mask_id=entry.mask_id,
-        vocabulary=checkpoint.embedding_rows,
-        weights=checkpoint.fingerprint(),
-        tokenizer=sides.teacher.fingerprint,
-        template=sides.teacher.template.source,
-    )
+        name=config.teacher, architecture=entry.architecture, attention=to_plain(entry.attention),
+        shift=entry.shift, student_tokens=entry.student_tokens, mask_id=entry.mask_id,
+        vocabulary=checkpoint.embedding_rows, weights=checkpoint.fingerprint(),
+        tokenizer=sides.teacher.fingerprint, template=sides.teacher.template.source,
+    )  # fmt: skip
     learner = cached.CachedStudent(
-        tokenizer=student.fingerprint,
-        template=student.template.source,
-        mask_id=sides.student_mask,
-        mask_token=sides.mask_token,
+        tokenizer=student.fingerprint, template=student.template.source,
+        mask_id=sides.student_mask, mask_token=sides.mask_token,
         vocabulary=max(len(student), sides.student_mask + 1),
-    )
+    )  # fmt: skip
     turns = tuple(sorted({source.turns for source in config.sources}))
     date, size = None if day is None else str(day), config.shard_examples
     examples = cached.CachedData(data.record.content, data.examples, size, turns, date)

@@ -78,15 +78,12 @@ class Progress:
         seconds = max(1e-9, self._last - self._started)
         rate = self._rows / seconds
         status = {
-            "state": state,
-            "rows_done": self._rows,
-            "rows_to_do": self._total,
-            "rows_per_second": round(rate, 3),
+            "state": state, "rows_done": self._rows, "rows_to_do": self._total,
+            "rows_per_second": round(rate, 3), "bytes_written": self._bytes,
             "seconds_left": round((self._total - self._rows) / rate, 1) if rate > 0 else None,
-            "bytes_written": self._bytes,
             "engine_busy_share": round(self._busy / seconds, 4),
             "engine_seconds": round(self._engine_before + self._busy, 1),
-        }
+        }  # fmt: skip
         _replace(self._path, json.dumps(status, indent=1) + "\n")
         if self._metrics is not None:
             write_metrics(self._metrics, status, self._run.config.teacher)

@@ -211,16 +211,12 @@ def fit_tables(sample: Sample, rank: int | None, step: float) -> Tables:
     # Ids by how often they are listed, then by their mass outside, then by number.
     order = np.lexsort((np.arange(vocabulary), -outside[0].cpu(), -listings.cpu()))
     tables = Tables(
-        rank_of=np.argsort(order).astype(np.int32),
-        shared=sample.allowed,
-        mean=(head @ center.float()).cpu().numpy(),
+        rank_of=np.argsort(order).astype(np.int32), shared=sample.allowed,
+        mean=(head @ center.float()).cpu().numpy(), center=center.float().cpu().numpy(),
         calibration=np.zeros((len(temperatures), vocabulary), np.float32),
         directions=(directions / scales).round().to(torch.int8).cpu().numpy(),
-        scales=scales.cpu().numpy(),
-        encoder=(axes.T @ half).float().cpu().numpy(),
-        center=center.float().cpu().numpy(),
-        step=step,
-    )
+        scales=scales.cpu().numpy(), encoder=(axes.T @ half).float().cpu().numpy(), step=step,
+    )  # fmt: skip
     # 4. The calibration: log of each token's mass outside, less that which the code gives it.
     encoder, given = TailEncoder(tables, temperatures), torch.zeros_like(outside)
     for states, listed, probabilities in sample.tails():

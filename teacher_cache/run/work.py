@@ -113,13 +113,10 @@ def finish_unit(
             without_chunks += bool(row.masked.size and not row.chunk_logp.size)
         rows.append(row)
     counts = {
-        "rows_without_chunks": without_chunks,
-        "masked": sum(row.masked.size for row in rows),
-        "chunks": chunks,
-        "draw": work.unit.draw,
-        "part": work.unit.part,
+        "rows_without_chunks": without_chunks, "masked": sum(row.masked.size for row in rows),
+        "chunks": chunks, "draw": work.unit.draw, "part": work.unit.part,
         CACHE: run.manifest.digest,
-    }
+    }  # fmt: skip
     return rows, counts
 
 
@@ -157,22 +154,13 @@ def cache_row(
         own = np.arange(kept["topk_ids"].shape[1]) < kept["topk_sizes"][:, None]
         kept |= {name: kept[name][own] for name in ("topk_ids", "topk_logp")}
     return CacheRow(
-        example_id=example.id,
-        label=example.label,
-        draw=number,
-        t=draw.t,
-        student_ids=example.student_ids,
-        spans=example.spans,
-        masked=draw.masked,
-        read=view.student if partial else None,
-        teacher_ids=example.teacher_ids,
+        example_id=example.id, label=example.label, draw=number, t=draw.t,
+        student_ids=example.student_ids, spans=example.spans, masked=draw.masked,
+        read=view.student if partial else None, teacher_ids=example.teacher_ids,
         teacher_masked=None if example.teacher_ids is None else view.positions,
         split=view.in_a if comp else np.zeros_like(view.in_a),
-        chunk_student=chunk_student,
-        chunk_teacher=chunk_teacher,
-        chunk_logp=chunk_logp,
-        **kept,
-    )
+        chunk_student=chunk_student, chunk_teacher=chunk_teacher, chunk_logp=chunk_logp, **kept,
+    )  # fmt: skip
 
 
 def examples_of(run: Run, unit: Unit) -> list[Prepared]:
