@@ -13,7 +13,7 @@ The teacher's tokenizer (4,096 tokens) also serves the student that shares it; t
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +143,6 @@ def train_tiny(tokenizer_folder: Path, out: Path, config: TinyConfig) -> None:
     functions = DataConfig("stdlib:heldout")
     unseen = heldout.prepare_heldout(functions, config.lengths, tokenizer, mask_id, 4)
     scores = heldout.masked_nll(model, unseen, predict)
-    values = asdict(config) | asdict(config.shape)
-    rows = "\n".join(f"| {key} | {value} |" for key, value in values.items() if key != "shape")
     tokens = sum(len(example.student_ids) for example in examples)
     (out / "README.md").write_text(f"""# {title}
 
@@ -152,16 +150,12 @@ A {kind} language model of {model.num_parameters() / 1e6:.1f} M parameters (byte
 {model.config.vocab_size:,} tokens), made by this project so that the whole pipeline can be run and
 tested anywhere; it is no model to build on.
 
-* **Trained on** `{config.source}`, functions of the {corpus_origin()}: {len(examples):,} functions,
-  {tokens:,} tokens an epoch, {steps:,} steps.
-* **Trained for** {minutes:.0f} minutes ({hardware_line()}); stored in bfloat16.
+* **Trained on** functions of the {corpus_origin()}: {len(examples):,} functions, {tokens:,} tokens
+  an epoch, {steps:,} steps, in {minutes:.0f} minutes ({hardware_line()}); stored in bfloat16.
 * **Held-out masked NLL**: {scores["nll"]:.4f} nats a token, {scores["bits_per_byte"]:.4f} bits per
   byte, over {len(unseen.ids)} functions, 4 fixed draws each (masked response tokens; a uniform
   guess has {math.log(model.config.vocab_size):.2f} nats).
-
-| setting | value |
-|---|---|
-{rows}
+* **Settings**: `{config}`
 
 The weights are this project's own (Apache-2.0). Its text source is Python's standard library (PSF
 licence), of which nothing is stored here but what the weights and the vocabulary retain.

@@ -198,12 +198,9 @@ class Decoding:
         cache = copy(self._cache)
         cache.layers = [copy(layer) for layer in cache.layers]
         output = run(
-            input_ids=ids,
-            attention_mask=torch.cat([seen, within], dim=3),
-            position_ids=(slots - self._offset[:, None]).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-        )
+            input_ids=ids, attention_mask=torch.cat([seen, within], dim=3), use_cache=True,
+            position_ids=(slots - self._offset[:, None]).clamp(min=0), past_key_values=cache,
+        )  # fmt: skip
         self.passes += 1
         if kept:
             if kept < width:

@@ -174,12 +174,9 @@ class _Clean:
         # Padding sees itself, so that no row is empty.
         mask[:, own, mask.shape[2] - ids.shape[1] + own] = True
         output = self._model.model(
-            input_ids=ids.to(self._device),
-            position_ids=at.to(self._device),
-            attention_mask=mask[:, None].to(self._device),
-            past_key_values=self._cache,
-            use_cache=True,
-        )
+            input_ids=ids.to(self._device), position_ids=at.to(self._device), use_cache=True,
+            attention_mask=mask[:, None].to(self._device), past_key_values=self._cache,
+        )  # fmt: skip
         return output.last_hidden_state
 
     def score(self, parts: Sequence[list[_Copy]]) -> list[Float[Tensor, " copies"]]:

@@ -105,12 +105,9 @@ def _one_after_the_other(sources: Sequence[Path], manifests: Sequence[Manifest])
     contents = [one.content for one in data]
     if len(set(contents)) < len(data):
         raise TideError("two of these caches hold the same data", fix="leave one out")
-    merged = replace(
-        data[0],
-        content=hashlib.sha256(json.dumps(contents).encode()).hexdigest(),
-        examples=sum(one.examples for one in data),
-        merged_from=tuple(one.to_json() for one in data),
-    )
+    content = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+    parts_of, count = tuple(one.to_json() for one in data), sum(one.examples for one in data)
+    merged = replace(data[0], content=content, examples=count, merged_from=parts_of)
     names = tuple(dict.fromkeys(name for manifest in manifests for name in manifest.sources))
     fingerprint = replace(first.fingerprint, data=merged)
     parts = sum(manifest.parts for manifest in manifests)
@@ -189,10 +186,7 @@ def cut(row: CacheRow, old: LinearTail, new: LinearTail, unit: float, k: int) ->
     kept = torch.from_numpy(np.where(stays, ids, ids[:, :1]))
     level = new.levels(code[:, :rank], kept, tails).clamp(-LARGEST_LEVEL, LARGEST_LEVEL)
     return replace(
-        row,
-        topk_sizes=np.minimum(row.topk_sizes, k).astype(np.int32),
-        topk_ids=row.topk_ids[stays[there]],
-        topk_logp=row.topk_logp[stays[there]],
-        tail_code=row.tail_code[:, :rank],
-        tail_level=level.numpy(),
-    )
+        row, topk_sizes=np.minimum(row.topk_sizes, k).astype(np.int32),
+        topk_ids=row.topk_ids[stays[there]], topk_logp=row.topk_logp[stays[there]],
+        tail_code=row.tail_code[:, :rank], tail_level=level.numpy(),
+    )  # fmt: skip
