@@ -4,7 +4,7 @@ import functools
 import itertools
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -20,6 +20,7 @@ RecipeFile = Annotated[Path | None, Option("--config", help="TOML: [cache] and [
 Sets = Annotated[list[str] | None, Option("--set", help="section.key=value; repeatable.")]
 TeacherName = Annotated[str | None, Option("--teacher", help="A teacher of `tide teachers`.")]
 TeachersFile = Annotated[Path | None, Option("--teachers", help="TOML: teachers of your own.")]
+Gpu = Literal["h100", "h200", "a100", "4090", "l40s"]
 Configure = functools.partial[CacheConfig]
 ConfigureTraining = functools.partial[TrainConfig]
 teachers_app = typer.Typer(invoke_without_command=True)
@@ -120,7 +121,7 @@ def plan(
     mfu: Annotated[float, Option(max=1, help="The share of the GPU's peak reached.")] = 0.35,
     gpu_hour: Annotated[float | None, Option(min=0, help="Price of a GPU hour.")] = None,
     terabyte_month: Annotated[float, Option(min=0, help="Price of a TB for a month.")] = 23.0,
-    gpu: Annotated[str, Option(help="h100, h200, a100, 4090 or l40s.")] = "h100",
+    gpu: Annotated[Gpu, Option(case_sensitive=False, help="The card.")] = "h100",
     train: Annotated[list[str] | None, Option(help="Of stage two: key=value; repeatable.")] = None,
 ) -> None:
     """Memory, bytes and GPU hours of both stages, from what you state. Nothing is loaded."""
@@ -129,9 +130,9 @@ def plan(
     recipe, own = configure.args[1], settings.teachers_file
     training = recipe_files.train_config(settings.teacher, recipe, train or [], own)
     from pipelines.plan.memory import Conversations
-    from pipelines.plan.plan import Assumptions, find_card, plan_from_statement
+    from pipelines.plan.plan import CARDS, Assumptions, plan_from_statement
 
-    assumed = Assumptions(find_card(gpu), mfu, tokens_per_second, gpu_hour, terabyte_month)
+    assumed = Assumptions(CARDS[gpu], mfu, tokens_per_second, gpu_hour, terabyte_month)
     data = Conversations(tokens, response)
     say(plan_from_statement(settings, examples, data, assumed, training))
 
@@ -139,7 +140,7 @@ def plan(
 @command(STAGE_ONE, configure=cache_options)
 def throughput(
     configure: Configure,
-    length: Annotated[int, Option(min=1, help="Tokens of one pass.")] = 512,
+    length: Annotated[int, Option(min=4, help="Tokens of one pass.")] = 512,
     requests: Annotated[int, Option(min=1, help="Passes in one round.")] = 256,
     rounds: Annotated[int, Option(min=1, help="Rounds; the median counts.")] = 3,
     tflops: Annotated[float | None, Option(help="Dense peak, for utilisation.")] = None,

@@ -23,7 +23,6 @@ from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import meta_model, random_model
 from shared.settings.config import CacheConfig, TrainConfig
-from shared.system.files import TideError
 from shared.system.hardware import choose_device, choose_precision, torch_dtype
 from student_train.training.preflight import settle_batch
 from teacher_cache.method import Request
@@ -47,12 +46,6 @@ CARDS = {
     "4090": Card("RTX 4090", 24_000_000_000, 165),
     "l40s": Card("L40S", 48_000_000_000, 362),
 }
-
-
-def find_card(name: str) -> Card:
-    if name.lower() not in CARDS:
-        raise TideError(f"unknown GPU {name!r}", expected=f"one of {', '.join(CARDS)}")
-    return CARDS[name.lower()]
 
 
 @dataclass(frozen=True)
@@ -204,8 +197,6 @@ def measure_throughput(
     """Tokens a second, memory and the share of the card's peak `tflops`. Weights are random: speed
     and memory do not depend on them, but that a MoE's routing spreads tokens evenly.
     """
-    if length < 4:
-        raise TideError(f"--length is {length}", expected="4 tokens or more")
     entry = find_teacher(config.teacher, config.teachers_file)
     device = choose_device(config.engine.device)
     precision = choose_precision(config.engine.dtype, device)

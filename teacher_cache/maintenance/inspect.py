@@ -154,18 +154,12 @@ def find_row(cache: Path, which: str, draw: int) -> CacheRow:
     """The row of an example's id, or of its number in the draw. TideError where there is none."""
     manifest = load_manifest(cache)
     layout = manifest.layout(cache)
-    number = int(which) if which.isdigit() else None
     units = [unit for unit in finished_units(cache) if unit.draw == draw]
-    if not units:
-        expected = f"0 to {manifest.draws - 1}"
-        raise TideError(f"{cache} has no finished shard of draw {draw}", expected=expected)
-    seen = 0
-    for unit in units:
-        for row in read_shard(unit.path(cache), layout):
-            if which in (row.example_id, row.label) or seen == number:
-                return row
-            seen += 1
-    expected = f"an example's id, or 0 to {seen - 1}"
+    rows = (row for unit in units for row in read_shard(unit.path(cache), layout))
+    for number, row in enumerate(rows):
+        if which in (row.example_id, row.label, str(number)):
+            return row
+    expected = f"an example's id or number, in draw 0 to {manifest.draws - 1}"
     raise TideError(f"{cache} has no row {which!r} in draw {draw}", expected=expected)
 
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.plan import costs, memory
 from pipelines.plan.fidelity import Grid, measure_fidelity, table
-from pipelines.plan.plan import Assumptions, find_card, plan_from_statement
+from pipelines.plan.plan import CARDS, Assumptions, plan_from_statement
 from pipelines.recipes.read import cache_config, train_config
 from shared.cache.shards import finished_units
 from shared.models.architectures import ARCHITECTURES
@@ -278,7 +278,7 @@ def test_no_step_of_training_waits(caches: dict[str, Path], tmp_path: Path) -> N
 def test_the_plan_has_both_stages_and_the_money_of_what_is_stated() -> None:
     caching = cache_config("tiny-shared", None, [])
     training = train_config("tiny-shared", None, ["batch_size=4"])
-    given = Assumptions(find_card("4090"), 0.5, tokens_per_second=1000)
+    given = Assumptions(CARDS["4090"], 0.5, tokens_per_second=1000)
     data = memory.Conversations(128, 0.5)
     text = plan_from_statement(caching, 1000, data, given, training)
     assert "stage one" in text and "stage two" in text and "of an RTX 4090" in text
@@ -286,9 +286,7 @@ def test_the_plan_has_both_stages_and_the_money_of_what_is_stated() -> None:
     hundred = memory.Conversations(100, 0.5)  # 2 draws × 2 passes × 100,000 tokens
     text = plan_from_statement(twice, 1000, hundred, given, training)
     assert "GPU hours 0.1 at 1,000 tokens/s" in " ".join(text.split())
-    assert Assumptions(find_card("4090"), 0.5).hours(297e15) == pytest.approx(1)
-    with pytest.raises(TideError):
-        find_card("h900")
+    assert Assumptions(CARDS["4090"], 0.5).hours(297e15) == pytest.approx(1)
     unknown = train_config("tiny-shared", None, ["student.checkpoint=nobody/nothing"])
     with pytest.raises(TideError):
         plan_from_statement(caching, 1000, data, given, unknown)
