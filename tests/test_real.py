@@ -98,8 +98,8 @@ def real_config(folder: Path, *changes: str, student: Path | None = None) -> Cac
     source = DATA / "gsm8k_train_head1500.jsonl"
     if source.exists():
         overrides += ["data.prompt_field=question", "data.response_field=answer"]
-    data, out = str(source if source.exists() else chats_file()), folder / "cache"
-    return cache_config("smollm2", None, [*overrides, *changes], entries, data=data, out=out)
+    data, out = {"source": str(source if source.exists() else chats_file())}, folder / "cache"
+    return cache_config("smollm2", None, [*overrides, *changes], entries, {"data": data}, out=out)
 
 
 def test_a_real_model_through_both_stages(tmp_path: Path) -> None:

@@ -40,9 +40,10 @@ def cache_options(
     sets: Sets = None,
 ) -> Configure:
     """The settings of stage one, to be completed by what a command changes in them."""
-    own = recipe_files.cache_config, teacher, recipe, sets or [], teachers_file
+    changes = None if data is None else {"data": {"source": data}}
+    own = recipe_files.cache_config, teacher, recipe, sets or [], teachers_file, changes
     named = {"model": model, "student_tokenizer": student_tokenizer, "prepared": prepared}
-    return functools.partial(*own, data=data, **named)
+    return functools.partial(*own, **named)
 
 
 @teachers_app.callback()
@@ -98,7 +99,6 @@ def prepare(
 ) -> None:
     """Render, tokenise and align the data once, and say what became of it. No weight is read."""
     settings = configure()
-    from shared.system.hardware import largest_process
     from teacher_cache.prepared import folder
     from teacher_cache.run.open import open_sides, prepare_data
 
@@ -107,7 +107,6 @@ def prepare(
     say(folder.describe(prepared_data))
     if show > 0:
         say("\n" + folder.show(prepared_data.between(0, show), sides.student))
-    say(f"\npeak memory of the largest process: {largest_process() / 2**20:,.0f} MiB")
 
 
 @command(STAGE_ONE, configure=cache_options)

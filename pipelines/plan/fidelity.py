@@ -73,11 +73,9 @@ def measure_fidelity(
     temperatures = tuple(sorted({1.0, *grid.temperatures}))
     run = open_or_begin(with_targets(config, signals=("topk",), temperatures=temperatures))
     if run.shared is None:
-        raise TideError(
-            f"{config.teacher} gives the student no top-k in its own vocabulary",
-            expected="a teacher that shares the student's tokenizer",
-            fix="use such a teacher, as tiny-shared; chunk likelihoods are cached whole",
-        )
+        what = f"{config.teacher} gives the student no top-k in its own vocabulary"
+        fix = "use such a teacher, as tiny-shared; chunk likelihoods are cached whole"
+        raise TideError(what, expected="a teacher that shares the student's tokenizer", fix=fix)
     if max(grid.ks) > (most := run.checkpoint.embedding_rows):
         raise TideError(f"k is {max(grid.ks)}", expected=f"1 to {most}, all of the vocabulary")
     chosen = run.data.between(0, min(examples, run.data.examples))

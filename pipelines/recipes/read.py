@@ -49,11 +49,9 @@ def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     values = read_toml(path)
     base = values.pop("base", None)
     if unknown := set(values) - {"cache", "train"}:
-        raise TideError(
-            f"{path} has unknown tables: {', '.join(sorted(unknown))}",
-            expected="[cache] and [train]",
-            fix=advice(min(unknown), ["cache", "train", "base"]),
-        )
+        what = f"{path} has unknown tables: {', '.join(sorted(unknown))}"
+        fix = advice(min(unknown), ["cache", "train", "base"])
+        raise TideError(what, expected="[cache] and [train]", fix=fix)
     for name, section in values.items():
         if not isinstance(section, dict):
             raise TideError(f"{name} in {path} is a value", expected=f"a table [{name}]")
@@ -88,13 +86,12 @@ def cache_config(
     overrides: Sequence[str],
     teachers_file: Path | None = None,
     changes: Mapping[str, Any] | None = None,
-    data: str | None = None,
     default: str = DEFAULT_TEACHER,
     **flags: Any,
 ) -> CacheConfig:
-    """The settings of `tide cache`: recipe, then `changes` (nested, as in a recipe), then `data`
-    and flags (`"noise.draws": 4`; None: not given), then `--set` texts. TideError where there is no
-    such setting, or no such teacher.
+    """The settings of `tide cache`: recipe, then `changes` (nested, as in a recipe), then flags
+    (`"noise.draws": 4`; None: not given), then `--set` texts. TideError where there is no such
+    setting, or no such teacher.
     """
     tables = read_recipe(recipe) if recipe else {}
     if "train" in tables:  # a misspelt one is better said now
@@ -103,10 +100,9 @@ def cache_config(
     name = teacher or values.get("teacher", default)
     if recipe is None:
         values = own_recipe(name, teachers_file).get("cache", {})
-    changes = _over(changes or {}, {} if data is None else {"data": {"source": data}})
-    if recipe is None and "source" in changes.get("data", ()):
+    if recipe is None and changes and "source" in changes.get("data", ()):
         values = _over(values, {"data": {"limit": None}})  # it was of the recipe's own data
-    values = _over({"out": f"caches/{name}", **values, "teacher": name}, changes)
+    values = _over({"out": f"caches/{name}", **values, "teacher": name}, changes or {})
     apply_overrides(values, overrides, {"teachers_file": teachers_file, **flags})
     config = build(CacheConfig, values, "`tide cache`")
     find_teacher(config.teacher, config.teachers_file)
@@ -124,9 +120,8 @@ def train_config(
     """The settings of `tide train`, in the order of `cache_config`. `teacher` chooses the recipe,
     and the default folders of cache and run.
     """
-    tables = (
-        read_recipe(recipe) if recipe else own_recipe(teacher or DEFAULT_TEACHER, teachers_file)
-    )
+    own = teacher or DEFAULT_TEACHER
+    tables = read_recipe(recipe) if recipe else own_recipe(own, teachers_file)
     name = teacher or tables.get("cache", {}).get("teacher", DEFAULT_TEACHER)
     values = {"cache": f"caches/{name}", "out": f"runs/{name}", **tables.get("train", {})}
     values = _over(values, changes or {})

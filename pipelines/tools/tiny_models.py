@@ -55,6 +55,8 @@ CHATML_TEMPLATE = (
 # Words with a leading space, numbers, runs of punctuation, indentation: as GPT-4's, cut shorter.
 TEACHER_PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\n\s*|\s+(?!\S)|\s+"
 
+LONG, SHORT = (LengthConfig(student=n, teacher=n, block=32) for n in (256, 128))
+
 
 @dataclass(frozen=True)
 class TinyConfig:
@@ -65,8 +67,7 @@ class TinyConfig:
     epochs: int
     source: str = "stdlib:train"
     limit: int | None = None  # of functions
-    length: int = 256
-    block: int = 32
+    lengths: LengthConfig = LONG
     tokens_per_batch: int = 4096
     learning_rate: float = 5e-3
     weight_decay: float = 0.05
@@ -75,16 +76,12 @@ class TinyConfig:
     smallest_time: float = 0.02
     precision: str = "auto"
 
-    @property
-    def lengths(self) -> LengthConfig:
-        return LengthConfig(student=self.length, teacher=self.length, block=self.block)
-
 
 LLAMA = ModelShape("llama", 256, layers=6, heads=4, kv_heads=4, intermediate_size=704)
 TEACHER = TinyConfig(LLAMA, positions=1024, epochs=4)
 STUDENT = TinyConfig(StudentConfig(), positions=4096, epochs=2)
 # One who knows much less than the teacher: half of the modules, and those briefly.
-HALF = replace(STUDENT, epochs=1, source="stdlib:half-a", limit=4400, length=128, warmup=50,
+HALF = replace(STUDENT, epochs=1, source="stdlib:half-a", limit=4400, lengths=SHORT, warmup=50,
                tokens_per_batch=2048)  # fmt: skip
 
 
@@ -125,8 +122,8 @@ def train_tiny(tokenizer_folder: Path, out: Path, config: TinyConfig) -> None:
     torch.manual_seed(config.seed)
     model: Any = new_model(config.shape, tokenizer, mask_id, config.positions)
     if isinstance(config.shape, StudentConfig):
-        model.config.block_size = config.block
-        predict = heldout.student_predictor(model, config.block)
+        model.config.lengths.block_size = config.lengths.block
+        predict = heldout.student_predictor(model, config.lengths.block)
         title, kind = "An embedded student, pre-trained", "block-diffusion"
     else:
         predict = heldout.teacher_predictor(model)
@@ -228,7 +225,7 @@ def noised_batch(
     noised = clean.clone()
     noised[row, column] = mask_id
     valid = torch.arange(clean.shape[1]) < torch.tensor(lengths)[:, None]
-    places, place = places_of_draws([[draw] for draw in masked], lengths, config.block)
+    places, place = places_of_draws([[draw] for draw in masked], lengths, config.lengths.block)
     return {
         "clean": clean, "noised": noised, "valid": valid, "row": row, "column": column,
         "gold": clean[row, column], "places": places, "place": place,

@@ -8,7 +8,6 @@ by a fallback that is many times slower.
 import os
 import platform
 import re
-import resource
 import shutil
 import warnings
 from pathlib import Path
@@ -114,11 +113,6 @@ def high_water() -> int:
     status = Path("/proc/self/status")  # getrusage would count the parent's before the fork too
     held = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return 1024 * int(held[1]) if held else 0
-
-
-def largest_process() -> int:
-    """The most bytes that this process, or one that it has started, has held."""
-    return max(high_water(), 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 def first_here() -> bool:

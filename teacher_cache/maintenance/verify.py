@@ -4,6 +4,7 @@ import random
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,8 +20,7 @@ from teacher_cache.run.open import open_or_begin
 from teacher_cache.run.work import load_engine, merge_passes
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """One thing that is wrong. `path`: the file, where it is one that can be made again."""
 
     text: str

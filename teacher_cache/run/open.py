@@ -63,11 +63,11 @@ def open_sides(config: CacheConfig, weights: bool = True) -> Sides:
             )
         usable = len(alike)
     if "topk" in config.targets.signals and config.targets.k > usable:
-        raise TideError(
-            f"targets.k is {config.targets.k}: of {config.teacher}'s tokens {usable} can be listed",
-            expected=f"k between 1 and {usable}",
-            fix=f"lower it: --set targets.k={min(64, usable)}",
+        what = (
+            f"targets.k is {config.targets.k}: of {config.teacher}'s tokens {usable} can be listed"
         )
+        fix = f"lower it: --set targets.k={min(64, usable)}"
+        raise TideError(what, expected=f"k between 1 and {usable}", fix=fix)
     mask = student_mask(student, config.student_mask_token)
     return Sides(entry, checkpoint, teacher, student, *mask, shared)
 

@@ -57,10 +57,9 @@ def ray_cluster() -> Any:
         try:
             ray.init(address="auto", log_to_driver=False)
         except ConnectionError as error:
-            raise TideError(
-                "engine.workers is ray, and no Ray cluster answers",
-                fix="start one (`ray start --head`), or name it in RAY_ADDRESS",
-            ) from error
+            what = "engine.workers is ray, and no Ray cluster answers"
+            fix = "start one (`ray start --head`), or name it in RAY_ADDRESS"
+            raise TideError(what, fix=fix) from error
     return ray
 
 
@@ -78,10 +77,9 @@ def settle_engine(config: CacheConfig, begun: CachedEngine | None = None) -> Cac
             raise problem
         kind = "vllm" if problem is None else "transformers"
     elif settings.tensor_parallel > 1:
-        raise TideError(
-            f"engine.tensor_parallel is {settings.tensor_parallel}: only vLLM splits its tensors",
-            fix="use --engine vllm, or spread the teacher with engine.device_map=auto",
-        )
+        what = f"engine.tensor_parallel is {settings.tensor_parallel}: only vLLM splits tensors"
+        fix = "use --engine vllm, or spread the teacher with engine.device_map=auto"
+        raise TideError(what, fix=fix)
     dtype = settings.dtype
     # With Ray this machine only drives those that compute.
     of_cluster = settings.workers == "ray" and dtype == "auto" and begun is None
@@ -101,20 +99,15 @@ def check_teacher(
     """TideError where entry, checkpoint, tokenizer and settings do not belong together."""
     rows = checkpoint.embedding_rows
     if len(tokenizer) > rows:
-        raise TideError(
-            f"the teacher's tokenizer has {len(tokenizer)} tokens, its embedding {rows}",
-            fix="check that tokenizer and weights belong together",
-        )
+        what = f"the teacher's tokenizer has {len(tokenizer)} tokens, its embedding {rows}"
+        raise TideError(what, fix="check that tokenizer and weights belong together")
     limits = ("max_position_embeddings", "max_sequence_length")
     limit = next((int(n) for key in limits if (n := checkpoint.config.get(key))), 0)
     own = not entry.student_tokens or config.targets.teacher_text == "own"
     side = "teacher" if own else "student"
     if 0 < limit < (needed := getattr(config.lengths, side)):
-        raise TideError(
-            f"the teacher would read {needed} tokens, but knows {limit} positions",
-            fix=f"lower lengths.{side} to {limit} or less",
-        )
-
+        what = f"the teacher would read {needed} tokens, but knows {limit} positions"
+        raise TideError(what, fix=f"lower lengths.{side} to {limit} or less")
     # What the entry states must be what the checkpoint says.
     stated = stated_mask(checkpoint, tokenizer)
     facts = [

@@ -85,11 +85,9 @@ def _tables_of_another(run: Run) -> Tables:
     if theirs.student.tokenizer != ours.student.tokenizer:
         wrong.append("the student's tokenizer")
     if wrong:
-        raise TideError(
-            f"the tables of {other} belong to other settings: {', '.join(wrong)}",
-            expected="a cache of the same teacher with the same targets",
-            fix="leave out targets.tables_from, or use the same settings",
-        )
+        what = f"the tables of {other} belong to other settings: {', '.join(wrong)}"
+        fix = "leave out targets.tables_from, or use the same settings"
+        raise TideError(what, expected="a cache of the same teacher and targets", fix=fix)
     return load_tables(other, theirs.tables)
 
 
@@ -117,10 +115,8 @@ def _make_tables(run: Run, engine: Engine) -> Tables:
     states = [engine.hidden_states(requests[start : start + _AT_ONCE]) for start in starts]
     hidden = torch.cat([torch.zeros(0, head.shape[1]), *states])
     if not hidden.isfinite().all():
-        raise TideError(
-            f"{run.config.teacher} returned hidden states that are not finite",
-            fix="use engine.dtype=bfloat16 or float32, and check the checkpoint",
-        )
+        what = f"{run.config.teacher} returned hidden states that are not finite"
+        raise TideError(what, fix="use engine.dtype=bfloat16 or float32, and check the checkpoint")
     device = choose_device(run.config.engine.device)
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 4 * head.nbytes:
         device = torch.device("cpu")  # the engine has taken the GPU

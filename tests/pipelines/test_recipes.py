@@ -59,11 +59,11 @@ def test_a_teacher_without_a_recipe_takes_the_settings_of_its_kind() -> None:
 
 def test_other_data_are_read_without_the_limit_of_the_recipes_own() -> None:
     (own,) = cache_config("tiny-cross", None, []).sources
-    (other,) = cache_config("tiny-cross", None, [], data="d.jsonl").sources
-    (few,) = cache_config("tiny-cross", None, ["data.limit=5"], data="d.jsonl").sources
-    (more,) = cache_config("tiny-cross", None, [], changes={"data": {"source": "d.jsonl"}}).sources
-    assert own.limit and other == more and (other.limit, few.limit) == (None, 5)
-    (named,) = cache_config(None, packaged_recipe("tiny-cross"), [], data="d.jsonl").sources
+    changes = {"data": {"source": "d.jsonl"}}
+    (other,) = cache_config("tiny-cross", None, [], changes=changes).sources
+    (few,) = cache_config("tiny-cross", None, ["data.limit=5"], changes=changes).sources
+    assert own.limit and (other.limit, few.limit) == (None, 5)
+    (named,) = cache_config(None, packaged_recipe("tiny-cross"), [], changes=changes).sources
     assert named.limit == own.limit  # a recipe that is asked for is obeyed
 
 

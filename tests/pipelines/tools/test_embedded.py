@@ -13,7 +13,7 @@ from pipelines.tools.tiny_models import STUDENT, TOKENIZERS, noised_batch, train
 from shared.aligned.examples import Preparer
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import new_model
-from shared.settings.config import StudentConfig
+from shared.settings.config import LengthConfig, StudentConfig
 from shared.text.tokenizers import Tokenizer
 from student_train.training.heldout import student_predictor
 from tests.plain_masks import block_diffusion_batch
@@ -24,18 +24,23 @@ def test_a_students_training_is_cross_entropy_under_the_block_mask_and_learns() 
     tokenizer = Tokenizer.load(TOKENIZERS["cross"])
     mask = tokenizer.special_id("mask")
     shape = StudentConfig(hidden_size=16, layers=2, intermediate_size=32)
-    sizes: dict[str, Any] = {"shape": shape, "length": 64, "epochs": 60, "warmup": 5}
+    sizes: dict[str, Any] = {
+        "shape": shape,
+        "lengths": LengthConfig(student=64, teacher=64),
+        "epochs": 60,
+        "warmup": 5,
+    }
     config = dataclasses.replace(STUDENT, **sizes, smallest_time=0.5, precision="float32")
     texts = ["x = 1", "def f(x):\n    return x + 1", "y = [i for i in range(10)]"]
     preparer = Preparer(tokenizer, None, config.lengths, mask)
     examples = preparer.usable([chat(text) for text in texts])
     torch.manual_seed(0)
     student: Any = new_model(shape, tokenizer, mask, 64)
-    predict = student_predictor(student, config.block)
+    predict = student_predictor(student, config.lengths.block)
     batch = noised_batch(examples, 0, mask, config)
     n, length = batch["clean"].shape
     both = torch.cat([batch["noised"], batch["clean"]], 1)
-    places, seen = torch.arange(length), block_diffusion_batch(batch["valid"], config.block)
+    places, seen = torch.arange(length), block_diffusion_batch(batch["valid"], config.lengths.block)
     out = student(input_ids=both, attention_mask=seen, position_ids=places.repeat(n, 2))
     hidden = batch["noised"] == mask
     before = F.cross_entropy(predict(batch), batch["gold"])

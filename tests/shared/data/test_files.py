@@ -323,7 +323,7 @@ def test_every_source_of_the_recipes_is_well_formed() -> None:
         chats = ["allenai/tulu-3-sft-mixture", "HuggingFaceTB/smoltalk"]
         assert [name for name, _, _ in names] == chats + opc_sets
         assert {split for _, _, split in names} == {"train[:95%]"}
-        own = cache_config(kind, None, [], data="chats.jsonl")
+        own = cache_config(kind, None, [], changes={"data": {"source": "chats.jsonl"}})
         assert [source.source for source in own.sources] == ["chats.jsonl"]
 
 
