@@ -164,9 +164,7 @@ def _cache_config(teacher: str | None, data: Source | None, settings: Any) -> Ca
 
 
 def _source(data: Source, folder: Path) -> dict[str, Any] | list[dict[str, Any]]:
-    """The setting `data`. Rows are written to `folder`, named by their content, so that the same
-    ones are found again.
-    """
+    """The setting `data`; rows are written to `folder`, named by their content."""
     if isinstance(data, str | Path):
         return {"source": str(data)}
     if isinstance(data, dict):

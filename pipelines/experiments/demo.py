@@ -5,7 +5,6 @@ half and scored on functions of yet other modules, which the teacher has not see
 """
 
 import itertools
-import logging
 import math
 import statistics
 import time
@@ -25,12 +24,10 @@ from pipelines.recipes import read as recipes
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import load_model
 from shared.settings.config import DataConfig
-from shared.system.hardware import describe_hardware
 from student_train.training import heldout as held
 from student_train.using.student import load_for_use
 from teacher_cache.teachers.registry import find_teacher
 
-logger = logging.getLogger(__name__)
 KINDS = ("cross", "shared")
 ALONE = {"cross": 5e-4, "shared": 2e-4}  # the best rates of cross-entropy alone, by tune.toml
 
@@ -55,11 +52,7 @@ def demo_grid(seeds: int) -> Grid:
 
 
 def run_demo(out: Path, seeds: int | None, full: bool = False) -> Path:
-    """Caches, students, report; with `full` the curve over the number of functions instead.
-    Interrupted and run again, it goes on where it stopped.
-    """
-    for name, value in describe_hardware():
-        logger.info("%-16s%s", name, value)
+    """Caches, students, report (`full`: over numbers of functions). Again, it goes on."""
     started = time.monotonic()
     grid = read_grid(recipes.packaged_recipe("curve")) if full else demo_grid(3)
     if seeds is not None:
@@ -142,9 +135,7 @@ def data_curve(runs: list[report.Run], teacher: float, folder: Path) -> str:
 
 
 def functions_for(line: Mapping[int, float], score: float) -> float:
-    """How many functions reach a score on a line, straight between its points in log n; infinite
-    where none of its numbers does.
-    """
+    """How many functions reach a score on a line that is straight in log n; inf where none do."""
     for (n, value), (more, lower) in itertools.pairwise(sorted(line.items())):
         if value <= score:
             return n

@@ -117,9 +117,7 @@ def train_config(
     changes: Mapping[str, Any] | None = None,
     **flags: Any,
 ) -> TrainConfig:
-    """The settings of `tide train`, in the order of `cache_config`. `teacher` chooses the recipe,
-    and the default folders of cache and run.
-    """
+    """As `cache_config`, of `tide train`: `teacher` chooses the recipe and the default folders."""
     own = teacher or DEFAULT_TEACHER
     tables = read_recipe(recipe) if recipe else own_recipe(own, teachers_file)
     name = teacher or tables.get("cache", {}).get("teacher", DEFAULT_TEACHER)
@@ -188,9 +186,7 @@ def paper_of(path: Path) -> str:
 
 
 def describe_recipe(name: str) -> str:
-    """The recipe's own text, then each setting that differs from the paper's run. Names and folders
-    are not of the method.
-    """
+    """The recipe's own text, then each setting of its method that differs from the paper's run."""
     path = find_recipe(name)
     other = packaged_recipe(paper_of(path))
     sides = []

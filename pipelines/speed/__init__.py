@@ -44,9 +44,7 @@ def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def added_memory(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> int:
-    """Bytes by which a job raises the high-water mark of its process (Linux). `prepare` loads what
-    is not the job's.
-    """
+    """Bytes that the job which `prepare` returns adds to its process's high-water mark (Linux)."""
     job = prepare(*arguments)
     before = high_water()
     job()

@@ -132,9 +132,7 @@ def bench_head(vocabulary: int = VOCABULARY) -> Table:
 def head_job(
     way: str, distillation: KL | ReverseCalm, masked: int, vocabulary: int, half: bool
 ) -> Callable[[], object]:
-    """A step of head and loss, `plain` or `sliced`, with gradients there before it, of made-up
-    targets: a top-k with its tail, every token a chunk.
-    """
+    """A step of head and loss on made-up targets, whose gradients are there before it."""
     torch.manual_seed(0)
     hidden = torch.randn(ROWS, WIDTH, requires_grad=True)
     head = (torch.randn(vocabulary, WIDTH) * 0.02).requires_grad_()
@@ -162,9 +160,7 @@ def head_job(
 
 
 def bench_loader(sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)) -> Table:
-    """A large cache: what the start of training, a resumed run and the reading of positions take,
-    and what of it grows. A row a size.
-    """
+    """What the start of training, a resumed run and reading take of large caches: a row a size."""
     kept = f"k {CONFIG.targets.k}, {VOCABULARY:,} tokens, {DRAWS} draws"
     columns = ("rows", "shards", "start of training s", "of it ledger s", "memory of it MB",
                "first batch of epoch 9 s", "read positions/s", "to targets", "checked")  # fmt: skip
@@ -178,9 +174,7 @@ def bench_loader(sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)) -> Table
 
 
 def make_cache(cache: Path, rows: int) -> int:
-    """Write a cache of full size but for its shards: one a draw is written, every part is a link to
-    it. How many shards there are.
-    """
+    """Write a cache in which all parts of a draw are links to one shard; how many there are."""
     layout = even_layout(CONFIG.targets, VOCABULARY)
     assert layout.tables is not None
     save_tables(cache / TABLES, layout.tables)

@@ -163,9 +163,7 @@ licence), of which nothing is stored here but what the weights and the vocabular
 def train_on(
     model: Any, predict: heldout.Predict, examples: list[Prepared], mask_id: int, config: TinyConfig
 ) -> int:
-    """All epochs; how many steps. Muon for the layers' matrices and AdamW for all else take steps
-    of one size; a small model learns faster by both than by AdamW alone.
-    """
+    """All epochs; how many steps. A small model learns faster by both optimizers than by AdamW."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         inner = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name

@@ -82,9 +82,7 @@ def load_for_use(place: str, device: str = "auto") -> LoadedStudent:
 def sample(
     model: Any, prompts: Sequence[Ids], special: Special, config: SampleConfig
 ) -> list[list[int]]:
-    """The response to each prompt, up to its first EOS (or other end), which is left out.
-    ValueError where a prompt is empty.
-    """
+    """The response to each prompt, less its end. ValueError where a prompt is empty."""
     *_, (tokens, _) = sample_steps(model, prompts, special, config)
     return [until_eos(row, special.eos) for row in tokens]
 
