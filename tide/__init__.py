@@ -163,7 +163,7 @@ def _cache_config(teacher: str | None, data: Source | None, settings: Any) -> Ca
     return cache_config(teacher, *places, changes)
 
 
-def _source(data: Source, folder: Path) -> dict[str, Any] | list[dict[str, Any]]:
+def _source(data: Source, folder: Path) -> Any:
     """The setting `data`; rows are written to `folder`, named by their content."""
     if isinstance(data, str | Path):
         return {"source": str(data)}

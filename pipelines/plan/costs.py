@@ -100,7 +100,8 @@ def sampled_workload(run: Run) -> Workload:
     chunks = sum(len(item.draw.chunks) for item in items) if run.shared is None else masked
     sums = (len(requests), sum(pack.width for pack in packs), masked, student, chunks)
     words = f"measured on the first {len(examples)} examples under {draws} draws"
-    return Workload(run.data.examples, *(total / max(1, len(items)) for total in sums), words)
+    means = [total / max(1, len(items)) for total in sums]
+    return Workload(run.data.examples, *means, source=words)
 
 
 def bytes_per_draw(load: Workload, config: CacheConfig, vocabulary: int, own: bool) -> float:
@@ -147,12 +148,7 @@ def made_up_fingerprint(
 
 
 def random_rows(
-    load: Workload,
-    config: CacheConfig,
-    vocabulary: int,
-    count: int,
-    draw: int = 0,
-    own: bool = False,
+    load: Workload, config: CacheConfig, vocab: int, size: int, draw: int = 0, own: bool = False
 ) -> list[CacheRow]:
     """Rows of random values as in a cache. `own`: of a teacher with a tokenizer of its own."""
     targets, n = config.targets, max(1, round(load.masked))
@@ -160,25 +156,22 @@ def random_rows(
     k, rank = targets.k, targets.rank or _RANK
     spread = 10 / np.sqrt(np.arange(1, rank + 1))  # steps, as of the embedded teacher
     rows = []
-    for i in range(count):
+    for i in range(size):
         random = np.random.default_rng(i)
         masked = np.sort(random.choice(length, n, replace=False)).astype(np.int32)
-        values: dict[str, Any] = {
-            "example_id": f"{random.integers(1 << 60):016x}",
-            "label": "",
-            "draw": draw,
-        }
-        values |= {"t": 0.5, "masked": masked, "spans": np.array([[0, length]], np.int32)}
-        values["student_ids"] = random.integers(0, vocabulary, length, np.int32)
+        values: dict[str, Any] = {"example_id": f"{random.integers(1 << 60):016x}", "draw": draw}
+        values |= {"label": "", "t": 0.5, "masked": masked}
+        values["spans"] = np.array([[0, length]], np.int32)
+        values["student_ids"] = random.integers(0, vocab, length, np.int32)
         values["split"] = random.random(n) < 0.5
         values["gold_logp"] = -random.exponential(2, n).astype(np.float32)
         values["logsumexp"] = random.normal(0, 4, n).astype(np.float32)
-        values["teacher_ids"] = random.integers(0, vocabulary, length, np.int32) if own else None
+        values["teacher_ids"] = random.integers(0, vocab, length, np.int32) if own else None
         values["teacher_masked"] = masked if own else None
         if "topk" in targets.signals:
             logits = -np.sort(-random.normal(0, 2, (n, k)).astype(np.float32), axis=1)
             logp = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)) - 0.2
-            frequent = np.exp(random.uniform(0, np.log(vocabulary), n * k)) - 1  # have small ids
+            frequent = np.exp(random.uniform(0, np.log(vocab), n * k)) - 1  # have small ids
             values["topk_sizes"] = np.full(n, k, np.int32)
             values["topk_ids"], values["topk_logp"] = frequent.astype(np.int32), logp.reshape(-1)
             values["tail_code"] = random.normal(0, spread, (n, rank)).round().clip(-127, 127)

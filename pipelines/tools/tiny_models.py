@@ -122,7 +122,7 @@ def train_tiny(tokenizer_folder: Path, out: Path, config: TinyConfig) -> None:
     torch.manual_seed(config.seed)
     model: Any = new_model(config.shape, tokenizer, mask_id, config.positions)
     if isinstance(config.shape, StudentConfig):
-        model.config.lengths.block_size = config.lengths.block
+        model.config.block_size = config.lengths.block
         predict = heldout.student_predictor(model, config.lengths.block)
         title, kind = "An embedded student, pre-trained", "block-diffusion"
     else:

@@ -35,9 +35,7 @@ class LoadedStudent:
         if asked is None:
             return self.block or 32
         if self.block is not None and asked != self.block:
-            words = (
-                f"the student was trained with blocks of {self.block} and is sampled with {asked}"
-            )
+            words = f"blocks of {asked} are sampled, where training had blocks of {self.block}"
             print(words, file=sys.stderr)
         return asked
 

@@ -189,12 +189,11 @@ def describe_row(cache: Path, row: CacheRow) -> str:
         if row.topk_sizes is not None:
             assert row.topk_ids is not None and row.topk_logp is not None
             size = int(row.topk_sizes[i])
-            shown = range(start, start + min(_TOP, size))
-            words = (
-                f"{_text(teacher, row.topk_ids[j])} {np.exp(row.topk_logp[j]):.3f}" for j in shown
-            )
+            best = slice(start, start + min(_TOP, size))
+            pairs = zip(row.topk_ids[best], np.exp(row.topk_logp[best]), strict=True)
+            words = ", ".join(f"{_text(teacher, likely)} {p:.3f}" for likely, p in pairs)
             outside = 1 - float(np.exp(row.topk_logp[start : start + size]).sum())
-            expects = f": {', '.join(words)}; outside of the {size}: {outside:.3f}"
+            expects = f": {words}; outside of the {size}: {outside:.3f}"
             start += size
         lines.append(f"{place:>8}  {parts[place]:>4}  {p:>7.4f}  {token}{expects}")
     if row.chunk_student is not None and row.teacher_ids is not None:

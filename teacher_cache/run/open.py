@@ -63,9 +63,7 @@ def open_sides(config: CacheConfig, weights: bool = True) -> Sides:
             )
         usable = len(alike)
     if "topk" in config.targets.signals and config.targets.k > usable:
-        what = (
-            f"targets.k is {config.targets.k}: of {config.teacher}'s tokens {usable} can be listed"
-        )
+        what = f"targets.k is {config.targets.k}: {config.teacher} has {usable} that can be listed"
         fix = f"lower it: --set targets.k={min(64, usable)}"
         raise TideError(what, expected=f"k between 1 and {usable}", fix=fix)
     mask = student_mask(student, config.student_mask_token)

@@ -55,9 +55,8 @@ class Progress:
         self._engine_before = float(_read(self._path).get("engine_seconds", 0.0))
         self._started, self._last = time.time(), 0.0
         self._rows, self._bytes, self._busy = 0, 0, 0.0
-        self._bar = tqdm(
-            total=self._total, unit="row", desc=f"cache {config.teacher}", smoothing=0.05
-        )
+        title = f"cache {config.teacher}"
+        self._bar = tqdm(total=self._total, unit="row", desc=title, smoothing=0.05)
 
     def wrote(self, unit: Unit, examples: int, busy_seconds: float) -> None:
         """One more shard is on disk. `busy_seconds`: what the engine was busy for it."""

@@ -46,12 +46,11 @@ def load_engine(run: Run) -> Engine:
         device, dtype = choose_device(settings.device), torch_dtype(settings.dtype)
         fit: Any = {"device_map": settings.device_map, "quantization": settings.quantization}
         model = load_model(run.checkpoint, entry.architecture, dtype, device, **fit)
-        sizes: Any = {
-            "tokens_per_batch": settings.tokens_per_batch,
-            "head_rows": settings.head_rows,
-        }
-        how: Any = {"shift": entry.shift, "compiled": compiles(settings, device), **sizes}
-        engine = TransformersEngine(model, entry.attention, spec, shared_ids=shared, **how)
+        engine = TransformersEngine(
+            model, entry.attention, spec, shift=entry.shift, shared_ids=shared,
+            tokens_per_batch=settings.tokens_per_batch, head_rows=settings.head_rows,
+            compiled=compiles(settings, device),
+        )  # fmt: skip
     if run.tables is not None:
         engine.use_tables(run.tables)
     return engine
