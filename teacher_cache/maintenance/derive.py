@@ -140,20 +140,19 @@ def prune_cache(source: Path, target: Path, **wanted: int | None) -> Manifest:
     # 1. the tables' first columns
     new = replace(layout, tables=layout.tables.cut(rank))
     assert new.tables is not None
-    fewer = replace(targets, k=k, rank=rank)
-    changes: Any = {"targets": fewer, "tables": new.tables.digest}
+    changes: Any = {"targets": replace(targets, k=k, rank=rank), "tables": new.tables.digest}
     changes["pruned_from"] = {"k": targets.k, "rank": layout.rank}
     fingerprint = replace(manifest.fingerprint, **changes)
     made = replace(made, fingerprint=fingerprint)
     _begin(target, made, source, tables=False)
     shards.save_tables(target / TABLES, new.tables)
     # 2. row by row
-    old, shorter = (LinearTail.of(x.tables, x.temperatures) for x in (layout, new) if x.tables)
+    old, fewer = (LinearTail.of(x.tables, x.temperatures) for x in (layout, new) if x.tables)
     units = sorted(set(made.units()) - set(finished_units(target)))
     for unit in tqdm(units, unit="shard", desc="prune"):
         path = unit.path(source)
         shard = shards.read_table(path, layout, read_bytes(path, source))
-        rows = [cut(row, old, shorter, layout.tables.unit, k) for row in shard.rows(path, layout)]
+        rows = [cut(row, old, fewer, layout.tables.unit, k) for row in shard.rows(path, layout)]
         counts = {**shard.counts, CACHE: made.digest}
         written = shards.write_shard(unit.path(target), rows, new, counts)
         note(target, unit, Entry.of(written, counts))
