@@ -19,7 +19,7 @@ from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit
 from shared.cache.stores import Store
 from shared.system.files import TideError
-from shared.system.hardware import largest_process
+from shared.system.hardware import high_water
 from teacher_cache.maintenance.derive import merge_caches, prune_cache
 from teacher_cache.maintenance.pack import CHECKSUMS, pack_cache, unpack_cache
 from tests.conftest import files
@@ -46,11 +46,11 @@ def about(content: bytes, **changes: Any) -> dict[str, Any]:
 
 def refused(archive: Path, target: Path) -> None:
     """Nothing is left, and no memory was taken."""
-    before, beside = largest_process(), set(target.parent.iterdir())
+    before, beside = high_water(), set(target.parent.iterdir())
     with pytest.raises(TideError):
         unpack_cache(archive, target)
     assert set(target.parent.iterdir()) == beside
-    assert largest_process() - before < 300 << 20
+    assert high_water() - before < 300 << 20
 
 
 def test_pack_and_unpack_give_the_cache_back(caches: dict[str, Path], tmp_path: Path) -> None:
