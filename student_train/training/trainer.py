@@ -52,18 +52,19 @@ def train_student(
 
     Writes `out/model`, which transformers loads as is, and the curve, `out/history.json`.
     """
-    halved_before = config.out / "halved"  # a line for each time
+    note = config.out / "halved"  # a line for each time that it ended several processes
+    if note.exists():
+        halvings = max(halvings, note.read_bytes().count(b"\n"))
     while True:
-        if halved_before.exists():
-            halvings = max(halvings, halved_before.read_bytes().count(b"\n"))
         clear_device_cache(garbage_collection=True)
         with ExitStack() as held:
             trainer, tokenizer = make_trainer(config, held, halvings)
             for callback in callbacks:
                 trainer.add_callback(callback)
             if not trainer.train_resuming(smaller=halved(trainer.config, 1) is not None):
-                write_bytes(halved_before, b"passes half as large\n" * (halvings + 1))
+                halvings += 1
                 if trainer.args.world_size > 1:  # the others wait for this one's gradient
+                    write_bytes(note, b"passes half as large\n" * halvings)
                     what = f"memory ran out in process {trainer.args.process_index}"
                     fix = "start the run again (`torchrun --max-restarts` does), in smaller passes"
                     raise TideError(what, fix=fix)
