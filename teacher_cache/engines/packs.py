@@ -204,6 +204,7 @@ def side_by_side(
             padded = torch.where(valid, padded, -torch.arange(1, padded.shape[1] + 1))
         labels.append(padded.to(device, non_blocking=True))
     ids, positions, segments, ranks = labels
+    # Segments, ranks and numbers of blocks, small: flex_attention reads them pair by pair.
     s, r, n = segments.int(), ranks.int(), (positions // packs[0].block).int()
     if flex:
         rule = lambda b, _, q, k: sees(s[b, q], s[b, k], r[b, q], r[b, k], n[b, q], n[b, k])  # noqa: E731

@@ -3,7 +3,7 @@
 Requests are packed and batched (`packs`), run through the layers, and the LM head reads some rows
 at a time: what is kept of their logits leaves the device, the logits never do. Under full attention
 the sequences of a batch lie one behind the other, without padding and mask; under block attention
-flex_attention skips what is hidden (on one GPU, in half precision).
+flex_attention skips what is hidden (compiled, on one GPU, in half precision).
 """
 
 import itertools
@@ -54,7 +54,7 @@ class TransformersEngine:
     """Scores requests with `model`. Values do not depend on which requests are scored together.
 
     `shift`: row i of the model predicts token i + 1 (Dream). `shared_ids`: only ids marked True
-    enter a top-k. `compiled`: decoder layers by torch.compile.
+    enter a top-k. `compiled`: decoder layers by torch.compile, attention with them.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class TransformersEngine:
         if isinstance(attention, Full):
             AttentionInterface.register(PACKED_ATTENTION, packed_attention)
             model.set_attn_implementation(PACKED_ATTENTION)
-        elif on_one_gpu and model.dtype in HALVES:
+        elif compiled and on_one_gpu and model.dtype in HALVES:
             model.set_attn_implementation(FLEX)
         if compiled:
             compile_layers(model)
