@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.utils import counters
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_mask
 
 from shared.diffusion import block_causal
 from shared.models.checkpoint import open_checkpoint
 from shared.models.flex import FLEX
-from shared.models.loading import load_model, random_model
+from shared.models.loading import load_model, meta_model
+from teacher_cache.engines import transformers_engine
 from teacher_cache.engines.packs import clean_ids, fill, observed_first, pack_requests, side_by_side
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method import Request, TailEncoder, TargetSpec, extract
@@ -234,16 +234,17 @@ def test_block_masks_are_the_dense_ones_and_padding_sees_itself(data: Any) -> No
 
 
 def test_block_masks_are_for_compiled_layers_in_half_precision_on_a_gpu(
-    random_teacher: Path,
+    random_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(transformers_engine, "compile_layers", lambda _: None)
     raw = open_checkpoint(str(random_teacher)).config
     for device, dtype, compiled, expected in (
         ("cuda", torch.bfloat16, True, FLEX), ("cuda", torch.bfloat16, False, "sdpa"),
         ("cuda", torch.float32, True, "sdpa"), ("cpu", torch.bfloat16, True, "sdpa"),
     ):  # fmt: skip
-        with FakeTensorMode():
-            made = random_model("llama", raw, dtype, device)
-            TransformersEngine(made, Native(8), SPEC, compiled=compiled)
+        made = meta_model("llama", raw).to(dtype)
+        monkeypatch.setattr(type(made), "device", torch.device(device))
+        TransformersEngine(made, Native(8), SPEC, compiled=compiled)
         assert made.config._attn_implementation == expected
 
 
