@@ -66,8 +66,7 @@ def train_student(
                 if trainer.args.world_size > 1:  # the others wait for this one's gradient
                     write_bytes(note, b"passes half as large\n" * halvings)
                     what = f"memory ran out in process {trainer.args.process_index}"
-                    again = "start the run again (`torchrun --standalone --max-restarts 3` does)"
-                    raise TideError(what, fix=again + ": its passes are half as large then")
+                    raise TideError(what, fix="start the run again: its passes are half as large")
                 del trainer
                 continue
             trainer.refuse_nonfinite()
