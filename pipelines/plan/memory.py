@@ -265,8 +265,8 @@ def student_step(
     memory = tracker.by_kind()
     memory["optimizer"] = round(memory["optimizer"] * STATE[train.optimizer])
 
-    # 4. Two FLOPs for a multiply-add of a weight forward, four backward (two where it is frozen), the
-    # layers' forward again where nothing is kept; of attention two products forward, five backward.
+    # 4. Two FLOPs for a multiply-add of a weight forward, four backward (two where it is frozen),
+    # the layers' forward again where nothing is kept; attention's products: two, and five backward.
     size, products = size_of(model), 6 if train.student.lora is None else 4
     again = 2 * int(train.gradient_checkpointing)
     layers = (products + again) * size.active * int((batch["places"] >= 0).sum())
