@@ -49,8 +49,7 @@ def replay(run: Path, objective: str | None = None) -> str:
         before = [c.folder for c in whole_checkpoints(run / "checkpoints") if c.step <= step]
         if before:
             shutil.copytree(before[-1], out / "checkpoints" / before[-1].name)
-        config = recorded_run(run).get("config", {})
-        settings = {**config, **passes, "out": out, "report_to": []}
+        settings = {**recorded_run(run).get("config", {}), **passes, "out": out, "report_to": []}
         imports = objective is not None and settings["distillation"].get("type") == objective
         trainer, _ = make_trainer(build(TrainConfig, settings, imports=imports), stack)
 
