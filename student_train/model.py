@@ -3,7 +3,6 @@
 import importlib.util
 import logging
 from collections.abc import Mapping
-from functools import cache, partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -11,14 +10,14 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import flex_attention_mask
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import PreTrainedModel
 
 from shared.cache.manifest import Manifest
 from shared.diffusion import block_diffusion_places, block_labels, sees
 from shared.models.checkpoint import Checkpoint, open_checkpoint, resolve, stated_mask
-from shared.models.loading import COMPILE, architecture_of, load_model, new_model
+from shared.models.flex import FLEX, block_mask
+from shared.models.loading import architecture_of, load_model, new_model
 from shared.settings.config import Lora, StudentConfig
 from shared.system.files import TideError
 from shared.text.tokenizers import Tokenizer
@@ -28,8 +27,6 @@ from student_train.losses.objective import LossSettings, fused_loss
 logger = logging.getLogger(__name__)
 
 STUDENTS = ("qwen3", "llama", "qwen2", "smollm3")
-FLEX = "tide_flex"  # the name under which transformers' models find `attend_flex`
-_compiled: Any = cache(partial(torch.compile, **COMPILE))
 
 
 def load_student(
@@ -180,43 +177,12 @@ def train_on_loss(
     model.lm_head.forward = MethodType(head, model.lm_head)
 
 
-# flex_attention: a compiled block mask that skips what block diffusion hides. On CUDA the kernel
-# and the mask are compiled once, for all shapes. On a CPU, where PyTorch has no gradient for them,
-# they run uncompiled, for tests: SDPA with a dense mask is used there.
-
-
 def flex_mask(
     places: Int[Tensor, "batch rows"], length: int, block: int, draws: int = 1
 ) -> BlockMask:
     """`shared.diffusion.block_diffusion_places` as a block mask."""
-    # Whatever differs between batches is a tensor in the mask, so nothing is compiled anew; the
-    # kernel reads it for every pair of a tile that is seen in part.
-    batch, rows = places.shape
     blocks, copies = block_labels(places, length, block, draws)
-    make = _compiled(create_block_mask) if places.is_cuda else create_block_mask
     rule = lambda b, _, q, k: sees(  # noqa: E731 - as `sees`
         blocks[b, q], blocks[b, k], copies[b, q], copies[b, k]
     )
-    return make(rule, batch, None, rows, rows, device=places.device)
-
-
-def attend_flex(
-    _module: Any,
-    query: Float[Tensor, "batch heads length depth"],
-    key: Float[Tensor, "batch kv_heads length depth"],
-    value: Float[Tensor, "batch kv_heads length depth"],
-    attention_mask: BlockMask,
-    scaling: float | None = None,
-    **_ignored: Any,
-) -> tuple[Float[Tensor, "batch length heads depth"], None]:
-    """transformers' contract of an attention function."""
-    # Within a compiled layer it is compiled with it; another compiled function would cut the layer.
-    alone = query.is_cuda and not torch.compiler.is_compiling()
-    run = _compiled(flex_attention) if alone else flex_attention
-    grouped = query.shape[1] != key.shape[1]
-    out: Any = run(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(FLEX, attend_flex)
-AttentionMaskInterface.register(FLEX, flex_attention_mask)
+    return block_mask(rule, places)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from pipelines.plan.costs import Workload, even_layout, made_up_fingerprint, random_rows, size_of
 from shared.cache.manifest import Manifest, load_manifest
@@ -34,7 +34,7 @@ from student_train.losses.objective import LossSettings, slice_rows
 from student_train.model import train_on_loss, with_adapter
 from student_train.training.preflight import halved, on_gpu, settle_batch
 from teacher_cache.engines.transformers_engine import TransformersEngine
-from teacher_cache.method import Request, TargetSpec
+from teacher_cache.method import TargetSpec, TeacherView, passes
 from teacher_cache.teachers.registry import TeacherEntry, find_teacher, published_shape
 
 logger = logging.getLogger(__name__)
@@ -54,10 +54,8 @@ class Conversations:
 
     def __post_init__(self) -> None:
         if self.tokens < 4 or not 0 < self.response <= 1:
-            raise TideError(
-                f"conversations of {self.tokens} tokens, {self.response:.0%} of them answers",
-                expected="4 tokens or more, and a share above 0",
-            )
+            what = f"conversations of {self.tokens} tokens, {self.response:.0%} of them answers"
+            raise TideError(what, expected="4 tokens or more, and a share above 0")
 
     def masked(self, draw: int, draws: int, random: np.random.Generator) -> np.ndarray:
         """Masked positions under one of `draws` draws, whose times t are stratified."""
@@ -83,16 +81,10 @@ class _FlashAttention(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-def attend_nothing(
-    _module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
-) -> tuple[Tensor, None]:
-    """transformers' contract of an attention function."""
-    out: Any = _FlashAttention.apply(query, key, value)
-    return out.transpose(1, 2), None
-
-
-AttentionInterface.register(FAKE_ATTENTION, attend_nothing)
-AttentionMaskInterface.register(FAKE_ATTENTION, lambda *_, **given: given.get("attention_mask"))
+_attend: Any = _FlashAttention.apply
+AttentionInterface.register(
+    FAKE_ATTENTION, lambda _module, q, k, v, *_, **__: (_attend(q, k, v).transpose(1, 2), None)
+)
 
 
 class PeakTracker(MemTracker):
@@ -104,9 +96,7 @@ class PeakTracker(MemTracker):
                 self._peak_mem[device] = held["Total"]
                 self._peak_mem_snap[device] = dict(held)
 
-    def _track_module_params_and_buffers(
-        self, module: Any, install_grad_hooks: bool = True
-    ) -> tuple[int, int]:
+    def _track_module_params_and_buffers(self, module: Any, install_grad_hooks: bool = True) -> Any:
         """Frozen weights have no gradient that a hook could tell of."""
         hooks = install_grad_hooks and all(weight.requires_grad for weight in module.parameters())
         return super()._track_module_params_and_buffers(module, hooks)
@@ -146,24 +136,20 @@ def teacher_memory(
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         # 1. The engine, without content.
         model: Any = random_model(entry.architecture, raw, dtype)
-        model.requires_grad_(True)  # MemTracker's hooks ask for it
         vocabulary = model.config.vocab_size
         engine = new_engine(model, config, entry, k)
         model.set_attn_implementation(FAKE_ATTENTION)
-        tables = even_layout(targets, vocabulary, model.config.hidden_size).tables
-        if tables is not None:
-            engine.use_tables(tables)
+        if (layout := even_layout(targets, vocabulary, model.config.hidden_size)).tables:
+            engine.use_tables(layout.tables)
 
         # 2. The passes of some examples under all draws: more than one batch of them.
         for _ in range(max(1, -(-2 * settings.tokens_per_batch // data.tokens))):
             ids = random.integers(0, vocabulary - 1, data.tokens, np.int32)
             for draw in range(noise.draws):
                 masked = data.masked(draw, noise.draws, random)
-                in_a = random.random(masked.size) < (noise.demo_ratio if noise.comp_demo else 0.0)
-                for read in filter(len, (masked[~in_a], masked[in_a])):
-                    noised = ids.copy()
-                    noised[read] = vocabulary - 1
-                    requests.append(Request(noised, read, ids[read]))
+                in_a = random.random(masked.size) < noise.demo_ratio
+                view = TeacherView(ids, masked, in_a, masked)
+                requests += [r for r, _ in passes(view, vocabulary - 1, noise.comp_demo)]
 
         # 3. The first batch. MemTracker allows many calls of the head inside a module.
         tracker = PeakTracker()
@@ -239,10 +225,9 @@ def student_step(
     # 1. A batch with content, and how many pairs of rows see each other in its attention.
     rows, manifest = student_rows(train, cache, data, vocabulary)
     entry = find_teacher(cache.teacher, cache.teachers_file)
-    if entry.student_tokens or train.distillation.needs != "topk":
-        layout = even_layout(cache.targets, vocabulary)
-    else:
-        layout = even_layout(cache.targets, entry.vocabulary or vocabulary, student=vocabulary)
+    mapped = not entry.student_tokens and train.distillation.needs == "topk"
+    sizes = (entry.vocabulary or vocabulary, 1, vocabulary) if mapped else (vocabulary,)
+    layout = even_layout(cache.targets, *sizes)
     batch = collate(rows, manifest, layout.tables and layout.tables.token_map)
     settings = LossSettings(train.distillation, train.weight, counts_of(batch["counts"]), 0.5)
     length, draws = batch["clean"].shape[1], train.draws_per_step
@@ -280,16 +265,14 @@ def student_step(
     memory = tracker.by_kind()
     memory["optimizer"] = round(memory["optimizer"] * STATE[train.optimizer])
 
-    # 4. Two FLOPs for every multiply-add of a weight forward, four backward (two where it is
-    # frozen), the layers' forward again where nothing is kept; of attention two products forward
-    # and five backward.
+    # 4. Two FLOPs for a multiply-add of a weight forward, four backward (two where it is frozen),
+    # the layers' forward again where nothing is kept; attention's products: two, and five backward.
     size, products = size_of(model), 6 if train.student.lora is None else 4
-    places, masked = int((batch["places"] >= 0).sum()), len(batch["row"])
-    again = int(train.gradient_checkpointing)
-    layers = (products + 2 * again) * size.active * places
-    attention = (7 + 2 * again) * 2 * pairs * size.width * size.layers
-    flops = layers + attention + products * size.head * masked
-    return memory, flops * train.accumulation
+    again = 2 * int(train.gradient_checkpointing)
+    layers = (products + again) * size.active * int((batch["places"] >= 0).sum())
+    attention = (7 + again) * 2 * pairs * size.width * size.layers
+    head = products * size.head * len(batch["row"])
+    return memory, (layers + attention + head) * train.accumulation
 
 
 def fitted(

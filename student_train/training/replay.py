@@ -38,7 +38,7 @@ def replay(run: Path, objective: str | None = None) -> str:
     try:
         note = read_json(path)
         step, number = int(note["step"]), int(note["batch"])
-        ids = ", ".join(map(str, note["example_ids"]))
+        ids, passes = ", ".join(map(str, note["example_ids"])), dict(note["passes"])
     except (ValueError, KeyError, TypeError) as error:
         what = f"{path} cannot be read: {error}"
         raise TideError(what, fix="copy the run's folder again") from error
@@ -49,7 +49,7 @@ def replay(run: Path, objective: str | None = None) -> str:
         before = [c.folder for c in whole_checkpoints(run / "checkpoints") if c.step <= step]
         if before:
             shutil.copytree(before[-1], out / "checkpoints" / before[-1].name)
-        settings = {**recorded_run(run).get("config", {}), "out": out, "report_to": []}
+        settings = {**recorded_run(run).get("config", {}), **passes, "out": out, "report_to": []}
         imports = objective is not None and settings["distillation"].get("type") == objective
         trainer, _ = make_trainer(build(TrainConfig, settings, imports=imports), stack)
 

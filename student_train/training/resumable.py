@@ -174,7 +174,7 @@ class ResumableTrainer(Trainer):
 
     def train_resuming(self, smaller: bool = False) -> bool:
         """From the last whole checkpoint to the end, or to a signal (KeyboardInterrupt). False:
-        memory ran out, and `smaller` passes can help; what is done is a checkpoint then.
+        memory ran out, and `smaller` passes can help; what one process did is a checkpoint then.
         """
         place = Path(str(self.args.output_dir))
         last: list[Any] = [None]
@@ -204,11 +204,11 @@ class ResumableTrainer(Trainer):
             try:
                 self.train(resume_from_checkpoint=folder)
             except RuntimeError as error:
-                if not smaller or self.args.world_size > 1 or not should_reduce_batch_size(error):
+                if not smaller or not should_reduce_batch_size(error):
                     raise
                 done = self.state.global_step
-                logger.warning("out of memory: on from step %d, less at a time", done)
-                if done > 0:
+                logger.warning("out of memory after step %d", done)
+                if done > 0 and self.args.world_size == 1:
                     self._save_checkpoint(self.model, None)
                 return False
             finally:

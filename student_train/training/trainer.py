@@ -47,10 +47,14 @@ def train_student(
     """Train (or go on training) a student from a cache; its final metrics.
 
     `callbacks`: transformers', which are told of every step. `halvings`: of the passes, from the
-    start (`halved`); one more, where memory runs out, and the run goes on from its last step.
+    start (`halved`); one more, where memory runs out, and the run goes on from its last step, in
+    several processes when it is started again.
 
     Writes `out/model`, which transformers loads as is, and the curve, `out/history.json`.
     """
+    note = config.out / "halved"  # a line for each time that it ended several processes
+    if note.exists():
+        halvings = max(halvings, note.read_bytes().count(b"\n"))
     while True:
         clear_device_cache(garbage_collection=True)
         with ExitStack() as held:
@@ -58,8 +62,12 @@ def train_student(
             for callback in callbacks:
                 trainer.add_callback(callback)
             if not trainer.train_resuming(smaller=halved(trainer.config, 1) is not None):
-                del trainer
                 halvings += 1
+                if trainer.args.world_size > 1:  # the others wait for this one's gradient
+                    write_bytes(note, b"passes half as large\n" * halvings)
+                    what = f"memory ran out in process {trainer.args.process_index}"
+                    raise TideError(what, fix="start the run again: its passes are half as large")
+                del trainer
                 continue
             trainer.refuse_nonfinite()
             metrics = {**trainer.evaluate(), "seconds": trainer.seconds_trained}
@@ -287,14 +295,17 @@ class StudentTrainer(ResumableTrainer):
             return
         item = min(items)
         dataset: Any = self.train_dataset
-        number = item // self.accelerator.num_processes
-        step, out = number // self.config.accumulation, self.config.out
+        config, processes = self.config, self.accelerator.num_processes
+        step, out = item // processes // config.accumulation, config.out
+        # The passes of all processes one after the other, or one: so `tide replay` takes a step.
+        joined = 1 if config.global_batch else processes
+        passes = {"global_batch": config.global_batch, "batch_size": joined * config.batch_size}
         ids = [row.example_id for row in dataset.rows(item)]
         tensors = {
             k: v.contiguous() for k, v in dataset[item].items() if isinstance(v, torch.Tensor)
         }
         write_bytes(out / f"{NONFINITE}.safetensors", save(tensors))
-        note = {"step": step, "batch": number, "example_ids": ids}
+        note = {"step": step, "batch": item // joined, "passes": passes, "example_ids": ids}
         write_bytes(out / f"{NONFINITE}.json", (json.dumps(note, indent=1) + "\n").encode())
         some = ", ".join(ids[:8]) + (", …" if len(ids) > 8 else "")
         raise TideError(

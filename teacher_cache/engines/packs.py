@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int
 
 from shared.diffusion import pad
+from shared.models.flex import block_mask
 from teacher_cache.method import Request
 from teacher_cache.teachers.registry import Attention, BlockCausal, Full, Native
 
@@ -27,8 +28,8 @@ Batch = tuple[dict[str, Any], Int[torch.Tensor, " read"], Int[torch.Tensor, " re
 class Pack:
     """One sequence for one or more requests, with labels that say which rows see each other.
 
-    A row sees the rows of its own segment whose rank is not above its own (only those of its own
-    block where segments are `apart`), and of segment 0, where it is in another, the earlier blocks.
+    A row sees the rows of its own segment whose rank is not above its own, and the earlier blocks
+    of segment 0.
     """
 
     members: tuple[int, ...]  # the requests, by number
@@ -38,7 +39,6 @@ class Pack:
     segments: Row
     ranks: Row
     block: int
-    apart: bool
 
     @property
     def width(self) -> int:
@@ -76,7 +76,7 @@ def pack_requests(
         if isinstance(attention, Full):
             places, one = np.arange(len(request.ids)), np.zeros(len(request.ids), np.int64)
             columns = (request.read.astype(np.int64) - shift,)
-            packs.append(Pack((i,), columns, request.ids, places, one, one, 1, apart=False))
+            packs.append(Pack((i,), columns, request.ids, places, one, one, 1))
         else:  # requests over one text share its clean copy, and so a pack
             together.setdefault(clean_ids(request).tobytes(), []).append(i)
 
@@ -141,7 +141,9 @@ def _behind_what_is_shared(
     segments = np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts])
     labels = zip(*parts, strict=True)
     places, ids, ranks = (np.concatenate(label).astype(np.int64) for label in labels)
-    return Pack(tuple(members), tuple(columns), ids, places, segments, ranks, block, apart)
+    if apart:  # each block of a request is a segment of its own
+        segments += (segments > 0) * len(parts) * (places // block)
+    return Pack(tuple(members), tuple(columns), ids, places, segments, ranks, block)
 
 
 def fill(widths: Sequence[int], budget: int, padded: bool) -> list[list[int]]:
@@ -164,7 +166,7 @@ def one_behind_the_other(packs: Sequence[Pack], device: torch.device, multiple: 
     """A batch of one row under packed attention, without a mask; padding is its own sequence."""
     if more := -sum(pack.width for pack in packs) % multiple:
         blank = np.zeros(more, np.int64)
-        packs = [*packs, Pack((), (), blank, blank, blank, blank, 1, apart=False)]
+        packs = [*packs, Pack((), (), blank, blank, blank, blank, 1)]
     ends = np.concatenate([[0], np.cumsum([pack.width for pack in packs])])
     columns = []
     for pack, start in zip(packs, ends[:-1], strict=True):
@@ -183,24 +185,33 @@ def one_behind_the_other(packs: Sequence[Pack], device: torch.device, multiple: 
     return arguments, torch.zeros_like(column), column
 
 
-def side_by_side(packs: Sequence[Pack], device: torch.device, multiple: int = 1) -> Batch:
-    """A padded batch for a model under SDPA, with the mask that the packs' labels say."""
+# Whether q sees k, as `Pack` has it. A lambda: see `shared.diffusion.sees`.
+sees = lambda q_segment, k_segment, q_rank, k_rank, q_block, k_block: (  # noqa: E731
+    (q_segment == k_segment) & (q_rank >= k_rank) | (k_segment == 0) & (q_block > k_block)
+)
+
+
+def side_by_side(
+    packs: Sequence[Pack], device: torch.device, multiple: int = 1, flex: bool = False
+) -> Batch:
+    """A padded batch with the mask that the packs' labels say: dense, for a model under SDPA, or
+    for `flex` a block mask.
+    """
     labels = []  # each [packs, width]
     for name in ("ids", "positions", "segments", "ranks"):
         padded, valid = pad([getattr(pack, name) for pack in packs], multiple)
+        if name == "segments":  # padding is seen by none, and sees itself: no row is empty
+            padded = torch.where(valid, padded, -torch.arange(1, padded.shape[1] + 1))
         labels.append(padded.to(device, non_blocking=True))
     ids, positions, segments, ranks = labels
-    blocks, valid = positions // packs[0].block, valid.to(device, non_blocking=True)
-    # The rule of `Pack`, for every row q and every row k: [packs, width, width].
-    q, k = (slice(None), slice(None), None), (slice(None), None, slice(None))
-    own = (segments[q] == segments[k]) & (ranks[k] <= ranks[q])
-    if packs[0].apart:
-        own &= (segments[q] == 0) | (blocks[q] == blocks[k])
-    clean = (segments[k] == 0) & (segments[q] > 0) & (blocks[k] < blocks[q])
-    # Padding is seen by none; every row sees itself, so that none is empty (NaN on some GPUs).
-    itself = torch.eye(segments.shape[1], dtype=torch.bool, device=device)
-    mask = ((own | clean) & valid[k]) | itself
-    arguments = {"input_ids": ids, "position_ids": positions, "attention_mask": mask[:, None]}
+    # Segments, ranks and numbers of blocks, small: flex_attention reads them pair by pair.
+    s, r, n = segments.int(), ranks.int(), (positions // packs[0].block).int()
+    if flex:
+        rule = lambda b, _, q, k: sees(s[b, q], s[b, k], r[b, q], r[b, k], n[b, q], n[b, k])  # noqa: E731
+        mask: Any = block_mask(rule, ids)
+    else:
+        mask = sees(*(x for y in (s, r, n) for x in (y[:, :, None], y[:, None])))[:, None]
+    arguments = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
     counts = [sum(len(column) for column in pack.columns) for pack in packs]
     row = _longs([np.repeat(np.arange(len(packs)), counts)], device)
     return arguments, row, _longs([c for pack in packs for c in pack.columns], device)

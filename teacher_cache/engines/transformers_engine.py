@@ -2,7 +2,8 @@
 
 Requests are packed and batched (`packs`), run through the layers, and the LM head reads some rows
 at a time: what is kept of their logits leaves the device, the logits never do. Under full attention
-the sequences of a batch lie one behind the other, without padding and mask.
+the sequences of a batch lie one behind the other, without padding and mask; under block attention
+flex_attention skips what is hidden (compiled, on one GPU, in half precision).
 """
 
 import itertools
@@ -20,6 +21,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from shared.cache.row import Tables
+from shared.models.flex import FLEX
 from shared.models.loading import compile_layers
 from teacher_cache import method
 from teacher_cache.engines import packs as layout
@@ -28,6 +30,7 @@ from teacher_cache.method import Request, Scores, TailEncoder, TargetSpec
 from teacher_cache.teachers.registry import Attention, Full
 
 PACKED_ATTENTION = "tide_packed"
+HALVES = (torch.float16, torch.bfloat16)  # for which attention has kernels on CUDA
 
 
 def halving(answer: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,7 +54,7 @@ class TransformersEngine:
     """Scores requests with `model`. Values do not depend on which requests are scored together.
 
     `shift`: row i of the model predicts token i + 1 (Dream). `shared_ids`: only ids marked True
-    enter a top-k. `compiled`: decoder layers by torch.compile.
+    enter a top-k. `compiled`: decoder layers by torch.compile, attention with them.
     """
 
     def __init__(
@@ -67,9 +70,13 @@ class TransformersEngine:
         compiled: bool = False,
     ) -> None:
         self._model = model.eval()
+        places = {weight.device for weight in model.parameters()}  # a block mask lies on one
+        on_one_gpu = len(places) == 1 and model.device.type == "cuda"
         if isinstance(attention, Full):
             AttentionInterface.register(PACKED_ATTENTION, packed_attention)
             model.set_attn_implementation(PACKED_ATTENTION)
+        elif compiled and on_one_gpu and model.dtype in HALVES:
+            model.set_attn_implementation(FLEX)
         if compiled:
             compile_layers(model)
         self._attention, self._spec, self._shift = attention, spec, int(shift)
@@ -131,9 +138,10 @@ class TransformersEngine:
     def batch(self, packs: Sequence[Pack]) -> Batch:
         """The tensors of one forward pass."""
         device = self._model.get_input_embeddings().weight.device
-        full = isinstance(self._attention, Full)
-        lay = layout.one_behind_the_other if full else layout.side_by_side
-        return lay(packs, device, self._multiple)
+        if isinstance(self._attention, Full):
+            return layout.one_behind_the_other(packs, device, self._multiple)
+        flex = self._model.config._attn_implementation == FLEX
+        return layout.side_by_side(packs, device, self._multiple, flex)
 
     def hidden(self, batch: Batch) -> Float[Tensor, "read width"]:
         """Last hidden states at the read positions, in the order of the packs."""
@@ -173,7 +181,7 @@ def packed_attention(
 ) -> tuple[Float[Tensor, "1 rows heads depth"], None]:
     """Full attention inside each sequence of a packed batch, in transformers' form."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+    if query.is_cuda and query.dtype in HALVES:
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         grouped = query.shape[1] != key.shape[1]
         ends, longest = arguments["cu_seq_lens_q"], arguments["max_length_q"]

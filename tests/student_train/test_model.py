@@ -28,13 +28,14 @@ from transformers import (
 from shared.cache.manifest import load_manifest
 from shared.diffusion import block_diffusion_places
 from shared.models.checkpoint import open_checkpoint
+from shared.models.flex import FLEX
 from shared.models.loading import load_model
 from shared.settings.build import build
 from shared.settings.config import StudentConfig, TrainConfig
 from shared.system.files import TideError
 from student_train.batches.collate import places_of_draws
 from student_train.export import export_student, save_student, write_card
-from student_train.model import FLEX, flex_mask, load_student, masked_hidden
+from student_train.model import flex_mask, load_student, masked_hidden
 from student_train.using.student import load_for_use
 from tests.conftest import STUDENT_TOKENIZER, TEACHER_TOKENIZER
 from tests.plain_masks import block_diffusion

@@ -172,6 +172,30 @@ def test_a_run_goes_on_in_smaller_passes_where_memory_runs_out(
     assert records[0] == records[1]
 
 
+def test_a_run_of_several_processes_ends_where_memory_runs_out_and_goes_on_in_smaller_passes(
+    caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them, whose others would wait for it. Only how many there are is made up."""
+    how: dict[str, Any] = {"distillation": {"type": "kl"}, "heldout": None, "max_steps": 4}
+    run = config(caches["tiny-shared"], tmp_path, **how, checkpoint_steps=2)
+    compute, seen = StudentTrainer.compute_loss, []
+
+    def short(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append((self.state.global_step, len(inputs["clean"])))
+        if seen[-1] == (3, 4):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return compute(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(StudentTrainer, "compute_loss", short)
+    with monkeypatch.context() as several:
+        several.setattr(TrainingArguments, "world_size", property(lambda _: 2))
+        with pytest.raises(TideError, match="process 0"):
+            train_student(run)
+    with pytest.warns(UserWarning, match="fit into memory"):
+        train_student(run)
+    assert seen == [(0, 4), (1, 4), (2, 4), (3, 4), *[(2, 2)] * 2, *[(3, 2)] * 2]
+
+
 def test_one_process_uses_one_of_several_gpus(
     caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:

@@ -28,10 +28,13 @@ from tests.reading import all_rows
 from tests.student_train.training.test_trainer import config, curve
 
 
+@pytest.mark.parametrize("how", [{}, {"global_batch": 6, "batch_size": 3}])
 def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_replayed(
-    caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
 ) -> None:
-    """NaN in the top-k of one example, as memory that fails would put it there."""
+    """NaN in the top-k of one example, as memory that fails would put it there; also where a step
+    is several passes.
+    """
     name, out = all_rows(caches["tiny-shared"])[3].example_id, tmp_path / "run"
     read = Shard.rows
 
@@ -44,7 +47,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_replayed(
 
     monkeypatch.setattr(Shard, "rows", spoiled)
     with pytest.raises(TideError, match=name):
-        train_student(config(caches["tiny-shared"], out, distillation={"type": "kl"}))
+        train_student(config(caches["tiny-shared"], out, distillation={"type": "kl"}, **how))
     assert not (out / "model").exists()
     report = replay(out)
     assert name in report

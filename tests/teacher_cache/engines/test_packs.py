@@ -13,11 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.nn.attention.flex_attention import create_mask
 
 from shared.diffusion import block_causal
 from shared.models.checkpoint import open_checkpoint
-from shared.models.loading import load_model
-from teacher_cache.engines.packs import clean_ids, fill, observed_first, pack_requests
+from shared.models.flex import FLEX
+from shared.models.loading import load_model, meta_model
+from teacher_cache.engines import transformers_engine
+from teacher_cache.engines.packs import clean_ids, fill, observed_first, pack_requests, side_by_side
 from teacher_cache.engines.transformers_engine import TransformersEngine
 from teacher_cache.method import Request, TailEncoder, TargetSpec, extract
 from teacher_cache.teachers.registry import BlockCausal, Full, Native, X0Xt
@@ -179,18 +182,22 @@ def examples(draw: Any, shift: int) -> list[Request]:
     return draw(st.permutations(requests))
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("kind", sorted(KINDS))
 @settings(max_examples=25)
 @given(data=st.data())
 def test_logits_are_those_under_the_explicit_mask(
     random_teacher: Path, kind: str, data: Any
 ) -> None:
+    """By dense masks, and by flex_attention, as on CUDA."""
     shift = data.draw(st.integers(0, 1)) if kind in ("full", "block_causal") else 0
     block = data.draw(st.integers(1, 9))
     asked, budget = data.draw(examples(shift)), data.draw(st.sampled_from([1, 40, 10_000]))
     sizes: Any = {"tokens_per_batch": budget, "head_rows": 7}
     own, plain, done = teacher(kind, random_teacher), teacher("plain", random_teacher), []
     engine = TransformersEngine(own, KINDS[kind](block), SPEC, shift=shift > 0, **sizes)
+    if kind != "full":
+        own.set_attn_implementation(data.draw(st.sampled_from(["sdpa", FLEX])))
     with torch.inference_mode():
         for packs in engine.batches(asked):
             members = [i for pack in packs for i in pack.members]
@@ -202,6 +209,43 @@ def test_logits_are_those_under_the_explicit_mask(
                 torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
             done += members
     assert sorted(done) == list(range(len(asked)))
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_block_masks_are_the_dense_ones_and_padding_sees_itself(data: Any) -> None:
+    attention = data.draw(st.sampled_from([BlockCausal, X0Xt, Native]))(
+        data.draw(st.integers(1, 9))
+    )
+    asked = [*data.draw(examples(0)), Request(*np.zeros((3, 0), np.int32))]
+    asked += requests(1)
+    packs = pack_requests(attention, asked, budget=data.draw(st.sampled_from([1, 999])))
+    multiple = data.draw(st.sampled_from([1, 64]))
+    dense, made = (
+        side_by_side(packs, torch.device("cpu"), multiple, flex)[0]["attention_mask"]
+        for flex in (False, True)
+    )
+    rows = dense.shape[2]
+    assert create_mask(made.mask_mod, len(packs), 1, rows, rows, device="cpu").equal(dense)
+    for pack, mask in zip(packs, dense[:, 0], strict=True):
+        n = pack.width
+        assert mask[n:].equal(torch.eye(rows, dtype=torch.bool)[n:]) and not mask[:n, n:].any()
+        assert mask.diagonal().all()
+
+
+def test_block_masks_are_for_compiled_layers_in_half_precision_on_a_gpu(
+    random_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers_engine, "compile_layers", lambda _: None)
+    raw = open_checkpoint(str(random_teacher)).config
+    for device, dtype, compiled, expected in (
+        ("cuda", torch.bfloat16, True, FLEX), ("cuda", torch.bfloat16, False, "sdpa"),
+        ("cuda", torch.float32, True, "sdpa"), ("cpu", torch.bfloat16, True, "sdpa"),
+    ):  # fmt: skip
+        made = meta_model("llama", raw).to(dtype)
+        monkeypatch.setattr(type(made), "device", torch.device(device))
+        TransformersEngine(made, Native(8), SPEC, compiled=compiled)
+        assert made.config._attn_implementation == expected
 
 
 def test_four_draws_run_fewer_rows_and_full_attention_pads_nothing(model: Any) -> None:
