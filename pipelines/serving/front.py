@@ -37,17 +37,29 @@ def explain(request: Request, error: Exception) -> Response:
 
 
 def door(app: ASGIApp, config: ServeConfig) -> ASGIApp:
-    """Answers a local server's own names alone, not those of sites that resolve to it; and logs."""
+    """Answers a local server's own names alone, not those of sites that resolve to it, and no page
+    of another origin that sends what browsers send without asking first; and logs.
+    """
 
     async def enter(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await app(scope, receive, send)
         request, inside, began, status = Request(scope), app, time.monotonic(), 500
         name = re.sub(r":\d*$", "", request.headers.get("host", ""))
-        if config.local and name.lower() not in _LOCAL:
+        origin, kind = (request.headers.get(name) for name in ("origin", "content-type"))
+        if config.local and name and name.lower() not in _LOCAL:
             what = f"this server is {', '.join(_LOCAL)}, and not {name!r}; a proxy can set Host: "
             what += "localhost, and --host 0.0.0.0 opens the server to other machines"
             inside = explain(request, ApiError(400, what, "invalid_host"))
+        elif (
+            request.method == "POST"
+            and origin is not None
+            and not {origin, "*"} & set(config.cors)
+            and not re.match(r"(?i)\s*application/json\s*(;|$)", kind or "")
+        ):
+            what = f"a page of {origin!r:.80} sent {kind!r:.80}: pages send application/json, and "
+            what += "those of other origins are allowed by --cors"
+            inside = explain(request, ApiError(403, what, "invalid_origin"))
 
         async def noting(message: Message) -> None:
             nonlocal status
