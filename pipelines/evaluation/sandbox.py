@@ -172,9 +172,7 @@ def give_up(seconds: int, memory: int, file_size: int) -> None:
 
 
 def refuse_calls() -> None:
-    """None that makes a user namespace, or takes memory that no limit counts: a filter (seccomp)
-    under which the kernel has no such calls. bubblewrap has set no_new_privs, which it needs.
-    """
+    """Those that make a user namespace, or take memory that no limit counts (by seccomp)."""
     # The architecture, clone, unshare, shmget, semget, msgget, memfd_create, bpf
     calls = {
         "x86_64": (0xC000003E, 56, 272, 29, 64, 68, 319, 321),
@@ -183,16 +181,15 @@ def refuse_calls() -> None:
     if (machine := os.uname().machine) not in calls:
         raise OSError(f"on {machine} the sandbox's calls are not known; on {', '.join(calls)} are")
     architecture, clone, *refused = calls[machine]
-    refused += [425, 435, 447]  # io_uring_setup, clone3 (libc then takes clone), memfd_secret
     refuse, allow = (6, 0, 0, 0x50026), (6, 0, 0, 0x7FFF0000)  # ENOSYS
     code = [(0x20, 0, 0, 4), (0x15, 1, 0, architecture), refuse]
     code += [(0x20, 0, 0, 0), (0x35, 0, 1, 1 << 30), refuse]  # x32's numbers
-    for number in refused:
+    for number in (*refused, 425, 435, 447):  # io_uring_setup, clone3 (C has clone), memfd_secret
         code += [(0x15, 0, 1, number), refuse]
     code += [(0x15, 0, 3, clone), (0x20, 0, 0, 16), (0x45, 0, 1, 0x10000000), refuse, allow]
     program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
-    held = struct.pack("HP", len(code), ctypes.addressof(program))
-    if ctypes.CDLL(None).prctl(22, 2, held) != 0:
+    place = struct.pack("HP", len(code), ctypes.addressof(program))
+    if ctypes.CDLL(None).prctl(22, 2, place) != 0:  # needs no_new_privs, which bubblewrap sets
         raise OSError("the kernel takes no seccomp filter")
 
 

@@ -2,6 +2,7 @@
 two variants, seed by seed: what a spread over seeds hides.
 """
 
+import itertools
 import math
 import statistics
 from collections import defaultdict
@@ -48,6 +49,7 @@ class Run:
     seed: int
     settings: dict[str, Any]  # all but the seed, also where the cache is one of a seed's own
     cache: Path
+    digest: str  # of the cache
     history: list[dict[str, Any]]
     scores: dict[str, float]  # on held-out examples and, where it was scored, in use
     machine: str  # the hardware that trained it
@@ -56,23 +58,32 @@ class Run:
     @property
     def caches(self) -> str:
         """The name of its cache, and of those that other seeds have instead."""
-        return Path(self.settings["cache"]).name
+        return self.settings["cache"]
 
 
 def find_runs(folder: Path) -> list[Run]:
     """The finished runs below `folder`. TideError where there is none."""
     runs = []
+    names: dict[str, str] = {}  # of caches, by their digests: a folder may move, or be made anew
+    owners: dict[tuple[str, int | None], str] = {}
     for path in sorted(folder.rglob("history.json")):
         place = path.parent
         try:
-            settings = read_json(place / "run.json")["config"]
+            about = read_json(place / "run.json")
+            settings = about["config"]
             history = read_json(path)
             known = dict(settings)
             if ":" in settings["distillation"]["type"]:  # a class of someone's own is data here
                 known.pop("distillation")
             build(TrainConfig, known, f"{place}/run.json")
             seed, cache = int(settings.pop("seed")), Path(settings["cache"])
-            settings["cache"] = str(cache).removesuffix(f"-{seed}")
+            stem = str(cache).removesuffix(f"-{seed}")
+            digest, of = str(about.get("cache", stem)), None if stem == str(cache) else seed
+            for number in itertools.count(1):
+                name = Path(stem).name + (f" ({number})" if number > 1 else "")
+                if owners.setdefault((name, of), digest) == digest:
+                    break
+            settings["cache"] = names.setdefault(digest, name)
             scores = {}
             for name, value in history["final"].items():
                 scores[name.removeprefix("eval_heldout_")] = float(value)
@@ -81,7 +92,7 @@ def find_runs(folder: Path) -> list[Run]:
             machine = str(history.get("machine", "unknown"))
             steps = [dict(step) for step in history["steps"]]
             name = place.name.removesuffix(f"-seed{seed}")
-            runs.append(Run(name, seed, settings, cache, steps, scores, machine, place))
+            runs.append(Run(name, seed, settings, cache, digest, steps, scores, machine, place))
         except TideError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -148,7 +159,8 @@ def cost_table(runs: list[Run]) -> pl.DataFrame:
     rows = []
     for name in sorted({run.caches for run in runs}):
         seconds = [run.scores["seconds"] for run in runs if run.caches == name]
-        folders = {run.cache for run in runs if run.caches == name}
+        there = sorted(runs, key=lambda run: run.cache.exists())  # a copy counts once
+        folders = {run.digest: run.cache for run in there if run.caches == name}.values()
         engine = sum(read_status(folder).get("engine_seconds") or 0.0 for folder in folders)
         shards = [unit.path(folder) for folder in folders for unit in finished_units(folder)]
         size = sum(path.stat().st_size for path in shards)
