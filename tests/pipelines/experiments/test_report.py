@@ -32,11 +32,17 @@ GARBAGE = [b"", b"[]", b'{"config": 3}', b'{"steps": [3], "final": {"x": "y"}}',
 
 
 def fake_run(
-    folder: Path, seed: int, cache: str, nll: float, distillation: dict[str, Any], **about: str
+    folder: Path,
+    seed: int,
+    cache: str,
+    nll: float,
+    distillation: dict[str, Any],
+    digest: str | None = None,
 ) -> None:
     folder.mkdir(parents=True)
     config = {"seed": seed, "cache": f"c/{cache}", "distillation": distillation, "weight": 4.0}
-    (folder / "run.json").write_text(json.dumps({"config": config, **about}))
+    about = {"config": config, **({"cache": digest} if digest else {})}
+    (folder / "run.json").write_text(json.dumps(about))
     steps = [{"step": s, "denoise": 5.0 - s, "loss": 5.0 - s} for s in (1, 2)]
     steps.append({"step": 2, "eval_heldout_nll": nll})
     final = {"eval_heldout_nll": nll, "eval_heldout_accuracy": 0.25, "seconds": 10.0}
@@ -75,7 +81,7 @@ def test_a_cache_is_its_content_wherever_it_lies(tmp_path: Path) -> None:
         ((0, "a/c", "x"), (1, "b/c", "x"), (2, "b/moved", "x"), (0, "b/c", "y"),
          (0, "a/own-0", "0"), (1, "a/own-1", "1"), (2, "b/kept", "0"), (0, "a/own-0", "2"))
     ):  # fmt: skip
-        fake_run(tmp_path / str(number) / f"v-seed{seed}", seed, cache, 4.0, NONE, cache=digest)
+        fake_run(tmp_path / str(number) / f"v-seed{seed}", seed, cache, 4.0, NONE, digest)
     runs = find_runs(tmp_path)
     assert [run.caches for run in runs] == [*["c"] * 3, "c (2)", *["own"] * 3, "own (2)"]
     assert sorted(summary_table(runs)["seeds"]) == [1, 1, 3, 3]

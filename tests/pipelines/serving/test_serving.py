@@ -189,7 +189,8 @@ def test_what_cannot_be_answered_is_explained(address: str) -> None:
 
 def test_a_body_that_is_no_request(address: str) -> None:
     surrogate = b'{"model": "small", "prompt": "\\ud800"}'
-    for body in (b"", b"[]", b'{"model": "small"}', b"\xff", b"[" * 5000, surrogate):
+    named = b'{"model": "small", "prompt": "x", "\\ud800": 1}'
+    for body in (b"", b"[]", b'{"model": "small"}', b"\xff", b"[" * 5000, surrogate, named):
         request = urllib.request.Request(f"{address}/v1/completions", body)
         with pytest.raises(urllib.error.HTTPError) as error:
             urllib.request.urlopen(request, timeout=20)
@@ -218,6 +219,22 @@ def test_pages_of_other_origins(loaded: LoadedStudent) -> None:
                     answer = error
                 with answer:
                     assert answer.headers["Access-Control-Allow-Origin"] == allowed
+    evil, text, form = "http://evil.example", "text/plain", "application/x-www-form-urlencoded"
+    with server.served(loaded, replace(CONFIG, cors=(mine,))) as place:
+        for origin, kind, status in (
+            (evil, text, 403), ("null", form, 403), (evil, f"{text}; application/json", 403),
+            (mine, text, 200), (None, form, 200),  # curl
+            ("https://a.proxy", "Application/JSON; charset=utf-8", 200),  # its own page asks so
+        ):  # fmt: skip
+            body = json.dumps({"model": "small", "prompt": "def f", "max_tokens": 1}).encode()
+            headers = {"Content-Type": kind, **({"Origin": origin} if origin else {})}
+            request = urllib.request.Request(f"{place}/v1/completions", body, headers)
+            try:
+                answer = urllib.request.urlopen(request, timeout=20)
+            except urllib.error.HTTPError as error:
+                answer = error
+            with answer:
+                assert answer.status == status, (origin, kind)
     for wrong in ("localhost:3000", f"{mine}/"):
         with pytest.raises(TideError):
             replace(CONFIG, cors=(wrong,))
@@ -271,8 +288,13 @@ def test_what_asks_for_nothing_is_as_good_as_left_out(kind: type[Any]) -> None:
     off |= {"response_format": {"type": "text"}, "repetition_penalty": 1.0, "min_p": 0}
     off |= {"logit_bias": {}, "echo": False, "seed": -1, "ignore_eos": False, "suffix": ""}
     off |= {"skip_special_tokens": True, "chat_template_kwargs": {}, "logprobs": False}
+    off |= {"early_stopping": False, "verbosity": "medium", "mirostat": 0, "mirostat_tau": 5.0}
     assert read_request(kind, json.dumps(must | null).encode()) == plain
     assert read_request(kind, json.dumps(must | off).encode()) == plain
+    tools: Any = {"tools": [{"type": "function"}], "tool_choice": "none"}
+    assert read_request(kind, json.dumps(must | tools).encode()) == plain
+    greedy: Any = {"do_sample": False, "temperature": 0.7}
+    assert read_request(kind, json.dumps(must | greedy).encode()).temperature == 0
     on = {"logprobs": 0, "min_p": 0.1, "repetition_penalty": 0, "ignore_eos": True, "echo": 0}
     for name, value in on.items():
         with pytest.raises(ApiError):
