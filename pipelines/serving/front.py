@@ -13,7 +13,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -32,7 +32,8 @@ def explain(request: Request, error: Exception) -> Response:
         what = f"{request.method} {request.url.path}: {error.detail}"
         error = ApiError(error.status_code, what)
     elif not isinstance(error, ApiError):
-        error = ApiError(500, f"{type(error).__name__}: {error}")
+        gone = isinstance(error, ClientDisconnect)
+        error = ApiError(499 if gone else 500, f"{type(error).__name__}: {error}")
     headers = {"retry-after": "1"} if error.status == 503 else headers
     return JSONResponse(error.body, error.status, headers)
 

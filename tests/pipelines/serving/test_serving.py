@@ -250,10 +250,17 @@ def test_a_request_leaves_a_line_without_its_text(
         with pytest.raises(openai.NotFoundError):
             client(place).models.retrieve("gpt")
         wait_for(place, 0, 0)
+        with socket.create_connection(("127.0.0.1", int(place.rpartition(":")[2]))) as half:
+            half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
+            half.sendall(b"Content-Length: 9\r\n\r\n{")
+        deadline = time.monotonic() + 20
+        while "/v1/completions 499" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
     told = [record for record in caplog.records if record.name == "pipelines.serving.front"]
     lines = [record.getMessage() for record in told]
     counts = f"{made.prompt_tokens} + {made.completion_tokens} tokens"
-    assert sorted(counts in line for line in lines) == [False, True, True]
+    assert sorted(counts in line for line in lines) == [False, False, True, True]
+    assert sum("/v1/completions 499" in line for line in lines) == 1  # hung up amid its request
     assert sum("/v1/chat/completions 200" in line for line in lines) == 2
     assert not [line for line in lines if CHATS[0][0]["content"] in line]
 
