@@ -121,7 +121,7 @@ def _command(role: str, limits: Limits, bwrap: str, options: list[str]) -> list[
     python = [sys.executable, "-I", "/sandbox.py" if bwrap else __file__, role, *numbers]
     if not bwrap:
         return python
-    spaces = ["--unshare-all", "--unshare-user", "--disable-userns"]
+    spaces = ["--unshare-all", "--unshare-user", "--disable-userns", "--as-pid-1"]
     if os.geteuid() == 0:  # has no limit on processes, and so becomes somebody else inside
         spaces = [f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts", "cgroup-try")]
         spaces += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
@@ -134,7 +134,7 @@ def _command(role: str, limits: Limits, bwrap: str, options: list[str]) -> list[
             readable += ["--dir", str(parent)]
         readable += ["--ro-bind-try", place, place]
     return [
-        bwrap, *options, *spaces, "--as-pid-1", "--die-with-parent", "--new-session",
+        bwrap, *options, *spaces, "--die-with-parent", "--new-session",
         "--perms", "1777", "--size", str(4 * limits.file_size), "--tmpfs", "/tmp", *readable,
         "--ro-bind", __file__, "/sandbox.py", "--proc", "/proc", "--dev", "/dev",
         "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp", *python,

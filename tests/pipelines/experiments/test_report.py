@@ -77,11 +77,12 @@ def test_a_difference_of_nothing_does_not_fill_the_figure(
 
 def test_a_cache_is_its_content_wherever_it_lies(tmp_path: Path) -> None:
     """One that moved is the same, one made anew at the same place is another; a seed's own too."""
-    for number, (seed, cache, digest) in enumerate(
-        ((0, "a/c", "x"), (1, "b/c", "x"), (2, "b/moved", "x"), (0, "b/c", "y"),
-         (0, "a/own-0", "0"), (1, "a/own-1", "1"), (2, "b/kept", "0"), (0, "a/own-0", "2"))
+    for place, seed, cache, digest in (
+        ("1", 0, "a/c", "x"), ("1", 1, "b/c", "x"), ("1", 2, "b/moved", "x"), ("2", 0, "b/c", "y"),
+        ("3", 0, "a/own-0", "0"), ("3", 1, "a/own-1", "1"), ("3", 2, "b/kept", "0"),
+        ("4", 0, "a/own-0", "2"),
     ):  # fmt: skip
-        fake_run(tmp_path / str(number) / f"v-seed{seed}", seed, cache, 4.0, NONE, digest)
+        fake_run(tmp_path / place / f"v-seed{seed}", seed, cache, 4.0, NONE, digest)
     runs = find_runs(tmp_path)
     assert [run.caches for run in runs] == [*["c"] * 3, "c (2)", *["own"] * 3, "own (2)"]
     assert sorted(summary_table(runs)["seeds"]) == [1, 1, 3, 3]
