@@ -2,7 +2,6 @@
 two variants, seed by seed: what a spread over seeds hides.
 """
 
-import itertools
 import math
 import statistics
 from collections import defaultdict
@@ -79,10 +78,10 @@ def find_runs(folder: Path) -> list[Run]:
             seed, cache = int(settings.pop("seed")), Path(settings["cache"])
             stem = str(cache).removesuffix(f"-{seed}")
             digest, of = str(about.get("cache", stem)), None if stem == str(cache) else seed
-            for number in itertools.count(1):
-                name = Path(stem).name + (f" ({number})" if number > 1 else "")
-                if owners.setdefault((name, of), digest) == digest:
-                    break
+            name, number = Path(stem).name, 1
+            while owners.setdefault((name, of), digest) != digest:
+                number += 1
+                name = f"{Path(stem).name} ({number})"
             settings["cache"] = names.setdefault(digest, name)
             scores = {}
             for name, value in history["final"].items():
