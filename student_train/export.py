@@ -22,7 +22,7 @@ from shared.models.checkpoint import open_checkpoint, resolve, stated_mask
 from shared.models.loading import architecture_of, load_model
 from shared.settings.build import to_plain
 from shared.settings.config import TrainConfig
-from shared.system.files import TideError, new_folder, read_bytes, read_json, write_bytes
+from shared.system.files import TideError, new_folder, read_json, refuse_odd, write_bytes
 from shared.text.tokenizers import Tokenizer
 from student_train.model import STUDENTS
 
@@ -121,6 +121,8 @@ def export_student(source: Path, target: Path, layout: Format) -> None:
     if layout != "hf" and architecture != "qwen3":
         what = f"{source} is a {architecture} student, and {layout} is a layout of Qwen3 only"
         raise TideError(what, fix="use --format hf")
+    for path in sorted(checkpoint.folder.iterdir()):  # what is written may be sent on
+        refuse_odd(path, checkpoint.folder)
     stored = checkpoint.config
     tokenizer = Tokenizer.load(checkpoint.folder)
     block = stored.get("block_size")
@@ -154,7 +156,7 @@ def export_student(source: Path, target: Path, layout: Format) -> None:
             tokenizer.save(half)
         for name in (CARD, "LICENSE"):
             if (file := checkpoint.folder / name).is_file():
-                write_bytes(half / name, read_bytes(file, checkpoint.folder))
+                write_bytes(half / name, file.read_bytes())
 
 
 def old_rope(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -203,9 +205,9 @@ def published_id(checkpoint: str) -> str | None:
 
 
 def one_line(text: str) -> str:
-    """Text of others within Markdown's backticks: one printable line, and no token of the hub."""
+    """Text of others within Markdown's backticks: a short printable line, no token of the hub."""
     plain = "".join(c if c.isprintable() and c != "`" else " " for c in text)
-    return re.sub(r"hf_\w{20,}", "hf_…", " ".join(plain.split())) or "?"
+    return re.sub(r"hf_\w{20,}", "hf_…", " ".join(plain.split()))[:200] or "?"
 
 
 def write_card(

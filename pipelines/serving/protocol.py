@@ -19,17 +19,26 @@ _LISTED = BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop
 _OFF: list[tuple[str, tuple[Any, ...]]] = [  # what is not built, and values at which it is off
     ("frequency_penalty presence_penalty min_p top_a priority top_logprobs n_probs", (0,)),
     ("no_repeat_ngram_size mirostat dry_multiplier xtc_probability diversity_penalty", (0,)),
+    ("epsilon_cutoff eta_cutoff penalty_alpha smoothing_factor dynatemp_range guidance", (0,)),
     ("repetition_penalty repeat_penalty length_penalty typical_p tfs_z best_of num_beams", (1,)),
     ("echo logprobs ignore_eos use_beam_search include_stop_str_in_output", (False,)),
-    ("continue_final_message return_token_ids", (False,)),
+    ("continue_final_message return_token_ids return_full_text early_stopping", (False,)),
+    ("add_special_tokens enable_thinking include_reasoning", (False,)),
     ("skip_special_tokens spaces_between_special_tokens add_generation_prompt do_sample", (True,)),
-    ("tools functions stop_token_ids bad_words logit_bias", ([], {})),
+    ("detokenize use_cache", (True,)),
+    ("tools functions stop_token_ids bad_words logit_bias documents extra_body", ([], {})),
     ("tool_choice function_call reasoning_effort", ("none", "auto")),
+    ("verbosity", ("medium",)),
     ("max_tokens max_completion_tokens seed", (-1,)),
     ("chat_template_kwargs", ({}, {"enable_thinking": False}, {"thinking": False})),
     ("thinking reasoning", ({}, {"type": "disabled"}, {"effort": "none"})),
     ("response_format modalities suffix", ({"type": "text"}, ["text"], "")),
 ]
+_UNREAD = {  # taken: they change no answer, or only that of a parameter which is off
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention", "cache_prompt", "parallel_tool_calls", "repeat_last_n",
+    "mirostat_tau", "mirostat_eta", "xtc_threshold", "dry_base", "dry_allowed_length",
+}  # fmt: skip
 Events = asyncio.Queue[tuple[int, Piece | Exception]]  # a response's number, and what came of it
 
 
@@ -65,13 +74,6 @@ class Generation(BaseModel):
     threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     remasking: Literal["low_confidence", "random"] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=1 << 31, strict=True)] | None = None
-    # Taken and not read: they change no answer
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
 
 
 class ChatRequest(Generation):
@@ -79,7 +81,6 @@ class ChatRequest(Generation):
 
     messages: list[Any]
     max_completion_tokens: Count | None = None  # the newer name of `max_tokens`
-    parallel_tool_calls: Any = None
 
 
 class CompletionRequest(Generation):
@@ -95,7 +96,11 @@ def read_request(kind: type[Generation], body: bytes) -> Any:
         values = json.loads(body)
     if not isinstance(values, dict):
         raise ApiError(400, "the body is no JSON object", "invalid_value")
-    asked = {name: value for name, value in values.items() if value is not None}
+    asked = {name: values[name] for name in values.keys() - _UNREAD if values[name] is not None}
+    if asked.get("tool_choice") == "none":
+        asked.pop("tools", None)
+    if asked.get("do_sample") is False:  # so others say it
+        asked |= {"do_sample": True, "temperature": 0}
     for names, off in _OFF:  # as good as left out
         for name in asked.keys() & names.split():
             if any(asked[name] is v if isinstance(v, bool) else asked[name] == v for v in off):
@@ -104,9 +109,11 @@ def read_request(kind: type[Generation], body: bytes) -> Any:
         return kind.model_validate(asked)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place, code = str(first["loc"][0]), "invalid_value"
+        place, code = str((*first["loc"], "the body")[0]), "invalid_value"
         what = f"`{place}` is {first.get('input')!r:.80}: {first['msg']}"
-        if first["type"] == "extra_forbidden":
+        if first["type"] == "missing":
+            what = f"`{place}` is missing"
+        elif first["type"] == "extra_forbidden":
             what, code = f"this server has no `{place}`", "unknown_parameter"
         raise ApiError(400, what, code, place) from error
 

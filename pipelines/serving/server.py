@@ -26,7 +26,7 @@ try:
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 
@@ -101,6 +101,7 @@ class Server(uvicorn.Server):
         self._tell = started_to_listen
         routes = Routes(student, config, self._engine)
         self._prompts = routes.prompts
+        explained = (ApiError, HTTPException, ClientDisconnect, Exception)
         app = Starlette(
             routes=[
                 front.page(),
@@ -111,7 +112,7 @@ class Server(uvicorn.Server):
                 Route("/health", routes.health),
             ],
             middleware=front.middleware(config),
-            exception_handlers=dict.fromkeys((ApiError, HTTPException, Exception), front.explain),
+            exception_handlers=dict.fromkeys(explained, front.explain),
         )
         # Connections get five seconds to take their last words.
         super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))

@@ -91,6 +91,7 @@ def resolve(location: str) -> str:
     if not location.startswith("embedded:"):
         folder, model = Path(location), Path(location) / "model"
         is_run = (model / "config.json").is_file() and not (folder / "config.json").exists()
+        refuse_odd(model, folder if is_run else None)
         return str(model) if is_run else location
     package, _, name = location.removeprefix("embedded:").partition("/")
     return str(Path(str(resources.files(package))) / name)

@@ -186,7 +186,7 @@ def test_an_exported_student_keeps_its_card(run: Path, tmp_path: Path) -> None:
 
 NASTY = ["a\n\n## Licence\n\nMIT\n\n<!-- .jsonl", "x\n---\nlicense: mit\n---\n", " ## Licence",
          "`](http://x) <img src=x>", "\x1b]0;PWN\x07\x1b[2Jx", "\udcff\u202e\u2028## Benchmarks",
-         "| a |\n|---|", "hf_" + "a" * 30]  # fmt: skip
+         "| a |\n|---|", "hf_" + "a" * 30, "long " * 9999]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NASTY)
@@ -209,12 +209,30 @@ def test_names_of_others_are_names_alone_in_a_card(
 
     plain, nasty = card_of("plain"), card_of(name)
     assert ModelCard(nasty).data.to_dict() == ModelCard(plain).data.to_dict()
+    assert len(nasty) < len(plain) + 2000
     assert nasty.replace("\n", "").isprintable() and "hf_aaa" not in nasty
     for ours, theirs in zip(plain.splitlines(), nasty.splitlines(), strict=True):
         if ours.startswith("|"):
             assert ours.count("|") == theirs.count("|") and not set("<`[") & set(theirs)
         else:
             assert re.sub("`[^`]*`", "", ours) == re.sub("`[^`]*`", "", theirs)
+
+
+def test_a_model_elsewhere_goes_nowhere(run: Path, tmp_path: Path) -> None:
+    """Its folder is a link, or its weights are: under the same name, as some tools keep them."""
+    private = (run / "model").rename(tmp_path / "private")
+    (run / "model").symlink_to(private)
+    (tmp_path / "copy").mkdir()
+    for path in private.iterdir():
+        shutil.copy(path, tmp_path / "copy")
+    (tmp_path / "copy" / "model.safetensors").unlink()
+    (tmp_path / "copy" / "model.safetensors").symlink_to(private / "model.safetensors")
+    for source in (run, tmp_path / "copy"):
+        with pytest.raises(TideError, match="private"):
+            gather(source, "me/small", None)
+        with pytest.raises(TideError, match="private"):
+            export_student(source, tmp_path / "out", "hf")
+    gather(run / "model", "me/small", None)  # named by its owner
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "README.md", "chat_template.jinja"])

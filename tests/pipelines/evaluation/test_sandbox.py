@@ -253,6 +253,46 @@ def test_bombs_hit_their_limits() -> None:
     assert run_program(endless, QUICK, "list(f())") != "passed"
 
 
+@pytest.mark.skipif(os.uname().machine not in ("x86_64", "aarch64"), reason="no filter is known")
+def test_no_call_makes_a_namespace_or_memory_beyond_the_limits() -> None:
+    numbers = {"x86_64": [272, 56, 321], "aarch64": [97, 220, 280]}[os.uname().machine]
+    program = f"""
+        import ctypes, os, struct, subprocess, sys, threading
+        libc = ctypes.CDLL(None)
+        unshare, clone, bpf = {numbers}
+        user = 0x10000000
+        flags = ctypes.create_string_buffer(struct.pack("11Q", user, 0, 0, 0, 17, *[0] * 6))
+        calls = {{
+            "unshare": (unshare, user), "clone": (clone, user | 17, 0, 0, 0, 0),
+            "clone3": (435, flags, 88), "x32": (unshare | 1 << 30, user), "bpf": (bpf, 0, 0, 0),
+            "io_uring": (425, 8, ctypes.create_string_buffer(200)),
+        }}
+        def reached():
+            got = []
+            for name, call in calls.items():
+                number = libc.syscall(*call)
+                if number == 0 and name.startswith("clone"):
+                    os._exit(0)
+                if number >= 0:
+                    got.append(name)
+            names = {{"shmget": (0, 4096, 896), "msgget": (0, 896), "semget": (0, 9, 896)}}
+            got += [name for name, call in names.items() if getattr(libc, name)(*call) >= 0]
+            got += ["memfd"] * (libc.memfd_create(b"x", 0) >= 0)
+            try:
+                if os.getpid() != 1 and open("/proc/1/mem", "r+b"):
+                    got.append("the first process, which has no limits")
+            except OSError:
+                pass
+            return got
+        def usual():
+            thread = threading.Thread(target=print)
+            thread.start(), thread.join()
+            return subprocess.run([sys.executable, "-c", "pass"]).returncode
+        """
+    test = "assert usual() == 0\nr = reached()\nassert not r, r"
+    assert run_program(textwrap.dedent(program), QUICK, test) == "passed"
+
+
 def test_floods_do_not_reach_us() -> None:
     before = high_water()
     program = """

@@ -31,10 +31,18 @@ GARBAGE = [b"", b"[]", b'{"config": 3}', b'{"steps": [3], "final": {"x": "y"}}',
            b'{"config": {"seed": "x"}}', b"[" * 100_000]  # fmt: skip
 
 
-def fake_run(folder: Path, seed: int, cache: str, nll: float, distillation: dict[str, Any]) -> None:
+def fake_run(
+    folder: Path,
+    seed: int,
+    cache: str,
+    nll: float,
+    distillation: dict[str, Any],
+    digest: str | None = None,
+) -> None:
     folder.mkdir(parents=True)
     config = {"seed": seed, "cache": f"c/{cache}", "distillation": distillation, "weight": 4.0}
-    (folder / "run.json").write_text(json.dumps({"config": config}))
+    about = {"config": config, **({"cache": digest} if digest else {})}
+    (folder / "run.json").write_text(json.dumps(about))
     steps = [{"step": s, "denoise": 5.0 - s, "loss": 5.0 - s} for s in (1, 2)]
     steps.append({"step": 2, "eval_heldout_nll": nll})
     final = {"eval_heldout_nll": nll, "eval_heldout_accuracy": 0.25, "seconds": 10.0}
@@ -65,6 +73,19 @@ def test_a_difference_of_nothing_does_not_fill_the_figure(
     report.draw_curves(find_runs(tmp_path), tmp_path / "report.png")
     spans = [np.ptp(axis.get_ylim()) for axis in figures[0].axes]
     assert spans == [pytest.approx(1.1, abs=0.1), pytest.approx(0.1)]
+
+
+def test_a_cache_is_its_content_wherever_it_lies(tmp_path: Path) -> None:
+    """One that moved is the same, one made anew at the same place is another; a seed's own too."""
+    for place, seed, cache, digest in (
+        ("1", 0, "a/c", "x"), ("1", 1, "b/c", "x"), ("1", 2, "b/moved", "x"), ("2", 0, "b/c", "y"),
+        ("3", 0, "a/own-0", "0"), ("3", 1, "a/own-1", "1"), ("3", 2, "b/kept", "0"),
+        ("4", 0, "a/own-0", "2"),
+    ):  # fmt: skip
+        fake_run(tmp_path / place / f"v-seed{seed}", seed, cache, 4.0, NONE, digest)
+    runs = find_runs(tmp_path)
+    assert [run.caches for run in runs] == [*["c"] * 3, "c (2)", *["own"] * 3, "own (2)"]
+    assert sorted(summary_table(runs)["seeds"]) == [1, 1, 3, 3]
 
 
 def test_the_table_has_mean_and_spread_over_seeds(tmp_path: Path) -> None:

@@ -189,7 +189,8 @@ def test_what_cannot_be_answered_is_explained(address: str) -> None:
 
 def test_a_body_that_is_no_request(address: str) -> None:
     surrogate = b'{"model": "small", "prompt": "\\ud800"}'
-    for body in (b"", b"[]", b'{"model": "small"}', b"\xff", b"[" * 5000, surrogate):
+    named = b'{"model": "small", "prompt": "x", "\\ud800": 1}'
+    for body in (b"", b"[]", b'{"model": "small"}', b"\xff", b"[" * 5000, surrogate, named):
         request = urllib.request.Request(f"{address}/v1/completions", body)
         with pytest.raises(urllib.error.HTTPError) as error:
             urllib.request.urlopen(request, timeout=20)
@@ -218,6 +219,22 @@ def test_pages_of_other_origins(loaded: LoadedStudent) -> None:
                     answer = error
                 with answer:
                     assert answer.headers["Access-Control-Allow-Origin"] == allowed
+    evil, text, form = "http://evil.example", "text/plain", "application/x-www-form-urlencoded"
+    with server.served(loaded, replace(CONFIG, cors=(mine,))) as place:
+        for origin, kind, status in (
+            (evil, text, 403), ("null", form, 403), (evil, f"{text}; application/json", 403),
+            (mine, text, 200), (None, form, 200),  # curl
+            ("https://a.proxy", "Application/JSON; charset=utf-8", 200),  # its own page asks so
+        ):  # fmt: skip
+            body = json.dumps({"model": "small", "prompt": "def f", "max_tokens": 1}).encode()
+            headers = {"Content-Type": kind, **({"Origin": origin} if origin else {})}
+            request = urllib.request.Request(f"{place}/v1/completions", body, headers)
+            try:
+                answer = urllib.request.urlopen(request, timeout=20)
+            except urllib.error.HTTPError as error:
+                answer = error
+            with answer:
+                assert answer.status == status, (origin, kind)
     for wrong in ("localhost:3000", f"{mine}/"):
         with pytest.raises(TideError):
             replace(CONFIG, cors=(wrong,))
@@ -233,10 +250,17 @@ def test_a_request_leaves_a_line_without_its_text(
         with pytest.raises(openai.NotFoundError):
             client(place).models.retrieve("gpt")
         wait_for(place, 0, 0)
+        with socket.create_connection(("127.0.0.1", int(place.rpartition(":")[2]))) as half:
+            half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
+            half.sendall(b"Content-Length: 9\r\n\r\n{")
+        deadline = time.monotonic() + 20
+        while "/v1/completions 499" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
     told = [record for record in caplog.records if record.name == "pipelines.serving.front"]
     lines = [record.getMessage() for record in told]
     counts = f"{made.prompt_tokens} + {made.completion_tokens} tokens"
-    assert sorted(counts in line for line in lines) == [False, True, True]
+    assert sorted(counts in line for line in lines) == [False, False, True, True]
+    assert sum("/v1/completions 499" in line for line in lines) == 1  # hung up amid its request
     assert sum("/v1/chat/completions 200" in line for line in lines) == 2
     assert not [line for line in lines if CHATS[0][0]["content"] in line]
 
@@ -271,8 +295,13 @@ def test_what_asks_for_nothing_is_as_good_as_left_out(kind: type[Any]) -> None:
     off |= {"response_format": {"type": "text"}, "repetition_penalty": 1.0, "min_p": 0}
     off |= {"logit_bias": {}, "echo": False, "seed": -1, "ignore_eos": False, "suffix": ""}
     off |= {"skip_special_tokens": True, "chat_template_kwargs": {}, "logprobs": False}
+    off |= {"early_stopping": False, "verbosity": "medium", "mirostat": 0, "mirostat_tau": 5.0}
     assert read_request(kind, json.dumps(must | null).encode()) == plain
     assert read_request(kind, json.dumps(must | off).encode()) == plain
+    tools: Any = {"tools": [{"type": "function"}], "tool_choice": "none"}
+    assert read_request(kind, json.dumps(must | tools).encode()) == plain
+    greedy: Any = {"do_sample": False, "temperature": 0.7}
+    assert read_request(kind, json.dumps(must | greedy).encode()).temperature == 0
     on = {"logprobs": 0, "min_p": 0.1, "repetition_penalty": 0, "ignore_eos": True, "echo": 0}
     for name, value in on.items():
         with pytest.raises(ApiError):
