@@ -29,8 +29,10 @@ _FORMS = (  # what a row of each has, and one of which it has beside
 _MARKS = ("weight", "loss_mask", "loss_weight", "loss_scale", "loss", "train", "training",
           "trainable", "train_on_turn", "learn")  # fmt: skip
 _READ = {*REASONING, "role", "from", "content", "value", "name", "tool_calls", "tool_call_id",
-         "function_call"}  # fmt: skip
-_OFF, _ON = (0, "0", "0.0", "false", "False"), (None, 1, "1", "1.0", "true", "True")
+         "function_call", "type", "text"}  # fmt: skip
+_OF_ROWS = {name for _, one, others in _FORMS for name in (one, *others)} | {
+    "id", "input", "history", "system", "align_student", "align_teacher", "ranges"}
+_OFF, _ON = ("0", "0.0", "false", "no", "off"), ("1", "1.0", "true", "yes", "on")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class ChatExample:
 def content_key(messages: Iterable[Message], tools: Any = None) -> str:
     """24 hexadecimal digits: the same conversation has the same key wherever it stands."""
     content = list(messages) if tools is None else [list(messages), tools]
-    text = json.dumps(content, ensure_ascii=False, sort_keys=True)
+    text = json.dumps(content, ensure_ascii=False, sort_keys=True, allow_nan=False)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
@@ -130,20 +132,26 @@ def parse(row: Any, config: DataConfig) -> tuple[ChatExample, str]:
     if not isinstance(row, dict):
         raise Unusable("no known form", f"the row is a {type(row).__name__}, not an object")
     form, name = _detect(row, config), row.get("id")
-    if any(row.get(mark) in _OFF for mark in _MARKS):
+    rejected = str(row.get("label")).lower() == "false"  # a completion to learn against (KTO)
+    if rejected or any(_says(row.get(mark), _OFF) for mark in _MARKS):
         raise Unusable(UNTRAINED, "the row says of itself that it is not to be trained")
     label = str(name)[:80] if isinstance(name, str | int) and not isinstance(name, bool) else ""
     label = label.encode(errors="replace").decode()
+    settings = vars(config).items()
+    named = {value for name, value in settings if name.endswith("_field")} | _OF_ROWS
+    own = {name: value for name, value in row.items() if name not in named}
+    unread = {f"{name!r:.80} of rows" for name, value in own.items() if not _heard(name, value)}
     if form == "tokens":
+        unread -= {"'labels' of rows"}
         tokens = tokens_of(row)
         key = content_key([{"ids": side.ids} for side in tokens])
-        return ChatExample(key, (), None, label, tokens), form
+        return ChatExample(key, (), None, label, tokens, tuple(sorted(unread))), form
     written = _written_messages(row, form, config)
     messages = normal_messages(written)
     # 2. What the row says of its own training, and what stands there beside. What follows the last
     #    answer that is trained is cut off: a user's words there are answered by nobody.
     for one, message in zip(written, messages, strict=True):
-        if message["role"] == "assistant" and any(one.get(name) in _OFF for name in _MARKS):
+        if message["role"] == "assistant" and any(_says(one.get(name), _OFF) for name in _MARKS):
             message["train"] = False
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not answers:
@@ -153,11 +161,10 @@ def parse(row: Any, config: DataConfig) -> tuple[ChatExample, str]:
     if not answers:
         raise Unusable(UNTRAINED, "every answer of the row is marked as not to be trained")
     messages = messages[: answers[-1] + 1]
-    unread = {f"`{name}` of a row" for name in _MARKS if row.get(name) not in _ON}
-    for name, value in (item for one in written for item in one.items()):
-        heard = name in _READ or (name in _MARKS and value in (*_ON, *_OFF))
-        if not heard and value not in (None, "", []):
-            unread.add(f"`{name}` of messages")
+    parts = [p for one in written for p in one.get("content") or () if isinstance(p, dict)]
+    for one, off in (*((m, _OFF) for m in written), *((part, ()) for part in parts)):
+        beside = [n for n, v in one.items() if n not in _READ and not _heard(n, v, off)]
+        unread.update(f"{name!r:.80} of messages" for name in beside)
     # 3. Tools as templates want them: a list.
     tools = objects(row.get(config.tools_field)) or None
     # 4. The size.
@@ -166,12 +173,22 @@ def parse(row: Any, config: DataConfig) -> tuple[ChatExample, str]:
         reason = f"the conversation has {size:,} characters, more than {MOST_CHARACTERS:,}"
         raise Unusable("too large", reason)
     try:
-        if isinstance(tools, str):
-            raise TypeError("a text that is no JSON")
+        if tools and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
+            raise TypeError("no list of objects, nor JSON that is one")
         key = content_key(messages, tools)
-    except (TypeError, UnicodeEncodeError) as error:
+    except (TypeError, ValueError) as error:
         raise Unusable("not in its form", f"`{config.tools_field}`: {error}") from error
     return ChatExample(key, tuple(messages), tools, label, unread=tuple(sorted(unread))), form
+
+
+def _says(value: Any, words: tuple[str, ...]) -> bool:
+    """Whether a field says no (`_OFF`) or yes (`_ON`)."""
+    return str(value).lower() in words
+
+
+def _heard(name: str, value: Any, off: tuple[str, ...] = ()) -> bool:
+    """Whether a field that nothing reads says nothing, or, as a mark, what is done anyway."""
+    return value in (None, "", [], {}) or (name in _MARKS and _says(value, (*_ON, *off)))
 
 
 def _detect(row: Row, config: DataConfig) -> str:

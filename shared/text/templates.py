@@ -9,7 +9,7 @@ joined by the contents, verbatim or stripped as templates do.
 import datetime
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -39,15 +39,16 @@ class Turn:
 class RenderedChat:
     """A chat as text. What stands outside of `turns` is prompt (no loss).
 
-    `plain` are the spans of all `contents`; None where they could not be told from the template's
-    own text. `ignored` is what the conversation has and the template does not write: tools, parts
-    of earlier answers.
+    `plain` are the spans of all contents; None where they could not be told from the template's own
+    text. `unplaced` are texts of which nothing says where they stand: the contents then; tools,
+    calls, reasoning. `ignored` is what the conversation has and the template does not write: tools,
+    parts of earlier answers.
     """
 
     text: str
     turns: tuple[Turn, ...]
     plain: list[Span] | None
-    contents: list[str]
+    unplaced: list[str]
     ignored: tuple[str, ...] = ()
 
 
@@ -105,9 +106,9 @@ class ChatTemplate:
         """
         probes = _with_sentinels(messages)
         text = self._prompt_text(messages, tools)
-        pieces = _pieces(self._prompt_text(probes, tools), len(probes))
+        pieces = _pieces(self._prompt_text(probes, tools), probes)
         spans = None if pieces is None else _locate_contents(pieces, messages, text)
-        return RenderedChat(text, (), spans, _contents(messages))
+        return RenderedChat(text, (), spans, _unplaced(messages, tools, spans))
 
     def _prompt_text(self, messages: Messages, tools: Any) -> str:
         """With the generation prompt, or all else that stands before an answer."""
@@ -129,11 +130,16 @@ class ChatTemplate:
         answers that cannot be located are not trained.
         """
         # 1. The text, and in it the contents between the template's fixed pieces.
-        frame = self._frame(messages, tools)
+        frame = end = self._frame(messages, tools)
         text = self._apply(messages, tools)
         last, answer, content = len(messages) - 1, messages[-1], _contents(messages)[-1]
+        extras = [name for name in EXTRAS if answer.get(name)]
+        if extras:  # which may stand behind the content, and are the answer's own
+            bare = {"role": answer["role"], "content": ""}
+            end = self._frame([*messages[:-1], bare], tools)
+            end = end if text.endswith(end.pieces[-1]) else frame
         rewritten = self._unusable("template rewrites the response", f"rewrites {content[:60]!r}")
-        if not text.endswith(frame.pieces[-1]):
+        if not text.endswith(end.pieces[-1]):
             raise rewritten
         spans = _locate_contents(frame.pieces, messages, text)
 
@@ -146,18 +152,24 @@ class ChatTemplate:
             return spans[i][0] if prompt is None and spans is not None else prompt
 
         # 2. The last response: from the end of its prompt to its end of turn.
-        stop = len(text) - len(frame.pieces[-1])
+        stop = len(text) - len(end.pieces[-1])
         start = start_of(last)
         if start is None or start > stop:
             raise rewritten
-        extras = [name for name in EXTRAS if answer.get(name)]
-        for name in extras:
-            if self._apply([*messages[:-1], _without(name, answer)], tools) == text:
-                raise self._unusable(f"template drops {name}", f"drops the answer's {name}")
+        dropped = {
+            (name, i == last)
+            for i, message in enumerate(messages)
+            for name in EXTRAS
+            for less in _with_less(name, message)
+            if self._apply([*messages[:i], less, *messages[i + 1 :]], tools) == text
+        }
+        for name, own in sorted(dropped):  # results without calls, in turns that say nothing
+            if own or name == "tool_calls":
+                raise self._unusable(f"template drops {name}", f"drops {name}, or a part of them")
         body = _own_words(text, start, stop, None if extras else content)
         if body is None:
             raise rewritten
-        trained = [Turn(last, start, stop + len(frame.closing), body)]
+        trained = [Turn(last, start, stop + len(end.closing), body)]
         # 3. Earlier responses, where their contents were located.
         located = spans if spans is not None and turns == "all" else []
         for i, (first, end) in enumerate(located[:-1]):
@@ -171,18 +183,12 @@ class ChatTemplate:
             if first < end:
                 trained.insert(-1, Turn(i, start, end + closed, (first, end)))
         # 4. What the text would be the same without.
-        ignored = []
+        ignored = [f"{name} of earlier answers" for name, _ in dropped]
         if tools is not None and self._apply(messages, None) == text:
             ignored.append("tools")
-        for name in EXTRAS:
-            if any(m.get(name) for m in messages[:-1]):
-                earlier = [_without(name, m) for m in messages[:-1]]
-                if self._apply([*earlier, answer], tools) == text:
-                    if name == "tool_calls":  # results without calls, in turns that say nothing
-                        raise self._unusable(f"template drops {name}", f"drops earlier {name}")
-                    ignored.append(f"{name} of earlier answers")
         text = text[: trained[-1].end]
-        return RenderedChat(text, tuple(trained), spans, _contents(messages), tuple(ignored))
+        unplaced = _unplaced(messages, tools, spans)
+        return RenderedChat(text, tuple(trained), spans, unplaced, tuple(ignored))
 
     def _lead(self, i: int, messages: Messages, tools: Any, frame: _Frame) -> int | None:
         """How much of the text in front of answer `i`'s content is its own (`leads`)."""
@@ -213,9 +219,10 @@ class ChatTemplate:
             return self._frames[roles]
         probes = _with_sentinels(messages)
         text = self._apply(probes, tools)
-        pieces = _pieces(text, len(probes))
+        pieces = _pieces(text, probes)
         if pieces is None:
-            dropped = next((i for i in range(len(roles)) if text.count(_sentinel(i)) != 1), 0)
+            there = ((i, probe["content"]) for i, probe in enumerate(probes))
+            dropped = next((i for i, mark in there if mark and text.count(mark) != 1), 0)
             what = f"drops message {dropped} ({roles[dropped]}), or writes it twice or elsewhere"
             raise self._unusable("template drops a message", what)
         closing = pieces[-1]
@@ -239,7 +246,8 @@ class ChatTemplate:
         objects: list[str] = []
 
         def with_text(value: dict[str, Any]) -> dict[str, Any]:
-            if isinstance(arguments := value.get("arguments"), dict):
+            arguments = value.get("arguments")
+            if isinstance(arguments, dict | list) and "name" in value:
                 objects.append(str(arguments))
                 value["arguments"] = json.dumps(arguments, ensure_ascii=False)
             return value
@@ -273,17 +281,44 @@ def _sentinel(index: int) -> str:
 
 
 def _with_sentinels(messages: Messages) -> list[Message]:
-    return [{**m, "content": _sentinel(i)} for i, m in enumerate(messages)]
+    """In the places of the contents, but of none beside calls: some templates write either."""
+    written = [bool(m.get("content") or not m.get("tool_calls")) for m in messages]
+    return [{**m, "content": written[i] * _sentinel(i)} for i, m in enumerate(messages)]
+
+
+def _with_less(name: str, message: Message) -> Iterator[Message]:
+    """Without that part, if it has it; and without one of several calls, or of their arguments."""
+    if message.get(name):
+        yield _without(name, message)
+    for i, call in enumerate(message.get(name) or () if name == "tool_calls" else ()):
+        before, after = message[name][:i], message[name][i + 1 :]
+        if before or after:
+            yield {**message, name: [*before, *after]}
+        function = call.get("function") or {}
+        if function.get("arguments") not in ({}, "{}", None):
+            bare = {**call, "function": {**function, "arguments": {}}}
+            yield {**message, name: [*before, bare, *after]}
 
 
 def _without(name: str, message: Message) -> Message:
     return {key: value for key, value in message.items() if key != name}
 
 
-def _pieces(text: str, count: int) -> list[str] | None:
-    """`text` cut at its sentinels; None where one is missing, stands twice or out of order."""
+def _pieces(text: str, probes: Messages) -> list[str] | None:
+    """`text` cut at its sentinels; None where one is missing, stands twice or out of order. What is
+    written for a message without one ends the piece before it.
+    """
     parts = _SENTINEL.split(text)  # piece, number, piece, number, …, piece
-    return parts[::2] if parts[1::2] == [str(i) for i in range(count)] else None
+    if parts[1::2] != [str(i) for i, probe in enumerate(probes) if probe["content"]]:
+        return None
+    pieces = iter(parts[::2])
+    return [next(pieces), *(next(pieces) if probe["content"] else "" for probe in probes)]
+
+
+def _unplaced(messages: Messages, tools: Any, spans: list[Span] | None) -> list[str]:
+    beside = [tools, *(message.get(name) for message in messages for name in EXTRAS)]
+    texts = [] if spans is not None else _contents(messages)
+    return texts + [json.dumps(each, ensure_ascii=False) for each in beside if each]
 
 
 def _locate_contents(pieces: Sequence[str], messages: Messages, text: str) -> list[Span] | None:

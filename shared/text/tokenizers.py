@@ -125,12 +125,11 @@ class Tokenizer:
                 edges.append(len(chat.text))
             # 2. What in its contents looks like a control token is tokenised as text.
             matches = list(self._control.finditer(chat.text))
-            if chat.plain is None:
-                matches = [m for content in chat.contents for m in self._control.finditer(content)]
-                if matches:
-                    reason = f"a content spells {matches[0].group()!r}"
-                    results[number] = Unusable("spells a control token", reason)
-                    continue
+            odd = next(filter(None, map(self._control.search, chat.unplaced)), None)
+            if odd is not None:
+                reason = f"a content, a call or a tool spells {odd.group()!r}"
+                results[number] = Unusable("spells a control token", reason)
+                continue
             # Spans are in order: the last one that begins before a match ends decides.
             spans = chat.plain or []
             plain = {
