@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from shared.data.messages import REASONING, Message, normal_messages, objects
-from shared.data.sources import LONGEST_LINE, Raw
+from shared.data.sources import LONGEST_LINE, Raw, once
 from shared.data.tokenised import Tokens, tokens_of
 from shared.settings.config import DataConfig
 from shared.system.files import Unusable
@@ -23,15 +23,15 @@ _FORMS = (  # what a row of each has, and one of which it has beside
     ("instruction", "instruction", ("output", "response", "instances")),
     ("prompt_completion", "prompt", ("completion",)),
     ("question_answer", "question", _ANSWERS),
-    ("tokens", "input_ids", ("teacher_input_ids",)),
+    ("tokens", "input_ids", ("teacher_input_ids", "labels")),
 )
 # By which data say of an answer, or of a row, whether it is trained.
 _MARKS = ("weight", "loss_mask", "loss_weight", "loss_scale", "loss", "train", "training",
           "trainable", "train_on_turn", "learn")  # fmt: skip
 _READ = {*REASONING, "role", "from", "content", "value", "name", "tool_calls", "tool_call_id",
          "function_call", "type", "text"}  # fmt: skip
-_OF_ROWS = {name for _, one, others in _FORMS for name in (one, *others)} | {
-    "id", "input", "history", "system", "align_student", "align_teacher", "ranges"}
+_OF_ROWS = {name for _, one, others in _FORMS for name in (one, *others)}
+_OF_ROWS |= {"id", "input", "history", "system", "align_student", "align_teacher", "ranges"}
 _OFF, _ON = ("0", "0.0", "false", "no", "off"), ("1", "1.0", "true", "yes", "on")
 
 
@@ -100,7 +100,7 @@ def decode(raw: Raw) -> Any:
     if len(raw) > LONGEST_LINE:
         raise Unusable("too large", f"the line has more than {LONGEST_LINE:,} bytes")
     try:
-        return json.loads(raw.decode("utf-8", "surrogateescape"))
+        return json.loads(raw.decode("utf-8", "surrogateescape"), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:  # also nested too deeply, or integers too long
         raise Unusable("not JSON", f"not JSON: {str(error)[:120]}") from error
 
@@ -133,16 +133,13 @@ def parse(row: Any, config: DataConfig) -> tuple[ChatExample, str]:
         raise Unusable("no known form", f"the row is a {type(row).__name__}, not an object")
     form, name = _detect(row, config), row.get("id")
     rejected = str(row.get("label")).lower() == "false"  # a completion to learn against (KTO)
-    if rejected or any(_says(row.get(mark), _OFF) for mark in _MARKS):
+    if rejected or _is_off(row):
         raise Unusable(UNTRAINED, "the row says of itself that it is not to be trained")
     label = str(name)[:80] if isinstance(name, str | int) and not isinstance(name, bool) else ""
     label = label.encode(errors="replace").decode()
-    settings = vars(config).items()
-    named = {value for name, value in settings if name.endswith("_field")} | _OF_ROWS
-    own = {name: value for name, value in row.items() if name not in named}
-    unread = {f"{name!r:.80} of rows" for name, value in own.items() if not _heard(name, value)}
+    named = {value for name, value in vars(config).items() if name.endswith("_field")}
+    unread = _unread(row, named | _OF_ROWS, "rows")
     if form == "tokens":
-        unread -= {"'labels' of rows"}
         tokens = tokens_of(row)
         key = content_key([{"ids": side.ids} for side in tokens])
         return ChatExample(key, (), None, label, tokens, tuple(sorted(unread))), form
@@ -151,7 +148,7 @@ def parse(row: Any, config: DataConfig) -> tuple[ChatExample, str]:
     # 2. What the row says of its own training, and what stands there beside. What follows the last
     #    answer that is trained is cut off: a user's words there are answered by nobody.
     for one, message in zip(written, messages, strict=True):
-        if message["role"] == "assistant" and any(_says(one.get(name), _OFF) for name in _MARKS):
+        if message["role"] == "assistant" and _is_off(one):
             message["train"] = False
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not answers:
@@ -161,10 +158,10 @@ def parse(row: Any, config: DataConfig) -> tuple[ChatExample, str]:
     if not answers:
         raise Unusable(UNTRAINED, "every answer of the row is marked as not to be trained")
     messages = messages[: answers[-1] + 1]
-    parts = [p for one in written for p in one.get("content") or () if isinstance(p, dict)]
-    for one, off in (*((m, _OFF) for m in written), *((part, ()) for part in parts)):
-        beside = [n for n, v in one.items() if n not in _READ and not _heard(n, v, off)]
-        unread.update(f"{name!r:.80} of messages" for name in beside)
+    for one in written:
+        unread |= _unread(one, _READ, "messages", (*_ON, *_OFF))
+        for part in one.get("content") or ():
+            unread |= _unread(part, _READ, "contents") if isinstance(part, dict) else set()
     # 3. Tools as templates want them: a list.
     tools = objects(row.get(config.tools_field)) or None
     # 4. The size.
@@ -181,14 +178,15 @@ def parse(row: Any, config: DataConfig) -> tuple[ChatExample, str]:
     return ChatExample(key, tuple(messages), tools, label, unread=tuple(sorted(unread))), form
 
 
-def _says(value: Any, words: tuple[str, ...]) -> bool:
-    """Whether a field says no (`_OFF`) or yes (`_ON`)."""
-    return str(value).lower() in words
+def _is_off(row: Row) -> bool:
+    return any(str(row.get(mark)).lower() in _OFF for mark in _MARKS)
 
 
-def _heard(name: str, value: Any, off: tuple[str, ...] = ()) -> bool:
-    """Whether a field that nothing reads says nothing, or, as a mark, what is done anyway."""
-    return value in (None, "", [], {}) or (name in _MARKS and _says(value, (*_ON, *off)))
+def _unread(one: Row, known: Collection[Any], of: str, heard: Collection[str] = _ON) -> set[str]:
+    """Its fields that say what nothing listens to; a mark may say what is `heard`."""
+    said = {n: v for n, v in one.items() if n not in known and v not in (None, "", [], {})}
+    marks = {n for n in said if n in _MARKS and str(said[n]).lower() in heard}
+    return {f"{name!r:.80} of {of}" for name in said.keys() - marks}
 
 
 def _detect(row: Row, config: DataConfig) -> str:

@@ -42,10 +42,8 @@ def normal_messages(messages: Sequence[Any]) -> list[Message]:
         if calls:
             if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
                 raise Unusable("not in its form", f"message {number}: `tool_calls` are no calls")
-            whole = [{"type": "function", "function": call} for call in calls]
-            clean["tool_calls"] = [
-                call if "function" in call else whole[i] for i, call in enumerate(calls)
-            ]
+            kind = {"type": "function"}
+            clean["tool_calls"] = [{**kind, "function": c} if "name" in c else c for c in calls]
         thoughts = [t for t in map(message.get, REASONING) if isinstance(t, str) and t.strip()]
         if thoughts:
             clean["reasoning_content"] = thoughts[0]
@@ -55,8 +53,7 @@ def normal_messages(messages: Sequence[Any]) -> list[Message]:
         try:
             json.dumps(clean, ensure_ascii=False, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
-            odd = isinstance(error, UnicodeEncodeError)
-            reason = "lone surrogates" if odd else "not in its form"
+            reason = ("not in its form", "lone surrogates")[isinstance(error, UnicodeEncodeError)]
             raise Unusable(reason, f"message {number} cannot be encoded: {error}") from error
         normal.append(clean)
     return normal

@@ -287,17 +287,11 @@ def _with_sentinels(messages: Messages) -> list[Message]:
 
 
 def _with_less(name: str, message: Message) -> Iterator[Message]:
-    """Without that part, if it has it; and without one of several calls, or of their arguments."""
-    if message.get(name):
-        yield _without(name, message)
-    for i, call in enumerate(message.get(name) or () if name == "tool_calls" else ()):
-        before, after = message[name][:i], message[name][i + 1 :]
-        if before or after:
-            yield {**message, name: [*before, *after]}
-        function = call.get("function") or {}
-        if function.get("arguments") not in ({}, "{}", None):
-            bare = {**call, "function": {**function, "arguments": {}}}
-            yield {**message, name: [*before, bare, *after]}
+    """Without that part, if it has it, or without one of several calls."""
+    whole = message.get(name) or []
+    for i in range(len(whole) if name == "tool_calls" else bool(whole)):
+        fewer = [*whole[:i], *whole[i + 1 :]] if name == "tool_calls" else []
+        yield {**message, name: fewer} if fewer else _without(name, message)
 
 
 def _without(name: str, message: Message) -> Message:

@@ -13,7 +13,8 @@ import numpy as np
 from shared.cache.ledger import in_processes
 from shared.cache.manifest import Manifest, load_manifest
 from shared.cache.row import CacheRow, Layout
-from shared.cache.shards import Unit, column_bytes, finished_units, read_shard
+from shared.cache.shards import Unit, column_bytes, finished_units
+from shared.cache.value_checks import read_sound
 from shared.system.files import TideError, read_bytes, write_bytes
 from shared.text.tokenizers import Tokenizer
 
@@ -61,8 +62,9 @@ def _inspect_shard(folder: Path, manifest: Manifest, layout: Layout, unit: Unit)
     path = unit.path(folder)
     content = read_bytes(path)
     sums = Inspection(manifest, layout.rank, [unit])
+    shard = read_sound(path, layout, manifest, content)
     sums.bytes_by_column = column_bytes(content)
-    for row in read_shard(path, layout, content):
+    for row in shard.rows(path, layout):
         band = min(4, int(row.t * 5))
         sums.rows += 1
         sums.masked += row.masked.size
@@ -165,7 +167,8 @@ def find_row(cache: Path, which: str, draw: int) -> CacheRow:
         raise TideError(f"{cache} has no finished shard of draw {draw}", expected=expected)
     seen = 0
     for unit in units:
-        for row in read_shard(unit.path(cache), layout):
+        path = unit.path(cache)
+        for row in read_sound(path, layout, manifest).rows(path, layout):
             if which in (row.example_id, row.label) or seen == number:
                 return row
             seen += 1

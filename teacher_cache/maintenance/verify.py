@@ -11,7 +11,8 @@ from shared.cache.ledger import LEDGER, NOTES, check_shards, load_ledger, rememb
 from shared.cache.levels import GOLD_STEPS, LOGIT_STEPS, TAIL_STEPS, half_steps
 from shared.cache.manifest import load_manifest
 from shared.cache.row import CacheRow
-from shared.cache.shards import finished_units, read_shard
+from shared.cache.shards import finished_units
+from shared.cache.value_checks import read_sound
 from shared.settings.config import CacheConfig
 from shared.system.files import TideError
 from teacher_cache.method import TeacherView, passes
@@ -122,14 +123,15 @@ def verify_cache(config: CacheConfig, rows: int) -> VerifyReport:
     """
     if rows < 1:
         raise TideError(f"--rows is {rows}", expected="1 or more")
-    load_manifest(config.out)  # or else it is no cache
+    manifest = load_manifest(config.out)  # or else it is no cache
     run = open_or_begin(config, any_engine=True)
     # 1. the sample
     units, chosen = finished_units(config.out), random.Random(0)
     chosen.shuffle(units)
     sample: list[CacheRow] = []
     for unit in units:
-        content = read_shard(unit.path(config.out), run.layout)
+        path = unit.path(config.out)
+        content = read_sound(path, run.layout, manifest).rows(path, run.layout)
         each = min(-(-rows // len(units)), rows - len(sample), len(content))
         sample += chosen.sample(content, each)
     if not sample:

@@ -301,8 +301,7 @@ def _lost(sums: dict[str, int]) -> Iterator[str]:
             yield f"{name}, in {n:,} conversations"
     unread = [f"{name[10:]} ({n:,})" for name, n in sums.items() if name.startswith("not read")]
     if unread:
-        more = ", …" if unread[20:] else ""
-        yield f"not read           {', '.join(unread[:20])}{more}"
+        yield f"not read           {', '.join(unread):.1000}"
     if whole := sums.get("response_bytes"):
         lost, examples = sums.get("unaligned_bytes", 0), sums.get("unaligned_examples", 0)
         yield (
