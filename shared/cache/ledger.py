@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from shared.cache.manifest import Manifest, refuse_unfinished
 from shared.cache.row import Layout
 from shared.cache.shards import Unit, finished_units, read_parquet, read_table, write_parquet
-from shared.cache.value_checks import VERSION, read_sound
+from shared.cache.value_checks import VERSION, sound
 from shared.settings.build import differences
 from shared.system.files import TideError, read_bytes, read_json, this_process, write_bytes
 from shared.system.processes import serve_parent
@@ -173,7 +173,7 @@ def inspect_shard(
         content = read_bytes(path)
         if entry is not None:
             entry.check(path, content)
-        shard = read_sound(path, layout, manifest, content)
+        shard = sound(path, layout, manifest, content)
         if entry is not None and entry != Entry.of(content, shard.counts):
             return 0, f"the ledger has other counts of {path} than it holds", cache / LEDGER
         return shard.counts["rows"], None, path

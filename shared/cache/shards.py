@@ -170,8 +170,7 @@ def read_table(
     try:
         counts = json.loads((table.schema.metadata or {}).get(_COUNTS_KEY, b"{}"))
         wrong = [name for name, n in actual.items() if counts.get(name, n) != n]
-        numbers = [(name, n) for name, n in counts.items() if name != CACHE]
-        wrong += [name for name, n in numbers if type(n) is not int or not 0 <= n < 1 << 63]
+        wrong += [k for k, n in counts.items() if k != CACHE and (type(n) is not int or n >> 63)]
     except (ValueError, AttributeError, RecursionError) as error:
         raise TideError(f"shard {path} has a damaged footer: {error}", fix=_MEND) from error
     if any(draw != actual["draw"] for draw in draws):

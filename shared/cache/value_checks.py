@@ -76,9 +76,7 @@ def problem_in(table: pa.Table, layout: Layout, manifest: Manifest) -> str | Non
     return None
 
 
-def read_sound(
-    path: Path, layout: Layout, manifest: Manifest, content: bytes | None = None
-) -> Shard:
+def sound(path: Path, layout: Layout, manifest: Manifest, content: bytes | None = None) -> Shard:
     """`read_table`. TideError also where its values cannot be."""
     shard = read_table(path, layout, content, manifest.digest)
     try:
@@ -86,8 +84,7 @@ def read_sound(
     except (IndexError, TypeError, ValueError) as error:
         problem = f"cannot be read: {error}"
     if problem:
-        fix = "`tide verify --rows 0 --delete-damaged` removes it; `tide cache` makes it again"
-        raise TideError(f"shard {path}: {problem}", fix=fix)
+        raise TideError(f"shard {path}: {problem}", fix="`tide verify --delete-damaged` removes it")
     return shard
 
 

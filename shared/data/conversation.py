@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared.data.messages import REASONING, Message, normal_messages, objects
-from shared.data.sources import LONGEST_LINE, Raw, once
+from shared.data.sources import LONGEST_LINE, Raw, unique_names
 from shared.data.tokenised import Tokens, tokens_of
 from shared.settings.config import DataConfig
 from shared.system.files import Unusable
@@ -29,7 +29,7 @@ _FORMS = (  # what a row of each has, and one of which it has beside
 _MARKS = ("weight", "loss_mask", "loss_weight", "loss_scale", "loss", "train", "training",
           "trainable", "train_on_turn", "learn")  # fmt: skip
 _READ = {*REASONING, "role", "from", "content", "value", "name", "tool_calls", "tool_call_id",
-         "function_call", "type", "text"}  # fmt: skip
+         "function_call"}  # fmt: skip
 _OF_ROWS = {name for _, one, others in _FORMS for name in (one, *others)}
 _OF_ROWS |= {"id", "input", "history", "system", "align_student", "align_teacher", "ranges"}
 _OFF, _ON = ("0", "0.0", "false", "no", "off"), ("1", "1.0", "true", "yes", "on")
@@ -100,7 +100,7 @@ def decode(raw: Raw) -> Any:
     if len(raw) > LONGEST_LINE:
         raise Unusable("too large", f"the line has more than {LONGEST_LINE:,} bytes")
     try:
-        return json.loads(raw.decode("utf-8", "surrogateescape"), object_pairs_hook=once)
+        return json.loads(raw.decode("utf-8", "surrogateescape"), object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as error:  # also nested too deeply, or integers too long
         raise Unusable("not JSON", f"not JSON: {str(error)[:120]}") from error
 
@@ -132,13 +132,13 @@ def parse(row: Any, config: DataConfig) -> tuple[ChatExample, str]:
     if not isinstance(row, dict):
         raise Unusable("no known form", f"the row is a {type(row).__name__}, not an object")
     form, name = _detect(row, config), row.get("id")
-    rejected = str(row.get("label")).lower() == "false"  # a completion to learn against (KTO)
-    if rejected or _is_off(row):
+
+    rejected = str(row.get("label")).lower() == "false"  # KTO's, to learn against
+    if rejected or any(str(row.get(mark)).lower() in _OFF for mark in _MARKS):
         raise Unusable(UNTRAINED, "the row says of itself that it is not to be trained")
     label = str(name)[:80] if isinstance(name, str | int) and not isinstance(name, bool) else ""
     label = label.encode(errors="replace").decode()
-    named = {value for name, value in vars(config).items() if name.endswith("_field")}
-    unread = _unread(row, named | _OF_ROWS, "rows")
+    unread = _unread(row, {*vars(config).values(), *_OF_ROWS}, "rows")
     if form == "tokens":
         tokens = tokens_of(row)
         key = content_key([{"ids": side.ids} for side in tokens])
@@ -148,7 +148,8 @@ def parse(row: Any, config: DataConfig) -> tuple[ChatExample, str]:
     # 2. What the row says of its own training, and what stands there beside. What follows the last
     #    answer that is trained is cut off: a user's words there are answered by nobody.
     for one, message in zip(written, messages, strict=True):
-        if message["role"] == "assistant" and _is_off(one):
+        off = any(str(one.get(name)).lower() in _OFF for name in _MARKS)
+        if message["role"] == "assistant" and off:
             message["train"] = False
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not answers:
@@ -160,8 +161,6 @@ def parse(row: Any, config: DataConfig) -> tuple[ChatExample, str]:
     messages = messages[: answers[-1] + 1]
     for one in written:
         unread |= _unread(one, _READ, "messages", (*_ON, *_OFF))
-        for part in one.get("content") or ():
-            unread |= _unread(part, _READ, "contents") if isinstance(part, dict) else set()
     # 3. Tools as templates want them: a list.
     tools = objects(row.get(config.tools_field)) or None
     # 4. The size.
@@ -176,10 +175,6 @@ def parse(row: Any, config: DataConfig) -> tuple[ChatExample, str]:
     except (TypeError, ValueError) as error:
         raise Unusable("not in its form", f"`{config.tools_field}`: {error}") from error
     return ChatExample(key, tuple(messages), tools, label, unread=tuple(sorted(unread))), form
-
-
-def _is_off(row: Row) -> bool:
-    return any(str(row.get(mark)).lower() in _OFF for mark in _MARKS)
 
 
 def _unread(one: Row, known: Collection[Any], of: str, heard: Collection[str] = _ON) -> set[str]:

@@ -72,8 +72,7 @@ def source_files(source: str) -> list[Path]:
     named = re.fullmatch(r"(.*)#([\w.\[\]:%-]+)", source)
     if named and not path.exists():  # else the name has a `#` of its own
         path, split = Path(named[1]), named[2]
-    alone = all((path / name).exists() for name in ("state.json", "dataset_info.json"))
-    if alone or (path / "dataset_dict.json").exists():
+    if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
         return _saved_files(path, split)
     # Of a folder all that is in it. A glob's `*` passes over names with a dot in front.
     pattern = f"{glob.escape(str(path))}/**" if path.is_dir() else source
@@ -125,8 +124,7 @@ def public_name(source: str) -> str:
 # --- Files
 
 
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. ValueError where a name stands there twice: one would count, unseen."""
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made := dict(pairs)) < len(pairs):
         raise ValueError(f"one of its names stands there twice: {', '.join(made):.80}")
     return made
@@ -167,7 +165,7 @@ def _json_rows(path: Path) -> Iterator[tuple[Place, Raw]]:
             what = f"{path} unpacks to more than {most:,} bytes of a single document"
             raise TideError(what, fix="write one row a line")
         try:
-            document = json.loads(content.decode("utf-8-sig"), object_pairs_hook=once)
+            document = json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique_names)
         except (ValueError, RecursionError) as error:
             if (begins, ends) != (b"[", b"]"):  # else lines that hold lists: each is judged
                 what = f"{path} is no JSON array: {str(error)[:120]}"

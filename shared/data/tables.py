@@ -59,9 +59,6 @@ def _batches(path: str) -> Iterator[pa.RecordBatch]:
             indexed = pa.ipc.open_file(source)
         except pa.ArrowInvalid:  # without, as `datasets` writes
             yield from pa.ipc.open_stream(source)
-            source.seek(max(0, source.size() - 8))
-            if source.read() != b"\xff\xff\xff\xff\0\0\0\0":
-                raise pa.ArrowInvalid("it is cut short: its end is not marked") from None
         else:
             yield from map(indexed.get_batch, range(indexed.num_record_batches))
 
@@ -72,8 +69,6 @@ def _serve(wanted: Any, out: Any) -> None:
         try:
             for batch in _batches(path):
                 batch.validate(full=True)
-                if len(set(batch.schema.names)) < batch.num_columns:
-                    raise pa.ArrowInvalid("two of its columns have one name")
                 for start in range(0, batch.num_rows, _BATCH):
                     pickle.dump(batch.slice(start, _BATCH).to_pylist(), out)
         except Exception as error:  # a flipped bit leads the library anywhere

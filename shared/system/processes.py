@@ -98,7 +98,7 @@ def stop_in_order() -> None:
 @contextmanager
 def stop_is_asked(said: str) -> Iterator[list[float]]:
     """For a block that looks itself whether a signal came, to which `said` answers; when. A second
-    one does what it did before, but not within a second: keys are pressed twice, and whoever started
+    one does what it did before, but not within a second: a key is pressed twice, or whoever started
     this process passes on what both had.
     """
     asked: list[float] = []

@@ -9,7 +9,7 @@ joined by the contents, verbatim or stripped as templates do.
 import datetime
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -40,9 +40,8 @@ class RenderedChat:
     """A chat as text. What stands outside of `turns` is prompt (no loss).
 
     `plain` are the spans of all contents; None where they could not be told from the template's own
-    text. `unplaced` are texts of which nothing says where they stand: the contents then; tools,
-    calls, reasoning. `ignored` is what the conversation has and the template does not write: tools,
-    parts of earlier answers.
+    text. `unplaced` may stand anywhere: calls, tools, contents then. `ignored` is what the
+    conversation has and the template does not write: tools, parts of earlier answers.
     """
 
     text: str
@@ -130,16 +129,15 @@ class ChatTemplate:
         answers that cannot be located are not trained.
         """
         # 1. The text, and in it the contents between the template's fixed pieces.
-        frame = end = self._frame(messages, tools)
+        frame = self._frame(messages, tools)
         text = self._apply(messages, tools)
         last, answer, content = len(messages) - 1, messages[-1], _contents(messages)[-1]
         extras = [name for name in EXTRAS if answer.get(name)]
-        if extras:  # which may stand behind the content, and are the answer's own
-            bare = {"role": answer["role"], "content": ""}
-            end = self._frame([*messages[:-1], bare], tools)
-            end = end if text.endswith(end.pieces[-1]) else frame
+        bare = [*messages[:-1], {"role": "assistant", "content": ""}]
+        tail = self._frame(bare, tools) if extras else frame  # extras may stand behind the content
+        tail = tail if text.endswith(tail.pieces[-1]) else frame
         rewritten = self._unusable("template rewrites the response", f"rewrites {content[:60]!r}")
-        if not text.endswith(end.pieces[-1]):
+        if not text.endswith(tail.pieces[-1]):
             raise rewritten
         spans = _locate_contents(frame.pieces, messages, text)
 
@@ -152,30 +150,25 @@ class ChatTemplate:
             return spans[i][0] if prompt is None and spans is not None else prompt
 
         # 2. The last response: from the end of its prompt to its end of turn.
-        stop = len(text) - len(end.pieces[-1])
+        stop = len(text) - len(tail.pieces[-1])
         start = start_of(last)
         if start is None or start > stop:
             raise rewritten
-        dropped = {
-            (name, i == last)
-            for i, message in enumerate(messages)
-            for name in EXTRAS
-            for less in _with_less(name, message)
-            if self._apply([*messages[:i], less, *messages[i + 1 :]], tools) == text
-        }
+        dropped = {(name, i == last) for i in range(last + 1) for name in EXTRAS
+                   for less in _with_less(name, messages, i)
+                   if self._apply(less, tools) == text}  # fmt: skip
         for name, own in sorted(dropped):  # results without calls, in turns that say nothing
             if own or name == "tool_calls":
                 raise self._unusable(f"template drops {name}", f"drops {name}, or a part of them")
         body = _own_words(text, start, stop, None if extras else content)
         if body is None:
             raise rewritten
-        trained = [Turn(last, start, stop + len(end.closing), body)]
+        trained = [Turn(last, start, stop + len(tail.closing), body)]
         # 3. Earlier responses, where their contents were located.
         located = spans if spans is not None and turns == "all" else []
         for i, (first, end) in enumerate(located[:-1]):
-            if messages[i]["role"] != "assistant" or any(messages[i].get(n) for n in EXTRAS):
-                continue
-            if messages[i].get("train") is False:
+            m = messages[i]
+            if m["role"] != "assistant" or m.get("train") is False or any(map(m.get, EXTRAS)):
                 continue
             start = start_of(i)
             start = first if start is None else min(start, first)
@@ -221,8 +214,8 @@ class ChatTemplate:
         text = self._apply(probes, tools)
         pieces = _pieces(text, probes)
         if pieces is None:
-            there = ((i, probe["content"]) for i, probe in enumerate(probes))
-            dropped = next((i for i, mark in there if mark and text.count(mark) != 1), 0)
+            counts = [text.count(probe["content"] or text) for probe in probes]
+            dropped = next((i for i, count in enumerate(counts) if count != 1), 0)
             what = f"drops message {dropped} ({roles[dropped]}), or writes it twice or elsewhere"
             raise self._unusable("template drops a message", what)
         closing = pieces[-1]
@@ -246,8 +239,7 @@ class ChatTemplate:
         objects: list[str] = []
 
         def with_text(value: dict[str, Any]) -> dict[str, Any]:
-            arguments = value.get("arguments")
-            if isinstance(arguments, dict | list) and "name" in value:
+            if isinstance(arguments := value.get("arguments"), dict | list) and "name" in value:
                 objects.append(str(arguments))
                 value["arguments"] = json.dumps(arguments, ensure_ascii=False)
             return value
@@ -281,17 +273,17 @@ def _sentinel(index: int) -> str:
 
 
 def _with_sentinels(messages: Messages) -> list[Message]:
-    """In the places of the contents, but of none beside calls: some templates write either."""
-    written = [bool(m.get("content") or not m.get("tool_calls")) for m in messages]
-    return [{**m, "content": written[i] * _sentinel(i)} for i, m in enumerate(messages)]
+    # A missing content beside calls has none: some templates write either.
+    there = [bool(m.get("content") or not m.get("tool_calls")) for m in messages]
+    return [{**m, "content": _sentinel(i) * there[i]} for i, m in enumerate(messages)]
 
 
-def _with_less(name: str, message: Message) -> Iterator[Message]:
-    """Without that part, if it has it, or without one of several calls."""
-    whole = message.get(name) or []
-    for i in range(len(whole) if name == "tool_calls" else bool(whole)):
-        fewer = [*whole[:i], *whole[i + 1 :]] if name == "tool_calls" else []
-        yield {**message, name: fewer} if fewer else _without(name, message)
+def _with_less(name: str, messages: Messages, i: int) -> list[Messages]:
+    """Without each of the calls of message `i`, or without its reasoning."""
+    whole = messages[i].get(name) or []
+    parts = whole if isinstance(whole, list) else [whole]
+    less = [{**messages[i], name: [p for p in parts if p is not part]} for part in parts]
+    return [[*messages[:i], one, *messages[i + 1 :]] for one in less]
 
 
 def _without(name: str, message: Message) -> Message:
@@ -299,10 +291,8 @@ def _without(name: str, message: Message) -> Message:
 
 
 def _pieces(text: str, probes: Messages) -> list[str] | None:
-    """`text` cut at its sentinels; None where one is missing, stands twice or out of order. What is
-    written for a message without one ends the piece before it.
-    """
-    parts = _SENTINEL.split(text)  # piece, number, piece, number, …, piece
+    """`text` cut at its sentinels; None where one is missing, stands twice or out of order."""
+    parts = _SENTINEL.split(text)  # piece, number, piece, …; a message may have none
     if parts[1::2] != [str(i) for i, probe in enumerate(probes) if probe["content"]]:
         return None
     pieces = iter(parts[::2])

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as RawTokenizer
-from tokenizers.models import Unigram
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -105,8 +104,9 @@ class Tokenizer:
         """Token ids of each text; no token is added that the text does not contain."""
         if not texts:
             return []
-        whole = {"add_special_tokens": False, "split_special_tokens": False}
-        return self.backend(list(texts), **whole)["input_ids"]
+        return self.backend(
+            [*texts], add_special_tokens=False, split_special_tokens=False
+        ).input_ids
 
     def encode_chats(
         self, chats: Sequence[RenderedChat | Unusable]
@@ -118,8 +118,7 @@ class Tokenizer:
         told from the template's own text; what is unusable already stays so.
         """
         results: list[Any] = list(chats)
-        easy: list[tuple[int, list[str]]] = []
-        known: dict[int, int] = {}  # how many control tokens the template writes
+        easy: list[tuple[int, int, list[str]]] = []  # with the number of control tokens
         for number, chat in enumerate(chats):
             if isinstance(chat, Unusable):
                 continue
@@ -142,22 +141,19 @@ class Tokenizer:
                 m.span() for m in matches
                 if (i := bisect_left(spans, (m.end(),))) and spans[i - 1][1] > m.start()
             }  # fmt: skip
-            known[number] = len(matches) - len(plain)
             if plain:
                 cuts = pairwise(edges)
                 results[number] = [self._encode_around(chat.text, a, b, plain) for a, b in cuts]
             else:
-                easy.append((number, [chat.text[a:b] for a, b in pairwise(edges)]))
-        # 3. Chats whose contents spell none, nearly all, in one call.
-        encoded = iter(self.encode([part for _, parts in easy for part in parts]))
-        for number, parts in easy:
+                easy.append((number, len(matches), [chat.text[a:b] for a, b in pairwise(edges)]))
+        # 3. Chats whose contents spell none, nearly all, in one call. Where such tokens are looked
+        #    for in what a normaliser makes of the text, it is seen by the ids alone.
+        encoded = iter(self.encode([part for *_, parts in easy for part in parts]))
+        normal = any(token.normalized for token in self._flags.values())
+        for number, known, parts in easy:
             results[number] = [next(encoded) for _ in parts]
-        # 4. What a normaliser makes one of a text, or Unigram, to which it is a word, only ids say.
-        model = getattr(getattr(self.backend, "backend_tokenizer", None), "model", None)
-        odd = isinstance(model, Unigram) or any(token.normalized for token in self._flags.values())
-        for number, count in known.items() if odd else ():
-            if sum(i in self._control_ids for part in results[number] for i in part) > count:
-                reason = "a content spells what the tokenizer itself makes a control token"
+            if normal and sum(i in self._control_ids for p in results[number] for i in p) > known:
+                reason = "a content spells a control token once it is normalised"
                 results[number] = Unusable("spells a control token", reason)
         return results
 

@@ -26,7 +26,7 @@ from shared.cache.manifest import load_manifest, refuse_unfinished
 from shared.cache.row import CacheRow, without_masks
 from shared.cache.shards import Shard, Unit, finished_units, read_table
 from shared.cache.stores import Store
-from shared.cache.value_checks import read_sound
+from shared.cache.value_checks import sound
 from shared.diffusion import generator
 from shared.settings.config import TrainConfig
 from shared.system.files import TideError, read_bytes, write_bytes
@@ -86,7 +86,7 @@ class OpenCache:
         if store is None:
             shard = read_table(path, self.layout, content)
         else:  # nobody looked at its values when the cache was opened
-            shard = read_sound(path, self.layout, self.manifest, content)
+            shard = sound(path, self.layout, self.manifest, content)
         self.ledger[unit].check(path, content, shard.counts)
         return shard
 

@@ -99,8 +99,8 @@ def make_trainer(
     if manifest.shared_tokenizer and k > width:
         what = f"the cache keeps {k} logits a position, the student has {width}"
         raise TideError(what, fix="use another student")
-    lengths, known = manifest.fingerprint.lengths, model.config.max_position_embeddings
-    if lengths.student > known:
+    lengths = manifest.fingerprint.lengths
+    if lengths.student > (known := model.config.max_position_embeddings):
         what = f"rows of the cache may have {lengths.student} tokens, the student knows {known}"
         raise TideError(f"{what} positions", fix="use another student, or lower lengths.student")
     dataset = BatchDataset(opened, config, processes)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from shared.cache import shards
+from shared.cache import shards, value_checks
 from shared.cache.ledger import Entry, entry_of, load_ledger, note, settle_ledger, whole_ledger
 from shared.cache.levels import EMPTY, LARGEST_LEVEL
 from shared.cache.manifest import Manifest, check_fingerprint, load_manifest, refuse_unfinished
@@ -23,7 +23,6 @@ from shared.cache.row import CacheRow
 from shared.cache.shards import CACHE, TABLES, Unit, finished_units
 from shared.cache.stores import small_files
 from shared.cache.tail import LinearTail
-from shared.cache.value_checks import read_sound
 from shared.system.files import TideError, link, read_bytes, refuse_unwritable, write_bytes
 
 # What a killed run may have left before it came to the manifest.
@@ -168,7 +167,7 @@ def prune_cache(
     units = sorted(set(made.units()) - set(finished_units(target)))
     for unit in tqdm(units, unit="shard", desc="prune"):
         path = unit.path(source)
-        shard = read_sound(path, layout, manifest, read_bytes(path, source))
+        shard = value_checks.sound(path, layout, manifest, read_bytes(path, source))
         rows = [cut(row, old, fewer, layout.tables.unit, k) for row in shard.rows(path, layout)]
         counts = {**shard.counts, CACHE: made.digest}
         written = shards.write_shard(unit.path(target), rows, new, counts)

@@ -14,7 +14,7 @@ from shared.cache.ledger import in_processes
 from shared.cache.manifest import Manifest, load_manifest
 from shared.cache.row import CacheRow, Layout
 from shared.cache.shards import Unit, column_bytes, finished_units
-from shared.cache.value_checks import read_sound
+from shared.cache.value_checks import sound
 from shared.system.files import TideError, read_bytes, write_bytes
 from shared.text.tokenizers import Tokenizer
 
@@ -62,9 +62,7 @@ def _inspect_shard(folder: Path, manifest: Manifest, layout: Layout, unit: Unit)
     path = unit.path(folder)
     content = read_bytes(path)
     sums = Inspection(manifest, layout.rank, [unit])
-    shard = read_sound(path, layout, manifest, content)
-    sums.bytes_by_column = column_bytes(content)
-    for row in shard.rows(path, layout):
+    for row in sound(path, layout, manifest, content).rows(path, layout):
         band = min(4, int(row.t * 5))
         sums.rows += 1
         sums.masked += row.masked.size
@@ -82,6 +80,7 @@ def _inspect_shard(folder: Path, manifest: Manifest, layout: Layout, unit: Unit)
         # Intervals are open to the left, so that a likelihood of exactly 0 falls into the last one.
         places = np.clip(np.searchsorted(LOGP_EDGES, row.chunk_logp, side="left") - 1, 0, 6)
         sums.likelihoods[band] += np.bincount(places, minlength=7)
+    sums.bytes_by_column = column_bytes(content)
     return sums
 
 
@@ -167,8 +166,7 @@ def find_row(cache: Path, which: str, draw: int) -> CacheRow:
         raise TideError(f"{cache} has no finished shard of draw {draw}", expected=expected)
     seen = 0
     for unit in units:
-        path = unit.path(cache)
-        for row in read_sound(path, layout, manifest).rows(path, layout):
+        for row in sound(unit.path(cache), layout, manifest).rows(unit.path(cache), layout):
             if which in (row.example_id, row.label) or seen == number:
                 return row
             seen += 1

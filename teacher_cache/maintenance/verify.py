@@ -12,7 +12,7 @@ from shared.cache.levels import GOLD_STEPS, LOGIT_STEPS, TAIL_STEPS, half_steps
 from shared.cache.manifest import load_manifest
 from shared.cache.row import CacheRow
 from shared.cache.shards import finished_units
-from shared.cache.value_checks import read_sound
+from shared.cache.value_checks import sound
 from shared.settings.config import CacheConfig
 from shared.system.files import TideError
 from teacher_cache.method import TeacherView, passes
@@ -129,9 +129,8 @@ def verify_cache(config: CacheConfig, rows: int) -> VerifyReport:
     units, chosen = finished_units(config.out), random.Random(0)
     chosen.shuffle(units)
     sample: list[CacheRow] = []
-    for unit in units:
-        path = unit.path(config.out)
-        content = read_sound(path, run.layout, manifest).rows(path, run.layout)
+    for path in (unit.path(config.out) for unit in units):
+        content = sound(path, run.layout, manifest).rows(path, run.layout)
         each = min(-(-rows // len(units)), rows - len(sample), len(content))
         sample += chosen.sample(content, each)
     if not sample:

@@ -297,11 +297,8 @@ def _lost(sums: dict[str, int]) -> Iterator[str]:
     if n := sums.get("beyond_teacher"):
         yield f"cross-entropy only {n:,} examples, whose prompt alone exceeds lengths.teacher"
     for name, n in sums.items():
-        if name.startswith("not written"):
+        if name.startswith(("not written", "not read")):
             yield f"{name}, in {n:,} conversations"
-    unread = [f"{name[10:]} ({n:,})" for name, n in sums.items() if name.startswith("not read")]
-    if unread:
-        yield f"not read           {', '.join(unread):.1000}"
     if whole := sums.get("response_bytes"):
         lost, examples = sums.get("unaligned_bytes", 0), sums.get("unaligned_examples", 0)
         yield (
