@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from shared.cache.manifest import load_manifest
 from shared.cache.row import CacheRow, Layout, Tables
-from shared.cache.shards import Unit, finished_units, read_shard, read_table, write_table
+from shared.cache.shards import Unit, finished_units, read_table, write_table
 from shared.settings.config import TrainConfig
 from student_train.batches.loader import BatchDataset, OpenCache
 
@@ -16,6 +16,11 @@ from student_train.batches.loader import BatchDataset, OpenCache
 def layout_of(cache: Path) -> Layout:
     """How the cache's shards are read."""
     return load_manifest(cache).layout(cache)
+
+
+def read_shard(path: Path, layout: Layout) -> list[CacheRow]:
+    """All rows of a shard's file."""
+    return read_table(path, layout).rows(path, layout)
 
 
 def rows_in(cache: Path, unit: Unit) -> list[CacheRow]:

@@ -17,7 +17,7 @@ from pipelines.recipes.read import cache_config, train_config
 from pipelines.speed import added_memory, in_process, side_by_side
 from shared.cache import ledger
 from shared.cache.manifest import Manifest
-from shared.cache.shards import TABLES, Unit, read_shard, save_tables, write_shard
+from shared.cache.shards import TABLES, Unit, read_table, save_tables, write_shard
 from shared.settings.config import KL, CacheConfig, ReverseCalm, Tidal, TrainConfig
 from shared.settings.data import TargetConfig
 from shared.system.hardware import bfloat16_in_hardware, high_water
@@ -214,10 +214,10 @@ def measure_cache(cache: Path) -> list[str]:
     cells = [f"{start:.2f}", f"{load:.2f}", f"{memory / 1e6:.0f}", f"{resume:.2f}"]
 
     path, job = unit.path(cache), (unit, opened.ledger[unit])
-    content, rows = path.read_bytes(), read_shard(path, layout)
+    content, rows = path.read_bytes(), read_table(path, layout).rows(path, layout)
     read, part = TargetReader(layout, VOCABULARY), rows[:32]
     for count, work in (
-        (SHARD, lambda: read_shard(path, layout, content)),
+        (SHARD, lambda: read_table(path, layout, content).rows(path, layout)),
         (len(part), lambda: read(collate(part, manifest))),
         (SHARD, lambda: ledger.inspect_shard(cache, manifest, layout, job)),
     ):

@@ -150,8 +150,10 @@ class Fingerprint(_Part):
         whole = noise.whole_chunks or teacher.student_tokens
         demo = CachedNoise(noise.seed, noise.comp_demo, noise.demo_ratio, whole)
         made_by = CachedEngine(engine.type, engine.dtype, engine.quantization)
-        lengths, version = config.lengths, SCHEMA_VERSION
-        return cls(version, teacher, student, data, lengths, demo, kept, None, made_by)
+        made = cls(
+            SCHEMA_VERSION, teacher, student, data, config.lengths, demo, kept, None, made_by
+        )
+        return build(cls, made.to_json(), "a cache")  # what no command could read is not begun
 
     @property
     def digest(self) -> str:

@@ -170,7 +170,8 @@ def read_table(
     try:
         counts = json.loads((table.schema.metadata or {}).get(_COUNTS_KEY, b"{}"))
         wrong = [name for name, n in actual.items() if counts.get(name, n) != n]
-    except (ValueError, AttributeError) as error:
+        wrong += [k for k, n in counts.items() if k != CACHE and (type(n) is not int or n >> 63)]
+    except (ValueError, AttributeError, RecursionError) as error:
         raise TideError(f"shard {path} has a damaged footer: {error}", fix=_MEND) from error
     if any(draw != actual["draw"] for draw in draws):
         wrong.append("the column draw")
@@ -182,11 +183,6 @@ def read_table(
         expected = f"a shard of the cache {cache}, whose folder it lies in"
         raise TideError(what, expected=expected, fix=_MEND)
     return Shard(table, {**counts, "rows": table.num_rows})
-
-
-def read_shard(path: Path, layout: Layout, content: bytes | None = None) -> list[CacheRow]:
-    """All rows of a shard. TideError as `read_table`."""
-    return read_table(path, layout, content).rows(path, layout)
 
 
 def column_bytes(content: bytes) -> Counter[str]:

@@ -7,6 +7,7 @@ holds, and a sentence; they are tried in order, since later ones lean on earlier
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,9 @@ import pyarrow.compute as pc
 from shared.cache import levels
 from shared.cache.manifest import Manifest
 from shared.cache.row import Layout
+from shared.cache.shards import Shard, read_table
 from shared.diffusion import TIME_EPSILON
+from shared.system.files import TideError
 
 VERSION = 4
 """Raised when a rule is added: caches that passed before are looked at again."""
@@ -71,6 +74,18 @@ def problem_in(table: pa.Table, layout: Layout, manifest: Manifest) -> str | Non
         if not holds:
             return f"{name} {sentence}"
     return None
+
+
+def sound(path: Path, layout: Layout, manifest: Manifest, content: bytes | None = None) -> Shard:
+    """`read_table`. TideError also where its values cannot be."""
+    shard = read_table(path, layout, content, manifest.digest)
+    try:
+        problem = problem_in(shard.table, layout, manifest)
+    except (IndexError, TypeError, ValueError) as error:
+        problem = f"cannot be read: {error}"
+    if problem:
+        raise TideError(f"shard {path}: {problem}", fix="`tide verify --delete-damaged` removes it")
+    return shard
 
 
 def _rules(table: pa.Table, layout: Layout, manifest: Manifest) -> Iterator[Rule]:

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from shared.data.messages import REASONING, Message, normal_messages, objects
-from shared.data.sources import LONGEST_LINE, Raw
+from shared.data.sources import LONGEST_LINE, Raw, unique_names
 from shared.data.tokenised import Tokens, tokens_of
 from shared.settings.config import DataConfig
 from shared.system.files import Unusable
@@ -23,14 +23,16 @@ _FORMS = (  # what a row of each has, and one of which it has beside
     ("instruction", "instruction", ("output", "response", "instances")),
     ("prompt_completion", "prompt", ("completion",)),
     ("question_answer", "question", _ANSWERS),
-    ("tokens", "input_ids", ("teacher_input_ids",)),
+    ("tokens", "input_ids", ("teacher_input_ids", "labels")),
 )
 # By which data say of an answer, or of a row, whether it is trained.
 _MARKS = ("weight", "loss_mask", "loss_weight", "loss_scale", "loss", "train", "training",
           "trainable", "train_on_turn", "learn")  # fmt: skip
 _READ = {*REASONING, "role", "from", "content", "value", "name", "tool_calls", "tool_call_id",
          "function_call"}  # fmt: skip
-_OFF, _ON = (0, "0", "0.0", "false", "False"), (None, 1, "1", "1.0", "true", "True")
+_OF_ROWS = {name for _, one, others in _FORMS for name in (one, *others)}
+_OF_ROWS |= {"id", "input", "history", "system", "align_student", "align_teacher", "ranges"}
+_OFF, _ON = ("0", "0.0", "false", "no", "off"), ("1", "1.0", "true", "yes", "on")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class ChatExample:
 def content_key(messages: Iterable[Message], tools: Any = None) -> str:
     """24 hexadecimal digits: the same conversation has the same key wherever it stands."""
     content = list(messages) if tools is None else [list(messages), tools]
-    text = json.dumps(content, ensure_ascii=False, sort_keys=True)
+    text = json.dumps(content, ensure_ascii=False, sort_keys=True, allow_nan=False)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
@@ -98,7 +100,7 @@ def decode(raw: Raw) -> Any:
     if len(raw) > LONGEST_LINE:
         raise Unusable("too large", f"the line has more than {LONGEST_LINE:,} bytes")
     try:
-        return json.loads(raw.decode("utf-8", "surrogateescape"))
+        return json.loads(raw.decode("utf-8", "surrogateescape"), object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as error:  # also nested too deeply, or integers too long
         raise Unusable("not JSON", f"not JSON: {str(error)[:120]}") from error
 
@@ -130,20 +132,24 @@ def parse(row: Any, config: DataConfig) -> tuple[ChatExample, str]:
     if not isinstance(row, dict):
         raise Unusable("no known form", f"the row is a {type(row).__name__}, not an object")
     form, name = _detect(row, config), row.get("id")
-    if any(row.get(mark) in _OFF for mark in _MARKS):
+
+    rejected = str(row.get("label")).lower() == "false"  # KTO's, to learn against
+    if rejected or any(str(row.get(mark)).lower() in _OFF for mark in _MARKS):
         raise Unusable(UNTRAINED, "the row says of itself that it is not to be trained")
     label = str(name)[:80] if isinstance(name, str | int) and not isinstance(name, bool) else ""
     label = label.encode(errors="replace").decode()
+    unread = _unread(row, {*vars(config).values(), *_OF_ROWS}, "rows")
     if form == "tokens":
         tokens = tokens_of(row)
         key = content_key([{"ids": side.ids} for side in tokens])
-        return ChatExample(key, (), None, label, tokens), form
+        return ChatExample(key, (), None, label, tokens, tuple(sorted(unread))), form
     written = _written_messages(row, form, config)
     messages = normal_messages(written)
     # 2. What the row says of its own training, and what stands there beside. What follows the last
     #    answer that is trained is cut off: a user's words there are answered by nobody.
     for one, message in zip(written, messages, strict=True):
-        if message["role"] == "assistant" and any(one.get(name) in _OFF for name in _MARKS):
+        off = any(str(one.get(name)).lower() in _OFF for name in _MARKS)
+        if message["role"] == "assistant" and off:
             message["train"] = False
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not answers:
@@ -153,11 +159,8 @@ def parse(row: Any, config: DataConfig) -> tuple[ChatExample, str]:
     if not answers:
         raise Unusable(UNTRAINED, "every answer of the row is marked as not to be trained")
     messages = messages[: answers[-1] + 1]
-    unread = {f"`{name}` of a row" for name in _MARKS if row.get(name) not in _ON}
-    for name, value in (item for one in written for item in one.items()):
-        heard = name in _READ or (name in _MARKS and value in (*_ON, *_OFF))
-        if not heard and value not in (None, "", []):
-            unread.add(f"`{name}` of messages")
+    for one in written:
+        unread |= _unread(one, _READ, "messages", (*_ON, *_OFF))
     # 3. Tools as templates want them: a list.
     tools = objects(row.get(config.tools_field)) or None
     # 4. The size.
@@ -166,12 +169,19 @@ def parse(row: Any, config: DataConfig) -> tuple[ChatExample, str]:
         reason = f"the conversation has {size:,} characters, more than {MOST_CHARACTERS:,}"
         raise Unusable("too large", reason)
     try:
-        if isinstance(tools, str):
-            raise TypeError("a text that is no JSON")
+        if tools and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
+            raise TypeError("no list of objects, nor JSON that is one")
         key = content_key(messages, tools)
-    except (TypeError, UnicodeEncodeError) as error:
+    except (TypeError, ValueError) as error:
         raise Unusable("not in its form", f"`{config.tools_field}`: {error}") from error
     return ChatExample(key, tuple(messages), tools, label, unread=tuple(sorted(unread))), form
+
+
+def _unread(one: Row, known: Collection[Any], of: str, heard: Collection[str] = _ON) -> set[str]:
+    """Its fields that say what nothing listens to; a mark may say what is `heard`."""
+    said = {n: v for n, v in one.items() if n not in known and v not in (None, "", [], {})}
+    marks = {n for n in said if n in _MARKS and str(said[n]).lower() in heard}
+    return {f"{name!r:.80} of {of}" for name in said.keys() - marks}
 
 
 def _detect(row: Row, config: DataConfig) -> str:

@@ -11,11 +11,12 @@ Message = dict[str, Any]
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING = ("reasoning_content", "reasoning", "thinking")
+_CALLS = ("function_call", "tool_call")  # ShareGPT's roles: the content is a call, or several
 # Other names of the four roles that chat templates know: system, user, assistant and tool.
 _ROLES = {"developer": "system"}
 _ROLES |= dict.fromkeys(("human", "prompter"), "user")
-_ROLES |= dict.fromkeys(("gpt", "chatgpt", "model", "bot", "ai", "function_call"), "assistant")
-_ROLES |= dict.fromkeys(("function", "observation", "ipython"), "tool")
+_ROLES |= dict.fromkeys(("gpt", "chatgpt", "model", "bot", "ai", *_CALLS), "assistant")
+_ROLES |= dict.fromkeys(("function", "observation", "ipython", "tool_response"), "tool")
 
 
 def normal_messages(messages: Sequence[Any]) -> list[Message]:
@@ -34,12 +35,15 @@ def normal_messages(messages: Sequence[Any]) -> list[Message]:
         older = message.get("function_call")  # OpenAI's, before there were several
         calls = objects(message.get("tool_calls") or (older and [{"function": older}]))
         content = _content(number, message, bool(calls))
+        if role in _CALLS and not calls and not isinstance(said := objects(content), str):
+            calls, content = said if isinstance(said, list) else [said], ""
         clean: Message = {"role": _ROLES.get(role.lower(), role.lower()), "content": content}
         # What an answer has beside its content.
         if calls:
             if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
                 raise Unusable("not in its form", f"message {number}: `tool_calls` are no calls")
-            clean["tool_calls"] = calls
+            kind = {"type": "function"}
+            clean["tool_calls"] = [{**kind, "function": c} if "name" in c else c for c in calls]
         thoughts = [t for t in map(message.get, REASONING) if isinstance(t, str) and t.strip()]
         if thoughts:
             clean["reasoning_content"] = thoughts[0]
@@ -47,9 +51,9 @@ def normal_messages(messages: Sequence[Any]) -> list[Message]:
             if message.get(name):
                 clean[name] = str(message[name])
         try:
-            json.dumps(clean, ensure_ascii=False).encode()
-        except (TypeError, UnicodeEncodeError) as error:
-            reason = "not in its form" if isinstance(error, TypeError) else "lone surrogates"
+            json.dumps(clean, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError) as error:
+            reason = ("not in its form", "lone surrogates")[isinstance(error, UnicodeEncodeError)]
             raise Unusable(reason, f"message {number} cannot be encoded: {error}") from error
         normal.append(clean)
     return normal
@@ -65,7 +69,7 @@ def objects(value: Any, calls: bool = True) -> Any:
         return [objects(item) for item in value]
     if calls and isinstance(value, dict):
         inside = {"function": True, "arguments": False, "parameters": False}
-        return {k: objects(v, inside[k]) if k in inside else v for k, v in value.items()}
+        return {k: objects(v or "", inside[k]) if k in inside else v for k, v in value.items()}
     return value
 
 

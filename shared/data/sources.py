@@ -34,6 +34,8 @@ Raw = bytes | dict[str, Any]  # a line of JSON still to be read, or a row
 LONGEST_LINE = 1 << 24  # bytes: of a longer one no more is read
 _MOST_PACKED = 1000  # bytes that a compressed array may have for each of its file
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *ENDINGS)
+# What libraries write beside data, and what caches of `datasets` repeat of it.
+_FOREIGN = re.compile(r"(dataset_(infos?|dict)|state|.*config|tokenizer)\.json|cache-.*\.arrow")
 _OPENERS: dict[str, Any] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
@@ -81,7 +83,8 @@ def source_files(source: str) -> list[Path]:
         patterns = [f"{glob.escape(folder)}/{rest}" for folder in folders]
     files = sorted(p for each in patterns for p in map(Path, glob.glob(each)) if p.is_file())
     if path.is_dir() or source.endswith("*"):
-        files = [p for p in files if _ending(p) in _ENDINGS or p.suffix == ".zst"]
+        files = [p for p in files if _ending(p) in _ENDINGS or p.suffixes == [".zst"]]
+        files = [p for p in files if not _FOREIGN.fullmatch(p.name)]
     seen: set[Path] = set()  # a link to a file that is there would repeat its rows
     files = [p for p in files if (real := p.resolve()) not in seen and not seen.add(real)]
     if not files:
@@ -98,7 +101,8 @@ def _folders(top: str) -> Iterator[str]:
     seen = set()
     for folder, inside, files in os.walk(top, followlinks=True):
         names, place = {*inside, *files}, os.path.realpath(folder)
-        if place in seen or {"shards", "manifest.json"} <= names or {"parts", ".lock"} <= names:
+        ours = ({"shards", "manifest.json"}, {"parts", ".lock"}, {"run.json"})
+        if place in seen or any(own <= names for own in ours):
             inside.clear()
             continue
         seen.add(place)
@@ -118,6 +122,12 @@ def public_name(source: str) -> str:
 
 
 # --- Files
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(made := dict(pairs)) < len(pairs):
+        raise ValueError(f"one of its names stands there twice: {', '.join(made):.80}")
+    return made
 
 
 def file_rows(path: Path) -> Iterator[tuple[Place, Raw]]:
@@ -155,7 +165,7 @@ def _json_rows(path: Path) -> Iterator[tuple[Place, Raw]]:
             what = f"{path} unpacks to more than {most:,} bytes of a single document"
             raise TideError(what, fix="write one row a line")
         try:
-            document = json.loads(content.decode("utf-8-sig"))
+            document = json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique_names)
         except (ValueError, RecursionError) as error:
             if (begins, ends) != (b"[", b"]"):  # else lines that hold lists: each is judged
                 what = f"{path} is no JSON array: {str(error)[:120]}"

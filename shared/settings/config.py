@@ -132,7 +132,7 @@ class ModelShape:
 class Lora:
     """An adapter of low rank, trained in the stead of linear layers and merged in the end."""
 
-    rank: Count = 16
+    rank: Annotated[int, Field(gt=0, le=1 << 16)] = 16
     alpha: Count = 32
     """The adapter counts alpha / rank times."""
     targets: Annotated[tuple[AdaptedLayer, ...], Field(min_length=1)] = get_args(AdaptedLayer)
@@ -278,14 +278,14 @@ class TrainConfig:
     weight: NotNegative = 1.0
     """Weight of the distillation term: loss = CE + weight · distillation."""
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
-    epochs: Positive = 10.0
-    max_steps: int = -1
+    epochs: Annotated[float, Field(gt=0, le=1e9)] = 10.0
+    max_steps: Annotated[int, Field(le=10**9)] = -1
     """Optimizer steps; overrides `epochs` where positive."""
-    global_batch: Count | None = None
+    global_batch: Annotated[int, Field(gt=0, le=1 << 20)] | None = None
     """Examples of a step on all processes (default: `batch_size` · `accumulation` · processes)."""
     batch_size: Count = 8
     """Examples per device and forward pass; with `global_batch` at most."""
-    accumulation: Count = 1
+    accumulation: Annotated[int, Field(gt=0, le=1 << 20)] = 1
     """Forward passes of a step; with `global_batch` it follows."""
     draws_per_step: Count = 1
     """Draws of an example in one pass, over one clean copy; batches and epochs count draws."""
@@ -314,5 +314,5 @@ class TrainConfig:
     log_steps: Count = 10
     heldout: DataConfig | None = None
     """Examples for the held-out masked NLL, at fixed masks, every `eval_steps` and at the end."""
-    heldout_draws: Count = 4
+    heldout_draws: Annotated[int, Field(gt=0, le=1000)] = 4
     eval_steps: Count = 500

@@ -22,10 +22,9 @@ from shared.system.files import TideError, explained
 
 logger = logging.getLogger(__name__)
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-_PARENT, _TORCHRUN = "TIDE_PARENT", "TORCHELASTIC_RUN_ID"
+_PARENT = "TIDE_PARENT"
 _PR_SET_PDEATHSIG = 1
 _received: list[int] = []
-_starters: list[int] = []  # the `tide` process that started this one, if one did
 
 
 @contextmanager
@@ -99,8 +98,8 @@ def stop_in_order() -> None:
 @contextmanager
 def stop_is_asked(said: str) -> Iterator[list[float]]:
     """For a block that looks itself whether a signal came, to which `said` answers; when. A second
-    one does what it did before: not within a second of a Ctrl-C that whoever started this process
-    had as well and passes on.
+    one does what it did before, but not within a second: a key is pressed twice, or whoever started
+    this process passes on what both had.
     """
     asked: list[float] = []
 
@@ -109,7 +108,7 @@ def stop_is_asked(said: str) -> Iterator[list[float]]:
             asked.append(time.monotonic())
             _received.append(number)
             os.write(2, f"\ntide: {said}\n".encode())
-        elif time.monotonic() > asked[0] + 1 or not (_starters or _TORCHRUN in os.environ):
+        elif time.monotonic() > asked[0] + 1:
             signal.signal(number, before[number])
             signal.raise_signal(number)
 
@@ -144,7 +143,6 @@ def end_with_parent() -> None:
     """In a process of `start_child`: end when the parent is gone, even by kill -9. Linux only."""
     parent = os.environ.pop(_PARENT, None)
     if parent is not None:
-        _starters.append(int(parent))
         _follow(int(parent))
 
 

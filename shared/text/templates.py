@@ -39,15 +39,15 @@ class Turn:
 class RenderedChat:
     """A chat as text. What stands outside of `turns` is prompt (no loss).
 
-    `plain` are the spans of all `contents`; None where they could not be told from the template's
-    own text. `ignored` is what the conversation has and the template does not write: tools, parts
-    of earlier answers.
+    `plain` are the spans of all contents; None where they could not be told from the template's own
+    text. `unplaced` may stand anywhere: calls, tools, contents then. `ignored` is what the
+    conversation has and the template does not write: tools, parts of earlier answers.
     """
 
     text: str
     turns: tuple[Turn, ...]
     plain: list[Span] | None
-    contents: list[str]
+    unplaced: list[str]
     ignored: tuple[str, ...] = ()
 
 
@@ -105,9 +105,9 @@ class ChatTemplate:
         """
         probes = _with_sentinels(messages)
         text = self._prompt_text(messages, tools)
-        pieces = _pieces(self._prompt_text(probes, tools), len(probes))
+        pieces = _pieces(self._prompt_text(probes, tools), probes)
         spans = None if pieces is None else _locate_contents(pieces, messages, text)
-        return RenderedChat(text, (), spans, _contents(messages))
+        return RenderedChat(text, (), spans, _unplaced(messages, tools, spans))
 
     def _prompt_text(self, messages: Messages, tools: Any) -> str:
         """With the generation prompt, or all else that stands before an answer."""
@@ -132,8 +132,12 @@ class ChatTemplate:
         frame = self._frame(messages, tools)
         text = self._apply(messages, tools)
         last, answer, content = len(messages) - 1, messages[-1], _contents(messages)[-1]
+        extras = [name for name in EXTRAS if answer.get(name)]
+        bare = [*messages[:-1], {"role": "assistant", "content": ""}]
+        tail = self._frame(bare, tools) if extras else frame  # extras may stand behind the content
+        tail = tail if text.endswith(tail.pieces[-1]) else frame
         rewritten = self._unusable("template rewrites the response", f"rewrites {content[:60]!r}")
-        if not text.endswith(frame.pieces[-1]):
+        if not text.endswith(tail.pieces[-1]):
             raise rewritten
         spans = _locate_contents(frame.pieces, messages, text)
 
@@ -146,24 +150,25 @@ class ChatTemplate:
             return spans[i][0] if prompt is None and spans is not None else prompt
 
         # 2. The last response: from the end of its prompt to its end of turn.
-        stop = len(text) - len(frame.pieces[-1])
+        stop = len(text) - len(tail.pieces[-1])
         start = start_of(last)
         if start is None or start > stop:
             raise rewritten
-        extras = [name for name in EXTRAS if answer.get(name)]
-        for name in extras:
-            if self._apply([*messages[:-1], _without(name, answer)], tools) == text:
-                raise self._unusable(f"template drops {name}", f"drops the answer's {name}")
+        dropped = {(name, i == last) for i in range(last + 1) for name in EXTRAS
+                   for less in _with_less(name, messages, i)
+                   if self._apply(less, tools) == text}  # fmt: skip
+        for name, own in sorted(dropped):  # results without calls, in turns that say nothing
+            if own or name == "tool_calls":
+                raise self._unusable(f"template drops {name}", f"drops {name}, or a part of them")
         body = _own_words(text, start, stop, None if extras else content)
         if body is None:
             raise rewritten
-        trained = [Turn(last, start, stop + len(frame.closing), body)]
+        trained = [Turn(last, start, stop + len(tail.closing), body)]
         # 3. Earlier responses, where their contents were located.
         located = spans if spans is not None and turns == "all" else []
         for i, (first, end) in enumerate(located[:-1]):
-            if messages[i]["role"] != "assistant" or any(messages[i].get(n) for n in EXTRAS):
-                continue
-            if messages[i].get("train") is False:
+            m = messages[i]
+            if m["role"] != "assistant" or m.get("train") is False or any(map(m.get, EXTRAS)):
                 continue
             start = start_of(i)
             start = first if start is None else min(start, first)
@@ -171,18 +176,12 @@ class ChatTemplate:
             if first < end:
                 trained.insert(-1, Turn(i, start, end + closed, (first, end)))
         # 4. What the text would be the same without.
-        ignored = []
+        ignored = [f"{name} of earlier answers" for name, _ in dropped]
         if tools is not None and self._apply(messages, None) == text:
             ignored.append("tools")
-        for name in EXTRAS:
-            if any(m.get(name) for m in messages[:-1]):
-                earlier = [_without(name, m) for m in messages[:-1]]
-                if self._apply([*earlier, answer], tools) == text:
-                    if name == "tool_calls":  # results without calls, in turns that say nothing
-                        raise self._unusable(f"template drops {name}", f"drops earlier {name}")
-                    ignored.append(f"{name} of earlier answers")
         text = text[: trained[-1].end]
-        return RenderedChat(text, tuple(trained), spans, _contents(messages), tuple(ignored))
+        unplaced = _unplaced(messages, tools, spans)
+        return RenderedChat(text, tuple(trained), spans, unplaced, tuple(ignored))
 
     def _lead(self, i: int, messages: Messages, tools: Any, frame: _Frame) -> int | None:
         """How much of the text in front of answer `i`'s content is its own (`leads`)."""
@@ -213,9 +212,10 @@ class ChatTemplate:
             return self._frames[roles]
         probes = _with_sentinels(messages)
         text = self._apply(probes, tools)
-        pieces = _pieces(text, len(probes))
+        pieces = _pieces(text, probes)
         if pieces is None:
-            dropped = next((i for i in range(len(roles)) if text.count(_sentinel(i)) != 1), 0)
+            counts = [text.count(probe["content"] or text) for probe in probes]
+            dropped = next((i for i, count in enumerate(counts) if count != 1), 0)
             what = f"drops message {dropped} ({roles[dropped]}), or writes it twice or elsewhere"
             raise self._unusable("template drops a message", what)
         closing = pieces[-1]
@@ -239,7 +239,7 @@ class ChatTemplate:
         objects: list[str] = []
 
         def with_text(value: dict[str, Any]) -> dict[str, Any]:
-            if isinstance(arguments := value.get("arguments"), dict):
+            if isinstance(arguments := value.get("arguments"), dict | list) and "name" in value:
                 objects.append(str(arguments))
                 value["arguments"] = json.dumps(arguments, ensure_ascii=False)
             return value
@@ -273,17 +273,36 @@ def _sentinel(index: int) -> str:
 
 
 def _with_sentinels(messages: Messages) -> list[Message]:
-    return [{**m, "content": _sentinel(i)} for i, m in enumerate(messages)]
+    # A missing content beside calls has none: some templates write either.
+    there = [bool(m.get("content") or not m.get("tool_calls")) for m in messages]
+    return [{**m, "content": _sentinel(i) * there[i]} for i, m in enumerate(messages)]
+
+
+def _with_less(name: str, messages: Messages, i: int) -> list[Messages]:
+    """Without each of the calls of message `i`, or without its reasoning."""
+    whole = messages[i].get(name) or []
+    parts = whole if isinstance(whole, list) else [whole]
+    less = [{**messages[i], name: [p for p in parts if p is not part]} for part in parts]
+    return [[*messages[:i], one, *messages[i + 1 :]] for one in less]
 
 
 def _without(name: str, message: Message) -> Message:
     return {key: value for key, value in message.items() if key != name}
 
 
-def _pieces(text: str, count: int) -> list[str] | None:
+def _pieces(text: str, probes: Messages) -> list[str] | None:
     """`text` cut at its sentinels; None where one is missing, stands twice or out of order."""
-    parts = _SENTINEL.split(text)  # piece, number, piece, number, …, piece
-    return parts[::2] if parts[1::2] == [str(i) for i in range(count)] else None
+    parts = _SENTINEL.split(text)  # piece, number, piece, …; a message may have none
+    if parts[1::2] != [str(i) for i, probe in enumerate(probes) if probe["content"]]:
+        return None
+    pieces = iter(parts[::2])
+    return [next(pieces), *(next(pieces) if probe["content"] else "" for probe in probes)]
+
+
+def _unplaced(messages: Messages, tools: Any, spans: list[Span] | None) -> list[str]:
+    beside = [tools, *(message.get(name) for message in messages for name in EXTRAS)]
+    texts = [] if spans is not None else _contents(messages)
+    return texts + [json.dumps(each, ensure_ascii=False) for each in beside if each]
 
 
 def _locate_contents(pieces: Sequence[str], messages: Messages, text: str) -> list[Span] | None:

@@ -64,6 +64,9 @@ class Tokenizer:
             ) from error
         finally:
             transformers_logging.set_verbosity(level)
+        model = getattr(getattr(backend, "backend_tokenizer", None), "model", None)
+        if getattr(model, "dropout", None):
+            model.dropout = None  # or one text had other ids each time
         if chat_template is not None:
             try:
                 backend.chat_template = chat_template.read_text(encoding="utf-8")
@@ -101,7 +104,9 @@ class Tokenizer:
         """Token ids of each text; no token is added that the text does not contain."""
         if not texts:
             return []
-        return self.backend(list(texts), add_special_tokens=False)["input_ids"]
+        return self.backend(
+            [*texts], add_special_tokens=False, split_special_tokens=False
+        ).input_ids
 
     def encode_chats(
         self, chats: Sequence[RenderedChat | Unusable]
@@ -125,12 +130,11 @@ class Tokenizer:
                 edges.append(len(chat.text))
             # 2. What in its contents looks like a control token is tokenised as text.
             matches = list(self._control.finditer(chat.text))
-            if chat.plain is None:
-                matches = [m for content in chat.contents for m in self._control.finditer(content)]
-                if matches:
-                    reason = f"a content spells {matches[0].group()!r}"
-                    results[number] = Unusable("spells a control token", reason)
-                    continue
+            found = next(filter(None, map(self._control.search, chat.unplaced)), None)
+            if found is not None:
+                reason = f"a content, a call or a tool spells {found.group()!r}"
+                results[number] = Unusable("spells a control token", reason)
+                continue
             # Spans are in order: the last one that begins before a match ends decides.
             spans = chat.plain or []
             plain = {

@@ -26,7 +26,7 @@ from shared.cache.manifest import load_manifest, refuse_unfinished
 from shared.cache.row import CacheRow, without_masks
 from shared.cache.shards import Shard, Unit, finished_units, read_table
 from shared.cache.stores import Store
-from shared.cache.value_checks import problem_in
+from shared.cache.value_checks import sound
 from shared.diffusion import generator
 from shared.settings.config import TrainConfig
 from shared.system.files import TideError, read_bytes, write_bytes
@@ -83,11 +83,11 @@ class OpenCache:
             what = f"shard {path}, which the cache's ledger names, cannot be read: {error.strerror}"
             fix = "run the same `tide cache` command again: it computes what is missing"
             raise TideError(what, fix=fix) from error
-        shard = read_table(path, self.layout, content)
+        if store is None:
+            shard = read_table(path, self.layout, content)
+        else:  # nobody looked at its values when the cache was opened
+            shard = sound(path, self.layout, self.manifest, content)
         self.ledger[unit].check(path, content, shard.counts)
-        # At the values of a store's nobody looked when the cache was opened.
-        if store and (problem := problem_in(shard.table, self.layout, self.manifest)):
-            raise TideError(f"shard {path} of {store.url} does not hold: {problem}")
         return shard
 
     def _fetch(self, store: Store, unit: Unit) -> bytes:

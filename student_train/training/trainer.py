@@ -107,9 +107,12 @@ def make_trainer(
     if manifest.shared_tokenizer and k > width:
         what = f"the cache keeps {k} logits a position, the student has {width}"
         raise TideError(what, fix="use another student")
+    lengths = manifest.fingerprint.lengths
+    if lengths.student > (known := model.config.max_position_embeddings):
+        what = f"rows of the cache may have {lengths.student} tokens, the student knows {known}"
+        raise TideError(f"{what} positions", fix="use another student, or lower lengths.student")
     dataset = BatchDataset(opened, config, processes)
     steps = math.ceil(len(dataset) / (config.accumulation * processes))
-    lengths = manifest.fingerprint.lengths
     heldout = None
     if config.heldout is not None:
         mask_id = manifest.fingerprint.student.mask_id

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from shared.cache import shards
+from shared.cache import shards, value_checks
 from shared.cache.ledger import Entry, entry_of, load_ledger, note, settle_ledger, whole_ledger
 from shared.cache.levels import EMPTY, LARGEST_LEVEL
 from shared.cache.manifest import Manifest, check_fingerprint, load_manifest, refuse_unfinished
@@ -151,7 +151,7 @@ def prune_cache(source: Path, target: Path, **wanted: int | None) -> Manifest:
     units = sorted(set(made.units()) - set(finished_units(target)))
     for unit in tqdm(units, unit="shard", desc="prune"):
         path = unit.path(source)
-        shard = shards.read_table(path, layout, read_bytes(path, source))
+        shard = value_checks.sound(path, layout, manifest, read_bytes(path, source))
         rows = [cut(row, old, fewer, layout.tables.unit, k) for row in shard.rows(path, layout)]
         counts = {**shard.counts, CACHE: made.digest}
         written = shards.write_shard(unit.path(target), rows, new, counts)

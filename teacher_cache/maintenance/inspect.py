@@ -12,7 +12,8 @@ import numpy as np
 from shared.cache.ledger import in_processes
 from shared.cache.manifest import Manifest, load_manifest
 from shared.cache.row import CacheRow, Layout
-from shared.cache.shards import Unit, column_bytes, finished_units, read_shard
+from shared.cache.shards import Unit, column_bytes, finished_units
+from shared.cache.value_checks import sound
 from shared.system.files import TideError, read_bytes
 from shared.text.tokenizers import Tokenizer
 
@@ -59,8 +60,7 @@ def _inspect_shard(folder: Path, manifest: Manifest, layout: Layout, unit: Unit)
     path = unit.path(folder)
     content = read_bytes(path)
     sums = Inspection(manifest, layout.rank, [unit])
-    sums.bytes_by_column = column_bytes(content)
-    for row in read_shard(path, layout, content):
+    for row in sound(path, layout, manifest, content).rows(path, layout):
         band = min(4, int(row.t * 5))
         sums.rows += 1
         sums.masked += row.masked.size
@@ -78,6 +78,7 @@ def _inspect_shard(folder: Path, manifest: Manifest, layout: Layout, unit: Unit)
         # Intervals are open to the left, so that a likelihood of exactly 0 falls into the last one.
         places = np.clip(np.searchsorted(LOGP_EDGES, row.chunk_logp, side="left") - 1, 0, 6)
         sums.likelihoods[band] += np.bincount(places, minlength=7)
+    sums.bytes_by_column = column_bytes(content)
     return sums
 
 
@@ -155,7 +156,8 @@ def find_row(cache: Path, which: str, draw: int) -> CacheRow:
     manifest = load_manifest(cache)
     layout = manifest.layout(cache)
     units = [unit for unit in finished_units(cache) if unit.draw == draw]
-    rows = (row for unit in units for row in read_shard(unit.path(cache), layout))
+    shards = (unit.path(cache) for unit in units)
+    rows = (row for p in shards for row in sound(p, layout, manifest).rows(p, layout))
     for number, row in enumerate(rows):
         if which in (row.example_id, row.label, str(number)):
             return row

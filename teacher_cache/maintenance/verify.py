@@ -12,7 +12,8 @@ from shared.cache.ledger import LEDGER, NOTES, check_shards, load_ledger, rememb
 from shared.cache.levels import GOLD_STEPS, LOGIT_STEPS, TAIL_STEPS, half_steps
 from shared.cache.manifest import load_manifest
 from shared.cache.row import CacheRow
-from shared.cache.shards import finished_units, read_shard
+from shared.cache.shards import finished_units
+from shared.cache.value_checks import sound
 from shared.settings.config import CacheConfig
 from shared.system.files import TideError
 from teacher_cache.method import TeacherView, passes
@@ -111,14 +112,14 @@ def verify_cache(config: CacheConfig, rows: int) -> VerifyReport:
     compared rank by rank (ids may change places where two are nearly equal), beyond rounding.
     TideError where the cache, the teacher or the settings do not belong together.
     """
-    load_manifest(config.out)  # or else it is no cache
+    manifest = load_manifest(config.out)  # or else it is no cache
     run = open_or_begin(config, any_engine=True)
     # 1. the sample
     units, chosen = finished_units(config.out), random.Random(0)
     chosen.shuffle(units)
     sample: list[CacheRow] = []
-    for unit in units:
-        content = read_shard(unit.path(config.out), run.layout)
+    for path in (unit.path(config.out) for unit in units):
+        content = sound(path, run.layout, manifest).rows(path, run.layout)
         each = min(-(-rows // len(units)), rows - len(sample), len(content))
         sample += chosen.sample(content, each)
     if not sample:

@@ -35,7 +35,7 @@ from shared.text.tokenizers import Tokenizer
 from teacher_cache.prepared import folder
 from teacher_cache.prepared.folder import Entries, PreparedData, Record, RowReport
 
-_VERSION = 4  # of what preparing does, and of the layout: another one prepares anew
+_VERSION = 5  # of what preparing does, and of the layout: another one prepares anew
 _ROWS_OF_A_PART = 256
 _PARTS_HERE = 12  # so few new parts are prepared here: starting processes would take longer
 _LENGTH_STEP = 32  # of the histogram of lengths, in tokens

@@ -25,7 +25,7 @@ from torch import Tensor
 from pipelines.plan.costs import even_layout, made_up_fingerprint
 from shared.aligned.examples import Prepared
 from shared.cache.manifest import Manifest
-from shared.cache.shards import read_shard, write_shard
+from shared.cache.shards import read_table, write_shard
 from shared.diffusion import Draw
 from shared.settings import config as options
 from shared.settings.build import build
@@ -92,7 +92,7 @@ def check_case(folder: Path, name: str, case: dict[str, Any]) -> Group:
     with tempfile.TemporaryDirectory(prefix="tide-step-") as scratch:
         shard = Path(scratch) / "part.parquet"
         write_shard(shard, rows, layout, {})
-        read = read_shard(shard, layout)
+        read = read_table(shard, layout).rows(shard, layout)
     for batch in (collate(rows, manifest), collate(read, manifest)):
         model = load(folder / case["student"])
         model.requires_grad_(True)

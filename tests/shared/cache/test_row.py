@@ -12,9 +12,9 @@ from hypothesis.extra.numpy import arrays
 from shared.cache import levels
 from shared.cache.ledger import Entry
 from shared.cache.row import CacheRow, Layout
-from shared.cache.shards import Unit, finished_units, read_shard, read_table, write_shard
+from shared.cache.shards import Unit, finished_units, read_table, write_shard
 from shared.system.files import TideError
-from tests.reading import random_tables
+from tests.reading import random_tables, read_shard
 
 T = (1.0, 2.0)
 RANK = 3

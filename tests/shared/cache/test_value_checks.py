@@ -159,7 +159,7 @@ def test_what_passed_is_not_looked_at_again_but_its_length_and_hash_are(
     manifest = load_manifest(cache)
     layout, ledger = manifest.layout(cache), whole_ledger(cache, manifest)
     looked: list[int] = []
-    monkeypatch.setattr("shared.cache.ledger.problem_in", lambda *_: looked.append(1))
+    monkeypatch.setattr("shared.cache.value_checks.problem_in", lambda *_: looked.append(1))
     refuse_unsound(cache, manifest, layout, ledger)
     refuse_unsound(cache, manifest, layout, ledger)
     assert len(looked) == 6

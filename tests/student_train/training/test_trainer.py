@@ -111,19 +111,22 @@ def test_a_killed_run_has_the_same_curve(caches: dict[str, Path], tmp_path: Path
 def test_a_run_that_is_told_to_stop_goes_on_where_it_was(
     sign: signal.Signals, caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After any step, with every float of a run that was never told; a second signal ends it."""
+    """After any step, with every float of a run that was never told. Two at once are one; a second
+    that comes later ends it.
+    """
     cache, straight, out = caches["tiny-shared"], tmp_path / "straight", tmp_path / "told"
     how = {"distillation": {"type": "kl", "tidal": {}}, "log_steps": 3, "accumulation": 2}
     train_student(config(cache, straight, **how))
     assert [e["step"] for e in curve(straight) if "eval_heldout_nll" in e] == [0, 6, 12]
 
-    def told(times: int) -> None:
+    def told(times: int, later: bool = False) -> None:
         trainer, _ = make_trainer(config(cache, out, **how))
         first = 2 * max([c.step for c in whole_checkpoints(out / "checkpoints")], default=0)
 
         def at_item(item: int, *_: Any) -> None:
             for _time in range(times if item == first + 2 else 0):
                 signal.raise_signal(sign)
+                trainer.asked[0] -= 2 * later
 
         trainer.at_item = at_item
         with pytest.raises(KeyboardInterrupt):
@@ -131,8 +134,8 @@ def test_a_run_that_is_told_to_stop_goes_on_where_it_was(
 
     monkeypatch.setattr(processes, "_received", [])  # another test may have had one here
     before = signal.signal(sign, signal.default_int_handler)
-    for times, step in ((1, 2), (1, 4), (2, 4), (1, 6)):
-        told(times)
+    for times, later, step in ((1, False, 2), (2, False, 4), (2, True, 4), (1, False, 6)):
+        told(times, later)
         assert whole_checkpoints(out / "checkpoints")[-1].step == step
     signal.signal(sign, before)
     train_student(config(cache, out, **how))

@@ -26,7 +26,7 @@ import torch
 
 from shared.cache.manifest import load_manifest
 from shared.cache.row import CacheRow
-from shared.cache.shards import Unit, read_shard
+from shared.cache.shards import Unit
 from shared.settings.build import build, to_plain
 from shared.settings.config import CacheConfig
 from shared.system import files as system_files
@@ -34,7 +34,7 @@ from shared.system.files import TideError
 from student_train.training.trainer import train_student
 from teacher_cache.run.build import build_cache
 from tests.conftest import files, small_cache_config
-from tests.reading import layout_of
+from tests.reading import layout_of, read_shard
 from tests.shared.cache.test_row import assert_same
 from tests.student_train.training.test_trainer import config as train_settings
 
