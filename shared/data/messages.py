@@ -40,10 +40,13 @@ def normal_messages(messages: Sequence[Any]) -> list[Message]:
         clean: Message = {"role": _ROLES.get(role.lower(), role.lower()), "content": content}
         # What an answer has beside its content.
         if calls:
-            if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            kind, calls = {"type": "function"}, calls if isinstance(calls, list) else [calls]
+            calls = [
+                {**kind, "function": c} if isinstance(c, dict) and "name" in c else c for c in calls
+            ]
+            if not all(isinstance(c, dict) and isinstance(c.get("function"), dict) for c in calls):
                 raise Unusable("not in its form", f"message {number}: `tool_calls` are no calls")
-            kind = {"type": "function"}
-            clean["tool_calls"] = [{**kind, "function": c} if "name" in c else c for c in calls]
+            clean["tool_calls"] = calls
         thoughts = [t for t in map(message.get, REASONING) if isinstance(t, str) and t.strip()]
         if thoughts:
             clean["reasoning_content"] = thoughts[0]

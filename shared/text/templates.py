@@ -154,9 +154,7 @@ class ChatTemplate:
         start = start_of(last)
         if start is None or start > stop:
             raise rewritten
-        dropped = {(name, i == last) for i in range(last + 1) for name in EXTRAS
-                   for less in _with_less(name, messages, i)
-                   if self._apply(less, tools) == text}  # fmt: skip
+        dropped = self._dropped(messages, tools)
         for name, own in sorted(dropped):  # results without calls, in turns that say nothing
             if own or name == "tool_calls":
                 raise self._unusable(f"template drops {name}", f"drops {name}, or a part of them")
@@ -182,6 +180,30 @@ class ChatTemplate:
         text = text[: trained[-1].end]
         unplaced = _unplaced(messages, tools, spans)
         return RenderedChat(text, tuple(trained), spans, unplaced, tuple(ignored))
+
+    def _dropped(self, messages: Messages, tools: Any) -> set[tuple[str, bool]]:
+        """Of which parts beside contents the template leaves out something (a call, a call's
+        arguments), and whether the last answer's: one text says it, with marks in their places.
+        """
+        parts: list[tuple[str, bool, list[str]]] = []  # any of the marks is to stand there
+
+        def marked(call: Any, own: bool) -> dict[str, Any]:
+            name, arguments = (f"tide-{kind}-{len(parts)}-" for kind in ("name", "arguments"))
+            needed = call["function"].get("arguments") not in ({}, "{}", "", None)
+            parts.append(("tool_calls", own, [arguments] if needed else [arguments, name]))
+            return {**call, "function": {"name": name, "arguments": {arguments: 0}}}
+
+        probes = []
+        for message in messages:
+            probe, own = dict(message), message is messages[-1]
+            if "tool_calls" in probe:
+                probe["tool_calls"] = [marked(call, own) for call in probe["tool_calls"]]
+            if "reasoning_content" in probe:
+                probe["reasoning_content"] = f"tide-thought-{len(parts)}-"
+                parts.append(("reasoning_content", own, [probe["reasoning_content"]]))
+            probes.append(probe)
+        text = self._apply(probes, tools) if parts else ""
+        return {(name, own) for name, own, marks in parts if not any(m in text for m in marks)}
 
     def _lead(self, i: int, messages: Messages, tools: Any, frame: _Frame) -> int | None:
         """How much of the text in front of answer `i`'s content is its own (`leads`)."""
@@ -276,14 +298,6 @@ def _with_sentinels(messages: Messages) -> list[Message]:
     # A missing content beside calls has none: some templates write either.
     there = [bool(m.get("content") or not m.get("tool_calls")) for m in messages]
     return [{**m, "content": _sentinel(i) * there[i]} for i, m in enumerate(messages)]
-
-
-def _with_less(name: str, messages: Messages, i: int) -> list[Messages]:
-    """Without each of the calls of message `i`, or without its reasoning."""
-    whole = messages[i].get(name) or []
-    parts = whole if isinstance(whole, list) else [whole]
-    less = [{**messages[i], name: [p for p in parts if p is not part]} for part in parts]
-    return [[*messages[:i], one, *messages[i + 1 :]] for one in less]
 
 
 def _without(name: str, message: Message) -> Message:
