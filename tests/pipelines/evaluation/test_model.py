@@ -98,6 +98,7 @@ def test_the_task_says_how_to_sample_where_the_model_does_not(loaded: LoadedStud
     (short,), (long,) = ask(), ask(max_gen_toks=24)
     assert long.startswith(short) and len(long) > len(short)
     assert ask(temperature=3.0, do_sample=False) == [short]
+    assert ask(max_gen_toks=-1, max_tokens=8) == [short]  # −1: no limit of that name
     assert ask(temperature=3.0) != [short]  # a temperature is enough
     warm = ask(3, temperature=3.0, do_sample=True)
     assert len(set(warm)) == 3  # repeats of one request get noise of their own
