@@ -149,10 +149,8 @@ class Fingerprint(_Part):
         )
         whole = noise.whole_chunks or teacher.student_tokens
         demo = CachedNoise(noise.seed, noise.comp_demo, noise.demo_ratio, whole)
-        made_by = CachedEngine(engine.type, engine.dtype, engine.quantization)
-        made = cls(
-            SCHEMA_VERSION, teacher, student, data, config.lengths, demo, kept, None, made_by
-        )
+        by = CachedEngine(engine.type, engine.dtype, engine.quantization)
+        made = cls(SCHEMA_VERSION, teacher, student, data, config.lengths, demo, kept, None, by)
         return build(cls, made.to_json(), "a cache")  # what no command could read is not begun
 
     @property

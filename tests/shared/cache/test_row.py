@@ -111,6 +111,16 @@ def test_a_shard_gives_back_its_rows_and_plain_polars_reads_it(tmp_path: Path) -
     )
 
 
+@pytest.mark.parametrize("odd", ["8", 1.0, True, -1, 1 << 63, None])
+def test_counts_that_are_none_are_refused(odd: Any, tmp_path: Path) -> None:
+    path = tmp_path / "part-00000.parquet"
+    write_shard(path, [], LEVELS, {"rows_without_chunks": 0})
+    assert read_table(path, LEVELS).counts["rows_without_chunks"] == 0
+    write_shard(path, [], LEVELS, {"rows_without_chunks": odd})
+    with pytest.raises(TideError):
+        read_table(path, LEVELS)
+
+
 def test_other_columns_and_another_name_are_refused(tmp_path: Path) -> None:
     pl.DataFrame({"a": [1]}).write_parquet(tmp_path / "x.parquet")
     with pytest.raises(TideError):

@@ -194,7 +194,11 @@ def test_a_folder_is_read_without_what_is_none_of_its_data(tmp_path: Path) -> No
     strange = {"._a.parquet": b"Mac OS X", ".DS_Store": b"\0", "state.txt": b"x",
                ".ipynb_checkpoints/a.jsonl": LINES, "__MACOSX/a.jsonl": LINES,
                "cache/manifest.json": b"{}", "cache/shards/draw=00/part-00000.parquet": b"PAR1",
-               "prepared/parts/x.parquet": b"PAR1", "prepared/.lock": b""}  # fmt: skip
+               "prepared/parts/x.parquet": b"PAR1", "prepared/.lock": b"",
+               "dataset_infos.json": b'{"default":\n{}}', "config.json": b"{}",
+               "saved/dataset_info.json": b"{}", "saved/state.json": b"{}",
+               "saved/cache-0f.arrow": b"ARROW1", "notes.txt.zst": b"x",
+               "run/run.json": b"{}", "run/model/config.json": b"{}"}  # fmt: skip
     for name, content in strange.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)

@@ -112,7 +112,7 @@ def test_json_that_stands_as_text_in_calls_and_tools_is_read() -> None:
 
 
 @pytest.mark.parametrize("mark", ["weight", "loss_mask", "train", "training", "loss"])
-@pytest.mark.parametrize("off", [0, False, "false", 0.0])
+@pytest.mark.parametrize("off", [0, False, "false", 0.0, "FALSE", "no"])
 def test_what_a_row_says_of_its_own_training_is_heard(mark: str, off: Any) -> None:
     """By an answer or by the whole row; what is neither yes nor no is reported."""
     poor, more = {**ANSWER, mark: off}, {"role": "user", "content": "more"}
@@ -126,6 +126,61 @@ def test_what_a_row_says_of_its_own_training_is_heard(mark: str, off: Any) -> No
         assert error.value.reason == UNTRAINED
     half = {**ANSWER, mark: 0.5, "mask": True}
     assert len(parse({"messages": [USER, half], mark: 0.5}, DataConfig("d"))[0].unread) == 3
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"assistant_masks": [0, 1]}, {"completion_mask": [1]}, {"rating": 1}, {"rejected": "b"},
+     {"train_on_input": True}, {"mask": False}, {"\ud800": 1}],
+    ids=ascii,
+)  # fmt: skip
+@pytest.mark.parametrize("form", [{"messages": [USER, ANSWER]}, {"prompt": "q", "completion": "a"}])
+def test_a_field_that_nothing_reads_is_named(beside: dict[str, Any], form: dict[str, Any]) -> None:
+    whole = {**form, "id": 7, "tools": None, "weight": 1, "note": ""}
+    assert not parse(whole, DataConfig("d"))[0].unread
+    (name,) = parse({**whole, **beside}, DataConfig("d"))[0].unread
+    assert repr(next(iter(beside))) in name
+    name.encode()
+
+
+@pytest.mark.parametrize("no", [False, "False"])
+def test_a_completion_to_learn_against_is_not_learnt(no: Any) -> None:
+    row = {"prompt": "q", "completion": "a", "label": True}
+    assert parse(row, DataConfig("d"))
+    with pytest.raises(Unusable) as error:
+        parse({**row, "label": no}, DataConfig("d"))
+    assert error.value.reason == UNTRAINED
+
+
+@pytest.mark.parametrize("kind", ["flat", "function_call", "tool_call", "several"])
+def test_a_call_is_one_however_it_is_written(kind: str) -> None:
+    function = {"name": "weather", "arguments": {"city": "Oslo"}}
+    calls = [{"type": "function", "function": function}] * (2 if kind == "several" else 1)
+    written: dict[str, Any] = {"from": "function_call", "value": json.dumps(function)}
+    if kind == "flat":
+        written = {"from": "gpt", "value": None, "tool_calls": [function]}
+    elif kind == "several":
+        written["value"] = json.dumps([function, function])
+    elif kind == "tool_call":
+        written["from"] = kind
+    turns = [{"from": "human", "value": "q"}, written, {"from": "tool_response", "value": "sun"}]
+    messages = said({"conversations": [*turns, {"from": "gpt", "value": "It is sunny."}]})
+    assert messages[1] == {"role": "assistant", "content": "", "tool_calls": calls}
+    assert messages[2]["role"] == "tool"
+
+
+@pytest.mark.parametrize("line", [
+    '{"messages": [{"role": "assistant", "content": "a", "content": "b"}]}',
+    '{"messages": [{"role": "assistant", "content": "a"}], "tools": [{"limit": 1e999}]}',
+    '{"messages": [{"role": "assistant", "content": "a"}], "tools": [{"limit": NaN}]}',
+    '{"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": NaN}}]}]}',
+    '{"messages": [{"role": "assistant", "content": "a"}], "tools": {"name": "f"}}',
+    '{"messages": [{"role": "assistant", "content": "a"}], "tools": ["f"]}',
+])  # fmt: skip
+def test_what_json_cannot_say_twice_or_at_all_costs_its_row(line: str, tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text(line + "\n" + json.dumps({"messages": [USER, ANSWER]}))
+    examples, bad = scan(DataConfig(str(tmp_path / "d.jsonl")), extras=True)
+    assert (len(examples), len(bad)) == (1, 1)
 
 
 @pytest.mark.parametrize("place", ["role", "name", "call", "tools", "id"])

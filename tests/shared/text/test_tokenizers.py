@@ -162,6 +162,23 @@ def test_a_spelled_token_leaves_those_of_the_template_what_they_are(flags: Any) 
     assert forged[:first] == plain[:first] and forged[-last:] == plain[-last:]
 
 
+@pytest.mark.parametrize("says", ["dropout", "split_special_tokens"])
+def test_a_text_has_one_tokenisation_whatever_a_tokenizer_asks_for(
+    says: str, tmp_path: Path
+) -> None:
+    """The ids of one that asks for neither chance nor control tokens as text."""
+    folder = Path(shutil.copytree(STUDENT_TOKENIZER, tmp_path / "t"))
+    file = folder / ("tokenizer.json" if says == "dropout" else "tokenizer_config.json")
+    content = json.loads(file.read_text())
+    (content["model"] if says == "dropout" else content)[says] = 0.9 if says == "dropout" else True
+    file.write_text(json.dumps(content))
+    messages = chat("The quick brown fox. " * 20).messages
+    asks, plain = (Tokenizer.load(place) for place in (folder, STUDENT_TOKENIZER))
+    assert asks.encode_chats([asks.render(messages)]) == plain.encode_chats(
+        [plain.render(messages)]
+    )
+
+
 def test_a_token_that_a_normaliser_makes_of_a_content_is_seen() -> None:
     found = Tokenizer.load(TEACHER.name)
     raw = found.backend.backend_tokenizer

@@ -23,6 +23,8 @@ from shared.settings.build import build, to_plain
 from shared.settings.config import KL, Calm, ReverseCalm, Tidal, TrainConfig
 from shared.system import hardware, processes
 from shared.system.files import TideError
+from student_train.model import load_student
+from student_train.training import trainer
 from student_train.training.preflight import check_objective, recorded_run
 from student_train.training.resumable import whole_checkpoints
 from student_train.training.trainer import make_trainer, train_student
@@ -269,4 +271,14 @@ def test_what_does_not_fit_is_refused_at_once(
             monkeypatch.setenv(name, value)
         with pytest.raises(TideError, match=named):
             make_trainer(config(caches["tiny-cross"], tmp_path / "r", **changes))
+        monkeypatch.delenv("MASTER_ADDR", raising=False)
+
+    def short(*args: Any) -> Any:
+        model, found = load_student(*args)
+        model.config.max_position_embeddings = 127  # of the 128 that a row may have
+        return model, found
+
+    monkeypatch.setattr(trainer, "load_student", short)
+    with pytest.raises(TideError, match="127 positions"):
+        make_trainer(config(caches["tiny-cross"], tmp_path / "r"))
     assert not (tmp_path / "r").exists()

@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 from pipelines.cli import app
 from shared.cache.ledger import LEDGER
 from shared.cache.manifest import load_manifest
-from shared.cache.shards import Unit, finished_units
+from shared.cache.shards import Unit, finished_units, read_table
 from shared.system.files import TideError
 from student_train.batches.collate import TargetReader, collate
 from student_train.losses.targets import teacher_log_weights
-from teacher_cache.maintenance.inspect import describe, inspect_cache
+from teacher_cache.maintenance.derive import prune_cache
+from teacher_cache.maintenance.inspect import describe, find_row, inspect_cache
 from teacher_cache.maintenance.verify import check_cache, delete_damaged, verify_cache
 from teacher_cache.run.build import build_cache
 from tests.conftest import TEACHER_TOKENIZER, files, small_cache_config
@@ -91,6 +92,24 @@ def test_inspection_adds_up(caches: dict[str, Path]) -> None:
         size = sum(unit.path(cache).stat().st_size for unit in sums.units)
         assert 0.3 * size < sums.bytes_by_column.total() < size  # the rest is metadata
         assert f"{sums.masked:,} masked positions" in describe(sums)
+
+
+@pytest.mark.parametrize("name", ["t", "student_ids", "masked", "topk_ranks", "teacher_masked"])
+def test_who_reads_rows_refuses_what_no_row_can_be(
+    name: str, caches: dict[str, Path], tmp_path: Path
+) -> None:
+    """With checksums, counts and a ledger that hold."""
+    teacher = "tiny-cross" if name == "teacher_masked" else "tiny-shared"
+    cache, unit = Path(shutil.copytree(caches[teacher], tmp_path / "c")), Unit(0, 0)
+    column = read_table(unit.path(cache)).table.column(name)
+    values = column.to_pylist()
+    values[0] = float("nan") if name == "t" else [-1, *values[0][1:]]
+    change_column(cache, unit, name, pa.array(values, column.type))
+    (cache / LEDGER).unlink()
+    for work in (lambda: inspect_cache(cache), lambda: find_row(cache, "0", 0),
+                 lambda: prune_cache(cache, tmp_path / "p", k=2)):  # fmt: skip
+        with pytest.raises(TideError, match=name):
+            work()
 
 
 @pytest.mark.parametrize("teacher", ["tiny-cross", "tiny-shared"])

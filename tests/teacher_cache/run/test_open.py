@@ -57,6 +57,10 @@ def test_bad_input(random_teacher: Path, tmp_path: Path, monkeypatch: pytest.Mon
         ("empty.jsonl", "tiny-shared", {"data": {"source": str(source)}}),
         ("tokens", "tiny-shared", {"student_tokenizer": str(STUDENT_TOKENIZER)}),
         ("512", "tiny-shared", {"lengths": {"student": 640, "teacher": 640}}),
+        # What settings allow, and a manifest does not.
+        ("step", "tiny-shared", {"targets": {"step": 200.0}}),
+        ("rank", "tiny-shared", {"targets": {"rank": 1 << 15}}),
+        ("temperatures", "tiny-cross", {"targets": {"temperatures": range(1, 70)}}),
     ):
         with pytest.raises(TideError, match=named):
             build_cache(small_cache_config(teacher, random_teacher, tmp_path / "c", **changes))
