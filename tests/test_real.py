@@ -164,10 +164,10 @@ def test_what_a_cache_of_a_real_model_keeps_of_its_gradient(
     """SmolLM2 and itself less 6 of its 30 layers, both causal, under TIDAL."""
     monkeypatch.setattr(fidelity, "student_states", causal_states)
     student = without_layers(smollm2(), tmp_path / "student", slice(12, 18))
-    changes = ["noise.comp_demo=false", f'student_mask_token="{MASK}"', "data.limit=96"]
+    changes = ["noise.comp_demo=false", f'student_mask_token="{MASK}"', "data.limit=48"]
     settings = real_config(tmp_path, *changes, student=student)
-    grid = fidelity.Grid(ranks=(96, 320), steps=(0.05,), temperatures=(2.0,))
-    points = fidelity.measure_fidelity(settings, StudentConfig(checkpoint=str(student)), grid, 96)
+    grid = fidelity.Grid(ranks=(96, 304), steps=(0.05,), temperatures=(2.0,))
+    points = fidelity.measure_fidelity(settings, StudentConfig(checkpoint=str(student)), grid, 48)
     print("\n".join(fidelity.table(points)))
     few, more = points
     assert few.apart > more.apart

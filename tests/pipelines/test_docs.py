@@ -1,18 +1,16 @@
 """The documentation says what is: links, commands, facts about teachers, settings; what ships."""
 
-import os
 import re
 import runpy
 import shlex
 import shutil
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.evaluation.benchmarks import beside_the_paper, read_benchmarks
@@ -125,28 +123,26 @@ NEEDS = {
 }
 
 
-def run(line: str, world: Path) -> None:
-    """Run a line where a user of the README stands."""
-    command = line.replace(".venv/bin/tide", f"{sys.executable} -m pipelines.cli")
-    options: dict[str, Any] = {"cwd": world, "text": True, "stderr": subprocess.PIPE}
-    options["env"] = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(["bash", "-c", command], input="Write `f`.\n\n", check=False, **options)
-    assert done.returncode == 0, (line, done.stderr[-3000:])
+def run(line: str) -> None:
+    """Run a line where a user of the README stands, here."""
+    done = CliRunner().invoke(app, shlex.split(line)[1:], input="Write `f`.\n\n")
+    assert done.exit_code == 0, (line, done.output[-3000:], done.exception)
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_pages_run(tmp_path: Path) -> None:
+def test_the_commands_of_the_pages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # 1. recipes, the demo's caches and runs, some runs more
     tide = ".venv/bin/tide"
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "pipelines").symlink_to(ROOT / "pipelines")
     row = '{"ask": "What is 3 and 4?", "say": "7.", "question": "What is 3 and 4?", "answer": "#### 7"}\n'  # noqa: E501
     (tmp_path / "gsm8k.jsonl").write_text(row)
     for teacher, name in (("tiny-cross", "TIDE-Cross"), ("tiny-shared", "undistilled-shared")):
         cache = f"runs/demo/caches/{teacher}"
         small = "--set data.limit=24 --set noise.draws=2"
-        run(f"{tide} cache --teacher {teacher} {small} --out {cache}", tmp_path)
+        run(f"{tide} cache --teacher {teacher} {small} --out {cache}")
         small = f"--set max_steps=2 --set heldout.limit=8 --out runs/demo/{name}-seed0"
-        run(f"{tide} train --teacher {teacher} --cache {cache} {small}", tmp_path)
+        run(f"{tide} train --teacher {teacher} --cache {cache} {small}")
     for name, decay in (("NAME", 0.0), ("one", 0.0), ("other", 0.1)):
         shutil.copytree(tmp_path / "runs/demo/TIDE-Cross-seed0", tmp_path / "runs" / name)
         settings = tmp_path / "runs" / name / "run.json"
@@ -160,4 +156,4 @@ def test_the_commands_of_the_pages_run(tmp_path: Path) -> None:
             continue
         if "runs/sums.jsonl" in line:  # the page makes it in the line before
             (tmp_path / "runs/sums.jsonl").write_text(row)
-        run(line, tmp_path)
+        run(line)
