@@ -64,7 +64,7 @@ class Tokenizer:
             ) from error
         finally:
             transformers_logging.set_verbosity(level)
-        model = getattr(getattr(backend, "backend_tokenizer", None), "model", None)
+        model: Any = getattr(getattr(backend, "backend_tokenizer", None), "model", None)
         if getattr(model, "dropout", None):
             model.dropout = None  # or one text had other ids each time
         if chat_template is not None:

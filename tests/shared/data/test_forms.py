@@ -146,7 +146,7 @@ def test_a_field_that_nothing_reads_is_named(beside: dict[str, Any], form: dict[
 @pytest.mark.parametrize("no", [False, "False"])
 def test_a_completion_to_learn_against_is_not_learnt(no: Any) -> None:
     row = {"prompt": "q", "completion": "a", "label": True}
-    assert parse(row, DataConfig("d"))
+    assert parse(row, DataConfig("d"))[1] == "prompt_completion"
     with pytest.raises(Unusable) as error:
         parse({**row, "label": no}, DataConfig("d"))
     assert error.value.reason == UNTRAINED
