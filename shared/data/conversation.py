@@ -181,7 +181,7 @@ def _unread(one: Row, known: Collection[Any], of: str, heard: Collection[str] = 
     """Its fields that say what nothing listens to; a mark may say what is `heard`."""
     said = {n: v for n, v in one.items() if n not in known and v not in (None, "", [], {})}
     marks = {n for n in said if n in _MARKS and str(said[n]).lower() in heard}
-    return {f"{name!r:.80} of {of}" for name in said.keys() - marks}
+    return {f"`{repr(name)[1:-1]:.80}` of {of}" for name in said.keys() - marks}
 
 
 def _detect(row: Row, config: DataConfig) -> str:
