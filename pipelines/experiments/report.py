@@ -24,6 +24,7 @@ from pipelines.recipes.read import train_command
 from shared.settings.build import build, differences
 from shared.settings.config import TrainConfig
 from shared.system.files import TideError, read_json, write_bytes
+from student_train.export import one_line
 
 # columns of the tables: the score, and the digits that it is given in
 COLUMNS = {
@@ -75,18 +76,19 @@ def find_runs(folder: Path) -> list[Run]:
             seed, cache = int(settings.pop("seed")), Path(settings["cache"])
             stem = str(cache).removesuffix(f"-{seed}")
             digest, of = str(about.get("cache", stem)), None if stem == str(cache) else seed
-            name, number = Path(stem).name, 1
+            own = one_line(Path(stem).name)
+            name, number = own, 1
             while owners.setdefault((name, of), digest) != digest:
                 number += 1
-                name = f"{Path(stem).name} ({number})"
+                name = f"{own} ({number})"
             settings["cache"] = names.setdefault(digest, name)
             final = history["final"].items()
             scores = {name.removeprefix("eval_heldout_"): float(value) for name, value in final}
             if (use := read_use(place)) is not None:
                 scores |= asdict(use)
-            machine = str(history.get("machine", "unknown"))
+            machine = one_line(str(history.get("machine", "unknown")))
             steps = [dict(step) for step in history["steps"]]
-            name = place.name.removesuffix(f"-seed{seed}")
+            name = one_line(place.name.removesuffix(f"-seed{seed}"))
             runs.append(Run(name, seed, settings, cache, steps, scores, machine, place))
         except TideError:
             raise
@@ -153,7 +155,7 @@ def to_markdown(table: pl.DataFrame) -> str:
     with pl.Config(tbl_formatting="MARKDOWN", tbl_hide_column_data_types=True, tbl_rows=-1,
                    tbl_cols=-1, tbl_hide_dataframe_shape=True, tbl_width_chars=-1,
                    fmt_str_lengths=200):  # fmt: skip
-        return str(table)
+        return str(table.with_columns(pl.col(pl.String).str.replace_all("|", "\\|", literal=True)))
 
 
 def draw_curves(runs: list[Run], path: Path) -> None:
@@ -284,7 +286,7 @@ def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
     first = {run.variant: run for run in reversed(runs)}
     for variant, run in sorted(first.items()):
         own = {**run.settings, "cache": str(run.cache), "seed": run.seed}
-        parts.append(f"* `{variant}`: `{train_command(own)}`")
+        parts.append(f"* `{variant}`: `{one_line(train_command(own))}`")
     parts.append("\nTrained on:\n")
     parts += [f"* {machine}" for machine in sorted({run.machine for run in runs})]
     write_bytes(target, "\n".join([*parts, benchmarks]).encode())

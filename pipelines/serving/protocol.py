@@ -99,6 +99,8 @@ def read_request(kind: type[Generation], body: bytes) -> Any:
     asked = {name: values[name] for name in values.keys() - _UNREAD if values[name] is not None}
     if asked.get("tool_choice") == "none":
         asked.pop("tools", None)
+    if isinstance(bias := asked.get("logit_bias"), dict) and not any(bias.values()):
+        asked.pop("logit_bias")
     if asked.get("do_sample") is False:  # so others say it
         asked |= {"do_sample": True, "temperature": 0}
     for names, off in _OFF:  # as good as left out

@@ -88,6 +88,13 @@ def test_a_cache_is_its_content_wherever_it_lies(tmp_path: Path) -> None:
     assert sorted(summary_table(runs)["seeds"]) == [1, 1, 3, 3]
 
 
+def test_names_of_others_stay_in_their_cells(tmp_path: Path) -> None:
+    fake_run(tmp_path / "a|b\n# c`-seed0", 0, "d|e\nf", 4.0, NONE)
+    lines = report.write_report(tmp_path).read_text().splitlines()
+    (text,) = (line for line in lines if line.startswith("| a"))
+    assert text.startswith("| a\\|b # c | d\\|e f |")
+
+
 def test_the_table_has_mean_and_spread_over_seeds(tmp_path: Path) -> None:
     fill(tmp_path, [0.1, 0.2, 0.3])
     table = summary_table(find_runs(tmp_path))
