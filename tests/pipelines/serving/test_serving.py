@@ -293,7 +293,7 @@ def test_what_asks_for_nothing_is_as_good_as_left_out(kind: type[Any]) -> None:
     null = dict.fromkeys({*kind.model_fields, "prediction", "tools"} - must.keys())
     off: Any = {"top_logprobs": 0, "reasoning_effort": "none", "tool_choice": "none", "tools": []}
     off |= {"response_format": {"type": "text"}, "repetition_penalty": 1.0, "min_p": 0}
-    off |= {"logit_bias": {}, "echo": False, "seed": -1, "ignore_eos": False, "suffix": ""}
+    off |= {"logit_bias": {"5": 0}, "echo": False, "seed": -1, "ignore_eos": False, "suffix": ""}
     off |= {"skip_special_tokens": True, "chat_template_kwargs": {}, "logprobs": False}
     off |= {"early_stopping": False, "verbosity": "medium", "mirostat": 0, "mirostat_tau": 5.0}
     assert read_request(kind, json.dumps(must | null).encode()) == plain
