@@ -24,7 +24,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from shared.data import iter_examples
+from shared.data.reading import iter_examples
 from shared.models.checkpoint import resolve
 from shared.settings.build import build
 from shared.settings.config import CacheConfig, DataConfig

@@ -70,7 +70,7 @@ def test_hard_texts_between_real_vocabularies(tmp_path: Path) -> None:
             both = teacher.token_bytes[t], student.token_bytes[s]
             assert both[0].startswith(both[1]) or both[1].startswith(both[0])
     assert len(np.unique(words.token)) > 49_000
-    rendered = student.render(chat("x = 1").messages)  # the empty think block is prompt
+    rendered = student.template.render(chat("x = 1").messages)  # the empty think block is prompt
     prompt, start = "<|im_start|>assistant\n<think>\n\n</think>\n\n", rendered.turns[-1].start
     assert rendered.text[:start].endswith(prompt) and rendered.text[start:] == "x = 1<|im_end|>\n"
     # The pattern is found from the 151,643 tokens alone where they lie in parts, as Dream's do.

@@ -21,7 +21,8 @@ from jaxtyping import Int
 from tqdm.auto import tqdm
 
 from shared.aligned.alignment import token_boundaries
-from shared.data import ChatExample, iter_examples
+from shared.data.conversation import ChatExample
+from shared.data.reading import iter_examples
 from shared.diffusion import pad
 from shared.settings.config import DataConfig
 from shared.system.files import read_json, write_bytes

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from pipelines.serving.server import ServeConfig, served
 from pipelines.speed import in_process, side_by_side
-from shared.data import iter_examples
+from shared.data.reading import iter_examples
 from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import load_model, meta_model, new_model, random_model
 from shared.settings.config import DataConfig, StudentConfig

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
 from shared.aligned.examples import Prepared, Preparer
-from shared.data import iter_examples
+from shared.data.reading import iter_examples
 from shared.data.stdlib_corpus import corpus_origin
 from shared.diffusion import generator
 from shared.models.checkpoint import resolve

@@ -64,10 +64,6 @@ class Side:
     bodies: tuple[tuple[str, str], ...]
     messages: tuple[int, ...]
 
-    def response(self, k: int) -> Int[np.ndarray, " tokens"]:
-        """Ids of response `k`."""
-        return self.ids[self.spans[k, 0] : self.spans[k, 1]]
-
 
 def align_responses(student: Side, teacher: Side, counts: Counter[str]) -> Chunks:
     """Chunks of all responses that both have, in positions of the whole sequences.
@@ -113,7 +109,7 @@ def _located_words(side: Side, k: int) -> tuple[Int[np.ndarray, " boundaries"], 
     """Byte offsets of the edges of response `k`'s tokens, where its own words begin, and the bytes
     from there on.
     """
-    ids, lead = side.response(k), side.bodies[k][0].encode()
+    ids, lead = side.ids[slice(*side.spans[k])], side.bodies[k][0].encode()
     spelled = b"".join([side.tokenizer.token_bytes[i] for i in ids.tolist()])
     start = len(lead)
     # A SentencePiece tokenizer writes a space in front of a text that has none.

@@ -186,7 +186,18 @@ class Preparer:
         elif shared:
             teacher_ids, pairs = self._read_own_text(student, teacher, len(ids))
         else:
-            teacher_ids, chunks = self._read_other_tokens(student, teacher, len(ids), whole)
+            # Another tokenizer: its own text, and the chunks inside of both lengths.
+            most = self.lengths.teacher
+            chunks = align_responses(student, teacher, self.counts)
+            inside = (chunks[:, 1] <= most) & (chunks[:, 3] <= len(ids))
+            if self.skip_first:
+                inside &= chunks[:, 0] > 0
+            chunks = chunks[inside]
+            # What the student does not have, it does not read: that would tell what comes first.
+            end = 0
+            if len(chunks):
+                end = most if whole else chunks[-1, 1]
+            teacher_ids = teacher.ids[:end]
         # 3. A shifted teacher predicts no first position.
         if self.skip_first and pairs is not None:
             pairs = pairs[pairs[:, 1] > 0]
@@ -195,21 +206,6 @@ class Preparer:
         return Prepared(
             example.id, ids, spans, teacher_ids, chunks, shared, offsets, example.label, pairs
         )
-
-    def _read_other_tokens(
-        self, student: Side, teacher: Side, length: int, whole: bool
-    ) -> tuple[Int[np.ndarray, " teacher_length"], Chunks]:
-        """A teacher of another tokenizer: its own text, and the chunks inside of both lengths."""
-        limit = self.lengths.teacher
-        chunks = align_responses(student, teacher, self.counts)
-        inside = (chunks[:, 1] <= limit) & (chunks[:, 3] <= length)
-        if self.skip_first:
-            inside &= chunks[:, 0] > 0
-        chunks = chunks[inside]
-        if not len(chunks):
-            return teacher.ids[:0], chunks
-        # What the student does not have, the teacher does not read: it would tell what comes first.
-        return teacher.ids[: limit if whole else int(chunks[-1, 1])], chunks
 
     def _read_own_text(
         self, student: Side, teacher: Side, length: int

@@ -32,7 +32,7 @@ def sides_of(
     for example in examples:
         try:
             if example.tokens is None:
-                chats.append(tokenizer.render(example.messages, turns, example.tools))
+                chats.append(tokenizer.template.render(example.messages, turns, example.tools))
         except Unusable as reason:
             chats.append(reason)
     encoded = zip(chats, tokenizer.encode_chats(chats), strict=True)

@@ -43,8 +43,6 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Entry:
-    """One shard."""
-
     sha256: str
     bytes: int
     rows: int

@@ -72,7 +72,6 @@ def schema_for(layout: Layout) -> pa.Schema:
 
 
 def to_table(rows: list[CacheRow], layout: Layout) -> pa.Table:
-    """Rows as an Arrow table."""
     schema = schema_for(layout)
     lists = [row.topk_sizes for row in rows if row.topk_sizes is not None]
     topk_sizes = np.concatenate([np.zeros(0, np.int32), *lists])  # of all rows
@@ -96,8 +95,12 @@ def to_table(rows: list[CacheRow], layout: Layout) -> pa.Table:
             steps, largest = _GRIDS[name]
             flat = np.rint(np.clip(flat, -largest, largest) * steps).astype(np.int32)
         elif rounded and name == "topk_logp":
+            # by how much each level of a list is below the one before it, and the first below N
             levels = to_levels(flat, layout.temperatures)
-            flat = _falls_of(levels, topk_sizes, layout.temperatures)
+            before = np.concatenate([[0], levels])[: levels.size]
+            firsts = (np.cumsum(topk_sizes) - topk_sizes)[topk_sizes > 0]
+            before[firsts] = _scale(layout.temperatures)[0]
+            flat = before - levels
         elif field.name == "tail_code_q":
             ends //= max(1, layout.rank)
             bytes_of = pa.py_buffer(flat.astype(np.int8).tobytes())
@@ -136,9 +139,6 @@ def from_table(table: pa.Table, layout: Layout) -> list[CacheRow]:
         column = table.column(field.name).combine_chunks()
         if not pa.types.is_list(field.type):
             cells[target] = column.to_pylist()
-            continue
-        if column.null_count == len(column):
-            cells[target] = [None] * len(column)
             continue
         # 1. the numbers of all rows, from what is stored
         flat = numbers_of(column.values)
@@ -187,13 +187,6 @@ def half_steps(
     n, a = _scale(temperatures)
     below = np.maximum(np.exp(a * logp.astype(np.float64)) - 0.5 / n, 1e-12)
     return logp - np.log(below) / a
-
-
-def _falls_of(levels: np.ndarray, sizes: np.ndarray, temperatures: tuple[float, ...]) -> np.ndarray:
-    """By how much each level of a list is below the one before it, and the first below N."""
-    before = np.concatenate([[0], levels])[: levels.size]
-    before[(np.cumsum(sizes) - sizes)[sizes > 0]] = _scale(temperatures)[0]
-    return before - levels
 
 
 def levels_of(

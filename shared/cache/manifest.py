@@ -178,10 +178,6 @@ class Manifest:
         require(self.draws * self.parts <= _MOST_UNITS, f"{size} are too many shards")
 
     @property
-    def temperatures(self) -> tuple[float, ...]:
-        return self.fingerprint.targets.temperatures
-
-    @property
     def signals(self) -> tuple[str, ...]:
         return self.fingerprint.targets.signals
 

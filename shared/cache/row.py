@@ -67,7 +67,6 @@ class Tables:
 
     @property
     def digest(self) -> str:
-        """A hash over all of it."""
         digest = hashlib.sha256(np.float64(self.step).tobytes())
         for part in filter(None, (self, self.token_map)):
             for field in fields(part):

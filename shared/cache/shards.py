@@ -50,7 +50,6 @@ class Unit:
     part: int
 
     def path(self, cache: Path) -> Path:
-        """Where the shard of this unit lies."""
         return cache / SHARDS / f"draw={self.draw:02d}" / f"part-{self.part:05d}.parquet"
 
     @classmethod
@@ -221,7 +220,6 @@ def save_tables(folder: Path, tables: Tables) -> None:
 
 
 def has_tables(cache: Path) -> bool:
-    """Whether the tables are there."""
     return (cache / TABLES / _VOCABULARY).exists()
 
 
@@ -248,15 +246,13 @@ def load_tables(cache: Path, digest: str | None = None) -> Tables:
         rank, note = encoder.num_rows, encoder.schema.metadata
         center = np.array(json.loads(note[b"center"]), np.float32)
         matrix = encoder.column("encoder").combine_chunks().values.to_numpy()
+        directions = words.column("directions").combine_chunks().values.to_numpy()
         tables = Tables(
             rank_of=flat["rank"].astype(np.int32),
             shared=flat["shared"],
             mean=flat["mean"],
             calibration=np.stack([flat[name] for name in names]),
-            directions=words.column("directions")
-            .combine_chunks()
-            .values.to_numpy()
-            .reshape(-1, rank),
+            directions=directions.reshape(-1, rank),
             scales=encoder.column("scale").to_numpy(),
             encoder=matrix.reshape(rank, center.size),
             center=center,

@@ -157,7 +157,6 @@ class Store:
         return frozenset(unit for name in sizes if (unit := Unit.at(Path(name))))
 
     def put_shard(self, cache: Path, unit: Unit) -> None:
-        """Copy a finished shard."""
         self.put(_name(unit), read_bytes(unit.path(cache), cache))
 
     def push(self, cache: Path, manifest: Manifest, ledger: Ledger) -> int:

@@ -76,7 +76,8 @@ def conversation(raw: Raw, config: DataConfig) -> tuple[ChatExample, str] | None
     None where a filter leaves the row out, or its content is of the other split.
     """
     row = decode(raw)
-    for rule in config.filters if isinstance(row, dict) else ():
+    rules = config.filter if isinstance(config.filter, tuple) else (config.filter,)
+    for rule in rules if isinstance(row, dict) else ():
         value: Any = row
         for name in rule.field.split("."):
             value = value.get(name) if isinstance(value, dict) else None

@@ -2,27 +2,19 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from shared.data.conversation import UNTRAINED, ChatExample, conversation, copies, decode, identity
 from shared.data.messages import Message, normal_messages
-from shared.data.sources import file_rows, source_rows
+from shared.data.sources import Place, file_rows, source_rows
 from shared.settings.config import DataConfig
 from shared.system.files import TideError, Unusable
 from shared.text.templates import EXTRAS
 
 _LISTED = 20  # bad rows in an error message
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row that cannot be used: where it stands, and why, in a few words and in one sentence."""
-
-    place: str
-    reason: str
-    detail: str
+BadRow = tuple[Place, Unusable]  # where it stands, and why it cannot be used
 
 
 def _read(config: DataConfig, extras: bool) -> Iterator[ChatExample | BadRow]:
@@ -33,15 +25,12 @@ def _read(config: DataConfig, extras: bool) -> Iterator[ChatExample | BadRow]:
             read = conversation(raw, config)
         except Unusable as error:
             if error.reason != UNTRAINED:  # no fault of the row
-                yield BadRow(place, error.reason, error.what)
+                yield place, Unusable(error.reason, error.what)  # without the frames of `error`
             continue
         if read is None:
             continue
         example, _ = read
-        beside = [name for name in EXTRAS if any(m.get(name) for m in example.messages)]
-        if beside and not extras:
-            detail = f"an answer has {beside[0]}, which only a chat template can write"
-            yield BadRow(place, "needs a chat template", detail)
+        if not extras and any(m.get(name) for m in example.messages for name in EXTRAS):
             continue
         for _ in range(copies(example.id, config)):
             if taken == config.limit:
@@ -51,50 +40,38 @@ def _read(config: DataConfig, extras: bool) -> Iterator[ChatExample | BadRow]:
             taken += 1
 
 
-def iter_examples(config: DataConfig, extras: bool = False) -> Iterator[ChatExample]:
-    """The source's conversations in order. Bad rows are left out here; `scan` reports them.
-
-    `extras`: answers may hold tool calls and reasoning, for those who give them to a chat
-    template. Who reads contents alone would shorten such an answer without a word.
+def iter_examples(config: DataConfig) -> Iterator[ChatExample]:
+    """The source's conversations in order, for those who read contents alone: answers with tool
+    calls or reasoning, which only a chat template can write, are left out, and so are bad rows.
     """
-    return (item for item in _read(config, extras) if isinstance(item, ChatExample))
+    return (item for item in _read(config, False) if isinstance(item, ChatExample))
 
 
-class Scan(NamedTuple):
-    """What a source holds."""
-
-    conversations: list[ChatExample]
-    bad_rows: list[BadRow]
-
-    @property
-    def examples(self) -> int:
-        """How many conversations there are."""
-        return len(self.conversations)
-
-
-def scan(config: DataConfig, extras: bool = False) -> Scan:
-    """All conversations of a source, and the rows that are none. `extras` as in `iter_examples`.
+def scan(config: DataConfig) -> tuple[list[ChatExample], list[BadRow]]:
+    """All conversations of a source, and the rows that are none.
 
     TideError, with the place of each, where more rows are bad than `allow_bad_rows` allows, and
     where there is no conversation at all.
     """
-    items = list(_read(config, extras))
+    items = list(_read(config, True))
     examples = [item for item in items if isinstance(item, ChatExample)]
-    bad = [item for item in items if isinstance(item, BadRow)]
-    places = [f"{row.place}: {row.detail}" for row in bad]
+    bad = [item for item in items if not isinstance(item, ChatExample)]
+    places = [f"{place}: {why.what}" for place, why in bad]
     refuse_bad_rows(config, len(bad), len(items), places)
     if not examples:
         listing = "".join(f"\n    {place}" for place in places[:_LISTED])
         what = f"{config.source} has no examples{listing}"
         raise TideError(what, fix="check the file, its filters and data.limit")
-    return Scan(examples, bad)
+    return examples, bad
 
 
 def refuse_bad_rows(config: DataConfig, bad: int, rows: int, places: Sequence[str]) -> None:
     """TideError where more of `rows` rows are bad than `allow_bad_rows` allows. `places` are the
     first of them, and why.
     """
-    allowed = config.bad_rows_allowed(rows)
+    allowed = int(config.allow_bad_rows)
+    if 0 < config.allow_bad_rows < 1:  # a share allows ten, however few rows there are
+        allowed = max(10, int(config.allow_bad_rows * rows))
     if bad <= allowed:
         return
     listing = "".join(f"\n    {place}" for place in places[:_LISTED])

@@ -108,7 +108,6 @@ class Architecture:
 
     @property
     def stock_class(self) -> str:
-        """Name of the transformers class."""
         fused = self.model_class is FusedGlm4Moe
         return "Glm4MoeForCausalLM" if fused else self.model_class.__name__
 

@@ -103,11 +103,6 @@ def load_model(
     return model.requires_grad_(False)
 
 
-def check_weights(checkpoint: Checkpoint, architecture: str) -> None:
-    """The account that `load_model` takes of every tensor, from the files' headers alone."""
-    load_model(checkpoint, architecture, torch.float32, "meta")
-
-
 def head_rows(checkpoint: Checkpoint, architecture: str) -> Float[torch.Tensor, "vocab width"]:
     """The LM head's rows in float32; the embedding's where the two are tied."""
     kind = ARCHITECTURES[architecture_of(checkpoint, [architecture])]

@@ -62,15 +62,6 @@ class DataConfig:
         shared = self.split == "all" or self.heldout_share > 0
         require(shared, f"split is {self.split}, expected a positive heldout_share beside it")
 
-    @property
-    def filters(self) -> tuple[RowFilter, ...]:
-        return (self.filter,) if isinstance(self.filter, RowFilter) else self.filter
-
-    def bad_rows_allowed(self, rows: int) -> int:
-        """How many of `rows` rows may be bad; a share allows ten, however few rows there are."""
-        share = 0 < self.allow_bad_rows < 1
-        return max(10, int(self.allow_bad_rows * rows)) if share else int(self.allow_bad_rows)
-
 
 # One source of data, or a list of them. (No message shows these tags: they have a space.)
 Sources = Annotated[

@@ -115,11 +115,6 @@ def high_water() -> int:
     return 1024 * int(held[1]) if held else 0
 
 
-def first_here() -> bool:
-    """Whether this is the first process of its machine (as torchrun numbers them), or the only."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
-
-
 def shut_down_process_group() -> None:
     """Wait for every rank, then destroy the group: a rank that leaves early makes others abort."""
     if torch.distributed.is_initialized():

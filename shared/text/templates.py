@@ -257,7 +257,9 @@ class ChatTemplate:
         given = {"tools": tools, "strftime_now": self._date and self._date.strftime}
         settings = {name: value for name, value in given.items() if value is not None}
         settings |= {"add_generation_prompt": generation, "enable_thinking": thinking}
-        chat = [_without("train", m) for m in messages]
+        chat = [dict(message) for message in messages]
+        for message in chat:
+            message.pop("train", None)
         objects: list[str] = []
 
         def with_text(value: dict[str, Any]) -> dict[str, Any]:
@@ -298,10 +300,6 @@ def _with_sentinels(messages: Messages) -> list[Message]:
     # A missing content beside calls has none: some templates write either.
     there = [bool(m.get("content") or not m.get("tool_calls")) for m in messages]
     return [{**m, "content": _sentinel(i) * there[i]} for i, m in enumerate(messages)]
-
-
-def _without(name: str, message: Message) -> Message:
-    return {key: value for key, value in message.items() if key != name}
 
 
 def _pieces(text: str, probes: Messages) -> list[str] | None:

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from shared.system.files import TideError, Unusable, read_json, refuse_odd_in, write_bytes
 from shared.text.byte_level import byte_level_bytes, is_in_parts, tokenizer_from_parts
-from shared.text.templates import ChatTemplate, Message, RenderedChat, Span, Turns
+from shared.text.templates import ChatTemplate, Message, RenderedChat, Span
 
 
 class Tokenizer:
@@ -93,12 +93,6 @@ class Tokenizer:
     def template(self) -> ChatTemplate:
         """The chat template; TideError if the tokenizer has none."""
         return ChatTemplate(self.backend, self.name, self.date)
-
-    def render(
-        self, messages: Sequence[Message], turns: Turns = "last", tools: Any = None
-    ) -> RenderedChat:
-        """The chat as text, with the places of its contents and of what is trained."""
-        return self.template.render(messages, turns, tools)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text; no token is added that the text does not contain."""

@@ -30,7 +30,6 @@ from shared.cache.value_checks import sound
 from shared.diffusion import generator
 from shared.settings.config import TrainConfig
 from shared.system.files import TideError, read_bytes, write_bytes
-from shared.system.hardware import first_here
 from shared.system.processes import serve_parent
 from student_train.batches.collate import Batch, collate
 
@@ -54,7 +53,7 @@ class OpenCache:
         self.layout = self.manifest.layout(self.folder)
         if self.store is None:
             refuse_unfinished(self.folder, self.manifest)
-            if first_here():
+            if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # torchrun's: the first of its machine
                 refuse_unsound(self.folder, self.manifest, self.layout, self.ledger)
         self._limit = round(config.store_cache_gb * 1e9)
         self._coming: dict[Unit, Future[bytes]] = {}

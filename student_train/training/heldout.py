@@ -17,8 +17,8 @@ from shared.aligned.examples import Preparer
 from shared.cache.manifest import Manifest
 from shared.cache.shards import Unit
 from shared.cache.stores import Store
-from shared.data import scan
 from shared.data.conversation import content_of
+from shared.data.reading import scan
 from shared.diffusion import full, pad, token_draw
 from shared.settings.config import DataConfig, LengthConfig
 from shared.system.files import TideError
@@ -41,7 +41,7 @@ def prepare_heldout(
     data: DataConfig, lengths: LengthConfig, tokenizer: Tokenizer, mask_id: int, draws: int
 ) -> HeldOut:
     """Tokenise and mask the held-out examples. t is stratified over each example's `draws`."""
-    chats, _ = scan(data, extras=True)
+    chats, _ = scan(data)
     preparer = Preparer(tokenizer, None, lengths, mask_id, turns=data.turns)
     examples = preparer.usable(chats)
     # 1. Every example under every draw, with its masked positions; the short ones first.

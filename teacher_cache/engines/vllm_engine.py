@@ -27,7 +27,7 @@ from shared.cache.row import Tables
 from shared.cache.shards import TABLES, save_tables
 from shared.models.architectures import ARCHITECTURES
 from shared.models.checkpoint import Checkpoint
-from shared.models.loading import check_weights
+from shared.models.loading import load_model
 from shared.settings.config import EngineConfig
 from shared.system.files import TideError
 from shared.system.hardware import choose_device
@@ -88,7 +88,7 @@ class VllmEngine:
     ) -> None:
         if (problem := why_not(entry, settings)) is not None:
             raise problem
-        check_weights(checkpoint, entry.architecture)
+        load_model(checkpoint, entry.architecture, torch.float32, "meta")  # an account of the files
         self._spec, self._longest = spec, longest
         self._tables: dict[str, str] = {}
 

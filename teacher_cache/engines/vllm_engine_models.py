@@ -66,7 +66,7 @@ class _Scorer:
         """The hub's own tensors under the names of the stock architecture, for vLLM's loaders.
 
         vLLM stacks experts itself, so an expert's matrix keeps its own name. Keys are known, as
-        `loading.check_weights` has seen to.
+        `loading.load_model` has seen to.
         """
         kind, config = ARCHITECTURES[self._tide["architecture"]], self.config  # type: ignore[attr-defined]
         for key, tensor in weights:

@@ -91,7 +91,6 @@ class RowReport:
         self.places[reason] = [*self.places.get(reason, []), (place, detail)][:_PLACES]
 
     def add(self, part: "RowReport") -> None:
-        """The rows of one more part."""
         self.rows += part.rows
         self.kept += part.kept
         self.filtered += part.filtered
@@ -146,7 +145,6 @@ class PreparedData:
 
     @property
     def examples(self) -> int:
-        """How many there are."""
         return len(self.entries)
 
     def between(self, start: int, stop: int) -> list[Prepared]:
@@ -160,7 +158,6 @@ class PreparedData:
 
 
 def part_path(folder: Path, name: str) -> Path:
-    """Where a part lies."""
     return folder / "parts" / f"{name}.parquet"
 
 
@@ -210,19 +207,17 @@ def _read(path: Path, columns: list[str] | None = None) -> tuple[pa.Table, dict[
 # --- What a user reads
 
 
-def totals(sources: Sequence[RowReport]) -> dict[str, int]:
-    """Sums over sources: rows, and what each reason left out."""
-    sums: Counter[str] = Counter()
+def together(sources: Sequence[RowReport]) -> RowReport:
+    """All sources as one."""
+    whole = RowReport()
     for source in sources:
-        sums.update(source.counts)
-        sums.update(source.dropped)
-        sums["data_rows"] += source.rows
-    return dict(sums)
+        whole.add(source)
+    return whole
 
 
 def describe(data: PreparedData) -> str:
-    """The report of a prepared data set."""
-    record, sums = data.record, totals(data.record.sources)
+    record, whole = data.record, together(data.record.sources)
+    sums = whole.counts
     lines: list[str] = []
     for source in record.sources:
         forms = ", ".join(f"{name} {n:,}" for name, n in Counter(source.forms).most_common())
@@ -241,7 +236,7 @@ def describe(data: PreparedData) -> str:
     lines.append(
         f"{data.examples:,} examples are taken, {record.duplicates:,} contents came before"
     )
-    if kept := sum(source.kept for source in record.sources):
+    if kept := whole.kept:
         lines.append(
             f"a mean example     {sums['student_tokens'] / kept:,.0f} student tokens, "
             f"{sums['teacher_tokens'] / kept:,.0f} teacher tokens, "
@@ -249,9 +244,7 @@ def describe(data: PreparedData) -> str:
         )
         share = sums["maskable"] / sums["student_tokens"]
         lines.append(f"trained            {share:.1%} of the student's tokens")
-    lengths: Counter[int] = Counter()
-    for source in record.sources:
-        lengths.update({int(length): n for length, n in source.lengths.items()})
+    lengths = Counter({int(length): n for length, n in whole.lengths.items()})
     if every := sorted(lengths.elements()):
         half, most = every[len(every) // 2], every[len(every) * 9 // 10]
         lines.append(f"student tokens     half have up to {half}, 90 % {most}, all {every[-1]}")
@@ -260,21 +253,19 @@ def describe(data: PreparedData) -> str:
 
 def losses(data: PreparedData) -> list[str]:
     """A line for each reason that left rows out, and for what was lost of the others."""
-    dropped: Counter[str] = Counter()
-    for source in data.record.sources:
-        dropped.update(source.dropped)
-    sums = totals(data.record.sources)
-    rows = sums["data_rows"]
-    lines = [f"left out of {rows:,} rows: {n:,} ({reason})" for reason, n in dropped.most_common()]
-    return [*lines, *_lost(sums)]
+    whole = together(data.record.sources)
+    dropped = Counter(whole.dropped).most_common()
+    lines = [f"left out of {whole.rows:,} rows: {n:,} ({reason})" for reason, n in dropped]
+    return [*lines, *_lost(whole.counts)]
 
 
 def warn(data: PreparedData) -> None:
     """Say loudly what many rows are lost to, and which setting mends it."""
-    sums = totals(data.record.sources)
+    whole = together(data.record.sources)
     for name, mend in _MENDS.items():
-        if (n := sums.get(name, 0)) > 0.1 * sums["data_rows"]:
-            logger.warning("%s: %d of %d rows; %s", name, n, sums["data_rows"], mend)
+        n = whole.counts.get(name, 0) + whole.dropped.get(name, 0)
+        if n > 0.1 * whole.rows:
+            logger.warning("%s: %d of %d rows; %s", name, n, whole.rows, mend)
 
 
 def show(examples: Sequence[Prepared], student: Tokenizer) -> str:

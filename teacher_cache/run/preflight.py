@@ -17,7 +17,7 @@ from shared.system.files import TideError, refuse_unwritable
 from shared.system.hardware import choose_device, choose_precision, explain_precision
 from shared.text.tokenizers import Tokenizer
 from teacher_cache.engines.vllm_engine import why_not
-from teacher_cache.prepared.folder import PreparedData, totals
+from teacher_cache.prepared.folder import PreparedData, together
 from teacher_cache.teachers.registry import TeacherEntry, find_teacher
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def check_data(config: CacheConfig, shared_tokenizer: bool, data: PreparedData) 
     """TideError where chunks are wanted and there are none; a warning where there are few."""
     if shared_tokenizer or "chunks" not in config.targets.signals:
         return
-    sums = totals(data.record.sources)
+    sums = together(data.record.sources).counts
     lost, whole = sums.get("unaligned_bytes", 0), sums.get("response_bytes", 0)
     if not sums.get("chunks"):
         raise TideError(

@@ -14,7 +14,7 @@ from tokenizers.normalizers import NFC
 
 from shared.aligned.alignment import align_bytes, common_prefix, token_boundaries
 from shared.aligned.examples import Prepared, Preparer
-from shared.data import ChatExample
+from shared.data.conversation import ChatExample
 from shared.settings.config import LengthConfig
 from shared.system.files import Unusable
 from shared.text.byte_level import byte_level_bytes

@@ -17,7 +17,7 @@ from pipelines.tools.tiny_models import CHATML_TEMPLATE
 from shared.aligned.examples import Prepared, Preparer, SharedVocabulary
 from shared.cache.row import CacheRow
 from shared.cache.shards import Unit
-from shared.data import ChatExample
+from shared.data.conversation import ChatExample
 from shared.diffusion import chunk_draw
 from shared.settings.config import LengthConfig
 from shared.system.files import Unusable

@@ -10,8 +10,7 @@ import pytest
 from shared.aligned.alignment import Side
 from shared.aligned.examples import Prepared, Preparer, SharedVocabulary
 from shared.aligned.sides import sides_of
-from shared.data import ChatExample
-from shared.data.conversation import conversation
+from shared.data.conversation import ChatExample, conversation
 from shared.settings.config import DataConfig
 from shared.system.files import Unusable
 from shared.text.tokenizers import Tokenizer
@@ -32,7 +31,7 @@ def as_messages(text: str) -> ChatExample:
 def places(side: Side) -> np.ndarray:
     """Where the tokens inside of the answer's own words stand, as the reference says it."""
     lead, words = (part.encode() for part in side.bodies[-1])
-    ends = np.cumsum([len(side.tokenizer.token_bytes[i]) for i in side.response(-1)])
+    ends = np.cumsum([len(side.tokenizer.token_bytes[i]) for i in side.ids[slice(*side.spans[-1])]])
     starts = np.concatenate([[0], ends[:-1]])
     inside = (starts >= len(lead)) & (ends <= len(lead) + len(words)) & (starts < ends)
     return side.spans[-1, 0] + np.flatnonzero(inside)

@@ -20,7 +20,8 @@ import pytest
 import zstandard
 
 from pipelines.recipes.read import cache_config, packaged_recipe
-from shared.data import content_key, iter_examples, scan
+from shared.data.conversation import content_key
+from shared.data.reading import iter_examples, scan
 from shared.data.sources import parse_hub_name
 from shared.data.stdlib_corpus import iter_stdlib_functions
 from shared.settings.config import DataConfig
@@ -121,7 +122,7 @@ def test_a_row_that_is_no_conversation_stops_with_file_and_line(tmp_path: Path) 
     examples, bad_rows = scan(DataConfig(config.source, allow_bad_rows=99.0))
     assert len(examples) == 2
     places = [(reason, f"{tmp_path}/d.jsonl:{i}") for i, (reason, _) in enumerate(rows, 2)]
-    assert [(b.reason, b.place) for b in bad_rows] == places
+    assert [(why.reason, place) for place, why in bad_rows] == places
     assert all(place in str(error.value) for _, place in places)
 
 
@@ -213,7 +214,7 @@ def test_a_folder_is_read_without_what_is_none_of_its_data(tmp_path: Path) -> No
     (folder / "info.json").write_text('{"version": 1,\n "about": []}')
     (folder / "one.json").write_text(json.dumps(GOOD, indent=1))
     examples, bad = scan(DataConfig(str(folder)))
-    assert len(examples) == 6 and ["info.json" in row.place for row in bad] == [True]
+    assert len(examples) == 6 and ["info.json" in place for place, _ in bad] == [True]
 
 
 def iter_ids(source: str) -> list[str]:
@@ -250,7 +251,7 @@ def test_a_small_file_that_unpacks_to_a_large_one_costs_little(tmp_path: Path, k
                 scan(DataConfig(str(path)))
         else:
             examples, bad = scan(DataConfig(str(path)))
-            assert len(examples) == 5 and [row.reason for row in bad] == ["too large"]
+            assert len(examples) == 5 and [why.reason for _, why in bad] == ["too large"]
         assert tracemalloc.get_traced_memory()[1] < 128 << 20
     finally:
         tracemalloc.stop()

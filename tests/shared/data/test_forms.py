@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.data import iter_examples, scan
 from shared.data.conversation import UNTRAINED, copies, in_split, parse
+from shared.data.reading import iter_examples, scan
 from shared.settings.data import DataConfig, RowFilter
-from shared.system.files import TideError, Unusable
+from shared.system.files import Unusable
 from tests.shared.data.test_files import write_lines
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -83,10 +83,9 @@ def test_what_an_answer_has_beside_its_text_is_kept() -> None:
 def test_who_reads_contents_alone_is_given_no_answer_that_is_more(tmp_path: Path) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     thought = {**ANSWER, "reasoning_content": "Two and two."}
-    strict = write_lines(tmp_path / "d.jsonl", [{"messages": [USER, a]} for a in (call, thought)])
-    with pytest.raises(TideError):
-        scan(strict)
-    assert [e.messages[-1] for e in scan(strict, extras=True)[0]] == [call, thought]
+    config = write_lines(tmp_path / "d.jsonl", [{"messages": [USER, a]} for a in (call, thought)])
+    assert not list(iter_examples(config))
+    assert [e.messages[-1] for e in scan(config)[0]] == [call, thought]
 
 
 def test_json_that_stands_as_text_in_calls_and_tools_is_read() -> None:
@@ -179,7 +178,7 @@ def test_a_call_is_one_however_it_is_written(kind: str) -> None:
 ])  # fmt: skip
 def test_what_json_cannot_say_twice_or_at_all_costs_its_row(line: str, tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text(line + "\n" + json.dumps({"messages": [USER, ANSWER]}))
-    examples, bad = scan(DataConfig(str(tmp_path / "d.jsonl")), extras=True)
+    examples, bad = scan(DataConfig(str(tmp_path / "d.jsonl")))
     assert (len(examples), len(bad)) == (1, 1)
 
 
@@ -195,7 +194,7 @@ def test_a_lone_surrogate_anywhere_costs_its_row_at_most(place: str, tmp_path: P
     rows[0] |= {"tools": [{"name": odd if place == "tools" else "f"}]}
     rows[0] |= {"id": odd if place == "id" else "i"}
     source = write_lines(tmp_path / "d.jsonl", [*rows, {"messages": [USER, ANSWER]}]).source
-    examples, bad = scan(DataConfig(source), extras=True)
+    examples, bad = scan(DataConfig(source))
     assert (len(examples), len(bad)) == ((2, 0) if place == "id" else (1, 1))
     "".join(example.label for example in examples).encode()
 

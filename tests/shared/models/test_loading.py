@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3ForCausalLM
 
 from shared.models.checkpoint import open_checkpoint
-from shared.models.loading import check_weights, compile_layers, load_model, meta_model
+from shared.models.loading import compile_layers, load_model, meta_model
 from shared.system.files import TideError
 from shared.text.tokenizers import Tokenizer
 
@@ -44,7 +44,7 @@ def load(folder: Path, architecture: str = "llama", **more: Any) -> Any:
 def refused(folder: Path, architecture: str = "llama") -> str:
     """What both the loader and the account of the headers alone say."""
     with pytest.raises(TideError) as error:
-        check_weights(open_checkpoint(str(folder)), architecture)
+        load_model(open_checkpoint(str(folder)), architecture, torch.float32, "meta")
     with pytest.raises(TideError):
         load(folder, architecture)
     return str(error.value)
@@ -282,7 +282,7 @@ def test_what_is_not_built_or_read_by_nothing_is_refused_by_name(golden: Path) -
 def test_the_published_moe_calls_itself_llada(golden: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(golden / "llada_moe", tmp_path / "m", copy_function=shutil.copy)
     edit_config(folder, model_type="llada")
-    check_weights(open_checkpoint(str(folder)), "llada_moe")
+    load_model(open_checkpoint(str(folder)), "llada_moe", torch.float32, "meta")
 
 
 def test_an_index_that_names_what_it_should_not(copy: Path) -> None:

@@ -174,8 +174,8 @@ def test_a_text_has_one_tokenisation_whatever_a_tokenizer_asks_for(
     file.write_text(json.dumps(content))
     messages = chat("The quick brown fox. " * 20).messages
     asks, plain = (Tokenizer.load(place) for place in (folder, STUDENT_TOKENIZER))
-    assert asks.encode_chats([asks.render(messages)]) == plain.encode_chats(
-        [plain.render(messages)]
+    assert asks.encode_chats([asks.template.render(messages)]) == plain.encode_chats(
+        [plain.template.render(messages)]
     )
 
 
@@ -185,7 +185,7 @@ def test_a_token_that_a_normaliser_makes_of_a_content_is_seen() -> None:
     raw.normalizer = normalizers.Lowercase()
     found.backend.add_tokens([AddedToken("<|stop|>", special=True, normalized=True)], True)
     found.backend.chat_template = PLAIN
-    chats = [found.render(chat(words).messages) for words in ("a <|STOP|> b", "a b")]
+    chats = [found.template.render(chat(words).messages) for words in ("a <|STOP|> b", "a b")]
     odd, plain = found.encode_chats(chats)
     assert isinstance(odd, Unusable) and not isinstance(plain, Unusable)
 
@@ -231,7 +231,7 @@ def test_a_tokenizer_in_parts_is_the_whole_one(tmp_path: Path) -> None:
     assert parts.token_bytes == TEACHER.token_bytes
     for role in ("eos", "pad", "mask"):
         assert parts.special_id(role) == TEACHER.special_id(role)
-    assert parts.render(chat("a").messages) == TEACHER.render(chat("a").messages)
+    assert parts.template.render(chat("a").messages) == TEACHER.template.render(chat("a").messages)
 
 
 def test_what_a_tokenizer_in_parts_says_of_itself_counts(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from shared.cache.shards import Shard
-from shared.data import iter_examples
 from shared.data.conversation import content_of
+from shared.data.reading import iter_examples
 from shared.settings.config import DataConfig
 from shared.system import hardware
 from shared.system.files import TideError

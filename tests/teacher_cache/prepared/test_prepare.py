@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.aligned.examples import Preparer
-from shared.data import iter_examples
+from shared.data.reading import iter_examples
 from shared.settings.config import DataConfig, LengthConfig
 from shared.system.files import TideError
 from shared.text.tokenizers import Tokenizer
