@@ -118,6 +118,7 @@ def training_arguments(config: TrainConfig, manifest: Manifest, steps: int) -> R
         per_device_train_batch_size=1,
         gradient_accumulation_steps=config.accumulation,
         max_steps=steps,
+        train_sampling_strategy="sequential",  # the data set itself is the run's shuffled plan
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         warmup_steps=math.ceil(config.warmup_ratio * steps),
@@ -221,11 +222,6 @@ class ResumableTrainer(Trainer):
         if self.state.global_step < self.state.max_steps and not self._stopped and self.told:
             self._stopped = self.control.should_save = self.control.should_training_stop = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
-        """In order: the data set itself is the shuffled plan of the whole run."""
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        return torch.utils.data.SequentialSampler(dataset)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Weights and optimizer state are copied to host memory, and written while training goes

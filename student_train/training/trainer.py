@@ -31,7 +31,7 @@ from student_train.export import save_student, write_card
 from student_train.losses.objective import LossSettings, lambda_train, parts_of
 from student_train.model import load_student, train_on_loss, with_adapter
 from student_train.training.heldout import HeldOut, masked_nll, prepare_heldout, warn_of_overlap
-from student_train.training.preflight import begin_or_go_on, halved, is_first, on_gpu, preflight
+from student_train.training.preflight import begin_or_go_on, halved, on_gpu, preflight
 from student_train.training.resumable import TENSORBOARD, ResumableTrainer, training_arguments
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def make_trainer(
         heldout = prepare_heldout(config.heldout, lengths, tokenizer, mask_id, config.heldout_draws)
         warn_of_overlap(heldout, config.cache, manifest, opened.store)
     # 3. The run's folder is ours from here on.
-    if is_first():
+    if os.environ.get("RANK", "0") == "0":
         if held is not None:
             held.enter_context(hold(config.out / ".lock", f"the run {config.out}"))
         base = config.student.checkpoint
