@@ -251,7 +251,7 @@ class TideBD3LM(TemplateLM):
                 longest = self._max_length - 2 * self._elbo.block
                 for window in get_rolling_token_windows(tokens, first, longest, context_len=1):
                     context, part = make_disjoint_window(window)
-                    total += log_likelihoods(model, context, [part], special, self._elbo)[0]
+                    total += log_likelihoods(model, [(context, [part])], special, self._elbo)[0][0]
                 self._keep("loglikelihood_rolling", (text,), total, (text,))
             totals.append(total)
         return totals

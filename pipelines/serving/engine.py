@@ -12,6 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from queue import Full
 from typing import Any, Literal
 
 from shared.system.files import TideError
@@ -98,10 +99,6 @@ class Job:
     deliver: Callable[[Piece | Exception], None]  # called from the engine's thread, each block
     steps: bool = False  # whether each step is told, too
     cancelled: bool = False  # set by whoever asked, when nobody waits for it any more
-
-
-class Full(Exception):
-    """As many wait as may."""
 
 
 class Stopping(Exception):

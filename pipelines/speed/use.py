@@ -77,7 +77,7 @@ def held_out(student: LoadedStudent, count: int) -> list[tuple[list[int], list[i
     """Prompts and answers of functions that nothing embedded was trained on, as ids."""
     chats = list(iter_examples(DataConfig("stdlib:heldout", limit=count)))
     answers = student.tokenizer.encode([chat.messages[-1]["content"] for chat in chats])
-    prompts = [student.prompt(chat.messages[:-1]) for chat in chats]
+    prompts = [student.tokenizer.encode_prompt(chat.messages[:-1]) for chat in chats]
     return list(zip(prompts, answers, strict=True))
 
 
@@ -219,7 +219,7 @@ def measure(model: Model, tokens: int, device: str, precision: str) -> tuple[flo
     before = high_water()
     raw: Any = published_shape(model.shape)
     network = random_model(model.architecture, raw, torch_dtype(precision), device)
-    special = Special(mask=network.config.vocab_size - 1, pad=0, eos=0)
+    special = Special(mask=network.config.vocab_size - 1, eos=0)
     config = SampleConfig(new_tokens=tokens, min_new_tokens=tokens, block=model.block)
     jobs: Any = {"": lambda: sample(network, [[1] * PROMPT], special, config)}
     seconds = side_by_side(jobs, rounds=1)[""]
