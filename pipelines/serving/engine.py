@@ -92,8 +92,6 @@ class Answer:
 
 @dataclass(eq=False)
 class Job:
-    """A response that is asked for."""
-
     row: Row
     answer: Answer
     deliver: Callable[[Piece | Exception], None]  # called from the engine's thread, each block

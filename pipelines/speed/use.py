@@ -26,7 +26,7 @@ from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import load_model, meta_model, new_model, random_model
 from shared.settings.config import DataConfig, StudentConfig
 from shared.system.hardware import choose_device, choose_precision, high_water, torch_dtype
-from student_train.using.elbo import ElboConfig, log_likelihoods_together
+from student_train.using.elbo import ElboConfig, log_likelihoods
 from student_train.using.settings import SampleConfig, Special
 from student_train.using.student import LoadedStudent, load_for_use, sample, sample_steps
 from teacher_cache.engines.transformers_engine import TransformersEngine
@@ -65,7 +65,7 @@ def bench_use(shape: StudentConfig = SHAPE, prompts: int = 8) -> Table:
     def score(size: int) -> None:
         for start in range(0, prompts, size):
             part = questions[start : start + size]
-            log_likelihoods_together(student.model, part, student.special, config)
+            log_likelihoods(student.model, part, student.special, config)
 
     tokens = sum(len(answer) for _, (answer,) in questions)
     add_at_once(table, "likelihoods", "question", score, [1, prompts], tokens)

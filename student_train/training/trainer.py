@@ -298,9 +298,7 @@ class StudentTrainer(ResumableTrainer):
         joined = 1 if config.global_batch else processes
         passes = {"global_batch": config.global_batch, "batch_size": joined * config.batch_size}
         ids = [row.example_id for row in dataset.rows(item)]
-        tensors = {
-            k: v.contiguous() for k, v in dataset[item].items() if isinstance(v, torch.Tensor)
-        }
+        tensors = {k: v.contiguous() for k, v in dataset[item].items() if torch.is_tensor(v)}
         write_bytes(out / f"{NONFINITE}.safetensors", save(tensors))
         note = {"step": step, "batch": item // joined, "passes": passes, "example_ids": ids}
         write_bytes(out / f"{NONFINITE}.json", (json.dumps(note, indent=1) + "\n").encode())

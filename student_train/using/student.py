@@ -70,10 +70,10 @@ def load_for_use(place: str, device: str = "auto") -> LoadedStudent:
 
 
 def sample(
-    model: Any, prompts: Sequence[Ids], special: Special, config: SampleConfig
+    model: Any, prompts: Sequence[Ids], special: Special, config: SampleConfig, stop: Any = None
 ) -> list[list[int]]:
     """The response to each prompt, less its end. ValueError where a prompt is empty."""
-    *_, (tokens, _) = sample_steps(model, prompts, special, config)
+    *_, (tokens, _) = sample_steps(model, prompts, special, config, stop)
     return [until_eos(row, special.eos) for row in tokens]
 
 
