@@ -141,7 +141,11 @@ def export_student(source: Path, target: Path, layout: Format) -> None:
             tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
             tensors["lm_head.weight"] = model.lm_head.weight.detach().clone()
             write_bytes(half / "model.safetensors", save(tensors, {"format": "pt"}))
-            config = old_config(model)
+            # Qwen3's fields as transformers 4 writes them.
+            config = model.config.to_diff_dict()
+            rope = config.pop("rope_parameters", None) or model.config.rope_parameters
+            config |= {name: getattr(model.config, name) for name in _FIELDS} | old_rope(rope)
+            config["dtype"] = str(model.dtype).removeprefix("torch.")
             if layout == "a2d":
                 config |= {"architectures": ["A2DQwen3LMHeadModel"], "model_type": "a2d-qwen3"}
             else:
@@ -165,14 +169,6 @@ def old_rope(parameters: dict[str, Any]) -> dict[str, Any]:
     theta = rope.pop("rope_theta")
     plain = rope.get("rope_type", "default") == "default"
     return {"rope_theta": theta, "rope_scaling": None if plain else rope}
-
-
-def old_config(model: Any) -> dict[str, Any]:
-    """Qwen3's fields as transformers 4 writes them."""
-    config = model.config.to_diff_dict()
-    rope = config.pop("rope_parameters", None) or model.config.rope_parameters
-    config |= {name: getattr(model.config, name) for name in _FIELDS} | old_rope(rope)
-    return {**config, "dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def sdar_keys(config: dict[str, Any]) -> dict[str, Any]:

@@ -228,8 +228,8 @@ class Student:
         encode = self.loaded.tokenizer.encode
         try:
             config = ElboConfig(draws=draws, block=self.loaded.choose_block(None))
-            ids = encode([context])[0], encode(list(continuations))
-            return log_likelihoods(self.loaded.model, *ids, self.loaded.special, config)
+            asked = [(encode([context])[0], encode(list(continuations)))]
+            return log_likelihoods(self.loaded.model, asked, self.loaded.special, config)[0]
         except ValueError as error:
             raise TideError(str(error)) from error
 

@@ -131,7 +131,7 @@ def talk(
         messages.append({"role": "user", "content": question})
         settled: list[int] = []
         with Live(Text(), console=console, refresh_per_second=30) as live:
-            prompt = student.prompt(messages)
+            prompt = student.tokenizer.encode_prompt(messages)
             for tokens, _ in sample_steps(student.model, [prompt], special, config):
                 row = until_eos(tokens[0], special.eos)
                 if special.mask not in tokens[0]:
@@ -143,9 +143,9 @@ def talk(
                     if masked:
                         drawn.append("░" * len([*run]), style="dim")
                     else:
-                        drawn.append(printable(student.text([*run])))
+                        drawn.append(printable(student.tokenizer.text([*run])))
                 live.update(drawn, refresh=True)
-        messages.append({"role": "assistant", "content": student.text(settled)})
+        messages.append({"role": "assistant", "content": student.tokenizer.text(settled)})
 
 
 @command(STUDENTS, sampling=sampling_options)

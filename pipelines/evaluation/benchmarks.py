@@ -92,7 +92,6 @@ def local_rows(path: Path) -> dict[str, Any]:
 
 
 def digest(value: Any) -> str:
-    """Names a value of plain kinds."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -153,7 +152,6 @@ class Score:
 
     @property
     def shown(self) -> float:
-        """The value in per cent, where it is a share."""
         return 100 * self.value if self.percent else self.value
 
 

@@ -18,10 +18,9 @@ from tqdm.auto import tqdm
 
 from pipelines.evaluation.benchmarks import Answers
 from shared.system.files import TideError
-from student_train.using import student as use
 from student_train.using.elbo import ElboConfig, Question, log_likelihoods, score_questions
 from student_train.using.settings import SampleConfig
-from student_train.using.student import LoadedStudent, Stops, load_for_use
+from student_train.using.student import LoadedStudent, Stops, load_for_use, sample
 
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_completion_tokens", "max_tokens")
 TokenRequest = tuple[tuple[str, str], list[int], list[int]]
@@ -191,12 +190,12 @@ class TideBD3LM(TemplateLM):
 
     def _answer(self, requests: Sequence[Instance], config: SampleConfig) -> list[str]:
         """One batch. A row leaves it when a stop text stands in its finished blocks."""
-        student, eos = self._student, self.eot_token_id
+        student = self._student
         room = self._max_length // config.block * config.block - config.new_tokens
         prompts, stops = [], []
         for request in requests:
             context, options = request.args  # type: ignore[misc]
-            prompt = self.tok_encode(context) or [eos]
+            prompt = self.tok_encode(context) or [self.eot_token_id]
             self.truncated += len(prompt) > room
             prompts.append(prompt[-room:])
             stops.append(Stops.of(student, options.get("until")))
@@ -204,8 +203,7 @@ class TideBD3LM(TemplateLM):
         def stop(row: int, tokens: list[int]) -> bool:
             return stops[row].cut(tokens)[1]
 
-        *_, (tokens, _) = use.sample_steps(student.model, prompts, student.special, config, stop)
-        rows = [use.until_eos(row, eos) for row in tokens]
+        rows = sample(student.model, prompts, student.special, config, stop)
         return [end.cut(row)[0] for row, end in zip(rows, stops, strict=True)]
 
     def _loglikelihood_tokens(
@@ -251,7 +249,7 @@ class TideBD3LM(TemplateLM):
                 longest = self._max_length - 2 * self._elbo.block
                 for window in get_rolling_token_windows(tokens, first, longest, context_len=1):
                     context, part = make_disjoint_window(window)
-                    total += log_likelihoods(model, context, [part], special, self._elbo)[0]
+                    total += log_likelihoods(model, [(context, [part])], special, self._elbo)[0][0]
                 self._keep("loglikelihood_rolling", (text,), total, (text,))
             totals.append(total)
         return totals

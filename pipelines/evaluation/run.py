@@ -236,9 +236,7 @@ def _save(out: Path, benchmark: Benchmark, reported: dict[str, Any], about: dict
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """Chance that one of k samples, drawn from `samples`, passes (Chen et al. 2021, eq. 1)."""
-    if samples - correct < k:
-        return 1.0
-    return 1.0 - math.prod(1.0 - k / n for n in range(samples - correct + 1, samples + 1))
+    return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def gaps_of(student: LoadedStudent) -> Iterator[Gap]:
     """One line a function, chosen by its hash: the whole tokens between two line breaks."""
     for chat in heldout_functions():
         text = str(chat.messages[-1]["content"])
-        prompt = student.prompt(chat.messages[:-1])
+        prompt = student.tokenizer.encode_prompt(chat.messages[:-1])
         answer = np.array(student.tokenizer.encode([text])[0], np.int32)
         if len(prompt) + len(answer) > _LONGEST:
             continue
@@ -161,7 +161,6 @@ def fill(
 
 
 def is_function(text: str) -> bool:
-    """Whether it is one function, and nothing else."""
     try:
         body = ast.parse(text).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):

@@ -98,7 +98,7 @@ def sampled_workload(run: Run) -> Workload:
     masked = sum(item.view.positions.size for item in items)
     student = sum(len(item.example.student_ids) for item in items)
     chunks = sum(len(item.draw.chunks) for item in items) if run.shared is None else masked
-    sums = (len(requests), sum(pack.width for pack in packs), masked, student, chunks)
+    sums = (len(requests), sum(len(pack.ids) for pack in packs), masked, student, chunks)
     words = f"measured on the first {len(examples)} examples under {draws} draws"
     means = [total / max(1, len(items)) for total in sums]
     return Workload(run.data.examples, *means, source=words)

@@ -213,7 +213,7 @@ def measure_throughput(
         work.append(Request(ids, read, ids[read]))
     engine.score(work[:2])
     median = float(np.median(timeit.repeat(lambda: engine.score(work), number=1, repeat=rounds)))
-    tokens = sum(pack.width for batch in engine.batches(work) for pack in batch)
+    tokens = sum(len(pack.ids) for batch in engine.batches(work) for pack in batch)
     load = Workload(1, requests, tokens, requests * (length // 4), length, 0, "")
     rate = costs.size_of(model).flops(load, tokens / requests) / median / 1e12  # TFLOP/s
     share = "" if tflops is None else f", {rate / tflops:.1%} of {tflops:,.0f} TFLOP/s"

@@ -12,6 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from queue import Full
 from typing import Any, Literal
 
 from shared.system.files import TideError
@@ -91,17 +92,11 @@ class Answer:
 
 @dataclass(eq=False)
 class Job:
-    """A response that is asked for."""
-
     row: Row
     answer: Answer
     deliver: Callable[[Piece | Exception], None]  # called from the engine's thread, each block
     steps: bool = False  # whether each step is told, too
     cancelled: bool = False  # set by whoever asked, when nobody waits for it any more
-
-
-class Full(Exception):
-    """As many wait as may."""
 
 
 class Stopping(Exception):

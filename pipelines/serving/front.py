@@ -8,11 +8,8 @@ import logging
 import re
 import time
 from pathlib import Path
-from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -73,14 +70,6 @@ def door(app: ASGIApp, config: ServeConfig) -> ASGIApp:
                 logger.info("%s%.2f s", what, time.monotonic() - began)
 
     return enter
-
-
-def middleware(config: ServeConfig) -> list[Middleware]:
-    """The door first; behind it browsers are told which other origins' pages may read answers."""
-    allowed: Any = {"allow_methods": ("GET", "POST"), "allow_headers": ("*",)}
-    allowed |= {"allow_origins": config.cors, "allow_private_network": True}
-    browsers = [Middleware(CORSMiddleware, **allowed)] if config.cors else []
-    return [Middleware(door, config), *browsers]
 
 
 def page() -> Route:

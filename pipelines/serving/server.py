@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from queue import Full
 from typing import Any
 
-from pipelines.serving.engine import Answer, Engine, Full, Job, Piece, ServeConfig
+from pipelines.serving.engine import Answer, Engine, Job, Piece, ServeConfig
 from pipelines.serving.prompts import Prompts
 from shared.system.files import TideError
 from student_train.using.decoding import Row
@@ -26,6 +27,8 @@ try:
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
@@ -101,6 +104,10 @@ class Server(uvicorn.Server):
         self._tell = started_to_listen
         routes = Routes(student, config, self._engine)
         self._prompts = routes.prompts
+        # The door first; behind it browsers are told which other origins' pages may read answers.
+        allowed: Any = {"allow_methods": ("GET", "POST"), "allow_headers": ("*",)}
+        allowed |= {"allow_origins": config.cors, "allow_private_network": True}
+        browsers = [Middleware(CORSMiddleware, **allowed)] if config.cors else []
         explained = (ApiError, HTTPException, ClientDisconnect, Exception)
         app = Starlette(
             routes=[
@@ -111,7 +118,7 @@ class Server(uvicorn.Server):
                 Route("/v1/models/{name:path}", routes.models),
                 Route("/health", routes.health),
             ],
-            middleware=front.middleware(config),
+            middleware=[Middleware(front.door, config), *browsers],
             exception_handlers=dict.fromkeys(explained, front.explain),
         )
         # Connections get five seconds to take their last words.

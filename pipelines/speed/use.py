@@ -26,7 +26,7 @@ from shared.models.checkpoint import open_checkpoint, resolve
 from shared.models.loading import load_model, meta_model, new_model, random_model
 from shared.settings.config import DataConfig, StudentConfig
 from shared.system.hardware import choose_device, choose_precision, high_water, torch_dtype
-from student_train.using.elbo import ElboConfig, log_likelihoods_together
+from student_train.using.elbo import ElboConfig, log_likelihoods
 from student_train.using.settings import SampleConfig, Special
 from student_train.using.student import LoadedStudent, load_for_use, sample, sample_steps
 from teacher_cache.engines.transformers_engine import TransformersEngine
@@ -65,7 +65,7 @@ def bench_use(shape: StudentConfig = SHAPE, prompts: int = 8) -> Table:
     def score(size: int) -> None:
         for start in range(0, prompts, size):
             part = questions[start : start + size]
-            log_likelihoods_together(student.model, part, student.special, config)
+            log_likelihoods(student.model, part, student.special, config)
 
     tokens = sum(len(answer) for _, (answer,) in questions)
     add_at_once(table, "likelihoods", "question", score, [1, prompts], tokens)
@@ -77,7 +77,7 @@ def held_out(student: LoadedStudent, count: int) -> list[tuple[list[int], list[i
     """Prompts and answers of functions that nothing embedded was trained on, as ids."""
     chats = list(iter_examples(DataConfig("stdlib:heldout", limit=count)))
     answers = student.tokenizer.encode([chat.messages[-1]["content"] for chat in chats])
-    prompts = [student.prompt(chat.messages[:-1]) for chat in chats]
+    prompts = [student.tokenizer.encode_prompt(chat.messages[:-1]) for chat in chats]
     return list(zip(prompts, answers, strict=True))
 
 
@@ -219,7 +219,7 @@ def measure(model: Model, tokens: int, device: str, precision: str) -> tuple[flo
     before = high_water()
     raw: Any = published_shape(model.shape)
     network = random_model(model.architecture, raw, torch_dtype(precision), device)
-    special = Special(mask=network.config.vocab_size - 1, pad=0, eos=0)
+    special = Special(mask=network.config.vocab_size - 1, eos=0)
     config = SampleConfig(new_tokens=tokens, min_new_tokens=tokens, block=model.block)
     jobs: Any = {"": lambda: sample(network, [[1] * PROMPT], special, config)}
     seconds = side_by_side(jobs, rounds=1)[""]

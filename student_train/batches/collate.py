@@ -44,7 +44,7 @@ def collate(
             draws.append(row)
         else:
             examples.append([row])
-    clean, valid = pad([draws[0].student_ids for draws in examples])
+    clean, _ = pad([draws[0].student_ids for draws in examples])
 
     # 2. Of every masked position its example, which x_t of that example, its column, t; and those
     # at which the teacher says something: of a tokenizer of its own, the tokens of chunks.      (n)
@@ -78,7 +78,6 @@ def collate(
     batch: Batch = {
         "clean": clean,
         "noised": noised,
-        "valid": valid,
         "row": example,
         "column": column,
         "places": places,
@@ -254,7 +253,6 @@ class TargetReader:
                 self._words = StudentTokens.of(words, tables.rank_of.size, width)
 
     def __call__(self, batch: Batch) -> Targets:
-        """The targets of a batch."""
         topk = chunks = None
         if "topk_ids" in batch:
             assert self._tail is not None
@@ -273,5 +271,4 @@ class TargetReader:
 
 
 def counts_of(counts: torch.Tensor) -> Counts:
-    """The three denominators from their summed vector."""
     return Counts(*counts.float().unbind())

@@ -74,28 +74,23 @@ class _Divergence(torch.autograd.Function):
     """The gradient is made in forward, in the two dense tensors that the value needs anyway."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, *settings: Any) -> Tensor:
-        value, gradient = divergence_and_gradient(logits, *settings)
-        ctx.save_for_backward(gradient)
+    def forward(
+        ctx: Any,
+        logits: Float[Tensor, "n vocab"],
+        topk: TopKTargets | MappedTargets,
+        settings: Taught,
+        strength: Float[Tensor, " n"] | None,
+    ) -> Float[Tensor, " n"]:
+        student = log_student(logits, topk, settings.temperature)
+        target = log_target(student, topk, settings.temperature, strength)
+        value, gradient = _WITH_GRADIENT[settings.type](student, target)
+        ctx.save_for_backward(gradient.div_(settings.temperature))
         return value
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * gradients[0][:, None], None, None, None
-
-
-def divergence_and_gradient(
-    logits: Float[Tensor, "n vocab"],
-    topk: TopKTargets | MappedTargets,
-    settings: Taught,
-    strength: Float[Tensor, " n"] | None = None,
-) -> tuple[Float[Tensor, " n"], Float[Tensor, "n vocab"]]:
-    """The divergence of each row, and its derivative by that row's logits. float32 or wider."""
-    student = log_student(logits, topk, settings.temperature)
-    target = log_target(student, topk, settings.temperature, strength)
-    value, gradient = _WITH_GRADIENT[settings.type](student, target)
-    return value, gradient.div_(settings.temperature)
 
 
 def log_target(
@@ -153,15 +148,8 @@ def token_log_likelihood(
     logits = at_least_float32(logits)
     # With s the gold logit and o = logsumexp of all others, p = 1 / (1 + exp(o − s)), so
     # log p = −softplus(o − s). log_softmax would round to 0 near p = 1 and lose 1 − p.
-    others = complement_logsumexp(logits, gold[:, None])
+    others = torch.logsumexp(logits.scatter(1, gold[:, None], EMPTY), dim=1)
     return -F.softplus(others - logits.gather(1, gold[:, None]).squeeze(1), threshold=80.0)
-
-
-def complement_logsumexp(
-    logits: Float[Tensor, "n vocab"], ids: Int[Tensor, "n k"]
-) -> Float[Tensor, " n"]:
-    """logsumexp over the tokens *not* in `ids` (repeats are fine); about EMPTY for no token."""
-    return torch.logsumexp(logits.scatter(1, ids, EMPTY), dim=1)
 
 
 def chunk_log_likelihood(
@@ -246,6 +234,6 @@ def tidal_probability(
 ) -> Float[Tensor, " chunks"]:
     """m = (1 − λ)·p_s + λ·p_t over chunk probabilities, bounded as a teacher's; no gradient.
 
-    Over tokens the mixture is made where the logits are (`divergence_and_gradient`).
+    Over tokens the mixture is made where the logits are (`log_target`).
     """
     return bound_probability(student + strength * (teacher - student))

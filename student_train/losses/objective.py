@@ -283,12 +283,8 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        scale, (by_hidden, by_head) = gradients[0], ctx.saved_tensors
-        if by_hidden is not None:
-            by_hidden = by_hidden * scale.to(by_hidden.dtype)
-        if by_head is not None:
-            by_head = by_head * scale.to(by_head.dtype)
-        return by_hidden, by_head, None, None, None, None
+        scaled = [x if x is None else x * gradients[0].to(x.dtype) for x in ctx.saved_tensors]
+        return *scaled, None, None, None, None
 
 
 def slice_rows(vocabulary: int, memory: int | None = None) -> int:

@@ -30,7 +30,6 @@ class StudentTokens:
 
     @classmethod
     def of(cls, token_map: TokenMap, teacher_vocab: int, student_vocab: int) -> "StudentTokens":
-        """On the CPU."""
         shares, lost = {}, {}
         for place in np.unique(token_map.place).tolist():
             here = token_map.place == place
@@ -46,7 +45,6 @@ class StudentTokens:
         return cls(shares, lost)
 
     def to(self, device: torch.device) -> "StudentTokens":
-        """On another device."""
         both = [{d: x.to(device) for d, x in each.items()} for each in (self.shares, self.lost)]
         return StudentTokens(*both)
 
@@ -129,7 +127,7 @@ def slice_targets(targets: Targets, size: int) -> Iterator[tuple[slice, Targets]
     n, chunks = targets.gold.shape[0], targets.chunks
     # 1. Rows and chunks of the chunks' tokens, in host memory.                        (2, tokens)
     tokens = np.zeros((2, 0), np.int64)
-    if chunks is not None and n > size:
+    if chunks is not None:
         tokens = chunks.host
         if tokens is None:
             tokens = torch.stack([chunks.rows, chunks.chunk_of]).cpu().numpy()
@@ -151,9 +149,7 @@ def slice_targets(targets: Targets, size: int) -> Iterator[tuple[slice, Targets]
     # rise, these are views.
     for start, end in itertools.pairwise(edges):
         part, own = slice(start, end), None
-        if chunks is not None and end - start == n:
-            own = replace(chunks, host=None)
-        elif chunks is not None:
+        if chunks is not None:
             first, last = (int(i) for i in np.searchsorted(rows, [start, end]))
             low, high = 0, 0
             if last > first:

@@ -43,7 +43,7 @@ def preflight(config: TrainConfig, processes: int) -> tuple[TrainConfig, OpenCac
     device = choose_device(config.device)
     begun = recorded_run(config.out).get("config", {}).get("precision")
     precision = choose_precision(config.precision, device, begun)
-    if config.precision == "auto" and is_first():
+    if config.precision == "auto" and os.environ.get("RANK", "0") == "0":
         logger.info("precision %s", explain_precision(precision, device, begun))
     if on_gpu(config) and processes == 1 and (gpus := torch.cuda.device_count()) > 1:
         how = "`torchrun --nproc-per-node %d -m pipelines.cli train …` (or `accelerate launch`)"
@@ -69,13 +69,7 @@ def preflight(config: TrainConfig, processes: int) -> tuple[TrainConfig, OpenCac
     return config, opened
 
 
-def is_first() -> bool:
-    """Whether this process is the first of the run's, or the only one."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def on_gpu(config: TrainConfig) -> bool:
-    """Whether the run is on CUDA."""
     return config.device != "cpu" and torch.cuda.is_available()
 
 

@@ -38,7 +38,6 @@ _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _READ_BY_TRAINER = (".pt", ".pth", ".bin", ".safetensors")
 _KEPT = 2
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
-TENSORBOARD = "tensorboard"
 
 
 class Checkpoint(NamedTuple):
@@ -101,6 +100,8 @@ def training_arguments(config: TrainConfig, manifest: Manifest, steps: int) -> R
              "ACCELERATE_DEEPSPEED", "FSDP_")  # fmt: skip
     for name in [name for name in os.environ if name.startswith(plans)]:
         del os.environ[name]
+    # One folder, the run's own, for all its resumptions.
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.out / "tensorboard")
     workers = int(on_gpu(config)) if config.loader_workers < 0 else config.loader_workers
     settings: dict[str, Any] = {}
     if workers:
@@ -118,6 +119,7 @@ def training_arguments(config: TrainConfig, manifest: Manifest, steps: int) -> R
         per_device_train_batch_size=1,
         gradient_accumulation_steps=config.accumulation,
         max_steps=steps,
+        train_sampling_strategy="sequential",  # the data set itself is the run's shuffled plan
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         warmup_steps=math.ceil(config.warmup_ratio * steps),
@@ -125,7 +127,6 @@ def training_arguments(config: TrainConfig, manifest: Manifest, steps: int) -> R
         max_grad_norm=config.max_grad_norm,
         bf16=config.precision == "bfloat16",
         seed=config.seed,
-        save_strategy="steps",
         save_steps=config.checkpoint_steps,
         save_total_limit=None,  # transformers goes by dates, and clocks step back
         logging_steps=config.log_steps,
@@ -133,7 +134,7 @@ def training_arguments(config: TrainConfig, manifest: Manifest, steps: int) -> R
         logging_nan_inf_filter=False,
         eval_strategy="no" if config.heldout is None else "steps",
         eval_steps=config.eval_steps,
-        report_to=[name for name in config.report_to if name != TENSORBOARD],
+        report_to=[*config.report_to],
         ddp_find_unused_parameters=False,
         optim=_OPTIMIZERS.get(config.optimizer, config.optimizer),
         gradient_checkpointing=config.gradient_checkpointing,
@@ -221,11 +222,6 @@ class ResumableTrainer(Trainer):
         if self.state.global_step < self.state.max_steps and not self._stopped and self.told:
             self._stopped = self.control.should_save = self.control.should_training_stop = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
-        """In order: the data set itself is the shuffled plan of the whole run."""
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        return torch.utils.data.SequentialSampler(dataset)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Weights and optimizer state are copied to host memory, and written while training goes

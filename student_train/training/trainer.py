@@ -15,7 +15,6 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from safetensors.torch import save
 from transformers import set_seed
-from transformers.integrations.integration_utils import TensorBoardCallback
 
 from shared.cache.manifest import Manifest, checksum_of
 from shared.models.checkpoint import open_checkpoint, resolve
@@ -31,8 +30,8 @@ from student_train.export import save_student, write_card
 from student_train.losses.objective import LossSettings, lambda_train, parts_of
 from student_train.model import load_student, train_on_loss, with_adapter
 from student_train.training.heldout import HeldOut, masked_nll, prepare_heldout, warn_of_overlap
-from student_train.training.preflight import begin_or_go_on, halved, is_first, on_gpu, preflight
-from student_train.training.resumable import TENSORBOARD, ResumableTrainer, training_arguments
+from student_train.training.preflight import begin_or_go_on, halved, on_gpu, preflight
+from student_train.training.resumable import ResumableTrainer, training_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +118,7 @@ def make_trainer(
         heldout = prepare_heldout(config.heldout, lengths, tokenizer, mask_id, config.heldout_draws)
         warn_of_overlap(heldout, config.cache, manifest, opened.store)
     # 3. The run's folder is ours from here on.
-    if is_first():
+    if os.environ.get("RANK", "0") == "0":
         if held is not None:
             held.enter_context(hold(config.out / ".lock", f"the run {config.out}"))
         base = config.student.checkpoint
@@ -135,14 +134,9 @@ def make_trainer(
     if compiled:
         compile_layers(model)
     train_on_loss(model, lengths.block, read_targets, compiled)
-    callbacks = []
-    if TENSORBOARD in config.report_to:  # one folder, the run's own, for all its resumptions
-        callbacks.append(TensorBoardCallback())
-        callbacks[0].logging_dir = str(config.out / TENSORBOARD)
     how: dict[str, Any] = {"args": training_arguments(config, manifest, steps)}
     how |= {"train_dataset": dataset, "eval_dataset": None if heldout is None else dataset}
-    how |= {"data_collator": itemgetter(0)}  # an item of the data set is a whole batch
-    how |= {"model": trained, "callbacks": callbacks}
+    how |= {"model": trained, "data_collator": itemgetter(0)}  # an item is a whole batch
     return StudentTrainer(config, manifest, read_targets, heldout, **how), tokenizer
 
 
@@ -304,9 +298,7 @@ class StudentTrainer(ResumableTrainer):
         joined = 1 if config.global_batch else processes
         passes = {"global_batch": config.global_batch, "batch_size": joined * config.batch_size}
         ids = [row.example_id for row in dataset.rows(item)]
-        tensors = {
-            k: v.contiguous() for k, v in dataset[item].items() if isinstance(v, torch.Tensor)
-        }
+        tensors = {k: v.contiguous() for k, v in dataset[item].items() if torch.is_tensor(v)}
         write_bytes(out / f"{NONFINITE}.safetensors", save(tensors))
         note = {"step": step, "batch": item // joined, "passes": passes, "example_ids": ids}
         write_bytes(out / f"{NONFINITE}.json", (json.dumps(note, indent=1) + "\n").encode())

@@ -47,7 +47,7 @@ class Decoding:
         for row in rows:
             row.tail = row.prompt[len(row.prompt) // self._block * self._block :]
         whole = [row.prompt[: len(row.prompt) - len(row.tail)] for row in rows]
-        ids, valid = pad_left(whole, self._block, self._special.pad)
+        ids, valid = pad_left(whole, self._block, self._special.mask)
         if self._guidance > 0:
             ids = torch.cat([ids, torch.where(valid, self._special.mask, ids)])
             valid = valid.repeat(2, 1)

@@ -54,18 +54,13 @@ Question = tuple[Ids, Sequence[Ids]]
 """A context and the continuations to score behind it."""
 
 
-def log_likelihoods(
-    model: Any, context: Ids, continuations: Sequence[Ids], special: Special, config: ElboConfig
-) -> list[float]:
-    """Lower bounds of log p(continuation | context), in nats. ValueError where one is empty."""
-    return log_likelihoods_together(model, [(context, continuations)], special, config)[0]
-
-
 @torch.no_grad()
-def log_likelihoods_together(
+def log_likelihoods(
     model: Any, questions: Sequence[Question], special: Special, config: ElboConfig
 ) -> list[list[float]]:
-    """The same for several questions at once, each of which scores as alone."""
+    """Lower bounds of log p(continuation | context), in nats, by question, each of which scores as
+    alone. ValueError where a context or a continuation is empty.
+    """
     for context, continuations in questions:
         if not (context and continuations and all(continuations)):
             raise ValueError("the context or a continuation is empty; each needs a token at least")
@@ -131,7 +126,7 @@ class _Clean:
         # 1. Contexts, [row, width]; a continuation's first block begins at `start`.
         starts = [len(context) // block * block for context, _ in questions]
         whole = [context[:start] for (context, _), start in zip(questions, starts, strict=True)]
-        contexts, valid = pad_left(whole, block, special.pad)
+        contexts, valid = pad_left(whole, block, special.mask)
         width = contexts.shape[1]
         self._start = torch.tensor(starts)
         context_position = torch.arange(width)[None] - (width - self._start)[:, None]
@@ -145,7 +140,7 @@ class _Clean:
                 entries += [(owner, at, token) for at, token in enumerate(finished)]
             rows.append(entries)
         longest = max(map(len, rows))
-        filled = [row + [(_NOBODY, 0, special.pad)] * (longest - len(row)) for row in rows]
+        filled = [row + [(_NOBODY, 0, special.mask)] * (longest - len(row)) for row in rows]
         behind = torch.tensor(filled, dtype=torch.long).reshape(len(rows), longest, 3)
         owner, at, tokens = behind.unbind(dim=2)
         # 3. Whose each position is, where it stands, and whether it may be seen: [row, clean].
@@ -243,14 +238,14 @@ def score_questions(
             continue
         sums = []
         for part in parts:
-            values = [log_likelihoods(model, c, [piece], special, elbo)[0] for c, piece in part]
+            values = [log_likelihoods(model, [(c, [x])], special, elbo)[0][0] for c, x in part]
             sums.append((sum(values), False))
         yield number, sums
     # 2. The others share passes, long contexts first
     fitting.sort(key=lambda question: -len(question[1][0]))
     for start in range(0, len(fitting), batch):
         numbers, together = zip(*fitting[start : start + batch], strict=True)
-        values = log_likelihoods_together(model, together, special, elbo)
+        values = log_likelihoods(model, together, special, elbo)
         greedy = are_greedy(student, together, elbo.block)
         for number, value, is_greedy in zip(numbers, values, greedy, strict=True):
             yield number, list(zip(value, is_greedy, strict=True))

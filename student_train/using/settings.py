@@ -60,7 +60,6 @@ class Special:
     """Ids with a meaning to the sampler."""
 
     mask: int
-    pad: int
     eos: int
     ends: tuple[int, ...] = ()
     """Other tokens that end a response, such as the chat template's end of turn."""

@@ -39,21 +39,14 @@ class LoadedStudent:
             print(words, file=sys.stderr)
         return asked
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a chat up to where the response begins, as in training."""
-        return self.tokenizer.encode_prompt(messages)
-
-    def text(self, ids: Sequence[int]) -> str:
-        """Text without special tokens."""
-        return self.tokenizer.text(ids)
-
     def answer(
         self, chats: Sequence[Sequence[Message]], config: SampleConfig, batch: int
     ) -> Iterator[str]:
         """The response to each chat, in order, `batch` of them at a time."""
         for start in range(0, len(chats), batch):
-            prompts = [self.prompt(messages) for messages in chats[start : start + batch]]
-            yield from (self.text(ids) for ids in sample(self.model, prompts, self.special, config))
+            prompts = [self.tokenizer.encode_prompt(chat) for chat in chats[start : start + batch]]
+            for ids in sample(self.model, prompts, self.special, config):
+                yield self.tokenizer.text(ids)
 
 
 def load_for_use(place: str, device: str = "auto") -> LoadedStudent:
@@ -69,19 +62,18 @@ def load_for_use(place: str, device: str = "auto") -> LoadedStudent:
     if mask is None:
         what = f"neither the config nor the tokenizer of {place} names a mask token"
         raise TideError(what, fix="give a student that `tide train` wrote, as runs/NAME/model")
-    eos, pad = tokenizer.special_id("eos"), tokenizer.backend.pad_token_id
+    eos = tokenizer.special_id("eos")
     ends = {*checkpoint.special_ids("eos"), *tokenizer.turn_ends} - {eos}
-    pad = eos if pad is None else int(pad)
-    special = Special(mask, pad, eos, tuple(sorted(ends)), len(tokenizer))
+    special = Special(mask, eos, tuple(sorted(ends)), len(tokenizer))
     block = checkpoint.config.get("block_size")
     return LoadedStudent(model.to(where).eval(), tokenizer, special, block)
 
 
 def sample(
-    model: Any, prompts: Sequence[Ids], special: Special, config: SampleConfig
+    model: Any, prompts: Sequence[Ids], special: Special, config: SampleConfig, stop: Any = None
 ) -> list[list[int]]:
     """The response to each prompt, less its end. ValueError where a prompt is empty."""
-    *_, (tokens, _) = sample_steps(model, prompts, special, config)
+    *_, (tokens, _) = sample_steps(model, prompts, special, config, stop)
     return [until_eos(row, special.eos) for row in tokens]
 
 
@@ -132,7 +124,7 @@ class Stops:
         to be complete counts (of several that end together, the longest), as in a growing text.
         """
         ends = [i for i, token in enumerate(ids) if token in self.ids]
-        text = self.student.text(ids[: ends[0]] if ends else ids)
+        text = self.student.tokenizer.text(ids[: ends[0]] if ends else ids)
         places = [(at + len(stop), at) for stop in self.texts if (at := text.find(stop)) >= 0]
         return text[: min(places)[1]] if places else text, bool(ends or places)
 

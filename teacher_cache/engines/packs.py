@@ -40,11 +40,6 @@ class Pack:
     ranks: Row
     block: int
 
-    @property
-    def width(self) -> int:
-        """Rows that the model runs."""
-        return len(self.ids)
-
 
 def clean_ids(request: Request) -> Int[np.ndarray, " length"]:
     """x_0: the request's ids with the gold ones in place of its masks."""
@@ -85,7 +80,7 @@ def pack_requests(
     while waiting:
         members = waiting.pop()
         pack = _behind_what_is_shared(attention, requests, members, shift)
-        if pack.width > budget and len(members) > 1:
+        if len(pack.ids) > budget and len(members) > 1:
             half = len(members) // 2
             waiting += [members[:half], members[half:]]
         else:
@@ -164,10 +159,10 @@ def fill(widths: Sequence[int], budget: int, padded: bool) -> list[list[int]]:
 
 def one_behind_the_other(packs: Sequence[Pack], device: torch.device, multiple: int = 1) -> Batch:
     """A batch of one row under packed attention, without a mask; padding is its own sequence."""
-    if more := -sum(pack.width for pack in packs) % multiple:
+    if more := -sum(len(pack.ids) for pack in packs) % multiple:
         blank = np.zeros(more, np.int64)
         packs = [*packs, Pack((), (), blank, blank, blank, blank, 1)]
-    ends = np.concatenate([[0], np.cumsum([pack.width for pack in packs])])
+    ends = np.concatenate([[0], np.cumsum([len(pack.ids) for pack in packs])])
     columns = []
     for pack, start in zip(packs, ends[:-1], strict=True):
         columns += [column + start for column in pack.columns]
@@ -179,7 +174,7 @@ def one_behind_the_other(packs: Sequence[Pack], device: torch.device, multiple: 
         # Under the names of transformers' own packed batches: 0, and where each sequence ends.
         "cu_seq_lens_q": _longs([ends], device).int(),
         "cu_seq_lens_k": torch.from_numpy(ends),  # the same, read in Python: no wait for the device
-        "max_length_q": max(pack.width for pack in packs),
+        "max_length_q": max(len(pack.ids) for pack in packs),
     }
     column = _longs(columns, device)
     return arguments, torch.zeros_like(column), column
@@ -218,5 +213,4 @@ def side_by_side(
 
 
 def _longs(parts: Sequence[np.ndarray], device: torch.device) -> Int[torch.Tensor, " n"]:
-    """All parts as one tensor on `device`."""
     return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device, non_blocking=True)

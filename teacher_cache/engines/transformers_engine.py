@@ -128,15 +128,13 @@ class TransformersEngine:
         """Nothing to give back: the model goes with the engine."""
 
     def batches(self, requests: Sequence[Request]) -> list[list[Pack]]:
-        """The packs of each forward pass."""
         budget, padded = self._tokens_per_batch, not isinstance(self._attention, Full)
         packs = layout.pack_requests(self._attention, requests, self._shift, budget)
-        widths = [-(-pack.width // self._multiple) * self._multiple for pack in packs]
+        widths = [-(-len(pack.ids) // self._multiple) * self._multiple for pack in packs]
         batches = layout.fill(widths, budget, padded)
         return [[packs[i] for i in batch] for batch in batches]
 
     def batch(self, packs: Sequence[Pack]) -> Batch:
-        """The tensors of one forward pass."""
         device = self._model.get_input_embeddings().weight.device
         if isinstance(self._attention, Full):
             return layout.one_behind_the_other(packs, device, self._multiple)

@@ -46,11 +46,6 @@ _IGNORE_IS_CAUSAL = ("Glm4MoeForCausalLM", "Qwen3MoeForCausalLM")  # of vLLM 0.3
 _LOOK_SECONDS = 0.5  # between looks at vLLM's processes
 
 
-def installed() -> bool:
-    """Whether vLLM can be imported."""
-    return importlib.util.find_spec("vllm") is not None
-
-
 def why_not(entry: TeacherEntry, settings: EngineConfig) -> TideError | None:
     """Why vLLM cannot run this teacher so, or None. Nothing is imported."""
     if not isinstance(entry.attention, Full):
@@ -64,7 +59,7 @@ def why_not(entry: TeacherEntry, settings: EngineConfig) -> TideError | None:
             "engine.device_map and engine.quantization belong to the transformers engine",
             fix="use --engine transformers, or spread the teacher with --tensor-parallel",
         )
-    if not installed():
+    if importlib.util.find_spec("vllm") is None:
         how = 'pip install ".[vllm]" (docs/engines.md has the CPU build)'
         fix = f"{how}, or use --engine transformers"
         return TideError("the vLLM engine is not installed", expected="vllm 0.32", fix=fix)
@@ -161,7 +156,6 @@ class VllmEngine:
         self._tables = {"tables": str(folder)}
 
     def close(self) -> None:
-        """End vLLM's processes."""
         self._llm.llm_engine.engine_core.shutdown()
         self._folder.cleanup()
 
@@ -229,7 +223,6 @@ def field_shapes(spec: TargetSpec) -> dict[str, tuple[tuple[int, ...], type]]:
 
 
 def columns_of(spec: TargetSpec) -> list[int]:
-    """How many columns each field has in an answer."""
     return [math.prod(shape) for shape, _ in field_shapes(spec).values()]
 
 

@@ -169,9 +169,7 @@ class ScorePooler(Pooler):
         """What `extract` keeps, field beside field: [rows, columns]."""
         ScorePooler.rows_run += len(hidden)
         logits = self._compute_logits(hidden)
-        if (
-            logits is None
-        ):  # a tensor-parallel rank without gathered logits: nobody reads its answer
+        if logits is None:  # a tensor-parallel rank without them: nobody reads its answer
             return torch.zeros(len(gold), sum(columns_of(self._spec)), device=hidden.device)
         self._excluded = self._excluded.to(logits.device)
         fields = extract(logits, hidden, gold, self._spec, self._excluded, self._encoder)

@@ -31,7 +31,7 @@ from tests.plain_masks import block_diffusion_batch
 RELATIVE = 1e-5
 FLOAT32 = torch.finfo(torch.float32).eps
 LOGITS = 1e-5  # absolute
-REFERENCE_SPECIAL = Special(mask=95, pad=93, eos=94)  # the checkpoint itself names the mask alone
+REFERENCE_SPECIAL = Special(mask=95, eos=94)  # the checkpoint itself names the mask alone
 
 
 @dataclass
@@ -219,7 +219,7 @@ def sampler_groups(folder: Path) -> list[Group]:
             steps, block, new = (int(x) for x in re.findall(r"\d+", key))
             per_block = max(1, steps * block // new)
             config = SampleConfig(new_tokens=new, block=block, steps_per_block=per_block)
-            ids, valid = pad_left(prompts, block, REFERENCE_SPECIAL.pad)
+            ids, valid = pad_left(prompts, block, 93)
             rows = [Row(row, config) for row in ids.tolist()]
             decoding = Decoding(load(path.parent), REFERENCE_SPECIAL, config)
             decoding.join(rows)

@@ -297,6 +297,6 @@ def test_from_the_run_to_a_stranger(student: str, tmp_path: Path) -> None:
             assert server.wait(timeout=30) == 0
     assert hub.files["model.safetensors"] == (exported / "model.safetensors").read_bytes()
     assert hub.private
-    prompt = ours.prompt(chat)
+    prompt = ours.tokenizer.encode_prompt(chat)
     (wanted,) = sample(ours.model, [prompt], ours.special, SampleConfig(new_tokens=16, block=8))
-    assert got.choices[0].message.content == ours.text(wanted)
+    assert got.choices[0].message.content == ours.tokenizer.text(wanted)

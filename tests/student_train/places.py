@@ -11,7 +11,7 @@ from transformers import Qwen3ForCausalLM
 
 from student_train.using.settings import Special
 
-SPECIAL = Special(mask=49, pad=47, eos=48)
+SPECIAL = Special(mask=49, eos=48)
 
 
 def small(vocabulary: int = 50, kind: Any = Qwen3ForCausalLM) -> Any:

@@ -97,7 +97,7 @@ def test_an_engine_says_what_tide_sample_says(tmp_path: Path) -> None:
     export_student(EMBEDDED, tmp_path / "served", "sdar")
     engine, student = Served(tmp_path / "served"), load_for_use(str(EMBEDDED), "cpu")
     chats = list(iter_examples(DataConfig("stdlib:heldout", limit=50)))
-    prompts = [student.prompt(chat.messages[:-1]) for chat in chats]
+    prompts = [student.tokenizer.encode_prompt(chat.messages[:-1]) for chat in chats]
     config = SampleConfig(new_tokens=40, threshold=0.95)
     said = sample(student.model, prompts, student.special, config)
     assert said == [engine.answer(prompt, 40) for prompt in prompts]

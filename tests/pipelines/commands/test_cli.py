@@ -215,7 +215,7 @@ def test_bytes_that_are_no_text_are_explained(student: str, caches: dict[str, Pa
 
 def test_a_conversation_remembers_and_ends(student: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_for_use(student, "cpu")
-    ids = loaded.prompt([{"role": "user", "content": "x"}])
+    ids = loaded.tokenizer.encode_prompt([{"role": "user", "content": "x"}])
     assert loaded.tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
     seen: list[int] = []
     counted = "prompt", lambda _self, messages: seen.append(len(messages)) or ids

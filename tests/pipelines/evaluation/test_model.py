@@ -12,13 +12,7 @@ from lm_eval.api.registry import Registry, get_model
 
 from pipelines.evaluation.model import TideBD3LM, register_model
 from shared.system.files import TideError
-from student_train.using.elbo import (
-    ElboConfig,
-    log_likelihoods,
-    log_likelihoods_together,
-    pieces,
-    score_questions,
-)
+from student_train.using.elbo import ElboConfig, log_likelihoods, pieces, score_questions
 from student_train.using.settings import SampleConfig, Special
 from student_train.using.student import LoadedStudent, load_for_use, sample
 from tests.student_train.places import small
@@ -26,7 +20,7 @@ from tests.student_train.places import small
 PROMPTS = ["Write `f`.", "And now write `g`, which is a longer prompt than that.", "h", "Sort it."]
 SMALL: dict[str, Any] = {"block_size": 8, "max_new_tokens": 20, "mc_num": 4}
 ELBO = ElboConfig(draws=4, block=8)
-SPECIAL = Special(mask=49, pad=47, eos=48)
+SPECIAL = Special(mask=49, eos=48)
 ids = st.lists(st.integers(0, 46), min_size=1, max_size=13)
 
 
@@ -124,7 +118,7 @@ def test_likelihoods_are_elbos_and_greedy_is_what_sampling_gives(loaded: LoadedS
     for (value, _), (text, continuation) in zip(found, pairs, strict=True):
         start = model.tok_encode(text) or [model.eot_token_id]
         tokens = model.tok_encode(continuation)
-        wanted = log_likelihoods(loaded.model, start, [tokens], loaded.special, ELBO)[0]
+        wanted = log_likelihoods(loaded.model, [(start, [tokens])], loaded.special, ELBO)[0][0]
         assert value == pytest.approx(wanted, abs=1e-4)
     # spaces between the two are the continuation's
     ((moved, _),) = likelihoods(model, [(f"{context} ", "no")])
@@ -135,7 +129,8 @@ def test_a_whole_text_is_scored_in_windows(loaded: LoadedStudent) -> None:
     text = "def f(x):\n    return x\n" * 4
     tokens = TideBD3LM(loaded).tok_encode(text)
     request = [Instance("loglikelihood_rolling", {}, (text,), 0)]
-    whole = log_likelihoods(loaded.model, [loaded.special.eos], [tokens], loaded.special, ELBO)[0]
+    asked = [([loaded.special.eos], [tokens])]
+    ((whole,),) = log_likelihoods(loaded.model, asked, loaded.special, ELBO)
     model = TideBD3LM(loaded, **SMALL)
     assert model.loglikelihood_rolling(request, disable_tqdm=True) == pytest.approx([whole])
     short = TideBD3LM(loaded, **SMALL, max_length=16 + len(tokens) // 2)
@@ -148,7 +143,7 @@ def test_a_long_prompt_loses_its_beginning(loaded: LoadedStudent) -> None:
     (answer,) = generate(loaded, [text], {"max_length": 20 + 8})
     tail = loaded.tokenizer.encode([text])[0][-4:]  # with 20 tokens more: three whole blocks
     (wanted,) = sample(loaded.model, [tail], loaded.special, SampleConfig(new_tokens=20, block=8))
-    assert answer == loaded.text(wanted)
+    assert answer == loaded.tokenizer.text(wanted)
 
 
 def test_tokens_and_steps_of_an_answer(loaded: LoadedStudent) -> None:
@@ -187,9 +182,9 @@ def double() -> Any:
 @given(st.lists(st.tuples(ids, st.lists(ids, min_size=1, max_size=3)), min_size=1, max_size=4))
 def test_questions_scored_together_score_as_alone(double: Any, questions: list[Any]) -> None:
     config = ElboConfig(draws=3, block=4)
-    together = log_likelihoods_together(double, questions, SPECIAL, config)
+    together = log_likelihoods(double, questions, SPECIAL, config)
     for found, (context, tokens) in zip(together, questions, strict=True):
-        alone = log_likelihoods(double, context, tokens, SPECIAL, config)
+        alone = log_likelihoods(double, [(context, tokens)], SPECIAL, config)[0]
         assert found == pytest.approx(alone, abs=1e-5)
 
 
@@ -198,7 +193,7 @@ def test_they_share_passes(double: Any) -> None:
     embedding = double.get_input_embeddings()
     hook = embedding.register_forward_hook(lambda _m, args, _o: passes.append(len(args[0])))
     questions = [([1, 2, 3], [[4], [5]]), ([6], [[7], [8]]), ([9] * 7, [[1], [2]])]
-    log_likelihoods_together(double, questions, SPECIAL, ElboConfig(draws=3, block=4))
+    log_likelihoods(double, questions, SPECIAL, ElboConfig(draws=3, block=4))
     hook.remove()
     assert passes == [3, 3]  # the contexts, and all copies
 
@@ -229,7 +224,7 @@ def test_an_over_long_answer_is_scored_and_ends_no_benchmark(loaded: LoadedStude
     scores = dict(score_questions(loaded, questions, ELBO, 32, 2))
     parts = [(c, [t]) for c, t in pieces(context, long, 32, 8)]
     assert len(parts) > 1
-    wanted = sum(log_likelihoods(loaded.model, c, t, loaded.special, ELBO)[0] for c, t in parts)
+    wanted = sum(log_likelihoods(loaded.model, [q], loaded.special, ELBO)[0][0] for q in parts)
     assert scores[0][0] == (pytest.approx(wanted, abs=1e-4), False)
     assert scores[0][1][0] == pytest.approx(scores[1][0][0], abs=1e-4)
     model = TideBD3LM(loaded, **SMALL, max_length=32)

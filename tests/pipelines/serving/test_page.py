@@ -71,7 +71,7 @@ def stepwise(model: Any) -> Iterator[threading.Semaphore]:
 def test_an_answer_is_seen_as_it_is_unmasked(page: Page, loaded: LoadedStudent) -> None:
     """Token by token, with how sure the student was; at the end it is the sampler's."""
     asked = "Write <img src=x> `f`."
-    prompt = loaded.prompt([{"role": "user", "content": asked}])
+    prompt = loaded.tokenizer.encode_prompt([{"role": "user", "content": asked}])
     first = BLOCK - len(prompt) % BLOCK
     masks, tokens = page.locator(".mask"), page.locator("main span[title]")
     with stepwise(loaded.model) as may:
@@ -85,7 +85,7 @@ def test_an_answer_is_seen_as_it_is_unmasked(page: Page, loaded: LoadedStudent) 
         assert all("rgba(240, 140, 0" in shade for shade in shades)
         may.release(1000)
     expect(page.locator("#send")).to_have_text("Send")
-    wanted = loaded.text(sample(loaded.model, [prompt], loaded.special, SAMPLING)[0])
+    wanted = loaded.tokenizer.text(sample(loaded.model, [prompt], loaded.special, SAMPLING)[0])
     assert page.locator("main div").first.text_content() == asked
     assert (page.locator("main div").nth(1).text_content() or "").strip() == wanted.strip() != ""
     assert masks.count() == 0 and "tokens in" in page.locator("#status").inner_text()

@@ -51,7 +51,7 @@ def address(loaded: LoadedStudent) -> Iterator[str]:
 
 def sampled(loaded: LoadedStudent, prompt: list[int], limit: int, **changes: Any) -> str:
     config = SampleConfig(new_tokens=limit, block=BLOCK, **changes)
-    return loaded.text(sample(loaded.model, [prompt], loaded.special, config)[0])
+    return loaded.tokenizer.text(sample(loaded.model, [prompt], loaded.special, config)[0])
 
 
 @lru_cache  # kept, or a socket would be left open
@@ -70,7 +70,7 @@ def test_an_answer_is_the_samplers(loaded: LoadedStudent, address: str) -> None:
     neutral: Any = {"frequency_penalty": 0.0, "tools": [], "logprobs": False, "stream": None}
     neutral |= {"top_p": 1, "n": 1, "user": "me", "metadata": {"a": "b"}, "max_tokens": None}
     for limit, chat in zip((1, 8, 13), CHATS, strict=True):
-        prompt = loaded.prompt(chat)
+        prompt = loaded.tokenizer.encode_prompt(chat)
         *begin, last = chat
         words, word = last["content"].split(" ", 1)
         parts = [{"type": "text", "text": f"{words} "}, {"type": "text", "text": word}]
@@ -83,7 +83,7 @@ def test_an_answer_is_the_samplers(loaded: LoadedStudent, address: str) -> None:
 
 
 def test_settings_of_a_request(loaded: LoadedStudent, address: str) -> None:
-    prompt = loaded.prompt(CHATS[0])
+    prompt = loaded.tokenizer.encode_prompt(CHATS[0])
     for wanted in (
         {"temperature": 1.5, "seed": 1, "top_p": 0.3, "top_k": 50},
         {"threshold": 0.01},
@@ -115,7 +115,7 @@ def test_a_stream_comes_by_block_and_is_the_whole(loaded: LoadedStudent, address
     chunks = list(create(address, **asked, stream=True, stream_options={"include_usage": True}))
     texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(texts) == whole.choices[0].message.content
-    blocks = -(-(len(loaded.prompt(CHATS[1])) % BLOCK + 24) // BLOCK)
+    blocks = -(-(len(loaded.tokenizer.encode_prompt(CHATS[1])) % BLOCK + 24) // BLOCK)
     assert len([text for text in texts if text]) == blocks  # one of each
     assert chunks[0].choices[0].delta.role == "assistant"
     reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
@@ -130,7 +130,7 @@ def test_a_stop_text_ends_a_response(loaded: LoadedStudent, address: str) -> Non
     """Wherever it stands, over the edge of two blocks too; nothing of it is sent."""
     asked: Any = {"messages": CHATS[1], "max_tokens": 24, "temperature": 1.5, "seed": 11}
     text = create(address, **asked).choices[0].message.content
-    first = sampled(loaded, loaded.prompt(CHATS[1]), 8, temperature=1.5, seed=11)
+    first = sampled(loaded, loaded.tokenizer.encode_prompt(CHATS[1]), 8, temperature=1.5, seed=11)
     edge = text[len(first) - 2 : len(first) + 2]
     for stop in (edge, [text[3:6], "never there"]):
         wanted = text[: text.index(stop if isinstance(stop, str) else stop[0])]
@@ -155,7 +155,7 @@ def test_many_at_once_get_what_each_gets_alone(loaded: LoadedStudent, address: s
         answers = list(pool.map(ask, range(8)))
     hook.remove()
     for i, answer in enumerate(answers):
-        prompt = loaded.prompt(CHATS[i % 3])
+        prompt = loaded.tokenizer.encode_prompt(CHATS[i % 3])
         assert answer == sampled(loaded, prompt, 5 + 2 * i, temperature=i / 4, seed=i)
     assert max(rows) > 1
 
@@ -381,7 +381,7 @@ def test_beyond_the_limit_requests_are_turned_away(loaded: LoadedStudent, addres
         with pytest.raises(openai.InternalServerError):
             create(address)
     answers = {answer.result().choices[0].message.content for answer in waiting}
-    assert answers == {sampled(loaded, loaded.prompt(CHATS[0]), 8)}
+    assert answers == {sampled(loaded, loaded.tokenizer.encode_prompt(CHATS[0]), 8)}
 
 
 def test_who_hangs_up_leaves_the_batch(loaded: LoadedStudent, address: str) -> None:
@@ -410,7 +410,9 @@ def test_a_failure_is_told_and_the_next_request_is_answered(
         list(create(address, stream=True))
     hook.remove()
     got = create(address)
-    assert got.choices[0].message.content == sampled(loaded, loaded.prompt(CHATS[0]), 8)
+    assert got.choices[0].message.content == sampled(
+        loaded, loaded.tokenizer.encode_prompt(CHATS[0]), 8
+    )
     assert "out of memory" in caplog.text
 
 

@@ -150,7 +150,6 @@ def test_a_batch_says_what_its_rows_say(caches: dict[str, Path]) -> None:
         length, part = len(row.student_ids), slice(n, n + row.masked.size)
         noised = row.student_ids.copy()
         noised[row.masked] = manifest.fingerprint.student.mask_id
-        assert batch["valid"][i].sum() == length
         assert batch["clean"][i, :length].tolist() == row.student_ids.tolist()
         assert batch["noised"][i, :length].tolist() == noised.tolist()
         assert batch["column"][part].tolist() == row.masked.tolist()

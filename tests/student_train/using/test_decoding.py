@@ -195,8 +195,8 @@ def test_what_cannot_work_is_refused(model: Any) -> None:
             SampleConfig(**changes)  # type: ignore[arg-type]
     for call in (
         lambda: sample(model, [[1], []], SPECIAL, GREEDY),
-        lambda: log_likelihoods(model, [], [[1]], SPECIAL, ElboConfig()),
-        lambda: log_likelihoods(model, [1], [[1], []], SPECIAL, ElboConfig()),
+        lambda: log_likelihoods(model, [([], [[1]])], SPECIAL, ElboConfig()),
+        lambda: log_likelihoods(model, [([1], [[1], []])], SPECIAL, ElboConfig()),
     ):
         with pytest.raises(ValueError):  # noqa: PT011
             call()

@@ -75,7 +75,7 @@ def test_the_first_stop_counts_and_nothing_of_it_is_left(tiny: LoadedStudent) ->
     # A special token is found among the ids: the text has none.
     start = tiny.tokenizer.special_id("", "<|start_header_id|>")
     ids = [*tiny.tokenizer.encode(["one"])[0], start, *tiny.tokenizer.encode([" two"])[0]]
-    assert tiny.text(ids) == "one two"
+    assert tiny.tokenizer.text(ids) == "one two"
     assert Stops.of(tiny, ["<|start_header_id|>"]).cut(ids) == ("one", True)
     assert Stops.of(tiny, ["<|start_header_id|>", "ne"]).cut(ids) == ("o", True)
     # What may begin a stop is held back.
@@ -115,7 +115,7 @@ def exact_bound(model: Any, context: list[int], tokens: list[int], size: int) ->
 def test_a_block_of_one_is_the_chain_rule(model: Any) -> None:
     tokens, config = [[7, 8, 9], [6]], ElboConfig(draws=1, block=1)
     expected = [exact_bound(model, CONTEXT, t, 1) for t in tokens]
-    scores = log_likelihoods(model, CONTEXT, tokens, SPECIAL, config)
+    scores = log_likelihoods(model, [(CONTEXT, tokens)], SPECIAL, config)[0]
     assert scores == pytest.approx(expected, abs=1e-5)
 
 
@@ -124,7 +124,7 @@ def test_the_mean_over_seeds_is_the_bound(model: Any) -> None:
     tokens, scores = [7, 8, 9, 10, 11], []
     for seed in range(400):
         config = ElboConfig(draws=16, block=4, seed=seed)
-        scores += log_likelihoods(model, CONTEXT, [tokens], SPECIAL, config)
+        scores += log_likelihoods(model, [(CONTEXT, [tokens])], SPECIAL, config)[0]
     error = float(torch.tensor(scores).std()) / math.sqrt(len(scores))
     mean = sum(scores) / len(scores)
     assert abs(mean - exact_bound(model, CONTEXT, tokens, 4)) < 3 * error < 0.09
@@ -134,13 +134,13 @@ def test_the_mean_over_seeds_is_the_bound(model: Any) -> None:
 @given(TOKENS, st.lists(TOKENS, min_size=1, max_size=4))
 def test_answers_score_as_alone(model: Any, context: list[int], tokens: list[list[int]]) -> None:
     config = ElboConfig(draws=3, block=4)
-    together = log_likelihoods(model, context, tokens, SPECIAL, config)
-    alone = [log_likelihoods(model, context, [t], SPECIAL, config)[0] for t in tokens]
+    together = log_likelihoods(model, [(context, tokens)], SPECIAL, config)[0]
+    alone = [log_likelihoods(model, [(context, [t])], SPECIAL, config)[0][0] for t in tokens]
     assert together == pytest.approx(alone, abs=2e-5)
     assert all(value < 0 for value in together)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("student_train.using.elbo._TOKENS_PER_PASS", 8)
-        passes = log_likelihoods(model, context, tokens, SPECIAL, config)
+        passes = log_likelihoods(model, [(context, tokens)], SPECIAL, config)[0]
     assert passes == pytest.approx(alone, abs=2e-5)
 
 

@@ -228,7 +228,7 @@ def test_block_masks_are_the_dense_ones_and_padding_sees_itself(data: Any) -> No
     rows = dense.shape[2]
     assert create_mask(made.mask_mod, len(packs), 1, rows, rows, device="cpu").equal(dense)
     for pack, mask in zip(packs, dense[:, 0], strict=True):
-        n = pack.width
+        n = len(pack.ids)
         assert mask[n:].equal(torch.eye(rows, dtype=torch.bool)[n:]) and not mask[:n, n:].any()
         assert mask.diagonal().all()
 
@@ -259,7 +259,7 @@ def test_four_draws_run_fewer_rows_and_full_attention_pads_nothing(model: Any) -
     whole = sum(len(request.ids) for request in asked)
     for attention, most in ((Native(32), 0.8), (X0Xt(32), 0.8), (BlockCausal(32), 0.75)):
         packs = pack_requests(attention, asked, budget=16_384)
-        assert sum(pack.width for pack in packs) <= most * whole
+        assert sum(len(pack.ids) for pack in packs) <= most * whole
     engine = TransformersEngine(model, Full(), SPEC, tokens_per_batch=1600)
     for batch in engine.batches(asked):
         arguments = engine.batch(batch)[0]

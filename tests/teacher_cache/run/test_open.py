@@ -3,8 +3,10 @@
 import datetime
 import json
 import shutil
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,6 @@ from shared.cache.manifest import load_manifest
 from shared.cache.shards import Unit
 from shared.settings.config import CacheConfig
 from shared.system.files import TideError
-from teacher_cache.engines import vllm_engine
 from teacher_cache.maintenance.verify import check_cache
 from teacher_cache.run.build import build_cache
 from teacher_cache.run.preflight import settle_engine
@@ -77,12 +78,14 @@ def test_auto_takes_vllm_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
         return settle_engine(cache_config(teacher, None, [*settings])).engine.type
 
     fits, not_there = "llada2-mini", "wedlm-8b"
-    monkeypatch.setattr(vllm_engine, "installed", lambda: True)
+    there = ModuleType("vllm")
+    there.__spec__ = ModuleSpec("vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", there)
     assert settle(fits, "engine.type=auto") == "vllm"
     assert settle(not_there, "engine.type=auto") == "transformers"
     with pytest.raises(TideError):
         settle(not_there, "engine.type=vllm")
-    monkeypatch.setattr(vllm_engine, "installed", lambda: False)
+    monkeypatch.setitem(sys.modules, "vllm", None)
     assert settle(fits, "engine.type=auto") == settle(fits) == "transformers"
     for refused in ("engine.type=vllm", "engine.tensor_parallel=2"):
         with pytest.raises(TideError):
