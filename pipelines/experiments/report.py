@@ -286,7 +286,8 @@ def write_report(folder: Path, head: str = "", tail: str = "") -> Path:
     first = {run.variant: run for run in reversed(runs)}
     for variant, run in sorted(first.items()):
         own = {**run.settings, "cache": str(run.cache), "seed": run.seed}
-        parts.append(f"* `{variant}`: `{one_line(train_command(own))}`")
+        command = train_command(own).replace("`", "'").replace("\n", " ")
+        parts.append(f"* `{variant}`: `{command}`")
     parts.append("\nTrained on:\n")
     parts += [f"* {machine}" for machine in sorted({run.machine for run in runs})]
     write_bytes(target, "\n".join([*parts, benchmarks]).encode())

@@ -25,8 +25,9 @@ from pipelines.commands.caches import CACHES
 from pipelines.commands.stages import STAGE_ONE, STAGE_TWO
 from pipelines.commands.students import STUDENTS, talk
 from shared.system.files import TideError
+from shared.text.tokenizers import Tokenizer
 from student_train.using.settings import SampleConfig
-from student_train.using.student import LoadedStudent, load_for_use
+from student_train.using.student import load_for_use
 from teacher_cache.teachers.registry import all_teachers
 from tests.conftest import chats_file, heldout_file
 
@@ -218,8 +219,8 @@ def test_a_conversation_remembers_and_ends(student: str, monkeypatch: pytest.Mon
     ids = loaded.tokenizer.encode_prompt([{"role": "user", "content": "x"}])
     assert loaded.tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
     seen: list[int] = []
-    counted = "prompt", lambda _self, messages: seen.append(len(messages)) or ids
-    monkeypatch.setattr(LoadedStudent, *counted)
+    counted = "encode_prompt", lambda _self, messages: seen.append(len(messages)) or ids
+    monkeypatch.setattr(Tokenizer, *counted)
     for show in (True, False):
         file, questions = io.StringIO(), iter(["one", "two", ""])
         console = Console(file=file, force_terminal=True, width=80)
