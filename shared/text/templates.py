@@ -210,7 +210,8 @@ class ChatTemplate:
         if i not in frame.leads:
             probes = _with_sentinels(messages)
             prompt = self._prompt_length(i, probes, self._apply(probes, tools), tools)
-            ahead = sum(map(len, frame.pieces[: i + 1])) + sum(len(_sentinel(k)) for k in range(i))
+            written = [*frame.pieces[: i + 1], *(probe["content"] for probe in probes[:i])]
+            ahead = sum(map(len, written))
             lead = None if prompt is None or prompt > ahead else ahead - prompt
             extras = any(messages[i].get(name) for name in EXTRAS)
             if lead and not extras and frame.pieces[i][-lead:].strip():

@@ -124,10 +124,12 @@ def test_thinking_in_the_history_and_in_the_answer() -> None:
 def test_tool_calls_and_reasoning_are_rendered_or_refused() -> None:
     calls = [{"type": "function", "function": {"name": "weather", "arguments": "{}"}}]
     call = [*chat("q"), {"role": "assistant", "content": "", "tool_calls": calls}]
+    twice = [*call, {"role": "tool", "content": "sun"}, call[-1]]
     answer = {"role": "assistant", "content": "4", "reasoning_content": "Two and two."}
     thought = [*chat("2+2?"), answer]
     knows, ignores = tokenizer(THINKING), tokenizer(PLAIN)
     assert "<tool_call>weather</tool_call>" in trained(knows.template.render(call))[0]
+    assert trained(knows.template.render(twice)) == trained(knows.template.render(call))
     assert trained(knows.template.render(thought)) == [
         "<think>\nTwo and two.\n</think>\n\n4<|im_end|>\n"
     ]
