@@ -11,7 +11,7 @@ from shared.data.messages import Message, normal_messages
 from shared.data.sources import Place, file_rows, source_rows
 from shared.settings.config import DataConfig
 from shared.system.files import TideError, Unusable
-from shared.text.templates import EXTRAS
+from shared.text.located import EXTRAS
 
 _LISTED = 20  # bad rows in an error message
 BadRow = tuple[Place, Unusable]  # where it stands, and why it cannot be used

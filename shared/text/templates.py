@@ -8,21 +8,25 @@ joined by the contents, verbatim or stripped as templates do.
 
 import datetime
 import json
-import re
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from shared.system.files import TideError, Unusable
+from shared.text.located import (
+    EXTRAS,
+    Messages,
+    Span,
+    contents_of,
+    locate_contents,
+    own_words,
+    pieces_of,
+    sentinel,
+    unplaced_of,
+    with_sentinels,
+)
 
-Message = Mapping[str, Any]
-Messages = Sequence[Message]
 Turns = Literal["last", "all"]
-Span = tuple[int, int]  # start and end, in characters of a text
-
-EXTRAS = ("tool_calls", "reasoning_content")  # parts of an answer beside its content
-_SENTINEL = re.compile("\ue000tide-(\\d+)\ue001")  # private-use: no content contains it
 
 
 @dataclass(frozen=True)
@@ -103,16 +107,16 @@ class ChatTemplate:
 
         Without a think block where the template knows of one.
         """
-        probes = _with_sentinels(messages)
+        probes = with_sentinels(messages)
         text = self._prompt_text(messages, tools)
-        pieces = _pieces(self._prompt_text(probes, tools), probes)
-        spans = None if pieces is None else _locate_contents(pieces, messages, text)
-        return RenderedChat(text, (), spans, _unplaced(messages, tools, spans))
+        pieces = pieces_of(self._prompt_text(probes, tools), probes)
+        spans = None if pieces is None else locate_contents(pieces, messages, text)
+        return RenderedChat(text, (), spans, unplaced_of(messages, tools, spans))
 
     def _prompt_text(self, messages: Messages, tools: Any) -> str:
         """With the generation prompt, or all else that stands before an answer."""
         prompt = self._apply(messages, tools, generation=True)
-        mark = _sentinel(len(messages))
+        mark = sentinel(len(messages))
         try:
             answered = self._apply([*messages, {"role": "assistant", "content": mark}], tools)
         except Unusable:
@@ -131,7 +135,7 @@ class ChatTemplate:
         # 1. The text, and in it the contents between the template's fixed pieces.
         frame = self._frame(messages, tools)
         text = self._apply(messages, tools)
-        last, answer, content = len(messages) - 1, messages[-1], _contents(messages)[-1]
+        last, answer, content = len(messages) - 1, messages[-1], contents_of(messages)[-1]
         extras = [name for name in EXTRAS if answer.get(name)]
         bare = [*messages[:-1], {"role": "assistant", "content": ""}]
         tail = self._frame(bare, tools) if extras else frame  # extras may stand behind the content
@@ -139,7 +143,7 @@ class ChatTemplate:
         rewritten = self._unusable("template rewrites the response", f"rewrites {content[:60]!r}")
         if not text.endswith(tail.pieces[-1]):
             raise rewritten
-        spans = _locate_contents(frame.pieces, messages, text)
+        spans = locate_contents(frame.pieces, messages, text)
 
         def start_of(i: int) -> int | None:
             """Where the prompt of answer `i` ends; None where no prompt begins the text."""
@@ -158,7 +162,7 @@ class ChatTemplate:
         for name, own in sorted(dropped):  # results without calls, in turns that say nothing
             if own or name == "tool_calls":
                 raise self._unusable(f"template drops {name}", f"drops {name}, or a part of them")
-        body = _own_words(text, start, stop, None if extras else content)
+        body = own_words(text, start, stop, None if extras else content)
         if body is None:
             raise rewritten
         trained = [Turn(last, start, stop + len(tail.closing), body)]
@@ -178,7 +182,7 @@ class ChatTemplate:
         if tools is not None and self._apply(messages, None) == text:
             ignored.append("tools")
         text = text[: trained[-1].end]
-        unplaced = _unplaced(messages, tools, spans)
+        unplaced = unplaced_of(messages, tools, spans)
         return RenderedChat(text, tuple(trained), spans, unplaced, tuple(ignored))
 
     def _dropped(self, messages: Messages, tools: Any) -> set[tuple[str, bool]]:
@@ -208,7 +212,7 @@ class ChatTemplate:
     def _lead(self, i: int, messages: Messages, tools: Any, frame: _Frame) -> int | None:
         """How much of the text in front of answer `i`'s content is its own (`leads`)."""
         if i not in frame.leads:
-            probes = _with_sentinels(messages)
+            probes = with_sentinels(messages)
             prompt = self._prompt_length(i, probes, self._apply(probes, tools), tools)
             written = [*frame.pieces[: i + 1], *(probe["content"] for probe in probes[:i])]
             ahead = sum(map(len, written))
@@ -233,9 +237,9 @@ class ChatTemplate:
         reusable = tools is None and all(set(m) <= {"role", "content", "train"} for m in messages)
         if reusable and roles in self._frames:
             return self._frames[roles]
-        probes = _with_sentinels(messages)
+        probes = with_sentinels(messages)
         text = self._apply(probes, tools)
-        pieces = _pieces(text, probes)
+        pieces = pieces_of(text, probes)
         if pieces is None:
             counts = [text.count(probe["content"] or text) for probe in probes]
             dropped = next((i for i, count in enumerate(counts) if count != 1), 0)
@@ -287,68 +291,3 @@ class ChatTemplate:
 
     def _unusable(self, reason: str, what: str) -> Unusable:
         return Unusable(reason, f"the chat template of {self._name} {what}")
-
-
-def _contents(messages: Messages) -> list[str]:
-    return [str(message.get("content") or "") for message in messages]
-
-
-def _sentinel(index: int) -> str:
-    return f"\ue000tide-{index}\ue001"
-
-
-def _with_sentinels(messages: Messages) -> list[Message]:
-    # A missing content beside calls has none: some templates write either.
-    there = [bool(m.get("content") or not m.get("tool_calls")) for m in messages]
-    return [{**m, "content": _sentinel(i) * there[i]} for i, m in enumerate(messages)]
-
-
-def _pieces(text: str, probes: Messages) -> list[str] | None:
-    """`text` cut at its sentinels; None where one is missing, stands twice or out of order."""
-    parts = _SENTINEL.split(text)  # piece, number, piece, …; a message may have none
-    if parts[1::2] != [str(i) for i, probe in enumerate(probes) if probe["content"]]:
-        return None
-    pieces = iter(parts[::2])
-    return [next(pieces), *(next(pieces) if probe["content"] else "" for probe in probes)]
-
-
-def _unplaced(messages: Messages, tools: Any, spans: list[Span] | None) -> list[str]:
-    beside = [tools, *(message.get(name) for message in messages for name in EXTRAS)]
-    texts = [] if spans is not None else _contents(messages)
-    return texts + [json.dumps(each, ensure_ascii=False) for each in beside if each]
-
-
-def _locate_contents(pieces: Sequence[str], messages: Messages, text: str) -> list[Span] | None:
-    """The span of every content, where `text` is `pieces` joined by the contents, each verbatim or
-    stripped as templates do; None where it is not.
-    """
-    spans: list[Span] = []
-    at = len(pieces[0])
-    for i, content in enumerate(_contents(messages)):
-        kept = [content]
-        if messages[i]["role"] == "assistant" and i < len(messages) - 1:
-            kept.append(content.rpartition("</think>")[2])  # the thoughts of earlier answers go
-        ways = [*kept]
-        for words in kept:
-            for blanks in (None, "\n"):
-                ways += [words.strip(blanks), words.rstrip(blanks), words.lstrip(blanks)]
-        written = next((way for way in ways if text.startswith(way + pieces[i + 1], at)), None)
-        if written is None:
-            return None
-        spans.append((at, at + len(written)))
-        at += len(written) + len(pieces[i + 1])
-    return spans if at == len(text) and text.startswith(pieces[0]) else None
-
-
-def _own_words(text: str, start: int, stop: int, content: str | None) -> Span | None:
-    """An answer's own words inside start … stop: `content` verbatim behind white space, or
-    stripped. None where they are other words. Without `content`: all but white space in front.
-    """
-    region = text[start:stop]
-    words = region.lstrip() if content is None else content
-    if not region.endswith(words) or region[: len(region) - len(words)].strip():
-        words = words.strip()
-        if region.strip() != words:
-            return None
-    first = start + region.rfind(words)
-    return first, first + len(words)

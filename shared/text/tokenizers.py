@@ -24,7 +24,8 @@ from transformers.utils import logging as transformers_logging
 
 from shared.system.files import TideError, Unusable, read_json, refuse_odd_in, write_bytes
 from shared.text.byte_level import byte_level_bytes, is_in_parts, tokenizer_from_parts
-from shared.text.templates import ChatTemplate, Message, RenderedChat, Span
+from shared.text.located import Message, Span
+from shared.text.templates import ChatTemplate, RenderedChat
 
 
 class Tokenizer:

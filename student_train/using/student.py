@@ -16,7 +16,7 @@ from shared.models.checkpoint import open_checkpoint, resolve, stated_mask
 from shared.models.loading import architecture_of, load_model
 from shared.system.files import TideError
 from shared.system.hardware import choose_device, choose_precision, torch_dtype
-from shared.text.templates import Message
+from shared.text.located import Message
 from shared.text.tokenizers import Tokenizer
 from student_train.model import STUDENTS
 from student_train.using.decoding import Decoding, Row
