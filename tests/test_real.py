@@ -110,8 +110,10 @@ def test_a_real_model_through_both_stages(tmp_path: Path) -> None:
     # `<|mask|>` is added at the end of Qwen's vocabulary.
     assert load_manifest(cache).fingerprint.student.mask_id == 151_646
     likelihoods = np.concatenate([row.chunk_logp for row in all_rows(cache)])  # type: ignore
-    # A language model finds real answers, half of them at hand, likelier than chance (−10.8).
-    assert np.isfinite(likelihoods).all() and -8 < np.mean(likelihoods) < -0.5
+    # A language model finds answers, half of them at hand, likelier than chance (−10.8), and real
+    # ones by far; those of the made-up chats are not what anybody would answer.
+    least = -8.0 if (DATA / "gsm8k_train_head1500.jsonl").exists() else -10.0
+    assert np.isfinite(likelihoods).all() and least < np.mean(likelihoods) < -0.5
     # Bytes a position by k and rank, two temperatures, 49,152 tokens; ids are kept by rank.
     goals = {(16, 192): 80, (8, 192): 70, (8, 96): 55, (8, 32): 40}
     for (k, rank), goal in goals.items():
