@@ -79,7 +79,8 @@ def sample(
             try:
                 text = sys.stdin.buffer.read().decode("utf-8-sig")
             except UnicodeDecodeError as error:
-                raise TideError(f"standard input is not UTF-8: {error}") from error
+                what = f"standard input is not UTF-8: {error}"
+                raise TideError(what, fix="write it in UTF-8") from error
             prompts = [re.sub("\r\n?", "\n", text).strip()]
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     sampling |= {"new_tokens": new_tokens, "steps_per_block": steps_per_block}

@@ -56,7 +56,8 @@ def normal_messages(messages: Sequence[Any]) -> list[Message]:
         try:
             json.dumps(clean, ensure_ascii=False, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
-            reason = ("not in its form", "lone surrogates")[isinstance(error, UnicodeEncodeError)]
+            lone = isinstance(error, UnicodeEncodeError)
+            reason = "lone surrogates" if lone else "not in its form"
             raise Unusable(reason, f"message {number} cannot be encoded: {error}") from error
         normal.append(clean)
     return normal

@@ -178,7 +178,9 @@ class Decoding:
             row.state, row.masked = row.made + new, new.count(self._special.mask)
             del row.state[row.config.new_tokens :]
 
-    def _copied(self, block: Tensor, new: Bool[Tensor, "rows size"]) -> Int[Tensor, "batch size"]:
+    def _copied(
+        self, block: Int[Tensor, "rows size"], new: Bool[Tensor, "rows size"]
+    ) -> Int[Tensor, "batch size"]:
         """The rows, and with guidance their copies, in which what is not `new` is masked."""
         if self._copies == 1:
             return block

@@ -91,7 +91,9 @@ def log_likelihoods(
     return [score.tolist() for score in scores]
 
 
-def masks(length: int, index: int, config: ElboConfig) -> list[tuple[Tensor, float]]:
+def masks(
+    length: int, index: int, config: ElboConfig
+) -> list[tuple[Bool[Tensor, " length"], float]]:
     """Masked sets of block `index`, of n = `length` tokens, and weights, n / (l · draws): l is
     stratified over the draws, each of 1 … n equally likely over seeds.
     """

@@ -14,7 +14,7 @@ from shared.cache.manifest import Manifest, load_manifest
 from shared.cache.row import CacheRow, Layout
 from shared.cache.shards import Unit, column_bytes, finished_units
 from shared.cache.value_checks import sound
-from shared.system.files import TideError, read_bytes
+from shared.system.files import TideError, atomic_file, read_bytes
 from shared.text.tokenizers import Tokenizer
 
 T_EDGES = np.linspace(0.0, 1.0, 6)
@@ -147,8 +147,8 @@ def draw_picture(sums: Inspection, path: Path) -> None:
     each = [size / max(1, sums.masked) for _, size in largest]
     columns.barh([name for name, _ in largest], each)
     columns.set(title="bytes a masked position by column")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=110)
+    with atomic_file(path) as handle:
+        figure.savefig(handle, format="png", dpi=110)
 
 
 def find_row(cache: Path, which: str, draw: int) -> CacheRow:
